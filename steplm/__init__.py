@@ -1,0 +1,56 @@
+"""Staged parameter-efficient pre-training: a language model in a fraction of the memory, known before the run.
+
+    from steplm import load_config, plan, train, export
+
+    config = load_config("run.yaml", ["plan.num_stages=3"])
+    print(plan(config).peak_model_state_bytes)
+    result = train(config)
+
+Importing this package loads no torch; ``train``, ``grow`` and ``export`` do when they are called for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> module. Looked up at first use, so that planning stays instant.
+_PUBLIC = {
+    "RunConfig": "steplm.config",
+    "load_config": "steplm.config",
+    "SteplmError": "steplm.errors",
+    "Plan": "steplm.types",
+    "Stage": "steplm.types",
+    "plan": "steplm.planner.plan",
+    "prepare": "steplm.data.prepare",
+    "train": "steplm.train.run",
+    "export": "steplm.train.export",
+    "grow": "steplm.train.grow_folder",
+    "perplexity": "steplm.eval.perplexity",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from steplm.config import RunConfig, load_config
+    from steplm.data.prepare import prepare
+    from steplm.errors import SteplmError
+    from steplm.eval.perplexity import perplexity
+    from steplm.planner.plan import plan
+    from steplm.train.export import export
+    from steplm.train.grow_folder import grow
+    from steplm.train.run import train
+    from steplm.types import Plan, Stage
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'steplm' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""``python -m steplm``."""
+
+from steplm.cli.app import main
+
+main()

@@ -1,0 +1,23 @@
+"""Checkpoint folders: written atomically, read only when whole."""
+
+from steplm.checkpoint.folder import (
+    Checkpoint,
+    CheckpointState,
+    checkpoint_name,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    verify_checkpoint,
+)
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointState",
+    "checkpoint_name",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "prune_checkpoints",
+    "save_checkpoint",
+    "verify_checkpoint",
+]

@@ -1,0 +1,5 @@
+"""The ``steplm`` command."""
+
+from steplm.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,214 @@
+"""The verbs: their arguments and one sentence each. What they do is imported when they are called.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 128 + n stopped by signal n.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    name="steplm",
+    help="Pre-train a language model in a fraction of the memory, with the memory known before the run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="A YAML file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time, on Python 3.10 too
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. plan.num_stages=3 train.sequence_length=512."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from steplm import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def plan(
+    run: Run,
+    overrides: Overrides = None,
+    json: Json = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print every term with its formula and unit.")] = False,
+) -> None:
+    """Show the stages and their model-state bytes; needs no GPU and no data."""
+    from steplm.cli.plan import show_plan
+
+    show_plan(run, overrides or [], as_json=json, explain=explain)
+
+
+@app.command()
+def prepare(run: Run, overrides: Overrides = None) -> None:
+    """Turn documents into token shards; restartable."""
+    from steplm.cli.prepare import run_prepare
+
+    run_prepare(run, overrides or [])
+
+
+@app.command()
+def train(run: Run, overrides: Overrides = None) -> None:
+    """Train every stage and export the merged model; started again, it resumes."""
+    from steplm.cli.train import run_train
+
+    raise typer.Exit(run_train(run, overrides or []))
+
+
+@app.command()
+def grow(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name of a decoder-only model.")],
+    to: Annotated[int, typer.Option(help="Layers after growth, e.g. 36.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder.")],
+    operator: Annotated[
+        str, typer.Option(help="interpolation, interpolation_mean, stack, identity or random.")
+    ] = "interpolation_mean",
+    position: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="upper (default), intermediate, lower, random or even; stack goes on top."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For the random position and operator.")] = 0,
+) -> None:
+    """Make a deeper model of any Hugging Face decoder folder."""
+    from steplm.cli.grow import run_grow
+
+    run_grow(model, to=to, output=output, operator=operator, position=position, seed=seed)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Run directory, or one of its checkpoints.")],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="New folder; default RUN_DIR/export."),
+    ] = None,
+) -> None:
+    """Merge the adapters of a checkpoint into a plain Hugging Face folder."""
+    from steplm.training.export import export as export_folder
+
+    print(export_folder(source, output))
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Hugging Face folders or hub names.")],
+    data: Annotated[list[str], typer.Option("--data", "-d", help="Files, globs, hub://OWNER/NAME?split=test; repeatable.")],
+    text_field: Annotated[str, typer.Option(help="Field of a record that holds the text.")] = "text",
+    sequence_length: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Tokens per window; default: the model's context, 1024 at most."),
+    ] = None,
+    stride: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Tokens scored per window (sliding window); default: all."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    max_tokens: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Stop after so many tokens, e.g. 1M."),
+    ] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Perplexity and bits per byte on text; several models give one table."""
+    from steplm.cli.evaluate import run_eval
+
+    run_eval(
+        models,
+        data,
+        text_field=text_field,
+        sequence_length=sequence_length,
+        stride=stride,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        device=device,
+        json_output=json,
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name.")],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling: share of probability kept.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Go on from a prompt."""
+    from steplm.cli.generate import run_generate
+
+    run_generate(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        device=device,
+    )
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of both runs.")] = Path("runs/quickstart"),
+) -> None:
+    """Train a small LLaMA twice on text found in this installation: grown in stages, and in the ordinary way."""
+    from steplm.cli.quickstart import run_quickstart
+
+    raise typer.Exit(run_quickstart(output, overrides or []))
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+) -> None:
+    """Write a commented starter YAML."""
+    from steplm.cli.init import write_starter
+
+    write_starter(path, force=force)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of RUN.yaml, for editors."""
+    import json as jsonlib
+
+    from steplm.config import config_schema
+
+    print(jsonlib.dumps(config_schema(), indent=1))
+
+
+def main() -> None:
+    """Entry point: errors of this package become one message and an exit code, never a traceback."""
+    from steplm.errors import SteplmError
+
+    # Set before tokenizers is loaded: it warns, and can hang, where a process forks after it ran threads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except SteplmError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

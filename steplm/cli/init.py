@@ -1,0 +1,66 @@
+"""``steplm init``: a starter YAML that names every key, made from the configuration itself so that it stays true."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from steplm.config import RunConfig
+from steplm.errors import ConfigError
+
+# The keys a first run sets; all others stand in the file as comments, with their defaults.
+STARTER: dict[str, Any] = {
+    "name": "my-run",
+    "model.hidden_size": 512,
+    "model.intermediate_size": 1376,
+    "model.num_hidden_layers": 12,
+    "model.num_attention_heads": 8,
+    "model.vocab_size": 16384,
+    "data.train": ["builtin://python-docs"],
+    "data.tokenizer": "train",
+    "plan.num_stages": 2,
+    "plan.total_tokens": "20M",
+    "growth.operator": "interpolation_mean",
+    "pet.rank": 64,
+    "optim.learning_rate": 0.001,
+    "train.precision": "bf16",
+    "train.sequence_length": 512,
+    "train.per_device_train_batch_size": 8,
+}
+
+
+def write_starter(path: Path, *, force: bool = False) -> None:
+    """Write the starter file.
+
+    Raises:
+        ConfigError: the file is there and ``force`` is not given.
+    """
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists: name another file, or pass --force to replace it", path=str(path))
+    path.write_text(starter_text())
+    print(f"wrote {path}. Next: steplm plan {path}, then steplm train {path}")
+
+
+def starter_text() -> str:
+    """The text of the starter file; ``load_config`` accepts it as it stands."""
+    lines = ["# A run of steplm. Commented keys show their defaults. Check it with: steplm plan FILE", ""]
+    sections = []
+    for name, field in RunConfig.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            sections += ["", f"# {(section.__doc__ or '').strip()}", f"{name}:"]
+            sections += [_line(f"{name}.{key}", key, inner, "  ") for key, inner in section.model_fields.items()]
+        else:
+            lines.append(_line(name, name, field, ""))
+    return "\n".join(lines + sections) + "\n"
+
+
+def _line(path: str, key: str, field: FieldInfo, indent: str) -> str:
+    value = STARTER.get(path, field.get_default(call_default_factory=True))
+    text = value if isinstance(value, str) else json.dumps(value)
+    entry = f"{indent}{'' if path in STARTER else '# '}{key}: {text}"
+    return f"{entry:<48}  # {field.description}" if field.description else entry

@@ -1,0 +1,403 @@
+"""``run.yaml`` -> ``RunConfig``: what the user wrote, checked and resolved; nothing computed.
+
+A value comes from, in rising order: the default here, the YAML file, a ``section.key=value`` override.
+``${NAME}`` and ``${NAME:-default}`` in the YAML are replaced by environment variables.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from steplm.errors import ConfigError
+from steplm.units import parse_count
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """The target model. Keys are spelled as in Hugging Face configurations."""
+
+    model_type: str = Field("llama", description="Hugging Face model type: llama, mistral, qwen2, qwen3, gemma, ...")
+    hidden_size: int = Field(512, gt=0)
+    intermediate_size: int = Field(1376, gt=0)
+    num_hidden_layers: int = Field(12, gt=0, description="depth L of the final model")
+    num_attention_heads: int = Field(8, gt=0)
+    num_key_value_heads: int | None = Field(None, gt=0, description="default: num_attention_heads")
+    vocab_size: int = Field(32000, gt=1)
+    max_position_embeddings: int = Field(2048, gt=1)
+    tie_word_embeddings: bool = False
+    initializer_range: float = Field(0.02, gt=0)
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="any further keys of the Hugging Face configuration, e.g. {rope_theta: 5.0e5}"
+    )
+
+    def hf_config(self) -> dict[str, Any]:
+        """The Hugging Face configuration as a dict, ``model_type`` included."""
+        values = self.model_dump(exclude={"extra"})
+        if values["num_key_value_heads"] is None:
+            values["num_key_value_heads"] = self.num_attention_heads
+        return {**values, **self.extra}
+
+
+class DataConfig(Section):
+    """Where text comes from and how it becomes token shards."""
+
+    train: list[str] = Field(
+        default_factory=list,
+        description="files, globs or folders (json, jsonl, txt, parquet; .gz too), "
+        "hub://OWNER/NAME?name=CONFIG&split=train, or builtin://python-docs",
+    )
+    validation: list[str] = Field(default_factory=list, description="as train; empty: split off by hash of the text")
+    validation_fraction: float = Field(0.01, gt=0, lt=1, description="share of documents, used if validation is empty")
+    text_field: str = "text"
+    tokenizer: str = Field("train", description="a folder, a tokenizer file, a hub name, or 'train' to train BPE here")
+    prepared_dir: str | None = Field(None, description="folder of the token shards; default OUTPUT_DIR/prepared")
+    max_train_tokens: Count | None = Field(None, gt=0, description="stop preparing after so many training tokens")
+    shard_tokens: Count = Field(32_000_000, gt=0, description="tokens per shard")
+    max_bad_share: float = Field(0.001, ge=0, le=1, description="stop if more records than this share are unusable")
+    num_workers: int | None = Field(None, gt=0, description="processes that tokenize; default: all cores")
+    within_documents: bool = Field(False, description="attention and loss stay inside each document")
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class PlanConfig(Section):
+    """How the depth is divided into stages, and how many tokens each stage sees."""
+
+    num_stages: int = Field(2, gt=0, description="K; 1 is ordinary (vanilla) pre-training")
+    layers: list[Annotated[int, Field(gt=0)]] | None = Field(None, description="n_1 ... n_K by hand; default: least memory")
+    solver: Literal["dynamic_programming", "integer_programme"] = "dynamic_programming"
+    freeze_old_layers: bool = Field(True, description="false: growth alone, every layer is trained in every stage")
+    count_embeddings: bool = Field(True, description="false: the paper's bare formula, layers only")
+    train_embeddings: Literal["always", "first_stage"] = Field(
+        "always", description="embeddings, final norm and head: trained in every stage, or frozen after stage 1"
+    )
+    tokens_per_stage: list[Count] | None = Field(None, description="tokens trained in each stage")
+    total_tokens: Count | None = Field(None, gt=0, description="tokens trained over all stages")
+    tokens_per_parameter: float | None = Field(None, gt=0, description="total tokens = this x final parameters; default 20")
+    total_flops: Count | None = Field(None, gt=0, description="training FLOPs over all stages, e.g. 1e18")
+    token_shares: Literal["layers", "equal"] | list[Annotated[float, Field(gt=0)]] = Field(
+        "layers", description="how a total is divided among stages: by depth, equally, or by given weights"
+    )
+    grow_at: float = Field(0.75, gt=0, le=1, description="share of a stage's schedule done when the model grows")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PlanConfig:
+        budgets = ("tokens_per_stage", "total_tokens", "tokens_per_parameter", "total_flops")
+        given = [name for name in budgets if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one token budget, not {len(given)}: {', '.join(given)}")
+        for name in ("layers", "tokens_per_stage", "token_shares"):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != self.num_stages:
+                raise ValueError(f"{name} has {len(value)} entries for num_stages={self.num_stages}")
+        return self
+
+
+class GrowthConfig(Section):
+    """How a new layer starts, and where it goes."""
+
+    operator: Literal["interpolation", "interpolation_mean", "stack", "identity", "random"] = "interpolation_mean"
+    position: Literal["upper", "intermediate", "lower", "random", "even", "top"] | None = Field(
+        None, description="default: upper; stack always goes on top"
+    )
+
+    @model_validator(mode="after")
+    def _stack_goes_on_top(self) -> GrowthConfig:
+        if (self.operator == "stack") != (self.position == "top") and self.position is not None:
+            raise ValueError(
+                f"operator {self.operator!r} and position {self.position!r} do not go together: "
+                "'stack' goes on 'top', and only 'stack' does"
+            )
+        return self
+
+    @property
+    def resolved_position(self) -> str:
+        return self.position or ("top" if self.operator == "stack" else "upper")
+
+
+class PetConfig(Section):
+    """Adapters on frozen layers (parameter-efficient training)."""
+
+    method: Literal["lora", "none"] = "lora"
+    rank: int = Field(128, gt=0)
+    alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank; default: alpha = rank")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="all-linear, or last parts of module names: [q_proj, v_proj]"
+    )
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule; names as in Hugging Face ``TrainingArguments``."""
+
+    learning_rate: float | list[float] = Field(3e-4, description="one for all stages, or one per stage")
+    lr_scheduler_type: Literal["cosine", "warmup_stable_decay", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of each stage's scheduled steps")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="share of decay steps, for warmup_stable_decay")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / highest learning rate")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="on matrices only, not on norms and biases")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
+    keep_state_at_growth: bool = Field(True, description="for parameters that go on being trained")
+
+    @field_validator("lr_scheduler_type", mode="before")
+    @classmethod
+    def _short_names(cls, value: Any) -> Any:
+        return {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}.get(value, value)
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _positive(cls, value: float | list[float]) -> float | list[float]:
+        if any(rate <= 0 for rate in (value if isinstance(value, list) else [value])):
+            raise ValueError("must be greater than 0")
+        return value
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: with fp32 master weights (2+2+12 bytes)")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int | None = Field(None, gt=0, description="CPU threads; default: PyTorch's own")
+    sequence_length: int = Field(1024, gt=1, description="tokens")
+    per_device_train_batch_size: int = Field(8, gt=0, description="sequences in one forward pass")
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    loss_chunk_size: int = Field(1024, gt=0, description="rows of logits that exist at once")
+    compile: bool = Field(False, description="torch.compile each layer")
+    dry_run: bool = Field(True, description="one batch, forward and backward, before the first step of each stage")
+    save_steps: int | None = Field(None, gt=0, description="default: five times a stage; stage ends are always saved")
+    save_total_limit: int = Field(2, gt=0, description="checkpoints kept beside the stage ends")
+
+
+class EvalConfig(Section):
+    """Validation loss inside the loop and at the end."""
+
+    eval_steps: int | None = Field(None, gt=0, description="default: ten times a stage")
+    max_tokens: Count | None = Field(None, gt=0, description="validation tokens per evaluation; default: all")
+    per_device_eval_batch_size: int | None = Field(None, gt=0, description="default: the training batch size")
+
+
+class LogConfig(Section):
+    """What is shown and where it goes. ``metrics.jsonl`` is always written."""
+
+    logging_steps: int = Field(10, gt=0)
+    progress: Literal["auto", "rich", "lines", "none"] = Field("auto", description="auto: rich on a terminal, else lines")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    wandb_project: str = "steplm"
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class RunConfig(Section):
+    """One run."""
+
+    name: str = Field("run", pattern=r"^[\w.\-]+$")
+    seed: int = Field(0, ge=0)
+    output_dir: str | None = Field(None, description="default: runs/NAME")
+    init_from: str | None = Field(None, description="Hugging Face folder whose weights start stage 1")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    plan: PlanConfig = Field(default_factory=PlanConfig)
+    growth: GrowthConfig = Field(default_factory=GrowthConfig)
+    pet: PetConfig = Field(default_factory=PetConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.plan.num_stages > self.model.num_hidden_layers:
+            raise ValueError(
+                f"plan.num_stages={self.plan.num_stages} is more than model.num_hidden_layers="
+                f"{self.model.num_hidden_layers}: every stage adds at least one layer"
+            )
+        if self.plan.layers is not None and sum(self.plan.layers) != self.model.num_hidden_layers:
+            raise ValueError(
+                f"plan.layers {self.plan.layers} adds up to {sum(self.plan.layers)}, "
+                f"but model.num_hidden_layers is {self.model.num_hidden_layers}"
+            )
+        rates = self.optim.learning_rate
+        if isinstance(rates, list) and len(rates) != self.plan.num_stages:
+            raise ValueError(f"optim.learning_rate has {len(rates)} entries for plan.num_stages={self.plan.num_stages}")
+        if self.train.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"train.sequence_length={self.train.sequence_length} is more than "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir or f"runs/{self.name}")
+
+    @property
+    def prepared_dir(self) -> Path:
+        return Path(self.data.prepared_dir) if self.data.prepared_dir else self.run_dir / "prepared"
+
+    def learning_rate(self, stage_index: int) -> float:
+        """Highest learning rate of a stage (from 1)."""
+        rates = self.optim.learning_rate
+        return rates[stage_index - 1] if isinstance(rates, list) else rates
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML file (or the name of a shipped recipe, or a mapping) and apply overrides.
+
+    Args:
+        source: path of a YAML file, a recipe's name such as ``llama_368m``, or nested mappings.
+        overrides: ``section.key=value`` strings; the value is read as YAML.
+
+    Raises:
+        ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
+    """
+    values = dict(source) if isinstance(source, Mapping) else _read_yaml(find_config(source))
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error), errors=error.errors(include_url=False)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML text that ``load_config`` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def find_config(source: str | Path) -> Path:
+    """The path of a YAML file, or of the shipped recipe of that name."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    recipes = recipes_dir()
+    if path.suffix == "" and (recipes / f"{path.name}.yaml").is_file() and len(path.parts) == 1:
+        return recipes / f"{path.name}.yaml"
+    names = sorted(recipe.stem for recipe in recipes.glob("*.yaml"))
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f" Did you mean the recipe {near[0]!r}?" if near else f" Recipes: {', '.join(names)}."
+    raise ConfigError(f"no file {str(path)!r}.{hint}", path=str(path))
+
+
+def recipes_dir() -> Path:
+    """Folder of the shipped recipes: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    def environment(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        value = os.environ.get(name, default)
+        if value is None:
+            raise ConfigError(f"{path} uses ${{{name}}}, but the environment variable {name} is not set.", variable=name)
+        return value
+
+    try:
+        values = yaml.safe_load(_VARIABLE.sub(environment, path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}", path=str(path)) from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", path=str(path)) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not sections with keys.", path=str(path))
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"cannot read the override {override!r}: expected section.key=value", override=override)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *sections, name = key.split(".")
+    target = values
+    for section in sections:
+        child = target.get(section)
+        target[section] = dict(child) if isinstance(child, Mapping) else {}
+        target = target[section]
+    target[name] = value
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        # Union branches add names that are no keys ("list[float]"); a reader needs only the keys.
+        path = [str(part) for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", str(part))]
+        where = ".".join(path)
+        if problem["type"] == "extra_forbidden":
+            lines.append(_unknown_key(path))
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            given = f" (got {problem['input']!r})" if where and not isinstance(problem["input"], dict) else ""
+            lines.append(f"{where}: {message}{given}" if where else message)
+    unique = list(dict.fromkeys(lines))
+    if len(unique) == 1:
+        return unique[0]
+    return f"{len(unique)} problems in the configuration:\n" + "\n".join(f"  - {line}" for line in unique)
+
+
+def _unknown_key(path: list[str]) -> str:
+    *sections, name = path
+    model: Any = RunConfig
+    for section in sections:
+        model = _section_type(model.model_fields[section].annotation) if section in model.model_fields else None
+        if model is None:
+            return f"unknown key '{'.'.join(path)}'"
+    owner = ".".join(sections) if sections else "the configuration"
+    near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.6)
+    elsewhere = [key for key in config_keys() if key.endswith(f".{name}")]
+    if near:
+        hint = f" Did you mean '{near[0]}'?"
+    elif elsewhere:
+        hint = f" Did you mean '{elsewhere[0]}'?"
+    else:
+        hint = f" Known keys: {', '.join(model.model_fields)}."
+    return f"{owner} has no key '{name}'.{hint}"
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    candidates = get_args(annotation) if get_origin(annotation) is Union else (annotation,)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def config_keys() -> list[str]:
+    """Every key there is, as ``section.key``."""
+    keys = []
+    for name, field in RunConfig.model_fields.items():
+        section = _section_type(field.annotation)
+        keys += [name] if section is None else [f"{name}.{key}" for key in section.model_fields]
+    return keys
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON schema of ``run.yaml``, for editors."""
+    return RunConfig.model_json_schema()

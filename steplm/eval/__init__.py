@@ -1,0 +1,1 @@
+"""What a finished model is worth: perplexity on text, and samples."""

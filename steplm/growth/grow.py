@@ -1,0 +1,215 @@
+"""Grow a model: weights, configuration and layer provenance, each a pure function of a layer map.
+
+Weights are full, named, unsharded tensors under their Hugging Face names.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from steplm.errors import GrowthError
+from steplm.growth.operators import OPERATORS, Layer
+from steplm.types import LayerMap, LayerProvenance
+
+# How the families spell the depth in their configuration.
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# Lists of layer indices; every other list with "layer" or "types" in its name holds one entry per layer.
+LAYER_INDEX_KEYS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices")
+
+_NAME_IN_LAYER = re.compile(r"^(.+?)\.(\d+)\.(.+)$")
+
+
+def layer_prefix_of(names: Iterable[str]) -> str:
+    """The name of the list of layers: ``model.layers``, ``transformer.h``, ``gpt_neox.layers`` …
+
+    Raises:
+        GrowthError: the names hold no numbered layers, or more than one list of them.
+    """
+    prefixes = sorted({match.group(1) for match in map(_NAME_IN_LAYER.match, names) if match})
+    if len(prefixes) != 1:
+        found = f"{len(prefixes)} ({', '.join(prefixes)})" if prefixes else "none"
+        raise GrowthError(
+            f"expected one list of layers among the parameter names, such as 'model.layers.0.…', found {found}. "
+            "Only decoder-only models can grow.",
+            prefixes=prefixes,
+        )
+    return prefixes[0]
+
+
+def grow(
+    state: Mapping[str, Tensor],
+    layer_map: LayerMap,
+    operator: str,
+    *,
+    fresh_layer: Callable[[int], Layer] | None = None,
+) -> dict[str, Tensor]:
+    """The weights of the grown model.
+
+    Kept layers, renumbered, and everything outside the layers are the tensors of ``state`` themselves,
+    as a copy would cost the memory of a second model. New layers are new tensors.
+
+    Args:
+        state: all weights of the old model, by name.
+        layer_map: for each layer of the grown model its origin.
+        operator: a key of ``OPERATORS``.
+        fresh_layer: ``fresh_layer(i)`` gives freshly initialised tensors for layer ``i`` of the grown
+            model, by their names below the layer; needed by operator ``random`` alone.
+
+    Raises:
+        GrowthError: unknown operator, a map for another depth, or layers that differ in names, shapes or
+            dtypes where one has to be made of the other.
+    """
+    if operator not in OPERATORS:
+        near = difflib.get_close_matches(operator, OPERATORS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(OPERATORS)}."
+        raise GrowthError(f"no growth operator {operator!r}.{hint}", operator=operator)
+    make = OPERATORS[operator]
+    if make.fresh and fresh_layer is None:
+        raise GrowthError(f"operator {operator!r} needs fresh_layer, a function that initialises a layer.")
+
+    prefix = layer_prefix_of(state)
+    outer, layers = _split(state, prefix)
+    _check_map(layer_map, len(layers))
+    _check_alike(layers, prefix)
+
+    grown = outer
+    for index, origin in enumerate(layer_map.origins):
+        if not origin.is_new:
+            layer: Layer = layers[origin.parents[0]]
+        elif make.fresh:
+            assert fresh_layer is not None
+            model_layer = layers[origin.parents[0]]
+            fresh = {
+                name: tensor.to(model_layer.get(name, tensor)) for name, tensor in fresh_layer(index).items()
+            }
+            _check_alike([model_layer, fresh], f"fresh {prefix}")
+            layer = make.function([fresh], 0.0)
+        else:
+            layer = make.function([layers[parent] for parent in origin.parents], origin.fraction)
+        grown.update({f"{prefix}.{index}.{name}": tensor for name, tensor in layer.items()})
+    return grown
+
+
+def renamed(names: Iterable[str], layer_map: LayerMap) -> dict[str, str]:
+    """Old name -> name in the grown model, of weights that are kept: all of them, as layers only move up."""
+    new_index = {layer_map.origins[index].parents[0]: index for index in layer_map.kept_layers}
+    result = {}
+    for name in names:
+        match = _NAME_IN_LAYER.match(name)
+        result[name] = (
+            f"{match.group(1)}.{new_index[int(match.group(2))]}.{match.group(3)}" if match else name
+        )
+    return result
+
+
+def grow_config(hf_config: Mapping[str, Any], layer_map: LayerMap) -> dict[str, Any]:
+    """The Hugging Face configuration of the grown model.
+
+    Renews the depth and every per-layer list (``layer_types`` …), in which a new layer takes the entry of
+    its first parent; lists of layer indices (``mlp_only_layers`` …) follow in the same way.
+
+    Raises:
+        GrowthError: the configuration names no depth, or another one than the map's.
+    """
+    config = copy.deepcopy(dict(hf_config))
+    depth_keys = [key for key in DEPTH_KEYS if isinstance(config.get(key), int)]
+    if not depth_keys:
+        raise GrowthError(
+            f"the configuration has none of the keys {', '.join(DEPTH_KEYS)}: its depth is unknown."
+        )
+    num_old = config[depth_keys[0]]
+    _check_map(layer_map, num_old)
+    first_parents = [origin.parents[0] for origin in layer_map.origins]
+    for key, value in config.items():
+        if not isinstance(value, list | tuple):
+            continue
+        if key in LAYER_INDEX_KEYS:
+            config[key] = [index for index, parent in enumerate(first_parents) if parent in value]
+        elif (
+            len(value) == num_old and ("layer" in key or key.endswith("types")) and not key.startswith("mtp")
+        ):
+            config[key] = [value[parent] for parent in first_parents]
+    for key in depth_keys:
+        config[key] = layer_map.num_layers
+    return config
+
+
+def provenance(
+    old: tuple[LayerProvenance, ...], layer_map: LayerMap, stage_index: int, operator: str
+) -> tuple[LayerProvenance, ...]:
+    """The provenance of the grown model's layers: kept layers keep theirs, new ones are born in this stage."""
+    _check_map(layer_map, len(old))
+    return tuple(
+        LayerProvenance(
+            born_in_stage=stage_index,
+            parents=() if OPERATORS[operator].fresh else origin.parents,
+            operator=operator,
+        )
+        if origin.is_new
+        else old[origin.parents[0]]
+        for origin in layer_map.origins
+    )
+
+
+def _split(state: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Tensors outside the layers by name, and for each layer its tensors by the name below the layer."""
+    outer: dict[str, Tensor] = {}
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        match = _NAME_IN_LAYER.match(name)
+        if match is None:
+            outer[name] = tensor
+        else:
+            layers.setdefault(int(match.group(2)), {})[match.group(3)] = tensor
+    missing = sorted(set(range(max(layers) + 1)) - set(layers))
+    if missing:
+        raise GrowthError(
+            f"the weights have {prefix}.{max(layers)} but lack {prefix}.{missing[0]}.", missing=missing
+        )
+    return outer, [layers[index] for index in range(len(layers))]
+
+
+def _check_map(layer_map: LayerMap, num_layers: int) -> None:
+    kept = [origin.parents for origin in layer_map.origins if not origin.is_new]
+    if kept != [(index,) for index in range(num_layers)]:
+        raise GrowthError(
+            f"the model has {num_layers} layers, the layer map keeps {len(kept)} "
+            f"({', '.join(str(parents[0]) for parents in kept)}): it must keep each layer once, in order.",
+            num_layers=num_layers,
+            num_kept=len(kept),
+        )
+    for index, origin in enumerate(layer_map.origins):
+        if not 1 <= len(origin.parents) <= 2 or not all(
+            0 <= parent < num_layers for parent in origin.parents
+        ):
+            raise GrowthError(
+                f"layer {index} of the layer map has the parents {origin.parents}: "
+                f"expected one or two of the layers 0 to {num_layers - 1}.",
+                layer=index,
+                parents=origin.parents,
+            )
+
+
+def _check_alike(layers: list[Layer] | list[dict[str, Tensor]], prefix: str) -> None:
+    """Every layer has the names, shapes and dtypes of the first."""
+    first = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in layers[0].items()}
+    for index, layer in enumerate(layers):
+        other = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in layer.items()}
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise GrowthError(
+                    f"layers differ: {name!r} is {_describe(first.get(name))} in {prefix}.0 and "
+                    f"{_describe(other.get(name))} in {prefix}.{index}. Only models with equal layers can grow.",
+                    name=name,
+                    layer=index,
+                )
+
+
+def _describe(kind: tuple[tuple[int, ...], Any] | None) -> str:
+    return "missing" if kind is None else f"{list(kind[0])} {str(kind[1]).removeprefix('torch.')}"

@@ -1,0 +1,135 @@
+"""Models of ``transformers``, built from a configuration and from plain named tensors."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from steplm.errors import ConfigError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def hf_config(values: Mapping[str, Any], num_hidden_layers: int | None = None) -> PretrainedConfig:
+    """A ``transformers`` configuration from its keys, at another depth if asked for.
+
+    Raises:
+        ConfigError: unknown model type, or a key that this type does not have.
+    """
+    values = dict(values)
+    model_type = values.pop("model_type")
+    try:
+        default = AutoConfig.for_model(model_type)
+    except (ValueError, KeyError):
+        from transformers import CONFIG_MAPPING
+
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"transformers knows no model type {model_type!r}.{hint}", model_type=model_type) from None
+    for key in values:
+        if not hasattr(default, key):
+            near = difflib.get_close_matches(key, list(default.to_dict()), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"the configuration of {model_type!r} has no key {key!r}.{hint}", key=key)
+    if num_hidden_layers is not None:
+        values["num_hidden_layers"] = num_hidden_layers
+        if "layer_types" in values:
+            values["layer_types"] = values["layer_types"][:num_hidden_layers]
+    config = AutoConfig.for_model(model_type, **values)
+    config.use_cache = False
+    return config
+
+
+def config_values(config: PretrainedConfig) -> dict[str, Any]:
+    """The keys of a configuration that ``hf_config`` takes back."""
+    known = AutoConfig.for_model(config.model_type)
+    values = {key: value for key, value in config.to_dict().items() if hasattr(known, key)}
+    return {**values, "model_type": config.model_type}
+
+
+def build_model(
+    config: PretrainedConfig, state: Mapping[str, Tensor], *, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """A causal language model that holds exactly the tensors of ``state`` (full, named, unsharded).
+
+    Tensors are taken over, not copied, where they are on ``device`` already.
+
+    Raises:
+        ConfigError: a tensor is missing, unexpected or of the wrong shape.
+    """
+    dtype = next(iter(state.values())).dtype
+    with _parameters_on_meta():
+        model = _from_config(config, dtype)
+    try:
+        missing, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
+    except RuntimeError as error:
+        raise ConfigError(f"the weights do not fit the model: {error}") from None
+    model.tie_weights()
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent or unexpected:
+        raise ConfigError(
+            f"the weights do not fit the model: missing {absent[:5]}, unexpected {list(unexpected)[:5]}",
+            missing=list(missing),
+            unexpected=list(unexpected),
+        )
+    return model.to(device)
+
+
+def initial_state(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Fresh weights by the model's own initialisation: drawn on the CPU in fp32, then rounded to ``dtype``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _from_config(config, torch.float32)
+    return plain_state(model, dtype=dtype)
+
+
+def fresh_layers(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> Callable[[int], dict[str, Tensor]]:
+    """A function from a layer's index to freshly initialised tensors of one layer, named below the layer."""
+    from steplm.growth.grow import layer_prefix_of
+
+    one_layer = hf_config(config_values(config), num_hidden_layers=1)
+
+    def fresh(index: int) -> dict[str, Tensor]:
+        state = initial_state(one_layer, seed=seed * 1_000_003 + index, dtype=dtype)
+        prefix = f"{layer_prefix_of(state)}.0."
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+    return fresh
+
+
+def plain_state(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The model's parameters by name; a tied tensor appears once. Shares storage unless cast."""
+    return {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
+
+
+def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise ConfigError(f"transformers refuses this model configuration: {error}") from None
+        # A few families (Gemma 2) soft-cap their attention logits, which SDPA cannot.
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, new parameters take no memory while buffers (rotary frequencies) are computed as usual."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -1,0 +1,105 @@
+"""Hugging Face folders: ``config.json`` + ``model*.safetensors``, read and written as plain named tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from steplm.errors import CheckpointError, HubUnavailable
+from steplm.models.build import plain_state
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def save_folder(folder: Path, config: PretrainedConfig, state: Mapping[str, Tensor]) -> None:
+    """Write ``config.json`` and the weights, sharded above 5 GB. ``from_pretrained`` loads the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config.dtype = next(iter(state.values())).dtype
+    config.save_pretrained(folder)
+    save_torch_state_dict(dict(state), folder, max_shard_size=MAX_SHARD_SIZE)
+
+
+def load_state(folder: Path, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All tensors of ``model*.safetensors`` in a folder, on the CPU.
+
+    Raises:
+        CheckpointError: no such file, or a damaged one.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = [folder / "model.safetensors"]
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state.update(load_tensors(file, dtype=dtype))
+    return state
+
+
+def load_tensors(file: Path, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, on the CPU."""
+    if not file.is_file():
+        raise CheckpointError(f"no file {file}", path=str(file))
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged: {error}", path=str(file)) from None
+
+
+def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """A model from a Hugging Face folder or from the hub; never runs remote code.
+
+    Raises:
+        CheckpointError: the folder holds no model.
+        HubUnavailable: not a folder, and the hub cannot be reached or does not have it.
+    """
+    _require_model(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, error) from None
+
+
+def load_config_and_state(
+    name: str | Path, *, dtype: torch.dtype | None = None
+) -> tuple[PretrainedConfig, dict[str, Tensor]]:
+    """Configuration and parameters of a Hugging Face folder or hub model, in the file's dtype by default."""
+    model = load_pretrained(name, dtype=dtype or "auto")
+    return model.config, plain_state(model)
+
+
+def load_hf_config(name: str | Path) -> PretrainedConfig:
+    """The configuration alone; errors as ``load_pretrained``."""
+    _require_model(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, error) from None
+
+
+def _require_model(name: str | Path) -> None:
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is no Hugging Face folder: it has no config.json", path=str(path))
+    # "a/b" may be a hub name; anything deeper, absolute or relative by dots can only be a folder.
+    if not path.exists() and (len(path.parts) != 2 or str(name).startswith((".", "/", "~"))):
+        raise CheckpointError(f"no folder {path}", path=str(path))
+
+
+def _cannot_load(name: str | Path, error: Exception) -> CheckpointError | HubUnavailable:
+    first_line = str(error).strip().splitlines()[0]
+    if Path(name).is_dir():
+        return CheckpointError(f"cannot load the model in {name}: {first_line}", path=str(name))
+    return HubUnavailable(
+        f"{name} is no local folder, and the hub did not give it ({first_line}). "
+        "Check the name and the network, or pass a folder.",
+        name=str(name),
+    )

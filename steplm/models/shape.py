@@ -1,0 +1,112 @@
+"""``ModelShape`` by counting the tensors of a model: right for any decoder-only family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from steplm.errors import ConfigError
+from steplm.planner.shape import FAMILIES, shape_from_hf_config
+from steplm.types import LinearShape, ModelShape
+
+
+def shape_of(values: Mapping[str, Any]) -> ModelShape:
+    """The shape of the model that these configuration keys make, in a known family or in any other.
+
+    Raises:
+        ConfigError: no such model, or its layers are not one list of equal layers.
+    """
+    if values.get("model_type") in FAMILIES:
+        return shape_from_hf_config(values)
+    from steplm.models.build import hf_config
+    from transformers import AutoModelForCausalLM
+
+    config = hf_config(values)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"transformers makes no causal language model of this configuration: {error}") from None
+    return shape_from_model(model)
+
+
+def shape_from_model(model: PreTrainedModel) -> ModelShape:
+    """Counts from a model of ``transformers``, on any device (``meta`` costs no memory).
+
+    Outside the layers, what the output head owns counts as head, other vectors as final norm, and
+    other matrices as embeddings. A tied tensor counts once, where it first appears.
+
+    Raises:
+        ConfigError: no list of ``num_hidden_layers`` layers, or layers that differ in their parameters.
+    """
+    config = model.config.get_text_config()
+    prefix, layers = _find_layers(model, config.num_hidden_layers)
+    _require_equal_layers(prefix, layers)
+    linears = tuple(
+        LinearShape(name, module.in_features, module.out_features, module.bias is not None)
+        for name, module in layers[0].named_modules()
+        if isinstance(module, nn.Linear)
+    )
+    in_linears = sum(linear.num_parameters for linear in linears)
+
+    head = model.get_output_embeddings()
+    head_prefix = next((f"{name}." for name, module in model.named_modules() if module is head), None)
+    counts = {"embeddings": 0, "final_norm": 0, "head": 0}
+    modules: dict[str, dict[str, None]] = {component: {} for component in counts}  # ordered sets
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{prefix}."):
+            continue
+        if head_prefix is not None and name.startswith(head_prefix):
+            component = "head"
+        else:
+            component = "final_norm" if parameter.dim() == 1 else "embeddings"
+        counts[component] += parameter.numel()
+        modules[component][name.rpartition(".")[0]] = None
+
+    heads = config.num_attention_heads
+    return ModelShape(
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=heads,
+        tie_word_embeddings=head is not None and head.weight is model.get_input_embeddings().weight,
+        linears=linears,
+        other_layer_parameters=sum(parameter.numel() for parameter in layers[0].parameters()) - in_linears,
+        embedding_parameters=counts["embeddings"],
+        final_norm_parameters=counts["final_norm"],
+        head_parameters=counts["head"],
+        layer_prefix=prefix,
+        embedding_modules=tuple(modules["embeddings"]),
+        final_norm_modules=tuple(modules["final_norm"]),
+        head_modules=tuple(modules["head"]),
+        attention_size=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+    )
+
+
+def _find_layers(model: nn.Module, num_hidden_layers: int) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers: the outermost list of that length."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_hidden_layers:
+            return name, module
+    raise ConfigError(
+        f"{type(model).__name__} has no list of {num_hidden_layers} layers: only decoder-only models whose "
+        "layers are one ModuleList can grow.",
+        num_hidden_layers=num_hidden_layers,
+    )
+
+
+def _require_equal_layers(prefix: str, layers: nn.ModuleList) -> None:
+    signatures = [{name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in layers]
+    for index, signature in enumerate(signatures):
+        if signature != signatures[0]:
+            differing = sorted(dict(signature.items() ^ signatures[0].items()))
+            raise ConfigError(
+                f"layers {prefix}.0 and {prefix}.{index} differ in {', '.join(differing[:3])}: "
+                "only models of equal layers can grow.",
+                layer=index,
+            )

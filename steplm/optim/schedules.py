@@ -1,0 +1,69 @@
+"""The learning rate of a step, as a pure function. Steps count from 0, within a stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from steplm.errors import ConfigError
+
+# Each gives the share of the peak, 1 … min_ratio, of a step after the warm-up.
+# Arguments: steps done since the warm-up, steps after the warm-up, decay steps, min_ratio.
+
+
+def _cosine(done: int, total: int, decay_steps: int, min_ratio: float) -> float:
+    progress = done / max(1, total - 1)
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _warmup_stable_decay(done: int, total: int, decay_steps: int, min_ratio: float) -> float:
+    # The last step stands at min_ratio, so of d decay steps the first is 1/d of the way down.
+    decay_done = done - (total - decay_steps) + 1
+    return 1.0 if decay_done <= 0 else 1 - (1 - min_ratio) * decay_done / decay_steps
+
+
+def _constant_with_warmup(done: int, total: int, decay_steps: int, min_ratio: float) -> float:
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[int, int, int, float], float]] = {
+    "cosine": _cosine,
+    "warmup_stable_decay": _warmup_stable_decay,
+    "constant_with_warmup": _constant_with_warmup,
+}
+
+
+def learning_rate(
+    step: int,
+    *,
+    num_steps: int,
+    warmup_steps: int,
+    peak: float,
+    min_ratio: float,
+    kind: str,
+    decay_steps: int = 0,
+) -> float:
+    """The learning rate of one step.
+
+    Rises linearly over the warm-up, ``(step + 1) / warmup_steps`` of the peak, then follows the schedule;
+    ``cosine`` and ``warmup_stable_decay`` reach ``min_ratio * peak`` at the last step and stay there.
+
+    Args:
+        step: optimizer step, from 0.
+        num_steps: scheduled steps, warm-up included.
+        warmup_steps: steps of the warm-up.
+        peak: highest learning rate.
+        min_ratio: last learning rate / peak.
+        kind: a key of ``SCHEDULES``.
+        decay_steps: steps of the final decay; read by ``warmup_stable_decay`` alone.
+
+    Raises:
+        ConfigError: unknown kind.
+    """
+    if kind not in SCHEDULES:
+        raise ConfigError(f"no learning-rate schedule {kind!r}. Known: {', '.join(SCHEDULES)}.", kind=kind)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    total = max(1, num_steps - warmup_steps)
+    done = min(step - warmup_steps, total - 1)
+    return peak * SCHEDULES[kind](done, total, min(decay_steps, total), min_ratio)

@@ -1,0 +1,1 @@
+"""Parameter-efficient training: adapters on frozen layers, and which parameters are trained."""

@@ -1,0 +1,169 @@
+"""Adapters of a whole model: attach, merge, and their tensors by name.
+
+To add a method: write a class with ``LoRALinear``'s interface and add a line to ``METHODS``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from steplm.errors import CheckpointMismatch, ConfigError
+from steplm.pet.lora import LoRALinear
+from steplm.types import AdapterSpec
+
+METHODS: dict[str, type[LoRALinear]] = {
+    "lora": LoRALinear,
+}
+
+
+def attach(model: nn.Module, spec: AdapterSpec, layer_prefix: str, seed: int) -> None:
+    """Put fresh adapters on the target modules of ``spec.layers``; the model's output stays as it is.
+
+    Args:
+        layer_prefix: name of the list of layers, such as ``model.layers``.
+        seed: with a parameter's name it determines the parameter's first value.
+
+    Raises:
+        ConfigError: unknown method; a target that is missing, not linear, or smaller than the rank.
+    """
+    if spec.method not in METHODS:
+        raise ConfigError(
+            f"no adapter method {spec.method!r}. Known: {', '.join(METHODS)}.", method=spec.method
+        )
+    for index in spec.layers:
+        layer_name = f"{layer_prefix}.{index}"
+        layer = model.get_submodule(layer_name)
+        for name, module in _targets(layer, layer_name, spec).items():
+            adapter = METHODS[spec.method](module, spec.rank, spec.scaling)
+            adapter.reset_adapter(seed, f"{layer_name}.{name}")
+            layer.set_submodule(name, adapter)
+
+
+def merge(model: nn.Module) -> None:
+    """Add every adapter to its weight, in place, and leave plain ``nn.Linear`` modules."""
+    for name, adapter in list(_adapters(model)):
+        factors = {key: getattr(adapter, key).detach() for key in adapter.factor_names}
+        with torch.no_grad():
+            adapter.weight.copy_(adapter.merge_weight(adapter.weight.detach(), factors, adapter.scaling))
+        linear = nn.Linear(adapter.in_features, adapter.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = adapter.weight, adapter.bias
+        linear.train(adapter.training)
+        model.set_submodule(name, linear)
+
+
+def merge_state(
+    weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], spec: AdapterSpec
+) -> dict[str, Tensor]:
+    """The plain weights with the adapters added; the same bits as ``merge`` makes.
+
+    Reads one tensor after the other, so that over a mapping that loads on access only one matrix exists
+    beside the result. Weights without an adapter are passed through, not copied.
+
+    Raises:
+        CheckpointMismatch: an adapter without its weight, or of another shape than ``spec`` says.
+    """
+    method = METHODS[spec.method]
+    factors: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in adapters.items():
+        module, _, key = name.rpartition(".")
+        factors.setdefault(module, {})[key] = tensor
+    merged = {}
+    for name in weights:
+        module, _, parameter = name.rpartition(".")
+        weight = weights[name]
+        if parameter == "weight" and module in factors:
+            of_module = factors.pop(module)
+            expected = method.factor_shapes(weight.shape, spec.rank)
+            found = {key: tuple(tensor.shape) for key, tensor in of_module.items()}
+            if found != expected:
+                raise CheckpointMismatch(
+                    f"the adapter of {module!r} has the shapes {found}; rank {spec.rank} on this weight wants {expected}.",
+                    module=module,
+                )
+            weight = method.merge_weight(weight, of_module, spec.scaling)
+        merged[name] = weight
+    if factors:
+        raise CheckpointMismatch(
+            f"{len(factors)} adapters have no weight to be merged into, {sorted(factors)[0]!r} first.",
+            modules=sorted(factors),
+        )
+    return merged
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors by full name, ``…q_proj.lora_A``; not copied."""
+    return {
+        f"{name}.{key}": getattr(adapter, key).detach()
+        for name, adapter in _adapters(model)
+        for key in adapter.factor_names
+    }
+
+
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy saved adapters into the model's; exact where the dtype is the same.
+
+    Raises:
+        CheckpointMismatch: names or shapes differ.
+    """
+    own = adapter_state(model)
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    if missing or unknown or wrong:
+        parts = [("missing", missing), ("unknown", unknown), ("of another shape", wrong)]
+        told = "; ".join(f"{len(names)} {what} ({names[0]} …)" for what, names in parts if names)
+        raise CheckpointMismatch(
+            f"the saved adapters are not those of this model: {told}.",
+            missing=missing,
+            unknown=unknown,
+            wrong=wrong,
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, tuple(METHODS.values())):
+            yield name, module
+
+
+def _targets(layer: nn.Module, layer_name: str, spec: AdapterSpec) -> dict[str, nn.Linear]:
+    """The modules of one layer that get an adapter, by their name below the layer."""
+    modules = {name: module for name, module in layer.named_modules() if name}
+    last_parts = {name: name.rpartition(".")[2] for name in modules}
+    linears = sorted({last_parts[name] for name, module in modules.items() if type(module) is nn.Linear})
+    for target in spec.target_modules:
+        if target not in last_parts.values():
+            near = difflib.get_close_matches(target, linears, n=1)
+            hint = (
+                f" Did you mean {near[0]!r}?"
+                if near
+                else f" Linear maps there: {', '.join(linears) or 'none'}."
+            )
+            raise ConfigError(
+                f"{layer_name} has no module {target!r} to adapt.{hint}", target=target, layer=layer_name
+            )
+    targets: dict[str, nn.Linear] = {}
+    for name, module in modules.items():
+        if last_parts[name] not in spec.target_modules:
+            continue
+        if type(module) is not nn.Linear:
+            raise ConfigError(
+                f"{layer_name}.{name} is a {type(module).__name__}, and {spec.method} adapts plain nn.Linear modules "
+                f"only. Take it out of pet.target_modules, or set pet.method to none.",
+                target=name,
+            )
+        if spec.rank > min(module.in_features, module.out_features):
+            raise ConfigError(
+                f"pet.rank {spec.rank} is more than the smaller side of {layer_name}.{name}, "
+                f"{module.out_features} x {module.in_features}. Lower pet.rank.",
+                rank=spec.rank,
+                shape=(module.out_features, module.in_features),
+            )
+        targets[name] = module
+    return targets

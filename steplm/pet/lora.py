@@ -1,0 +1,72 @@
+"""LoRA on one linear map. Source: Hu et al., LoRA (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoRALinear(nn.Linear):
+    """A linear map plus a low-rank update: ``x W^T + b + scaling * (x A^T) B^T``.
+
+    Takes over the parameters of the map it replaces, which keep their names; ``lora_A`` (rank, in) and
+    ``lora_B`` (out, rank) are added in the weight's dtype and on its device.
+
+    Args:
+        linear: the map to replace.
+        rank: inner size of the update.
+        scaling: alpha / rank.
+    """
+
+    factor_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(self, linear: nn.Linear, rank: int, scaling: float) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a second weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.rank, self.scaling = rank, scaling
+        for name, shape in self.factor_shapes(linear.weight.shape, rank).items():
+            self.register_parameter(name, nn.Parameter(linear.weight.new_zeros(shape)))
+        self.train(linear.training)
+
+    def reset_adapter(self, seed: int, name: str) -> None:
+        """Kaiming-uniform A and zero B, a function of the seed and the module's name alone."""
+        # B starts at zero so that training starts from the frozen model. A must not: with both at
+        # zero neither factor ever gets a gradient.
+        digest = hashlib.sha256(f"{seed}:{name}.lora_A".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        # Drawn in fp32 on the CPU, so that the device and the dtype change nothing but the rounding.
+        fresh = torch.empty(self.lora_A.shape, dtype=torch.float32, device="cpu")
+        nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            self.lora_A.copy_(fresh)
+            self.lora_B.zero_()
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, self.in_features)
+        output = F.linear(rows, self.weight, self.bias)
+        # addmm adds inside the matrix product: no second tensor of the output's size, one rounding less.
+        output = torch.addmm(output, F.linear(rows, self.lora_A), self.lora_B.t(), alpha=self.scaling)
+        return output.view(*input.shape[:-1], self.out_features)
+
+    @staticmethod
+    def factor_shapes(weight_shape: Sequence[int], rank: int) -> dict[str, tuple[int, int]]:
+        """Shapes of the factors, by name, for a weight (out, in)."""
+        return {"lora_A": (rank, weight_shape[1]), "lora_B": (weight_shape[0], rank)}
+
+    @staticmethod
+    def merge_weight(weight: Tensor, factors: Mapping[str, Tensor], scaling: float) -> Tensor:
+        """``W + scaling * B A`` in fp32, rounded once to the weight's dtype."""
+        A, B = factors["lora_A"].float(), factors["lora_B"].float()
+        return torch.addmm(weight.float(), B, A, alpha=scaling).to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"

@@ -1,0 +1,1 @@
+"""Tables and figures from the files that runs leave behind."""

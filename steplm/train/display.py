@@ -1,0 +1,197 @@
+"""What a person sees while a run goes on: lines for a log, or a progress bar below them on a terminal."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from steplm.config import GrowthConfig
+from steplm.types import MemoryEstimate, Plan, Stage, TrainState
+from steplm.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from steplm.memory.measure import PeakMemory
+    from steplm.train.step import StepResult
+
+ROWS = ("weights", "gradients", "optimizer")
+
+
+class Display:
+    """Prints events as they come. The base of the others, and silent where ``console`` is quiet."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._plan: Plan | None = None
+        self._prepare_note = ""
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.console.print(text, style="dim", highlight=False)
+
+    def plan(self, plan: Plan) -> None:
+        self._plan = plan
+        layers = " + ".join(str(n) for n in plan.layers)
+        self.console.print(
+            f"[bold]plan[/]  {plan.num_stages} stage{'s' * (plan.num_stages > 1)}, layers {layers}, "
+            f"{format_count(plan.shape.num_parameters())} parameters, {format_count(plan.total_tokens)} tokens, "
+            f"model state {format_bytes(plan.peak_model_state_bytes)} "
+            f"(vanilla {format_bytes(plan.vanilla_model_state_bytes)}, {-plan.reduction:+.1%})",
+            highlight=False,
+        )
+
+    def prepare(self, progress: Any) -> None:
+        """Data preparation speaks once per shard or phase, not per document."""
+        text = str(progress)
+        if text != self._prepare_note:
+            self._prepare_note = text
+            self.note(f"data  {text}")
+
+    def stage_start(self, stage: Stage, measured: MemoryEstimate) -> None:
+        """The table of planned beside measured bytes."""
+        table = Table(title=self._stage_title(stage), title_justify="left", title_style="bold", box=None, pad_edge=False)
+        table.add_column("model state")
+        for heading in ("planned bytes", "measured bytes", ""):
+            table.add_column(heading, justify="right")
+        for name, planned_bytes, measured_bytes in _rows(stage.memory, measured):
+            equal = "[green]=[/]" if planned_bytes == measured_bytes else "[red]differs[/]"
+            table.add_row(name, f"{planned_bytes:,}", f"{measured_bytes:,}", equal)
+        self.console.print(table)
+
+    def _stage_title(self, stage: Stage) -> str:
+        new = f"{stage.num_new_layers} new" if stage.layer_map is not None else "all trained"
+        adapters = f", LoRA rank {stage.adapters.rank} on the other {len(stage.adapters.layers)}" if stage.adapters else ""
+        return f"stage {self._of(stage)}: {stage.num_hidden_layers} layers, {new}{adapters}"
+
+    def _of(self, stage: Stage) -> str:
+        return f"{stage.index}/{self._plan.num_stages}" if self._plan else str(stage.index)
+
+    def step(
+        self,
+        stage: Stage,
+        progress: TrainState,
+        num_steps: int,
+        result: StepResult,
+        rate: float,
+        speed: float,
+        peak: PeakMemory,
+    ) -> None:
+        self.console.print(
+            f"stage {self._of(stage)}  step {progress.step:,}/{num_steps:,}  loss {result.loss:.3f}  "
+            f"ppl {math.exp(min(result.loss, 700)):.1f}  lr {rate:.1e}  grad {result.grad_norm:.2f}  "
+            f"{format_count(speed)} tok/s  {_memory(stage, peak)}",
+            highlight=False,
+        )
+
+    def evaluation(self, stage: Stage, progress: TrainState, loss: float, perplexity: float) -> None:
+        self.console.print(
+            f"stage {self._of(stage)}  step {progress.step:,}  [bold]validation loss {loss:.4f}  ppl {perplexity:.2f}[/]",
+            highlight=False,
+        )
+
+    def growth(
+        self, stage: Stage, growth: GrowthConfig, before: float | None, merged: float, grown: float
+    ) -> None:
+        layer_map = stage.layer_map
+        assert layer_map is not None
+        if before is not None:
+            self.console.print(f"merge   loss {before:.4f} -> {merged:.4f}", highlight=False)
+        self.console.print(
+            f"growth  {len(layer_map.kept_layers)} -> {layer_map.num_layers} layers "
+            f"({growth.operator}, {growth.resolved_position}: new layers "
+            f"{', '.join(str(i) for i in layer_map.new_layers)})  loss {merged:.4f} -> {grown:.4f}",
+            highlight=False,
+        )
+
+    def finished(self, run_dir: Path, export_dir: Path, loss: float) -> None:
+        self.console.print(
+            f"[bold green]done[/]  validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}  "
+            f"model in {export_dir}",
+            highlight=False,
+        )
+
+
+class RichDisplay(Display):
+    """Lines for events, and one progress bar for the whole run, with the time that is left."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[numbers]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def step(
+        self,
+        stage: Stage,
+        progress: TrainState,
+        num_steps: int,
+        result: StepResult,
+        rate: float,
+        speed: float,
+        peak: PeakMemory,
+    ) -> None:
+        if self._task is None:
+            total = self._plan.total_tokens if self._plan else None
+            self._task = self._progress.add_task("", total=total, completed=progress.tokens_seen, numbers="")
+        self._progress.update(
+            self._task,
+            description=f"stage {self._of(stage)}  step {progress.step:,}/{num_steps:,}",
+            completed=progress.tokens_seen,
+            numbers=f"loss {result.loss:.3f}  lr {rate:.1e}  {format_count(speed)} tok/s  {_memory(stage, peak)}",
+        )
+
+
+def make_display(kind: str) -> Display:
+    """``rich``, ``lines``, ``none``, or ``auto``: rich where the output is a terminal."""
+    if kind == "auto":
+        kind = "rich" if sys.stdout.isatty() else "lines"
+    # A log keeps each event on one line, however narrow the pipe claims to be.
+    console = Console(quiet=kind == "none", soft_wrap=kind == "lines")
+    return RichDisplay(console) if kind == "rich" else Display(console)
+
+
+def _memory(stage: Stage, peak: PeakMemory) -> str:
+    planned = f"state {format_bytes(stage.memory.total_bytes)} as planned"
+    return f"{peak}  {planned}"
+
+
+def _rows(planned: MemoryEstimate, measured: MemoryEstimate) -> list[tuple[str, int, int]]:
+    rows = [
+        (
+            kind,
+            *(e.bytes_of(kind=kind) - e.bytes_of(component="adapters", kind=kind) for e in (planned, measured)),
+        )
+        for kind in ROWS
+    ]
+    rows.append(("adapters", *(e.bytes_of(component="adapters") for e in (planned, measured))))
+    rows.append(("total", planned.total_bytes, measured.total_bytes))
+    return rows  # type: ignore[return-value]
+
+
+__all__ = ["Display", "RichDisplay", "format_seconds", "make_display"]

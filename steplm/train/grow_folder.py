@@ -1,0 +1,72 @@
+"""Depth up-scaling of any Hugging Face decoder: a deeper folder from a shallower one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from steplm.config import GrowthConfig
+from steplm.errors import CheckpointError, GrowthError
+from steplm.growth.grow import grow as grow_state
+from steplm.growth.grow import grow_config, provenance
+from steplm.models.build import config_values, fresh_layers, hf_config
+from steplm.models.folder import load_config_and_state, save_folder
+from steplm.planner.positions import make_layer_map
+from steplm.types import LayerMap, LayerProvenance, to_json
+
+
+def grow(
+    model: str | Path,
+    *,
+    to: int,
+    output_dir: str | Path,
+    operator: str = "interpolation_mean",
+    position: str | None = None,
+    seed: int = 0,
+) -> LayerMap:
+    """Write ``output_dir``: the model of ``to`` layers that ``operator`` makes of ``model``.
+
+    Args:
+        model: Hugging Face folder or hub name of a decoder-only model.
+        to: layers after growth.
+        operator: interpolation, interpolation_mean, stack, identity or random.
+        position: upper (default), intermediate, lower, random or even; stack always goes on top.
+
+    Returns:
+        For each layer of the grown model, its parents in the old one.
+
+    Raises:
+        GrowthError: ``to`` is not more than the model has, or its layers are not alike.
+        CheckpointError: no model there, or ``output_dir`` is not empty.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise CheckpointError(f"{output_dir} is not empty: choose another folder", path=str(output_dir))
+    growth = GrowthConfig(operator=operator, position=position)  # type: ignore[arg-type]
+    config, state = load_config_and_state(model)
+    num_old = config.num_hidden_layers
+    if to <= num_old:
+        raise GrowthError(
+            f"cannot grow to {to} layers: {model} has {num_old} already", num_hidden_layers=num_old, to=to
+        )
+    layer_map = make_layer_map(num_old, to - num_old, growth.resolved_position, seed)
+    grown_config = hf_config(grow_config(config_values(config), layer_map))
+    grown_config.use_cache = True
+    dtype = next(iter(state.values())).dtype
+    grown = grow_state(state, layer_map, operator, fresh_layer=fresh_layers(grown_config, seed=seed, dtype=dtype))
+    save_folder(output_dir, grown_config, grown)
+    old = tuple(LayerProvenance(1, (), None) for _ in range(num_old))
+    layers = [to_json(layer) for layer in provenance(old, layer_map, 2, operator)]
+    (output_dir / "provenance.json").write_text(json.dumps(layers, indent=1) + "\n")
+    _copy_tokenizer(model, output_dir)
+    return layer_map
+
+
+def _copy_tokenizer(model: str | Path, output_dir: Path) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, TypeError):
+        return  # a folder without a tokenizer is grown all the same
+    tokenizer.save_pretrained(output_dir)

@@ -1,0 +1,164 @@
+"""The model card of an export: a Hugging Face ``README.md`` that tells how the model came to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import yaml
+
+from steplm.checkpoint import CheckpointState
+from steplm.config import RunConfig
+from steplm.types import LayerProvenance, Plan, Stage
+from steplm.units import format_bytes, format_count
+
+COMPONENTS = {
+    "new_layers": "new layers",
+    "frozen_layers": "earlier layers",
+    "adapters": "adapters",
+    "embeddings": "embeddings",
+    "final_norm": "final norm",
+    "head": "head",
+}
+
+
+def model_card(config: RunConfig, plan: Plan, state: CheckpointState) -> str:
+    """Markdown with YAML front matter: what the model is, its plan, where each layer comes from, how to load it.
+
+    What nobody said (licence, language) is left out. Local data appears by file name, without its folder.
+
+    Args:
+        state: of the checkpoint that is exported, which may lie before the end of the plan.
+    """
+    sections = [
+        _front_matter(config),
+        f"# {config.name}",
+        _introduction(config, plan, state),
+        "## Load it",
+        _how_to_load(config),
+        "## How it was trained",
+        _plan_paragraph(plan),
+        _plan_table(plan.stages),
+        _pet_and_growth(config, plan),
+        "## Where each layer comes from",
+        _provenance_table(state.provenance),
+        "## Data",
+        _data(config),
+        *(["## Versions", _table(("package", "version"), state.versions.items())] if state.versions else []),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _front_matter(config: RunConfig) -> str:
+    values: dict[str, object] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["steplm", config.model.model_type],
+    }
+    hub_names = [entry.removeprefix("hub://").split("?")[0] for entry in config.data.train if _is_hub(entry)]
+    if hub_names:
+        values["datasets"] = list(dict.fromkeys(hub_names))
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+
+
+def _introduction(config: RunConfig, plan: Plan, state: CheckpointState) -> str:
+    progress = state.progress
+    depth = plan.stages[progress.stage_index - 1].num_hidden_layers
+    kind = "in one stage" if plan.num_stages == 1 else f"in {plan.num_stages} stages of growing depth"
+    text = (
+        f"A plain `{config.model.model_type}` language model of {depth} layers and "
+        f"{format_count(plan.shape.num_parameters(depth))} parameters, pre-trained {kind} on "
+        f"{format_count(progress.tokens_seen)} tokens. Adapters, where there were any, are merged into the weights."
+    )
+    is_final = progress.stage_done and progress.stage_index == plan.num_stages
+    if not is_final:
+        text += (
+            f"\n\n**Taken before the end of its plan**: stage {progress.stage_index} of {plan.num_stages}, "
+            f"{format_count(progress.tokens_seen)} of {format_count(plan.total_tokens)} tokens."
+        )
+    return text
+
+
+def _how_to_load(config: RunConfig) -> str:
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{config.name}"  # this folder, or its name on the hub
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("The", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```"""
+
+
+def _plan_paragraph(plan: Plan) -> str:
+    peak, vanilla = plan.peak_model_state_bytes, plan.vanilla_model_state_bytes
+    states = f"weights, gradients and optimizer states, {plan.precision}"
+    if peak == vanilla:
+        return f"Model states ({states}) take {format_bytes(peak)}."
+    word = "less" if plan.reduction > 0 else "more"
+    return (
+        f"Model states ({states}) take at most {format_bytes(peak)}: {abs(plan.reduction):.1%} {word} than the "
+        f"{format_bytes(vanilla)} of training the whole model at once. Activations are not counted."
+    )
+
+
+def _plan_table(stages: Sequence[Stage]) -> str:
+    rows = [
+        (
+            stage.index,
+            f"{stage.num_hidden_layers} ({stage.num_new_layers} new)",
+            format_count(stage.tokens),
+            ", ".join(_trained_components(stage)),
+            format_bytes(stage.memory.total_bytes),
+        )
+        for stage in stages
+    ]
+    return _table(("stage", "layers", "tokens", "trained", "model states"), rows)
+
+
+def _trained_components(stage: Stage) -> list[str]:
+    return [words for name, words in COMPONENTS.items() if stage.memory.bytes_of(name, "gradients")]
+
+
+def _pet_and_growth(config: RunConfig, plan: Plan) -> str:
+    if plan.num_stages == 1:
+        return ""
+    lines = [f"- growth: `{config.growth.operator}`, new layers placed `{config.growth.resolved_position}`"]
+    adapters = next((stage.adapters for stage in plan.stages if stage.adapters is not None), None)
+    if adapters is not None:
+        lines.append(
+            f"- adapters on frozen layers: {adapters.method}, rank {adapters.rank}, alpha {adapters.alpha:g}, on "
+            + ", ".join(f"`{name}`" for name in adapters.target_modules)
+        )
+    return "\n".join(lines)
+
+
+def _provenance_table(provenance: Sequence[LayerProvenance]) -> str:
+    rows = [
+        (index, layer.born_in_stage, _made_of(layer), layer.operator or "fresh or given weights")
+        for index, layer in enumerate(provenance)
+    ]
+    return _table(("layer", "born in stage", "made of", "by"), rows)
+
+
+def _made_of(layer: LayerProvenance) -> str:
+    if not layer.parents:
+        return ""
+    word = "layer" if len(layer.parents) == 1 else "layers"
+    return f"{word} {' and '.join(map(str, layer.parents))} of stage {layer.born_in_stage - 1}"
+
+
+def _data(config: RunConfig) -> str:
+    # A published card must not tell the folders of the machine that it was written on.
+    names = [entry if "://" in entry else Path(entry).name for entry in config.data.train]
+    return "\n".join(f"- `{name}`" for name in dict.fromkeys(names))
+
+
+def _is_hub(entry: str) -> bool:
+    return entry.startswith("hub://")
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

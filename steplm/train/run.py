@@ -1,0 +1,429 @@
+"""A run, from configuration to exported model: prepare, plan, stages, export. One loop for every method."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import steplm
+from steplm.checkpoint import CheckpointState, latest_checkpoint, verify_checkpoint
+from steplm.checkpoint.folder import complete_checkpoints, load_checkpoint_state
+from steplm.config import RunConfig, dump_config, load_config
+from steplm.data.loader import BatchLoader, validation_windows
+from steplm.data.prepare import prepare
+from steplm.data.tokens import Manifest, TokenDataset
+from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError
+from steplm.memory.measure import measure_peak
+from steplm.models.folder import load_hf_config
+from steplm.models.forward import mean_loss
+from steplm.planner.plan import plan as make_plan
+from steplm.train.display import Display, make_display
+from steplm.train.export import export
+from steplm.train.metrics import SINKS, MetricsLog
+from steplm.train.stage import assemble, check_entrance, enter_stage, train_stage
+from steplm.train.step import StepResult
+from steplm.types import Plan, Stage, TrainState, from_json, to_json
+
+# A resumed run may differ in these keys; any other difference would make it another run.
+FREE_AT_RESUME = (
+    "name",
+    "output_dir",
+    "data.num_workers",
+    "data.prepared_dir",
+    "train.device",
+    "train.num_threads",
+    "train.dry_run",
+    "train.save_steps",
+    "train.save_total_limit",
+    "eval",
+    "log",
+)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind. ``finished`` is false where a signal stopped it."""
+
+    run_dir: Path
+    plan: Plan
+    finished: bool
+    stop_signal: int | None = None
+    validation_loss: float | None = None  # nats a token, of the exported model
+    export_dir: Path | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        return None if self.validation_loss is None else math.exp(self.validation_loss)
+
+
+@dataclass
+class Run:
+    """What every stage of a run shares."""
+
+    config: RunConfig
+    plan: Plan
+    manifest: Manifest
+    loader: BatchLoader
+    validation: TokenDataset
+    metrics: MetricsLog
+    display: Display
+    device: torch.device
+    seconds_before: float = 0.0  # trained before this process
+    started_at: float = field(default_factory=time.monotonic)
+    stop_signal: int | None = None
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.config.run_dir / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        return latest_checkpoint(self.checkpoints_dir)
+
+    @property
+    def elapsed_seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started_at
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.config.eval.per_device_eval_batch_size or self.config.train.per_device_train_batch_size
+
+    def evaluate(self, stage: Stage, progress: TrainState, model: PreTrainedModel) -> float:
+        """Validation loss, logged and shown."""
+        loss = self.validation_loss(model)
+        perplexity = math.exp(min(loss, 700.0))
+        self.metrics.write(
+            "eval",
+            stage=stage.index,
+            step=progress.step,
+            tokens_seen=progress.tokens_seen,
+            loss=loss,
+            perplexity=perplexity,
+        )
+        self.display.evaluation(stage, progress, loss, perplexity)
+        return loss
+
+    def validation_loss(self, model: PreTrainedModel) -> float:
+        batches = validation_windows(
+            self.validation,
+            self.config.train.sequence_length,
+            self.config.eval.max_tokens,
+            batch_size=self.eval_batch_size,
+            within_documents=self.config.data.within_documents,
+        )
+        loss, _ = mean_loss(model, batches, chunk_size=self.config.train.loss_chunk_size)
+        return loss
+
+    def log_step(
+        self, stage: Stage, progress: TrainState, num_steps: int, result: StepResult, rate: float, speed: float
+    ) -> None:
+        peak = measure_peak(self.device)
+        self.metrics.write(
+            "train",
+            stage=stage.index,
+            step=progress.step,
+            num_steps=num_steps,
+            tokens_seen=progress.tokens_seen,
+            loss=result.loss,
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            tokens_per_second=speed,
+            elapsed_seconds=self.elapsed_seconds,
+            **to_json(peak),
+        )
+        self.display.step(stage, progress, num_steps, result, rate, speed, peak)
+
+
+def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
+    """Run every stage of the plan and export the merged model; resume where an earlier call stopped.
+
+    Writes ``config.yaml``, ``plan.json``, ``environment.json``, ``metrics.jsonl``, ``checkpoints/``,
+    ``export/`` and ``summary.json`` into the run directory. A finished run returns at once.
+
+    Raises:
+        ConfigError, DataError, PlanInfeasible: before anything is trained.
+        CheckpointMismatch: the run directory holds another run.
+        MemoryMismatch: the measured model-state bytes are not the planned ones.
+        TrainingDiverged: the loss became NaN or infinite.
+    """
+    if config.train.num_threads is not None:
+        torch.set_num_threads(config.train.num_threads)
+    display = display or make_display(config.log.progress)
+    run_dir = config.run_dir
+    with _exclusive(run_dir):
+        plan = make_plan(config)
+        _check_init_from(config, plan)
+        _check_same_run(config, plan)
+        summary = run_dir / "summary.json"
+        if summary.is_file():
+            display.note(f"{run_dir} is finished already")
+            return _result_of(run_dir, plan)
+        _write_documents(config, plan)
+        display.plan(plan)
+        manifest = prepare(config, display.prepare)
+        checkpoint = _usable_checkpoint(run_dir / "checkpoints", display)
+        state = None if checkpoint is None else load_checkpoint_state(checkpoint)
+        if state is not None:
+            _check_checkpoint(checkpoint, state, plan, manifest)
+        run = Run(
+            config=config,
+            plan=plan,
+            manifest=manifest,
+            loader=BatchLoader(
+                TokenDataset(config.prepared_dir, "train"),
+                seed=config.seed,
+                sequence_length=config.train.sequence_length,
+                within_documents=config.data.within_documents,
+            ),
+            validation=TokenDataset(config.prepared_dir, "validation"),
+            metrics=_open_metrics(config, keep_bytes=0 if state is None else state.metrics_bytes),
+            display=display,
+            device=_device(config.train.device),
+            seconds_before=0.0 if state is None else state.elapsed_seconds,
+        )
+        try:
+            with _stopping_on_signals(run), display:
+                checkpoint = _run_stages(run, checkpoint)
+                if run.stop_signal:
+                    display.note(f"stopped by signal {run.stop_signal}; run the same command again to resume")
+                    return RunResult(run_dir, plan, finished=False, stop_signal=run.stop_signal)
+                return _finish(run)
+        finally:
+            run.metrics.close()
+
+
+def _run_stages(run: Run, checkpoint: Path | None) -> Path | None:
+    for stage in _remaining_stages(run.plan, checkpoint):
+        start = enter_stage(run, stage, checkpoint)
+        model, optimizer = assemble(run, stage, start)
+        start.weights, start.adapters, start.optimizer = {}, {}, {}  # the model holds what it needs
+        check_entrance(run, stage, model, optimizer)
+        checkpoint = train_stage(run, stage, start, model, optimizer)
+        # Gone before the next stage is built: at growth the device holds plain weights only.
+        del model, optimizer, start
+        if run.stop_signal:
+            break
+    return checkpoint
+
+
+def _remaining_stages(plan: Plan, checkpoint: Path | None) -> list[Stage]:
+    if checkpoint is None:
+        return list(plan.stages)
+    progress = load_checkpoint_state(checkpoint).progress
+    return list(plan.stages[progress.stage_index - (0 if progress.stage_done else 1) :])
+
+
+def _finish(run: Run) -> RunResult:
+    """Export, evaluate the exported model, write the summary."""
+    from steplm.models.folder import load_pretrained
+
+    run_dir = run.config.run_dir
+    export_dir = export(run_dir)
+    loss = run.validation_loss(load_pretrained(export_dir).to(run.device))
+    tokens_seen = run.plan.total_tokens
+    run.metrics.write("run_end", tokens_seen=tokens_seen, elapsed_seconds=run.elapsed_seconds, validation_loss=loss)
+    _write_atomically(
+        run_dir / "summary.json",
+        {
+            "plan_hash": run.plan.hash,
+            "tokens_seen": tokens_seen,
+            "elapsed_seconds": run.elapsed_seconds,
+            "validation_loss": loss,
+            "validation_perplexity": math.exp(min(loss, 700.0)),
+            "export_dir": export_dir.name,
+        },
+    )
+    run.display.finished(run_dir, export_dir, loss)
+    return _result_of(run_dir, run.plan)
+
+
+def _result_of(run_dir: Path, plan: Plan) -> RunResult:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    return RunResult(
+        run_dir,
+        plan,
+        finished=True,
+        validation_loss=summary["validation_loss"],
+        export_dir=run_dir / summary["export_dir"],
+    )
+
+
+def _check_init_from(config: RunConfig, plan: Plan) -> None:
+    if config.init_from is None:
+        return
+    given = load_hf_config(config.init_from)
+    if given.num_hidden_layers != plan.layers[0]:
+        raise ConfigError(
+            f"init_from {config.init_from} has {given.num_hidden_layers} layers, but stage 1 of the plan has "
+            f"{plan.layers[0]}. Set plan.layers by hand, beginning with {given.num_hidden_layers}.",
+            num_hidden_layers=given.num_hidden_layers,
+        )
+    for key, value in config.model.hf_config().items():
+        theirs = getattr(given, key, value)
+        if key not in ("num_hidden_layers", "initializer_range", "max_position_embeddings") and theirs != value:
+            raise ConfigError(
+                f"model.{key} is {value}, but {key} of init_from {config.init_from} is {theirs}: "
+                f"set model.{key}={theirs}",
+                key=key,
+            )
+
+
+def _check_same_run(config: RunConfig, plan: Plan) -> None:
+    """A run directory belongs to one configuration, but for the keys in ``FREE_AT_RESUME``."""
+    written = config.run_dir / "config.yaml"
+    if not written.is_file() or not complete_checkpoints(config.run_dir / "checkpoints"):
+        return
+    before, now = _flat(load_config(written).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    changed = [key for key in now if now[key] != before.get(key) and not key.startswith(FREE_AT_RESUME)]
+    if changed:
+        listing = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in changed[:5])
+        raise CheckpointMismatch(
+            f"{config.run_dir} holds a run of another configuration ({listing}). "
+            "Undo the change to resume it, or give this run its own name or output_dir.",
+            changed=changed,
+        )
+    plan_file = config.run_dir / "plan.json"
+    if plan_file.is_file() and from_json(Plan, json.loads(plan_file.read_text())).hash != plan.hash:
+        raise CheckpointMismatch(
+            f"{plan_file} is not the plan that this configuration gives now. "
+            "It was edited, or made by another version: give this run its own output_dir.",
+            plan_hash=plan.hash,
+        )
+
+
+def _check_checkpoint(path: Path | None, state: CheckpointState, plan: Plan, manifest: Manifest) -> None:
+    if state.plan_hash != plan.hash:
+        raise CheckpointMismatch(
+            f"{path} belongs to plan {state.plan_hash}, not to this run's plan {plan.hash}. "
+            "Use another output_dir for the new plan.",
+            plan_hash=plan.hash,
+        )
+    if state.data_fingerprint != manifest.fingerprint:
+        raise CheckpointMismatch(
+            f"{path} was trained on data {state.data_fingerprint}, but the prepared data is {manifest.fingerprint}. "
+            "Restore the data, or start anew in another output_dir.",
+            fingerprint=manifest.fingerprint,
+        )
+
+
+def _usable_checkpoint(root: Path, display: Display) -> Path | None:
+    """The newest checkpoint whose files are as they were written; damaged ones are named and passed over."""
+    complete = complete_checkpoints(root)
+    for path in reversed(complete):
+        try:
+            verify_checkpoint(path)
+            return path
+        except CheckpointError as error:
+            display.note(f"passing over {path.name}: {error}")
+    if complete:
+        raise CheckpointError(f"none of the {len(complete)} checkpoints in {root} is usable", path=str(root))
+    return None
+
+
+def _open_metrics(config: RunConfig, keep_bytes: int) -> MetricsLog:
+    values = config.model_dump(mode="json")
+    sinks = [SINKS[name](config.run_dir, config.log.wandb_project, config.name, values) for name in config.log.report_to]
+    return MetricsLog(config.run_dir / "metrics.jsonl", sinks, keep_bytes=keep_bytes)
+
+
+def _write_documents(config: RunConfig, plan: Plan) -> None:
+    run_dir = config.run_dir
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    _write_atomically(run_dir / "plan.json", to_json(plan))
+    _write_atomically(run_dir / "environment.json", environment())
+
+
+def environment() -> dict[str, Any]:
+    """The device, the versions and the command: what a reader needs to judge a number."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else (platform.processor() or platform.machine()),
+        "num_devices": torch.cuda.device_count() if cuda else 0,
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "versions": {
+            "steplm": steplm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _write_atomically(path: Path, value: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device is cuda, but PyTorch sees no CUDA device. Set train.device=cpu or auto.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as ``section.key``; the free-form ``model.extra`` stays one value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        nested = isinstance(value, dict) and name != "model.extra"
+        flat.update(_flat(value, f"{name}.") if nested else {name: value})
+    return flat
+
+
+@contextmanager
+def _exclusive(run_dir: Path) -> Iterator[None]:
+    """One process per run directory. The lock goes with the process, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock: IO[str] = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"cannot write into the run directory {run_dir}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"another process trains in {run_dir}. Wait for it, stop it, or use another output_dir."
+            ) from None
+        yield
+
+
+@contextmanager
+def _stopping_on_signals(run: Run) -> Iterator[None]:
+    """SIGTERM and SIGINT ask for a checkpoint and an orderly end after the step in progress."""
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        if run.stop_signal == signal.SIGINT == signum:
+            raise KeyboardInterrupt  # asked twice
+        run.stop_signal = signum
+
+    try:
+        before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: the caller's own handlers stay
+        before = {}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

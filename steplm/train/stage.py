@@ -1,0 +1,336 @@
+"""One stage: from the last checkpoint to this stage's model, optimizer, and trained end.
+
+Assembly has one order, everywhere: weights -> adapters -> freeze -> activation checkpointing ->
+compile -> (shard) -> optimizer -> loop. Growth acts on plain tensors, before any of it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from steplm.checkpoint import Checkpoint, CheckpointState, load_checkpoint, prune_checkpoints, save_checkpoint
+from steplm.data.loader import validation_windows
+from steplm.errors import CheckpointMismatch, ConfigError, SteplmError, TrainingDiverged
+from steplm.growth.grow import grow, grow_config, layer_prefix_of, provenance
+from steplm.memory.measure import check_against_plan, measure_model_state, measure_peak, reset_peak
+from steplm.models.build import DTYPES, build_model, config_values, fresh_layers, hf_config, initial_state, plain_state
+from steplm.models.folder import load_config_and_state
+from steplm.models.forward import mean_loss
+from steplm.optim.adamw import MasterAdamW, carry_state
+from steplm.optim.schedules import learning_rate
+from steplm.pet.adapters import adapter_state, attach, load_adapter_state, merge_state
+from steplm.pet.trainable import apply_trainable
+from steplm.train.step import forward_backward, train_step
+from steplm.types import LayerProvenance, Stage, TrainState
+
+if TYPE_CHECKING:
+    from steplm.train.run import Run
+
+PROBE_WINDOWS = 32  # validation windows on which the loss around merge and growth is compared
+
+
+@dataclass
+class StageStart:
+    """Plain tensors and progress with which a stage begins, or goes on after a resume."""
+
+    hf_config: PretrainedConfig
+    weights: dict[str, Tensor]
+    provenance: tuple[LayerProvenance, ...]
+    progress: TrainState
+    adapters: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    optimizer_steps: dict[str, int] = field(default_factory=dict)
+    trained_names: tuple[str, ...] | None = None  # known at a resume in the middle of the stage
+
+
+def enter_stage(run: Run, stage: Stage, checkpoint_path: Path | None) -> StageStart:
+    """Fresh or given weights (stage 1), the checkpoint's (resume), or the grown ones (a later stage)."""
+    if checkpoint_path is None:
+        return _first_start(run, stage)
+    checkpoint = load_checkpoint(checkpoint_path, verify=False)  # verified when it was chosen
+    if checkpoint.state.progress.stage_index == stage.index:
+        return StageStart(
+            hf_config=checkpoint.config,
+            weights=checkpoint.weights,
+            provenance=checkpoint.state.provenance,
+            progress=checkpoint.state.progress,
+            adapters=checkpoint.adapters,
+            optimizer=checkpoint.optimizer,
+            optimizer_steps=checkpoint.state.optimizer_steps,
+            trained_names=checkpoint.state.trained_names,
+        )
+    return _grown_start(run, stage, checkpoint)
+
+
+def _first_start(run: Run, stage: Stage) -> StageStart:
+    dtype = DTYPES[run.config.train.precision]
+    if run.config.init_from is None:
+        config = hf_config(run.config.model.hf_config(), stage.num_hidden_layers)
+        weights = initial_state(config, seed=run.config.seed, dtype=dtype)
+    else:
+        config, weights = load_config_and_state(run.config.init_from, dtype=dtype)
+        config.use_cache = False
+    origins = tuple(LayerProvenance(1, (), None) for _ in range(stage.num_hidden_layers))
+    return StageStart(config, weights, origins, TrainState(stage.index, 0, 0, 0))
+
+
+def _grown_start(run: Run, stage: Stage, checkpoint: Checkpoint) -> StageStart:
+    """Merge, then grow; the loss before and after each is logged."""
+    assert stage.layer_map is not None
+    state = checkpoint.state
+    tokens_seen = state.progress.tokens_seen
+    operator = run.config.growth.operator
+    weights = checkpoint.weights
+    if state.adapters is not None:
+        weights = merge_state(weights, checkpoint.adapters, state.adapters)
+    loss_merged = probe_loss(run, build_model(checkpoint.config, weights, device=run.device))
+    run.metrics.write(
+        "merge",
+        stage=state.progress.stage_index,
+        tokens_seen=tokens_seen,
+        loss_before=state.probe_loss,
+        loss_after=loss_merged,
+    )
+    grown_config = hf_config(grow_config(config_values(checkpoint.config), stage.layer_map))
+    grown = grow(
+        weights,
+        stage.layer_map,
+        operator,
+        fresh_layer=fresh_layers(
+            grown_config, seed=run.config.seed + stage.index, dtype=DTYPES[run.config.train.precision]
+        ),
+    )
+    loss_grown = probe_loss(run, build_model(grown_config, grown, device=run.device))
+    run.metrics.write(
+        "growth",
+        stage=stage.index,
+        tokens_seen=tokens_seen,
+        loss_before=loss_merged,
+        loss_after=loss_grown,
+        operator=operator,
+        position=run.config.growth.resolved_position,
+    )
+    run.display.growth(stage, run.config.growth, state.probe_loss, loss_merged, loss_grown)
+    return StageStart(
+        hf_config=grown_config,
+        weights=grown,
+        provenance=provenance(state.provenance, stage.layer_map, stage.index, operator),
+        progress=TrainState(stage.index, 0, 0, tokens_seen),
+        optimizer=checkpoint.optimizer if run.config.optim.keep_state_at_growth else {},
+        optimizer_steps=state.optimizer_steps,
+    )
+
+
+def assemble(run: Run, stage: Stage, start: StageStart) -> tuple[PreTrainedModel, MasterAdamW]:
+    """The stage's model on the device and its optimizer, states allocated."""
+    train = run.config.train
+    model = build_model(start.hf_config, start.weights)
+    if stage.adapters is not None:
+        attach(model, stage.adapters, layer_prefix_of(start.weights), run.config.seed + stage.index)
+        if start.adapters:
+            load_adapter_state(model, start.adapters)
+    trained = apply_trainable(model, stage.trained_patterns)
+    if start.trained_names is not None and set(trained) != set(start.trained_names):
+        differing = sorted(set(trained) ^ set(start.trained_names))
+        raise CheckpointMismatch(
+            f"the checkpoint trains {len(start.trained_names)} parameters and the plan {len(trained)}; they differ in "
+            f"{differing[:4]}. The plan in the run directory is not the one that made this checkpoint.",
+            differing=differing,
+        )
+    model.to(run.device)
+    model.train()
+    if train.gradient_checkpointing:
+        # Reentrant checkpointing gives no gradients where the first layers are frozen.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if train.compile:
+        for layer in model.get_submodule(layer_prefix_of(start.weights)):
+            layer.compile()
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optim = run.config.optim
+    optimizer = MasterAdamW(
+        named, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_epsilon, weight_decay=optim.weight_decay
+    )
+    if start.trained_names is not None:
+        optimizer.load_state_dict(start.optimizer, start.optimizer_steps)
+    elif start.optimizer:
+        optimizer.load_state_dict(*carry_state(start.optimizer, start.optimizer_steps, trained), strict=False)
+    return model, optimizer
+
+
+def check_entrance(run: Run, stage: Stage, model: PreTrainedModel, optimizer: MasterAdamW) -> None:
+    """One batch forward and backward without an update, then planned bytes against measured bytes.
+
+    Raises:
+        MemoryMismatch: they are not equal.
+        SteplmError: the device ran out of memory.
+    """
+    reset_peak(run.device)
+    if run.config.train.dry_run:
+        train = run.config.train
+        batch = run.loader.batch(0, train.per_device_train_batch_size)
+        try:
+            forward_backward(
+                model, batch, micro_batch_size=train.per_device_train_batch_size, chunk_size=train.loss_chunk_size
+            )
+        except torch.OutOfMemoryError as error:
+            raise SteplmError(
+                f"stage {stage.index} does not fit: the dry-run batch of {train.per_device_train_batch_size} x "
+                f"{train.sequence_length} tokens ran out of device memory ({str(error).splitlines()[0]}). Lower "
+                "train.per_device_train_batch_size (and raise gradient_accumulation_steps), or set "
+                "train.gradient_checkpointing=true.",
+                stage=stage.index,
+            ) from None
+    measured = measure_model_state(model, optimizer, stage, expect_gradients=not run.config.train.dry_run)
+    optimizer.zero_grad()
+    if run.config.plan.count_embeddings:
+        check_against_plan(measured, stage.memory)
+    run.metrics.write(
+        "stage_start",
+        stage=stage.index,
+        num_hidden_layers=stage.num_hidden_layers,
+        planned_bytes=_by_kind(stage.memory),
+        measured_bytes=_by_kind(measured),
+    )
+    run.display.stage_start(stage, measured)
+
+
+def _by_kind(estimate: object) -> dict[str, int]:
+    """Weights, gradients and optimizer of the model proper; adapters with all of theirs; the total."""
+    bytes_of = estimate.bytes_of  # type: ignore[attr-defined]
+    kinds = {k: bytes_of(kind=k) - bytes_of(component="adapters", kind=k) for k in ("weights", "gradients", "optimizer")}
+    return {**kinds, "adapters": bytes_of(component="adapters"), "total": estimate.total_bytes}  # type: ignore[attr-defined]
+
+
+def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedModel, optimizer: MasterAdamW) -> Path:
+    """Steps until the stage's tokens are seen, or a signal asks to stop; returns the last checkpoint."""
+    config = run.config
+    train, optim = config.train, config.optim
+    num_sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    step_tokens = num_sequences * train.sequence_length
+    num_steps = stage.tokens // step_tokens
+    scheduled_steps = max(stage.scheduled_tokens // step_tokens, num_steps)
+    save_steps = train.save_steps or max(num_steps // 5, 1)
+    eval_steps = config.eval.eval_steps or max(num_steps // 10, 1)
+    progress = start.progress
+    last_logged_at, last_logged_step = time.monotonic(), progress.step
+    path: Path | None = None
+
+    while progress.step < num_steps:
+        rate = learning_rate(
+            progress.step,
+            num_steps=scheduled_steps,
+            warmup_steps=round(optim.warmup_ratio * scheduled_steps),
+            decay_steps=round(optim.decay_ratio * scheduled_steps),
+            peak=config.learning_rate(stage.index),
+            min_ratio=optim.min_lr_ratio,
+            kind=optim.lr_scheduler_type,
+        )
+        result = train_step(
+            model,
+            optimizer,
+            run.loader.batch(progress.tokens_seen, num_sequences),
+            learning_rate=rate,
+            max_grad_norm=optim.max_grad_norm,
+            micro_batch_size=train.per_device_train_batch_size,
+            chunk_size=train.loss_chunk_size,
+        )
+        if not result.is_finite:
+            raise _diverged(run, stage, progress, result.loss, result.grad_norm)
+        progress = replace(
+            progress,
+            step=progress.step + 1,
+            stage_tokens_seen=progress.stage_tokens_seen + step_tokens,
+            tokens_seen=progress.tokens_seen + step_tokens,
+        )
+        at_end = progress.step == num_steps
+        if progress.step % config.log.logging_steps == 0 or at_end:
+            now = time.monotonic()
+            speed = (progress.step - last_logged_step) * step_tokens / max(now - last_logged_at, 1e-9)
+            run.log_step(stage, progress, num_steps, result, rate, speed)
+            last_logged_at, last_logged_step = now, progress.step
+        paused_at = time.monotonic()
+        if progress.step % eval_steps == 0 or at_end:
+            run.evaluate(stage, progress, model)
+        if at_end:
+            progress = replace(progress, stage_done=True)
+        if progress.step % save_steps == 0 or at_end or run.stop_signal:
+            if at_end:
+                run.metrics.write("stage_end", stage=stage.index, step=progress.step, tokens_seen=progress.tokens_seen)
+            path = save(run, stage, start, model, optimizer, progress)
+        last_logged_at += time.monotonic() - paused_at  # speed counts training alone
+        if run.stop_signal:
+            break
+    assert path is not None
+    return path
+
+
+def save(
+    run: Run, stage: Stage, start: StageStart, model: PreTrainedModel, optimizer: MasterAdamW, progress: TrainState
+) -> Path:
+    """Write a checkpoint of this instant and prune the older ones."""
+    adapters = adapter_state(model)
+    tensors, steps = optimizer.state_dict()
+    state = CheckpointState(
+        progress=progress,
+        plan_hash=run.plan.hash,
+        data_fingerprint=run.manifest.fingerprint,
+        provenance=start.provenance,
+        trained_names=tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+        adapters=stage.adapters,
+        optimizer_steps=steps,
+        metrics_bytes=run.metrics.num_bytes,
+        elapsed_seconds=run.elapsed_seconds,
+        probe_loss=probe_loss(run, model) if progress.stage_done else None,
+    )
+    path = save_checkpoint(
+        run.checkpoints_dir,
+        config=start.hf_config,
+        weights=_on_cpu({name: t for name, t in plain_state(model).items() if name not in adapters}),
+        adapters=_on_cpu(adapters),
+        optimizer=_on_cpu(tensors),
+        state=state,
+    )
+    prune_checkpoints(run.checkpoints_dir, run.config.train.save_total_limit)
+    return path
+
+
+def probe_loss(run: Run, model: PreTrainedModel) -> float:
+    """Mean loss on the same few validation windows at every call."""
+    sequence_length = run.config.train.sequence_length
+    batches = validation_windows(
+        run.validation,
+        sequence_length,
+        PROBE_WINDOWS * sequence_length,
+        batch_size=run.eval_batch_size,
+        within_documents=run.config.data.within_documents,
+    )
+    loss, _ = mean_loss(model, batches, chunk_size=run.config.train.loss_chunk_size)
+    return loss
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+
+def _diverged(run: Run, stage: Stage, progress: TrainState, loss: float, grad_norm: float) -> TrainingDiverged:
+    last = run.last_checkpoint
+    way_out = f"The last good checkpoint is {last}." if last else "There is no checkpoint before it."
+    return TrainingDiverged(
+        f"stage {stage.index}, step {progress.step + 1}: loss {loss}, gradient norm {grad_norm}. {way_out} "
+        "Lower optim.learning_rate or raise optim.warmup_ratio.",
+        stage=stage.index,
+        step=progress.step + 1,
+        loss=loss,
+        grad_norm=grad_norm,
+        checkpoint=None if last is None else str(last),
+    )
+
+
+__all__ = ["ConfigError", "StageStart", "assemble", "check_entrance", "enter_stage", "measure_peak", "train_stage"]

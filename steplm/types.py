@@ -1,0 +1,251 @@
+"""The values that travel between the parts: frozen, comparable, JSON in and out.
+
+Nothing here computes weights or reads files. ``to_json`` and ``from_json`` work on every class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One linear map of a Transformer layer, weight of shape (out_features, in_features)."""
+
+    name: str  # below the layer, in Hugging Face spelling: "self_attn.q_proj"
+    in_features: int
+    out_features: int
+    bias: bool = False
+
+    @property
+    def num_parameters(self) -> int:
+        return self.out_features * self.in_features + (self.out_features if self.bias else 0)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers that are needed to count parameters. Not a model.
+
+    ``head_parameters`` is 0 where the head shares the embeddings' tensor.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    tie_word_embeddings: bool
+    linears: tuple[LinearShape, ...]
+    other_layer_parameters: int  # norms, one layer
+    embedding_parameters: int
+    final_norm_parameters: int
+    head_parameters: int
+    layer_prefix: str = "model.layers"
+    embedding_modules: tuple[str, ...] = ("model.embed_tokens",)
+    final_norm_modules: tuple[str, ...] = ("model.norm",)
+    head_modules: tuple[str, ...] = ("lm_head",)  # () where the head has no tensor of its own
+    attention_size: int | None = None  # num_attention_heads * head_dim; None: hidden_size
+
+    @property
+    def outer_patterns(self) -> tuple[str, ...]:
+        """Shell-style patterns over the names of the parameters outside the layers."""
+        return tuple(f"{name}.*" for name in self.embedding_modules + self.final_norm_modules + self.head_modules)
+
+    @property
+    def layer_parameters(self) -> int:
+        """P_layer: parameters of one Transformer layer."""
+        return sum(linear.num_parameters for linear in self.linears) + self.other_layer_parameters
+
+    @property
+    def outer_parameters(self) -> int:
+        """Parameters outside the layers: embeddings, final norm, head."""
+        return self.embedding_parameters + self.final_norm_parameters + self.head_parameters
+
+    def num_parameters(self, num_layers: int | None = None) -> int:
+        """All parameters of a model of ``num_layers`` layers (default: the full depth)."""
+        depth = self.num_hidden_layers if num_layers is None else num_layers
+        return depth * self.layer_parameters + self.outer_parameters
+
+
+@dataclass(frozen=True)
+class LayerOrigin:
+    """Where one layer of the grown model comes from.
+
+    A kept layer has one parent, itself in the old model. A new layer has the lower and the upper
+    neighbour as parents, and stands at ``fraction`` of the way between them (0.5 where it is alone
+    in its gap); a new layer without an upper neighbour has one parent.
+    """
+
+    parents: tuple[int, ...]
+    is_new: bool = False
+    fraction: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """For each layer of the grown model, bottom to top, its origin in the old one."""
+
+    origins: tuple[LayerOrigin, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.origins)
+
+    @property
+    def new_layers(self) -> tuple[int, ...]:
+        """Indices, in the grown model, of the layers that are new."""
+        return tuple(i for i, origin in enumerate(self.origins) if origin.is_new)
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Indices, in the grown model, of the layers that were there before."""
+        return tuple(i for i, origin in enumerate(self.origins) if not origin.is_new)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Adapters of one stage: LoRA of ``rank`` on each of ``target_modules`` in each of ``layers``."""
+
+    method: str
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]  # last part of the module's name: "q_proj"
+    layers: tuple[int, ...]
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class MemoryTerm:
+    """Bytes of one kind of tensor of one component: ``num_parameters * bytes_per_parameter``."""
+
+    component: str  # "new_layers", "frozen_layers", "adapters", "embeddings", "final_norm", "head"
+    kind: str  # "weights", "gradients", "optimizer"
+    num_parameters: int
+    bytes_per_parameter: int
+    formula: str
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_parameters * self.bytes_per_parameter
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Model-state bytes of one stage, per rank, by term."""
+
+    terms: tuple[MemoryTerm, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(term.num_bytes for term in self.terms)
+
+    def bytes_of(self, component: str | None = None, kind: str | None = None) -> int:
+        """Bytes of the terms with this component and this kind (``None``: any)."""
+        return sum(
+            term.num_bytes
+            for term in self.terms
+            if component in (None, term.component) and kind in (None, term.kind)
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage trains, on which model, for how long, in how many bytes."""
+
+    index: int  # from 1
+    num_new_layers: int
+    num_hidden_layers: int  # after growth
+    layer_map: LayerMap | None  # None: this stage starts from fresh or given weights
+    trained_patterns: tuple[str, ...]  # shell-style patterns over parameter names
+    adapters: AdapterSpec | None
+    scheduled_tokens: int  # the learning-rate schedule runs over these
+    tokens: int  # the stage stops after these
+    memory: MemoryEstimate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run and what they cost. Training obeys it."""
+
+    shape: ModelShape
+    precision: str  # "bf16" or "fp32"
+    stages: tuple[Stage, ...]
+    proved_optimal: bool
+    vanilla_model_state_bytes: int
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.stages)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """n_1 … n_K."""
+        return tuple(stage.num_new_layers for stage in self.stages)
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def peak_model_state_bytes(self) -> int:
+        return max(stage.memory.total_bytes for stage in self.stages)
+
+    @property
+    def reduction(self) -> float:
+        """Share of vanilla's model-state bytes that this plan saves, 0 … 1."""
+        return 1.0 - self.peak_model_state_bytes / self.vanilla_model_state_bytes
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits; equal plans have equal hashes."""
+        text = json.dumps(to_json(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class LayerProvenance:
+    """The history of one layer: the stage it was born in and the layers it was made of."""
+
+    born_in_stage: int
+    parents: tuple[int, ...]  # indices in the model of the stage before
+    operator: str | None  # None: initialised in stage 1
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Progress, and nothing else. Tokens count input positions, over all ranks."""
+
+    stage_index: int  # from 1
+    step: int  # optimizer steps done in this stage
+    stage_tokens_seen: int
+    tokens_seen: int  # in the whole run
+    stage_done: bool = False
+
+
+def to_json(value: Any) -> Any:
+    """Plain dicts, lists and numbers from any of the classes above."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+def from_json(cls: type[T], data: Any) -> T:
+    """The inverse of ``to_json``.
+
+    Raises:
+        ValueError: ``data`` has missing, unknown or ill-typed fields.
+    """
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls).validate_python(data)
