@@ -24,9 +24,9 @@ _PUBLIC = {
     "Stage": "steplm.types",
     "plan": "steplm.planner.plan",
     "prepare": "steplm.data.prepare",
-    "train": "steplm.train.run",
-    "export": "steplm.train.export",
-    "grow": "steplm.train.grow_folder",
+    "train": "steplm.training.run",
+    "export": "steplm.training.export",
+    "grow": "steplm.training.grow_folder",
     "perplexity": "steplm.eval.perplexity",
 }
 
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from steplm.errors import SteplmError
     from steplm.eval.perplexity import perplexity
     from steplm.planner.plan import plan
-    from steplm.train.export import export
-    from steplm.train.grow_folder import grow
-    from steplm.train.run import train
+    from steplm.training.export import export
+    from steplm.training.grow_folder import grow
+    from steplm.training.run import train
     from steplm.types import Plan, Stage
 
 

@@ -292,7 +292,7 @@ def find_config(source: str | Path) -> Path:
     if path.is_file():
         return path
     recipes = recipes_dir()
-    if path.suffix == "" and (recipes / f"{path.name}.yaml").is_file() and len(path.parts) == 1:
+    if len(path.parts) == 1 and (recipes / f"{path.name}.yaml").is_file():
         return recipes / f"{path.name}.yaml"
     names = sorted(recipe.stem for recipe in recipes.glob("*.yaml"))
     near = difflib.get_close_matches(path.stem, names, n=1)
@@ -310,15 +310,8 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    def environment(match: re.Match[str]) -> str:
-        name, default = match.groups()
-        value = os.environ.get(name, default)
-        if value is None:
-            raise ConfigError(f"{path} uses ${{{name}}}, but the environment variable {name} is not set.", variable=name)
-        return value
-
     try:
-        values = yaml.safe_load(_VARIABLE.sub(environment, path.read_text(encoding="utf-8")))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}", path=str(path)) from None
     except OSError as error:
@@ -327,7 +320,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections with keys.", path=str(path))
-    return values
+    return _with_environment(values, path)
+
+
+def _with_environment(value: Any, path: Path) -> Any:
+    def replacement(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        text = os.environ.get(name, default)
+        if text is None:
+            raise ConfigError(f"{path} uses ${{{name}}}, but the environment variable {name} is not set.", variable=name)
+        return text
+
+    if isinstance(value, dict):
+        return {key: _with_environment(child, path) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_with_environment(child, path) for child in value]
+    return _VARIABLE.sub(replacement, value) if isinstance(value, str) else value
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -35,7 +35,8 @@ def layer_prefix_of(names: Iterable[str]) -> str:
     if len(prefixes) != 1:
         found = f"{len(prefixes)} ({', '.join(prefixes)})" if prefixes else "none"
         raise GrowthError(
-            f"expected one list of layers among the parameter names, such as 'model.layers.0.…', found {found}. "
+            f"expected one list of layers among the parameter names, such as 'model.layers.0.…', "
+            f"found {found}. "
             "Only decoder-only models can grow.",
             prefixes=prefixes,
         )
@@ -89,15 +90,15 @@ def grow(
                 name: tensor.to(model_layer.get(name, tensor)) for name, tensor in fresh_layer(index).items()
             }
             _check_alike([model_layer, fresh], f"fresh {prefix}")
-            layer = make.function([fresh], 0.0)
+            layer = _contiguous(make.function([fresh], 0.0))
         else:
-            layer = make.function([layers[parent] for parent in origin.parents], origin.fraction)
+            layer = _contiguous(make.function([layers[parent] for parent in origin.parents], origin.fraction))
         grown.update({f"{prefix}.{index}.{name}": tensor for name, tensor in layer.items()})
     return grown
 
 
 def renamed(names: Iterable[str], layer_map: LayerMap) -> dict[str, str]:
-    """Old name -> name in the grown model, of weights that are kept: all of them, as layers only move up."""
+    """Old name -> name in the grown model. No weight is lost: kept layers move up, the rest stays."""
     new_index = {layer_map.origins[index].parents[0]: index for index in layer_map.kept_layers}
     result = {}
     for name in names:
@@ -143,7 +144,7 @@ def grow_config(hf_config: Mapping[str, Any], layer_map: LayerMap) -> dict[str, 
 def provenance(
     old: tuple[LayerProvenance, ...], layer_map: LayerMap, stage_index: int, operator: str
 ) -> tuple[LayerProvenance, ...]:
-    """The provenance of the grown model's layers: kept layers keep theirs, new ones are born in this stage."""
+    """The provenance of the grown model's layers: kept ones keep theirs, new ones are born in this stage."""
     _check_map(layer_map, len(old))
     return tuple(
         LayerProvenance(
@@ -173,6 +174,11 @@ def _split(state: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor],
             f"the weights have {prefix}.{max(layers)} but lack {prefix}.{missing[0]}.", missing=missing
         )
     return outer, [layers[index] for index in range(len(layers))]
+
+
+def _contiguous(layer: Layer) -> Layer:
+    # A clone keeps its original's strides; files of weights want rows.
+    return {name: tensor.contiguous() for name, tensor in layer.items()}
 
 
 def _check_map(layer_map: LayerMap, num_layers: int) -> None:
@@ -205,7 +211,7 @@ def _check_alike(layers: list[Layer] | list[dict[str, Tensor]], prefix: str) -> 
             if first.get(name) != other.get(name):
                 raise GrowthError(
                     f"layers differ: {name!r} is {_describe(first.get(name))} in {prefix}.0 and "
-                    f"{_describe(other.get(name))} in {prefix}.{index}. Only models with equal layers can grow.",
+                    f"{_describe(other.get(name))} in {prefix}.{index}. Only equal layers can grow.",
                     name=name,
                     layer=index,
                 )

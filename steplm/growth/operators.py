@@ -37,7 +37,7 @@ class Operator:
 
 def copy_lower(parents: Sequence[Layer], fraction: float) -> dict[str, Tensor]:
     """A copy of the lower parent."""
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in parents[0].items()}
+    return {name: tensor.clone() for name, tensor in parents[0].items()}
 
 
 def interpolate(parents: Sequence[Layer], fraction: float) -> dict[str, Tensor]:

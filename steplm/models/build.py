@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from steplm.errors import ConfigError
 
+# Keys of earlier transformers that its configurations still take, and turn into ``rope_parameters``.
+ACCEPTED_KEYS = ("rope_theta", "rope_scaling")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -32,8 +34,12 @@ def hf_config(values: Mapping[str, Any], num_hidden_layers: int | None = None) -
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"transformers knows no model type {model_type!r}.{hint}", model_type=model_type) from None
+    if not hasattr(default, "num_key_value_heads") and (
+        values.get("num_key_value_heads") == values.get("num_attention_heads")
+    ):
+        values.pop("num_key_value_heads", None)  # a family without grouped queries
     for key in values:
-        if not hasattr(default, key):
+        if not hasattr(default, key) and key not in ACCEPTED_KEYS:
             near = difflib.get_close_matches(key, list(default.to_dict()), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"the configuration of {model_type!r} has no key {key!r}.{hint}", key=key)

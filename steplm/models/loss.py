@@ -19,16 +19,16 @@ def chunked_cross_entropy(
     labels: Tensor,
     *,
     num_valid: int | Tensor,
-    chunk_size: int = 1024,
+    chunk_size: int = 512,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
     """Sum of negative log-likelihoods over the valid labels, divided by ``num_valid``; an fp32 scalar.
 
-    The logits are ``hidden @ weight.T + bias`` in the dtype of ``hidden``, everything after that is fp32 (fp64
-    for fp64 inputs). Loss and gradients come from one pass over chunks, in the forward, so that nothing is
-    computed twice; gradients that nobody needs are not computed.
+    The logits are ``hidden @ weight.T + bias`` in the dtype of ``hidden``, everything after that is fp32
+    (fp64 for fp64 inputs). Loss and gradients come from one pass over chunks, in the forward, so that
+    nothing is computed twice; gradients that nobody needs are not computed.
 
     Args:
         hidden: (N, D).

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from steplm.errors import ConfigError
+from steplm.memory.measure import find_layers, name_of_head, outer_component
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
 from steplm.types import LinearShape, ModelShape
 
@@ -22,15 +23,18 @@ def shape_of(values: Mapping[str, Any]) -> ModelShape:
     """
     if values.get("model_type") in FAMILIES:
         return shape_from_hf_config(values)
-    from steplm.models.build import hf_config
     from transformers import AutoModelForCausalLM
+
+    from steplm.models.build import hf_config
 
     config = hf_config(values)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"transformers makes no causal language model of this configuration: {error}") from None
+        raise ConfigError(
+            f"transformers makes no causal language model of this configuration: {error}"
+        ) from None
     return shape_from_model(model)
 
 
@@ -44,7 +48,7 @@ def shape_from_model(model: PreTrainedModel) -> ModelShape:
         ConfigError: no list of ``num_hidden_layers`` layers, or layers that differ in their parameters.
     """
     config = model.config.get_text_config()
-    prefix, layers = _find_layers(model, config.num_hidden_layers)
+    prefix, layers = find_layers(model, config.num_hidden_layers)
     _require_equal_layers(prefix, layers)
     linears = tuple(
         LinearShape(name, module.in_features, module.out_features, module.bias is not None)
@@ -54,16 +58,13 @@ def shape_from_model(model: PreTrainedModel) -> ModelShape:
     in_linears = sum(linear.num_parameters for linear in linears)
 
     head = model.get_output_embeddings()
-    head_prefix = next((f"{name}." for name, module in model.named_modules() if module is head), None)
+    head_name = name_of_head(model)
     counts = {"embeddings": 0, "final_norm": 0, "head": 0}
     modules: dict[str, dict[str, None]] = {component: {} for component in counts}  # ordered sets
     for name, parameter in model.named_parameters():
         if name.startswith(f"{prefix}."):
             continue
-        if head_prefix is not None and name.startswith(head_prefix):
-            component = "head"
-        else:
-            component = "final_norm" if parameter.dim() == 1 else "embeddings"
+        component = outer_component(name, parameter, head_name)
         counts[component] += parameter.numel()
         modules[component][name.rpartition(".")[0]] = None
 
@@ -85,18 +86,6 @@ def shape_from_model(model: PreTrainedModel) -> ModelShape:
         final_norm_modules=tuple(modules["final_norm"]),
         head_modules=tuple(modules["head"]),
         attention_size=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
-    )
-
-
-def _find_layers(model: nn.Module, num_hidden_layers: int) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the outermost list of that length."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_hidden_layers:
-            return name, module
-    raise ConfigError(
-        f"{type(model).__name__} has no list of {num_hidden_layers} layers: only decoder-only models whose "
-        "layers are one ModuleList can grow.",
-        num_hidden_layers=num_hidden_layers,
     )
 
 

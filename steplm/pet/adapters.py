@@ -34,13 +34,13 @@ def attach(model: nn.Module, spec: AdapterSpec, layer_prefix: str, seed: int) ->
         raise ConfigError(
             f"no adapter method {spec.method!r}. Known: {', '.join(METHODS)}.", method=spec.method
         )
-    for index in spec.layers:
-        layer_name = f"{layer_prefix}.{index}"
-        layer = model.get_submodule(layer_name)
-        for name, module in _targets(layer, layer_name, spec).items():
-            adapter = METHODS[spec.method](module, spec.rank, spec.scaling)
-            adapter.reset_adapter(seed, f"{layer_name}.{name}")
-            layer.set_submodule(name, adapter)
+    targets: dict[str, nn.Linear] = {}
+    for index in spec.layers:  # all of them before the first change
+        targets.update(_targets(model, f"{layer_prefix}.{index}", spec))
+    for name, linear in targets.items():
+        adapter = METHODS[spec.method](linear, spec.rank, spec.scaling)
+        adapter.reset_adapter(seed, name)
+        model.set_submodule(name, adapter)
 
 
 def merge(model: nn.Module) -> None:
@@ -81,7 +81,8 @@ def merge_state(
             found = {key: tuple(tensor.shape) for key, tensor in of_module.items()}
             if found != expected:
                 raise CheckpointMismatch(
-                    f"the adapter of {module!r} has the shapes {found}; rank {spec.rank} on this weight wants {expected}.",
+                    f"the adapter of {module!r} has the shapes {found}, but rank {spec.rank} on this "
+                    f"weight wants {expected}.",
                     module=module,
                 )
             weight = method.merge_weight(weight, of_module, spec.scaling)
@@ -128,13 +129,15 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     for name, module in model.named_modules():
-        if isinstance(module, tuple(METHODS.values())):
+        if type(module) in METHODS.values():
+            assert isinstance(module, LoRALinear)
             yield name, module
 
 
-def _targets(layer: nn.Module, layer_name: str, spec: AdapterSpec) -> dict[str, nn.Linear]:
-    """The modules of one layer that get an adapter, by their name below the layer."""
-    modules = {name: module for name, module in layer.named_modules() if name}
+def _targets(model: nn.Module, layer_name: str, spec: AdapterSpec) -> dict[str, nn.Linear]:
+    """The modules of one layer that get an adapter, by their full name."""
+    layer = model.get_submodule(layer_name)
+    modules = {f"{layer_name}.{name}": module for name, module in layer.named_modules() if name}
     last_parts = {name: name.rpartition(".")[2] for name in modules}
     linears = sorted({last_parts[name] for name, module in modules.items() if type(module) is nn.Linear})
     for target in spec.target_modules:
@@ -154,13 +157,13 @@ def _targets(layer: nn.Module, layer_name: str, spec: AdapterSpec) -> dict[str, 
             continue
         if type(module) is not nn.Linear:
             raise ConfigError(
-                f"{layer_name}.{name} is a {type(module).__name__}, and {spec.method} adapts plain nn.Linear modules "
-                f"only. Take it out of pet.target_modules, or set pet.method to none.",
+                f"{name} is a {type(module).__name__}, and {spec.method} adapts only plain "
+                f"nn.Linear modules. Take it out of pet.target_modules, or set pet.method to none.",
                 target=name,
             )
         if spec.rank > min(module.in_features, module.out_features):
             raise ConfigError(
-                f"pet.rank {spec.rank} is more than the smaller side of {layer_name}.{name}, "
+                f"pet.rank {spec.rank} is more than the smaller side of {name}, "
                 f"{module.out_features} x {module.in_features}. Lower pet.rank.",
                 rank=spec.rank,
                 shape=(module.out_features, module.in_features),

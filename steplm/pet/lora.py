@@ -25,8 +25,8 @@ class LoRALinear(nn.Linear):
     """
 
     factor_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    lora_A: nn.Parameter  # noqa: N815  (the field's names)
+    lora_B: nn.Parameter  # noqa: N815
 
     def __init__(self, linear: nn.Linear, rank: int, scaling: float) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate a second weight

@@ -34,7 +34,9 @@ def make_layer_map(num_old: int, num_new: int, position: str, seed: int = 0) -> 
         raise ConfigError(f"there is no position {position!r}. {hint}", position=position)
     if num_old < 1 or num_new < 1:
         raise GrowthError(
-            f"cannot add {num_new} layers to {num_old}: both must be at least 1.", num_old=num_old, num_new=num_new
+            f"cannot add {num_new} layers to {num_old}: both must be at least 1.",
+            num_old=num_old,
+            num_new=num_new,
         )
     return POSITIONS[position](num_old, num_new, seed)
 
@@ -47,7 +49,7 @@ def upper(num_old: int, num_new: int, seed: int) -> LayerMap:
 def intermediate(num_old: int, num_new: int, seed: int) -> LayerMap:
     """The middle gaps."""
     return _in_gaps(
-        num_old, num_new, lambda num_gaps, count: range((num_gaps - count) // 2, (num_gaps + count) // 2 + 1)[:count]
+        num_old, num_new, lambda num_gaps, count: range(num_gaps)[(num_gaps - count) // 2 :][:count]
     )
 
 
@@ -66,7 +68,9 @@ def random_gaps(num_old: int, num_new: int, seed: int) -> LayerMap:
 def even(num_old: int, num_new: int, seed: int) -> LayerMap:
     """Gaps spread over the depth: the middles of equal parts."""
     return _in_gaps(
-        num_old, num_new, lambda num_gaps, count: [(2 * k + 1) * num_gaps // (2 * count) for k in range(count)]
+        num_old,
+        num_new,
+        lambda num_gaps, count: [(2 * k + 1) * num_gaps // (2 * count) for k in range(count)],
     )
 
 

@@ -27,7 +27,9 @@ class Family:
     fused: bool = False  # qkv_proj and gate_up_proj
 
 
-def _defaults(vocab: int, hidden: int, feed_forward: int, layers: int, heads: int, **rest: Any) -> dict[str, Any]:
+def _defaults(
+    vocab: int, hidden: int, feed_forward: int, layers: int, heads: int, **rest: Any
+) -> dict[str, Any]:
     return {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -71,7 +73,11 @@ FAMILIES: dict[str, Family] = {
         qk_norm="head",
     ),
     "granite": Family(_defaults(32000, 4096, 11008, 32, 32, attention_bias=False, mlp_bias=False)),
-    "olmo": Family(_defaults(50304, 4096, 11008, 32, 32, attention_bias=False), norms_per_layer=0, final_norm=False),
+    "olmo": Family(
+        _defaults(50304, 4096, 11008, 32, 32, attention_bias=False),
+        norms_per_layer=0,
+        final_norm=False,
+    ),
     "olmo2": Family(_defaults(50304, 4096, 11008, 32, 32, attention_bias=False), qk_norm="all"),
     "phi3": Family(_defaults(32064, 3072, 8192, 32, 32), fused=True),
     "smollm3": Family(
@@ -142,7 +148,9 @@ def shape_from_hf_config(values: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def _linears(family: Family, known: Mapping[str, Any], query_size: int, kv_size: int) -> tuple[LinearShape, ...]:
+def _linears(
+    family: Family, known: Mapping[str, Any], query_size: int, kv_size: int
+) -> tuple[LinearShape, ...]:
     """The linear maps of one layer, in the order of the model's own modules."""
     hidden, feed_forward = known["hidden_size"], known["intermediate_size"]
     attention_bias, mlp_bias = bool(known.get("attention_bias")), bool(known.get("mlp_bias"))
@@ -167,11 +175,14 @@ def _linears(family: Family, known: Mapping[str, Any], query_size: int, kv_size:
 
 def _require_positive(key: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"model.{key} must be a whole number of at least 1, not {value!r}.", key=key, value=value)
+        raise ConfigError(
+            f"model.{key} must be a whole number of at least 1, not {value!r}.", key=key, value=value
+        )
 
 
 def _require_divisible(key: str, value: int, divisor_key: str, divisor: int) -> None:
     if value % divisor:
         raise ConfigError(
-            f"model.{key}={value} is not divisible by {divisor_key}={divisor}.", **{key: value, divisor_key: divisor}
+            f"model.{key}={value} is not divisible by {divisor_key}={divisor}.",
+            **{key: value, divisor_key: divisor},
         )

@@ -42,8 +42,7 @@ def model_card(config: RunConfig, plan: Plan, state: CheckpointState) -> str:
         _pet_and_growth(config, plan),
         "## Where each layer comes from",
         _provenance_table(state.provenance),
-        "## Data",
-        _data(config),
+        *(["## Data", _data(config)] if config.data.train else []),
         *(["## Versions", _table(("package", "version"), state.versions.items())] if state.versions else []),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

@@ -15,7 +15,7 @@ from steplm.config import RunConfig, load_config
 from steplm.errors import CheckpointError
 from steplm.models.folder import save_folder
 from steplm.pet.adapters import merge_state
-from steplm.train.model_card import model_card
+from steplm.training.model_card import model_card
 from steplm.types import Plan, from_json, to_json
 
 

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from steplm.checkpoint import Checkpoint, CheckpointState, load_checkpoint, prune_checkpoints, save_checkpoint
 from steplm.data.loader import validation_windows
 from steplm.errors import CheckpointMismatch, ConfigError, SteplmError, TrainingDiverged
-from steplm.growth.grow import grow, grow_config, layer_prefix_of, provenance
+from steplm.growth.grow import grow, grow_config, layer_prefix_of, provenance, renamed
 from steplm.memory.measure import check_against_plan, measure_model_state, measure_peak, reset_peak
 from steplm.models.build import DTYPES, build_model, config_values, fresh_layers, hf_config, initial_state, plain_state
 from steplm.models.folder import load_config_and_state
@@ -27,11 +27,11 @@ from steplm.optim.adamw import MasterAdamW, carry_state
 from steplm.optim.schedules import learning_rate
 from steplm.pet.adapters import adapter_state, attach, load_adapter_state, merge_state
 from steplm.pet.trainable import apply_trainable
-from steplm.train.step import forward_backward, train_step
+from steplm.training.step import forward_backward, train_step
 from steplm.types import LayerProvenance, Stage, TrainState
 
 if TYPE_CHECKING:
-    from steplm.train.run import Run
+    from steplm.training.run import Run
 
 PROBE_WINDOWS = 32  # validation windows on which the loss around merge and growth is compared
 
@@ -47,7 +47,8 @@ class StageStart:
     adapters: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     optimizer_steps: dict[str, int] = field(default_factory=dict)
-    trained_names: tuple[str, ...] | None = None  # known at a resume in the middle of the stage
+    trained_names: tuple[str, ...] | None = None  # at a resume in the middle of the stage
+    renamed: dict[str, str] = field(default_factory=dict)  # after a growth: old weight name -> new one
 
 
 def enter_stage(run: Run, stage: Stage, checkpoint_path: Path | None) -> StageStart:
@@ -125,6 +126,7 @@ def _grown_start(run: Run, stage: Stage, checkpoint: Checkpoint) -> StageStart:
         progress=TrainState(stage.index, 0, 0, tokens_seen),
         optimizer=checkpoint.optimizer if run.config.optim.keep_state_at_growth else {},
         optimizer_steps=state.optimizer_steps,
+        renamed=renamed(weights, stage.layer_map),
     )
 
 
@@ -160,7 +162,8 @@ def assemble(run: Run, stage: Stage, start: StageStart) -> tuple[PreTrainedModel
     if start.trained_names is not None:
         optimizer.load_state_dict(start.optimizer, start.optimizer_steps)
     elif start.optimizer:
-        optimizer.load_state_dict(*carry_state(start.optimizer, start.optimizer_steps, trained), strict=False)
+        carried, steps = carry_state(start.optimizer, start.optimizer_steps, start.renamed)
+        optimizer.load_state_dict(carried, steps, strict=False)
     return model, optimizer
 
 

@@ -6,7 +6,7 @@ import math
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -17,8 +17,9 @@ from steplm.types import MemoryEstimate, Plan, Stage, TrainState
 from steplm.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
+    from steplm.data.prepare import PrepareProgress
     from steplm.memory.measure import PeakMemory
-    from steplm.train.step import StepResult
+    from steplm.training.step import StepResult
 
 ROWS = ("weights", "gradients", "optimizer")
 
@@ -29,7 +30,7 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._plan: Plan | None = None
-        self._prepare_note = ""
+        self._prepared: tuple[str, int] | None = None
 
     def __enter__(self) -> Display:
         return self
@@ -51,12 +52,17 @@ class Display:
             highlight=False,
         )
 
-    def prepare(self, progress: Any) -> None:
-        """Data preparation speaks once per shard or phase, not per document."""
-        text = str(progress)
-        if text != self._prepare_note:
-            self._prepare_note = text
-            self.note(f"data  {text}")
+    def prepare(self, progress: PrepareProgress) -> None:
+        """Data preparation speaks when a phase begins and at every tenth of it."""
+        moment = (progress.phase, int(progress.fraction * 10))
+        if moment == self._prepared:
+            return
+        self._prepared = moment
+        bad = f", {progress.num_bad_records} bad records" if progress.num_bad_records else ""
+        self.note(
+            f"data  {progress.phase}  {progress.fraction:4.0%}  {progress.num_documents:,} documents, "
+            f"{format_count(progress.num_train_tokens)} tokens, {format_count(progress.tokens_per_second)} tok/s{bad}"
+        )
 
     def stage_start(self, stage: Stage, measured: MemoryEstimate) -> None:
         """The table of planned beside measured bytes."""

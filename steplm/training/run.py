@@ -33,11 +33,11 @@ from steplm.memory.measure import measure_peak
 from steplm.models.folder import load_hf_config
 from steplm.models.forward import mean_loss
 from steplm.planner.plan import plan as make_plan
-from steplm.train.display import Display, make_display
-from steplm.train.export import export
-from steplm.train.metrics import SINKS, MetricsLog
-from steplm.train.stage import assemble, check_entrance, enter_stage, train_stage
-from steplm.train.step import StepResult
+from steplm.training.display import Display, make_display
+from steplm.training.export import export
+from steplm.training.metrics import SINKS, MetricsLog
+from steplm.training.stage import assemble, check_entrance, enter_stage, train_stage
+from steplm.training.step import StepResult
 from steplm.types import Plan, Stage, TrainState, from_json, to_json
 
 # A resumed run may differ in these keys; any other difference would make it another run.

@@ -1,0 +1,137 @@
+"""Tokens per second of an ordinary (vanilla) step against Hugging Face ``Trainer``: same model, batch, precision.
+
+    pip install accelerate          # Trainer wants it
+    python benchmarks/cpu_step.py --rounds 3 --output results/cpu_step.json
+
+The two run by turns in one process, and the figure is their ratio, round by round: machines are noisy, ratios
+less so. fp32 is the same arithmetic on both sides. Under ``bf16`` the Trainer computes by autocast over fp32
+weights (16 bytes a parameter in weights, gradients and moments, and the bf16 copies that autocast makes beside
+them); steplm holds bf16 weights with fp32 master weights (16 bytes, all told).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from steplm.data.loader import Batch
+from steplm.models.build import DTYPES, build_model, hf_config, initial_state
+from steplm.optim.adamw import MasterAdamW
+from steplm.training.run import environment
+from steplm.training.step import train_step
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 9,
+    "num_attention_heads": 4,
+    "vocab_size": 8192,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
+
+
+def trainer_seconds(precision: str, tokens: torch.Tensor, num_steps: int) -> list[float]:
+    config = hf_config(MODEL)
+    model = build_model(config, initial_state(config, seed=0, dtype=torch.float32))
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=tokens.shape[0],
+            max_steps=num_steps,
+            learning_rate=1e-3,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            bf16=precision == "bf16",
+            use_cpu=True,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_steps=10**6,
+        )
+        dataset = [{"input_ids": row, "labels": row} for row in tokens] * (num_steps + 1)
+        Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[times]).train()
+    return times.seconds
+
+
+def our_seconds(precision: str, tokens: torch.Tensor, num_steps: int, chunk_size: int) -> list[float]:
+    config = hf_config(MODEL)
+    model = build_model(config, initial_state(config, seed=0, dtype=DTYPES[precision])).train()
+    optimizer = MasterAdamW(model.named_parameters())
+    batch = Batch(input_ids=tokens, labels=tokens.roll(-1, dims=1), position_ids=None)
+    seconds = []
+    for _ in range(num_steps):
+        started = time.perf_counter()
+        train_step(
+            model,
+            optimizer,
+            batch,
+            learning_rate=1e-3,
+            max_grad_norm=1.0,
+            micro_batch_size=tokens.shape[0],
+            chunk_size=chunk_size,
+        )
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="per round and side; the first is not counted")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--chunk-size", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    shape = (arguments.batch_size, arguments.sequence_length)
+    tokens = torch.randint(0, MODEL["vocab_size"], shape, generator=torch.Generator().manual_seed(0))
+
+    report: dict[str, Any] = {"environment": environment(), "model": MODEL, "batch": shape, "results": {}}
+    for precision in ("fp32", "bf16"):
+        rounds = []
+        for _ in range(arguments.rounds):
+            theirs = statistics.median(trainer_seconds(precision, tokens, arguments.steps)[1:])
+            ours = statistics.median(our_seconds(precision, tokens, arguments.steps, arguments.chunk_size)[1:])
+            rounds.append({"trainer": tokens.numel() / theirs, "steplm": tokens.numel() / ours, "ratio": theirs / ours})
+            print(f"{precision}  Trainer {rounds[-1]['trainer']:,.0f} tok/s  steplm {rounds[-1]['steplm']:,.0f} tok/s  "
+                  f"ratio {rounds[-1]['ratio']:.2f}", file=sys.stderr)  # fmt: skip
+        report["results"][precision] = {
+            "tokens_per_second": rounds,
+            "median_ratio": statistics.median(entry["ratio"] for entry in rounds),
+        }
+    text = json.dumps(report, indent=1)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""A corpus that needs no download: the documentation of the standard library and the installed packages.
+
+Source files are parsed, never imported, so nothing is executed and the order is the files' own.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+MIN_DOCSTRING_CHARACTERS = 80
+MAX_TEXT_BYTES = 10_000_000  # keeps the parsing of a large environment within ten seconds
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "testing",
+    "idle_test",
+    "site-packages",
+    "_vendor",
+    "encodings",
+    "lib2to3",
+}
+_Node = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@lru_cache(maxsize=1)
+def python_docs() -> tuple[str, ...]:
+    """One document per module (its longer docstrings, each under its name), help topic or package page.
+
+    No two passages are equal. The same environment always gives the same documents in the same order.
+    """
+    documents: list[str] = []
+    num_bytes = 0
+    for text in _candidates(set()):
+        num_bytes += len(text.encode())
+        if num_bytes > MAX_TEXT_BYTES:
+            break
+        documents.append(text)
+    return tuple(documents)
+
+
+def describe_python_docs() -> str:
+    """Changes when Python or an installed package does."""
+    names = "\n".join(sorted(path.name for path in _site_packages().glob("*.dist-info")))
+    digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+    return f"builtin://python-docs (Python {sys.version.split()[0]}, packages {digest})"
+
+
+def _site_packages() -> Path:
+    return Path(sysconfig.get_path("purelib"))
+
+
+def _candidates(seen: set[str]) -> Iterator[str]:
+    standard_library, packages = Path(sysconfig.get_path("stdlib")), _site_packages()
+    yield from _topics(standard_library, seen)
+    for folder in (standard_library, packages):
+        for path in _source_files(folder):
+            text = _module_text(path, ".".join(path.relative_to(folder).with_suffix("").parts), seen)
+            if text:
+                yield text
+        for path in sorted(folder.glob("*.dist-info/METADATA")):
+            # The long description follows the first blank line of the headers.
+            text = _decoded(path).partition("\n\n")[2].strip()
+            if len(text) > MIN_DOCSTRING_CHARACTERS and _is_new(text, seen):
+                yield text
+
+
+def _source_files(folder: Path) -> list[Path]:
+    relative = (path.relative_to(folder) for path in folder.rglob("*.py"))
+    return sorted(folder / path for path in relative if not _SKIPPED_FOLDERS.intersection(path.parts))
+
+
+def _module_text(path: Path, module: str, seen: set[str]) -> str:
+    tree = _parsed(path)
+    if tree is None:
+        return ""
+    passages = []
+    for name, node in _definitions(tree, module.removesuffix(".__init__")):
+        docstring = ast.get_docstring(node)
+        if docstring and len(docstring) > MIN_DOCSTRING_CHARACTERS and _is_new(docstring, seen):
+            passages.append(f"{name}\n\n{docstring}")
+    return "\n\n".join(passages)
+
+
+def _definitions(node: _Node, name: str) -> Iterator[tuple[str, _Node]]:
+    yield name, node
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _definitions(child, f"{name}.{child.name}")
+
+
+def _topics(standard_library: Path, seen: set[str]) -> Iterator[str]:
+    """The help topics (``help("LAMBDAS")``): a module that holds one dict of texts."""
+    path = standard_library / "pydoc_data" / "topics.py"
+    tree = _parsed(path) if path.is_file() else None
+    for node in ast.walk(tree) if tree else ():
+        if isinstance(node, ast.Dict):
+            for value in node.values:
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    text = value.value.strip()
+                    if len(text) > MIN_DOCSTRING_CHARACTERS and _is_new(text, seen):
+                        yield text
+
+
+def _parsed(path: Path) -> ast.Module | None:
+    try:
+        data = path.read_bytes()
+        # Parsing costs the time here, and most files without a triple quote have no docstring of any length.
+        if b'"""' not in data and b"'''" not in data and path.name != "topics.py":
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(data)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _decoded(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", errors="ignore").replace("\r\n", "\n")
+
+
+def _is_new(text: str, seen: set[str]) -> bool:
+    if text in seen:
+        return False
+    seen.add(text)
+    return _is_unicode(text)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

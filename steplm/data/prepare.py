@@ -1,0 +1,491 @@
+"""Documents -> token shards, in parallel, restartable; the same bytes whatever the number of workers.
+
+The documents are read in order by one thread, tokenized in batches by several, and written in order again.
+After an interruption the documents are read once more, which is cheap and finds the same duplicates and bad
+records, and only those are tokenized that are not in a finished shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from steplm.config import RunConfig
+from steplm.data.shards import ShardWriter, disk_errors, write_json
+from steplm.data.sources import BadRecords, Source, find_sources
+from steplm.data.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer
+from steplm.data.tokens import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    SPLITS,
+    Manifest,
+    SplitManifest,
+    TokenizerManifest,
+    check_sizes,
+    file_sha256,
+)
+from steplm.errors import ConfigError, DataError
+from steplm.types import to_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+INPUTS = "inputs.json"
+BATCH_BYTES = 2**19
+TOKENIZER_SAMPLE_BYTES = 50_000_000
+MIN_RECORDS_TO_JUDGE = 1000  # before so many, one bad record among the first would stop a good run
+
+
+@dataclass(frozen=True)
+class PrepareProgress:
+    """What is done so far. ``num_reused_tokens`` were in finished shards when this call began."""
+
+    phase: str  # "tokenizer" or "tokens"
+    source: str
+    num_sources_done: int
+    num_sources: int
+    num_documents: int
+    num_train_tokens: int
+    num_validation_tokens: int
+    num_reused_tokens: int
+    num_bad_records: int
+    max_train_tokens: int | None
+    elapsed_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        new_tokens = self.num_train_tokens + self.num_validation_tokens - self.num_reused_tokens
+        return new_tokens / max(self.elapsed_seconds, 1e-9)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the work done, 0 to 1; coarse, as sources differ in size."""
+        by_tokens = self.num_train_tokens / self.max_train_tokens if self.max_train_tokens else 0.0
+        return min(max(by_tokens, self.num_sources_done / self.num_sources), 1.0)
+
+
+OnProgress = Callable[[PrepareProgress], None]
+
+
+def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifest:
+    """Make ``config.prepared_dir`` hold the tokens that ``config`` asks for.
+
+    Finished work of the same inputs is returned at once; unfinished work is gone on with; unfinished work
+    of other inputs is discarded.
+
+    Raises:
+        ConfigError: no training text is named, or the tokenizer's vocabulary is larger than the model's.
+        DataError: unusable text or tokenizer, too many bad records, a full disk, or a folder that holds
+            finished tokens of other inputs.
+        HubUnavailable: the hub is needed and cannot be reached.
+    """
+    folder, data = config.prepared_dir, config.data
+    if not data.train:
+        raise ConfigError(
+            "data.train is empty. Name files, folders or a hub data set, or builtin://python-docs."
+        )
+    sources = {"validation": find_sources(data.validation), "train": find_sources(data.train)}
+    inputs = _describe_inputs(config, sources)
+    fingerprint = _sha256(inputs)
+    if (folder / MANIFEST).is_file():
+        return _finished(folder, inputs, config)
+    with disk_errors(folder):
+        _discard_other_work(folder, inputs)
+        progress = _Progress(config, sources, on_progress)
+        tokenizer = _make_tokenizer(folder, config, sources, progress)
+        _check_vocabulary(len(tokenizer), config)
+        dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+        writers = {
+            split: ShardWriter(folder / split, dtype=dtype, shard_tokens=data.shard_tokens)
+            for split in SPLITS
+        }
+        try:
+            counts = _write_shards(config, sources, tokenizer, writers, progress)
+        finally:
+            for writer in writers.values():
+                writer.abandon()
+        manifest = Manifest(
+            fingerprint=fingerprint,
+            dtype=dtype,
+            tokenizer=TokenizerManifest(
+                name=data.tokenizer,
+                vocab_size=len(tokenizer),
+                eos_token_id=tokenizer.eos_token_id,
+                sha256=file_sha256(folder / "tokenizer" / "tokenizer.json"),
+            ),
+            splits={split: SplitManifest(tuple(writer.shards)) for split, writer in writers.items()},
+            num_records=counts.bad.num_records,
+            num_bad_records=counts.bad.num_bad,
+            num_duplicates=counts.num_duplicates,
+            bad_records=tuple(counts.bad.examples),
+        )
+        _check_not_empty(manifest, config)
+        write_json(folder / MANIFEST, to_json(manifest))
+    return manifest
+
+
+# Inputs: what the shards depend on, and nothing else. num_workers and within_documents change no token.
+
+
+def _describe_inputs(config: RunConfig, sources: Mapping[str, Sequence[Source]]) -> dict[str, Any]:
+    data = config.data
+    inputs: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "data.train": [source.describe() for source in sources["train"]],
+        "data.validation": [source.describe() for source in sources["validation"]],
+        "data.text_field": data.text_field,
+        "data.shard_tokens": data.shard_tokens,
+        "data.max_train_tokens": data.max_train_tokens,
+        "data.tokenizer": data.tokenizer,
+    }
+    if not data.validation:
+        inputs["data.validation_fraction"] = data.validation_fraction
+    if data.tokenizer == "train":
+        inputs["model.vocab_size"] = config.model.vocab_size
+    else:
+        files = tokenizer_files(data.tokenizer)
+        inputs["tokenizer files"] = {file.name: file_sha256(file) for file in files}
+    return inputs
+
+
+def _sha256(inputs: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _finished(folder: Path, inputs: dict[str, Any], config: RunConfig) -> Manifest:
+    manifest = Manifest.load(folder)
+    if manifest.fingerprint != _sha256(inputs):
+        changes = _changes(_read_inputs(folder), inputs)
+        raise DataError(
+            f"{folder} holds the tokens of other inputs:\n{changes}\n"
+            "Set data.prepared_dir to a new folder, or remove this one.",
+            path=str(folder),
+        )
+    check_sizes(folder, manifest)
+    _check_vocabulary(manifest.tokenizer.vocab_size, config)
+    BadRecords(manifest.num_records, manifest.num_bad_records, list(manifest.bad_records)).check(
+        config.data.max_bad_share
+    )
+    return manifest
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, list) and isinstance(new, list):
+            old, new = [x for x in old if x not in new], [x for x in new if x not in old]
+        if before.get(key) != now.get(key):
+            lines.append(f"  {key}: was {old}, is {new}")
+    return "\n".join(lines) or "  (inputs.json is missing)"
+
+
+def _read_inputs(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / INPUTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _discard_other_work(folder: Path, inputs: dict[str, Any]) -> None:
+    if _read_inputs(folder) == inputs:
+        return
+    (folder / INPUTS).unlink(missing_ok=True)
+    for name in (*SPLITS, "tokenizer"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / INPUTS, inputs)
+
+
+def _check_vocabulary(vocab_size: int, config: RunConfig) -> None:
+    if vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {config.data.tokenizer!r} has {vocab_size:,} tokens, more than "
+            f"model.vocab_size={config.model.vocab_size:,}. "
+            f"Set model.vocab_size={vocab_size}, or choose another data.tokenizer.",
+            vocab_size=vocab_size,
+            model_vocab_size=config.model.vocab_size,
+        )
+
+
+def _check_not_empty(manifest: Manifest, config: RunConfig) -> None:
+    num_train, num_validation = (manifest.split(split).num_documents for split in SPLITS)
+    if num_train and num_validation:
+        return
+    split = "validation" if num_train else "training"
+    way_out = (
+        "Check data.validation."
+        if config.data.validation
+        else "Name more text in data.train, change "
+        f"data.validation_fraction={config.data.validation_fraction}, or name files in data.validation."
+    )
+    raise DataError(
+        f"no {split} text: {num_train:,} training and {num_validation:,} validation documents of "
+        f"{manifest.num_records:,} records. {way_out}",
+        num_train=num_train,
+        num_validation=num_validation,
+    )
+
+
+# The stream of documents.
+
+
+class Entry(NamedTuple):
+    """A document of the stream; ``position`` counts the distinct documents of both splits, from 0."""
+
+    position: int
+    split: str
+    text: str
+    num_bytes: int
+
+
+@dataclass
+class Counts:
+    """How far the stream was read, and what was left out on the way."""
+
+    bad: BadRecords = field(default_factory=BadRecords)
+    num_duplicates: int = 0
+    num_sources_done: int = 0
+    source: str = ""
+
+    def snapshot(self) -> Counts:
+        return Counts(self.bad.snapshot(), self.num_duplicates, self.num_sources_done, self.source)
+
+
+def _stream(config: RunConfig, sources: Mapping[str, Sequence[Source]], counts: Counts) -> Iterator[Entry]:
+    """Distinct documents. Validation text comes first, so that a training copy of it is the duplicate."""
+    seen: set[int] = set()
+    split_by_hash = not sources["validation"]
+    for named_split in ("validation", "train"):
+        for source in sources[named_split]:
+            counts.source = source.name
+            for document in source.documents(config.data.text_field, counts.bad):
+                data = document.text.encode()
+                key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+                if key in seen:
+                    counts.num_duplicates += 1
+                    continue
+                split = _split_of(key, config.data.validation_fraction) if split_by_hash else named_split
+                yield Entry(len(seen), split, document.text, len(data))
+                seen.add(key)
+            counts.num_sources_done += 1
+
+
+def _split_of(key: int, validation_fraction: float) -> str:
+    return "validation" if key < validation_fraction * 2**64 else "train"
+
+
+def _sample(config: RunConfig, sources: Mapping[str, Sequence[Source]], progress: _Progress) -> Iterator[str]:
+    """Training text for the tokenizer: an equal share of each source, 50 MB in all."""
+    share = TOKENIZER_SAMPLE_BYTES // len(sources["train"])
+    for source in sources["train"]:
+        counts = Counts(source=source.name)
+        num_bytes = 0
+        for entry in _stream(config, {"train": [source], "validation": []}, counts):
+            if entry.split == "train" or sources["validation"]:
+                num_bytes += entry.num_bytes
+                yield entry.text
+            if num_bytes >= share:
+                break
+        progress.report("tokenizer", counts)
+
+
+# The tokenizer.
+
+
+def _make_tokenizer(
+    folder: Path, config: RunConfig, sources: Mapping[str, Sequence[Source]], progress: _Progress
+) -> PreTrainedTokenizerFast:
+    """The tokenizer in ``folder/tokenizer``, put there if it is not there yet."""
+    target = folder / "tokenizer"
+    if not target.is_dir():
+        progress.report("tokenizer", Counts())
+        spec = config.data.tokenizer
+        if spec == "train":
+            tokenizer = train_tokenizer(_sample(config, sources, progress), config.model.vocab_size)
+        else:
+            tokenizer = load_tokenizer(spec)
+            _check_vocabulary(len(tokenizer), config)
+        unfinished = folder / "tokenizer.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, target)
+    return load_tokenizer(target)
+
+
+@contextmanager
+def _without_inner_threads() -> Iterator[None]:
+    """The tokenizers library's own threads would compete with ours, and make a later fork hang."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+# From documents to shards.
+
+
+class Batch(NamedTuple):
+    entries: list[Entry]
+    is_written: list[bool]  # in a finished shard already
+    counts: Counts
+
+
+Tokens = npt.NDArray[np.unsignedinteger]
+
+
+def _write_shards(
+    config: RunConfig,
+    sources: Mapping[str, Sequence[Source]],
+    tokenizer: PreTrainedTokenizerFast,
+    writers: Mapping[str, ShardWriter],
+    progress: _Progress,
+) -> Counts:
+    """Tokenize what is not in a shard yet. Returns the counts at the last document used."""
+    limit = config.data.max_train_tokens
+    finished_tokens = {split: writer.num_tokens for split, writer in writers.items()}
+    finished_documents = {split: writer.last_document for split, writer in writers.items()}
+    progress.num_reused_tokens = sum(finished_tokens.values())
+    counts = Counts()
+    encode = _encoder(tokenizer, writers["train"].dtype)
+    batches = _batches(_stream(config, sources, counts), finished_documents, counts)
+    for batch, encoded in _in_order(batches, encode, config.data.num_workers or os.cpu_count() or 1):
+        new = iter(encoded)
+        stop = False
+        for entry, is_written in zip(batch.entries, batch.is_written, strict=True):
+            if not is_written:
+                writers[entry.split].append(entry.position, next(new), entry.num_bytes)
+            # Inside the finished shards the count runs ahead of the stream, so it says nothing there.
+            is_counted = entry.split == "train" and entry.position >= finished_documents["train"]
+            if is_counted and limit is not None and writers["train"].num_tokens >= limit:
+                stop = True
+                break
+        used = batch.counts
+        if used.bad.num_records >= MIN_RECORDS_TO_JUDGE:
+            used.bad.check(config.data.max_bad_share)
+        progress.report("tokens", used, batch.entries[-1].position + 1, writers)
+        if stop:
+            counts = used
+            break
+    counts.bad.check(config.data.max_bad_share)
+    for writer in writers.values():
+        writer.close()
+    return counts
+
+
+def _batches(
+    stream: Iterable[Entry], finished_documents: Mapping[str, int], counts: Counts
+) -> Iterator[Batch]:
+    """Batches of half a megabyte, cut by the stream alone, each with the counts at its end."""
+    entries: list[Entry] = []
+    num_bytes = 0
+    for entry in stream:
+        entries.append(entry)
+        num_bytes += entry.num_bytes
+        if num_bytes >= BATCH_BYTES:
+            yield _batch(entries, finished_documents, counts)
+            entries, num_bytes = [], 0
+    if entries:
+        yield _batch(entries, finished_documents, counts)
+
+
+def _batch(entries: list[Entry], finished_documents: Mapping[str, int], counts: Counts) -> Batch:
+    is_written = [entry.position <= finished_documents[entry.split] for entry in entries]
+    return Batch(entries, is_written, counts.snapshot())
+
+
+def _encoder(tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]) -> Callable[[Batch], list[Tokens]]:
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True  # text that spells "</s>" is text, not the end of a document
+    backend.no_truncation()
+    backend.no_padding()
+    end = [tokenizer.eos_token_id]
+
+    def encode(batch: Batch) -> list[Tokens]:
+        texts = [entry.text for entry, done in zip(batch.entries, batch.is_written, strict=True) if not done]
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids + end, dtype) for encoding in encodings]
+
+    return encode
+
+
+def _in_order(
+    batches: Iterable[Batch], encode: Callable[[Batch], list[Tokens]], num_workers: int
+) -> Iterator[tuple[Batch, list[Tokens]]]:
+    """``encode`` over the batches, ``num_workers`` at a time, results in the batches' order.
+
+    Threads, not processes: tokenizing releases the interpreter lock, nothing is copied, and a program
+    without a ``__main__`` guard works. On two cores they were faster than both processes and the library's
+    own threads, or as fast.
+    """
+    pending: deque[tuple[Batch, Future[list[Tokens]]]] = deque()
+    with _without_inner_threads(), ThreadPoolExecutor(num_workers, "tokenize") as pool:
+        try:
+            for batch in batches:
+                pending.append((batch, pool.submit(encode, batch)))
+                if len(pending) > num_workers + 1:
+                    done, future = pending.popleft()
+                    yield done, future.result()
+            while pending:
+                done, future = pending.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+class _Progress:
+    """Puts a ``PrepareProgress`` together and hands it on."""
+
+    def __init__(
+        self, config: RunConfig, sources: Mapping[str, Sequence[Source]], on_progress: OnProgress | None
+    ) -> None:
+        self.max_train_tokens = config.data.max_train_tokens
+        self.num_sources = sum(map(len, sources.values()))
+        self.on_progress = on_progress
+        self.started_at = time.monotonic()
+        self.num_reused_tokens = 0
+
+    def report(
+        self,
+        phase: str,
+        counts: Counts,
+        num_documents: int = 0,
+        writers: Mapping[str, ShardWriter] | None = None,
+    ) -> None:
+        if self.on_progress is None:
+            return
+        self.on_progress(
+            PrepareProgress(
+                phase=phase,
+                source=counts.source,
+                num_sources_done=counts.num_sources_done,
+                num_sources=self.num_sources,
+                num_documents=num_documents,
+                num_train_tokens=writers["train"].num_tokens if writers else 0,
+                num_validation_tokens=writers["validation"].num_tokens if writers else 0,
+                num_reused_tokens=self.num_reused_tokens,
+                num_bad_records=counts.bad.num_bad,
+                max_train_tokens=self.max_train_tokens,
+                elapsed_seconds=time.monotonic() - self.started_at,
+            )
+        )

@@ -1,0 +1,164 @@
+"""Token shards, written: a file has its name only when it is whole and on the disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from steplm.data.tokens import Shard, offsets_file_bytes
+from steplm.errors import DataError
+from steplm.types import from_json, to_json
+from steplm.units import format_bytes
+
+UNFINISHED = ".unfinished"
+
+
+class ShardWriter:
+    """Appends documents to the shards of one split.
+
+    A shard is closed with the document that fills it, so a document never spans two. Shards that an
+    earlier, interrupted run left whole are taken over; what it left unfinished is removed.
+
+    Args:
+        dtype: "uint16" or "uint32".
+        shard_tokens: a shard is closed once it has so many.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str, shard_tokens: int) -> None:
+        self.folder = folder
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.shard_tokens = shard_tokens
+        folder.mkdir(parents=True, exist_ok=True)
+        self.shards = _whole_shards(folder, self.dtype.itemsize)
+        _remove_all_but(folder, self.shards)
+        self.num_tokens = sum(shard.num_tokens for shard in self.shards)
+        self._file: BinaryIO | None = None
+
+    @property
+    def last_document(self) -> int:
+        """Position in the stream of the last document in a closed shard; -1 before the first."""
+        return self.shards[-1].last_document if self.shards else -1
+
+    def append(self, position: int, tokens: npt.NDArray[np.unsignedinteger], num_text_bytes: int) -> None:
+        """Add one document, the ``position``-th of the stream."""
+        if self._file is None:
+            self._stem = self.folder / f"shard-{len(self.shards):05d}"
+            self._file = Path(f"{self._stem}.bin{UNFINISHED}").open("wb")  # noqa: SIM115
+            self._digest, self._offsets, self._text_bytes = hashlib.sha256(), array("q", [0]), 0
+        data = tokens.astype(self.dtype, copy=False).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self._offsets.append(self._offsets[-1] + len(tokens))
+        self._text_bytes += num_text_bytes
+        self._position = position
+        self.num_tokens += len(tokens)
+        if self._offsets[-1] >= self.shard_tokens:
+            self.close()
+
+    def close(self) -> None:
+        """Close the shard that is being written, if any."""
+        if self._file is None:
+            return
+        _sync(self._file)
+        self._file.close()
+        self._file = None
+        offsets = io.BytesIO()
+        np.save(offsets, np.frombuffer(self._offsets, np.int64).astype("<i8"), allow_pickle=False)
+        shard = Shard(
+            name=self._stem.name,
+            num_tokens=self._offsets[-1],
+            num_documents=len(self._offsets) - 1,
+            num_text_bytes=self._text_bytes,
+            last_document=self._position,
+            tokens_sha256=self._digest.hexdigest(),
+            offsets_sha256=hashlib.sha256(offsets.getvalue()).hexdigest(),
+        )
+        write_atomically(Path(f"{self._stem}.offsets.npy"), offsets.getvalue())
+        os.replace(f"{self._stem}.bin{UNFINISHED}", f"{self._stem}.bin")
+        write_json(Path(f"{self._stem}.json"), to_json(shard))
+        self.shards.append(shard)
+
+    def abandon(self) -> None:
+        """Drop the shard that is being written, if any; the closed ones stay."""
+        if self._file is not None:
+            with suppress(OSError):  # on a full disk closing fails as well
+                self._file.close()
+            self._file = None
+            Path(f"{self._stem}.bin{UNFINISHED}").unlink(missing_ok=True)
+
+
+def _whole_shards(folder: Path, itemsize: int) -> list[Shard]:
+    shards: list[Shard] = []
+    while (path := folder / f"shard-{len(shards):05d}.json").is_file():
+        try:
+            shard = from_json(Shard, json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            break
+        sizes = {".bin": shard.num_tokens * itemsize, ".offsets.npy": offsets_file_bytes(shard.num_documents)}
+        files = {path.with_suffix(suffix): size for suffix, size in sizes.items()}
+        if any(not file.is_file() or file.stat().st_size != size for file, size in files.items()):
+            break
+        shards.append(shard)
+    return shards
+
+
+def _remove_all_but(folder: Path, shards: list[Shard]) -> None:
+    whole = {shard.name for shard in shards}
+    for file in folder.glob("shard-*"):
+        if file.name.partition(".")[0] not in whole or file.name.endswith(UNFINISHED):
+            file.unlink()
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with unfinished.open("wb") as file:
+        file.write(data)
+        _sync(file)
+    os.replace(unfinished, path)
+
+
+def _sync(file: BinaryIO) -> None:
+    # Without this a power cut can leave a renamed, empty file.
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A full or read-only disk as a ``DataError`` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EACCES,
+            errno.EROFS,
+            errno.EFBIG,
+            errno.EPERM,
+        ):
+            raise
+        existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        raise DataError(
+            f"cannot write to {folder}: {error.strerror} ({format_bytes(free)} free). Free some space or set "
+            "data.prepared_dir to another disk, and start again: finished shards are kept.",
+            path=str(folder),
+            free_bytes=free,
+        ) from None

@@ -1,0 +1,281 @@
+"""Prepared tokens, read back: the manifest, and a memory map over the shards of a split.
+
+PREPARED/inputs.json                      what the shards are made of; written first
+PREPARED/tokenizer/                       a Hugging Face folder
+PREPARED/train/shard-00000.bin            tokens, little-endian uint16 or uint32, end of text after each
+PREPARED/train/shard-00000.offsets.npy    int64, where each document starts, and the end of the last
+PREPARED/train/shard-00000.json           counts and hashes of the two; written after them
+PREPARED/validation/...
+PREPARED/manifest.json                    the whole; written last, so that it stands for finished work
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steplm.data.sources import BadRecord
+from steplm.errors import DataError
+from steplm.types import from_json
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Shard:
+    name: str  # "shard-00000"
+    num_tokens: int
+    num_documents: int
+    num_text_bytes: int  # UTF-8
+    last_document: int  # position in the stream of distinct documents, from 0
+    tokens_sha256: str
+    offsets_sha256: str
+
+
+@dataclass(frozen=True)
+class SplitManifest:
+    shards: tuple[Shard, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.num_tokens for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(shard.num_documents for shard in self.shards)
+
+    @property
+    def num_text_bytes(self) -> int:
+        return sum(shard.num_text_bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class TokenizerManifest:
+    name: str  # data.tokenizer as the user wrote it
+    vocab_size: int
+    eos_token_id: int
+    sha256: str  # of tokenizer/tokenizer.json
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds, and of what it was made."""
+
+    fingerprint: str  # of inputs.json
+    dtype: str  # "uint16" or "uint32"
+    tokenizer: TokenizerManifest
+    splits: dict[str, SplitManifest]  # "train" and "validation"
+    num_records: int
+    num_bad_records: int
+    num_duplicates: int  # dropped, exact
+    bad_records: tuple[BadRecord, ...]  # the first few
+    schema_version: int = SCHEMA_VERSION
+
+    def split(self, name: str) -> SplitManifest:
+        if name not in self.splits:
+            raise DataError(f"there is no split {name!r}. There are: {', '.join(self.splits)}.", split=name)
+        return self.splits[name]
+
+    @classmethod
+    def load(cls, prepared_dir: Path) -> Manifest:
+        """Read ``manifest.json``.
+
+        Raises:
+            DataError: it is missing (not prepared, or not to the end), damaged, or of another version.
+        """
+        path = Path(prepared_dir) / MANIFEST
+        if not path.is_file():
+            raise DataError(
+                f"{prepared_dir} holds no finished token shards ({MANIFEST} is missing). "
+                "Run 'steplm prepare'; it goes on where it was interrupted.",
+                path=str(path),
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values.get("schema_version")
+            manifest = from_json(cls, values) if version == SCHEMA_VERSION else None
+        except (ValueError, AttributeError) as error:
+            raise DataError(
+                f"{path} is damaged: {error}. {_start_over(prepared_dir)}", path=str(path)
+            ) from None
+        if manifest is None:
+            raise DataError(
+                f"{path} has version {version}, this steplm reads {SCHEMA_VERSION}. "
+                f"{_start_over(prepared_dir)}",
+                path=str(path),
+                version=version,
+            )
+        return manifest
+
+
+class TokenDataset:
+    """The tokens of one split, as one long sequence of documents, each ending with the end-of-text token.
+
+    Opening compares file sizes with the manifest and reads no tokens. Copies to other processes carry the
+    path alone; each maps the files for itself.
+
+    Raises:
+        DataError: not prepared, or a shard is missing or has another size than it should.
+    """
+
+    def __init__(self, prepared_dir: Path | str, split: str) -> None:
+        self.prepared_dir = Path(prepared_dir)
+        self.split = split
+        self.manifest = Manifest.load(self.prepared_dir)
+        self.shards = self.manifest.split(split).shards
+        check_sizes(self.prepared_dir, self.manifest, split)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenDataset, (self.prepared_dir, self.split)
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.manifest.split(self.split).num_tokens
+
+    @property
+    def num_documents(self) -> int:
+        return self.manifest.split(self.split).num_documents
+
+    @property
+    def num_text_bytes(self) -> int:
+        """UTF-8 bytes of the documents' text, for bits per byte."""
+        return self.manifest.split(self.split).num_text_bytes
+
+    @cached_property
+    def document_offsets(self) -> npt.NDArray[np.int64]:
+        """(num_documents + 1,): where each document starts; the last entry is ``num_tokens``."""
+        parts = [np.zeros(1, np.int64)]
+        for shard, start in zip(self.shards, self._shard_starts, strict=False):
+            parts.append(
+                start + _load_offsets(self.prepared_dir / self.split / f"{shard.name}.offsets.npy")[1:]
+            )
+        return np.concatenate(parts)
+
+    @property
+    def document_lengths(self) -> npt.NDArray[np.int64]:
+        """(num_documents,): tokens of each document, its end-of-text token included."""
+        return np.diff(self.document_offsets)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger]:
+        """Tokens ``start`` to ``stop`` (exclusive); a view where they lie in one shard."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
+        first = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            begin = int(self._shard_starts[first])
+            part = self._maps[first][start - begin : stop - begin]
+            parts.append(part)
+            start += len(part)
+            first += 1
+        if not parts:
+            return np.empty(0, _dtype(self.manifest))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def document(self, index: int) -> npt.NDArray[np.unsignedinteger]:
+        """The tokens of one document, its end-of-text token included."""
+        return self.read(int(self.document_offsets[index]), int(self.document_offsets[index + 1]))
+
+    @cached_property
+    def _shard_starts(self) -> npt.NDArray[np.int64]:
+        return np.cumsum([0, *(shard.num_tokens for shard in self.shards)], dtype=np.int64)
+
+    @cached_property
+    def _maps(self) -> list[npt.NDArray[np.unsignedinteger]]:
+        folder, dtype = self.prepared_dir / self.split, _dtype(self.manifest)
+        return [np.memmap(folder / f"{shard.name}.bin", dtype, mode="r") for shard in self.shards]
+
+
+def check_sizes(prepared_dir: Path, manifest: Manifest, *splits: str) -> None:
+    """Raise ``DataError`` if a file of a shard is missing or has another size than the manifest says."""
+    for _, path, num_bytes, _ in _files(prepared_dir, manifest, splits or SPLITS):
+        if not path.is_file():
+            raise DataError(f"the shard {path} is missing. {_start_over(prepared_dir)}", path=str(path))
+        if path.stat().st_size != num_bytes:
+            raise DataError(
+                f"the shard {path} has {path.stat().st_size:,} bytes, the manifest says {num_bytes:,}. "
+                f"{_start_over(prepared_dir)}",
+                path=str(path),
+                num_bytes=path.stat().st_size,
+                expected_bytes=num_bytes,
+            )
+
+
+def verify(prepared_dir: Path | str) -> Manifest:
+    """Read every file and compare it with its hash.
+
+    Raises:
+        DataError: a file is missing, or differs from what was written.
+    """
+    folder = Path(prepared_dir)
+    manifest = Manifest.load(folder)
+    check_sizes(folder, manifest)
+    for _, path, _, sha256 in _files(folder, manifest, SPLITS):
+        if file_sha256(path) != sha256:
+            raise DataError(
+                f"{path} is not what was written: its hash differs. {_start_over(folder)}", path=str(path)
+            )
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
+    if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer.sha256:
+        raise DataError(
+            f"{tokenizer} is missing or is not the one that made the tokens. {_start_over(folder)}",
+            path=str(tokenizer),
+        )
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def offsets_file_bytes(num_documents: int) -> int:
+    """Size of the ``.npy`` file: a header of 128 bytes and ``num_documents + 1`` entries of 8."""
+    return 128 + 8 * (num_documents + 1)
+
+
+def _files(
+    prepared_dir: Path, manifest: Manifest, splits: tuple[str, ...]
+) -> Iterator[tuple[Shard, Path, int, str]]:
+    itemsize = _dtype(manifest).itemsize
+    for split in splits:
+        for shard in manifest.split(split).shards:
+            stem = prepared_dir / split / shard.name
+            yield shard, Path(f"{stem}.bin"), shard.num_tokens * itemsize, shard.tokens_sha256
+            yield (
+                shard,
+                Path(f"{stem}.offsets.npy"),
+                offsets_file_bytes(shard.num_documents),
+                shard.offsets_sha256,
+            )
+
+
+def _load_offsets(path: Path) -> npt.NDArray[np.int64]:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {error}", path=str(path)) from None
+
+
+def _dtype(manifest: Manifest) -> np.dtype[Any]:
+    return np.dtype(manifest.dtype).newbyteorder("<")
+
+
+def _start_over(prepared_dir: Path) -> str:
+    return f"Remove {prepared_dir} and run 'steplm prepare' again."

@@ -1,0 +1,72 @@
+"""Text from a model, by the generation of ``transformers``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from steplm.data.tokenizer import load_tokenizer
+from steplm.errors import ConfigError
+from steplm.eval.perplexity import resolve_device
+from steplm.models.folder import load_pretrained
+
+
+def generate(
+    folder: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    device: str = "auto",
+) -> str:
+    """The continuation of ``prompt``, without the prompt; the same seed gives the same text.
+
+    Args:
+        folder: a Hugging Face folder or hub model, with its tokenizer.
+        prompt: may be empty; the model then begins a document.
+        temperature: 0 takes the likeliest token each time, whatever the seed.
+        top_p: nucleus sampling: share of probability kept.
+
+    Raises:
+        ConfigError: a number out of range, or a prompt that leaves no room in the model's context.
+        CheckpointError, DataError, HubUnavailable: no model or tokenizer there.
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ConfigError(
+            f"temperature={temperature:g} must be 0 or more, top_p={top_p:g} above 0 and at most 1, "
+            f"max_new_tokens={max_new_tokens} at least 1"
+        )
+    model = load_pretrained(folder).to(resolve_device(device)).eval()
+    tokenizer = load_tokenizer(folder)
+    prompt_ids = tokenizer(prompt).input_ids or [tokenizer.eos_token_id]
+    _check_room(model.config, len(prompt_ids), max_new_tokens)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = model.generate(
+            torch.tensor([prompt_ids], device=model.device),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=model.device),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            use_cache=True,
+            **(sampling if temperature > 0 else greedy),
+        )
+    # Decoded alone, the new tokens would lose a space at the seam with some tokenizers.
+    before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    return tokenizer.decode(output[0], skip_special_tokens=True)[len(before) :]
+
+
+def _check_room(config: object, num_prompt_tokens: int, max_new_tokens: int) -> None:
+    num_positions = getattr(config, "max_position_embeddings", None)
+    if num_positions is not None and num_prompt_tokens + max_new_tokens > num_positions:
+        raise ConfigError(
+            f"{num_prompt_tokens} tokens of prompt and {max_new_tokens} new ones are more than the model's "
+            f"{num_positions} positions. Shorten the prompt or ask for {max(num_positions - num_prompt_tokens, 0)} new ones.",
+            num_prompt_tokens=num_prompt_tokens,
+            max_position_embeddings=num_positions,
+        )

@@ -1,0 +1,90 @@
+"""Text to be scored, as one stream of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steplm.data.sources import BadRecords, Source, find_sources
+from steplm.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+RECORD_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+LINE_DATASETS = ("wikitext",)  # on the hub, each record of these is one line of a text
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """Tokens of all texts; the first is context only, so that every token of the texts is predicted."""
+
+    token_ids: list[int]
+    num_text_bytes: int  # UTF-8, of the texts that the tokens stand for
+    num_skipped_records: int  # empty or unusable
+
+
+def token_stream(
+    entries: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    text_field: str = "text",
+    max_tokens: int | None = None,
+) -> TokenStream:
+    """Read, tokenize and join: one end-of-text token after each document, as in training.
+
+    Text files are one document each (WikiText's layout); JSON and Parquet files hold one a record. The stream
+    begins with BOS where the tokenizer puts one before a text by itself, else with end-of-text.
+
+    Args:
+        entries: files, globs, folders, ``hub://…``, ``builtin://…``, as in ``data.train``.
+        max_tokens: tokens to be predicted; bytes are counted up to there.
+
+    Raises:
+        DataError: no text at all, or an entry that cannot be read.
+    """
+    token_ids = [_first_token(tokenizer)]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    # A text that says "</s>" does not end itself. Set last: every call of the tokenizer resets it.
+    backend.encode_special_tokens = True
+    num_bytes = 0
+    bad = BadRecords()
+    for text in _texts(entries, text_field, bad):
+        encoding = backend.encode(text, add_special_tokens=False)
+        if max_tokens is not None and len(token_ids) + len(encoding.ids) > max_tokens:
+            room = max_tokens + 1 - len(token_ids)
+            token_ids += encoding.ids[:room]
+            num_bytes += len(text[: encoding.offsets[room - 1][1]].encode())
+            break
+        token_ids += [*encoding.ids, tokenizer.eos_token_id]
+        num_bytes += len(text.encode())
+        if max_tokens is not None and len(token_ids) > max_tokens:
+            break
+    if num_bytes == 0:
+        reasons = "".join(f"\n  {record.origin}: {record.reason}" for record in bad.examples)
+        raise DataError(f"no text in {', '.join(entries)}.{reasons}", entries=list(entries))
+    return TokenStream(token_ids, num_bytes, bad.num_bad)
+
+
+def _texts(entries: Sequence[str], text_field: str, bad: BadRecords) -> Iterator[str]:
+    for source in find_sources(entries):
+        texts = (document.text for document in source.documents(text_field, bad))
+        if _is_one_text(source):
+            yield "".join(texts)
+        else:
+            yield from texts
+
+
+def _is_one_text(source: Source) -> bool:
+    if source.path is None:
+        return any(name in source.name.lower() for name in LINE_DATASETS)
+    return Path(source.path.name.removesuffix(".gz")).suffix.lower() not in RECORD_SUFFIXES
+
+
+def _first_token(tokenizer: PreTrainedTokenizerFast) -> int:
+    bos = tokenizer.bos_token_id
+    return bos if bos is not None and bos in tokenizer("").input_ids else tokenizer.eos_token_id

@@ -1,0 +1,106 @@
+"""Model-state bytes of a stage, before any model exists."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from steplm.errors import ConfigError
+from steplm.memory.terms import BYTES_PER_PARAMETER, OUTER_COMPONENTS, TERMS, StageCounts
+from steplm.types import MemoryEstimate, ModelShape
+
+
+def estimate_stage(
+    shape: ModelShape,
+    *,
+    precision: str,
+    num_new_layers: int,
+    num_frozen_layers: int = 0,
+    adapter_parameters: int = 0,
+    train_outer: bool = True,
+    count_outer: bool = True,
+) -> MemoryEstimate:
+    """Model-state bytes of one stage, per rank, unsharded; terms without parameters are left out.
+
+    Leaves out activations, logits, workspace and the device's own context.
+
+    Args:
+        precision: "bf16" (2 + 2 + 12 bytes a trained parameter, 2 a frozen one) or "fp32" (4 + 4 + 8, 4).
+        num_new_layers: layers trained as a whole.
+        num_frozen_layers: layers of which at most the adapters are trained.
+        adapter_parameters: of one frozen layer; see ``adapter_parameters_per_layer``.
+        train_outer: whether embeddings, final norm and head are trained.
+        count_outer: whether they are counted; without them this is the bare formula of the source.
+
+    Source: STEP (arXiv 2504.04151), section 2.2.
+    """
+    if precision not in BYTES_PER_PARAMETER:
+        raise ConfigError(
+            f"no precision {precision!r}. Known: {', '.join(BYTES_PER_PARAMETER)}.", precision=precision
+        )
+    counts = StageCounts(
+        shape=shape,
+        precision=precision,
+        num_new_layers=num_new_layers,
+        num_frozen_layers=num_frozen_layers,
+        adapter_parameters=adapter_parameters,
+        train_outer=train_outer,
+    )
+    terms = (
+        term(counts)
+        for (component, _), term in TERMS.items()
+        if count_outer or component not in OUTER_COMPONENTS
+    )
+    return MemoryEstimate(tuple(term for term in terms if term.num_parameters))
+
+
+def resolve_target_modules(shape: ModelShape, target_modules: str | Sequence[str]) -> tuple[str, ...]:
+    """Last parts of the names of the linear maps to adapt, in the layer's order; "all-linear" is every one.
+
+    Raises:
+        ConfigError: a layer has no linear map of that name.
+    """
+    known = tuple(dict.fromkeys(_last_part(linear.name) for linear in shape.linears))
+    if target_modules == "all-linear":
+        return known
+    for target in target_modules:
+        if target not in known:
+            near = difflib.get_close_matches(_last_part(target), known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}, or all-linear."
+            raise ConfigError(
+                f"pet.target_modules: a {shape.model_type} layer has no linear map {target!r}. {hint}",
+                target=target,
+                known=known,
+            )
+    return tuple(name for name in known if name in target_modules)
+
+
+def adapter_parameters_per_layer(shape: ModelShape, rank: int, target_modules: str | Sequence[str]) -> int:
+    """E: LoRA parameters of one layer, ``rank (in_features + out_features)`` for each target.
+
+    Source: LoRA (arXiv 2106.09685), section 4.1.
+
+    Raises:
+        ConfigError: unknown target, or a rank that is larger than a side of a target's matrix.
+    """
+    targets = resolve_target_modules(shape, target_modules)
+    num_parameters = 0
+    for linear in shape.linears:
+        if _last_part(linear.name) not in targets:
+            continue
+        smaller_side = min(linear.in_features, linear.out_features)
+        if rank > smaller_side:
+            raise ConfigError(
+                f"pet.rank={rank} is larger than the smaller side, {smaller_side}, of {linear.name} "
+                f"({linear.out_features} x {linear.in_features}). Set pet.rank to {smaller_side} or less, "
+                f"or take {_last_part(linear.name)} out of pet.target_modules.",
+                rank=rank,
+                largest_rank=smaller_side,
+                target=linear.name,
+            )
+        num_parameters += rank * (linear.in_features + linear.out_features)
+    return num_parameters
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,201 @@
+"""What a model and its optimizer really hold, in the rows of the plan. The one file here that needs torch."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from steplm.errors import ConfigError, MemoryMismatch
+from steplm.memory.terms import OUTER_COMPONENTS, TERMS
+from steplm.types import MemoryEstimate, MemoryTerm, Stage
+from steplm.units import format_bytes
+
+ADAPTER_TENSORS = ("lora_A", "lora_B")  # last parts of the names of adapter parameters
+
+
+class HasStateTensors(Protocol):
+    """What is asked of an optimizer: its state tensors, by parameter name and by their own name."""
+
+    def state_tensors(self) -> Mapping[str, Mapping[str, Tensor]]: ...
+
+
+def measure_model_state(
+    model: nn.Module, optimizer: HasStateTensors, stage: Stage, *, expect_gradients: bool = False
+) -> MemoryEstimate:
+    """Bytes of the storages behind weights, gradients and optimizer states, by component and kind.
+
+    A storage that several tensors share counts once, for the first of them.
+
+    Args:
+        stage: its trained patterns tell trained layers from frozen ones.
+        expect_gradients: where a trained parameter has no gradient yet, count the one it will get.
+
+    Raises:
+        ConfigError: the model does not have the stage's number of layers.
+    """
+    prefix, _ = find_layers(model, stage.num_hidden_layers)
+    head_name = name_of_head(model)
+    components = {
+        name: _component(name, parameter, prefix, head_name, stage)
+        for name, parameter in model.named_parameters()
+    }
+    held: dict[tuple[str, str, int], int] = defaultdict(int)  # (component, kind, bytes per element) -> bytes
+    seen: set[int] = set()
+
+    def add(component: str, kind: str, tensor: Tensor) -> None:
+        local = _on_this_rank(tensor)
+        storage = local.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            held[component, kind, local.element_size()] += storage.nbytes()
+
+    for name, parameter in model.named_parameters():
+        component = components[name]
+        add(component, "weights", parameter.detach())
+        if parameter.grad is not None:
+            add(component, "gradients", parameter.grad)
+        elif expect_gradients and parameter.requires_grad:
+            local = _on_this_rank(parameter)
+            held[component, "gradients", local.element_size()] += local.numel() * local.element_size()
+    for name, states in optimizer.state_tensors().items():
+        for state in states.values():
+            add(components[name], "optimizer", state)
+    return MemoryEstimate(
+        tuple(
+            MemoryTerm(component, kind, num_bytes // element_size, element_size, "measured: elements × bytes")
+            for (component, kind, element_size), num_bytes in held.items()
+        )
+    )
+
+
+def check_against_plan(measured: MemoryEstimate, planned: MemoryEstimate) -> None:
+    """Compare every row, to the byte.
+
+    Embeddings, final norm and head are compared only if the plan counts them.
+
+    Raises:
+        MemoryMismatch: with a table of the rows that differ.
+    """
+    counts_outer = any(term.component in OUTER_COMPONENTS for term in planned.terms)
+    rows = dict.fromkeys([*TERMS, *((term.component, term.kind) for term in measured.terms)])
+    differing = [
+        (component, kind, planned.bytes_of(component, kind), measured.bytes_of(component, kind))
+        for component, kind in rows
+        if (counts_outer or component not in OUTER_COMPONENTS)
+        and planned.bytes_of(component, kind) != measured.bytes_of(component, kind)
+    ]
+    if differing:
+        table = [f"{'':<26}{'planned':>18}{'measured':>18}{'difference':>18}"]
+        table += [f"{f'{c} {k}':<26}{p:>18,}{m:>18,}{m - p:>+18,}" for c, k, p, m in differing]
+        raise MemoryMismatch(
+            "the measured model-state bytes are not the planned bytes:\n"
+            + "\n".join(table)
+            + "\nThe model, its trained parameters or its optimizer are not those of the plan; "
+            "make the plan again from the same configuration.",
+            rows=differing,
+        )
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """The highest memory use since ``reset_peak``, labelled by what it counts; None where not known."""
+
+    peak_allocated_bytes: int | None = None  # tensors on the accelerator
+    peak_reserved_bytes: int | None = None  # held by the accelerator's allocator, fragmentation included
+    peak_resident_bytes: int | None = None  # the whole process in main memory, libraries included
+
+    def __str__(self) -> str:
+        labelled = {
+            "allocated": self.peak_allocated_bytes,
+            "reserved": self.peak_reserved_bytes,
+            "resident": self.peak_resident_bytes,
+        }
+        known = [f"{format_bytes(count)} {label}" for label, count in labelled.items() if count is not None]
+        return f"peak {', '.join(known)}" if known else "peak unknown"
+
+
+def measure_peak(device: torch.device | str) -> PeakMemory:
+    """Peak bytes of an accelerator's tensors and allocator, or of this process on a CPU."""
+    if torch.device(device).type == "cuda":
+        return PeakMemory(
+            peak_allocated_bytes=torch.cuda.max_memory_allocated(device),
+            peak_reserved_bytes=torch.cuda.max_memory_reserved(device),
+        )
+    return PeakMemory(peak_resident_bytes=_peak_resident_bytes())
+
+
+def reset_peak(device: torch.device | str) -> None:
+    """Start a new peak. A CPU process keeps its old one where the system offers no reset."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # Linux: sets the peak resident size to the present one
+
+
+def _peak_resident_bytes() -> int | None:
+    # Not getrusage first: a child process starts with its parent's peak there.
+    with suppress(OSError), open("/proc/self/status") as file:
+        match = re.search(r"^VmHWM:\s+(\d+) kB", file.read(), re.MULTILINE)
+        if match:
+            return int(match.group(1)) * 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def find_layers(model: nn.Module, num_hidden_layers: int) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder layers: the outermost list of that length.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_hidden_layers:
+            return name, module
+    raise ConfigError(
+        f"{type(model).__name__} has no list of {num_hidden_layers} layers: only decoder-only models whose "
+        "layers are one ModuleList can be planned and grown.",
+        num_hidden_layers=num_hidden_layers,
+    )
+
+
+def name_of_head(model: nn.Module) -> str | None:
+    """Name of the module that makes the logits, or None."""
+    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def outer_component(name: str, parameter: Tensor, head_name: str | None) -> str:
+    """Component of a parameter outside the layers: the head's own, other vectors, or other matrices."""
+    if head_name is not None and name.startswith(f"{head_name}."):
+        return "head"
+    return "final_norm" if parameter.dim() == 1 else "embeddings"
+
+
+def _on_this_rank(tensor: Any) -> Tensor:
+    """A sharded tensor's own part; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _component(name: str, parameter: Tensor, prefix: str, head_name: str | None, stage: Stage) -> str:
+    if name.rpartition(".")[2] in ADAPTER_TENSORS:
+        return "adapters"
+    if not name.startswith(f"{prefix}."):
+        return outer_component(name, parameter, head_name)
+    is_trained = any(fnmatchcase(name, pattern) for pattern in stage.trained_patterns)
+    return "new_layers" if is_trained else "frozen_layers"

@@ -1,0 +1,302 @@
+"""Loss above, model-state memory below, both over tokens, with the instants of growth marked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steplm.report.runs import RunRecord, percent
+from steplm.report.style import INK, KIND_COLOURS, MUTED, RC, RUN_COLOURS, clean, spread
+from steplm.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SMOOTHING_SHARE = 0.015  # width (standard deviation) of the smoothing, as a share of the logged points
+DASHES = (0, (4, 2))
+OUTSIDE: dict[str, Any] = {
+    "xycoords": "axes fraction",
+    "textcoords": "offset points",
+    "annotation_clip": False,
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stage on the token axis: bytes by kind, as ``stage_start`` events give them."""
+
+    start: float
+    end: float
+    bytes_by_kind: dict[str, int]
+
+
+def run_figure(records: Sequence[RunRecord], path: str | Path) -> Path:
+    """Draw one run or several and write a PNG (or whatever the suffix of ``path`` says).
+
+    Above, the training loss (pale; strong where smoothed) and the validation loss (circles). Below, the
+    model-state bytes of each stage: filled as measured, dashed as planned; one run is split by kind.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    colours = [RUN_COLOURS[i % len(RUN_COLOURS)] for i in range(len(records))]
+    with rc_context(RC):
+        figure = Figure(figsize=(9.2, 6.0), dpi=200, facecolor="white")
+        FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(2, 1, height_ratios=(1.4, 1), hspace=0.2)
+        figure.subplots_adjust(left=0.075, right=0.8, top=0.92, bottom=0.085)
+        loss_axes = figure.add_subplot(grid[0])
+        memory_axes = figure.add_subplot(grid[1], sharex=loss_axes)
+        for axes in (loss_axes, memory_axes):
+            clean(axes)
+        last_token = max((max(r.plan.total_tokens, r.tokens_seen) for r in records), default=1)
+        loss_axes.set_xlim(0, last_token)
+        loss_axes.tick_params(labelbottom=False)
+        memory_axes.xaxis.set_major_locator(MaxNLocator(8))
+        memory_axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: format_count(tokens)))
+        memory_axes.set_xlabel("tokens")
+
+        _draw_losses(loss_axes, records, colours)
+        if len(records) == 1:
+            _draw_memory_by_kind(memory_axes, records[0])
+        else:
+            _draw_memory_outlines(memory_axes, records, colours)
+        _mark_growth(loss_axes, memory_axes, records, colours if len(records) > 1 else [MUTED])
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    return path
+
+
+# --- loss -------------------------------------------------------------------------------------------------
+
+
+def _draw_losses(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str]) -> None:
+    marker: dict[str, Any] = {
+        "linestyle": "none", "marker": "o", "markersize": 4.6, "markerfacecolor": "white", "markeredgewidth": 1.3,
+    }  # fmt: skip
+    ends: list[tuple[float, str, str]] = []
+    shown: list[float] = []
+    for record, colour in zip(records, colours, strict=True):
+        train, evaluations = record.events_of("train"), record.events_of("eval")
+        width = SMOOTHING_SHARE * len(train)
+        for stage in record.plan.stages:  # each alone: a jump at growth stays a jump
+            events = [event for event in train if event["stage"] == stage.index]
+            tokens, losses = _series(events)
+            axes.plot(tokens, losses, color=colour, alpha=0.22, linewidth=0.8)
+            axes.plot(tokens, smoothed(losses, width), color=colour, linewidth=1.7, solid_capstyle="round")
+        axes.plot(*_series(evaluations), color=colour, **marker, zorder=4, clip_on=False)
+        # The first steps fall from log(vocabulary size): drawn to scale they would flatten all the rest.
+        after_start = [e["loss"] for e in train if e["tokens_seen"] >= record.tokens_seen / 20]
+        shown += smoothed(after_start, width) + [event["loss"] for event in evaluations]
+        if train or evaluations:
+            last = (evaluations or train)[-1]["loss"]
+            perplexity = record.validation_perplexity
+            result = f"loss {last:.2f}" if perplexity is None else f"perplexity {perplexity:.2f}"
+            so_far = "" if record.summary else " so far"
+            ends.append((last, f"{record.label}\n{result}{so_far}", colour))
+    if shown:
+        low, high = min(shown), max(shown)
+        margin = max(high - low, 0.1)
+        axes.set_ylim(low - 0.1 * margin, high + 0.12 * margin)
+    axes.set_ylabel("loss, nats a token")
+    _label_ends(axes, ends, gap=0.14)
+    _legend(
+        axes,
+        [{"color": MUTED, "linewidth": 1.7}, {"color": MUTED, **marker}],
+        ["training, smoothed", "validation"],
+        loc="upper right",
+    )
+
+
+def _series(events: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    return [event["tokens_seen"] for event in events], [event["loss"] for event in events]
+
+
+def smoothed(values: Sequence[float], width: float) -> list[float]:
+    """Mean under a centred Gaussian window of standard deviation ``width`` points, cut at both ends."""
+    reach = math.ceil(3 * width)
+    weights = [
+        math.exp(-0.5 * (offset / width) ** 2) if width else 1.0 for offset in range(-reach, reach + 1)
+    ]
+    result = []
+    for i in range(len(values)):
+        around = range(max(i - reach, 0), min(i + reach + 1, len(values)))
+        kernel = [weights[j - i + reach] for j in around]
+        result.append(sum(w * values[j] for w, j in zip(kernel, around, strict=True)) / sum(kernel))
+    return result
+
+
+def _legend(axes: Axes, lines: Sequence[dict[str, Any]], labels: Sequence[str], **where: Any) -> None:
+    from matplotlib.lines import Line2D
+
+    axes.legend(
+        handles=[Line2D([], [], label=label, **line) for line, label in zip(lines, labels, strict=True)],
+        facecolor="white", edgecolor="none", framealpha=0.9, labelcolor=MUTED, fontsize=8.5, handlelength=1.8, borderaxespad=0, **where,
+    )  # fmt: skip
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float) -> None:
+    """Names of curves to the right of the axes, at the height where they end, pushed apart where they meet."""
+    low, high = axes.get_ylim()
+    heights = spread([(value - low) / (high - low) for value, _, _ in ends], gap, 0.03, 0.97)
+    for height, (_, text, colour) in zip(heights, ends, strict=True):
+        name, _, result = text.partition("\n")
+        axes.annotate(
+            name, (1, height), xytext=(10, 1), va="bottom", color=colour, fontweight="bold", **OUTSIDE
+        )
+        axes.annotate(result, (1, height), xytext=(10, -1), va="top", color=MUTED, fontsize=8.5, **OUTSIDE)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------
+
+
+def measured_spans(record: RunRecord) -> list[Span]:
+    """The stages that were entered, from entrance to end or to where the run is now."""
+    ends = {event["stage"]: event["tokens_seen"] for event in record.events_of("stage_end")}
+    spans = []
+    start = 0
+    for event in record.events_of("stage_start"):
+        end = ends.get(event["stage"], record.tokens_seen)
+        spans.append(Span(start, end, {k: v for k, v in event["measured_bytes"].items() if k != "total"}))
+        start = end
+    return spans
+
+
+def _planned_outline(record: RunRecord, unit: float) -> tuple[list[float], list[float]]:
+    tokens: list[float] = []
+    heights: list[float] = []
+    for stage in record.plan.stages:
+        start = tokens[-1] if tokens else 0
+        tokens += [start, start + stage.tokens]
+        heights += [stage.memory.total_bytes / unit] * 2
+    return tokens, heights
+
+
+def _draw_memory_by_kind(axes: Axes, record: RunRecord) -> None:
+    plan = record.plan
+    unit, unit_name = _byte_unit([record])
+    labels: list[tuple[float, str, str]] = []
+    for span in measured_spans(record):
+        base = 0.0
+        labels = []
+        for kind, colour in KIND_COLOURS.items():
+            height = span.bytes_by_kind.get(kind, 0) / unit
+            if height:
+                axes.fill_between([span.start, span.end], base, base + height, color=colour, linewidth=0)
+                labels.append((base + height / 2, f"{kind}  {height:.2f}", colour))
+            base += height
+    axes.plot(*_planned_outline(record, unit), color=INK, linewidth=1.2, linestyle=DASHES, zorder=5)
+    _finish_memory(axes, [record], unit, unit_name)
+    _memory_legend(axes, {"color": KIND_COLOURS["optimizer"], "linewidth": 6}, INK)
+    _label_kinds(axes, labels)
+    if plan.reduction > 0:
+        _mark_saving(
+            axes, plan.peak_model_state_bytes / unit, plan.vanilla_model_state_bytes / unit, plan.reduction
+        )
+
+
+def _label_kinds(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    high = axes.get_ylim()[1]
+    heights = spread([value / high for value, *_ in labels], 0.105, 0.04, 0.96)
+    for height, (_, text, colour) in zip(heights, labels, strict=True):
+        axes.annotate("■", (1, height), xytext=(10, 0), color=colour, va="center", **OUTSIDE)
+        axes.annotate(text, (1, height), xytext=(22, 0), fontsize=8.5, va="center", **OUTSIDE)
+
+
+def _mark_saving(axes: Axes, peak: float, vanilla: float, reduction: float) -> None:
+    """The distance between vanilla and the plan's peak, to the right of the axes."""
+    high = axes.get_ylim()[1]
+    x = 1.018
+    axes.annotate(
+        "", (x, peak / high), xytext=(x, vanilla / high), xycoords="axes fraction", annotation_clip=False,
+        arrowprops={"arrowstyle": "->", "color": INK, "linewidth": 1.0, "shrinkA": 0, "shrinkB": 0},
+    )  # fmt: skip
+    axes.annotate(
+        percent(-reduction),
+        (1, (peak + vanilla) / 2 / high),
+        xytext=(22, 0),
+        va="center",
+        fontweight="bold",
+        **OUTSIDE,
+    )
+
+
+def _draw_memory_outlines(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str]) -> None:
+    unit, unit_name = _byte_unit(records)
+    ends = []
+    for record, colour in zip(records, colours, strict=True):
+        spans, plan = measured_spans(record), record.plan
+        tokens = [edge for span in spans for edge in (span.start, span.end)]
+        totals = [sum(span.bytes_by_kind.values()) / unit for span in spans for _ in range(2)]
+        axes.plot(tokens, totals, color=colour, alpha=0.28, linewidth=5.5, solid_capstyle="butt")
+        axes.plot(*_planned_outline(record, unit), color=colour, linewidth=1.5, linestyle=DASHES, zorder=5)
+        saving = f", {percent(-plan.reduction)}" if plan.reduction else ""
+        text = f"{record.label}\npeak {format_bytes(plan.peak_model_state_bytes)}{saving}"
+        ends.append((plan.stages[-1].memory.total_bytes / unit, text, colour))
+    _finish_memory(axes, records, unit, unit_name)
+    _memory_legend(axes, {"color": MUTED, "alpha": 0.35, "linewidth": 5.5}, MUTED)
+    _label_ends(axes, ends, gap=0.2)
+
+
+def _memory_legend(axes: Axes, measured: dict[str, Any], planned_colour: str) -> None:
+    planned = {"color": planned_colour, "linewidth": 1.3, "linestyle": (0, (3, 1.5))}
+    place = {"loc": "lower right", "bbox_to_anchor": (1, 1.0), "ncols": 2, "columnspacing": 1.6}
+    _legend(axes, [measured, planned], ["measured", "planned"], **place)
+
+
+def _finish_memory(axes: Axes, records: Sequence[RunRecord], unit: float, unit_name: str) -> None:
+    references = {r.plan.vanilla_model_state_bytes for r in records}
+    drawn = {r.plan.peak_model_state_bytes for r in records}
+    axes.set_ylim(0, max(references | drawn) / unit * 1.15)
+    axes.set_ylabel(f"model states, {unit_name}")
+    for reference in references - drawn:
+        axes.axhline(reference / unit, color=MUTED, linewidth=1.0, zorder=3)
+        axes.annotate(
+            f"vanilla {format_bytes(reference)}", (0, reference / unit), xytext=(5, 3.5), textcoords="offset points",
+            va="bottom", color=MUTED, fontsize=8.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )  # fmt: skip
+
+
+def _byte_unit(records: Sequence[RunRecord]) -> tuple[float, str]:
+    largest = max((r.plan.vanilla_model_state_bytes for r in records), default=1)
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if largest >= unit:
+            return unit, name
+    return 2**10, "KiB"
+
+
+# --- growth ---------------------------------------------------------------------------------------------------
+
+
+def _mark_growth(top: Axes, bottom: Axes, records: Sequence[RunRecord], colours: Sequence[str]) -> None:
+    """Dashed lines through both panels; labels above, in a second row where they would meet."""
+    width = top.get_xlim()[1]
+    row_ends: list[float] = []
+    marks = [
+        (event["tokens_seen"], growth_label(record, event["stage"]), colour)
+        for record, colour in zip(records, colours, strict=True)
+        for event in record.events_of("growth")
+    ]
+    for tokens, text, colour in sorted(marks):
+        for axes in (top, bottom):
+            axes.axvline(tokens, color=colour, linewidth=0.9, linestyle=(0, (3, 3)), zorder=2, alpha=0.8)
+        half = 0.075 * width
+        row = next((i for i, end in enumerate(row_ends) if tokens - half >= end), len(row_ends))
+        row_ends[row : row + 1] = [tokens + half]
+        top.annotate(
+            text, (tokens, 1), xycoords=("data", "axes fraction"), xytext=(0, 4 + 12 * row),
+            textcoords="offset points", ha="center", va="bottom", color=colour, fontsize=8.5,
+        )  # fmt: skip
+
+
+def growth_label(record: RunRecord, stage_index: int) -> str:
+    """``'8→12 layers'`` for the growth into a stage (from 2)."""
+    before, after = record.plan.stages[stage_index - 2], record.plan.stages[stage_index - 1]
+    return f"{before.num_hidden_layers}→{after.num_hidden_layers} layers"

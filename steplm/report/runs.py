@@ -1,0 +1,179 @@
+"""What a run left behind, finished or not, and the table that sets several runs side by side."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steplm.config import RunConfig, load_config
+from steplm.errors import SteplmError
+from steplm.training.metrics import read_metrics
+from steplm.types import Plan, from_json
+from steplm.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NOT_YET = "–"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run's documents. ``summary`` is ``None`` while the run goes on."""
+
+    label: str
+    config: RunConfig
+    plan: Plan
+    events: tuple[dict[str, Any], ...]
+    summary: dict[str, Any] | None = None
+
+    def events_of(self, kind: str) -> list[dict[str, Any]]:
+        """The events of one kind (see ``steplm.training.metrics``), in the order of the run."""
+        return [event for event in self.events if event["event"] == kind]
+
+    @property
+    def measured_model_state_bytes(self) -> int | None:
+        """The largest total that was measured at a stage's entrance."""
+        return max(
+            (event["measured_bytes"]["total"] for event in self.events_of("stage_start")), default=None
+        )
+
+    @property
+    def validation_perplexity(self) -> float | None:
+        """Of the exported model; before the end, of the latest evaluation."""
+        if self.summary is not None:
+            return self.summary["validation_perplexity"]
+        evaluations = self.events_of("eval")
+        return evaluations[-1]["perplexity"] if evaluations else None
+
+    @property
+    def tokens_seen(self) -> int:
+        return max((event.get("tokens_seen", 0) for event in self.events), default=0)
+
+    @property
+    def elapsed_seconds(self) -> float | None:
+        if self.summary is not None:
+            return self.summary["elapsed_seconds"]
+        return max((event["elapsed_seconds"] for event in self.events_of("train")), default=None)
+
+    @property
+    def median_tokens_per_second(self) -> float | None:
+        """Of the logged training intervals: evaluation and checkpoints left out."""
+        speeds = [event["tokens_per_second"] for event in self.events_of("train")]
+        return statistics.median(speeds) if speeds else None
+
+    @property
+    def overall_tokens_per_second(self) -> float | None:
+        """All tokens over all elapsed time: evaluation, checkpoints and growth included."""
+        return self.tokens_seen / self.elapsed_seconds if self.tokens_seen and self.elapsed_seconds else None
+
+
+def load_run(run_dir: str | Path, label: str | None = None) -> RunRecord:
+    """Read ``plan.json``, ``config.yaml``, ``metrics.jsonl`` and ``summary.json`` of a run directory.
+
+    Args:
+        label: what tables and figures call the run; default: the configuration's ``name``.
+
+    Raises:
+        SteplmError: the folder holds no run.
+    """
+    run_dir = Path(run_dir)
+    plan_file, summary_file = run_dir / "plan.json", run_dir / "summary.json"
+    if not plan_file.is_file():
+        raise SteplmError(f"{run_dir} is no run directory: it has no plan.json", path=str(run_dir))
+    config = load_config(run_dir / "config.yaml")
+    return RunRecord(
+        label=label or config.name,
+        config=config,
+        plan=from_json(Plan, json.loads(plan_file.read_text())),
+        events=tuple(read_metrics(run_dir / "metrics.jsonl")),
+        summary=json.loads(summary_file.read_text()) if summary_file.is_file() else None,
+    )
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One run in numbers; ``None`` where the run has not come so far."""
+
+    method: str
+    layers: tuple[int, ...]  # n_1 … n_K
+    planned_bytes: int
+    measured_bytes: int | None
+    reduction: float  # against vanilla, planned, 0 … 1
+    perplexity: float | None
+    tokens: int
+    median_tokens_per_second: float | None
+    overall_tokens_per_second: float | None
+    elapsed_seconds: float | None
+
+
+# Heading, and how a row's cell is written. The first column is text, the others are numbers.
+COLUMNS = {
+    "method": lambda row: row.method,
+    "layers": lambda row: "+".join(map(str, row.layers)),
+    "model states, planned": lambda row: format_bytes(row.planned_bytes),
+    "measured": lambda row: _or_not_yet(row.measured_bytes, format_bytes),
+    "against vanilla": lambda row: percent(-row.reduction) if row.reduction else NOT_YET,
+    "validation perplexity": lambda row: _or_not_yet(row.perplexity, "{:.2f}".format),
+    "tokens": lambda row: format_count(row.tokens),
+    "tokens/s, median": lambda row: _or_not_yet(row.median_tokens_per_second, "{:,.0f}".format),
+    "overall": lambda row: _or_not_yet(row.overall_tokens_per_second, "{:,.0f}".format),
+    "wall time": lambda row: _or_not_yet(row.elapsed_seconds, format_seconds),
+}
+
+
+def comparison_table(records: Iterable[RunRecord]) -> list[ComparisonRow]:
+    """One row a run, in the given order."""
+    return [
+        ComparisonRow(
+            method=record.label,
+            layers=record.plan.layers,
+            planned_bytes=record.plan.peak_model_state_bytes,
+            measured_bytes=record.measured_model_state_bytes,
+            reduction=record.plan.reduction,
+            perplexity=record.validation_perplexity,
+            tokens=record.tokens_seen,
+            median_tokens_per_second=record.median_tokens_per_second,
+            overall_tokens_per_second=record.overall_tokens_per_second,
+            elapsed_seconds=record.elapsed_seconds,
+        )
+        for record in records
+    ]
+
+
+def render_markdown(records: Iterable[RunRecord]) -> str:
+    """``comparison_table`` as a GitHub table, numbers to the right."""
+    header, *body = _cells(comparison_table(records))
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *body]) + "\n"
+
+
+def render_rich(records: Iterable[RunRecord], console: Console) -> None:
+    """``comparison_table`` on a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    header, *body = _cells(comparison_table(records))
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for index, heading in enumerate(header):
+        table.add_column(heading, justify="left" if index == 0 else "right")
+    for line in body:
+        table.add_row(*map(Text, line))  # Text: a label may hold brackets, which rich would take for markup
+    console.print(table)
+
+
+def percent(share: float) -> str:
+    """``-0.426 -> '−42.6%'``, with a proper minus sign."""
+    return f"{100 * share:+.1f}%".replace("-", "−")
+
+
+def _cells(rows: Sequence[ComparisonRow]) -> list[list[str]]:
+    return [list(COLUMNS), *([write(row) for write in COLUMNS.values()] for row in rows)]
+
+
+def _or_not_yet(value: Any, write: Any) -> str:
+    return NOT_YET if value is None else write(value)

@@ -1,0 +1,56 @@
+"""Colours and type of every figure, so that a colour means the same thing wherever it appears."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK = "#1f2933"
+MUTED = "#6b7785"
+FAINT = "#e6e9ed"
+FROZEN = "#c3cad3"
+
+# Told apart also by those who see red and green alike, and in grey.
+RUN_COLOURS = ("#1f6fb2", "#d9662b", "#2a9d74", "#8e5bb5", "#b8891a", "#c2437a")
+KIND_COLOURS = {"weights": "#23415f", "gradients": "#5289b5", "optimizer": "#a6c8e1", "adapters": "#e8944a"}
+
+RC: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Inter", "Helvetica Neue", "Arial", "DejaVu Sans"],
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": "#b4bcc6",
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "xtick.color": "#b4bcc6",
+    "ytick.color": "#b4bcc6",
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "svg.fonttype": "none",
+}
+
+
+def clean(axes: Axes) -> None:
+    """No top and right spines, a light horizontal grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.tick_params(length=3, width=0.8)
+
+
+def spread(wanted: list[float], gap: float, lowest: float = 0.0, highest: float = 1.0) -> list[float]:
+    """Positions at least ``gap`` apart, in the order of ``wanted`` and near it: labels that do not overlap."""
+    order = sorted(range(len(wanted)), key=wanted.__getitem__)
+    placed: list[float] = []
+    for index in order:
+        placed.append(max(wanted[index], placed[-1] + gap if placed else lowest))
+    ceiling = highest
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], ceiling)
+        ceiling = placed[i] - gap
+    positions = [0.0] * len(wanted)
+    for index, position in zip(order, placed, strict=True):
+        positions[index] = position
+    return positions

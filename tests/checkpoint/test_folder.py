@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from steplm.checkpoint import (
+    Checkpoint,
+    CheckpointState,
+    checkpoint_name,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from steplm.checkpoint import folder as folder_module
+from steplm.checkpoint.folder import MARKER, complete_checkpoints
+from steplm.errors import CheckpointError
+from steplm.models.build import build_model, hf_config, initial_state
+from steplm.types import AdapterSpec, LayerProvenance, TrainState
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 40,
+    "tie_word_embeddings": False,
+}
+
+
+def _state(step: int, *, stage: int = 1, done: bool = False) -> CheckpointState:
+    return CheckpointState(
+        progress=TrainState(stage, step, 64 * step, 64 * step, stage_done=done),
+        plan_hash="abc",
+        data_fingerprint="def",
+        provenance=(LayerProvenance(1, (), None), LayerProvenance(2, (0, 1), "interpolation_mean")),
+        trained_names=("lm_head.weight",),
+        adapters=AdapterSpec("lora", 2, 2.0, ("q_proj",), (0,)),
+        optimizer_steps={"lm_head.weight": step},
+        metrics_bytes=123,
+        elapsed_seconds=4.5,
+        probe_loss=3.25,
+    )
+
+
+def _save(root: Path, step: int, **keys: object) -> Path:
+    config = hf_config(CONFIG)
+    return save_checkpoint(
+        root,
+        config=config,
+        weights=initial_state(config, seed=step, dtype=torch.bfloat16),
+        adapters={"model.layers.0.self_attn.q_proj.lora_A": torch.randn(2, 16).bfloat16()},
+        optimizer={"lm_head.weight.master": torch.randn(40, 16)},
+        state=_state(step, **keys),  # type: ignore[arg-type]
+    )
+
+
+def test_a_checkpoint_reads_back_to_the_bit(tmp_path: Path) -> None:
+    path = _save(tmp_path, 3)
+    read: Checkpoint = load_checkpoint(path)
+    weights = initial_state(hf_config(CONFIG), seed=3, dtype=torch.bfloat16)
+    assert read.weights.keys() == weights.keys()
+    assert all(torch.equal(read.weights[name], tensor) for name, tensor in weights.items())
+    assert read.optimizer["lm_head.weight.master"].dtype == torch.float32
+    assert read.state.versions["torch"] == torch.__version__
+    assert read.state.progress == _state(3).progress
+    assert read.state.adapters == _state(3).adapters
+    assert read.state.provenance == _state(3).provenance
+
+
+def test_a_checkpoint_loads_in_transformers_as_it_stands(tmp_path: Path) -> None:
+    path = _save(tmp_path, 1)
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    ours = build_model(hf_config(CONFIG), load_checkpoint(path).weights).eval()
+    tokens = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, ours(tokens).logits)
+    assert theirs.dtype == torch.bfloat16
+
+
+def test_the_latest_is_the_one_with_the_most_progress(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "absent") is None
+    for step, stage, done in ((5, 1, True), (2, 1, False), (1, 2, False), (4, 1, False)):
+        _save(tmp_path, step, stage=stage, done=done)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == [
+        "stage1-step000002",
+        "stage1-step000004",
+        "stage1-end",
+        "stage2-step000001",
+    ]
+    assert checkpoint_name(TrainState(2, 1, 0, 0)) == "stage2-step000001"
+
+
+def test_stage_ends_are_kept_and_others_pruned(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        _save(tmp_path, step)
+    _save(tmp_path, 4, done=True)
+    (tmp_path / ".writing-stage1-step000009").mkdir()
+    (tmp_path / "stage1-step000008").mkdir()  # renamed, killed before it was marked
+    (tmp_path / "notes").mkdir()
+    prune_checkpoints(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "notes",
+        "stage1-end",
+        "stage1-step000002",
+        "stage1-step000003",
+    ]
+
+
+def test_a_folder_without_the_marker_is_ignored(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+    newer = _save(tmp_path, 2)
+    (newer / MARKER).unlink()
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert latest.name == "stage1-step000001"
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        verify_checkpoint(newer)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer/state.safetensors", "state.json", "config.json"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damage_is_found_and_named(tmp_path: Path, name: str, damage: str) -> None:
+    file = _save(tmp_path, 1) / name
+    content = file.read_bytes()
+    if damage == "remove":
+        file.unlink()
+    else:
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        file.write_bytes(content[:middle] if damage == "truncate" else flipped)
+    with pytest.raises(CheckpointError, match=Path(name).name):
+        load_checkpoint(tmp_path / "stage1-step000001")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _save(tmp_path, 1)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder_module, "save_file", full)
+    with pytest.raises(CheckpointError, match="no space left") as caught:
+        _save(tmp_path, 2)
+    assert caught.value.free_bytes > 0
+    assert [path.name for path in tmp_path.iterdir()] == [before.name]
+    verify_checkpoint(before)
+
+
+def test_a_marker_is_readable_json_with_sizes(tmp_path: Path) -> None:
+    path = _save(tmp_path, 1)
+    marker = json.loads((path / MARKER).read_text())
+    assert marker["config.json"]["bytes"] == (path / "config.json").stat().st_size
+    assert set(marker) == {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MARKER}

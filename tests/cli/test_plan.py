@@ -1,0 +1,159 @@
+"""``steplm plan``: quick, without torch, in numbers that add up."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from steplm.cli.plan import plan_to_json, render_explain, render_plan, show_plan
+from steplm.config import load_config
+from steplm.planner.plan import plan
+from steplm.types import Plan, from_json
+
+LLAMA_368M = {
+    "model": {
+        "hidden_size": 1024,
+        "intermediate_size": 2736,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    "plan": {"num_stages": 3},
+}
+
+
+def make_plan(*overrides: str, values: dict[str, Any] = LLAMA_368M) -> Plan:
+    return plan(load_config(values, overrides))
+
+
+def text_of(render: Any, made: Plan, width: int = 80) -> str:
+    stream = io.StringIO()
+    render(made, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def test_json_has_the_numbers_that_programs_ask_for() -> None:
+    made = make_plan()
+    values = json.loads(json.dumps(plan_to_json(made)))
+    assert [stage["num_new_layers"] for stage in values["stages"]] == [11, 8, 5]
+    assert [stage["num_hidden_layers"] for stage in values["stages"]] == [11, 19, 24]
+    assert values["peak_model_state_bytes"] == max(stage["model_state_bytes"] for stage in values["stages"])
+    assert values["vanilla_model_state_bytes"] == 5_887_508_480
+    assert values["reduction"] == pytest.approx(0.4263, abs=1e-4)
+    for stage in values["stages"]:
+        assert stage["model_state_bytes"] == sum(term["num_bytes"] for term in stage["terms"])
+    assert from_json(Plan, values["plan"]) == made
+
+
+def test_json_parameters_of_every_stage_add_up_to_its_model() -> None:
+    made = make_plan()
+    for stage, values in zip(made.stages, plan_to_json(made)["stages"], strict=True):
+        depth = stage.num_hidden_layers
+        assert values["trained_parameters"] + values["frozen_parameters"] == made.shape.num_parameters(depth)
+        adapted = len(stage.adapters.layers) if stage.adapters else 0
+        assert values["adapter_parameters"] == adapted * 2_492_416
+
+
+def test_table_of_the_368m_plan() -> None:
+    assert text_of(render_plan, make_plan()).splitlines() == EXPECTED_TABLE.splitlines()
+
+
+EXPECTED_TABLE = """\
+llama, 368M parameters, 24 layers in 3 stages, bf16, 7.36B tokens; memory in GiB
+stage   layers trained frozen adapters tokens weights gradients optimizer total
+───────────────────────────────────────────────────────────────────────────────
+1           11    204M                   1.5B    0.38      0.38      2.28  3.04
+2 ◀       11+8    166M   139M    27.4M  2.59B    0.62      0.36      2.17  3.15
+3         19+5    129M   239M    47.4M  3.27B    0.77      0.33      1.97  3.07
+                                                                               \n\
+outer            65.5M                           0.12      0.12      0.73  0.98
+vanilla     24    368M                           0.69      0.69      4.11  5.48
+peak 3.15 GiB in stage 2; vanilla 5.48 GiB; -42.6%
+outer: embeddings, final norm and head, a part of every stage above
+activations and workspace come on top
+"""
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["plan.num_stages=1"],
+        ["plan.num_stages=4"],
+        ["plan.count_embeddings=false"],
+        ["plan.train_embeddings=first_stage"],
+        ["plan.freeze_old_layers=false"],
+        ["plan.layers=[12,6,6]"],
+        ["model.hidden_size=32", "pet.rank=2", "model.vocab_size=20"],
+        ["model.hidden_size=8192", "model.intermediate_size=28672", "model.num_hidden_layers=80"],
+    ],
+)
+def test_no_number_is_cut_off_on_eighty_columns(overrides: list[str]) -> None:
+    made = make_plan(*overrides)
+    for render in (render_plan, render_explain):
+        text = text_of(render, made)
+        assert "…" not in text
+        assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_embeddings_frozen_after_stage_one_have_their_own_row_in_every_stage() -> None:
+    text = text_of(render_plan, make_plan("plan.train_embeddings=first_stage"))
+    assert sum(line.startswith(" outer") for line in text.splitlines()) == 3
+
+
+def test_a_plan_by_hand_is_told_that_less_is_possible() -> None:
+    assert "smaller peak is possible" in text_of(render_plan, make_plan("plan.layers=[12,6,6]"))
+    assert "smaller peak is possible" not in text_of(render_plan, make_plan("plan.layers=[11,8,5]"))
+
+
+def test_explain_shows_every_term_and_the_sums() -> None:
+    made = make_plan()
+    text = text_of(render_explain, made)
+    for stage in made.stages:
+        assert f"{stage.memory.total_bytes:,}" in text
+        for term in stage.memory.terms:
+            assert term.formula in text
+            assert f"{term.num_bytes:,}" in text
+    assert "stage 2: n_i = 8, N_{i-1} = 11, E = 2,492,416" in text
+    assert "5,887,508,480 bytes" in text
+
+
+def test_show_plan_prints_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan("llama_368m", ["plan.num_stages=2"], as_json=True)
+    assert [stage["num_new_layers"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [14, 10]
+
+
+def test_a_family_that_is_not_written_down_is_planned_from_the_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = ["model.hidden_size=64", "model.intermediate_size=96", "pet.rank=4", "model.vocab_size=100"]
+    show_plan("llama_368m", ["model.model_type=starcoder2", *small], as_json=True)
+    values = json.loads(capsys.readouterr().out)
+    assert values["model_type"] == "starcoder2"
+    assert sum(stage["num_new_layers"] for stage in values["stages"]) == 24
+
+
+IMPORTED = """
+import resource, sys
+from steplm.cli.plan import show_plan
+show_plan("llama_1.2b")
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print(usage.ru_utime + usage.ru_stime)
+print(sorted({"torch", "transformers", "datasets", "scipy", "numpy"} & set(sys.modules)))
+"""
+
+
+def test_planning_a_1_2b_model_takes_half_a_second_at_most_and_loads_no_torch() -> None:
+    """Processor time, imports included: the wall clock of a busy machine says nothing. The best of three."""
+    pytest.importorskip("resource")
+    seconds = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
+        *_, spent, modules = done.stdout.splitlines()
+        assert modules == "[]"
+        seconds.append(float(spent))
+    assert min(seconds) < 0.5

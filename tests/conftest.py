@@ -1,0 +1,83 @@
+"""What the tests share: a tiny corpus, prepared once, and a configuration of a run that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# One thread: on a busy machine of few cores it is faster than two, and results do not depend on the number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from steplm.config import RunConfig, load_config
+
+VOCAB_SIZE = 300
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real text and evaluation sets; tests that use it are skipped where it is absent."""
+    path = Path(os.environ.get("STEPLM_DATA", "../shared/data"))
+    if not path.is_dir():
+        pytest.skip(f"no shared data in {path} (set STEPLM_DATA)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file of 200 short documents with some regularity to learn."""
+    words = "the model grows new layers between old ones and trains them while memory stays small".split()
+    generator = random.Random(0)
+    path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
+    with path.open("w") as stream:
+        for number in range(200):
+            text = f"{number}: " + " ".join(generator.choices(words, k=generator.randint(10, 60)))
+            stream.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
+    """``tiny_run(output_dir, *overrides)``: a run of two stages on the tiny corpus, prepared once a session."""
+    prepared = tmp_path_factory.mktemp("prepared")
+
+    def configure(output_dir: Path, *overrides: str) -> RunConfig:
+        values = {
+            "name": "tiny",
+            "output_dir": str(output_dir),
+            "model": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "vocab_size": VOCAB_SIZE,
+                "max_position_embeddings": 64,
+            },
+            "data": {
+                "train": [str(tiny_corpus)],
+                "validation_fraction": 0.1,
+                "prepared_dir": str(prepared),
+                "num_workers": 1,
+            },
+            "plan": {"num_stages": 2, "total_tokens": 16 * 64},
+            "pet": {"rank": 4},
+            "optim": {"learning_rate": 1e-2},
+            "train": {
+                "precision": "fp32",
+                "device": "cpu",
+                "sequence_length": 16,
+                "per_device_train_batch_size": 4,
+                "loss_chunk_size": 32,
+            },
+            "log": {"progress": "none", "logging_steps": 1},
+        }
+        return load_config(values, overrides)
+
+    return configure

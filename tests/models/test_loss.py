@@ -1,0 +1,212 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from steplm.models.loss import chunked_cross_entropy
+
+N, D, V = 37, 12, 50  # rows, hidden size, vocabulary
+
+
+def inputs(dtype=torch.float64, n=N, d=D, v=V, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(v, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    bias = torch.randn(v, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(v, (n,), generator=generator)
+    labels[::5] = -100
+    return hidden, weight, bias, labels
+
+
+def reference(hidden, weight, labels, *, num_valid, bias=None, logit_scale=1.0, softcap=None):
+    logits = F.linear(hidden, weight, bias) * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / num_valid
+
+
+OPTIONS = [
+    {},
+    {"logit_scale": 0.3},
+    {"softcap": 2.0},
+    {"logit_scale": 1.7, "softcap": 3.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_loss_and_gradients_equal_torchs_cross_entropy_in_fp64(options, with_bias):
+    hidden, weight, bias, labels = inputs()
+    wanted = [hidden, weight] + [bias] * with_bias
+    options = {**options, "bias": bias if with_bias else None, "num_valid": 23}
+    expected = reference(hidden, weight, labels, **options)
+    actual = chunked_cross_entropy(hidden, weight, labels, chunk_size=8, **options)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    # an upstream gradient other than 1
+    expected_grads = torch.autograd.grad(expected * 0.37, wanted)
+    actual_grads = torch.autograd.grad(actual * 0.37, wanted)
+    torch.testing.assert_close(actual_grads, expected_grads, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradcheck_in_fp64(options):
+    hidden, weight, bias, labels = inputs(n=7, d=3, v=5)
+
+    def loss(hidden, weight, bias):
+        return chunked_cross_entropy(hidden, weight, labels, bias=bias, num_valid=5, chunk_size=3, **options)
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, N - 1, N, N + 100])
+def test_chunk_size_changes_nothing(chunk_size):
+    hidden, weight, _, labels = inputs()
+    whole = chunked_cross_entropy(hidden, weight, labels, num_valid=29, chunk_size=N)
+    parts = chunked_cross_entropy(hidden, weight, labels, num_valid=29, chunk_size=chunk_size)
+    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(parts, (hidden, weight)),
+        torch.autograd.grad(whole, (hidden, weight)),
+        rtol=1e-11,
+        atol=1e-15,
+    )
+
+
+def test_loss_of_a_uniform_model_is_log_vocab_size():
+    hidden, _, _, labels = inputs(torch.float32)
+    weight = torch.zeros(V, D)
+    num_valid = int((labels != -100).sum())
+    loss = chunked_cross_entropy(hidden, weight, labels, num_valid=num_valid)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(torch.tensor(float(V)).log().item(), rel=1e-6)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole_with_a_common_num_valid():
+    hidden, weight, _, labels = inputs()
+    whole = chunked_cross_entropy(hidden, weight, labels, num_valid=torch.tensor(29))
+    parts = sum(
+        chunked_cross_entropy(hidden[rows], weight, labels[rows], num_valid=29)
+        for rows in (slice(0, 10), slice(10, N))
+    )
+    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=0)
+
+
+def test_a_very_unlikely_label_has_a_finite_loss():
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[200.0], [-200.0]])
+    loss = chunked_cross_entropy(hidden, weight, torch.tensor([1]), num_valid=1)
+    assert loss.item() == 400.0
+
+
+def test_ignored_labels_give_no_gradient_and_all_ignored_gives_zero():
+    hidden, weight, _, labels = inputs(torch.float32)
+    chunked_cross_entropy(hidden, weight, labels, num_valid=29, chunk_size=8).backward()
+    assert torch.equal(hidden.grad[::5], torch.zeros_like(hidden.grad[::5]))
+    assert (hidden.grad[labels != -100].abs().sum(dim=1) > 0).all()
+    loss = chunked_cross_entropy(hidden, weight, torch.full((N,), -100), num_valid=1)
+    assert loss.item() == 0.0
+    assert not any(grad.any() for grad in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_bf16_is_as_close_to_fp64_as_full_bf16_logits_are():
+    # Large V and many rows: sums in bf16 would be off in the second digit.
+    hidden, weight, _, labels = inputs(torch.bfloat16, n=512, d=32, v=2000)
+    options = {"num_valid": int((labels != -100).sum())}
+    exact = reference(hidden.double(), weight.double(), labels, **options)
+    exact_grads = torch.autograd.grad(exact, (hidden, weight))
+    loss = chunked_cross_entropy(hidden, weight, labels, chunk_size=32, **options)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
+    for actual, expected in zip(grads, exact_grads, strict=True):
+        assert actual.dtype == torch.bfloat16
+        error = (actual.double() - expected.double()).norm() / expected.double().norm()
+        assert error < 0.01
+
+
+def test_many_small_chunks_lose_nothing_of_a_bf16_gradient():
+    # Equal signs: a running sum in bf16 stops growing once a chunk's share is below half its spacing.
+    hidden, weight, _, labels = inputs(torch.bfloat16, n=1024, d=8, v=50)
+    hidden = hidden.detach().abs()
+    exact = torch.autograd.grad(reference(hidden.double(), weight.double(), labels, num_valid=800), weight)[0]
+    loss = chunked_cross_entropy(hidden, weight, labels, num_valid=800, chunk_size=1)
+    actual = torch.autograd.grad(loss, weight)[0]
+    assert (actual.double() - exact.double()).norm() / exact.double().norm() < 0.005
+
+
+def test_a_bf16_gradient_is_scaled_by_the_exact_upstream_gradient():
+    hidden, weight, _, labels = inputs(torch.bfloat16)
+    loss = chunked_cross_entropy(hidden, weight, labels, num_valid=29)
+    once = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    third = torch.autograd.grad(loss / 3, (hidden, weight))
+    for scaled, plain in zip(third, once, strict=True):
+        assert torch.equal(scaled, (plain.float() * torch.tensor(1 / 3)).bfloat16())
+
+
+def test_a_frozen_head_gets_no_gradient_and_hidden_states_the_same_one():
+    hidden, weight, _, labels = inputs(torch.float32)
+    expected = torch.autograd.grad(chunked_cross_entropy(hidden, weight, labels, num_valid=29), hidden)
+    frozen = weight.detach()
+    loss = chunked_cross_entropy(hidden, frozen, labels, num_valid=29)
+    assert torch.equal(torch.autograd.grad(loss, hidden)[0], expected[0])
+    head_only = chunked_cross_entropy(hidden.detach(), weight, labels, num_valid=29)
+    head_only.backward()
+    assert weight.grad is not None
+    assert hidden.grad is None
+
+
+def test_equal_under_activation_checkpointing():
+    hidden, weight, _, labels = inputs(torch.float32)
+
+    def loss(hidden):
+        return chunked_cross_entropy(hidden.tanh(), weight, labels, num_valid=29, chunk_size=8)
+
+    plain = torch.autograd.grad(loss(hidden), (hidden, weight))
+    recomputed = torch.autograd.grad(checkpoint(loss, hidden, use_reentrant=False), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor and the number of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel, self.products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        self.products += "mm" in func.name()
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_logits_never_exist(dtype):
+    hidden, weight, _, labels = inputs(dtype, n=256, d=8, v=300)
+    with Largest() as seen:
+        chunked_cross_entropy(hidden, weight, labels, num_valid=200, chunk_size=16).backward()
+    assert seen.numel == 16 * 300, "one chunk of logits is the largest tensor"
+    with Largest() as seen:
+        reference(hidden, weight, labels, num_valid=200).backward()
+    assert seen.numel == 256 * 300, "and the counter sees full logits where they are made"
+
+
+def test_no_gradient_is_computed_that_nobody_needs():
+    hidden, weight, _, labels = inputs(torch.float32)
+
+    def products(hidden, weight):
+        with Largest() as seen:
+            loss = chunked_cross_entropy(hidden, weight, labels, num_valid=29, chunk_size=N)
+        return seen.products, loss
+
+    assert products(hidden, weight)[0] == 3
+    assert products(hidden, weight.detach())[0] == 2
+    assert products(hidden.detach(), weight)[0] == 2
+    assert products(hidden.detach(), weight.detach())[0] == 1
+    with torch.no_grad():
+        count, loss = products(hidden, weight)
+    assert count == 1
+    torch.testing.assert_close(loss, products(hidden, weight)[1])

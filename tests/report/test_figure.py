@@ -1,0 +1,106 @@
+"""Figures: what is written on them. How they look, a person must judge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from steplm.report.figure import growth_label, measured_spans, run_figure, smoothed
+from steplm.report.method_figure import method_figure
+from steplm.report.runs import RunRecord, percent
+from steplm.report.style import spread
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def texts_of(svg: Path) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]+)</text>", svg.read_text())
+
+
+def test_one_run_shows_growth_kinds_and_the_saving(
+    make_record: Callable[..., RunRecord], tmp_path: Path
+) -> None:
+    texts = texts_of(run_figure([make_record("STEP")], tmp_path / "run.svg"))
+    for words in (
+        "6→10 layers",
+        "STEP",
+        "perplexity 20.00",
+        "vanilla 2.85 GiB",
+        "−26.1%",
+        "measured",
+        "planned",
+    ):
+        assert words in texts
+    assert {text.split()[0] for text in texts} >= {"weights", "gradients", "optimizer", "adapters"}
+
+
+def test_several_runs_are_told_apart_by_name(make_record: Callable[..., RunRecord], tmp_path: Path) -> None:
+    records = [make_record("STEP"), make_record("vanilla", (10,), (100_000_000,))]
+    texts = texts_of(run_figure(records, tmp_path / "runs.svg"))
+    assert texts.count("STEP") == texts.count("vanilla") == 2  # once a panel
+    assert "peak 2.11 GiB, −26.1%" in texts
+    assert "peak 2.85 GiB" in texts
+
+
+@pytest.mark.parametrize("until", [0.0, 0.3, 0.7])
+def test_a_run_in_progress_can_be_drawn(
+    make_record: Callable[..., RunRecord], tmp_path: Path, until: float
+) -> None:
+    record = make_record(until=until)
+    for number, records in enumerate(([record], [record, replace(record, events=())])):
+        path = run_figure(records, tmp_path / f"new/folder/{number}.png")
+        assert path.read_bytes().startswith(PNG)
+
+
+def test_drawing_leaves_the_settings_of_matplotlib_alone(
+    make_record: Callable[..., RunRecord], tmp_path: Path
+) -> None:
+    before = dict(matplotlib.rcParams)
+    run_figure([make_record()], tmp_path / "run.png")
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_the_method_figure_names_stages_and_costs(tmp_path: Path) -> None:
+    texts = texts_of(method_figure(tmp_path / "method.svg"))
+    assert {"Stage 1", "Stage 2", "Stage 3", "Result", "frozen: 2 bytes a parameter"} <= set(texts)
+
+
+def test_measured_spans_cover_the_run_without_gaps(make_record: Callable[..., RunRecord]) -> None:
+    record = make_record(tokens=(40_000_000, 60_000_000), until=0.7)
+    first, second = measured_spans(record)
+    assert (first.start, first.end, second.start, second.end) == (0, 40e6, 40e6, 70e6)
+    for span, stage in zip((first, second), record.plan.stages, strict=True):
+        assert sum(span.bytes_by_kind.values()) == stage.memory.total_bytes
+
+
+def test_growth_is_labelled_with_both_depths(make_record: Callable[..., RunRecord]) -> None:
+    record = make_record(layers=(11, 8, 5), tokens=(1000, 1000, 1000))
+    assert [growth_label(record, stage) for stage in (2, 3)] == ["11→19 layers", "19→24 layers"]
+
+
+def test_percent_has_a_proper_minus() -> None:
+    assert (percent(-0.426), percent(0.1)) == ("−42.6%", "+10.0%")
+
+
+def test_smoothing_keeps_a_constant_and_the_place_of_a_peak() -> None:
+    assert smoothed([2.0] * 9, 1.5) == pytest.approx([2.0] * 9)
+    assert smoothed([1.0, 5.0, 2.0], 0.0) == [1.0, 5.0, 2.0]
+    peak = smoothed([0.0] * 5 + [1.0] + [0.0] * 5, 1.0)
+    assert max(range(11), key=peak.__getitem__) == 5
+    assert peak[4] == pytest.approx(peak[6])
+    assert smoothed([], 1.0) == []
+
+
+def test_labels_are_pushed_apart_but_stay_in_order_and_inside() -> None:
+    placed = spread([0.5, 0.52, 0.1, 0.99], gap=0.2, lowest=0.0, highest=1.0)
+    low_to_high = sorted(placed)
+    assert all(b - a >= 0.2 - 1e-12 for a, b in zip(low_to_high, low_to_high[1:], strict=False))
+    assert low_to_high == [placed[2], placed[0], placed[1], placed[3]]
+    assert placed[2] == 0.1
+    assert max(placed) <= 1.0
+    assert spread([], 0.1) == []

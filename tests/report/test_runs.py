@@ -1,0 +1,107 @@
+"""What is read from a run directory, and what the table says of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from steplm.config import dump_config
+from steplm.errors import SteplmError
+from steplm.report.runs import RunRecord, comparison_table, load_run, render_markdown, render_rich
+from steplm.types import to_json
+
+
+def write_run(record: RunRecord, run_dir: Path) -> Path:
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(dump_config(record.config))
+    (run_dir / "plan.json").write_text(json.dumps(to_json(record.plan)))
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in record.events))
+    if record.summary is not None:
+        (run_dir / "summary.json").write_text(json.dumps(record.summary))
+    return run_dir
+
+
+@pytest.mark.parametrize("until", [0.0, 0.5, 1.0])
+def test_a_run_directory_reads_back_finished_or_not(
+    make_record: Callable[..., RunRecord], tmp_path: Path, until: float
+) -> None:
+    record = make_record(until=until)
+    assert load_run(write_run(record, tmp_path / "run"), label=record.label) == record
+
+
+def test_a_run_is_called_by_its_configured_name(
+    make_record: Callable[..., RunRecord], tmp_path: Path
+) -> None:
+    assert load_run(write_run(make_record(), tmp_path / "folder")).label == "run"
+
+
+def test_a_run_that_has_a_plan_but_no_metrics_yet_has_no_numbers(
+    make_record: Callable[..., RunRecord], tmp_path: Path
+) -> None:
+    run_dir = write_run(make_record(until=0.5), tmp_path / "run")
+    (run_dir / "metrics.jsonl").unlink()
+    (row,) = comparison_table([load_run(run_dir)])
+    assert (row.measured_bytes, row.perplexity, row.tokens, row.elapsed_seconds) == (None, None, 0, None)
+    assert row.median_tokens_per_second is None
+    assert row.overall_tokens_per_second is None
+
+
+def test_a_folder_that_holds_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SteplmError, match=r"no run directory: it has no plan\.json"):
+        load_run(tmp_path)
+
+
+def test_the_table_has_the_numbers_of_the_plan_and_of_the_events(
+    make_record: Callable[..., RunRecord],
+) -> None:
+    record = make_record(layers=(6, 4), tokens=(40_000_000, 60_000_000))
+    (row,) = comparison_table([record])
+    assert row.layers == (6, 4)
+    assert row.planned_bytes == max(stage.memory.total_bytes for stage in record.plan.stages)
+    assert row.measured_bytes == row.planned_bytes
+    assert row.reduction == 1 - row.planned_bytes / record.plan.vanilla_model_state_bytes
+    assert row.perplexity == 20.0  # of the export, not of the last evaluation in the loop
+    assert row.tokens == 100_000_000
+    assert row.median_tokens_per_second == 1200.0  # 160 logged steps at 1100, 240 at 1200
+    assert row.overall_tokens_per_second == 100_000_000 / 200_000
+
+
+def test_a_run_in_progress_shows_its_latest_evaluation(make_record: Callable[..., RunRecord]) -> None:
+    record = make_record(until=0.5)
+    (row,) = comparison_table([record])
+    assert row.perplexity == record.events_of("eval")[-1]["perplexity"]
+    assert row.elapsed_seconds == 50_000.0
+    assert row.tokens == 50_000_000
+
+
+def test_measured_bytes_are_the_largest_stage_not_the_last(make_record: Callable[..., RunRecord]) -> None:
+    record = make_record()
+    events = [
+        {"event": "stage_start", "stage": i, "measured_bytes": {"total": n}} for i, n in ((1, 30), (2, 20))
+    ]
+    assert replace(record, events=tuple(events)).measured_model_state_bytes == 30
+
+
+def test_markdown_has_one_line_a_run_and_dashes_for_what_is_absent(
+    make_record: Callable[..., RunRecord],
+) -> None:
+    fresh = replace(make_record("vanilla", layers=(10,), tokens=(100_000_000,), until=0.0), events=())
+    header, rule, step, vanilla = render_markdown([make_record("STEP"), fresh]).splitlines()
+    assert header.startswith("| method | layers |")
+    assert rule.count("---:") == header.count("|") - 2
+    assert step.startswith("| STEP | 6+4 | 2.11 GiB | 2.11 GiB | −26.1% | 20.00 | 100M |")
+    assert vanilla == "| vanilla | 10 | 2.85 GiB | – | – | – | 0 | – | – | – |"
+
+
+def test_the_terminal_table_shows_labels_as_they_are(make_record: Callable[..., RunRecord]) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    render_rich([make_record("STEP [red]")], console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "STEP [red]" in text
+    assert "55h33m" in text

@@ -1,0 +1,166 @@
+"""Killed anywhere and started again, a run ends as if nothing had happened: the same losses, bit by bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from steplm.checkpoint import folder as folder_module
+from steplm.config import RunConfig
+from steplm.models.folder import load_state
+from steplm.training import stage as stage_module
+from steplm.training.metrics import read_metrics
+from steplm.training.run import train
+
+Configure = Callable[..., RunConfig]
+
+OVERRIDES = ("plan.num_stages=3", "plan.layers=[2,1,1]", "train.save_steps=2", "train.precision=bf16")
+
+
+def _history(run_dir: Path) -> list[tuple]:
+    """Everything in the log that does not depend on the clock."""
+    keys = ("event", "stage", "step", "tokens_seen", "loss", "grad_norm", "learning_rate", "loss_before", "loss_after")
+    return [tuple(entry.get(key) for key in keys) for entry in read_metrics(run_dir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_run: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("unbroken")
+    train(tiny_run(run_dir, *OVERRIDES))
+    return run_dir
+
+
+def assert_equal_runs(run_dir: Path, unbroken: Path) -> None:
+    assert _history(run_dir) == _history(unbroken)
+    ours, theirs = load_state(run_dir / "export"), load_state(unbroken / "export")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def _in_child(action: Callable[[], object]) -> int:
+    """Fork, run ``action`` there, and return the child's process id. Forking spares the child the imports."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return pid
+
+
+def _wait(pid: int) -> int:
+    """The exit code, or minus the signal that ended the process."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_killed_at_twenty_random_instants_a_run_equals_the_unbroken_one(
+    tiny_run: Configure, unbroken: Path, tmp_path: Path
+) -> None:
+    config = tiny_run(tmp_path, *OVERRIDES)
+    started = time.monotonic()
+    assert _wait(_in_child(lambda: train(tiny_run(tmp_path / "timing", *OVERRIDES)))) == 0
+    duration = time.monotonic() - started
+    instants = random.Random(0)
+    kills = 0
+    while kills < 20:
+        pid = _in_child(lambda: train(config))
+        time.sleep(instants.uniform(0.02, 0.5) * duration)
+        os.kill(pid, signal.SIGKILL)
+        kills += 1
+        if _wait(pid) == 0:  # it was quicker than the kill, and is done
+            break
+    train(config)
+    assert kills >= 3
+    assert_equal_runs(tmp_path, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "call"),
+    [
+        (stage_module, "train_step", 3),
+        (stage_module, "train_step", 9),
+        (stage_module, "grow", 1),
+        (stage_module, "grow", 2),
+        (stage_module, "merge_state", 1),
+        (folder_module, "save_folder", 2),
+        (folder_module, "_fingerprints", 1),
+        (folder_module, "_write_durably", 1),
+        (folder_module, "_write_durably", 4),
+        (stage_module, "prune_checkpoints", 3),
+    ],
+)
+def test_killed_at_a_chosen_instant_a_run_equals_the_unbroken_one(
+    tiny_run: Configure,
+    unbroken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: object,
+    function: str,
+    call: int,
+) -> None:
+    config = tiny_run(tmp_path, *OVERRIDES)
+    original, calls = getattr(module, function), 0
+
+    def killing(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, killing)
+        assert _wait(_in_child(lambda: train(config))) == -signal.SIGKILL
+    train(config)
+    assert_equal_runs(tmp_path, unbroken)
+
+
+def test_sigterm_saves_and_ends_in_order_and_the_run_resumes(
+    tiny_run: Configure, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(tmp_path, *OVERRIDES)
+    original, steps = stage_module.train_step, 0
+
+    def terminating(*args: object, **kwargs: object) -> object:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module, "train_step", terminating)
+        result = train(config)
+    assert not result.finished
+    assert result.stop_signal == signal.SIGTERM
+    assert (tmp_path / "checkpoints" / "stage1-step000003").is_dir()
+    assert train(config).finished
+    assert_equal_runs(tmp_path, unbroken)
+
+
+def test_resuming_continues_and_does_not_start_again(
+    tiny_run: Configure, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(tmp_path, *OVERRIDES)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module, "grow", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+        assert _wait(_in_child(lambda: train(config))) == -signal.SIGKILL
+    original, calls = stage_module.train_step, []
+
+    def counting(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(stage_module, "train_step", counting)
+    train(config)
+    total = len(read_metrics(unbroken / "metrics.jsonl", "train"))
+    in_stage_one = sum(entry["stage"] == 1 for entry in read_metrics(unbroken / "metrics.jsonl", "train"))
+    assert len(calls) == total - in_stage_one
