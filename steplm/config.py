@@ -180,7 +180,7 @@ class TrainConfig(Section):
     per_device_train_batch_size: int = Field(8, gt=0, description="sequences in one forward pass")
     gradient_accumulation_steps: int = Field(1, gt=0)
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
-    loss_chunk_size: int = Field(1024, gt=0, description="rows of logits that exist at once")
+    loss_chunk_size: int = Field(512, gt=0, description="rows of logits that exist at once")
     compile: bool = Field(False, description="torch.compile each layer")
     dry_run: bool = Field(True, description="one batch, forward and backward, before the first step of each stage")
     save_steps: int | None = Field(None, gt=0, description="default: five times a stage; stage ends are always saved")

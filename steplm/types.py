@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 SCHEMA_VERSION = 1
@@ -235,9 +236,7 @@ class TrainState:
 
 def to_json(value: Any) -> Any:
     """Plain dicts, lists and numbers from any of the classes above."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(type(value)).dump_python(value, mode="json")
+    return _adapter(type(value)).dump_python(value, mode="json")
 
 
 def from_json(cls: type[T], data: Any) -> T:
@@ -246,6 +245,11 @@ def from_json(cls: type[T], data: Any) -> T:
     Raises:
         ValueError: ``data`` has missing, unknown or ill-typed fields.
     """
-    from pydantic import TypeAdapter
+    return _adapter(cls).validate_python(data)
 
-    return TypeAdapter(cls).validate_python(data)
+
+@lru_cache(maxsize=None)
+def _adapter(cls: type[Any]) -> Any:
+    from pydantic import TypeAdapter  # takes longer to load than all of this file
+
+    return TypeAdapter(cls)

@@ -76,6 +76,7 @@ def tiny_run(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
                 "per_device_train_batch_size": 4,
                 "loss_chunk_size": 32,
             },
+            "eval": {"eval_steps": 4, "max_tokens": 512},
             "log": {"progress": "none", "logging_steps": 1},
         }
         return load_config(values, overrides)

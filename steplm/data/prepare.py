@@ -64,11 +64,12 @@ class PrepareProgress:
     num_bad_records: int
     max_train_tokens: int | None
     elapsed_seconds: float
+    phase_seconds: float
 
     @property
     def tokens_per_second(self) -> float:
         new_tokens = self.num_train_tokens + self.num_validation_tokens - self.num_reused_tokens
-        return new_tokens / max(self.elapsed_seconds, 1e-9)
+        return new_tokens / max(self.phase_seconds, 1e-9)
 
     @property
     def fraction(self) -> float:
@@ -366,6 +367,7 @@ def _write_shards(
     finished_documents = {split: writer.last_document for split, writer in writers.items()}
     progress.num_reused_tokens = sum(finished_tokens.values())
     counts = Counts()
+    progress.report("tokens", counts, 0, writers)
     encode = _encoder(tokenizer, writers["train"].dtype)
     batches = _batches(_stream(config, sources, counts), finished_documents, counts)
     for batch, encoded in _in_order(batches, encode, config.data.num_workers or os.cpu_count() or 1):
@@ -464,6 +466,7 @@ class _Progress:
         self.on_progress = on_progress
         self.started_at = time.monotonic()
         self.num_reused_tokens = 0
+        self.phase = ""
 
     def report(
         self,
@@ -474,6 +477,8 @@ class _Progress:
     ) -> None:
         if self.on_progress is None:
             return
+        if phase != self.phase:
+            self.phase, self.phase_started_at = phase, time.monotonic()
         self.on_progress(
             PrepareProgress(
                 phase=phase,
@@ -487,5 +492,6 @@ class _Progress:
                 num_bad_records=counts.bad.num_bad,
                 max_train_tokens=self.max_train_tokens,
                 elapsed_seconds=time.monotonic() - self.started_at,
+                phase_seconds=time.monotonic() - self.phase_started_at,
             )
         )

@@ -66,7 +66,7 @@ def _check_room(config: object, num_prompt_tokens: int, max_new_tokens: int) -> 
     if num_positions is not None and num_prompt_tokens + max_new_tokens > num_positions:
         raise ConfigError(
             f"{num_prompt_tokens} tokens of prompt and {max_new_tokens} new ones are more than the model's "
-            f"{num_positions} positions. Shorten the prompt or ask for {max(num_positions - num_prompt_tokens, 0)} new ones.",
+            f"{num_positions} positions. Shorten the prompt, or ask for fewer new tokens.",
             num_prompt_tokens=num_prompt_tokens,
             max_position_embeddings=num_positions,
         )

@@ -125,7 +125,7 @@ def evaluate_folder(
 
 
 def default_sequence_length(folder: str | Path, model: PreTrainedModel) -> int:
-    """The length that the model was trained with, where its folder says so; else its context, within a limit."""
+    """The length of the model's training, where its folder says so; else its context, within a limit."""
     training_config = Path(folder) / "training_config.yaml"
     if training_config.is_file():
         return yaml.safe_load(training_config.read_text())["train"]["sequence_length"]

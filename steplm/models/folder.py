@@ -11,6 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from steplm.errors import CheckpointError, HubUnavailable
 from steplm.models.build import plain_state
@@ -62,10 +63,15 @@ def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> P
         HubUnavailable: not a folder, and the hub cannot be reached or does not have it.
     """
     _require_model(name)
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # it would tear ours apart
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise _cannot_load(name, error) from None
+    finally:
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
 
 
 def load_config_and_state(

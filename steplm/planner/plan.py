@@ -33,10 +33,8 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
         PlanInfeasible: more stages than layers.
     """
     shape = shape or shape_from_hf_config(config.model.hf_config())
-    freezes = config.plan.freeze_old_layers
     adapter_parameters = 0
-    # Checked at one stage too, so that a wrong rank or target is not met later, at two.
-    if freezes and config.pet.method != "none":
+    if config.plan.num_stages > 1 and config.plan.freeze_old_layers and config.pet.method != "none":
         adapter_parameters = adapter_parameters_per_layer(shape, config.pet.rank, config.pet.target_modules)
     layers, proved_optimal = _choose_layers(config, shape, adapter_parameters)
     depths = tuple(accumulate(layers))

@@ -79,8 +79,12 @@ def run_figure(records: Sequence[RunRecord], path: str | Path) -> Path:
 
 def _draw_losses(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str]) -> None:
     marker: dict[str, Any] = {
-        "linestyle": "none", "marker": "o", "markersize": 4.6, "markerfacecolor": "white", "markeredgewidth": 1.3,
-    }  # fmt: skip
+        "linestyle": "none",
+        "marker": "o",
+        "markersize": 4.6,
+        "markerfacecolor": "white",
+        "markeredgewidth": 1.3,
+    }
     ends: list[tuple[float, str, str]] = []
     shown: list[float] = []
     for record, colour in zip(records, colours, strict=True):
@@ -138,12 +142,19 @@ def _legend(axes: Axes, lines: Sequence[dict[str, Any]], labels: Sequence[str], 
 
     axes.legend(
         handles=[Line2D([], [], label=label, **line) for line, label in zip(lines, labels, strict=True)],
-        facecolor="white", edgecolor="none", framealpha=0.9, labelcolor=MUTED, fontsize=8.5, handlelength=1.8, borderaxespad=0, **where,
-    )  # fmt: skip
+        facecolor="white",
+        edgecolor="none",
+        framealpha=0.9,
+        labelcolor=MUTED,
+        fontsize=8.5,
+        handlelength=1.8,
+        borderaxespad=0,
+        **where,
+    )
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float) -> None:
-    """Names of curves to the right of the axes, at the height where they end, pushed apart where they meet."""
+    """Names of curves to the right of the axes, at the height where they end, pushed apart."""
     low, high = axes.get_ylim()
     heights = spread([(value - low) / (high - low) for value, _, _ in ends], gap, 0.03, 0.97)
     for height, (_, text, colour) in zip(heights, ends, strict=True):
@@ -154,7 +165,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float) 
         axes.annotate(result, (1, height), xytext=(10, -1), va="top", color=MUTED, fontsize=8.5, **OUTSIDE)
 
 
-# --- memory ---------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------
 
 
 def measured_spans(record: RunRecord) -> list[Span]:
@@ -182,7 +193,7 @@ def _planned_outline(record: RunRecord, unit: float) -> tuple[list[float], list[
 def _draw_memory_by_kind(axes: Axes, record: RunRecord) -> None:
     plan = record.plan
     unit, unit_name = _byte_unit([record])
-    labels: list[tuple[float, str, str]] = []
+    labels: list[tuple[float, str, str | None]] = []
     for span in measured_spans(record):
         base = 0.0
         labels = []
@@ -190,42 +201,46 @@ def _draw_memory_by_kind(axes: Axes, record: RunRecord) -> None:
             height = span.bytes_by_kind.get(kind, 0) / unit
             if height:
                 axes.fill_between([span.start, span.end], base, base + height, color=colour, linewidth=0)
-                labels.append((base + height / 2, f"{kind}  {height:.2f}", colour))
+                labels.append((base + height / 2, f"{kind}  {_three_digits(height)}", colour))
             base += height
     axes.plot(*_planned_outline(record, unit), color=INK, linewidth=1.2, linestyle=DASHES, zorder=5)
     _finish_memory(axes, [record], unit, unit_name)
     _memory_legend(axes, {"color": KIND_COLOURS["optimizer"], "linewidth": 6}, INK)
-    _label_kinds(axes, labels)
     if plan.reduction > 0:
-        _mark_saving(
-            axes, plan.peak_model_state_bytes / unit, plan.vanilla_model_state_bytes / unit, plan.reduction
-        )
+        peak, vanilla = plan.peak_model_state_bytes / unit, plan.vanilla_model_state_bytes / unit
+        _arrow_down(axes, vanilla, peak)
+        labels.append(((peak + vanilla) / 2, percent(-plan.reduction), None))
+    _label_kinds(axes, labels)
 
 
-def _label_kinds(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+def _label_kinds(axes: Axes, labels: Sequence[tuple[float, str, str | None]]) -> None:
+    """What the last stage holds, beside it; without a colour, the saving."""
     high = axes.get_ylim()[1]
     heights = spread([value / high for value, *_ in labels], 0.105, 0.04, 0.96)
     for height, (_, text, colour) in zip(heights, labels, strict=True):
-        axes.annotate("■", (1, height), xytext=(10, 0), color=colour, va="center", **OUTSIDE)
-        axes.annotate(text, (1, height), xytext=(22, 0), fontsize=8.5, va="center", **OUTSIDE)
+        weight = "bold" if colour is None else "normal"
+        axes.annotate(
+            text, (1, height), xytext=(22, 0), fontsize=8.5, va="center", fontweight=weight, **OUTSIDE
+        )
+        if colour is not None:
+            axes.annotate("■", (1, height), xytext=(10, 0), color=colour, va="center", **OUTSIDE)
 
 
-def _mark_saving(axes: Axes, peak: float, vanilla: float, reduction: float) -> None:
-    """The distance between vanilla and the plan's peak, to the right of the axes."""
+def _arrow_down(axes: Axes, start: float, end: float) -> None:
+    """To the right of the axes, from vanilla's height to the plan's peak."""
     high = axes.get_ylim()[1]
-    x = 1.018
     axes.annotate(
-        "", (x, peak / high), xytext=(x, vanilla / high), xycoords="axes fraction", annotation_clip=False,
+        "",
+        (1.018, end / high),
+        xytext=(1.018, start / high),
+        xycoords="axes fraction",
+        annotation_clip=False,
         arrowprops={"arrowstyle": "->", "color": INK, "linewidth": 1.0, "shrinkA": 0, "shrinkB": 0},
-    )  # fmt: skip
-    axes.annotate(
-        percent(-reduction),
-        (1, (peak + vanilla) / 2 / high),
-        xytext=(22, 0),
-        va="center",
-        fontweight="bold",
-        **OUTSIDE,
     )
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f}"
 
 
 def _draw_memory_outlines(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str]) -> None:
@@ -259,9 +274,15 @@ def _finish_memory(axes: Axes, records: Sequence[RunRecord], unit: float, unit_n
     for reference in references - drawn:
         axes.axhline(reference / unit, color=MUTED, linewidth=1.0, zorder=3)
         axes.annotate(
-            f"vanilla {format_bytes(reference)}", (0, reference / unit), xytext=(5, 3.5), textcoords="offset points",
-            va="bottom", color=MUTED, fontsize=8.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-        )  # fmt: skip
+            f"vanilla {format_bytes(reference)}",
+            (0, reference / unit),
+            xytext=(5, 3.5),
+            textcoords="offset points",
+            va="bottom",
+            color=MUTED,
+            fontsize=8.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )
 
 
 def _byte_unit(records: Sequence[RunRecord]) -> tuple[float, str]:
@@ -272,7 +293,7 @@ def _byte_unit(records: Sequence[RunRecord]) -> tuple[float, str]:
     return 2**10, "KiB"
 
 
-# --- growth ---------------------------------------------------------------------------------------------------
+# --- growth -----------------------------------------------------------------------------------------
 
 
 def _mark_growth(top: Axes, bottom: Axes, records: Sequence[RunRecord], colours: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 TRAINED, ADAPTER, MERGED = RUN_COLOURS[0], KIND_COLOURS["adapters"], KIND_COLOURS["weights"]
 
-# Layers of the drawn model, bottom to top: the index of the layer in the stage before, or None where it is new.
+# Layers of the drawn model, bottom to top: the layer's index in the stage before, None where it is new.
 STAGE_2 = (0, 1, None, 2, None, 3)
 STAGE_3 = (0, 1, 2, 3, None, 4, None, 5)
 ADAPTER_SHARE = 0.2  # adapter parameters / layer parameters, as for LoRA of rank 128 at hidden size 1024
@@ -85,7 +85,7 @@ def _stack(axes: Axes, column: int, colours: list[str], outer: str = TRAINED) ->
 
 
 def _growth(axes: Axes, column: int, origins: tuple[int | None, ...]) -> None:
-    """A grey thread from every layer to itself one stage on, blue ones from both neighbours to a new layer."""
+    """A grey thread from each layer to itself one stage on; blue ones from both neighbours to a new layer."""
     has_adapters = column > 0
     start = column * COLUMN + (ADAPTER_X + ADAPTER_WIDTH if has_adapters else WIDTH) + 0.06
     end = (column + 1) * COLUMN - 0.06
@@ -109,7 +109,7 @@ def _thread(axes: Axes, x0: float, y0: float, x1: float, y1: float, colour: str,
 
 
 def _model_states(axes: Axes, column: int, layers: tuple[int | None, ...]) -> None:
-    """A bar of the bytes held: 16 a trained and 2 a frozen parameter, 16 an adapter's; the outline is vanilla's."""
+    """A bar of the bytes held: 16 a trained parameter, 2 a frozen one; the outline is vanilla's."""
     from matplotlib.patches import Rectangle
 
     num_new = sum(origin is None for origin in layers)

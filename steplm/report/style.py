@@ -41,7 +41,7 @@ def clean(axes: Axes) -> None:
 
 
 def spread(wanted: list[float], gap: float, lowest: float = 0.0, highest: float = 1.0) -> list[float]:
-    """Positions at least ``gap`` apart, in the order of ``wanted`` and near it: labels that do not overlap."""
+    """Positions at least ``gap`` apart, in the order of ``wanted`` and near it."""
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     placed: list[float] = []
     for index in order:

@@ -23,7 +23,7 @@ COMPONENTS = {
 
 
 def model_card(config: RunConfig, plan: Plan, state: CheckpointState) -> str:
-    """Markdown with YAML front matter: what the model is, its plan, where each layer comes from, how to load it.
+    """Markdown with YAML front matter: what the model is, its plan, the origin of its layers, how to load it.
 
     What nobody said (licence, language) is left out. Local data appears by file name, without its folder.
 
@@ -67,7 +67,7 @@ def _introduction(config: RunConfig, plan: Plan, state: CheckpointState) -> str:
     text = (
         f"A plain `{config.model.model_type}` language model of {depth} layers and "
         f"{format_count(plan.shape.num_parameters(depth))} parameters, pre-trained {kind} on "
-        f"{format_count(progress.tokens_seen)} tokens. Adapters, where there were any, are merged into the weights."
+        f"{format_count(progress.tokens_seen)} tokens. Adapters, if there were any, are merged in."
     )
     is_final = progress.stage_done and progress.stage_index == plan.num_stages
     if not is_final:
@@ -97,8 +97,8 @@ def _plan_paragraph(plan: Plan) -> str:
         return f"Model states ({states}) take {format_bytes(peak)}."
     word = "less" if plan.reduction > 0 else "more"
     return (
-        f"Model states ({states}) take at most {format_bytes(peak)}: {abs(plan.reduction):.1%} {word} than the "
-        f"{format_bytes(vanilla)} of training the whole model at once. Activations are not counted."
+        f"Model states ({states}) take at most {format_bytes(peak)}: {abs(plan.reduction):.1%} {word} than "
+        f"the {format_bytes(vanilla)} of training the whole model at once. Activations are not counted."
     )
 
 
@@ -126,10 +126,9 @@ def _pet_and_growth(config: RunConfig, plan: Plan) -> str:
     lines = [f"- growth: `{config.growth.operator}`, new layers placed `{config.growth.resolved_position}`"]
     adapters = next((stage.adapters for stage in plan.stages if stage.adapters is not None), None)
     if adapters is not None:
-        lines.append(
-            f"- adapters on frozen layers: {adapters.method}, rank {adapters.rank}, alpha {adapters.alpha:g}, on "
-            + ", ".join(f"`{name}`" for name in adapters.target_modules)
-        )
+        targets = ", ".join(f"`{name}`" for name in adapters.target_modules)
+        size = f"rank {adapters.rank}, alpha {adapters.alpha:g}"
+        lines.append(f"- adapters on frozen layers: {adapters.method}, {size}, on {targets}")
     return "\n".join(lines)
 
 

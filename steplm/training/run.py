@@ -213,7 +213,7 @@ def _run_stages(run: Run, checkpoint: Path | None) -> Path | None:
         start = enter_stage(run, stage, checkpoint)
         model, optimizer = assemble(run, stage, start)
         start.weights, start.adapters, start.optimizer = {}, {}, {}  # the model holds what it needs
-        check_entrance(run, stage, model, optimizer)
+        check_entrance(run, stage, model, optimizer, is_new=start.progress.step == 0)
         checkpoint = train_stage(run, stage, start, model, optimizer)
         # Gone before the next stage is built: at growth the device holds plain weights only.
         del model, optimizer, start

@@ -167,8 +167,12 @@ def assemble(run: Run, stage: Stage, start: StageStart) -> tuple[PreTrainedModel
     return model, optimizer
 
 
-def check_entrance(run: Run, stage: Stage, model: PreTrainedModel, optimizer: MasterAdamW) -> None:
+def check_entrance(
+    run: Run, stage: Stage, model: PreTrainedModel, optimizer: MasterAdamW, *, is_new: bool = True
+) -> None:
     """One batch forward and backward without an update, then planned bytes against measured bytes.
+
+    Checked at a resume in the middle of a stage too, where ``is_new`` is false and the event is in the log already.
 
     Raises:
         MemoryMismatch: they are not equal.
@@ -194,13 +198,14 @@ def check_entrance(run: Run, stage: Stage, model: PreTrainedModel, optimizer: Ma
     optimizer.zero_grad()
     if run.config.plan.count_embeddings:
         check_against_plan(measured, stage.memory)
-    run.metrics.write(
-        "stage_start",
-        stage=stage.index,
-        num_hidden_layers=stage.num_hidden_layers,
-        planned_bytes=_by_kind(stage.memory),
-        measured_bytes=_by_kind(measured),
-    )
+    if is_new:
+        run.metrics.write(
+            "stage_start",
+            stage=stage.index,
+            num_hidden_layers=stage.num_hidden_layers,
+            planned_bytes=_by_kind(stage.memory),
+            measured_bytes=_by_kind(measured),
+        )
     run.display.stage_start(stage, measured)
 
 

@@ -123,7 +123,7 @@ def test_without_text_there_are_no_bits_per_byte() -> None:
     assert PerplexityResult(10.0, 5).bits_per_byte is None
 
 
-# --- folders ------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

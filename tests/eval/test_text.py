@@ -85,7 +85,7 @@ def test_a_text_that_spells_the_end_token_does_not_end_itself(
 
 def test_no_text_is_an_error_that_names_the_field(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     entry = write_records(tmp_path / "a.jsonl", ["one"])
-    with pytest.raises(DataError, match="(?s)no text in .*no field 'body'"):
+    with pytest.raises(DataError, match=r"(?s)no text in .*no field 'body'"):
         token_stream([entry], tokenizer, text_field="body")
 
 

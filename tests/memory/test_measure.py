@@ -101,11 +101,7 @@ def test_measured_bytes_are_the_planned_bytes(precision: str, num_stages: int, o
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma2", "olmo2", "phi3"])
 def test_measured_bytes_are_the_planned_bytes_in_other_families(model_type: str) -> None:
-    made = (
-        make_plan("model.extra.head_dim=8", model_type=model_type)
-        if False
-        else make_plan(model_type=model_type)
-    )
+    made = make_plan(model_type=model_type)
     for stage in made.stages:
         model = stage_model(made, stage, model_type)
         check_against_plan(measure_model_state(model, FakeOptimizer(model), stage), stage.memory)

@@ -250,6 +250,11 @@ def test_a_rank_larger_than_a_matrix_is_refused_with_its_numbers() -> None:
     assert (caught.value.rank, caught.value.largest_rank) == (17, 16)
 
 
+def test_a_plan_without_adapters_does_not_mind_the_rank() -> None:
+    for override in ("plan.num_stages=1", "pet.method=none", "plan.freeze_old_layers=false"):
+        assert not any(stage.adapters for stage in plan_of(TINY, "pet.rank=1000", override).stages)
+
+
 def test_a_misspelt_target_gets_a_hint() -> None:
     with pytest.raises(ConfigError, match=r"no linear map 'q_prj'. Did you mean 'q_proj'"):
         plan_of(TINY, "pet.target_modules=[q_prj]")
@@ -278,3 +283,19 @@ def test_a_flop_budget_buys_more_tokens_where_layers_are_frozen_without_adapters
     frozen = plan_of(TINY, *budget, "pet.method=none")
     outer_too = plan_of(TINY, *budget, "pet.method=none", "plan.train_embeddings=first_stage")
     assert everything.total_tokens < frozen.total_tokens < outer_too.total_tokens
+
+
+def test_without_adapters_and_outer_training_the_backward_pass_stops_at_the_lowest_new_layer() -> None:
+    overrides = (
+        "plan.total_tokens=null", "plan.total_flops=1e13", "plan.layers=[9,3]", "pet.method=none",
+        "plan.train_embeddings=first_stage",
+    )  # fmt: skip
+    lower, upper = (
+        plan_of(TINY, *overrides, f"growth.position={p}").total_tokens for p in ("lower", "upper")
+    )
+    assert lower < upper
+    lower, upper = (
+        plan_of(TINY, *overrides, "pet.method=lora", f"growth.position={p}").total_tokens
+        for p in ("lower", "upper")
+    )
+    assert lower == upper

@@ -59,6 +59,10 @@ def test_shares_can_be_equal_or_given() -> None:
     assert [t.trained for t in tokens_of(total_tokens=4000, token_shares=[1, 1, 2])] == [1000, 1000, 2000]
 
 
+def test_a_large_share_leaves_a_step_for_every_later_stage() -> None:
+    assert [t.trained for t in tokens_of(total_tokens=40, token_shares=[100, 1, 1])] == [20, 10, 10]
+
+
 def test_a_stage_stops_when_the_given_share_of_its_schedule_is_done() -> None:
     tokens = tokens_of(total_tokens=9000, token_shares="equal", grow_at=0.75)
     assert [t.scheduled for t in tokens] == [4000, 4000, 3000]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -99,7 +100,7 @@ def test_smoothing_keeps_a_constant_and_the_place_of_a_peak() -> None:
 def test_labels_are_pushed_apart_but_stay_in_order_and_inside() -> None:
     placed = spread([0.5, 0.52, 0.1, 0.99], gap=0.2, lowest=0.0, highest=1.0)
     low_to_high = sorted(placed)
-    assert all(b - a >= 0.2 - 1e-12 for a, b in zip(low_to_high, low_to_high[1:], strict=False))
+    assert all(b - a >= 0.2 - 1e-12 for a, b in pairwise(low_to_high))
     assert low_to_high == [placed[2], placed[0], placed[1], placed[3]]
     assert placed[2] == 0.1
     assert max(placed) <= 1.0

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from steplm.config import dump_config
+from steplm.config import RunConfig, dump_config
 from steplm.errors import SteplmError
+from steplm.report.figure import measured_spans, run_figure
 from steplm.report.runs import RunRecord, comparison_table, load_run, render_markdown, render_rich
+from steplm.training.run import train
 from steplm.types import to_json
 
 
@@ -105,3 +107,20 @@ def test_the_terminal_table_shows_labels_as_they_are(make_record: Callable[..., 
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "STEP [red]" in text
     assert "55h33m" in text
+
+
+def test_a_run_that_was_trained_can_be_read_and_drawn(
+    tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    result = train(tiny_run(tmp_path / "run"))
+    record = load_run(result.run_dir)
+    (row,) = comparison_table([record])
+    assert row.method == "tiny"
+    assert row.layers == result.plan.layers
+    assert row.measured_bytes == row.planned_bytes == result.plan.peak_model_state_bytes
+    assert row.perplexity == result.perplexity
+    assert row.tokens == sum(stage.tokens for stage in result.plan.stages)
+    assert row.elapsed_seconds is not None
+    assert row.overall_tokens_per_second == row.tokens / row.elapsed_seconds
+    assert [span.end for span in measured_spans(record)] == [result.plan.stages[0].tokens, row.tokens]
+    assert run_figure([record], tmp_path / "figure.png").stat().st_size > 10_000

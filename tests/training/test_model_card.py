@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,18 +13,21 @@ from steplm.checkpoint import CheckpointState
 from steplm.config import RunConfig, load_config
 from steplm.planner.plan import plan as make_plan
 from steplm.training.model_card import model_card
+from steplm.training.run import train
 from steplm.types import LayerProvenance, Plan, TrainState
 
 CONFIG = load_config(
     {
         "name": "small",
-        "model": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
-        "data": {"train": ["/home/somebody/secret/corpus.jsonl", "hub://owner/name?split=train", "builtin://python-docs"]},
+        "model": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4},
+        "data": {
+            "train": ["/home/somebody/corpus.jsonl", "hub://owner/name?split=train", "builtin://python-docs"]
+        },
         "plan": {"layers": [2, 2], "num_stages": 2, "tokens_per_stage": [3_000_000, 4_000_000]},
         "pet": {"rank": 8},
         "train": {"sequence_length": 128},
     }
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -109,3 +114,19 @@ def test_a_plan_of_one_stage_speaks_of_neither_growth_nor_saving() -> None:
     assert "than the" not in body
     assert "## Versions" not in body
     assert "## Data" not in body
+
+
+def test_the_code_on_the_card_runs(
+    tiny_run: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    export_dir = train(tiny_run(tmp_path / "run")).export_dir
+    assert export_dir is not None
+    code = (export_dir / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    export_dir.rename(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("The")

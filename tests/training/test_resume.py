@@ -64,22 +64,23 @@ def _wait(pid: int) -> int:
 def test_killed_at_twenty_random_instants_a_run_equals_the_unbroken_one(
     tiny_run: Configure, unbroken: Path, tmp_path: Path
 ) -> None:
-    config = tiny_run(tmp_path, *OVERRIDES)
     started = time.monotonic()
     assert _wait(_in_child(lambda: train(tiny_run(tmp_path / "timing", *OVERRIDES)))) == 0
     duration = time.monotonic() - started
     instants = random.Random(0)
-    kills = 0
+    kills, runs = 0, 0
     while kills < 20:
-        pid = _in_child(lambda: train(config))
-        time.sleep(instants.uniform(0.02, 0.5) * duration)
-        os.kill(pid, signal.SIGKILL)
-        kills += 1
-        if _wait(pid) == 0:  # it was quicker than the kill, and is done
-            break
-    train(config)
-    assert kills >= 3
-    assert_equal_runs(tmp_path, unbroken)
+        config = tiny_run(tmp_path / str(runs), *OVERRIDES)
+        runs += 1
+        finished = False
+        while not finished and kills < 20:
+            pid = _in_child(lambda: train(config))  # noqa: B023  called before config changes
+            time.sleep(instants.uniform(0.05, 0.8) * duration)
+            os.kill(pid, signal.SIGKILL)
+            finished = _wait(pid) == 0  # it was quicker than the kill
+            kills += not finished
+        train(config)
+        assert_equal_runs(config.run_dir, unbroken)
 
 
 @pytest.mark.parametrize(

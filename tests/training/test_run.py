@@ -158,10 +158,10 @@ def test_after_growth_every_trained_parameter_moves_and_no_frozen_one(
     trained: dict[int, set[str]] = {}
     entrance, save = stage_module.check_entrance, stage_module.save
 
-    def at_entrance(run, stage, model, optimizer):  # type: ignore[no-untyped-def]
+    def at_entrance(run, stage, model, optimizer, is_new):  # type: ignore[no-untyped-def]
         first[stage.index] = {name: p.detach().clone() for name, p in model.named_parameters()}
         trained[stage.index] = set(optimizer.parameters)
-        entrance(run, stage, model, optimizer)
+        entrance(run, stage, model, optimizer, is_new=is_new)
 
     def at_save(run, stage, start, model, optimizer, progress):  # type: ignore[no-untyped-def]
         last[stage.index] = {name: p.detach().clone() for name, p in model.named_parameters()}

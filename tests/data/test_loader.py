@@ -1,0 +1,205 @@
+"""A batch is a pure function of (seed, tokens seen, rank, world size), and an epoch misses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steplm.data.loader import IGNORED, Batch, BatchLoader, _splitmix64, shuffled, validation_windows
+from steplm.data.tokens import TokenDataset
+from steplm.errors import DataError
+
+GOLDEN_ORDER: list[int] = []
+LENGTHS = [3, 7, 1, 12, 5, 2, 9, 4, 6, 11, 8]
+S = 4
+
+
+@pytest.fixture
+def dataset(make_dataset: Callable[..., TokenDataset]) -> TokenDataset:
+    """Eleven documents over several shards; every token is unique, so that its place is known."""
+    numbers = iter(range(1000, 2000))
+    return make_dataset([[next(numbers) for _ in range(length)] for length in LENGTHS], shard_tokens=15)
+
+
+def loader(dataset: TokenDataset, seed: int = 0, within_documents: bool = False) -> BatchLoader:
+    return BatchLoader(dataset, seed=seed, sequence_length=S, within_documents=within_documents)
+
+
+def epoch_inputs(batches: BatchLoader, epoch: int) -> torch.Tensor:
+    windows = batches.windows_per_epoch
+    return batches.batch(epoch * windows * S, windows).input_ids
+
+
+def test_the_same_arguments_give_the_same_batch_in_any_order(dataset: TokenDataset) -> None:
+    forward, backward = loader(dataset), loader(dataset)
+    places = range(0, 40 * S, S)
+    first = {place: forward.batch(place, 3).input_ids for place in places}
+    for place in reversed(places):
+        assert torch.equal(backward.batch(place, 3).input_ids, first[place])
+
+
+def test_large_batches_are_small_batches_put_together(dataset: TokenDataset) -> None:
+    """Also across the end of an epoch."""
+    batches = loader(dataset)
+    large = batches.batch(0, 40)
+    small = [batches.batch(number * 5 * S, 5) for number in range(8)]
+    assert torch.equal(large.input_ids, torch.cat([batch.input_ids for batch in small]))
+    assert torch.equal(large.labels, torch.cat([batch.labels for batch in small]))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+def test_the_parts_of_all_ranks_are_the_global_batch(dataset: TokenDataset, world_size: int) -> None:
+    for num_sequences in (1, 6, 8):
+        whole = loader(dataset).batch(2 * S, num_sequences)
+        parts = [loader(dataset).batch(2 * S, num_sequences, rank, world_size) for rank in range(world_size)]
+        assert torch.equal(torch.cat([part.input_ids for part in parts]), whole.input_ids)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_an_epoch_visits_every_window_once(dataset: TokenDataset) -> None:
+    total = sum(LENGTHS)
+    for epoch in range(5):
+        seen = epoch_inputs(loader(dataset), epoch).flatten().tolist()
+        assert len(seen) == len(set(seen)) == (total - 1) // S * S
+
+
+def test_labels_are_the_next_tokens_and_documents_stay_whole(dataset: TokenDataset) -> None:
+    """Inside a document the next token is known; a document's last token is followed by a document's first."""
+    firsts = {int(token) for token in 1000 + dataset.document_offsets[:-1]}
+    lasts = {int(token) - 1 for token in 1000 + dataset.document_offsets[1:]}
+    for epoch in range(3):
+        batch = loader(dataset).batch(epoch * loader(dataset).windows_per_epoch * S, loader(dataset).windows_per_epoch)
+        assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
+        pairs = zip(batch.input_ids.flatten().tolist(), batch.labels.flatten().tolist(), strict=True)
+        for token, following in pairs:
+            assert following == token + 1 if token not in lasts else following in firsts
+
+
+def test_documents_and_windows_come_in_another_order_each_epoch_and_seed(dataset: TokenDataset) -> None:
+    orders = {
+        tuple(epoch_inputs(loader(dataset, seed), epoch).flatten().tolist()) for seed in range(3) for epoch in range(3)
+    }
+    assert len(orders) == 9
+    first = epoch_inputs(loader(dataset), 0).flatten().tolist()
+    assert first != sorted(first)
+
+
+def test_an_order_is_a_permutation_and_never_changes_between_versions() -> None:
+    assert shuffled(10, seed=42, epoch=1, purpose=0).tolist() == GOLDEN_ORDER
+    for size in (1, 2, 1000):
+        assert sorted(shuffled(size, 3, 1, 1)) == list(range(size))
+
+
+def test_the_hash_gives_the_published_numbers() -> None:
+    """First outputs of splitmix64 for the states 0 and 1234567, as other implementations have them."""
+    states = np.array([0, 1234567], np.uint64)
+    assert _splitmix64(states).tolist() == [0xE220A8397B1DCDAF, 6457827717110365317]
+
+
+def test_orders_are_fair() -> None:
+    """Over many seeds each element comes first about equally often (chi-squared, 9 degrees of freedom)."""
+    firsts = [int(shuffled(10, seed, 0, 0)[0]) for seed in range(2000)]
+    counts = np.bincount(firsts, minlength=10)
+    assert ((counts - 200) ** 2 / 200).sum() < 30
+
+
+def test_within_documents_positions_restart_and_no_document_predicts_the_next(dataset: TokenDataset) -> None:
+    windows = loader(dataset).windows_per_epoch
+    plain = loader(dataset).batch(0, windows)
+    batch = loader(dataset, within_documents=True).batch(0, windows)
+    assert plain.position_ids is None
+    assert torch.equal(plain.input_ids, batch.input_ids)
+    firsts = {int(token) for token in 1000 + dataset.document_offsets[:-1]}
+    for inputs, labels, positions, all_labels in zip(
+        batch.input_ids.tolist(), batch.labels.tolist(), batch.position_ids.tolist(), plain.labels.tolist(), strict=True
+    ):
+        expected = 0
+        for place, token in enumerate(inputs):
+            expected = 0 if token in firsts or place == 0 else expected + 1
+            assert positions[place] == expected
+            assert labels[place] == (IGNORED if all_labels[place] in firsts else all_labels[place])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    sequence_length=st.integers(2, 7),
+    batch_size=st.integers(1, 4),
+    max_tokens=st.none() | st.integers(1, 40),
+)
+def test_validation_windows_cover_every_label_once_in_order(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    sequence_length: int,
+    batch_size: int,
+    max_tokens: int | None,
+) -> None:
+    tokens = np.arange(sum(lengths))
+    dataset = _InMemory(tokens, np.cumsum([0, *lengths]))
+    if len(tokens) < 2:
+        with pytest.raises(DataError, match="two are needed"):
+            next(validation_windows(dataset, sequence_length))
+        return
+    batches = list(validation_windows(dataset, sequence_length, max_tokens, batch_size=batch_size))
+    assert all(batch.input_ids.shape == batch.labels.shape for batch in batches)
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    labels = torch.cat([batch.labels.flatten() for batch in batches])
+    inputs = torch.cat([batch.input_ids.flatten() for batch in batches])
+    valid = labels != IGNORED
+    end = len(tokens) if max_tokens is None else min(len(tokens), max_tokens + 1)
+    assert labels[valid].tolist() == tokens[1:end].tolist()
+    assert inputs[valid].tolist() == tokens[: end - 1].tolist()
+    within = validation_windows(dataset, sequence_length, max_tokens, batch_size=batch_size, within_documents=True)
+    kept = torch.cat([batch.labels.flatten() for batch in within])
+    assert set(labels.tolist()) - set(kept.tolist()) == set(dataset.document_offsets[1:-1].tolist()) & set(
+        labels.tolist()
+    )
+
+
+class _InMemory:
+    """What ``validation_windows`` needs of a data set, without files."""
+
+    prepared_dir, split = "memory", "validation"
+
+    def __init__(self, tokens: np.ndarray, document_offsets: np.ndarray) -> None:
+        self.tokens, self.document_offsets, self.num_tokens = tokens, document_offsets, len(tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.tokens[start:stop]
+
+
+def test_a_data_set_of_one_window_is_enough_and_a_smaller_one_is_refused(
+    make_dataset: Callable[..., TokenDataset],
+) -> None:
+    batches = loader(make_dataset([[1, 2], [3, 4, 5]]))
+    assert sorted(batches.batch(7 * S, 1).input_ids[0].tolist() + batches.batch(7 * S, 1).labels[0, -1:].tolist()) == [
+        1, 2, 3, 4, 5,
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="4 train tokens, fewer than one window") as caught:
+        loader(make_dataset([[1, 2], [3, 4]]))
+    assert (caught.value.num_tokens, caught.value.sequence_length) == (4, S)
+
+
+def test_a_changed_sequence_length_is_noticed(dataset: TokenDataset) -> None:
+    with pytest.raises(DataError, match="tokens_seen=6 is not a multiple"):
+        loader(dataset).batch(6, 1)
+
+
+def test_a_batch_splits_into_micro_batches_and_moves_between_devices(dataset: TokenDataset) -> None:
+    batch = loader(dataset, within_documents=True).batch(0, 5)
+    parts = list(batch.split(2))
+    assert [len(part) for part in parts] == [2, 2, 1]
+    for name in ("input_ids", "labels", "position_ids"):
+        whole = getattr(batch, name)
+        assert whole.dtype == torch.int64
+        assert whole.shape == (5, S)
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), whole)
+    moved = Batch(batch.input_ids, batch.labels).to("meta")
+    assert moved.input_ids.is_meta
+    assert moved.labels.is_meta
+    assert moved.position_ids is None

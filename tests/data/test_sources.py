@@ -1,0 +1,232 @@
+"""Every kind of file gives its documents; every kind of damage is counted, placed and survived."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from steplm.data import sources
+from steplm.data.sources import BadRecords, Document, find_sources, read_documents
+from steplm.errors import DataError, HubUnavailable
+
+RECORDS = [{"text": "one"}, {"text": "two"}, {"text": "three é"}]
+TEXTS = [record["text"] for record in RECORDS]
+
+
+def read(*entries: str | Path, text_field: str = "text") -> tuple[list[Document], BadRecords]:
+    bad = BadRecords()
+    return list(read_documents([str(entry) for entry in entries], text_field, bad)), bad
+
+
+def lines(records: list[dict[str, str]]) -> bytes:
+    return "\n".join(json.dumps(record) for record in records).encode()
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", lines(RECORDS)),
+        ("a.ndjson", lines(RECORDS)),
+        ("bom.jsonl", b"\xef\xbb\xbf" + lines(RECORDS)),
+        ("crlf.jsonl", lines(RECORDS).replace(b"\n", b"\r\n") + b"\r\n\r\n"),
+        ("list.json", json.dumps(RECORDS).encode()),
+        ("indented.json", json.dumps(RECORDS, indent=1).encode()),
+        ("lines.json", b"\n" + lines(RECORDS)),
+    ],
+)
+def test_every_json_layout_gives_the_same_documents(tmp_path: Path, name: str, data: bytes, suffix: str) -> None:
+    documents, bad = read(write(tmp_path / (name + suffix), data))
+    assert [document.text for document in documents] == TEXTS
+    assert (bad.num_records, bad.num_bad) == (3, 0)
+
+
+def test_one_indented_object_is_one_record(tmp_path: Path) -> None:
+    documents, _ = read(write(tmp_path / "one.json", json.dumps(RECORDS[0], indent=2).encode()))
+    assert [document.text for document in documents] == ["one"]
+
+
+def test_parquet_gives_its_text_column_and_counts_null_rows(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"content": ["one", None, "three"], "id": [1, 2, 3]}), path)
+    documents, bad = read(path, text_field="content")
+    assert documents == [Document("one", f"{path}:1"), Document("three", f"{path}:3")]
+    assert [example.origin for example in bad.examples] == [f"{path}:2"]
+    _, bad = read(path)
+    assert "no column 'text'; columns are 'content', 'id'" in bad.examples[0].reason
+
+
+def test_a_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
+    text = "".join(f"paragraph {number} " + "x" * 500 + "\n\n" for number in range(300))
+    documents, _ = read(write(tmp_path / "a.txt", text.encode()))
+    assert "".join(document.text for document in documents) == text
+    assert len(documents) > 3
+    assert all(document.text.startswith("paragraph") for document in documents)
+    first_lines = [int(document.origin.rpartition(":")[2]) for document in documents]
+    assert [text.split("\n")[number - 1] for number in first_lines] == [d.text.split("\n")[0] for d in documents]
+
+
+def test_a_text_file_without_blank_lines_is_cut_at_lines(tmp_path: Path) -> None:
+    text = "a line of some length\n" * 10_000
+    documents, _ = read(write(tmp_path / "a.md.gz", text.encode()))
+    assert "".join(document.text for document in documents) == text
+    assert max(len(document.text) for document in documents) <= 2 * sources.TEXT_PIECE_BYTES + 100
+
+
+def test_folders_and_globs_give_their_files_in_order_each_once(tmp_path: Path) -> None:
+    for name in ("b/2.jsonl", "b/1.txt", "a.json", "b/.hidden.jsonl", "b/picture.png"):
+        write(tmp_path / name, lines(RECORDS))
+    names = [source.name for source in find_sources([str(tmp_path), str(tmp_path / "**" / "*.jsonl")])]
+    assert names == [str(tmp_path / name) for name in ("a.json", "b/1.txt", "b/2.jsonl")]
+
+
+def test_each_broken_record_is_placed_explained_and_skipped(tmp_path: Path) -> None:
+    broken = [
+        (b'{"text": "cut', "broken JSON"),
+        (b'{"txt": "wrong field", "id": 3}', "no field 'text'; fields are 'txt', 'id'"),
+        (b'{"text": 7}', "field 'text' is int, not text"),
+        (b'{"text": "  "}', "field 'text' is empty"),
+        (b'["a", "list"]', "a JSON list, not an object"),
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": "\\ud800"}', "lone surrogate"),
+        (b"[" * 100_000, "broken JSON"),
+    ]
+    path = write(tmp_path / "a.jsonl", b"\n".join([b'{"text": "first"}', *[line for line, _ in broken], lines(RECORDS)]))
+    documents, bad = read(path)
+    assert [document.text for document in documents] == ["first", *TEXTS]
+    assert documents[1].origin == f"{path}:{len(broken) + 2}"
+    assert (bad.num_records, bad.num_bad) == (4 + len(broken), len(broken))
+    assert [example.origin for example in bad.examples] == [f"{path}:{n}" for n in range(2, len(broken) + 2)]
+    for example, (_, reason) in zip(bad.examples, broken, strict=True):
+        assert reason in example.reason
+
+
+def test_what_comes_before_the_cut_of_a_truncated_gzip_is_kept(tmp_path: Path) -> None:
+    whole = gzip.compress(lines([{"text": f"{number} " + "text" * number} for number in range(5000)]))
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    documents, bad = read(path)
+    assert 100 < len(documents) < 5000
+    assert [document.text.split()[0] for document in documents] == [str(n) for n in range(len(documents))]
+    assert bad.num_bad == 1
+    assert bad.examples[0].origin == f"{path}:{len(documents) + 1}"
+    assert "truncated gzip" in bad.examples[0].reason
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.txt.gz", "a.parquet"])
+def test_a_file_that_is_not_what_its_name_says_is_one_bad_record(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"this is neither gzip nor parquet" * 10)
+    documents, bad = read(path)
+    assert documents == []
+    assert bad.num_bad == 1
+    assert bad.examples[0].origin == f"{path}:1"
+
+
+def test_an_empty_file_has_no_records(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.json", "a.txt"):
+        assert read(write(tmp_path / name, b"")) == ([], BadRecords())
+
+
+def test_a_pattern_without_a_match_tells_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", b"")
+    with pytest.raises(DataError, match=r"no text found at .*tran\.jsonl.*holds train\.jsonl"):
+        find_sources([str(tmp_path / "tran.jsonl")])
+    with pytest.raises(DataError, match="no text found"):
+        find_sources([str(tmp_path / "nothing" / "*.jsonl")])
+
+
+def test_a_named_file_of_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    for name in ("a.zip", "a", "a.parquet.gz", "a.jsonl.zst"):
+        with pytest.raises(DataError, match="unknown format"):
+            find_sources([str(write(tmp_path / name, b"x"))])
+
+
+@pytest.mark.parametrize(
+    ("entry", "hint"),
+    [
+        ("hubb://a/b", "Did you mean hub://a/b"),
+        ("s3://a/b", "Known: hub://, builtin://"),
+        ("builtin://novels", "builtin://python-docs"),
+        ("hub://a/b?splt=train", "Did you mean 'split'"),
+    ],
+)
+def test_a_wrong_address_tells_the_right_one(entry: str, hint: str) -> None:
+    with pytest.raises(DataError, match=hint.replace("?", r"\?")):
+        find_sources([entry])
+
+
+def test_a_share_of_bad_records_above_the_limit_raises_with_the_first_examples() -> None:
+    bad = BadRecords()
+    for number in range(20):
+        bad.add(f"a.jsonl:{number}", "broken")
+    bad.num_records = 1000
+    bad.check(0.02)
+    with pytest.raises(DataError, match=r"(?s)20 of 1,000 records \(2\.00%\).*a\.jsonl:0: broken") as caught:
+        bad.check(0.0199)
+    assert caught.value.num_bad == 20
+    assert len(bad.examples) == sources.NUM_EXAMPLES
+
+
+def test_a_hub_address_becomes_a_streamed_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, str]]:
+        calls.append((args, kwargs))
+        return RECORDS
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    documents, bad = read("hub://owner/name?name=sample-10BT&split=test")
+    assert [document.text for document in documents] == TEXTS
+    assert calls == [(("owner/name",), {"streaming": True, "name": "sample-10BT", "split": "test"})]
+    assert bad.num_records == 3
+
+
+def test_a_hub_that_breaks_off_is_unavailable_and_says_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def broken() -> object:
+        yield from RECORDS
+        raise ConnectionError("network is down")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: broken())
+    with pytest.raises(HubUnavailable, match="after 3 records.*network is down") as caught:
+        read("hub://owner/name")
+    assert caught.value.num_records == 3
+
+
+def test_a_hub_without_network_is_unavailable() -> None:
+    with pytest.raises(HubUnavailable, match="name local files"):
+        read("hub://owner/name")
+
+
+def test_a_data_set_that_does_not_exist_is_a_plain_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*args: object, **kwargs: object) -> None:
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/name' doesn't exist")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match="doesn't exist") as caught:
+        read("hub://owner/name")
+    assert not isinstance(caught.value, HubUnavailable)
+
+
+def test_the_description_of_a_file_changes_with_its_content(jsonl: Callable[..., Path]) -> None:
+    before = [source.describe() for source in find_sources([str(jsonl(["one"]))])]
+    after = [source.describe() for source in find_sources([str(jsonl(["other"]))])]
+    assert before != after

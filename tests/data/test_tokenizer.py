@@ -1,0 +1,173 @@
+"""Tokenizers: those trained here lose nothing, those read here agree with the libraries they come from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steplm.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_files, train_tokenizer
+from steplm.errors import ConfigError, DataError, HubUnavailable
+
+HARD_TEXTS = [
+    "  two spaces first, and last  ",
+    "tabs\tand\r\nlines\n\n\n",
+    "é 語 🎉 \x00 \u200b a\u0301",
+    "<s>markup</s> <unk> <|endoftext|>",
+    "▁the SentencePiece space▁▁",
+    " ",
+    "\n",
+]
+
+
+@pytest.fixture(scope="module")
+def trained() -> object:
+    return train_tokenizer(["some text to learn from, some more text, and 12 numbers 345"] * 3, 280)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_a_trained_tokenizer_gives_every_text_back(trained: object, text: str) -> None:
+    ids = trained.encode(text, add_special_tokens=False)
+    assert trained.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary())
+def test_any_bytes_that_are_text_survive_training_and_encoding(trained: object, data: bytes) -> None:
+    text = data.decode(errors="replace")
+    assert trained.decode(trained.encode(text, add_special_tokens=False)) == text
+
+
+def test_a_trained_tokenizer_has_one_special_token_and_no_more_than_it_may(texts: list[str]) -> None:
+    tokenizer = train_tokenizer(texts, 300)
+    assert len(tokenizer) <= 300
+    assert tokenizer.eos_token == tokenizer.bos_token == tokenizer.pad_token == END_OF_TEXT
+    assert tokenizer.all_special_ids == [0]
+    assert tokenizer("plain").input_ids == tokenizer("plain", add_special_tokens=False).input_ids
+
+
+def test_training_is_deterministic_whatever_the_threads(texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    code = (
+        "import json, sys; from steplm.data.tokenizer import train_tokenizer; "
+        "print(train_tokenizer(json.load(open(sys.argv[1])), 320).backend_tokenizer.to_str())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "texts.json")]
+    alone = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert alone.stdout.strip() == train_tokenizer(texts, 320).backend_tokenizer.to_str()
+
+
+def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="vocab_size=256 is too small.*take 257"):
+        train_tokenizer(["text"], 256)
+    assert len(train_tokenizer(["text"], 257)) == 257
+
+
+def test_saved_and_loaded_it_is_the_same_also_for_automodel_users(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """The configuration of a Llama model beside it must not turn it into a Llama tokenizer."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "export"
+    shutil.copytree(tokenizer_dir, folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in HARD_TEXTS:
+        assert ours(text).input_ids == theirs(text).input_ids
+    assert ours.eos_token_id == theirs.eos_token_id == 0
+
+
+@pytest.mark.parametrize("name", ["", "tokenizer.model"])
+def test_sentencepiece_ids_are_those_of_the_sentencepiece_library(shared_data: Path, name: str) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    file = shared_data / "tokenizers" / "mistral-v1" / "tokenizer.model"
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    tokenizer = load_tokenizer(file.parent / name)
+    assert len(tokenizer) == reference.get_piece_size() == 32000
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (reference.bos_id(), reference.eos_id())
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    real = (shared_data / "wikitext-2" / "wiki.test.raw").read_text(encoding="utf-8")[:200_000]
+    for text in [*HARD_TEXTS, real]:
+        ids = backend.encode(text, add_special_tokens=False).ids
+        assert ids == reference.encode(text)
+        assert backend.decode(ids, skip_special_tokens=False) == reference.decode(ids)
+
+
+def test_a_sentencepiece_tokenizer_saved_as_a_folder_stays_the_same(shared_data: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "mistral-v1")
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    for again in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert [again(text).input_ids for text in HARD_TEXTS] == [tokenizer(text).input_ids for text in HARD_TEXTS]
+
+
+@pytest.mark.parametrize("name", ["", "encoder.json", "vocab.bpe"])
+def test_the_gpt2_vocabulary_gives_known_ids(shared_data: Path, name: str) -> None:
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "gpt2" / name)
+    assert len(tokenizer) == 50257
+    assert tokenizer("Hello world").input_ids == [15496, 995]
+    assert tokenizer.eos_token_id == 50256
+    for text in HARD_TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == text
+
+
+def test_a_single_json_file_under_any_name_is_read(tokenizer_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    shutil.copy(tokenizer_dir / "tokenizer.json", file)
+    tokenizer = load_tokenizer(file)
+    assert tokenizer.eos_token == END_OF_TEXT
+    assert tokenizer("growth").input_ids == load_tokenizer(tokenizer_dir)("growth").input_ids
+    assert tokenizer_files(file) == [file]
+
+
+def test_the_files_of_a_folder_are_those_that_are_read(tokenizer_dir: Path) -> None:
+    assert [file.name for file in tokenizer_files(tokenizer_dir)] == ["tokenizer.json", "tokenizer_config.json"]
+    assert tokenizer_files("owner/name") == []
+
+
+def test_a_folder_without_a_tokenizer_tells_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no tokenizer at .*tokenizer\.json; tokenizer\.model; encoder\.json and vocab"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("data", [b"", b"{}", b"\x00\xff" * 50, b"\x0a\xff\xff\xff\xff\x0f"])
+def test_a_broken_file_is_named(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=name if name.endswith("model") else "tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_truncated_sentencepiece_model_is_refused(shared_data: Path, tmp_path: Path) -> None:
+    data = (shared_data / "tokenizers" / "mistral-v1" / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match="SentencePiece model"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_an_end_of_text_token_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="no end-of-text token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_hub_name_without_network_is_unavailable() -> None:
+    with pytest.raises(HubUnavailable, match="no folder 'owner/name'.*\n.*'train' to train one here"):
+        load_tokenizer("owner/name")
+
+
+def test_a_missing_path_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder") as caught:
+        load_tokenizer(tmp_path / "nothing")
+    assert not isinstance(caught.value, HubUnavailable)
