@@ -32,6 +32,7 @@ from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError
 from steplm.memory.measure import measure_peak
 from steplm.models.folder import load_hf_config
 from steplm.models.forward import mean_loss
+from steplm.models.shape import shape_of
 from steplm.planner.plan import plan as make_plan
 from steplm.training.display import Display, make_display
 from steplm.training.export import export
@@ -167,7 +168,7 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
     display = display or make_display(config.log.progress)
     run_dir = config.run_dir
     with _exclusive(run_dir):
-        plan = make_plan(config)
+        plan = make_plan(config, shape_of(config.model.hf_config()))
         _check_init_from(config, plan)
         _check_same_run(config, plan)
         summary = run_dir / "summary.json"

@@ -196,8 +196,7 @@ def check_entrance(
             ) from None
     measured = measure_model_state(model, optimizer, stage, expect_gradients=not run.config.train.dry_run)
     optimizer.zero_grad()
-    if run.config.plan.count_embeddings:
-        check_against_plan(measured, stage.memory)
+    check_against_plan(measured, stage.memory)
     if is_new:
         run.metrics.write(
             "stage_start",

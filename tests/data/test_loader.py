@@ -14,7 +14,7 @@ from steplm.data.loader import IGNORED, Batch, BatchLoader, _splitmix64, shuffle
 from steplm.data.tokens import TokenDataset
 from steplm.errors import DataError
 
-GOLDEN_ORDER: list[int] = []
+GOLDEN_ORDER = [9, 0, 4, 1, 6, 5, 7, 8, 3, 2]
 LENGTHS = [3, 7, 1, 12, 5, 2, 9, 4, 6, 11, 8]
 S = 4
 
@@ -69,11 +69,13 @@ def test_an_epoch_visits_every_window_once(dataset: TokenDataset) -> None:
 
 
 def test_labels_are_the_next_tokens_and_documents_stay_whole(dataset: TokenDataset) -> None:
-    """Inside a document the next token is known; a document's last token is followed by a document's first."""
+    """Inside a document the next token is known; after its last comes the first of another."""
     firsts = {int(token) for token in 1000 + dataset.document_offsets[:-1]}
     lasts = {int(token) - 1 for token in 1000 + dataset.document_offsets[1:]}
     for epoch in range(3):
-        batch = loader(dataset).batch(epoch * loader(dataset).windows_per_epoch * S, loader(dataset).windows_per_epoch)
+        batch = loader(dataset).batch(
+            epoch * loader(dataset).windows_per_epoch * S, loader(dataset).windows_per_epoch
+        )
         assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
         pairs = zip(batch.input_ids.flatten().tolist(), batch.labels.flatten().tolist(), strict=True)
         for token, following in pairs:
@@ -82,7 +84,9 @@ def test_labels_are_the_next_tokens_and_documents_stay_whole(dataset: TokenDatas
 
 def test_documents_and_windows_come_in_another_order_each_epoch_and_seed(dataset: TokenDataset) -> None:
     orders = {
-        tuple(epoch_inputs(loader(dataset, seed), epoch).flatten().tolist()) for seed in range(3) for epoch in range(3)
+        tuple(epoch_inputs(loader(dataset, seed), epoch).flatten().tolist())
+        for seed in range(3)
+        for epoch in range(3)
     }
     assert len(orders) == 9
     first = epoch_inputs(loader(dataset), 0).flatten().tolist()
@@ -116,7 +120,11 @@ def test_within_documents_positions_restart_and_no_document_predicts_the_next(da
     assert torch.equal(plain.input_ids, batch.input_ids)
     firsts = {int(token) for token in 1000 + dataset.document_offsets[:-1]}
     for inputs, labels, positions, all_labels in zip(
-        batch.input_ids.tolist(), batch.labels.tolist(), batch.position_ids.tolist(), plain.labels.tolist(), strict=True
+        batch.input_ids.tolist(),
+        batch.labels.tolist(),
+        batch.position_ids.tolist(),
+        plain.labels.tolist(),
+        strict=True,
     ):
         expected = 0
         for place, token in enumerate(inputs):
@@ -154,7 +162,9 @@ def test_validation_windows_cover_every_label_once_in_order(
     end = len(tokens) if max_tokens is None else min(len(tokens), max_tokens + 1)
     assert labels[valid].tolist() == tokens[1:end].tolist()
     assert inputs[valid].tolist() == tokens[: end - 1].tolist()
-    within = validation_windows(dataset, sequence_length, max_tokens, batch_size=batch_size, within_documents=True)
+    within = validation_windows(
+        dataset, sequence_length, max_tokens, batch_size=batch_size, within_documents=True
+    )
     kept = torch.cat([batch.labels.flatten() for batch in within])
     assert set(labels.tolist()) - set(kept.tolist()) == set(dataset.document_offsets[1:-1].tolist()) & set(
         labels.tolist()
@@ -177,9 +187,8 @@ def test_a_data_set_of_one_window_is_enough_and_a_smaller_one_is_refused(
     make_dataset: Callable[..., TokenDataset],
 ) -> None:
     batches = loader(make_dataset([[1, 2], [3, 4, 5]]))
-    assert sorted(batches.batch(7 * S, 1).input_ids[0].tolist() + batches.batch(7 * S, 1).labels[0, -1:].tolist()) == [
-        1, 2, 3, 4, 5,
-    ]  # fmt: skip
+    batch = batches.batch(7 * S, 1)
+    assert sorted(batch.input_ids[0].tolist() + batch.labels[0, -1:].tolist()) == [1, 2, 3, 4, 5]
     with pytest.raises(DataError, match="4 train tokens, fewer than one window") as caught:
         loader(make_dataset([[1, 2], [3, 4]]))
     assert (caught.value.num_tokens, caught.value.sequence_length) == (4, S)

@@ -45,7 +45,9 @@ def write(path: Path, data: bytes) -> Path:
         ("lines.json", b"\n" + lines(RECORDS)),
     ],
 )
-def test_every_json_layout_gives_the_same_documents(tmp_path: Path, name: str, data: bytes, suffix: str) -> None:
+def test_every_json_layout_gives_the_same_documents(
+    tmp_path: Path, name: str, data: bytes, suffix: str
+) -> None:
     documents, bad = read(write(tmp_path / (name + suffix), data))
     assert [document.text for document in documents] == TEXTS
     assert (bad.num_records, bad.num_bad) == (3, 0)
@@ -76,7 +78,9 @@ def test_a_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -
     assert len(documents) > 3
     assert all(document.text.startswith("paragraph") for document in documents)
     first_lines = [int(document.origin.rpartition(":")[2]) for document in documents]
-    assert [text.split("\n")[number - 1] for number in first_lines] == [d.text.split("\n")[0] for d in documents]
+    assert [text.split("\n")[number - 1] for number in first_lines] == [
+        d.text.split("\n")[0] for d in documents
+    ]
 
 
 def test_a_text_file_without_blank_lines_is_cut_at_lines(tmp_path: Path) -> None:
@@ -104,7 +108,10 @@ def test_each_broken_record_is_placed_explained_and_skipped(tmp_path: Path) -> N
         (b'{"text": "\\ud800"}', "lone surrogate"),
         (b"[" * 100_000, "broken JSON"),
     ]
-    path = write(tmp_path / "a.jsonl", b"\n".join([b'{"text": "first"}', *[line for line, _ in broken], lines(RECORDS)]))
+    path = write(
+        tmp_path / "a.jsonl",
+        b"\n".join([b'{"text": "first"}', *[line for line, _ in broken], lines(RECORDS)]),
+    )
     documents, bad = read(path)
     assert [document.text for document in documents] == ["first", *TEXTS]
     assert documents[1].origin == f"{path}:{len(broken) + 2}"
@@ -196,7 +203,9 @@ def test_a_hub_address_becomes_a_streamed_data_set(monkeypatch: pytest.MonkeyPat
     assert bad.num_records == 3
 
 
-def test_a_hub_that_breaks_off_is_unavailable_and_says_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_breaks_off_is_unavailable_and_says_how_far_it_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     datasets = pytest.importorskip("datasets")
 
     def broken() -> object:
@@ -204,7 +213,7 @@ def test_a_hub_that_breaks_off_is_unavailable_and_says_how_far_it_came(monkeypat
         raise ConnectionError("network is down")
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: broken())
-    with pytest.raises(HubUnavailable, match="after 3 records.*network is down") as caught:
+    with pytest.raises(HubUnavailable, match=r"after 3 records.*network is down") as caught:
         read("hub://owner/name")
     assert caught.value.num_records == 3
 

@@ -65,12 +65,14 @@ def test_training_is_deterministic_whatever_the_threads(texts: list[str], tmp_pa
 
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="vocab_size=256 is too small.*take 257"):
+    with pytest.raises(ConfigError, match=r"vocab_size=256 is too small.*take 257"):
         train_tokenizer(["text"], 256)
     assert len(train_tokenizer(["text"], 257)) == 257
 
 
-def test_saved_and_loaded_it_is_the_same_also_for_automodel_users(tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_saved_and_loaded_it_is_the_same_also_for_automodel_users(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
     """The configuration of a Llama model beside it must not turn it into a Llama tokenizer."""
     from transformers import AutoTokenizer
 
@@ -100,14 +102,18 @@ def test_sentencepiece_ids_are_those_of_the_sentencepiece_library(shared_data: P
         assert backend.decode(ids, skip_special_tokens=False) == reference.decode(ids)
 
 
-def test_a_sentencepiece_tokenizer_saved_as_a_folder_stays_the_same(shared_data: Path, tmp_path: Path) -> None:
+def test_a_sentencepiece_tokenizer_saved_as_a_folder_stays_the_same(
+    shared_data: Path, tmp_path: Path
+) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = load_tokenizer(shared_data / "tokenizers" / "mistral-v1")
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
     for again in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
-        assert [again(text).input_ids for text in HARD_TEXTS] == [tokenizer(text).input_ids for text in HARD_TEXTS]
+        assert [again(text).input_ids for text in HARD_TEXTS] == [
+            tokenizer(text).input_ids for text in HARD_TEXTS
+        ]
 
 
 @pytest.mark.parametrize("name", ["", "encoder.json", "vocab.bpe"])
@@ -130,12 +136,17 @@ def test_a_single_json_file_under_any_name_is_read(tokenizer_dir: Path, tmp_path
 
 
 def test_the_files_of_a_folder_are_those_that_are_read(tokenizer_dir: Path) -> None:
-    assert [file.name for file in tokenizer_files(tokenizer_dir)] == ["tokenizer.json", "tokenizer_config.json"]
+    assert [file.name for file in tokenizer_files(tokenizer_dir)] == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert tokenizer_files("owner/name") == []
 
 
 def test_a_folder_without_a_tokenizer_tells_what_it_needs(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no tokenizer at .*tokenizer\.json; tokenizer\.model; encoder\.json and vocab"):
+    with pytest.raises(
+        DataError, match=r"no tokenizer at .*tokenizer\.json; tokenizer\.model; encoder\.json and vocab"
+    ):
         load_tokenizer(tmp_path)
 
 
@@ -163,7 +174,7 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused(tmp_path: Path) -> 
 
 
 def test_a_hub_name_without_network_is_unavailable() -> None:
-    with pytest.raises(HubUnavailable, match="no folder 'owner/name'.*\n.*'train' to train one here"):
+    with pytest.raises(HubUnavailable, match=r"no folder 'owner/name'.*\n.*'train' to train one here"):
         load_tokenizer("owner/name")
 
 

@@ -53,7 +53,9 @@ def test_a_copy_for_another_process_is_small_and_equal(make_dataset: Callable[..
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".offsets.npy"])
-def test_a_missing_or_truncated_shard_is_named(make_dataset: Callable[..., TokenDataset], suffix: str) -> None:
+def test_a_missing_or_truncated_shard_is_named(
+    make_dataset: Callable[..., TokenDataset], suffix: str
+) -> None:
     folder = make_dataset(DOCUMENTS, shard_tokens=4).prepared_dir
     file = folder / "train" / f"shard-00001{suffix}"
     whole = file.read_bytes()
@@ -61,7 +63,9 @@ def test_a_missing_or_truncated_shard_is_named(make_dataset: Callable[..., Token
     with pytest.raises(DataError, match=rf"shard-00001{suffix} has {len(whole) - 1} bytes, .* {len(whole)}"):
         TokenDataset(folder, "train")
     file.unlink()
-    with pytest.raises(DataError, match=rf"shard-00001{suffix} is missing. Remove .* run 'steplm prepare' again"):
+    with pytest.raises(
+        DataError, match=rf"shard-00001{suffix} is missing. Remove .* run 'steplm prepare' again"
+    ):
         TokenDataset(folder, "train")
     assert TokenDataset(folder, "validation").num_tokens == 15
 
@@ -69,7 +73,9 @@ def test_a_missing_or_truncated_shard_is_named(make_dataset: Callable[..., Token
 @pytest.mark.parametrize(
     "name", ["train/shard-00000.bin", "validation/shard-00002.offsets.npy", "tokenizer/tokenizer.json"]
 )
-def test_verify_finds_a_changed_byte_in_any_file(make_dataset: Callable[..., TokenDataset], name: str) -> None:
+def test_verify_finds_a_changed_byte_in_any_file(
+    make_dataset: Callable[..., TokenDataset], name: str
+) -> None:
     folder = make_dataset(DOCUMENTS, shard_tokens=4).prepared_dir
     assert verify(folder).split("train").num_tokens == 15
     file = folder / name
@@ -81,7 +87,7 @@ def test_verify_finds_a_changed_byte_in_any_file(make_dataset: Callable[..., Tok
 
 
 def test_a_folder_that_is_not_prepared_says_how_to_prepare_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no finished token shards.*Run 'steplm prepare'"):
+    with pytest.raises(DataError, match=r"no finished token shards.*Run 'steplm prepare'"):
         TokenDataset(tmp_path, "train")
 
 
@@ -94,7 +100,7 @@ def test_a_damaged_or_foreign_manifest_is_refused(tmp_path: Path, data: str) -> 
 
 def test_an_unknown_split_is_refused(make_dataset: Callable[..., TokenDataset]) -> None:
     folder = make_dataset(DOCUMENTS).prepared_dir
-    with pytest.raises(DataError, match="no split 'test'. There are: train, validation"):
+    with pytest.raises(DataError, match=r"no split 'test'. There are: train, validation"):
         TokenDataset(folder, "test")
 
 
