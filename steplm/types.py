@@ -57,7 +57,9 @@ class ModelShape:
     @property
     def outer_patterns(self) -> tuple[str, ...]:
         """Shell-style patterns over the names of the parameters outside the layers."""
-        return tuple(f"{name}.*" for name in self.embedding_modules + self.final_norm_modules + self.head_modules)
+        return tuple(
+            f"{name}.*" for name in self.embedding_modules + self.final_norm_modules + self.head_modules
+        )
 
     @property
     def layer_parameters(self) -> int:

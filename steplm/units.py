@@ -10,7 +10,9 @@ _BYTE_UNITS = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 _COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12, "p": 10**15, "e": 10**18, "z": 10**21}
-_NUMBER_AND_UNIT = re.compile(r"^\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*$", re.IGNORECASE)
+_NUMBER_AND_UNIT = re.compile(
+    r"^\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*$", re.IGNORECASE
+)
 
 
 def _parse(value: str | int | float, units: dict[str, int], example: str) -> int:
@@ -25,7 +27,10 @@ def _parse(value: str | int | float, units: dict[str, int], example: str) -> int
         if match is None or match.group(2).lower() not in units:
             known = ", ".join(unit for unit in units if unit)
             raise ValueError(f"cannot read {value!r}: expected a number such as {example} (units: {known})")
-        number, factor = float(match.group(1).replace("_", "").replace(",", "")), units[match.group(2).lower()]
+        number, factor = (
+            float(match.group(1).replace("_", "").replace(",", "")),
+            units[match.group(2).lower()],
+        )
     result = number * factor
     if result != int(result):
         raise ValueError(f"{value!r} is {result}, not a whole number")

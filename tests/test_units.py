@@ -9,14 +9,22 @@ from steplm.units import format_bytes, format_count, format_seconds, parse_bytes
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("24GiB", 24 * 2**30), ("24GB", 24 * 10**9), (" 1.5 MiB ", 3 * 2**19), ("512", 512), (512, 512), ("1e9", 10**9)],
+    [
+        ("24GiB", 24 * 2**30),
+        ("24GB", 24 * 10**9),
+        (" 1.5 MiB ", 3 * 2**19),
+        ("512", 512),
+        (512, 512),
+        ("1e9", 10**9),
+    ],
 )
 def test_bytes_are_read_as_people_write_them(text: str | int, value: int) -> None:
     assert parse_bytes(text) == value
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("10B", 10**10), ("2.5M", 2_500_000), ("600k", 600_000), ("1_000", 1000), (1e18, 10**18)]
+    ("text", "value"),
+    [("10B", 10**10), ("2.5M", 2_500_000), ("600k", 600_000), ("1_000", 1000), (1e18, 10**18)],
 )
 def test_counts_are_read_as_people_write_them(text: str | float, value: int) -> None:
     assert parse_count(text) == value

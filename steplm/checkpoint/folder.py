@@ -117,7 +117,9 @@ def save_checkpoint(
                 free_bytes=free,
             ) from None
         if isinstance(error, OSError):
-            raise CheckpointError(f"cannot write {final}: {error.strerror or error}", path=str(final)) from None
+            raise CheckpointError(
+                f"cannot write {final}: {error.strerror or error}", path=str(final)
+            ) from None
         raise
     return final
 
@@ -159,7 +161,9 @@ def verify_checkpoint(path: Path) -> None:
     try:
         expected: dict[str, dict[str, Any]] = json.loads((path / MARKER).read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MARKER} file", path=str(path)) from None
+        raise CheckpointError(
+            f"{path} is no complete checkpoint: it has no {MARKER} file", path=str(path)
+        ) from None
     except ValueError:
         raise CheckpointError(f"{path / MARKER} is damaged", path=str(path)) from None
     for name, wanted in expected.items():
@@ -168,17 +172,22 @@ def verify_checkpoint(path: Path) -> None:
             raise CheckpointError(f"{file} is missing from the checkpoint", path=str(file))
         if file.stat().st_size != wanted["bytes"]:
             raise CheckpointError(
-                f"{file} is damaged: {file.stat().st_size:,} bytes where {wanted['bytes']:,} were written", path=str(file)
+                f"{file} is damaged: {file.stat().st_size:,} bytes where {wanted['bytes']:,} were written",
+                path=str(file),
             )
         if _sha256(file) != wanted["sha256"]:
-            raise CheckpointError(f"{file} is damaged: its sha256 is not the one that was written", path=str(file))
+            raise CheckpointError(
+                f"{file} is damaged: its sha256 is not the one that was written", path=str(file)
+            )
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Folders with a marker, oldest progress first."""
     if not root.is_dir():
         return []
-    return sorted((path for path in root.iterdir() if _NAME.match(path.name) and (path / MARKER).is_file()), key=_age)
+    return sorted(
+        (path for path in root.iterdir() if _NAME.match(path.name) and (path / MARKER).is_file()), key=_age
+    )
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -212,7 +221,8 @@ def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
     for file in files:
         _sync(file)
     return {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in files
     }
 
 

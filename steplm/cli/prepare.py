@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from steplm.config import load_config
 from steplm.data.prepare import prepare
-from steplm.data.tokens import SPLITS
 from steplm.training.display import make_display
 from steplm.units import format_bytes, format_count
 
@@ -13,8 +12,7 @@ def run_prepare(run: str, overrides: list[str]) -> None:
     config = load_config(run, overrides)
     display = make_display(config.log.progress)
     manifest = prepare(config, display.prepare)
-    for name in SPLITS:
-        split = manifest.split(name)
+    for name, split in manifest.splits.items():
         display.console.print(
             f"{name}: {split.num_documents:,} documents, {format_count(split.num_tokens)} tokens, "
             f"{format_bytes(split.num_text_bytes)} of text"

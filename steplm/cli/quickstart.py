@@ -33,7 +33,8 @@ def run_quickstart(output: Path, overrides: list[str]) -> int:
 
     console.rule("[bold]result", align="left")
     render_rich(records, console)
-    console.print(f"\n[bold]sample[/] of the STEP model, going on from {PROMPT!r}:")
+    console.print("\n[bold]sample[/] of the STEP model")
+    console.print(PROMPT, end="", style="bold")
     console.print(text, style="italic", markup=False, highlight=False)
     console.print(f"\nfigure  {figure}\nmodel   {model}  (a plain LlamaForCausalLM folder)", highlight=False)
     return 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -9,6 +12,19 @@ from transformers import PreTrainedModel
 from steplm.models.loss import chunked_cross_entropy
 
 # B sequences, S positions, D hidden size
+
+
+class TokenBatch(Protocol):
+    """What ``mean_loss`` asks of a batch; the data loader's has it."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def position_ids(self) -> Tensor | None: ...
+
+    def to(self, device: torch.device | str) -> TokenBatch: ...
 
 
 def batch_loss(
@@ -30,7 +46,9 @@ def batch_loss(
             which makes the loss invariant to gradient accumulation.
         chunk_size: rows of logits that exist at once.
     """
-    hidden = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    hidden = model.base_model(
+        input_ids=input_ids, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
     head = model.get_output_embeddings()
     return chunked_cross_entropy(
         hidden.flatten(0, 1),
@@ -52,12 +70,12 @@ def _logit_scale(model: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, batches: list | tuple | object, *, chunk_size: int) -> tuple[float, int]:
+def mean_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_size: int) -> tuple[float, int]:
     """Token-weighted mean negative log-likelihood (nats) and the number of tokens it was taken over."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for batch in batches:  # type: ignore[attr-defined]
+    for batch in batches:
         valid = int((batch.labels != -100).sum())
         batch = batch.to(model.device)
         total += float(

@@ -35,7 +35,9 @@ class Display:
     def __enter__(self) -> Display:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         pass
 
     def note(self, text: str) -> None:
@@ -66,7 +68,9 @@ class Display:
 
     def stage_start(self, stage: Stage, measured: MemoryEstimate) -> None:
         """The table of planned beside measured bytes."""
-        table = Table(title=self._stage_title(stage), title_justify="left", title_style="bold", box=None, pad_edge=False)
+        table = Table(
+            title=self._stage_title(stage), title_justify="left", title_style="bold", box=None, pad_edge=False
+        )
         table.add_column("model state")
         for heading in ("planned bytes", "measured bytes", ""):
             table.add_column(heading, justify="right")
@@ -77,7 +81,11 @@ class Display:
 
     def _stage_title(self, stage: Stage) -> str:
         new = f"{stage.num_new_layers} new" if stage.layer_map is not None else "all trained"
-        adapters = f", LoRA rank {stage.adapters.rank} on the other {len(stage.adapters.layers)}" if stage.adapters else ""
+        adapters = (
+            f", LoRA rank {stage.adapters.rank} on the other {len(stage.adapters.layers)}"
+            if stage.adapters
+            else ""
+        )
         return f"stage {self._of(stage)}: {stage.num_hidden_layers} layers, {new}{adapters}"
 
     def _of(self, stage: Stage) -> str:
@@ -149,7 +157,9 @@ class RichDisplay(Display):
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def step(
@@ -191,7 +201,10 @@ def _rows(planned: MemoryEstimate, measured: MemoryEstimate) -> list[tuple[str, 
     rows = [
         (
             kind,
-            *(e.bytes_of(kind=kind) - e.bytes_of(component="adapters", kind=kind) for e in (planned, measured)),
+            *(
+                e.bytes_of(kind=kind) - e.bytes_of(component="adapters", kind=kind)
+                for e in (planned, measured)
+            ),
         )
         for kind in ROWS
     ]

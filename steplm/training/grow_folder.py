@@ -55,7 +55,9 @@ def grow(
     grown_config = hf_config(grow_config(config_values(config), layer_map))
     grown_config.use_cache = True
     dtype = next(iter(state.values())).dtype
-    grown = grow_state(state, layer_map, operator, fresh_layer=fresh_layers(grown_config, seed=seed, dtype=dtype))
+    grown = grow_state(
+        state, layer_map, operator, fresh_layer=fresh_layers(grown_config, seed=seed, dtype=dtype)
+    )
     save_folder(output_dir, grown_config, grown)
     old = tuple(LayerProvenance(1, (), None) for _ in range(num_old))
     layers = [to_json(layer) for layer in provenance(old, layer_map, 2, operator)]

@@ -61,7 +61,9 @@ def read_metrics(path: Path, event: str | None = None) -> list[dict[str, Any]]:
     """The events of a ``metrics.jsonl``, all or of one kind."""
     if not path.is_file():
         return []
-    events = [json.loads(line) for line in path.read_text().splitlines()]
+    # A process killed while it wrote may leave half a line at the end.
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    events = [json.loads(line) for line in lines]
     return [entry for entry in events if event in (None, entry["event"])]
 
 
@@ -91,7 +93,9 @@ class WandbSink:
             import wandb
         except ImportError:
             raise _missing("wandb") from None
-        self._run = wandb.init(project=project, name=name, id=name, resume="allow", dir=str(run_dir), config=config)
+        self._run = wandb.init(
+            project=project, name=name, id=name, resume="allow", dir=str(run_dir), config=config
+        )
 
     def log(self, values: Mapping[str, float], tokens_seen: int) -> None:
         self._run.log({**values, "tokens_seen": tokens_seen})
@@ -104,4 +108,6 @@ SINKS = {"tensorboard": TensorBoardSink, "wandb": WandbSink}
 
 
 def _missing(package: str) -> ConfigError:
-    return ConfigError(f"log.report_to names {package}, which is not installed: pip install 'steplm[{package}]'")
+    return ConfigError(
+        f"log.report_to names {package}, which is not installed: pip install 'steplm[{package}]'"
+    )

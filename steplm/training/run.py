@@ -132,7 +132,13 @@ class Run:
         return loss
 
     def log_step(
-        self, stage: Stage, progress: TrainState, num_steps: int, result: StepResult, rate: float, speed: float
+        self,
+        stage: Stage,
+        progress: TrainState,
+        num_steps: int,
+        result: StepResult,
+        rate: float,
+        speed: float,
     ) -> None:
         peak = measure_peak(self.device)
         self.metrics.write(
@@ -238,7 +244,9 @@ def _finish(run: Run) -> RunResult:
     export_dir = export(run_dir)
     loss = run.validation_loss(load_pretrained(export_dir).to(run.device))
     tokens_seen = run.plan.total_tokens
-    run.metrics.write("run_end", tokens_seen=tokens_seen, elapsed_seconds=run.elapsed_seconds, validation_loss=loss)
+    run.metrics.write(
+        "run_end", tokens_seen=tokens_seen, elapsed_seconds=run.elapsed_seconds, validation_loss=loss
+    )
     _write_atomically(
         run_dir / "summary.json",
         {
@@ -277,7 +285,10 @@ def _check_init_from(config: RunConfig, plan: Plan) -> None:
         )
     for key, value in config.model.hf_config().items():
         theirs = getattr(given, key, value)
-        if key not in ("num_hidden_layers", "initializer_range", "max_position_embeddings") and theirs != value:
+        if (
+            key not in ("num_hidden_layers", "initializer_range", "max_position_embeddings")
+            and theirs != value
+        ):
             raise ConfigError(
                 f"model.{key} is {value}, but {key} of init_from {config.init_from} is {theirs}: "
                 f"set model.{key}={theirs}",
@@ -339,7 +350,10 @@ def _usable_checkpoint(root: Path, display: Display) -> Path | None:
 
 def _open_metrics(config: RunConfig, keep_bytes: int) -> MetricsLog:
     values = config.model_dump(mode="json")
-    sinks = [SINKS[name](config.run_dir, config.log.wandb_project, config.name, values) for name in config.log.report_to]
+    sinks = [
+        SINKS[name](config.run_dir, config.log.wandb_project, config.name, values)
+        for name in config.log.report_to
+    ]
     return MetricsLog(config.run_dir / "metrics.jsonl", sinks, keep_bytes=keep_bytes)
 
 
@@ -376,7 +390,9 @@ def _write_atomically(path: Path, value: Any) -> None:
 
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device is cuda, but PyTorch sees no CUDA device. Set train.device=cpu or auto.")
+        raise ConfigError(
+            "train.device is cuda, but PyTorch sees no CUDA device. Set train.device=cpu or auto."
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

@@ -20,7 +20,15 @@ from steplm.data.loader import validation_windows
 from steplm.errors import CheckpointMismatch, ConfigError, SteplmError, TrainingDiverged
 from steplm.growth.grow import grow, grow_config, layer_prefix_of, provenance, renamed
 from steplm.memory.measure import check_against_plan, measure_model_state, measure_peak, reset_peak
-from steplm.models.build import DTYPES, build_model, config_values, fresh_layers, hf_config, initial_state, plain_state
+from steplm.models.build import (
+    DTYPES,
+    build_model,
+    config_values,
+    fresh_layers,
+    hf_config,
+    initial_state,
+    plain_state,
+)
 from steplm.models.folder import load_config_and_state
 from steplm.models.forward import mean_loss
 from steplm.optim.adamw import MasterAdamW, carry_state
@@ -157,7 +165,10 @@ def assemble(run: Run, stage: Stage, start: StageStart) -> tuple[PreTrainedModel
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optim = run.config.optim
     optimizer = MasterAdamW(
-        named, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_epsilon, weight_decay=optim.weight_decay
+        named,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        eps=optim.adam_epsilon,
+        weight_decay=optim.weight_decay,
     )
     if start.trained_names is not None:
         optimizer.load_state_dict(start.optimizer, start.optimizer_steps)
@@ -184,7 +195,10 @@ def check_entrance(
         batch = run.loader.batch(0, train.per_device_train_batch_size)
         try:
             forward_backward(
-                model, batch, micro_batch_size=train.per_device_train_batch_size, chunk_size=train.loss_chunk_size
+                model,
+                batch,
+                micro_batch_size=train.per_device_train_batch_size,
+                chunk_size=train.loss_chunk_size,
             )
         except torch.OutOfMemoryError as error:
             raise SteplmError(
@@ -211,11 +225,16 @@ def check_entrance(
 def _by_kind(estimate: object) -> dict[str, int]:
     """Weights, gradients and optimizer of the model proper; adapters with all of theirs; the total."""
     bytes_of = estimate.bytes_of  # type: ignore[attr-defined]
-    kinds = {k: bytes_of(kind=k) - bytes_of(component="adapters", kind=k) for k in ("weights", "gradients", "optimizer")}
+    kinds = {
+        k: bytes_of(kind=k) - bytes_of(component="adapters", kind=k)
+        for k in ("weights", "gradients", "optimizer")
+    }
     return {**kinds, "adapters": bytes_of(component="adapters"), "total": estimate.total_bytes}  # type: ignore[attr-defined]
 
 
-def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedModel, optimizer: MasterAdamW) -> Path:
+def train_stage(
+    run: Run, stage: Stage, start: StageStart, model: PreTrainedModel, optimizer: MasterAdamW
+) -> Path:
     """Steps until the stage's tokens are seen, or a signal asks to stop; returns the last checkpoint."""
     config = run.config
     train, optim = config.train, config.optim
@@ -269,7 +288,9 @@ def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedMode
             progress = replace(progress, stage_done=True)
         if progress.step % save_steps == 0 or at_end or run.stop_signal:
             if at_end:
-                run.metrics.write("stage_end", stage=stage.index, step=progress.step, tokens_seen=progress.tokens_seen)
+                run.metrics.write(
+                    "stage_end", stage=stage.index, step=progress.step, tokens_seen=progress.tokens_seen
+                )
             path = save(run, stage, start, model, optimizer, progress)
         last_logged_at += time.monotonic() - paused_at  # speed counts training alone
         if run.stop_signal:
@@ -279,7 +300,12 @@ def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedMode
 
 
 def save(
-    run: Run, stage: Stage, start: StageStart, model: PreTrainedModel, optimizer: MasterAdamW, progress: TrainState
+    run: Run,
+    stage: Stage,
+    start: StageStart,
+    model: PreTrainedModel,
+    optimizer: MasterAdamW,
+    progress: TrainState,
 ) -> Path:
     """Write a checkpoint of this instant and prune the older ones."""
     adapters = adapter_state(model)
@@ -326,7 +352,9 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
-def _diverged(run: Run, stage: Stage, progress: TrainState, loss: float, grad_norm: float) -> TrainingDiverged:
+def _diverged(
+    run: Run, stage: Stage, progress: TrainState, loss: float, grad_norm: float
+) -> TrainingDiverged:
     last = run.last_checkpoint
     way_out = f"The last good checkpoint is {last}." if last else "There is no checkpoint before it."
     return TrainingDiverged(
@@ -340,4 +368,12 @@ def _diverged(run: Run, stage: Stage, progress: TrainState, loss: float, grad_no
     )
 
 
-__all__ = ["ConfigError", "StageStart", "assemble", "check_entrance", "enter_stage", "measure_peak", "train_stage"]
+__all__ = [
+    "ConfigError",
+    "StageStart",
+    "assemble",
+    "check_entrance",
+    "enter_stage",
+    "measure_peak",
+    "train_stage",
+]

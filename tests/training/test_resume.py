@@ -26,7 +26,17 @@ OVERRIDES = ("plan.num_stages=3", "plan.layers=[2,1,1]", "train.save_steps=2", "
 
 def _history(run_dir: Path) -> list[tuple]:
     """Everything in the log that does not depend on the clock."""
-    keys = ("event", "stage", "step", "tokens_seen", "loss", "grad_norm", "learning_rate", "loss_before", "loss_after")
+    keys = (
+        "event",
+        "stage",
+        "step",
+        "tokens_seen",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "loss_before",
+        "loss_after",
+    )
     return [tuple(entry.get(key) for key in keys) for entry in read_metrics(run_dir / "metrics.jsonl")]
 
 

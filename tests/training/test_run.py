@@ -143,7 +143,9 @@ def test_function_preserving_growth_leaves_the_loss_unchanged(
 def test_every_operator_and_position_runs(tiny_run: Configure, tmp_path: Path, operator: str) -> None:
     position = {"interpolation": "lower", "stack": "top", "random": "even"}[operator]
     result = train(
-        tiny_run(tmp_path, f"growth.operator={operator}", f"growth.position={position}", "plan.total_tokens=512")
+        tiny_run(
+            tmp_path, f"growth.operator={operator}", f"growth.position={position}", "plan.total_tokens=512"
+        )
     )
     assert result.export_dir is not None
     assert result.perplexity is not None
@@ -203,7 +205,11 @@ def test_the_old_model_is_gone_before_the_grown_one_is_built(
         ["train.gradient_checkpointing=true"],
         ["train.loss_chunk_size=5"],
         ["train.dry_run=false"],
-        ["data.within_documents=true", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=4"],
+        [
+            "data.within_documents=true",
+            "train.per_device_train_batch_size=1",
+            "train.gradient_accumulation_steps=4",
+        ],
     ],
 )
 def test_the_losses_do_not_depend_on_how_the_step_is_computed(
@@ -290,17 +296,25 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert losses(run_dir) == losses(finished)
 
 
-def test_a_plan_for_other_weights_than_init_from_is_refused(tiny_run: Configure, finished: Path, tmp_path: Path) -> None:
+def test_a_plan_for_other_weights_than_init_from_is_refused(
+    tiny_run: Configure, finished: Path, tmp_path: Path
+) -> None:
     given = f"init_from={finished / 'export'}"
     with pytest.raises(ConfigError, match="beginning with 4"):
         train(tiny_run(tmp_path, given))
     with pytest.raises(ConfigError, match=r"model\.hidden_size"):
-        train(tiny_run(tmp_path, given, "model.num_hidden_layers=6", "plan.layers=[4,2]", "model.hidden_size=64"))
+        train(
+            tiny_run(
+                tmp_path, given, "model.num_hidden_layers=6", "plan.layers=[4,2]", "model.hidden_size=64"
+            )
+        )
 
 
 def test_stage_one_starts_from_given_weights(tiny_run: Configure, finished: Path, tmp_path: Path) -> None:
     result = train(
-        tiny_run(tmp_path, f"init_from={finished / 'export'}", "model.num_hidden_layers=6", "plan.layers=[4,2]")
+        tiny_run(
+            tmp_path, f"init_from={finished / 'export'}", "model.num_hidden_layers=6", "plan.layers=[4,2]"
+        )
     )
     assert result.finished
     assert losses(tmp_path)[0] < losses(finished)[0] - 0.5
