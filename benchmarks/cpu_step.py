@@ -100,9 +100,7 @@ def our_seconds(precision: str, tokens: torch.Tensor, num_steps: int, chunk_size
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="per round and side; the first is not counted")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -121,12 +119,8 @@ def main() -> None:
         rounds = []
         for _ in range(arguments.rounds):
             theirs = statistics.median(trainer_seconds(precision, tokens, arguments.steps)[1:])
-            ours = statistics.median(
-                our_seconds(precision, tokens, arguments.steps, arguments.chunk_size)[1:]
-            )
-            rounds.append(
-                {"trainer": tokens.numel() / theirs, "steplm": tokens.numel() / ours, "ratio": theirs / ours}
-            )
+            ours = statistics.median(our_seconds(precision, tokens, arguments.steps, arguments.chunk_size)[1:])
+            rounds.append({"trainer": tokens.numel() / theirs, "steplm": tokens.numel() / ours, "ratio": theirs / ours})
             print(f"{precision}  Trainer {rounds[-1]['trainer']:,.0f} tok/s  steplm {rounds[-1]['steplm']:,.0f} tok/s  "
                   f"ratio {rounds[-1]['ratio']:.2f}", file=sys.stderr)  # fmt: skip
         report["results"][precision] = {

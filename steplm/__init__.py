@@ -30,7 +30,20 @@ _PUBLIC = {
     "perplexity": "steplm.eval.perplexity",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = [
+    "Plan",
+    "RunConfig",
+    "Stage",
+    "SteplmError",
+    "__version__",
+    "export",
+    "grow",
+    "load_config",
+    "perplexity",
+    "plan",
+    "prepare",
+    "train",
+]
 
 if TYPE_CHECKING:
     from steplm.config import RunConfig, load_config

@@ -37,9 +37,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The target model. Keys are spelled as in Hugging Face configurations."""
 
-    model_type: str = Field(
-        "llama", description="Hugging Face model type: llama, mistral, qwen2, qwen3, gemma, ..."
-    )
+    model_type: str = Field("llama", description="Hugging Face model type: llama, mistral, qwen2, qwen3, gemma, ...")
     hidden_size: int = Field(512, gt=0)
     intermediate_size: int = Field(1376, gt=0)
     num_hidden_layers: int = Field(12, gt=0, description="depth L of the final model")
@@ -70,26 +68,14 @@ class DataConfig(Section):
         description="files, globs or folders (json, jsonl, txt, parquet; .gz too), "
         "hub://OWNER/NAME?name=CONFIG&split=train, or builtin://python-docs",
     )
-    validation: list[str] = Field(
-        default_factory=list, description="as train; empty: split off by hash of the text"
-    )
-    validation_fraction: float = Field(
-        0.01, gt=0, lt=1, description="share of documents, used if validation is empty"
-    )
+    validation: list[str] = Field(default_factory=list, description="as train; empty: split off by hash of the text")
+    validation_fraction: float = Field(0.01, gt=0, lt=1, description="share of documents, used if validation is empty")
     text_field: str = "text"
-    tokenizer: str = Field(
-        "train", description="a folder, a tokenizer file, a hub name, or 'train' to train BPE here"
-    )
-    prepared_dir: str | None = Field(
-        None, description="folder of the token shards; default OUTPUT_DIR/prepared"
-    )
-    max_train_tokens: Count | None = Field(
-        None, gt=0, description="stop preparing after so many training tokens"
-    )
+    tokenizer: str = Field("train", description="a folder, a tokenizer file, a hub name, or 'train' to train BPE here")
+    prepared_dir: str | None = Field(None, description="folder of the token shards; default OUTPUT_DIR/prepared")
+    max_train_tokens: Count | None = Field(None, gt=0, description="stop preparing after so many training tokens")
     shard_tokens: Count = Field(32_000_000, gt=0, description="tokens per shard")
-    max_bad_share: float = Field(
-        0.001, ge=0, le=1, description="stop if more records than this share are unusable"
-    )
+    max_bad_share: float = Field(0.001, ge=0, le=1, description="stop if more records than this share are unusable")
     num_workers: int | None = Field(None, gt=0, description="processes that tokenize; default: all cores")
     within_documents: bool = Field(False, description="attention and loss stay inside each document")
 
@@ -107,9 +93,7 @@ class PlanConfig(Section):
         None, description="n_1 ... n_K by hand; default: least memory"
     )
     solver: Literal["dynamic_programming", "integer_programme"] = "dynamic_programming"
-    freeze_old_layers: bool = Field(
-        True, description="false: growth alone, every layer is trained in every stage"
-    )
+    freeze_old_layers: bool = Field(True, description="false: growth alone, every layer is trained in every stage")
     count_embeddings: bool = Field(True, description="false: the paper's bare formula, layers only")
     train_embeddings: Literal["always", "first_stage"] = Field(
         "always",
@@ -124,9 +108,7 @@ class PlanConfig(Section):
     token_shares: Literal["layers", "equal"] | list[Annotated[float, Field(gt=0)]] = Field(
         "layers", description="how a total is divided among stages: by depth, equally, or by given weights"
     )
-    grow_at: float = Field(
-        0.75, gt=0, le=1, description="share of a stage's schedule done when the model grows"
-    )
+    grow_at: float = Field(0.75, gt=0, le=1, description="share of a stage's schedule done when the model grows")
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanConfig:
@@ -144,9 +126,7 @@ class PlanConfig(Section):
 class GrowthConfig(Section):
     """How a new layer starts, and where it goes."""
 
-    operator: Literal["interpolation", "interpolation_mean", "stack", "identity", "random"] = (
-        "interpolation_mean"
-    )
+    operator: Literal["interpolation", "interpolation_mean", "stack", "identity", "random"] = "interpolation_mean"
     position: Literal["upper", "intermediate", "lower", "random", "even", "top"] | None = Field(
         None, description="default: upper; stack always goes on top"
     )
@@ -170,9 +150,7 @@ class PetConfig(Section):
 
     method: Literal["lora", "none"] = "lora"
     rank: int = Field(128, gt=0)
-    alpha: float | None = Field(
-        None, gt=0, description="the update is scaled by alpha / rank; default: alpha = rank"
-    )
+    alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank; default: alpha = rank")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="all-linear, or last parts of module names: [q_proj, v_proj]"
     )
@@ -209,9 +187,7 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="bf16: with fp32 master weights (2+2+12 bytes)"
-    )
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: with fp32 master weights (2+2+12 bytes)")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(None, gt=0, description="CPU threads; default: PyTorch's own")
     sequence_length: int = Field(1024, gt=1, description="tokens")
@@ -220,12 +196,8 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     loss_chunk_size: int = Field(512, gt=0, description="rows of logits that exist at once")
     compile: bool = Field(False, description="torch.compile each layer")
-    dry_run: bool = Field(
-        True, description="one batch, forward and backward, before the first step of each stage"
-    )
-    save_steps: int | None = Field(
-        None, gt=0, description="default: five times a stage; stage ends are always saved"
-    )
+    dry_run: bool = Field(True, description="one batch, forward and backward, before the first step of each stage")
+    save_steps: int | None = Field(None, gt=0, description="default: five times a stage; stage ends are always saved")
     save_total_limit: int = Field(2, gt=0, description="checkpoints kept beside the stage ends")
 
 
@@ -284,9 +256,7 @@ class RunConfig(Section):
             )
         rates = self.optim.learning_rate
         if isinstance(rates, list) and len(rates) != self.plan.num_stages:
-            raise ValueError(
-                f"optim.learning_rate has {len(rates)} entries for plan.num_stages={self.plan.num_stages}"
-            )
+            raise ValueError(f"optim.learning_rate has {len(rates)} entries for plan.num_stages={self.plan.num_stages}")
         if self.train.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"train.sequence_length={self.train.sequence_length} is more than "
@@ -389,9 +359,7 @@ def _with_environment(value: Any, path: Path) -> Any:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(
-            f"cannot read the override {override!r}: expected section.key=value", override=override
-        )
+        raise ConfigError(f"cannot read the override {override!r}: expected section.key=value", override=override)
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -409,9 +377,7 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors(include_url=False):
         # Union branches add names that are no keys ("list[float]"); a reader needs only the keys.
-        path = [
-            str(part) for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", str(part))
-        ]
+        path = [str(part) for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", str(part))]
         where = ".".join(path)
         if problem["type"] == "extra_forbidden":
             lines.append(_unknown_key(path))
@@ -429,9 +395,7 @@ def _unknown_key(path: list[str]) -> str:
     *sections, name = path
     model: Any = RunConfig
     for section in sections:
-        model = (
-            _section_type(model.model_fields[section].annotation) if section in model.model_fields else None
-        )
+        model = _section_type(model.model_fields[section].annotation) if section in model.model_fields else None
         if model is None:
             return f"unknown key '{'.'.join(path)}'"
     owner = ".".join(sections) if sections else "the configuration"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, TypeVar
 
 SCHEMA_VERSION = 1
@@ -57,9 +57,7 @@ class ModelShape:
     @property
     def outer_patterns(self) -> tuple[str, ...]:
         """Shell-style patterns over the names of the parameters outside the layers."""
-        return tuple(
-            f"{name}.*" for name in self.embedding_modules + self.final_norm_modules + self.head_modules
-        )
+        return tuple(f"{name}.*" for name in self.embedding_modules + self.final_norm_modules + self.head_modules)
 
     @property
     def layer_parameters(self) -> int:
@@ -155,9 +153,7 @@ class MemoryEstimate:
     def bytes_of(self, component: str | None = None, kind: str | None = None) -> int:
         """Bytes of the terms with this component and this kind (``None``: any)."""
         return sum(
-            term.num_bytes
-            for term in self.terms
-            if component in (None, term.component) and kind in (None, term.kind)
+            term.num_bytes for term in self.terms if component in (None, term.component) and kind in (None, term.kind)
         )
 
 
@@ -250,8 +246,8 @@ def from_json(cls: type[T], data: Any) -> T:
     return _adapter(cls).validate_python(data)
 
 
-@lru_cache(maxsize=None)
-def _adapter(cls: type[Any]) -> Any:
+@cache
+def _adapter(cls: Any) -> Any:
     from pydantic import TypeAdapter  # takes longer to load than all of this file
 
     return TypeAdapter(cls)

@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from steplm.config import RunConfig, load_config
 
 VOCAB_SIZE = 300
+WORDS = ("the", "model", "grows", "new", "layers", "between", "old", "ones", "while", "memory", "stays", "small")
 
 
 @pytest.fixture(scope="session")
@@ -32,12 +33,11 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A jsonl file of 200 short documents with some regularity to learn."""
-    words = "the model grows new layers between old ones and trains them while memory stays small".split()
     generator = random.Random(0)
     path = tmp_path_factory.mktemp("corpus") / "documents.jsonl"
     with path.open("w") as stream:
         for number in range(200):
-            text = f"{number}: " + " ".join(generator.choices(words, k=generator.randint(10, 60)))
+            text = f"{number}: " + " ".join(generator.choices(WORDS, k=generator.randint(10, 60)))
             stream.write(json.dumps({"text": text}) + "\n")
     return path
 

@@ -9,17 +9,13 @@ from steplm.errors import ConfigError
 
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path: Path) -> None:
-    config = load_config(
-        {"name": "x"}, ["plan.total_tokens=10B", "optim.learning_rate=[1e-3, 5e-4]", "pet.alpha=8"]
-    )
+    config = load_config({"name": "x"}, ["plan.total_tokens=10B", "optim.learning_rate=[1e-3, 5e-4]", "pet.alpha=8"])
     (tmp_path / "x.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "x.yaml") == config
 
 
 def test_an_override_is_read_as_yaml() -> None:
-    config = load_config(
-        {}, ["plan.total_tokens=2.5M", "optim.max_grad_norm=null", "optim.learning_rate=1e-3"]
-    )
+    config = load_config({}, ["plan.total_tokens=2.5M", "optim.max_grad_norm=null", "optim.learning_rate=1e-3"])
     assert config.plan.total_tokens == 2_500_000
     assert config.optim.max_grad_norm is None
     assert config.optim.learning_rate == 1e-3
@@ -69,9 +65,7 @@ def test_all_problems_are_told_at_once() -> None:
         (["nonsense"], "expected section.key=value"),
     ],
 )
-def test_values_that_contradict_each_other_are_refused_with_their_numbers(
-    overrides: list[str], words: str
-) -> None:
+def test_values_that_contradict_each_other_are_refused_with_their_numbers(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config({}, overrides)
     assert words in str(caught.value)
@@ -79,9 +73,7 @@ def test_values_that_contradict_each_other_are_refused_with_their_numbers(
 
 def test_environment_variables_are_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(
-        "data:\n  train: ${STEPLM_TEST_DIR}/a.jsonl\n  tokenizer: ${STEPLM_TEST_TOKENIZER:-train}\n"
-    )
+    path.write_text("data:\n  train: ${STEPLM_TEST_DIR}/a.jsonl\n  tokenizer: ${STEPLM_TEST_TOKENIZER:-train}\n")
     with pytest.raises(ConfigError, match="STEPLM_TEST_DIR is not set"):
         load_config(path)
     monkeypatch.setenv("STEPLM_TEST_DIR", "/somewhere")

@@ -141,17 +141,12 @@ def test_the_data_keys_change_what_is_prepared(prepared: Callable[..., Manifest]
     other = tmp_path / "other.txt"
     other.write_text("quite another text, " * 200)
     assert prepared(f"data.validation={other}").split("validation").num_documents == 1
-    assert (
-        prepared(f"data.train={other}", f"data.validation={tmp_path}/*.jsonl").split("train").num_documents
-        == 1
-    )
+    assert prepared(f"data.train={other}", f"data.validation={tmp_path}/*.jsonl").split("train").num_documents == 1
     assert (
         prepared("data.validation_fraction=0.6").split("validation").num_documents
         > base.split("validation").num_documents
     )
-    assert (
-        prepared("data.text_field=body").split("train").num_text_bytes != base.split("train").num_text_bytes
-    )
+    assert prepared("data.text_field=body").split("train").num_text_bytes != base.split("train").num_text_bytes
     assert prepared("data.max_train_tokens=100").split("train").num_tokens < base.split("train").num_tokens
     assert len(prepared("data.shard_tokens=50").split("train").shards) > len(base.split("train").shards)
     with pytest.raises((ConfigError, DataError), match="nowhere"):
@@ -166,9 +161,7 @@ def test_a_share_of_bad_records_is_borne_or_not(prepared: Callable[..., Manifest
         prepared("data.max_bad_share=0")
 
 
-def test_workers_are_as_many_as_asked(
-    prepared: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_are_as_many_as_asked(prepared: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
     from steplm.data import prepare as module
 
     asked: list[int | None] = []
@@ -199,9 +192,7 @@ def test_max_position_embeddings_is_the_models() -> None:
     assert hf_config(values).max_position_embeddings == 2345
 
 
-def test_the_solver_is_the_one_asked_for(
-    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_solver_is_the_one_asked_for(tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("the other solver was called")
 
@@ -221,9 +212,7 @@ def test_the_device_is_the_one_asked_for(tiny_run: Configure, tmp_path: Path) ->
         train(tiny_run(tmp_path, "train.device=cuda"))
 
 
-def test_threads_are_as_many_as_asked(
-    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_are_as_many_as_asked(tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     train(tiny_run(tmp_path, "train.num_threads=3", "plan.total_tokens=128"))

@@ -117,9 +117,7 @@ def save_checkpoint(
                 free_bytes=free,
             ) from None
         if isinstance(error, OSError):
-            raise CheckpointError(
-                f"cannot write {final}: {error.strerror or error}", path=str(final)
-            ) from None
+            raise CheckpointError(f"cannot write {final}: {error.strerror or error}", path=str(final)) from None
         raise
     return final
 
@@ -161,9 +159,7 @@ def verify_checkpoint(path: Path) -> None:
     try:
         expected: dict[str, dict[str, Any]] = json.loads((path / MARKER).read_text())
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is no complete checkpoint: it has no {MARKER} file", path=str(path)
-        ) from None
+        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MARKER} file", path=str(path)) from None
     except ValueError:
         raise CheckpointError(f"{path / MARKER} is damaged", path=str(path)) from None
     for name, wanted in expected.items():
@@ -176,18 +172,14 @@ def verify_checkpoint(path: Path) -> None:
                 path=str(file),
             )
         if _sha256(file) != wanted["sha256"]:
-            raise CheckpointError(
-                f"{file} is damaged: its sha256 is not the one that was written", path=str(file)
-            )
+            raise CheckpointError(f"{file} is damaged: its sha256 is not the one that was written", path=str(file))
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Folders with a marker, oldest progress first."""
     if not root.is_dir():
         return []
-    return sorted(
-        (path for path in root.iterdir() if _NAME.match(path.name) and (path / MARKER).is_file()), key=_age
-    )
+    return sorted((path for path in root.iterdir() if _NAME.match(path.name) and (path / MARKER).is_file()), key=_age)
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -220,10 +212,7 @@ def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     for file in files:
         _sync(file)
-    return {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in files
-    }
+    return {str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
 
 
 def _sha256(file: Path) -> str:

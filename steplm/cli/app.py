@@ -24,9 +24,7 @@ app = typer.Typer(
 Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time, on Python 3.10 too
-    typer.Argument(
-        metavar="[KEY=VALUE]...", help="Overrides, e.g. plan.num_stages=3 train.sequence_length=512."
-    ),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. plan.num_stages=3 train.sequence_length=512."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -46,9 +44,7 @@ def plan(
     run: Run,
     overrides: Overrides = None,
     json: Json = False,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Print every term with its formula and unit.")
-    ] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print every term with its formula and unit.")] = False,
 ) -> None:
     """Show the stages and their model-state bytes; needs no GPU and no data."""
     from steplm.cli.plan import show_plan
@@ -108,9 +104,7 @@ def export(
 
 @app.command("eval")
 def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Hugging Face folders or hub names.")
-    ],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Hugging Face folders or hub names.")],
     data: Annotated[
         list[str], typer.Option("--data", "-d", help="Files, globs, hub://OWNER/NAME?split=test; repeatable.")
     ],
@@ -176,9 +170,7 @@ def generate(
 @app.command()
 def quickstart(
     overrides: Overrides = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of both runs.")] = Path(
-        "runs/quickstart"
-    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of both runs.")] = Path("runs/quickstart"),
 ) -> None:
     """Train a small LLaMA twice on text found in this installation: grown in stages, and in the ordinary way."""
     from steplm.cli.quickstart import run_quickstart

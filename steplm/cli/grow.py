@@ -12,9 +12,7 @@ from steplm.training.grow_folder import grow
 
 def run_grow(model: str, *, to: int, output: Path, operator: str, position: str | None, seed: int) -> None:
     layer_map = grow(model, to=to, output_dir=output, operator=operator, position=position, seed=seed)
-    table = Table(
-        "layer", "made of", box=None, title=f"{output}: {layer_map.num_layers} layers", title_justify="left"
-    )
+    table = Table("layer", "made of", box=None, title=f"{output}: {layer_map.num_layers} layers", title_justify="left")
     for index, origin in enumerate(layer_map.origins):
         parents = ", ".join(f"layer {parent}" for parent in origin.parents)
         table.add_row(str(index), f"[green]new[/]  {operator} of {parents}" if origin.is_new else parents)

@@ -53,9 +53,7 @@ def starter_text() -> str:
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
             sections += ["", f"# {(section.__doc__ or '').strip()}", f"{name}:"]
-            sections += [
-                _line(f"{name}.{key}", key, inner, "  ") for key, inner in section.model_fields.items()
-            ]
+            sections += [_line(f"{name}.{key}", key, inner, "  ") for key, inner in section.model_fields.items()]
         else:
             lines.append(_line(name, name, field, ""))
     return "\n".join(lines + sections) + "\n"

@@ -21,9 +21,7 @@ from steplm.units import format_bytes, format_count
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
-def show_plan(
-    run: str, overrides: Sequence[str] = (), *, as_json: bool = False, explain: bool = False
-) -> None:
+def show_plan(run: str, overrides: Sequence[str] = (), *, as_json: bool = False, explain: bool = False) -> None:
     """Plan a run and print it."""
     config = load_config(run, overrides)
     shape = None
@@ -108,12 +106,8 @@ def render_plan(plan: Plan, console: Console) -> None:
     ):
         table.add_column(name, justify="right", no_wrap=True)
 
-    def add_row(
-        name: str, layers: str, tokens: str, memory: MemoryEstimate, style: str | None = None
-    ) -> None:
-        table.add_row(
-            name, layers, *_parameter_cells(memory), tokens, *_byte_cells(memory, size), style=style
-        )
+    def add_row(name: str, layers: str, tokens: str, memory: MemoryEstimate, style: str | None = None) -> None:
+        table.add_row(name, layers, *_parameter_cells(memory), tokens, *_byte_cells(memory, size), style=style)
 
     same_outer = len({_outer(stage.memory) for stage in plan.stages}) == 1
     for stage in plan.stages:
@@ -171,9 +165,7 @@ def render_explain(plan: Plan, console: Console) -> None:
         symbols.add_row(symbol, meaning, value)
     console.print(symbols)
     for stage in plan.stages:
-        counts = [
-            _layers(stage, component, shape.layer_parameters) for component in ("new_layers", "frozen_layers")
-        ]
+        counts = [_layers(stage, component, shape.layer_parameters) for component in ("new_layers", "frozen_layers")]
         adapters = _adapter_parameters(stage.memory) // len(stage.adapters.layers) if stage.adapters else 0
         table = Table(
             title=f"stage {stage.index}: n_i = {counts[0]}, N_{{i-1}} = {counts[1]}, E = {adapters:,}",
@@ -195,9 +187,7 @@ def render_explain(plan: Plan, console: Console) -> None:
         f"vanilla: all {shape.num_hidden_layers} layers at once, {plan.vanilla_model_state_bytes:,} bytes",
         highlight=False,
     )
-    console.print(
-        "left out: activations, logits, workspace, the device's own context", style="dim", highlight=False
-    )
+    console.print("left out: activations, logits, workspace, the device's own context", style="dim", highlight=False)
 
 
 def _summary(plan: Plan) -> str:

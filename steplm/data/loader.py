@@ -98,9 +98,7 @@ class BatchLoader:
                 tokens_seen=tokens_seen,
                 sequence_length=self.sequence_length,
             )
-        part = range(
-            first + rank * num_sequences // world_size, first + (rank + 1) * num_sequences // world_size
-        )
+        part = range(first + rank * num_sequences // world_size, first + (rank + 1) * num_sequences // world_size)
         return _to_batch([self._window(index) for index in part], self.sequence_length, self.within_documents)
 
     def _window(self, index: int) -> _Window:
@@ -177,9 +175,7 @@ def validation_windows(
         DataError: fewer than two tokens.
     """
     if dataset.num_tokens < 2:
-        raise DataError(
-            f"{dataset.prepared_dir} has {dataset.num_tokens} {dataset.split} tokens; two are needed."
-        )
+        raise DataError(f"{dataset.prepared_dir} has {dataset.num_tokens} {dataset.split} tokens; two are needed.")
     end = dataset.num_tokens if max_tokens is None else min(dataset.num_tokens, max_tokens + 1)
     offsets = dataset.document_offsets
     windows = []

@@ -95,9 +95,7 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
     """
     folder, data = config.prepared_dir, config.data
     if not data.train:
-        raise ConfigError(
-            "data.train is empty. Name files, folders or a hub data set, or builtin://python-docs."
-        )
+        raise ConfigError("data.train is empty. Name files, folders or a hub data set, or builtin://python-docs.")
     sources = {"validation": find_sources(data.validation), "train": find_sources(data.train)}
     inputs = _describe_inputs(config, sources)
     fingerprint = _sha256(inputs)
@@ -109,10 +107,7 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
         tokenizer = _make_tokenizer(folder, config, sources, progress)
         _check_vocabulary(len(tokenizer), config)
         dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
-        writers = {
-            split: ShardWriter(folder / split, dtype=dtype, shard_tokens=data.shard_tokens)
-            for split in SPLITS
-        }
+        writers = {split: ShardWriter(folder / split, dtype=dtype, shard_tokens=data.shard_tokens) for split in SPLITS}
         try:
             counts = _write_shards(config, sources, tokenizer, writers, progress)
         finally:
@@ -394,9 +389,7 @@ def _write_shards(
     return counts
 
 
-def _batches(
-    stream: Iterable[Entry], finished_documents: Mapping[str, int], counts: Counts
-) -> Iterator[Batch]:
+def _batches(stream: Iterable[Entry], finished_documents: Mapping[str, int], counts: Counts) -> Iterator[Batch]:
     """Batches of half a megabyte, cut by the stream alone, each with the counts at its end."""
     entries: list[Entry] = []
     num_bytes = 0

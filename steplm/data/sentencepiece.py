@@ -45,11 +45,7 @@ def read_sentencepiece(path: Path) -> tuple[Any, dict[str, str]]:
         pieces, trainer, normalizer = [], {}, {}
     if not pieces:
         raise DataError(f"{path} is not a SentencePiece model.", path=str(path))
-    if (
-        trainer.get(_MODEL_TYPE) != _BPE
-        or normalizer.get(_CHARSMAP)
-        or normalizer.get(_REMOVE_EXTRA_WHITESPACES, 1)
-    ):
+    if trainer.get(_MODEL_TYPE) != _BPE or normalizer.get(_CHARSMAP) or normalizer.get(_REMOVE_EXTRA_WHITESPACES, 1):
         raise DataError(
             f"{path} is a SentencePiece model that changes the text or is not BPE, which is not read here. "
             "Give the tokenizer.json of the same model.",
@@ -71,9 +67,7 @@ def _build(pieces: list[Piece], byte_fallback: bool, dummy_prefix: bool) -> tupl
     )
     tokenizer = Tokenizer(model)
     spaces = normalizers.Replace(" ", SPACE)
-    tokenizer.normalizer = (
-        normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if dummy_prefix else spaces
-    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if dummy_prefix else spaces
     if not any(SPACE in piece.text.lstrip(SPACE) for piece in pieces):
         # No piece has a space after a letter, so no merge crosses this cut: the same ids, from short words.
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"), "isolated")

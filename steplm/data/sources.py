@@ -144,11 +144,7 @@ def _remote(entry: str) -> Source:
     scheme, _, rest = entry.partition("://")
     if scheme not in STREAMS:
         near = difflib.get_close_matches(scheme, STREAMS, n=1)
-        hint = (
-            f"Did you mean {near[0]}://{rest}?"
-            if near
-            else f"Known: {', '.join(f'{s}://' for s in STREAMS)}."
-        )
+        hint = f"Did you mean {near[0]}://{rest}?" if near else f"Known: {', '.join(f'{s}://' for s in STREAMS)}."
         raise DataError(f"unknown kind of source {entry!r}. {hint}", entry=entry)
     if scheme == "builtin" and rest != "python-docs":
         raise DataError(f"there is no built-in corpus {rest!r}; there is builtin://python-docs.", entry=entry)
@@ -159,23 +155,18 @@ def _remote(entry: str) -> Source:
 
 def _matching_files(entry: str) -> list[Path]:
     path = Path(entry).expanduser()
-    matches = (
-        [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-    )
+    matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     files: list[Path] = []
     for match in matches:
         if match.is_dir():
-            found = sorted(
-                p for p in match.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(match))
-            )
+            found = sorted(p for p in match.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(match)))
             # A folder may hold anything; a file that was named must be understood.
             files += [p for p in found if _format(p) in READERS]
         elif match.is_file():
             if _format(match) not in READERS:
                 known = ", ".join(READERS)
                 raise DataError(
-                    f"{match} has the unknown format {_format(match)!r}. Known: {known}, "
-                    "and .gz of each but .parquet.",
+                    f"{match} has the unknown format {_format(match)!r}. Known: {known}, and .gz of each but .parquet.",
                     path=str(match),
                 )
             files.append(match)
@@ -233,11 +224,7 @@ def _why_unusable(value: Any, text: Any, text_field: str) -> str | None:
     if isinstance(value, Exception):
         return str(value)
     if text is None:
-        return (
-            f"no field {text_field!r}; fields are {', '.join(map(repr, value))}"
-            if value
-            else "an empty record"
-        )
+        return f"no field {text_field!r}; fields are {', '.join(map(repr, value))}" if value else "an empty record"
     if not isinstance(text, str):
         what = f"field {text_field!r}" if isinstance(value, dict) else "the record"
         return f"{what} is {type(text).__name__}, not text"

@@ -115,14 +115,8 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        if (
-            name.startswith((".", "/", "~"))
-            or name.count("/") > 1
-            or Path(name).suffix in (".json", ".model")
-        ):
-            raise DataError(
-                f"no tokenizer at {name}: there is no such file or folder.", tokenizer=name
-            ) from None
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in (".json", ".model"):
+            raise DataError(f"no tokenizer at {name}: there is no such file or folder.", tokenizer=name) from None
         raise HubUnavailable(
             f"there is no folder {name!r}, and the hub gives no tokenizer of this name: "
             f"{_first_line(error)}\n"
@@ -130,9 +124,7 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
             tokenizer=name,
         ) from None
     if not tokenizer.is_fast:
-        raise DataError(
-            f"the tokenizer {name!r} has no fast version. Give its tokenizer.json.", tokenizer=name
-        )
+        raise DataError(f"the tokenizer {name!r} has no fast version. Give its tokenizer.json.", tokenizer=name)
     return tokenizer
 
 
@@ -143,9 +135,7 @@ def _first_line(error: BaseException) -> str:
 def _wrap(backend: Any, special_tokens: dict[str, str]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, **special_tokens
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special_tokens)
 
 
 def _read_json(file: Path) -> PreTrainedTokenizerFast:

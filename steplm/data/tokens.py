@@ -105,13 +105,10 @@ class Manifest:
             version = values.get("schema_version")
             manifest = from_json(cls, values) if version == SCHEMA_VERSION else None
         except (ValueError, AttributeError) as error:
-            raise DataError(
-                f"{path} is damaged: {error}. {_start_over(prepared_dir)}", path=str(path)
-            ) from None
+            raise DataError(f"{path} is damaged: {error}. {_start_over(prepared_dir)}", path=str(path)) from None
         if manifest is None:
             raise DataError(
-                f"{path} has version {version}, this steplm reads {SCHEMA_VERSION}. "
-                f"{_start_over(prepared_dir)}",
+                f"{path} has version {version}, this steplm reads {SCHEMA_VERSION}. {_start_over(prepared_dir)}",
                 path=str(path),
                 version=version,
             )
@@ -159,9 +156,7 @@ class TokenDataset:
         """(num_documents + 1,): where each document starts; the last entry is ``num_tokens``."""
         parts = [np.zeros(1, np.int64)]
         for shard, start in zip(self.shards, self._shard_starts, strict=False):
-            parts.append(
-                start + _load_offsets(self.prepared_dir / self.split / f"{shard.name}.offsets.npy")[1:]
-            )
+            parts.append(start + _load_offsets(self.prepared_dir / self.split / f"{shard.name}.offsets.npy")[1:])
         return np.concatenate(parts)
 
     @property
@@ -225,9 +220,7 @@ def verify(prepared_dir: Path | str) -> Manifest:
     check_sizes(folder, manifest)
     for _, path, _, sha256 in _files(folder, manifest, SPLITS):
         if file_sha256(path) != sha256:
-            raise DataError(
-                f"{path} is not what was written: its hash differs. {_start_over(folder)}", path=str(path)
-            )
+            raise DataError(f"{path} is not what was written: its hash differs. {_start_over(folder)}", path=str(path))
     tokenizer = folder / "tokenizer" / "tokenizer.json"
     if not tokenizer.is_file() or file_sha256(tokenizer) != manifest.tokenizer.sha256:
         raise DataError(
@@ -250,9 +243,7 @@ def offsets_file_bytes(num_documents: int) -> int:
     return 128 + 8 * (num_documents + 1)
 
 
-def _files(
-    prepared_dir: Path, manifest: Manifest, splits: tuple[str, ...]
-) -> Iterator[tuple[Shard, Path, int, str]]:
+def _files(prepared_dir: Path, manifest: Manifest, splits: tuple[str, ...]) -> Iterator[tuple[Shard, Path, int, str]]:
     itemsize = _dtype(manifest).itemsize
     for split in splits:
         for shard in manifest.split(split).shards:

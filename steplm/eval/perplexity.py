@@ -177,9 +177,7 @@ def _check(model: PreTrainedModel, tokens: Tensor, sequence_length: int, stride:
             max_position_embeddings=num_positions,
         )
     if len(tokens) < 2:
-        raise DataError(
-            f"perplexity needs at least 2 tokens, there are {len(tokens)}", num_tokens=len(tokens)
-        )
+        raise DataError(f"perplexity needs at least 2 tokens, there are {len(tokens)}", num_tokens=len(tokens))
     largest, vocab_size = int(tokens.max()), model.get_input_embeddings().weight.shape[0]
     if largest >= vocab_size:
         raise DataError(

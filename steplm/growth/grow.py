@@ -86,9 +86,7 @@ def grow(
         elif make.fresh:
             assert fresh_layer is not None
             model_layer = layers[origin.parents[0]]
-            fresh = {
-                name: tensor.to(model_layer.get(name, tensor)) for name, tensor in fresh_layer(index).items()
-            }
+            fresh = {name: tensor.to(model_layer.get(name, tensor)) for name, tensor in fresh_layer(index).items()}
             _check_alike([model_layer, fresh], f"fresh {prefix}")
             layer = _contiguous(make.function([fresh], 0.0))
         else:
@@ -103,9 +101,7 @@ def renamed(names: Iterable[str], layer_map: LayerMap) -> dict[str, str]:
     result = {}
     for name in names:
         match = _NAME_IN_LAYER.match(name)
-        result[name] = (
-            f"{match.group(1)}.{new_index[int(match.group(2))]}.{match.group(3)}" if match else name
-        )
+        result[name] = f"{match.group(1)}.{new_index[int(match.group(2))]}.{match.group(3)}" if match else name
     return result
 
 
@@ -121,9 +117,7 @@ def grow_config(hf_config: Mapping[str, Any], layer_map: LayerMap) -> dict[str, 
     config = copy.deepcopy(dict(hf_config))
     depth_keys = [key for key in DEPTH_KEYS if isinstance(config.get(key), int)]
     if not depth_keys:
-        raise GrowthError(
-            f"the configuration has none of the keys {', '.join(DEPTH_KEYS)}: its depth is unknown."
-        )
+        raise GrowthError(f"the configuration has none of the keys {', '.join(DEPTH_KEYS)}: its depth is unknown.")
     num_old = config[depth_keys[0]]
     _check_map(layer_map, num_old)
     first_parents = [origin.parents[0] for origin in layer_map.origins]
@@ -132,9 +126,7 @@ def grow_config(hf_config: Mapping[str, Any], layer_map: LayerMap) -> dict[str, 
             continue
         if key in LAYER_INDEX_KEYS:
             config[key] = [index for index, parent in enumerate(first_parents) if parent in value]
-        elif (
-            len(value) == num_old and ("layer" in key or key.endswith("types")) and not key.startswith("mtp")
-        ):
+        elif len(value) == num_old and ("layer" in key or key.endswith("types")) and not key.startswith("mtp"):
             config[key] = [value[parent] for parent in first_parents]
     for key in depth_keys:
         config[key] = layer_map.num_layers
@@ -170,9 +162,7 @@ def _split(state: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor],
             layers.setdefault(int(match.group(2)), {})[match.group(3)] = tensor
     missing = sorted(set(range(max(layers) + 1)) - set(layers))
     if missing:
-        raise GrowthError(
-            f"the weights have {prefix}.{max(layers)} but lack {prefix}.{missing[0]}.", missing=missing
-        )
+        raise GrowthError(f"the weights have {prefix}.{max(layers)} but lack {prefix}.{missing[0]}.", missing=missing)
     return outer, [layers[index] for index in range(len(layers))]
 
 
@@ -191,9 +181,7 @@ def _check_map(layer_map: LayerMap, num_layers: int) -> None:
             num_kept=len(kept),
         )
     for index, origin in enumerate(layer_map.origins):
-        if not 1 <= len(origin.parents) <= 2 or not all(
-            0 <= parent < num_layers for parent in origin.parents
-        ):
+        if not 1 <= len(origin.parents) <= 2 or not all(0 <= parent < num_layers for parent in origin.parents):
             raise GrowthError(
                 f"layer {index} of the layer map has the parents {origin.parents}: "
                 f"expected one or two of the layers 0 to {num_layers - 1}.",

@@ -49,8 +49,7 @@ def interpolate(parents: Sequence[Layer], fraction: float) -> dict[str, Tensor]:
         return copy_lower(parents, fraction)
     lower, upper = parents
     return {
-        name: torch.lerp(lower[name].float(), upper[name].float(), fraction).to(lower[name].dtype)
-        for name in lower
+        name: torch.lerp(lower[name].float(), upper[name].float(), fraction).to(lower[name].dtype) for name in lower
     }
 
 

@@ -35,9 +35,7 @@ def estimate_stage(
     Source: STEP (arXiv 2504.04151), section 2.2.
     """
     if precision not in BYTES_PER_PARAMETER:
-        raise ConfigError(
-            f"no precision {precision!r}. Known: {', '.join(BYTES_PER_PARAMETER)}.", precision=precision
-        )
+        raise ConfigError(f"no precision {precision!r}. Known: {', '.join(BYTES_PER_PARAMETER)}.", precision=precision)
     counts = StageCounts(
         shape=shape,
         precision=precision,
@@ -46,11 +44,7 @@ def estimate_stage(
         adapter_parameters=adapter_parameters,
         train_outer=train_outer,
     )
-    terms = (
-        term(counts)
-        for (component, _), term in TERMS.items()
-        if count_outer or component not in OUTER_COMPONENTS
-    )
+    terms = (term(counts) for (component, _), term in TERMS.items() if count_outer or component not in OUTER_COMPONENTS)
     return MemoryEstimate(tuple(term for term in terms if term.num_parameters))
 
 

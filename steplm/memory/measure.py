@@ -44,8 +44,7 @@ def measure_model_state(
     prefix, _ = find_layers(model, stage.num_hidden_layers)
     head_name = name_of_head(model)
     components = {
-        name: _component(name, parameter, prefix, head_name, stage)
-        for name, parameter in model.named_parameters()
+        name: _component(name, parameter, prefix, head_name, stage) for name, parameter in model.named_parameters()
     }
     held: dict[tuple[str, str, int], int] = defaultdict(int)  # (component, kind, bytes per element) -> bytes
     seen: set[int] = set()

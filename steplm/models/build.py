@@ -33,9 +33,7 @@ def hf_config(values: Mapping[str, Any], num_hidden_layers: int | None = None) -
 
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"transformers knows no model type {model_type!r}.{hint}", model_type=model_type
-        ) from None
+        raise ConfigError(f"transformers knows no model type {model_type!r}.{hint}", model_type=model_type) from None
     if not hasattr(default, "num_key_value_heads") and (
         values.get("num_key_value_heads") == values.get("num_attention_heads")
     ):
@@ -97,9 +95,7 @@ def initial_state(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) ->
     return plain_state(model, dtype=dtype)
 
 
-def fresh_layers(
-    config: PretrainedConfig, *, seed: int, dtype: torch.dtype
-) -> Callable[[int], dict[str, Tensor]]:
+def fresh_layers(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> Callable[[int], dict[str, Tensor]]:
     """A function from a layer's index to freshly initialised tensors of one layer, named below the layer."""
     from steplm.growth.grow import layer_prefix_of
 
@@ -108,9 +104,7 @@ def fresh_layers(
     def fresh(index: int) -> dict[str, Tensor]:
         state = initial_state(one_layer, seed=seed * 1_000_003 + index, dtype=dtype)
         prefix = f"{layer_prefix_of(state)}.0."
-        return {
-            name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)
-        }
+        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
     return fresh
 
@@ -140,7 +134,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -46,9 +46,7 @@ def batch_loss(
             which makes the loss invariant to gradient accumulation.
         chunk_size: rows of logits that exist at once.
     """
-    hidden = model.base_model(
-        input_ids=input_ids, position_ids=position_ids, use_cache=False
-    ).last_hidden_state
+    hidden = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     return chunked_cross_entropy(
         hidden.flatten(0, 1),
@@ -79,9 +77,7 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_si
         valid = int((batch.labels != -100).sum())
         batch = batch.to(model.device)
         total += float(
-            batch_loss(
-                model, batch.input_ids, batch.labels, batch.position_ids, num_valid=1, chunk_size=chunk_size
-            )
+            batch_loss(model, batch.input_ids, batch.labels, batch.position_ids, num_valid=1, chunk_size=chunk_size)
         )
         count += valid
     model.train(was_training)

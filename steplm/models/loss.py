@@ -61,9 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         with_gradients: bool,
     ) -> Tensor:
-        needs_hidden, needs_weight, needs_bias = (
-            with_gradients and need for need in ctx.needs_input_grad[:3]
-        )
+        needs_hidden, needs_weight, needs_bias = (with_gradients and need for need in ctx.needs_input_grad[:3])
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
@@ -116,7 +114,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # One element rather than a scalar: a scalar would be rounded to the gradients' dtype first.
         factor = grad_outputs[0].reshape(1)
         grads = [
-            None if grad is None else torch.mul(grad, factor, out=torch.empty_like(grad))
-            for grad in ctx.saved_tensors
+            None if grad is None else torch.mul(grad, factor, out=torch.empty_like(grad)) for grad in ctx.saved_tensors
         ]
         return (*grads, None, None, None, None, None, None)

@@ -32,9 +32,7 @@ def shape_of(values: Mapping[str, Any]) -> ModelShape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"transformers makes no causal language model of this configuration: {error}"
-        ) from None
+        raise ConfigError(f"transformers makes no causal language model of this configuration: {error}") from None
     return shape_from_model(model)
 
 

@@ -77,9 +77,7 @@ class MasterAdamW:
         """The states themselves, flat under ``NAME.KEY`` as safetensors wants them, and the steps by name."""
         return self._flat(), dict(self.steps)
 
-    def load_state_dict(
-        self, tensors: Mapping[str, Tensor], steps: Mapping[str, int], *, strict: bool = True
-    ) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], steps: Mapping[str, int], *, strict: bool = True) -> None:
         """Copy saved states in, exactly.
 
         Args:
@@ -95,9 +93,7 @@ class MasterAdamW:
         wanted = [name for name in self.steps if strict or name in steps]
         keys = [f"{name}.{key}" for name in wanted for key in self._states[name]]
         missing = [name for name in wanted if name not in steps] + [key for key in keys if key not in tensors]
-        unknown = (
-            [key for key in (*steps, *tensors) if key not in self.steps and key not in own] if strict else []
-        )
+        unknown = [key for key in (*steps, *tensors) if key not in self.steps and key not in own] if strict else []
         wrong = [key for key in keys if key in tensors and not _alike(own[key], tensors[key])]
         if missing or unknown or wrong:
             parts = {"missing": missing, "unknown": unknown, "of another shape or dtype": wrong}
@@ -114,9 +110,7 @@ class MasterAdamW:
         self.steps.update({name: steps[name] for name in wanted})
 
     def _flat(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{key}": tensor for name, states in self._states.items() for key, tensor in states.items()
-        }
+        return {f"{name}.{key}": tensor for name, states in self._states.items() for key, tensor in states.items()}
 
     def _step_bucket(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
         if not names:

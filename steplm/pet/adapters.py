@@ -31,9 +31,7 @@ def attach(model: nn.Module, spec: AdapterSpec, layer_prefix: str, seed: int) ->
         ConfigError: unknown method; a target that is missing, not linear, or smaller than the rank.
     """
     if spec.method not in METHODS:
-        raise ConfigError(
-            f"no adapter method {spec.method!r}. Known: {', '.join(METHODS)}.", method=spec.method
-        )
+        raise ConfigError(f"no adapter method {spec.method!r}. Known: {', '.join(METHODS)}.", method=spec.method)
     targets: dict[str, nn.Linear] = {}
     for index in spec.layers:  # all of them before the first change
         targets.update(_targets(model, f"{layer_prefix}.{index}", spec))
@@ -55,9 +53,7 @@ def merge(model: nn.Module) -> None:
         model.set_submodule(name, linear)
 
 
-def merge_state(
-    weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], spec: AdapterSpec
-) -> dict[str, Tensor]:
+def merge_state(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
     """The plain weights with the adapters added; the same bits as ``merge`` makes.
 
     Reads one tensor after the other, so that over a mapping that loads on access only one matrix exists
@@ -143,14 +139,8 @@ def _targets(model: nn.Module, layer_name: str, spec: AdapterSpec) -> dict[str, 
     for target in spec.target_modules:
         if target not in last_parts.values():
             near = difflib.get_close_matches(target, linears, n=1)
-            hint = (
-                f" Did you mean {near[0]!r}?"
-                if near
-                else f" Linear maps there: {', '.join(linears) or 'none'}."
-            )
-            raise ConfigError(
-                f"{layer_name} has no module {target!r} to adapt.{hint}", target=target, layer=layer_name
-            )
+            hint = f" Did you mean {near[0]!r}?" if near else f" Linear maps there: {', '.join(linears) or 'none'}."
+            raise ConfigError(f"{layer_name} has no module {target!r} to adapt.{hint}", target=target, layer=layer_name)
     targets: dict[str, nn.Linear] = {}
     for name, module in modules.items():
         if last_parts[name] not in spec.target_modules:

@@ -59,9 +59,7 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
     )
     stages = []
     for i, layer_map in enumerate(layer_maps):
-        adapters = (
-            _adapters(config, shape, layer_map) if layer_map is not None and adapter_parameters else None
-        )
+        adapters = _adapters(config, shape, layer_map) if layer_map is not None and adapter_parameters else None
         stages.append(
             Stage(
                 index=i + 1,
@@ -85,9 +83,7 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
     )
 
 
-def _choose_layers(
-    config: RunConfig, shape: ModelShape, adapter_parameters: int
-) -> tuple[tuple[int, ...], bool]:
+def _choose_layers(config: RunConfig, shape: ModelShape, adapter_parameters: int) -> tuple[tuple[int, ...], bool]:
     """n_1 … n_K, and whether no other choice has a smaller peak."""
     num_layers, num_stages = shape.num_hidden_layers, config.plan.num_stages
     if config.plan.layers is not None and sum(config.plan.layers) != num_layers:

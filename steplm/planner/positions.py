@@ -48,9 +48,7 @@ def upper(num_old: int, num_new: int, seed: int) -> LayerMap:
 
 def intermediate(num_old: int, num_new: int, seed: int) -> LayerMap:
     """The middle gaps."""
-    return _in_gaps(
-        num_old, num_new, lambda num_gaps, count: range(num_gaps)[(num_gaps - count) // 2 :][:count]
-    )
+    return _in_gaps(num_old, num_new, lambda num_gaps, count: range(num_gaps)[(num_gaps - count) // 2 :][:count])
 
 
 def lower(num_old: int, num_new: int, seed: int) -> LayerMap:
@@ -104,7 +102,5 @@ def _in_gaps(num_old: int, num_new: int, choose: Callable[[int, int], Iterable[i
     for gap in range(num_gaps):
         origins.append(LayerOrigin((gap,)))
         count = in_every_gap + (gap in gets_one_more)
-        origins += [
-            LayerOrigin((gap, gap + 1), is_new=True, fraction=(j + 1) / (count + 1)) for j in range(count)
-        ]
+        origins += [LayerOrigin((gap, gap + 1), is_new=True, fraction=(j + 1) / (count + 1)) for j in range(count)]
     return LayerMap((*origins, LayerOrigin((num_gaps,))))

@@ -27,9 +27,7 @@ class Family:
     fused: bool = False  # qkv_proj and gate_up_proj
 
 
-def _defaults(
-    vocab: int, hidden: int, feed_forward: int, layers: int, heads: int, **rest: Any
-) -> dict[str, Any]:
+def _defaults(vocab: int, hidden: int, feed_forward: int, layers: int, heads: int, **rest: Any) -> dict[str, Any]:
     return {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -148,9 +146,7 @@ def shape_from_hf_config(values: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def _linears(
-    family: Family, known: Mapping[str, Any], query_size: int, kv_size: int
-) -> tuple[LinearShape, ...]:
+def _linears(family: Family, known: Mapping[str, Any], query_size: int, kv_size: int) -> tuple[LinearShape, ...]:
     """The linear maps of one layer, in the order of the model's own modules."""
     hidden, feed_forward = known["hidden_size"], known["intermediate_size"]
     attention_bias, mlp_bias = bool(known.get("attention_bias")), bool(known.get("mlp_bias"))
@@ -175,9 +171,7 @@ def _linears(
 
 def _require_positive(key: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(
-            f"model.{key} must be a whole number of at least 1, not {value!r}.", key=key, value=value
-        )
+        raise ConfigError(f"model.{key} must be a whole number of at least 1, not {value!r}.", key=key, value=value)
 
 
 def _require_divisible(key: str, value: int, divisor_key: str, divisor: int) -> None:

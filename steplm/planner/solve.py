@@ -76,9 +76,7 @@ def solve_integer_programme(cost: LinearStageCost, num_layers: int, num_stages: 
     result = milp(
         1.0 - is_layer_count,
         integrality=is_layer_count,
-        bounds=Bounds(
-            np.append(np.ones(num_stages), -np.inf), np.append(np.full(num_stages, num_layers), np.inf)
-        ),
+        bounds=Bounds(np.append(np.ones(num_stages), -np.inf), np.append(np.full(num_stages, num_layers), np.inf)),
         constraints=[
             LinearConstraint(stage_costs, -np.inf, -(constants - shared) / unit),
             LinearConstraint(is_layer_count[None, :], num_layers, num_layers),

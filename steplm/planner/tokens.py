@@ -79,9 +79,7 @@ def _total_tokens(
     if config.total_tokens is not None:
         return config.total_tokens
     if config.total_flops is not None:
-        return config.total_flops / sum(
-            share * flops for share, flops in zip(shares, flops_per_token, strict=True)
-        )
+        return config.total_flops / sum(share * flops for share, flops in zip(shares, flops_per_token, strict=True))
     return num_parameters * (config.tokens_per_parameter or DEFAULT_TOKENS_PER_PARAMETER)
 
 

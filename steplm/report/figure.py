@@ -126,9 +126,7 @@ def _series(events: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]
 def smoothed(values: Sequence[float], width: float) -> list[float]:
     """Mean under a centred Gaussian window of standard deviation ``width`` points, cut at both ends."""
     reach = math.ceil(3 * width)
-    weights = [
-        math.exp(-0.5 * (offset / width) ** 2) if width else 1.0 for offset in range(-reach, reach + 1)
-    ]
+    weights = [math.exp(-0.5 * (offset / width) ** 2) if width else 1.0 for offset in range(-reach, reach + 1)]
     result = []
     for i in range(len(values)):
         around = range(max(i - reach, 0), min(i + reach + 1, len(values)))
@@ -159,9 +157,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float) 
     heights = spread([(value - low) / (high - low) for value, _, _ in ends], gap, 0.03, 0.97)
     for height, (_, text, colour) in zip(heights, ends, strict=True):
         name, _, result = text.partition("\n")
-        axes.annotate(
-            name, (1, height), xytext=(10, 1), va="bottom", color=colour, fontweight="bold", **OUTSIDE
-        )
+        axes.annotate(name, (1, height), xytext=(10, 1), va="bottom", color=colour, fontweight="bold", **OUTSIDE)
         axes.annotate(result, (1, height), xytext=(10, -1), va="top", color=MUTED, fontsize=8.5, **OUTSIDE)
 
 
@@ -219,9 +215,7 @@ def _label_kinds(axes: Axes, labels: Sequence[tuple[float, str, str | None]]) ->
     heights = spread([value / high for value, *_ in labels], 0.105, 0.04, 0.96)
     for height, (_, text, colour) in zip(heights, labels, strict=True):
         weight = "bold" if colour is None else "normal"
-        axes.annotate(
-            text, (1, height), xytext=(22, 0), fontsize=8.5, va="center", fontweight=weight, **OUTSIDE
-        )
+        axes.annotate(text, (1, height), xytext=(22, 0), fontsize=8.5, va="center", fontweight=weight, **OUTSIDE)
         if colour is not None:
             axes.annotate("■", (1, height), xytext=(10, 0), color=colour, va="center", **OUTSIDE)
 

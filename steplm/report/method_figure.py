@@ -54,15 +54,11 @@ def method_figure(path: str | Path) -> Path:
     return path
 
 
-def _block(
-    axes: Axes, x: float, y: float, width: float, height: float, colour: str, edge: str = "none"
-) -> None:
+def _block(axes: Axes, x: float, y: float, width: float, height: float, colour: str, edge: str = "none") -> None:
     from matplotlib.patches import FancyBboxPatch
 
     shape = f"round,pad=0,rounding_size={0.055 if height > 0.15 else 0.03}"
-    axes.add_patch(
-        FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor=colour, edgecolor=edge, linewidth=1)
-    )
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor=colour, edgecolor=edge, linewidth=1))
 
 
 def _y(layer: int) -> float:
@@ -77,9 +73,7 @@ def _stack(axes: Axes, column: int, colours: list[str], outer: str = TRAINED) ->
     for index, (name, colour) in enumerate(zip(names, [outer, *colours, outer], strict=True)):
         y = PITCH * index
         _block(axes, x, y, WIDTH, HEIGHT, colour)
-        axes.text(
-            x + WIDTH / 2, y + HEIGHT / 2 - 0.015, name, color="white", fontsize=7.5, ha="center", va="center"
-        )
+        axes.text(x + WIDTH / 2, y + HEIGHT / 2 - 0.015, name, color="white", fontsize=7.5, ha="center", va="center")
         if colour == FROZEN:
             _block(axes, x + ADAPTER_X, y, ADAPTER_WIDTH, HEIGHT, ADAPTER)
 

@@ -38,9 +38,7 @@ class RunRecord:
     @property
     def measured_model_state_bytes(self) -> int | None:
         """The largest total that was measured at a stage's entrance."""
-        return max(
-            (event["measured_bytes"]["total"] for event in self.events_of("stage_start")), default=None
-        )
+        return max((event["measured_bytes"]["total"] for event in self.events_of("stage_start")), default=None)
 
     @property
     def validation_perplexity(self) -> float | None:

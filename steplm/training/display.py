@@ -35,9 +35,7 @@ class Display:
     def __enter__(self) -> Display:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         pass
 
     def note(self, text: str) -> None:
@@ -82,9 +80,7 @@ class Display:
     def _stage_title(self, stage: Stage) -> str:
         new = f"{stage.num_new_layers} new" if stage.layer_map is not None else "all trained"
         adapters = (
-            f", LoRA rank {stage.adapters.rank} on the other {len(stage.adapters.layers)}"
-            if stage.adapters
-            else ""
+            f", LoRA rank {stage.adapters.rank} on the other {len(stage.adapters.layers)}" if stage.adapters else ""
         )
         return f"stage {self._of(stage)}: {stage.num_hidden_layers} layers, {new}{adapters}"
 
@@ -114,9 +110,7 @@ class Display:
             highlight=False,
         )
 
-    def growth(
-        self, stage: Stage, growth: GrowthConfig, before: float | None, merged: float, grown: float
-    ) -> None:
+    def growth(self, stage: Stage, growth: GrowthConfig, before: float | None, merged: float, grown: float) -> None:
         layer_map = stage.layer_map
         assert layer_map is not None
         if before is not None:
@@ -157,9 +151,7 @@ class RichDisplay(Display):
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._progress.stop()
 
     def step(
@@ -201,10 +193,7 @@ def _rows(planned: MemoryEstimate, measured: MemoryEstimate) -> list[tuple[str, 
     rows = [
         (
             kind,
-            *(
-                e.bytes_of(kind=kind) - e.bytes_of(component="adapters", kind=kind)
-                for e in (planned, measured)
-            ),
+            *(e.bytes_of(kind=kind) - e.bytes_of(component="adapters", kind=kind) for e in (planned, measured)),
         )
         for kind in ROWS
     ]

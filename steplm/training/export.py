@@ -33,22 +33,16 @@ def export(source: str | Path, output_dir: str | Path | None = None) -> Path:
         CheckpointError: no complete checkpoint, or the output folder holds something else.
     """
     source = Path(source)
-    checkpoint_path = (
-        source if (source / "state.json").is_file() else latest_checkpoint(source / "checkpoints")
-    )
+    checkpoint_path = source if (source / "state.json").is_file() else latest_checkpoint(source / "checkpoints")
     if checkpoint_path is None:
-        raise CheckpointError(
-            f"{source} holds no complete checkpoint: is it a run directory?", path=str(source)
-        )
+        raise CheckpointError(f"{source} holds no complete checkpoint: is it a run directory?", path=str(source))
     run_dir = checkpoint_path.parent.parent
     checkpoint = load_checkpoint(checkpoint_path)
     config = load_config(run_dir / "config.yaml")
     plan = from_json(Plan, json.loads((run_dir / "plan.json").read_text()))
     final = Path(output_dir) if output_dir is not None else run_dir / "export"
     if final.exists() and any(final.iterdir()) and not (final / "provenance.json").is_file():
-        raise CheckpointError(
-            f"{final} exists and is no earlier export: choose another folder", path=str(final)
-        )
+        raise CheckpointError(f"{final} exists and is no earlier export: choose another folder", path=str(final))
 
     temporary = final.with_name(f".{final.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -85,7 +79,5 @@ def _write(folder: Path, checkpoint: Checkpoint, config: RunConfig, plan: Plan) 
     provenance = [to_json(layer) for layer in checkpoint.state.provenance]
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
     (folder / "plan.json").write_text(json.dumps(to_json(plan), indent=1) + "\n")
-    (folder / "training_config.yaml").write_text(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    )
+    (folder / "training_config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     (folder / "README.md").write_text(model_card(config, plan, checkpoint.state))

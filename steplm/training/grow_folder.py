@@ -44,7 +44,7 @@ def grow(
     output_dir = Path(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise CheckpointError(f"{output_dir} is not empty: choose another folder", path=str(output_dir))
-    growth = GrowthConfig(operator=operator, position=position)  # type: ignore[arg-type]
+    growth = GrowthConfig(operator=operator, position=position)
     config, state = load_config_and_state(model)
     num_old = config.num_hidden_layers
     if to <= num_old:
@@ -55,9 +55,7 @@ def grow(
     grown_config = hf_config(grow_config(config_values(config), layer_map))
     grown_config.use_cache = True
     dtype = next(iter(state.values())).dtype
-    grown = grow_state(
-        state, layer_map, operator, fresh_layer=fresh_layers(grown_config, seed=seed, dtype=dtype)
-    )
+    grown = grow_state(state, layer_map, operator, fresh_layer=fresh_layers(grown_config, seed=seed, dtype=dtype))
     save_folder(output_dir, grown_config, grown)
     old = tuple(LayerProvenance(1, (), None) for _ in range(num_old))
     layers = [to_json(layer) for layer in provenance(old, layer_map, 2, operator)]

@@ -93,9 +93,7 @@ class WandbSink:
             import wandb
         except ImportError:
             raise _missing("wandb") from None
-        self._run = wandb.init(
-            project=project, name=name, id=name, resume="allow", dir=str(run_dir), config=config
-        )
+        self._run = wandb.init(project=project, name=name, id=name, resume="allow", dir=str(run_dir), config=config)
 
     def log(self, values: Mapping[str, float], tokens_seen: int) -> None:
         self._run.log({**values, "tokens_seen": tokens_seen})
@@ -108,6 +106,4 @@ SINKS = {"tensorboard": TensorBoardSink, "wandb": WandbSink}
 
 
 def _missing(package: str) -> ConfigError:
-    return ConfigError(
-        f"log.report_to names {package}, which is not installed: pip install 'steplm[{package}]'"
-    )
+    return ConfigError(f"log.report_to names {package}, which is not installed: pip install 'steplm[{package}]'")

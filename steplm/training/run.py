@@ -36,7 +36,7 @@ from steplm.models.shape import shape_of
 from steplm.planner.plan import plan as make_plan
 from steplm.training.display import Display, make_display
 from steplm.training.export import export
-from steplm.training.metrics import SINKS, MetricsLog
+from steplm.training.metrics import SINKS, MetricsLog, Sink
 from steplm.training.stage import assemble, check_entrance, enter_stage, train_stage
 from steplm.training.step import StepResult
 from steplm.types import Plan, Stage, TrainState, from_json, to_json
@@ -244,9 +244,7 @@ def _finish(run: Run) -> RunResult:
     export_dir = export(run_dir)
     loss = run.validation_loss(load_pretrained(export_dir).to(run.device))
     tokens_seen = run.plan.total_tokens
-    run.metrics.write(
-        "run_end", tokens_seen=tokens_seen, elapsed_seconds=run.elapsed_seconds, validation_loss=loss
-    )
+    run.metrics.write("run_end", tokens_seen=tokens_seen, elapsed_seconds=run.elapsed_seconds, validation_loss=loss)
     _write_atomically(
         run_dir / "summary.json",
         {
@@ -285,10 +283,7 @@ def _check_init_from(config: RunConfig, plan: Plan) -> None:
         )
     for key, value in config.model.hf_config().items():
         theirs = getattr(given, key, value)
-        if (
-            key not in ("num_hidden_layers", "initializer_range", "max_position_embeddings")
-            and theirs != value
-        ):
+        if key not in ("num_hidden_layers", "initializer_range", "max_position_embeddings") and theirs != value:
             raise ConfigError(
                 f"model.{key} is {value}, but {key} of init_from {config.init_from} is {theirs}: "
                 f"set model.{key}={theirs}",
@@ -350,9 +345,8 @@ def _usable_checkpoint(root: Path, display: Display) -> Path | None:
 
 def _open_metrics(config: RunConfig, keep_bytes: int) -> MetricsLog:
     values = config.model_dump(mode="json")
-    sinks = [
-        SINKS[name](config.run_dir, config.log.wandb_project, config.name, values)
-        for name in config.log.report_to
+    sinks: list[Sink] = [
+        SINKS[name](config.run_dir, config.log.wandb_project, config.name, values) for name in config.log.report_to
     ]
     return MetricsLog(config.run_dir / "metrics.jsonl", sinks, keep_bytes=keep_bytes)
 
@@ -390,9 +384,7 @@ def _write_atomically(path: Path, value: Any) -> None:
 
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "train.device is cuda, but PyTorch sees no CUDA device. Set train.device=cpu or auto."
-        )
+        raise ConfigError("train.device is cuda, but PyTorch sees no CUDA device. Set train.device=cpu or auto.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

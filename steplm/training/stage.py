@@ -226,15 +226,12 @@ def _by_kind(estimate: object) -> dict[str, int]:
     """Weights, gradients and optimizer of the model proper; adapters with all of theirs; the total."""
     bytes_of = estimate.bytes_of  # type: ignore[attr-defined]
     kinds = {
-        k: bytes_of(kind=k) - bytes_of(component="adapters", kind=k)
-        for k in ("weights", "gradients", "optimizer")
+        k: bytes_of(kind=k) - bytes_of(component="adapters", kind=k) for k in ("weights", "gradients", "optimizer")
     }
     return {**kinds, "adapters": bytes_of(component="adapters"), "total": estimate.total_bytes}  # type: ignore[attr-defined]
 
 
-def train_stage(
-    run: Run, stage: Stage, start: StageStart, model: PreTrainedModel, optimizer: MasterAdamW
-) -> Path:
+def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedModel, optimizer: MasterAdamW) -> Path:
     """Steps until the stage's tokens are seen, or a signal asks to stop; returns the last checkpoint."""
     config = run.config
     train, optim = config.train, config.optim
@@ -288,9 +285,7 @@ def train_stage(
             progress = replace(progress, stage_done=True)
         if progress.step % save_steps == 0 or at_end or run.stop_signal:
             if at_end:
-                run.metrics.write(
-                    "stage_end", stage=stage.index, step=progress.step, tokens_seen=progress.tokens_seen
-                )
+                run.metrics.write("stage_end", stage=stage.index, step=progress.step, tokens_seen=progress.tokens_seen)
             path = save(run, stage, start, model, optimizer, progress)
         last_logged_at += time.monotonic() - paused_at  # speed counts training alone
         if run.stop_signal:
@@ -352,9 +347,7 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
-def _diverged(
-    run: Run, stage: Stage, progress: TrainState, loss: float, grad_norm: float
-) -> TrainingDiverged:
+def _diverged(run: Run, stage: Stage, progress: TrainState, loss: float, grad_norm: float) -> TrainingDiverged:
     last = run.last_checkpoint
     way_out = f"The last good checkpoint is {last}." if last else "There is no checkpoint before it."
     return TrainingDiverged(

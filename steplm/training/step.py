@@ -23,9 +23,7 @@ class StepResult:
         return self.loss - self.loss == 0 and self.grad_norm - self.grad_norm == 0
 
 
-def forward_backward(
-    model: PreTrainedModel, batch: Batch, *, micro_batch_size: int, chunk_size: int
-) -> torch.Tensor:
+def forward_backward(model: PreTrainedModel, batch: Batch, *, micro_batch_size: int, chunk_size: int) -> torch.Tensor:
     """Gradients of the mean loss over all valid tokens of ``batch``, accumulated over its micro-batches.
 
     Returns:

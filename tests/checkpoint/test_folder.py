@@ -125,9 +125,7 @@ def test_a_folder_without_the_marker_is_ignored(tmp_path: Path) -> None:
         verify_checkpoint(newer)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer/state.safetensors", "state.json", "config.json"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer/state.safetensors", "state.json", "config.json"])
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_damage_is_found_and_named(tmp_path: Path, name: str, damage: str) -> None:
     file = _save(tmp_path, 1) / name
@@ -142,9 +140,7 @@ def test_damage_is_found_and_named(tmp_path: Path, name: str, damage: str) -> No
         load_checkpoint(tmp_path / "stage1-step000001")
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = _save(tmp_path, 1)
 
     def full(*args: object, **kwargs: object) -> None:
@@ -162,6 +158,4 @@ def test_a_marker_is_readable_json_with_sizes(tmp_path: Path) -> None:
     path = _save(tmp_path, 1)
     marker = json.loads((path / MARKER).read_text())
     assert marker["config.json"]["bytes"] == (path / "config.json").stat().st_size
-    assert set(marker) == {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {
-        MARKER
-    }
+    assert set(marker) == {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MARKER}

@@ -25,9 +25,7 @@ def texts() -> list[str]:
     """60 documents, no two equal, some longer than others."""
     words = ["layer", "model", "token", "growth", "memory", "plan", "stage", "frozen", "adapter", "ünï", "語"]
     generator = random.Random(1)
-    return [
-        f"{number} " + " ".join(generator.choices(words, k=generator.randint(1, 80))) for number in range(60)
-    ]
+    return [f"{number} " + " ".join(generator.choices(words, k=generator.randint(1, 80))) for number in range(60)]
 
 
 @pytest.fixture
@@ -71,9 +69,7 @@ def configure(tmp_path: Path, tokenizer_dir: Path) -> Callable[..., RunConfig]:
 def make_dataset(tmp_path: Path) -> Callable[..., TokenDataset]:
     """``make_dataset(documents, shard_tokens)``: the training split holds these token lists as they are."""
 
-    def make(
-        documents: Sequence[Sequence[int]], shard_tokens: int = 10, dtype: str = "uint16"
-    ) -> TokenDataset:
+    def make(documents: Sequence[Sequence[int]], shard_tokens: int = 10, dtype: str = "uint16") -> TokenDataset:
         folder = tmp_path / f"by_hand_{len(list(tmp_path.iterdir()))}"
         writers = {s: ShardWriter(folder / s, dtype=dtype, shard_tokens=shard_tokens) for s in SPLITS}
         for position, document in enumerate(documents):

@@ -73,9 +73,7 @@ def test_labels_are_the_next_tokens_and_documents_stay_whole(dataset: TokenDatas
     firsts = {int(token) for token in 1000 + dataset.document_offsets[:-1]}
     lasts = {int(token) - 1 for token in 1000 + dataset.document_offsets[1:]}
     for epoch in range(3):
-        batch = loader(dataset).batch(
-            epoch * loader(dataset).windows_per_epoch * S, loader(dataset).windows_per_epoch
-        )
+        batch = loader(dataset).batch(epoch * loader(dataset).windows_per_epoch * S, loader(dataset).windows_per_epoch)
         assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
         pairs = zip(batch.input_ids.flatten().tolist(), batch.labels.flatten().tolist(), strict=True)
         for token, following in pairs:
@@ -84,9 +82,7 @@ def test_labels_are_the_next_tokens_and_documents_stay_whole(dataset: TokenDatas
 
 def test_documents_and_windows_come_in_another_order_each_epoch_and_seed(dataset: TokenDataset) -> None:
     orders = {
-        tuple(epoch_inputs(loader(dataset, seed), epoch).flatten().tolist())
-        for seed in range(3)
-        for epoch in range(3)
+        tuple(epoch_inputs(loader(dataset, seed), epoch).flatten().tolist()) for seed in range(3) for epoch in range(3)
     }
     assert len(orders) == 9
     first = epoch_inputs(loader(dataset), 0).flatten().tolist()
@@ -162,9 +158,7 @@ def test_validation_windows_cover_every_label_once_in_order(
     end = len(tokens) if max_tokens is None else min(len(tokens), max_tokens + 1)
     assert labels[valid].tolist() == tokens[1:end].tolist()
     assert inputs[valid].tolist() == tokens[: end - 1].tolist()
-    within = validation_windows(
-        dataset, sequence_length, max_tokens, batch_size=batch_size, within_documents=True
-    )
+    within = validation_windows(dataset, sequence_length, max_tokens, batch_size=batch_size, within_documents=True)
     kept = torch.cat([batch.labels.flatten() for batch in within])
     assert set(labels.tolist()) - set(kept.tolist()) == set(dataset.document_offsets[1:-1].tolist()) & set(
         labels.tolist()

@@ -69,9 +69,7 @@ def test_every_text_comes_back_in_order_in_exactly_one_split(
     assert manifest.dtype == "uint16"
 
 
-def test_tokens_are_those_of_the_plain_tokenizer(
-    configure: Configure, jsonl: Jsonl, texts: list[str]
-) -> None:
+def test_tokens_are_those_of_the_plain_tokenizer(configure: Configure, jsonl: Jsonl, texts: list[str]) -> None:
     config = configure(train=str(jsonl(texts)))
     prepare(config)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -171,9 +169,7 @@ def test_interrupted_and_started_again_equals_unbroken(
         "max_train_tokens": max_train_tokens,
         "tokenizer": "train",
     }
-    unbroken, broken = (
-        configure(**common, prepared_dir=str(tmp_path / name)) for name in ("unbroken", "broken")
-    )
+    unbroken, broken = (configure(**common, prepared_dir=str(tmp_path / name)) for name in ("unbroken", "broken"))
     prepare(unbroken)
 
     close, calls = ShardWriter.close, []
@@ -326,16 +322,12 @@ def test_too_many_bad_records_stop_the_run_and_show_the_first(
     configure: Configure, jsonl: Jsonl, texts: list[str]
 ) -> None:
     config = configure(train=str(jsonl([*texts, ""])))
-    with pytest.raises(
-        DataError, match=r"1 of 61 records \(1\.64%\) are unusable.*\n.*:61: field 'text' is empty"
-    ):
+    with pytest.raises(DataError, match=r"1 of 61 records \(1\.64%\) are unusable.*\n.*:61: field 'text' is empty"):
         prepare(config)
     assert not (config.prepared_dir / "manifest.json").exists()
 
 
-def test_too_many_bad_records_stop_a_long_run_early(
-    configure: Configure, jsonl: Jsonl, texts: list[str]
-) -> None:
+def test_too_many_bad_records_stop_a_long_run_early(configure: Configure, jsonl: Jsonl, texts: list[str]) -> None:
     many = [f"{number} {text}" for number in range(50) for text in texts]
     config = configure(train=str(jsonl([""] * 10 + many)))
     with pytest.raises(DataError, match="10 of 1,") as caught:
@@ -343,9 +335,7 @@ def test_too_many_bad_records_stop_a_long_run_early(
     assert caught.value.num_records < 1100
 
 
-def test_a_wrong_text_field_names_the_fields_there_are(
-    configure: Configure, jsonl: Jsonl, texts: list[str]
-) -> None:
+def test_a_wrong_text_field_names_the_fields_there_are(configure: Configure, jsonl: Jsonl, texts: list[str]) -> None:
     with pytest.raises(DataError, match=r"100.00%.*\n.*no field 'content'; fields are 'text'"):
         prepare(configure(train=str(jsonl(texts)), text_field="content"))
 
@@ -444,9 +434,7 @@ def test_a_full_disk_is_explained_and_leaves_nothing_half_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_sync", full_disk)
-        with pytest.raises(
-            DataError, match=r"No space left on device \(.* free\).*data\.prepared_dir to another disk"
-        ):
+        with pytest.raises(DataError, match=r"No space left on device \(.* free\).*data\.prepared_dir to another disk"):
             prepare(full)
     assert not (full.prepared_dir / "manifest.json").exists()
     with pytest.raises(DataError, match="no finished token shards"):
@@ -464,18 +452,14 @@ def test_a_disk_that_is_really_full_is_explained(
     opened = Path.open
 
     def open_full(path: Path, *args: object, **kwargs: object) -> object:
-        return opened(
-            Path("/dev/full") if path.parent == folder and "bin" in path.name else path, *args, **kwargs
-        )
+        return opened(Path("/dev/full") if path.parent == folder and "bin" in path.name else path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", open_full)
     with pytest.raises(DataError, match="No space left on device"):
         prepare(config)
 
 
-def test_progress_rises_and_ends_with_the_totals(
-    configure: Configure, jsonl: Jsonl, texts: list[str]
-) -> None:
+def test_progress_rises_and_ends_with_the_totals(configure: Configure, jsonl: Jsonl, texts: list[str]) -> None:
     seen: list[PrepareProgress] = []
     manifest = prepare(configure(train=str(jsonl(texts)), tokenizer="train"), seen.append)
     assert [seen[0].phase, seen[-1].phase] == ["tokenizer", "tokens"]
@@ -497,17 +481,13 @@ def test_the_environment_is_left_as_it_was(
     assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "vocab_size"), [("mistral-v1", "uint16", 32000), ("gpt2", "uint16", 50257)]
-)
+@pytest.mark.parametrize(("name", "dtype", "vocab_size"), [("mistral-v1", "uint16", 32000), ("gpt2", "uint16", 50257)])
 def test_real_tokenizers_prepare_real_text(
     configure: Configure, jsonl: Jsonl, shared_data: Path, name: str, dtype: str, vocab_size: int
 ) -> None:
     with gzip.open(shared_data / "corpus" / "validation-000.jsonl.gz", "rt", encoding="utf-8") as stream:
         real = [json.loads(line)["text"][:3000] for line in stream][:40]
-    config = configure(
-        vocab_size=vocab_size, train=str(jsonl(real)), tokenizer=str(shared_data / "tokenizers" / name)
-    )
+    config = configure(vocab_size=vocab_size, train=str(jsonl(real)), tokenizer=str(shared_data / "tokenizers" / name))
     manifest = prepare(config)
     assert sorted(documents(config, "train") + documents(config, "validation")) == sorted(real)
     assert (manifest.dtype, manifest.tokenizer.vocab_size) == (dtype, vocab_size)

@@ -45,9 +45,7 @@ def write(path: Path, data: bytes) -> Path:
         ("lines.json", b"\n" + lines(RECORDS)),
     ],
 )
-def test_every_json_layout_gives_the_same_documents(
-    tmp_path: Path, name: str, data: bytes, suffix: str
-) -> None:
+def test_every_json_layout_gives_the_same_documents(tmp_path: Path, name: str, data: bytes, suffix: str) -> None:
     documents, bad = read(write(tmp_path / (name + suffix), data))
     assert [document.text for document in documents] == TEXTS
     assert (bad.num_records, bad.num_bad) == (3, 0)
@@ -78,9 +76,7 @@ def test_a_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -
     assert len(documents) > 3
     assert all(document.text.startswith("paragraph") for document in documents)
     first_lines = [int(document.origin.rpartition(":")[2]) for document in documents]
-    assert [text.split("\n")[number - 1] for number in first_lines] == [
-        d.text.split("\n")[0] for d in documents
-    ]
+    assert [text.split("\n")[number - 1] for number in first_lines] == [d.text.split("\n")[0] for d in documents]
 
 
 def test_a_text_file_without_blank_lines_is_cut_at_lines(tmp_path: Path) -> None:

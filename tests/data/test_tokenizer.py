@@ -70,9 +70,7 @@ def test_a_vocabulary_too_small_for_the_bytes_is_refused() -> None:
     assert len(train_tokenizer(["text"], 257)) == 257
 
 
-def test_saved_and_loaded_it_is_the_same_also_for_automodel_users(
-    tokenizer_dir: Path, tmp_path: Path
-) -> None:
+def test_saved_and_loaded_it_is_the_same_also_for_automodel_users(tokenizer_dir: Path, tmp_path: Path) -> None:
     """The configuration of a Llama model beside it must not turn it into a Llama tokenizer."""
     from transformers import AutoTokenizer
 
@@ -102,18 +100,14 @@ def test_sentencepiece_ids_are_those_of_the_sentencepiece_library(shared_data: P
         assert backend.decode(ids, skip_special_tokens=False) == reference.decode(ids)
 
 
-def test_a_sentencepiece_tokenizer_saved_as_a_folder_stays_the_same(
-    shared_data: Path, tmp_path: Path
-) -> None:
+def test_a_sentencepiece_tokenizer_saved_as_a_folder_stays_the_same(shared_data: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = load_tokenizer(shared_data / "tokenizers" / "mistral-v1")
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
     for again in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
-        assert [again(text).input_ids for text in HARD_TEXTS] == [
-            tokenizer(text).input_ids for text in HARD_TEXTS
-        ]
+        assert [again(text).input_ids for text in HARD_TEXTS] == [tokenizer(text).input_ids for text in HARD_TEXTS]
 
 
 @pytest.mark.parametrize("name", ["", "encoder.json", "vocab.bpe"])

@@ -53,9 +53,7 @@ def test_a_copy_for_another_process_is_small_and_equal(make_dataset: Callable[..
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".offsets.npy"])
-def test_a_missing_or_truncated_shard_is_named(
-    make_dataset: Callable[..., TokenDataset], suffix: str
-) -> None:
+def test_a_missing_or_truncated_shard_is_named(make_dataset: Callable[..., TokenDataset], suffix: str) -> None:
     folder = make_dataset(DOCUMENTS, shard_tokens=4).prepared_dir
     file = folder / "train" / f"shard-00001{suffix}"
     whole = file.read_bytes()
@@ -63,9 +61,7 @@ def test_a_missing_or_truncated_shard_is_named(
     with pytest.raises(DataError, match=rf"shard-00001{suffix} has {len(whole) - 1} bytes, .* {len(whole)}"):
         TokenDataset(folder, "train")
     file.unlink()
-    with pytest.raises(
-        DataError, match=rf"shard-00001{suffix} is missing. Remove .* run 'steplm prepare' again"
-    ):
+    with pytest.raises(DataError, match=rf"shard-00001{suffix} is missing. Remove .* run 'steplm prepare' again"):
         TokenDataset(folder, "train")
     assert TokenDataset(folder, "validation").num_tokens == 15
 
@@ -73,9 +69,7 @@ def test_a_missing_or_truncated_shard_is_named(
 @pytest.mark.parametrize(
     "name", ["train/shard-00000.bin", "validation/shard-00002.offsets.npy", "tokenizer/tokenizer.json"]
 )
-def test_verify_finds_a_changed_byte_in_any_file(
-    make_dataset: Callable[..., TokenDataset], name: str
-) -> None:
+def test_verify_finds_a_changed_byte_in_any_file(make_dataset: Callable[..., TokenDataset], name: str) -> None:
     folder = make_dataset(DOCUMENTS, shard_tokens=4).prepared_dir
     assert verify(folder).split("train").num_tokens == 15
     file = folder / name

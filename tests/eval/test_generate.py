@@ -65,6 +65,4 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
 
 def test_the_command_prints_prompt_and_continuation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_generate(str(folder), PROMPT, max_new_tokens=8, temperature=0)
-    assert (
-        capsys.readouterr().out == PROMPT + generate(folder, PROMPT, max_new_tokens=8, temperature=0) + "\n"
-    )
+    assert capsys.readouterr().out == PROMPT + generate(folder, PROMPT, max_new_tokens=8, temperature=0) + "\n"

@@ -84,9 +84,7 @@ def test_a_sliding_window_equals_scoring_each_token_with_its_context(model: PreT
 
 
 def test_batch_size_does_not_change_the_result(model: PreTrainedModel) -> None:
-    results = [
-        perplexity(model, stream(77), sequence_length=9, batch_size=size).nll_sum for size in (1, 2, 7, 100)
-    ]
+    results = [perplexity(model, stream(77), sequence_length=9, batch_size=size).nll_sum for size in (1, 2, 7, 100)]
     assert results == pytest.approx([results[0]] * 4, rel=1e-6)
 
 

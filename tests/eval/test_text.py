@@ -40,9 +40,7 @@ def test_a_tokenizer_that_puts_bos_before_a_text_begins_the_stream_with_it(
 
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     bos = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", bos)]
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     entry = write_records(tmp_path / "a.jsonl", ["one", "two"])
     token_ids = token_stream([entry], tokenizer).token_ids
     assert token_ids[0] == bos
@@ -62,9 +60,7 @@ def test_a_text_file_is_one_document_however_long(
     assert stream.num_text_bytes == len(text.encode())
 
 
-def test_max_tokens_cuts_tokens_and_bytes_at_the_same_place(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_max_tokens_cuts_tokens_and_bytes_at_the_same_place(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     texts = ["New layers — new.", "Old layers — old."]
     entry = write_records(tmp_path / "a.jsonl", texts)
     whole = token_stream([entry], tokenizer)

@@ -139,9 +139,7 @@ def test_growing_without_new_layers_changes_nothing():
 def test_two_growths_renumber_layers_beyond_nine():
     state = {f"model.layers.{i}.norm.weight": torch.tensor([float(i)]) for i in range(9)}
     origins = [LayerOrigin((i,)) for i in range(9)]
-    grown = grow(
-        state, LayerMap((*origins[:1], *(LayerOrigin((0,), True),) * 4, *origins[1:])), "interpolation"
-    )
+    grown = grow(state, LayerMap((*origins[:1], *(LayerOrigin((0,), True),) * 4, *origins[1:])), "interpolation")
     assert [grown[f"model.layers.{i}.norm.weight"].item() for i in range(13)] == [0, 0, 0, 0, 0, *range(1, 9)]
 
 

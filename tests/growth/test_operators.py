@@ -36,9 +36,7 @@ def toy_layer(seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def toy_state(num_layers: int = 2, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     layers = {
-        f"model.layers.{i}.{name}": tensor
-        for i in range(num_layers)
-        for name, tensor in toy_layer(i, dtype).items()
+        f"model.layers.{i}.{name}": tensor for i in range(num_layers) for name, tensor in toy_layer(i, dtype).items()
     }
     return {
         "model.embed_tokens.weight": torch.randn(8, 4).to(dtype),
@@ -51,9 +49,7 @@ def fresh_layer(index: int) -> dict[str, torch.Tensor]:
     return toy_layer(100 + index, torch.float32)
 
 
-def grow_toy(
-    operator: str, state: dict[str, torch.Tensor], layer_map: LayerMap = BETWEEN
-) -> dict[str, torch.Tensor]:
+def grow_toy(operator: str, state: dict[str, torch.Tensor], layer_map: LayerMap = BETWEEN) -> dict[str, torch.Tensor]:
     return grow(state, layer_map, operator, fresh_layer=fresh_layer)
 
 
@@ -111,9 +107,7 @@ def test_changing_a_grown_tensor_changes_no_other(operator):
 
 
 def test_interpolation_mean_of_two_layers_is_their_fp32_mean_rounded_once():
-    layer_map = LayerMap(
-        (LayerOrigin((0,)), LayerOrigin((0, 1), is_new=True, fraction=0.5), LayerOrigin((1,)))
-    )
+    layer_map = LayerMap((LayerOrigin((0,)), LayerOrigin((0, 1), is_new=True, fraction=0.5), LayerOrigin((1,))))
     state = toy_state()
     grown = grow_toy("interpolation_mean", state, layer_map)
     for name in toy_layer(0, torch.bfloat16):

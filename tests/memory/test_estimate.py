@@ -44,9 +44,7 @@ def test_bf16_takes_sixteen_bytes_trained_and_two_frozen(
     bare = 16 * num_new_layers * p + 2 * num_frozen_layers * p + 16 * num_frozen_layers * e
     assert estimate_stage(shape, precision="bf16", **counts, count_outer=False).total_bytes == bare
     assert estimate_stage(shape, precision="bf16", **counts).total_bytes == bare + 16 * outer
-    assert (
-        estimate_stage(shape, precision="bf16", **counts, train_outer=False).total_bytes == bare + 2 * outer
-    )
+    assert estimate_stage(shape, precision="bf16", **counts, train_outer=False).total_bytes == bare + 2 * outer
 
 
 @given(shape=shapes(), **LAYERS, e=st.integers(0, 10**6))
@@ -66,9 +64,7 @@ def test_fp32_takes_sixteen_bytes_trained_and_four_frozen(
     assert estimate.bytes_of(kind="optimizer") == 2 * estimate.bytes_of(kind="gradients") == 8 * trained
 
 
-@given(
-    shape=shapes(), **LAYERS, e=st.integers(1, 10**6), precision=st.sampled_from(list(BYTES_PER_PARAMETER))
-)
+@given(shape=shapes(), **LAYERS, e=st.integers(1, 10**6), precision=st.sampled_from(list(BYTES_PER_PARAMETER)))
 def test_bytes_grow_with_every_count_and_no_term_is_negative(
     shape: ModelShape, num_new_layers: int, num_frozen_layers: int, e: int, precision: str
 ) -> None:
@@ -81,32 +77,24 @@ def test_bytes_grow_with_every_count_and_no_term_is_negative(
             adapter_parameters=adapters,
         )
         assert all(term.num_bytes > 0 for term in estimate.terms)
-        assert estimate.total_bytes == sum(
-            estimate.bytes_of(kind=kind) for kind in BYTES_PER_PARAMETER[precision]
-        )
+        assert estimate.total_bytes == sum(estimate.bytes_of(kind=kind) for kind in BYTES_PER_PARAMETER[precision])
         return estimate.total_bytes
 
     here = total(num_new_layers, num_frozen_layers, e)
     assert total(num_new_layers + 1, num_frozen_layers, e) > here
     assert total(num_new_layers, num_frozen_layers + 1, e) > here
-    assert total(num_new_layers, num_frozen_layers + 1, e + 1) > total(
-        num_new_layers, num_frozen_layers + 1, e
-    )
+    assert total(num_new_layers, num_frozen_layers + 1, e + 1) > total(num_new_layers, num_frozen_layers + 1, e)
 
 
 def test_every_term_appears_where_everything_is_there() -> None:
     shape = shape_from_hf_config({"model_type": "llama"})
-    estimate = estimate_stage(
-        shape, precision="bf16", num_new_layers=1, num_frozen_layers=1, adapter_parameters=1
-    )
+    estimate = estimate_stage(shape, precision="bf16", num_new_layers=1, num_frozen_layers=1, adapter_parameters=1)
     assert [(term.component, term.kind) for term in estimate.terms] == list(TERMS)
 
 
 def test_every_term_names_its_formula_with_the_unit_and_tells_its_source() -> None:
     shape = shape_from_hf_config({"model_type": "llama"})
-    estimate = estimate_stage(
-        shape, precision="bf16", num_new_layers=1, num_frozen_layers=1, adapter_parameters=1
-    )
+    estimate = estimate_stage(shape, precision="bf16", num_new_layers=1, num_frozen_layers=1, adapter_parameters=1)
     for term in estimate.terms:
         assert term.formula.endswith(f"× {term.bytes_per_parameter} B")
         assert TERMS[term.component, term.kind].__doc__

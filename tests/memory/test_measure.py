@@ -172,9 +172,7 @@ def test_a_storage_is_counted_once_and_whole() -> None:
 
 def test_layers_are_measured_as_numbered_not_as_spelt() -> None:
     """Twelve layers: the pattern of layer 1 must not take in layers 10 and 11."""
-    made = make_plan(
-        "model.num_hidden_layers=12", "plan.num_stages=2", "plan.layers=[11,1]", "growth.position=lower"
-    )
+    made = make_plan("model.num_hidden_layers=12", "plan.num_stages=2", "plan.layers=[11,1]", "growth.position=lower")
     stage = made.stages[1]
     model = stage_model(made, stage)
     measured = measure_model_state(model, FakeOptimizer(model), stage)
@@ -191,9 +189,7 @@ def test_peak_of_a_cpu_process_is_its_resident_memory() -> None:
     with_block = measure_peak("cpu").peak_resident_bytes
     assert with_block is not None
     assert with_block >= block.numel()
-    assert str(measure_peak("cpu")).endswith("GiB resident") or str(measure_peak("cpu")).endswith(
-        "MiB resident"
-    )
+    assert str(measure_peak("cpu")).endswith("GiB resident") or str(measure_peak("cpu")).endswith("MiB resident")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -81,9 +81,7 @@ def test_building_takes_the_tensors_over_without_a_copy() -> None:
     state = initial_state(config, seed=0, dtype=torch.bfloat16)
     model = build_model(config, state)
     own = plain_state(model)
-    assert {name: t.data_ptr() for name, t in own.items()} == {
-        name: t.data_ptr() for name, t in state.items()
-    }
+    assert {name: t.data_ptr() for name, t in own.items()} == {name: t.data_ptr() for name, t in state.items()}
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
@@ -144,9 +142,7 @@ def test_a_configuration_that_transformers_does_not_know_is_refused(values: dict
     assert words in str(caught.value)
 
 
-def test_a_saved_folder_reads_back_equal_sharded_or_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_saved_folder_reads_back_equal_sharded_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = hf_config(_values("llama"))
     state = initial_state(config, seed=0, dtype=torch.float32)
     for size in ("5GB", "10KB"):

@@ -86,8 +86,7 @@ def test_parts_of_a_batch_add_up_to_the_whole_with_a_common_num_valid():
     hidden, weight, _, labels = inputs()
     whole = chunked_cross_entropy(hidden, weight, labels, num_valid=torch.tensor(29))
     parts = sum(
-        chunked_cross_entropy(hidden[rows], weight, labels[rows], num_valid=29)
-        for rows in (slice(0, 10), slice(10, N))
+        chunked_cross_entropy(hidden[rows], weight, labels[rows], num_valid=29) for rows in (slice(0, 10), slice(10, N))
     )
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=0)
 

@@ -16,10 +16,7 @@ SHAPES = {"embed.weight": (9, 4), "a.weight": (4, 4), "a.bias": (4,), "b.weight"
 
 def parameters(dtype=torch.float32, seed=0) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
-        for name, shape in SHAPES.items()
-    }
+    return {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in SHAPES.items()}
 
 
 def set_gradients(named: dict[str, nn.Parameter], seed: int, scale: float = 1.0) -> None:
@@ -201,8 +198,7 @@ def test_a_state_of_other_parameters_is_refused_by_name():
 
 def test_carried_state_follows_renamed_parameters_and_drops_the_rest():
     old_parameters = {
-        name: nn.Parameter(torch.randn(2, 2))
-        for name in ("embed", "layers.0.w", "layers.1.w", "layers.0.w.lora_A")
+        name: nn.Parameter(torch.randn(2, 2)) for name in ("embed", "layers.0.w", "layers.1.w", "layers.0.w.lora_A")
     }
     old = MasterAdamW(old_parameters)
     for step in range(4):

@@ -52,9 +52,7 @@ def test_every_schedule_rises_then_falls_between_its_bounds(
 ):
     warmup_steps, decay_steps = round(warmup_share * num_steps), round(decay_share * num_steps)
     values = rates(kind, num_steps, warmup_steps, decay_steps, min_ratio, peak, extra=5)
-    assert all(
-        0 < value <= peak * (1 + 1e-12) or value == pytest.approx(min_ratio * peak) for value in values
-    )
+    assert all(0 < value <= peak * (1 + 1e-12) or value == pytest.approx(min_ratio * peak) for value in values)
     warm, rest = values[:warmup_steps], values[warmup_steps:]
     assert warm == sorted(warm)
     assert all(a >= b - 1e-12 * peak for a, b in itertools.pairwise(rest))
@@ -70,9 +68,7 @@ def test_every_schedule_rises_then_falls_between_its_bounds(
 @given(st.sampled_from(sorted(SCHEDULES)), st.integers(2, 50))
 def test_the_rate_is_proportional_to_the_peak(kind, num_steps):
     ones = rates(kind, num_steps, 1, decay_steps=num_steps // 2)
-    assert rates(kind, num_steps, 1, num_steps // 2, peak=3e-4) == pytest.approx(
-        [3e-4 * value for value in ones]
-    )
+    assert rates(kind, num_steps, 1, num_steps // 2, peak=3e-4) == pytest.approx([3e-4 * value for value in ones])
 
 
 def test_an_unknown_kind_is_refused():

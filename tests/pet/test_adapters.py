@@ -79,9 +79,7 @@ def test_number_of_adapter_parameters_is_rank_times_in_plus_out():
     model = tiny_llama()
     attach(model, spec_of(rank=3), PREFIX, seed=0)
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
-    assert sum(t.numel() for t in adapter_state(model).values()) == 2 * sum(
-        3 * sum(shape) for shape in shapes
-    )
+    assert sum(t.numel() for t in adapter_state(model).values()) == 2 * sum(3 * sum(shape) for shape in shapes)
 
 
 def test_first_values_depend_on_seed_and_name_alone():
@@ -156,9 +154,7 @@ def test_merge_leaves_plain_linear_modules_under_the_old_names():
     attach(model, spec_of(), PREFIX, seed=0)
     merge(model)
     assert adapter_state(model) == {}
-    assert [(n, type(m)) for n, m in model.named_modules()] == [
-        (n, type(m)) for n, m in fresh.named_modules()
-    ]
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in fresh.named_modules()]
     assert repr(model) == repr(fresh)
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in fresh.named_parameters()]
 
@@ -249,9 +245,7 @@ def test_gradient_reaches_every_adapter_and_checkpointing_changes_no_gradient(me
     def model_after(steps: int, checkpointing: bool) -> dict[str, torch.Tensor]:
         model = tiny_llama().train()
         attach(model, spec_of(layers=(0,), method=method), PREFIX, seed=0)
-        trained = apply_trainable(
-            model, ["*.lora_?", "model.layers.1.*", "lm_head.weight", "model.norm.weight"]
-        )
+        trained = apply_trainable(model, ["*.lora_?", "model.layers.1.*", "lm_head.weight", "model.norm.weight"])
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

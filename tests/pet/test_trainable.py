@@ -18,13 +18,9 @@ def toy_model(tied: bool = False) -> nn.Module:
 def test_exactly_the_matching_parameters_are_trained_in_the_models_order():
     model = toy_model()
     trained = apply_trainable(model, ["lm_head.*", "layers.1.*"])
-    assert trained == ["layers.1.weight", "layers.1.bias", "lm_head.weight"], (
-        "layer 1 is not layers 10 and 11"
-    )
+    assert trained == ["layers.1.weight", "layers.1.bias", "lm_head.weight"], "layer 1 is not layers 10 and 11"
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(trained)
-    assert apply_trainable(model, ["embed_tokens.weight"]) == ["embed_tokens.weight"], (
-        "earlier choices are undone"
-    )
+    assert apply_trainable(model, ["embed_tokens.weight"]) == ["embed_tokens.weight"], "earlier choices are undone"
     assert trainable_names(model) == ["embed_tokens.weight"]
 
 

@@ -86,9 +86,7 @@ def run_configs(draw: st.DrawFn, max_layers: int = 12) -> RunConfig:
                 "train_embeddings": draw(st.sampled_from(["always", "first_stage"])),
                 "total_tokens": 10**6,
             },
-            "growth": {
-                "position": draw(st.sampled_from(["upper", "intermediate", "lower", "random", "even"]))
-            },
+            "growth": {"position": draw(st.sampled_from(["upper", "intermediate", "lower", "random", "even"]))},
             "pet": {"method": draw(st.sampled_from(["lora", "none"])), "rank": draw(st.integers(1, 8))},
             "train": {
                 "precision": draw(st.sampled_from(["bf16", "fp32"])),
@@ -110,9 +108,7 @@ def test_every_plan_is_consistent(config: RunConfig) -> None:
             assert stage.layer_map is not None
             assert stage.layer_map.num_layers == stage.num_hidden_layers
             assert len(stage.layer_map.new_layers) == stage.num_new_layers
-            assert (stage.adapters is not None) == (
-                config.plan.freeze_old_layers and config.pet.method == "lora"
-            )
+            assert (stage.adapters is not None) == (config.plan.freeze_old_layers and config.pet.method == "lora")
             if stage.adapters is not None:
                 assert stage.adapters.layers == stage.layer_map.kept_layers
         depth = stage.num_hidden_layers
@@ -130,9 +126,7 @@ def test_no_division_has_a_smaller_peak(config: RunConfig) -> None:
     num_layers, num_stages = made.shape.num_hidden_layers, made.num_stages
 
     def by_hand(layers: tuple[int, ...]) -> Plan:
-        return plan(
-            config.model_copy(update={"plan": config.plan.model_copy(update={"layers": list(layers)})})
-        )
+        return plan(config.model_copy(update={"plan": config.plan.model_copy(update={"layers": list(layers)})}))
 
     costs: dict[tuple[int, int], int] = {}
 
@@ -263,9 +257,7 @@ def test_a_misspelt_target_gets_a_hint() -> None:
 
 
 def test_the_seed_moves_random_growth_only() -> None:
-    random = [
-        plan_of(TINY, "growth.position=random", f"seed={seed}").stages[1].layer_map for seed in range(8)
-    ]
+    random = [plan_of(TINY, "growth.position=random", f"seed={seed}").stages[1].layer_map for seed in range(8)]
     assert len(set(random)) > 1
     upper = [plan_of(TINY, f"seed={seed}").stages[1].layer_map for seed in range(8)]
     assert len(set(upper)) == 1
@@ -290,12 +282,9 @@ def test_without_adapters_and_outer_training_the_backward_pass_stops_at_the_lowe
         "plan.total_tokens=null", "plan.total_flops=1e13", "plan.layers=[9,3]", "pet.method=none",
         "plan.train_embeddings=first_stage",
     )  # fmt: skip
-    lower, upper = (
-        plan_of(TINY, *overrides, f"growth.position={p}").total_tokens for p in ("lower", "upper")
-    )
+    lower, upper = (plan_of(TINY, *overrides, f"growth.position={p}").total_tokens for p in ("lower", "upper"))
     assert lower < upper
     lower, upper = (
-        plan_of(TINY, *overrides, "pet.method=lora", f"growth.position={p}").total_tokens
-        for p in ("lower", "upper")
+        plan_of(TINY, *overrides, "pet.method=lora", f"growth.position={p}").total_tokens for p in ("lower", "upper")
     )
     assert lower == upper

@@ -107,9 +107,7 @@ def test_top_repeats_the_block() -> None:
 
 @given(num_old=st.integers(2, 30), num_new=st.integers(1, 40), seed=st.integers(0, 2**32))
 def test_random_is_the_same_for_the_same_seed(num_old: int, num_new: int, seed: int) -> None:
-    assert make_layer_map(num_old, num_new, "random", seed) == make_layer_map(
-        num_old, num_new, "random", seed
-    )
+    assert make_layer_map(num_old, num_new, "random", seed) == make_layer_map(num_old, num_new, "random", seed)
 
 
 def test_random_reaches_every_gap_and_depends_on_the_seed() -> None:

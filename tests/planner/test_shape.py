@@ -19,9 +19,7 @@ NO_SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 def meta_model(model_type: str, **values: Any) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(model_type, **{**NO_SPECIAL_TOKENS, **values})
-        )
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**NO_SPECIAL_TOKENS, **values}))
 
 
 @st.composite
@@ -60,9 +58,7 @@ def test_counts_equal_those_of_the_meta_device_model(model_type: str, data: st.D
         for name, module in model.model.layers[0].named_modules()
         if isinstance(module, nn.Linear)
     }
-    assert {
-        linear.name: (linear.in_features, linear.out_features, linear.bias) for linear in shape.linears
-    } == linears
+    assert {linear.name: (linear.in_features, linear.out_features, linear.bias) for linear in shape.linears} == linears
     for layer in model.model.layers:
         assert shape.layer_parameters == sum(parameter.numel() for parameter in layer.parameters())
     assert shape.num_parameters() == sum(parameter.numel() for parameter in model.parameters())

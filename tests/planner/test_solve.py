@@ -17,9 +17,7 @@ from steplm.planner.solve import (
     solve_integer_programme,
 )
 
-ALL_SIZES = [
-    (num_layers, num_stages) for num_layers in range(1, 17) for num_stages in range(1, min(4, num_layers) + 1)
-]
+ALL_SIZES = [(num_layers, num_stages) for num_layers in range(1, 17) for num_stages in range(1, min(4, num_layers) + 1)]
 SOLVERS = [solve_dynamic_programming, solve_integer_programme, solve_exhaustive]
 HALF_A_LAYER = LinearStageCost(new_layer=16, old_layer=8, first_stage=5, later_stage=5)
 

@@ -15,9 +15,7 @@ from steplm.planner.tokens import StageTokens, stage_tokens
 LAYERS = (4, 3, 1)
 
 
-def tokens_of(
-    layers: tuple[int, ...] = LAYERS, *, step_tokens: int = 10, **budget: object
-) -> list[StageTokens]:
+def tokens_of(layers: tuple[int, ...] = LAYERS, *, step_tokens: int = 10, **budget: object) -> list[StageTokens]:
     config = PlanConfig(num_stages=len(layers), **budget)  # type: ignore[arg-type]
     flops = [1000 * (stage + 1) for stage in range(len(layers))]
     return stage_tokens(config, layers, step_tokens=step_tokens, num_parameters=6_000, flops_per_token=flops)
@@ -39,9 +37,7 @@ def test_trained_tokens_are_whole_steps_that_add_up_to_the_total(
             tokens_of(layers, step_tokens=step_tokens, **budget)
         return
     tokens = tokens_of(layers, step_tokens=step_tokens, **budget)
-    assert all(
-        t.trained > 0 and t.trained % step_tokens == 0 and t.scheduled % step_tokens == 0 for t in tokens
-    )
+    assert all(t.trained > 0 and t.trained % step_tokens == 0 and t.scheduled % step_tokens == 0 for t in tokens)
     assert abs(sum(t.trained for t in tokens) - total_tokens) <= step_tokens / 2
     assert all(t.trained <= t.scheduled for t in tokens)
     for t in tokens[:-1]:

@@ -81,9 +81,7 @@ def make_events(plan: Plan, until: float, advantage: float) -> list[dict[str, An
                 }
             )  # fmt: skip
             if (position // step) % 40 == 0:
-                events.append(
-                    {"event": "eval", **common, "loss": loss + 0.03, "perplexity": math.exp(loss + 0.03)}
-                )
+                events.append({"event": "eval", **common, "loss": loss + 0.03, "perplexity": math.exp(loss + 0.03)})
         events.append({"event": "stage_end", "stage": stage.index, "tokens_seen": position})
     return events
 

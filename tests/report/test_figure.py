@@ -23,9 +23,7 @@ def texts_of(svg: Path) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]+)</text>", svg.read_text())
 
 
-def test_one_run_shows_growth_kinds_and_the_saving(
-    make_record: Callable[..., RunRecord], tmp_path: Path
-) -> None:
+def test_one_run_shows_growth_kinds_and_the_saving(make_record: Callable[..., RunRecord], tmp_path: Path) -> None:
     texts = texts_of(run_figure([make_record("STEP")], tmp_path / "run.svg"))
     for words in (
         "6→10 layers",
@@ -49,18 +47,14 @@ def test_several_runs_are_told_apart_by_name(make_record: Callable[..., RunRecor
 
 
 @pytest.mark.parametrize("until", [0.0, 0.3, 0.7])
-def test_a_run_in_progress_can_be_drawn(
-    make_record: Callable[..., RunRecord], tmp_path: Path, until: float
-) -> None:
+def test_a_run_in_progress_can_be_drawn(make_record: Callable[..., RunRecord], tmp_path: Path, until: float) -> None:
     record = make_record(until=until)
     for number, records in enumerate(([record], [record, replace(record, events=())])):
         path = run_figure(records, tmp_path / f"new/folder/{number}.png")
         assert path.read_bytes().startswith(PNG)
 
 
-def test_drawing_leaves_the_settings_of_matplotlib_alone(
-    make_record: Callable[..., RunRecord], tmp_path: Path
-) -> None:
+def test_drawing_leaves_the_settings_of_matplotlib_alone(make_record: Callable[..., RunRecord], tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     run_figure([make_record()], tmp_path / "run.png")
     assert dict(matplotlib.rcParams) == before

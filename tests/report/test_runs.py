@@ -37,9 +37,7 @@ def test_a_run_directory_reads_back_finished_or_not(
     assert load_run(write_run(record, tmp_path / "run"), label=record.label) == record
 
 
-def test_a_run_is_called_by_its_configured_name(
-    make_record: Callable[..., RunRecord], tmp_path: Path
-) -> None:
+def test_a_run_is_called_by_its_configured_name(make_record: Callable[..., RunRecord], tmp_path: Path) -> None:
     assert load_run(write_run(make_record(), tmp_path / "folder")).label == "run"
 
 
@@ -84,9 +82,7 @@ def test_a_run_in_progress_shows_its_latest_evaluation(make_record: Callable[...
 
 def test_measured_bytes_are_the_largest_stage_not_the_last(make_record: Callable[..., RunRecord]) -> None:
     record = make_record()
-    events = [
-        {"event": "stage_start", "stage": i, "measured_bytes": {"total": n}} for i, n in ((1, 30), (2, 20))
-    ]
+    events = [{"event": "stage_start", "stage": i, "measured_bytes": {"total": n}} for i, n in ((1, 30), (2, 20))]
     assert replace(record, events=tuple(events)).measured_model_state_bytes == 30
 
 
@@ -109,9 +105,7 @@ def test_the_terminal_table_shows_labels_as_they_are(make_record: Callable[..., 
     assert "55h33m" in text
 
 
-def test_a_run_that_was_trained_can_be_read_and_drawn(
-    tiny_run: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_a_run_that_was_trained_can_be_read_and_drawn(tiny_run: Callable[..., RunConfig], tmp_path: Path) -> None:
     result = train(tiny_run(tmp_path / "run"))
     record = load_run(result.run_dir)
     (row,) = comparison_table([record])

@@ -20,9 +20,7 @@ CONFIG = load_config(
     {
         "name": "small",
         "model": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4},
-        "data": {
-            "train": ["/home/somebody/corpus.jsonl", "hub://owner/name?split=train", "builtin://python-docs"]
-        },
+        "data": {"train": ["/home/somebody/corpus.jsonl", "hub://owner/name?split=train", "builtin://python-docs"]},
         "plan": {"layers": [2, 2], "num_stages": 2, "tokens_per_stage": [3_000_000, 4_000_000]},
         "pet": {"rank": 8},
         "train": {"sequence_length": 128},
@@ -38,9 +36,7 @@ def plan() -> Plan:
 def state_of(plan: Plan, stage_index: int = 2, stage_done: bool = True) -> CheckpointState:
     old = LayerProvenance(1, (), None)
     return CheckpointState(
-        progress=TrainState(
-            stage_index, 10, plan.stages[stage_index - 1].tokens, plan.total_tokens, stage_done
-        ),
+        progress=TrainState(stage_index, 10, plan.stages[stage_index - 1].tokens, plan.total_tokens, stage_done),
         plan_hash=plan.hash,
         data_fingerprint="0",
         provenance=(
@@ -103,9 +99,7 @@ def test_an_export_before_the_end_says_so(plan: Plan) -> None:
 
 
 def test_a_plan_of_one_stage_speaks_of_neither_growth_nor_saving() -> None:
-    config = load_config(
-        {"model": {"num_hidden_layers": 4}, "plan": {"num_stages": 1, "total_tokens": "10M"}}
-    )
+    config = load_config({"model": {"num_hidden_layers": 4}, "plan": {"num_stages": 1, "total_tokens": "10M"}})
     plan = make_plan(config)
     state = replace(state_of(plan, stage_index=1), versions={})
     front_matter, body = card(config, plan, state)

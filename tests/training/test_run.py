@@ -143,9 +143,7 @@ def test_function_preserving_growth_leaves_the_loss_unchanged(
 def test_every_operator_and_position_runs(tiny_run: Configure, tmp_path: Path, operator: str) -> None:
     position = {"interpolation": "lower", "stack": "top", "random": "even"}[operator]
     result = train(
-        tiny_run(
-            tmp_path, f"growth.operator={operator}", f"growth.position={position}", "plan.total_tokens=512"
-        )
+        tiny_run(tmp_path, f"growth.operator={operator}", f"growth.position={position}", "plan.total_tokens=512")
     )
     assert result.export_dir is not None
     assert result.perplexity is not None
@@ -257,7 +255,7 @@ def test_a_finished_run_returns_at_once_and_unchanged(tiny_run: Configure, finis
 
 def test_a_nan_stops_the_run_and_names_the_last_good_checkpoint(tiny_run: Configure, tmp_path: Path) -> None:
     config = tiny_run(tmp_path, "optim.learning_rate=1e25", "optim.warmup_ratio=0", "train.save_steps=1")
-    with pytest.raises(TrainingDiverged, match="last good checkpoint is .*stage1-step00000") as caught:
+    with pytest.raises(TrainingDiverged, match=r"last good checkpoint is .*stage1-step00000") as caught:
         train(config)
     state = load_checkpoint(Path(caught.value.checkpoint)).state
     assert state.progress.step == caught.value.step - 1
@@ -303,18 +301,12 @@ def test_a_plan_for_other_weights_than_init_from_is_refused(
     with pytest.raises(ConfigError, match="beginning with 4"):
         train(tiny_run(tmp_path, given))
     with pytest.raises(ConfigError, match=r"model\.hidden_size"):
-        train(
-            tiny_run(
-                tmp_path, given, "model.num_hidden_layers=6", "plan.layers=[4,2]", "model.hidden_size=64"
-            )
-        )
+        train(tiny_run(tmp_path, given, "model.num_hidden_layers=6", "plan.layers=[4,2]", "model.hidden_size=64"))
 
 
 def test_stage_one_starts_from_given_weights(tiny_run: Configure, finished: Path, tmp_path: Path) -> None:
     result = train(
-        tiny_run(
-            tmp_path, f"init_from={finished / 'export'}", "model.num_hidden_layers=6", "plan.layers=[4,2]"
-        )
+        tiny_run(tmp_path, f"init_from={finished / 'export'}", "model.num_hidden_layers=6", "plan.layers=[4,2]")
     )
     assert result.finished
     assert losses(tmp_path)[0] < losses(finished)[0] - 0.5
