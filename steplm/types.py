@@ -234,7 +234,7 @@ class TrainState:
 
 def to_json(value: Any) -> Any:
     """Plain dicts, lists and numbers from any of the classes above."""
-    return _adapter(type(value)).dump_python(value, mode="json")
+    return _adapter(type(value)).dump_python(value, mode="json")  # type: ignore[arg-type]
 
 
 def from_json(cls: type[T], data: Any) -> T:
@@ -243,7 +243,7 @@ def from_json(cls: type[T], data: Any) -> T:
     Raises:
         ValueError: ``data`` has missing, unknown or ill-typed fields.
     """
-    return _adapter(cls).validate_python(data)
+    return _adapter(cls).validate_python(data)  # type: ignore[arg-type]
 
 
 @cache

@@ -105,8 +105,9 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
         _discard_other_work(folder, inputs)
         progress = _Progress(config, sources, on_progress)
         tokenizer = _make_tokenizer(folder, config, sources, progress)
-        _check_vocabulary(len(tokenizer), config)
-        dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+        vocab_size = _vocab_size(tokenizer)
+        _check_vocabulary(vocab_size, config)
+        dtype = "uint16" if vocab_size <= 2**16 else "uint32"
         writers = {split: ShardWriter(folder / split, dtype=dtype, shard_tokens=data.shard_tokens) for split in SPLITS}
         try:
             counts = _write_shards(config, sources, tokenizer, writers, progress)
@@ -118,7 +119,7 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
             dtype=dtype,
             tokenizer=TokenizerManifest(
                 name=data.tokenizer,
-                vocab_size=len(tokenizer),
+                vocab_size=vocab_size,
                 eos_token_id=tokenizer.eos_token_id,
                 sha256=file_sha256(folder / "tokenizer" / "tokenizer.json"),
             ),
@@ -205,6 +206,11 @@ def _discard_other_work(folder: Path, inputs: dict[str, Any]) -> None:
             shutil.rmtree(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / INPUTS, inputs)
+
+
+def _vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows of embeddings that it needs: there may be gaps between its ids, so their number can be smaller."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _check_vocabulary(vocab_size: int, config: RunConfig) -> None:
@@ -315,7 +321,7 @@ def _make_tokenizer(
             tokenizer = train_tokenizer(_sample(config, sources, progress), config.model.vocab_size)
         else:
             tokenizer = load_tokenizer(spec)
-            _check_vocabulary(len(tokenizer), config)
+            _check_vocabulary(_vocab_size(tokenizer), config)
         unfinished = folder / "tokenizer.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         tokenizer.save_pretrained(unfinished)

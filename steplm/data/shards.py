@@ -117,7 +117,7 @@ def _whole_shards(folder: Path, itemsize: int) -> list[Shard]:
 def _remove_all_but(folder: Path, shards: list[Shard]) -> None:
     whole = {shard.name for shard in shards}
     for file in folder.glob("shard-*"):
-        if file.name.partition(".")[0] not in whole or file.name.endswith(UNFINISHED):
+        if file.name.partition(".")[0] not in whole:
             file.unlink()
 
 

@@ -106,7 +106,8 @@ class Display:
 
     def evaluation(self, stage: Stage, progress: TrainState, loss: float, perplexity: float) -> None:
         self.console.print(
-            f"stage {self._of(stage)}  step {progress.step:,}  [bold]validation loss {loss:.4f}  ppl {perplexity:.2f}[/]",
+            f"stage {self._of(stage)}  step {progress.step:,}  "
+            f"[bold]validation loss {loss:.4f}  ppl {perplexity:.2f}[/]",
             highlight=False,
         )
 

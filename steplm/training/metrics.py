@@ -13,7 +13,7 @@ Events, told apart by ``event``:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,7 +102,11 @@ class WandbSink:
         self._run.finish()
 
 
-SINKS = {"tensorboard": TensorBoardSink, "wandb": WandbSink}
+# name in log.report_to -> (run_dir, project, run's name, configuration) -> sink
+SINKS: dict[str, Callable[[Path, str, str, dict[str, Any]], Sink]] = {
+    "tensorboard": TensorBoardSink,
+    "wandb": WandbSink,
+}
 
 
 def _missing(package: str) -> ConfigError:

@@ -89,6 +89,26 @@ def test_documents_and_windows_come_in_another_order_each_epoch_and_seed(dataset
     assert first != sorted(first)
 
 
+def test_each_epoch_puts_the_documents_together_anew(dataset: TokenDataset) -> None:
+    lasts = {int(token) - 1 for token in 1000 + dataset.document_offsets[1:]}
+
+    def neighbours(epoch: int) -> set[tuple[int, int]]:
+        batches = loader(dataset)
+        batch = batches.batch(epoch * batches.windows_per_epoch * S, batches.windows_per_epoch)
+        pairs = zip(batch.input_ids.flatten().tolist(), batch.labels.flatten().tolist(), strict=True)
+        return {(token, following) for token, following in pairs if token in lasts}
+
+    assert all(len(neighbours(epoch) - neighbours(epoch + 1)) > 3 for epoch in range(4))
+
+
+def test_windows_side_by_side_are_not_visited_one_after_the_other(dataset: TokenDataset) -> None:
+    for epoch in range(4):
+        batches = loader(dataset)
+        batch = batches.batch(epoch * batches.windows_per_epoch * S, batches.windows_per_epoch)
+        follows = batch.labels[:-1, -1] == batch.input_ids[1:, 0]
+        assert follows.sum() < batches.windows_per_epoch / 2
+
+
 def test_an_order_is_a_permutation_and_never_changes_between_versions() -> None:
     assert shuffled(10, seed=42, epoch=1, purpose=0).tolist() == GOLDEN_ORDER
     for size in (1, 2, 1000):

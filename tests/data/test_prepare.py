@@ -244,6 +244,16 @@ def test_finished_work_is_returned_at_once(
     assert prepare(more_workers) == manifest
 
 
+def test_finished_work_with_a_missing_shard_is_not_taken_for_whole(
+    configure: Configure, jsonl: Jsonl, texts: list[str]
+) -> None:
+    config = configure(train=str(jsonl(texts)))
+    prepare(config)
+    (config.prepared_dir / "train" / "shard-00000.bin").unlink()
+    with pytest.raises(DataError, match=r"shard-00000\.bin is missing"):
+        prepare(config)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
