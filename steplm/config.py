@@ -72,11 +72,13 @@ class DataConfig(Section):
     validation_fraction: float = Field(0.01, gt=0, lt=1, description="share of documents, used if validation is empty")
     text_field: str = "text"
     tokenizer: str = Field("train", description="a folder, a tokenizer file, a hub name, or 'train' to train BPE here")
-    prepared_dir: str | None = Field(None, description="folder of the token shards; default OUTPUT_DIR/prepared")
+    prepared_dir: str | None = Field(
+        None, description="folder of the token shards; default: prepared/ and a hash of all that the tokens depend on"
+    )
     max_train_tokens: Count | None = Field(None, gt=0, description="stop preparing after so many training tokens")
     shard_tokens: Count = Field(32_000_000, gt=0, description="tokens per shard")
     max_bad_share: float = Field(0.001, ge=0, le=1, description="stop if more records than this share are unusable")
-    num_workers: int | None = Field(None, gt=0, description="processes that tokenize; default: all cores")
+    num_workers: int | None = Field(None, gt=0, description="threads that tokenize; default: all cores")
     within_documents: bool = Field(False, description="attention and loss stay inside each document")
 
     @field_validator("train", "validation", mode="before")
@@ -270,7 +272,10 @@ class RunConfig(Section):
 
     @property
     def prepared_dir(self) -> Path:
-        return Path(self.data.prepared_dir) if self.data.prepared_dir else self.run_dir / "prepared"
+        """Folder of the token shards, once ``steplm.data.prepare.with_prepared_dir`` has resolved it."""
+        if self.data.prepared_dir is None:
+            raise ConfigError("data.prepared_dir is not set, and not resolved yet")
+        return Path(self.data.prepared_dir)
 
     def learning_rate(self, stage_index: int) -> float:
         """Highest learning rate of a stage (from 1)."""

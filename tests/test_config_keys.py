@@ -183,7 +183,6 @@ def test_workers_are_as_many_as_asked(prepared: Callable[..., Manifest], monkeyp
 def test_name_and_folders_say_where_a_run_lives() -> None:
     assert load_config({"name": "a"}).run_dir == Path("runs/a")
     assert load_config({"name": "a", "output_dir": "b"}).run_dir == Path("b")
-    assert load_config({"output_dir": "b"}).prepared_dir == Path("b/prepared")
     assert load_config({"data": {"prepared_dir": "c"}}).prepared_dir == Path("c")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from steplm.config import load_config
-from steplm.data.prepare import prepare
+from steplm.data.prepare import prepare, with_prepared_dir
 from steplm.training.display import make_display
 from steplm.units import format_bytes, format_count
 
 
 def run_prepare(run: str, overrides: list[str]) -> None:
-    config = load_config(run, overrides)
+    config = with_prepared_dir(load_config(run, overrides))
     display = make_display(config.log.progress)
     manifest = prepare(config, display.prepare)
     for name, split in manifest.splits.items():

@@ -93,10 +93,15 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
             finished tokens of other inputs.
         HubUnavailable: the hub is needed and cannot be reached.
     """
+    config = with_prepared_dir(config)
     folder, data = config.prepared_dir, config.data
-    if not data.train:
-        raise ConfigError("data.train is empty. Name files, folders or a hub data set, or builtin://python-docs.")
-    sources = {"validation": find_sources(data.validation), "train": find_sources(data.train)}
+    try:
+        sources = _find_sources(config)
+    except DataError:
+        # Prepared elsewhere: the shards are here, the text need not be.
+        if (folder / MANIFEST).is_file():
+            return _finished(folder, _describe_inputs(config, None), config)
+        raise
     inputs = _describe_inputs(config, sources)
     fingerprint = _sha256(inputs)
     if (folder / MANIFEST).is_file():
@@ -134,15 +139,31 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
     return manifest
 
 
+def with_prepared_dir(config: RunConfig) -> RunConfig:
+    """``config`` with ``data.prepared_dir`` set: where it is not given, named by a hash of the inputs.
+
+    Runs with the same text and tokenizer so share their shards, and none ever meets another's.
+    """
+    if config.data.prepared_dir is not None:
+        return config
+    folder = Path("prepared") / _sha256(_describe_inputs(config, _find_sources(config)))[:12]
+    return config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": str(folder)})})
+
+
+def _find_sources(config: RunConfig) -> dict[str, list[Source]]:
+    if not config.data.train:
+        raise ConfigError("data.train is empty. Name files, folders or a hub data set, or builtin://python-docs.")
+    return {"validation": find_sources(config.data.validation), "train": find_sources(config.data.train)}
+
+
 # Inputs: what the shards depend on, and nothing else. num_workers and within_documents change no token.
 
 
-def _describe_inputs(config: RunConfig, sources: Mapping[str, Sequence[Source]]) -> dict[str, Any]:
+def _describe_inputs(config: RunConfig, sources: Mapping[str, Sequence[Source]] | None) -> dict[str, Any]:
+    """``sources`` is ``None`` where the text is no longer at hand."""
     data = config.data
     inputs: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "data.train": [source.describe() for source in sources["train"]],
-        "data.validation": [source.describe() for source in sources["validation"]],
         "data.text_field": data.text_field,
         "data.shard_tokens": data.shard_tokens,
         "data.max_train_tokens": data.max_train_tokens,
@@ -155,6 +176,8 @@ def _describe_inputs(config: RunConfig, sources: Mapping[str, Sequence[Source]])
     else:
         files = tokenizer_files(data.tokenizer)
         inputs["tokenizer files"] = {file.name: file_sha256(file) for file in files}
+    for split, found in (sources or {}).items():
+        inputs[f"data.{split}"] = [source.describe() for source in found]
     return inputs
 
 
@@ -164,8 +187,9 @@ def _sha256(inputs: dict[str, Any]) -> str:
 
 def _finished(folder: Path, inputs: dict[str, Any], config: RunConfig) -> Manifest:
     manifest = Manifest.load(folder)
-    if manifest.fingerprint != _sha256(inputs):
-        changes = _changes(_read_inputs(folder), inputs)
+    before = _read_inputs(folder)
+    if manifest.fingerprint != _sha256({**before, **inputs}):
+        changes = _changes({key: before.get(key) for key in inputs}, inputs)
         raise DataError(
             f"{folder} holds the tokens of other inputs:\n{changes}\n"
             "Set data.prepared_dir to a new folder, or remove this one.",

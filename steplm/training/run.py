@@ -26,8 +26,8 @@ from steplm.checkpoint import CheckpointState, latest_checkpoint, verify_checkpo
 from steplm.checkpoint.folder import complete_checkpoints, load_checkpoint_state
 from steplm.config import RunConfig, dump_config, load_config
 from steplm.data.loader import BatchLoader, validation_windows
-from steplm.data.prepare import prepare
-from steplm.data.tokens import Manifest, TokenDataset
+from steplm.data.prepare import prepare, with_prepared_dir
+from steplm.data.tokens import MANIFEST, Manifest, TokenDataset
 from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError
 from steplm.memory.measure import measure_peak
 from steplm.models.folder import load_hf_config
@@ -174,6 +174,7 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
     display = display or make_display(config.log.progress)
     run_dir = config.run_dir
     with _exclusive(run_dir):
+        config = _with_prepared_dir(config)
         plan = make_plan(config, shape_of(config.model.hf_config()))
         _check_init_from(config, plan)
         _check_same_run(config, plan)
@@ -183,8 +184,9 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
             return _result_of(run_dir, plan)
         _write_documents(config, plan)
         display.plan(plan)
-        manifest = prepare(config, display.prepare)
         checkpoint = _usable_checkpoint(run_dir / "checkpoints", display)
+        # A resumed run needs its shards, which the checkpoint names by their hash, but not the text any more.
+        manifest = prepare(config, display.prepare) if checkpoint is None else Manifest.load(config.prepared_dir)
         state = None if checkpoint is None else load_checkpoint_state(checkpoint)
         if state is not None:
             _check_checkpoint(checkpoint, state, plan, manifest)
@@ -269,6 +271,16 @@ def _result_of(run_dir: Path, plan: Plan) -> RunResult:
         validation_loss=summary["validation_loss"],
         export_dir=run_dir / summary["export_dir"],
     )
+
+
+def _with_prepared_dir(config: RunConfig) -> RunConfig:
+    """The folder of shards that is given, that this run used before, or that its inputs name."""
+    written = config.run_dir / "config.yaml"
+    if config.data.prepared_dir is None and complete_checkpoints(config.run_dir / "checkpoints"):
+        before = load_config(written).data.prepared_dir
+        if before is not None and (Path(before) / MANIFEST).is_file():
+            return config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": before})})
+    return with_prepared_dir(config)
 
 
 def _check_init_from(config: RunConfig, plan: Plan) -> None:

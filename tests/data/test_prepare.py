@@ -291,7 +291,7 @@ def test_a_changed_file_or_tokenizer_is_noticed(
     file.write_text(original)
     prepare(config)
     jsonl([*texts, "one more"])
-    with pytest.raises(DataError, match=r"data\.train: was .*bytes, modified"):
+    with pytest.raises(DataError, match=r"data\.train: was .*bytes, ends"):
         prepare(config)
 
 
