@@ -244,6 +244,15 @@ class RunConfig(Section):
     eval: EvalConfig = Field(default_factory=EvalConfig)
     log: LogConfig = Field(default_factory=LogConfig)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, values: Any) -> Any:
+        """A section whose keys are all commented out is ``None`` in YAML, and means its defaults."""
+        if not isinstance(values, Mapping):
+            return values
+        sections = [name for name, field in cls.model_fields.items() if _section_type(field.annotation)]
+        return {**values, **{name: {} for name in sections if name in values and values[name] is None}}
+
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.plan.num_stages > self.model.num_hidden_layers:

@@ -58,11 +58,14 @@ class Display:
         if moment == self._prepared:
             return
         self._prepared = moment
+        counts = ""
+        if progress.num_documents:
+            counts = (
+                f"  {progress.num_documents:,} documents, {format_count(progress.num_train_tokens)} tokens, "
+                f"{format_count(progress.tokens_per_second)} tok/s"
+            )
         bad = f", {progress.num_bad_records} bad records" if progress.num_bad_records else ""
-        self.note(
-            f"data  {progress.phase}  {progress.fraction:4.0%}  {progress.num_documents:,} documents, "
-            f"{format_count(progress.num_train_tokens)} tokens, {format_count(progress.tokens_per_second)} tok/s{bad}"
-        )
+        self.note(f"data  {progress.phase}  {progress.fraction:.0%}{counts}{bad}")
 
     def stage_start(self, stage: Stage, measured: MemoryEstimate) -> None:
         """The table of planned beside measured bytes."""
