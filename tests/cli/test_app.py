@@ -9,43 +9,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from steplm.cli.app import main
 from steplm.cli.init import starter_text
 from steplm.config import RunConfig, config_keys, dump_config, load_config
 from steplm.models.build import hf_config, initial_state
 from steplm.models.folder import save_folder
 
 Configure = Callable[..., RunConfig]
-Run = Callable[..., "Result"]
-
-
-class Result(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def steplm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """The entry point, called in this process: a process of its own spends seconds on imports."""
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*arguments: object, cwd: Path) -> Result:
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["steplm", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return Result(int(ended.value.code or 0), *capfd.readouterr())
-
-    return run
+Run = Callable[..., Any]
 
 
 def test_help_names_every_verb_in_under_a_third_of_a_second(tmp_path: Path) -> None:
