@@ -54,6 +54,7 @@ class CheckpointState:
     optimizer_steps: dict[str, int]
     metrics_bytes: int  # length of metrics.jsonl at this instant: what comes after is replayed
     elapsed_seconds: float
+    unlogged_losses: tuple[float, ...] = ()  # of the steps since the last log line
     probe_loss: float | None = None  # on the probe batches, at a stage's end, before the merge
     versions: dict[str, str] = field(default_factory=dict)
 

@@ -64,11 +64,6 @@ class RunRecord:
         speeds = [event["tokens_per_second"] for event in self.events_of("train")]
         return statistics.median(speeds) if speeds else None
 
-    @property
-    def overall_tokens_per_second(self) -> float | None:
-        """All tokens over all elapsed time: evaluation, checkpoints and growth included."""
-        return self.tokens_seen / self.elapsed_seconds if self.tokens_seen and self.elapsed_seconds else None
-
 
 def load_run(run_dir: str | Path, label: str | None = None) -> RunRecord:
     """Read ``plan.json``, ``config.yaml``, ``metrics.jsonl`` and ``summary.json`` of a run directory.
@@ -105,23 +100,26 @@ class ComparisonRow:
     perplexity: float | None
     tokens: int
     median_tokens_per_second: float | None
-    overall_tokens_per_second: float | None
     elapsed_seconds: float | None
 
 
 # Heading, and how a row's cell is written. The first column is text, the others are numbers.
+# Short headings: the table fits a terminal of 80 columns. What they stand for: CAPTION.
 COLUMNS = {
     "method": lambda row: row.method,
     "layers": lambda row: "+".join(map(str, row.layers)),
-    "model states, planned": lambda row: format_bytes(row.planned_bytes),
+    "planned": lambda row: format_bytes(row.planned_bytes),
     "measured": lambda row: _or_not_yet(row.measured_bytes, format_bytes),
-    "against vanilla": lambda row: percent(-row.reduction) if row.reduction else NOT_YET,
-    "validation perplexity": lambda row: _or_not_yet(row.perplexity, "{:.2f}".format),
+    "saved": lambda row: percent(-row.reduction) if row.reduction else NOT_YET,
+    "ppl": lambda row: _or_not_yet(row.perplexity, "{:.2f}".format),
     "tokens": lambda row: format_count(row.tokens),
-    "tokens/s, median": lambda row: _or_not_yet(row.median_tokens_per_second, "{:,.0f}".format),
-    "overall": lambda row: _or_not_yet(row.overall_tokens_per_second, "{:,.0f}".format),
-    "wall time": lambda row: _or_not_yet(row.elapsed_seconds, format_seconds),
+    "tok/s": lambda row: _or_not_yet(row.median_tokens_per_second, "{:,.0f}".format),
+    "time": lambda row: _or_not_yet(row.elapsed_seconds, format_seconds),
 }
+CAPTION = (
+    "planned, measured: peak bytes of model state. saved: against vanilla's. ppl: validation perplexity. "
+    "tok/s: median while training. time: with evaluation and checkpoints."
+)
 
 
 def comparison_table(records: Iterable[RunRecord]) -> list[ComparisonRow]:
@@ -136,7 +134,6 @@ def comparison_table(records: Iterable[RunRecord]) -> list[ComparisonRow]:
             perplexity=record.validation_perplexity,
             tokens=record.tokens_seen,
             median_tokens_per_second=record.median_tokens_per_second,
-            overall_tokens_per_second=record.overall_tokens_per_second,
             elapsed_seconds=record.elapsed_seconds,
         )
         for record in records
@@ -147,7 +144,8 @@ def render_markdown(records: Iterable[RunRecord]) -> str:
     """``comparison_table`` as a GitHub table, numbers to the right."""
     header, *body = _cells(comparison_table(records))
     rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *body]) + "\n"
+    lines = ["| " + " | ".join(line) + " |" for line in [header, rule, *body]]
+    return "\n".join([*lines, "", CAPTION]) + "\n"
 
 
 def render_rich(records: Iterable[RunRecord], console: Console) -> None:
@@ -162,6 +160,7 @@ def render_rich(records: Iterable[RunRecord], console: Console) -> None:
     for line in body:
         table.add_row(*map(Text, line))  # Text: a label may hold brackets, which rich would take for markup
     console.print(table)
+    console.print(CAPTION, style="dim", highlight=False)
 
 
 def percent(share: float) -> str:

@@ -2,7 +2,8 @@
 
 Events, told apart by ``event``:
     stage_start   stage, num_hidden_layers, planned_bytes, measured_bytes
-    train         stage, step, tokens_seen, loss, learning_rate, grad_norm, tokens_per_second, peak_bytes
+    train         stage, step, tokens_seen, loss (mean since the last such event), learning_rate, grad_norm,
+                  tokens_per_second, peak_allocated_bytes, peak_reserved_bytes, peak_resident_bytes
     eval          stage, step, tokens_seen, loss, perplexity
     merge         stage, tokens_seen, loss_before, loss_after
     growth        stage, tokens_seen, loss_before, loss_after, operator, position

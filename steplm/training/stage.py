@@ -6,6 +6,7 @@ compile -> (shard) -> optimizer -> loop. Growth acts on plain tensors, before an
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,6 +56,7 @@ class StageStart:
     adapters: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     optimizer_steps: dict[str, int] = field(default_factory=dict)
+    unlogged_losses: tuple[float, ...] = ()
     trained_names: tuple[str, ...] | None = None  # at a resume in the middle of the stage
     renamed: dict[str, str] = field(default_factory=dict)  # after a growth: old weight name -> new one
 
@@ -73,6 +75,7 @@ def enter_stage(run: Run, stage: Stage, checkpoint_path: Path | None) -> StageSt
             adapters=checkpoint.adapters,
             optimizer=checkpoint.optimizer,
             optimizer_steps=checkpoint.state.optimizer_steps,
+            unlogged_losses=checkpoint.state.unlogged_losses,
             trained_names=checkpoint.state.trained_names,
         )
     return _grown_start(run, stage, checkpoint)
@@ -243,6 +246,7 @@ def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedMode
     eval_steps = config.eval.eval_steps or max(num_steps // 10, 1)
     progress = start.progress
     last_logged_at, last_logged_step = time.monotonic(), progress.step
+    unlogged = list(start.unlogged_losses)
     path: Path | None = None
 
     while progress.step < num_steps:
@@ -272,11 +276,14 @@ def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedMode
             stage_tokens_seen=progress.stage_tokens_seen + step_tokens,
             tokens_seen=progress.tokens_seen + step_tokens,
         )
+        unlogged.append(result.loss)
         at_end = progress.step == num_steps
         if progress.step % config.log.logging_steps == 0 or at_end:
             now = time.monotonic()
             speed = (progress.step - last_logged_step) * step_tokens / max(now - last_logged_at, 1e-9)
-            run.log_step(stage, progress, num_steps, result, rate, speed)
+            mean = replace(result, loss=math.fsum(unlogged) / len(unlogged))
+            run.log_step(stage, progress, num_steps, mean, rate, speed)
+            unlogged.clear()
             last_logged_at, last_logged_step = now, progress.step
         paused_at = time.monotonic()
         if progress.step % eval_steps == 0 or at_end:
@@ -286,7 +293,7 @@ def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedMode
         if progress.step % save_steps == 0 or at_end or run.stop_signal:
             if at_end:
                 run.metrics.write("stage_end", stage=stage.index, step=progress.step, tokens_seen=progress.tokens_seen)
-            path = save(run, stage, start, model, optimizer, progress)
+            path = save(run, stage, start, model, optimizer, progress, tuple(unlogged))
         last_logged_at += time.monotonic() - paused_at  # speed counts training alone
         if run.stop_signal:
             break
@@ -301,6 +308,7 @@ def save(
     model: PreTrainedModel,
     optimizer: MasterAdamW,
     progress: TrainState,
+    unlogged_losses: tuple[float, ...] = (),
 ) -> Path:
     """Write a checkpoint of this instant and prune the older ones."""
     adapters = adapter_state(model)
@@ -315,6 +323,7 @@ def save(
         optimizer_steps=steps,
         metrics_bytes=run.metrics.num_bytes,
         elapsed_seconds=run.elapsed_seconds,
+        unlogged_losses=unlogged_losses,
         probe_loss=probe_loss(run, model) if progress.stage_done else None,
     )
     path = save_checkpoint(

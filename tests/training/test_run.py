@@ -163,9 +163,9 @@ def test_after_growth_every_trained_parameter_moves_and_no_frozen_one(
         trained[stage.index] = set(optimizer.parameters)
         entrance(run, stage, model, optimizer, is_new=is_new)
 
-    def at_save(run, stage, start, model, optimizer, progress):  # type: ignore[no-untyped-def]
+    def at_save(run, stage, start, model, *rest):  # type: ignore[no-untyped-def]
         last[stage.index] = {name: p.detach().clone() for name, p in model.named_parameters()}
-        return save(run, stage, start, model, optimizer, progress)
+        return save(run, stage, start, model, *rest)
 
     monkeypatch.setattr(run_module, "check_entrance", at_entrance)
     monkeypatch.setattr(stage_module, "save", at_save)
