@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -20,14 +20,41 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
 from steplm.errors import ConfigError
-from steplm.units import parse_count
+from steplm.units import parse_bytes, parse_count
 
-Count = Annotated[int, BeforeValidator(parse_count)]
+
+def _number_with_unit(units: str) -> dict[str, Any]:
+    pattern = rf"^\s*[0-9][0-9_,]*(\.[0-9]+)?([eE][+-]?[0-9]+)?\s*({units})?\s*$"
+    return {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": pattern}]}
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _schema_of_one_or_many(item: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [{"type": "array", "items": item}, item]}
+
+
+# Each reads more than its Python type says; its JSON schema says what it reads.
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0), WithJsonSchema(_number_with_unit("[kKmMbBtTpPeEzZ]"))]
+Bytes = Annotated[
+    int, BeforeValidator(parse_bytes), Field(gt=0), WithJsonSchema(_number_with_unit("[kKmMgGtT]?[iI]?[bB]"))
+]
+Texts = Annotated[list[str], BeforeValidator(_one_or_many), WithJsonSchema(_schema_of_one_or_many({"type": "string"}))]
+SinkNames = Annotated[
+    list[Literal["tensorboard", "wandb"]],
+    BeforeValidator(_one_or_many),
+    WithJsonSchema(_schema_of_one_or_many({"enum": ["tensorboard", "wandb"]})),
+]
+Scheduler = Literal["cosine", "warmup_stable_decay", "constant_with_warmup"]
+SHORT_SCHEDULER_NAMES = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
 
 
 class Section(BaseModel):
@@ -63,28 +90,23 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where text comes from and how it becomes token shards."""
 
-    train: list[str] = Field(
+    train: Texts = Field(
         default_factory=list,
         description="files, globs or folders (json, jsonl, txt, parquet; .gz too), "
-        "hub://OWNER/NAME?name=CONFIG&split=train, or builtin://python-docs",
+        "hub://OWNER/NAME?name=CONFIG&split=train&revision=COMMIT, or builtin://python-docs",
     )
-    validation: list[str] = Field(default_factory=list, description="as train; empty: split off by hash of the text")
+    validation: Texts = Field(default_factory=list, description="as train; empty: split off by hash of the text")
     validation_fraction: float = Field(0.01, gt=0, lt=1, description="share of documents, used if validation is empty")
     text_field: str = "text"
     tokenizer: str = Field("train", description="a folder, a tokenizer file, a hub name, or 'train' to train BPE here")
     prepared_dir: str | None = Field(
         None, description="folder of the token shards; default: prepared/ and a hash of all that the tokens depend on"
     )
-    max_train_tokens: Count | None = Field(None, gt=0, description="stop preparing after so many training tokens")
-    shard_tokens: Count = Field(32_000_000, gt=0, description="tokens per shard")
+    max_train_tokens: Count | None = Field(None, description="stop preparing after so many training tokens")
+    shard_tokens: Count = Field(32_000_000, description="tokens per shard")
     max_bad_share: float = Field(0.001, ge=0, le=1, description="stop if more records than this share are unusable")
     num_workers: int | None = Field(None, gt=0, description="threads that tokenize; default: all cores")
     within_documents: bool = Field(False, description="attention and loss stay inside each document")
-
-    @field_validator("train", "validation", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 class PlanConfig(Section):
@@ -94,6 +116,9 @@ class PlanConfig(Section):
     layers: list[Annotated[int, Field(gt=0)]] | None = Field(
         None, description="n_1 ... n_K by hand; default: least memory"
     )
+    budget: Bytes | None = Field(
+        None, description="refuse a plan whose model states need more, e.g. 24GiB; activations not counted"
+    )
     solver: Literal["dynamic_programming", "integer_programme"] = "dynamic_programming"
     freeze_old_layers: bool = Field(True, description="false: growth alone, every layer is trained in every stage")
     count_embeddings: bool = Field(True, description="false: the paper's bare formula, layers only")
@@ -102,11 +127,11 @@ class PlanConfig(Section):
         description="embeddings, final norm and head: trained in every stage, or frozen after stage 1",
     )
     tokens_per_stage: list[Count] | None = Field(None, description="tokens trained in each stage")
-    total_tokens: Count | None = Field(None, gt=0, description="tokens trained over all stages")
+    total_tokens: Count | None = Field(None, description="tokens trained over all stages")
     tokens_per_parameter: float | None = Field(
         None, gt=0, description="total tokens = this x final parameters; default 20"
     )
-    total_flops: Count | None = Field(None, gt=0, description="training FLOPs over all stages, e.g. 1e18")
+    total_flops: Count | None = Field(None, description="training FLOPs over all stages, e.g. 1e18")
     token_shares: Literal["layers", "equal"] | list[Annotated[float, Field(gt=0)]] = Field(
         "layers", description="how a total is divided among stages: by depth, equally, or by given weights"
     )
@@ -162,7 +187,11 @@ class OptimConfig(Section):
     """AdamW and its schedule; names as in Hugging Face ``TrainingArguments``."""
 
     learning_rate: float | list[float] = Field(3e-4, description="one for all stages, or one per stage")
-    lr_scheduler_type: Literal["cosine", "warmup_stable_decay", "constant_with_warmup"] = "cosine"
+    lr_scheduler_type: Annotated[
+        Scheduler,
+        BeforeValidator(lambda value: SHORT_SCHEDULER_NAMES.get(value, value) if isinstance(value, str) else value),
+        WithJsonSchema({"enum": [*get_args(Scheduler), *SHORT_SCHEDULER_NAMES]}),
+    ] = "cosine"
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of each stage's scheduled steps")
     decay_ratio: float = Field(0.2, gt=0, le=1, description="share of decay steps, for warmup_stable_decay")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / highest learning rate")
@@ -172,11 +201,6 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.1, ge=0, description="on matrices only, not on norms and biases")
     max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
     keep_state_at_growth: bool = Field(True, description="for parameters that go on being trained")
-
-    @field_validator("lr_scheduler_type", mode="before")
-    @classmethod
-    def _short_names(cls, value: Any) -> Any:
-        return {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}.get(value, value)
 
     @field_validator("learning_rate")
     @classmethod
@@ -207,7 +231,7 @@ class EvalConfig(Section):
     """Validation loss inside the loop and at the end."""
 
     eval_steps: int | None = Field(None, gt=0, description="default: ten times a stage")
-    max_tokens: Count | None = Field(None, gt=0, description="validation tokens per evaluation; default: all")
+    max_tokens: Count | None = Field(None, description="validation tokens per evaluation; default: all")
     per_device_eval_batch_size: int | None = Field(None, gt=0, description="default: the training batch size")
 
 
@@ -218,13 +242,8 @@ class LogConfig(Section):
     progress: Literal["auto", "rich", "lines", "none"] = Field(
         "auto", description="auto: rich on a terminal, else lines"
     )
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    report_to: SinkNames = Field(default_factory=list)
     wandb_project: str = "steplm"
-
-    @field_validator("report_to", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 class RunConfig(Section):
@@ -305,8 +324,20 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     values = dict(source) if isinstance(source, Mapping) else _read_yaml(find_config(source))
     for override in overrides:
         _apply_override(values, override)
+    return validated(RunConfig, values)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def validated(section: type[S], values: Mapping[str, Any]) -> S:
+    """``section`` made of ``values``.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
     try:
-        return RunConfig.model_validate(values)
+        return section.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error), errors=error.errors(include_url=False)) from None
 
@@ -336,12 +367,25 @@ def recipes_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """Reads ``1e-5`` as a number, as YAML 1.2 does; PyYAML, which is of YAML 1.1, wants ``1.0e-5``."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_YamlLoader)  # a SafeLoader
+
+
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}", path=str(path)) from None
     except OSError as error:
@@ -375,7 +419,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"cannot read the override {override!r}: expected section.key=value", override=override)
     try:
-        value = yaml.safe_load(text)
+        value = _load_yaml(text)
     except yaml.YAMLError:
         value = text
     *sections, name = key.split(".")
@@ -398,11 +442,18 @@ def _explain(error: ValidationError) -> str:
         else:
             message = problem["msg"].removeprefix("Value error, ")
             given = f" (got {problem['input']!r})" if where and not isinstance(problem["input"], dict) else ""
-            lines.append(f"{where}: {message}{given}" if where else message)
+            hint = _nearest_choice(problem) if problem["type"] == "literal_error" else ""
+            lines.append(f"{where}: {message}{given}{hint}" if where else message)
     unique = list(dict.fromkeys(lines))
     if len(unique) == 1:
         return unique[0]
     return f"{len(unique)} problems in the configuration:\n" + "\n".join(f"  - {line}" for line in unique)
+
+
+def _nearest_choice(problem: Mapping[str, Any]) -> str:
+    choices = re.findall(r"'(\w+)'", problem["ctx"]["expected"])
+    near = difflib.get_close_matches(str(problem["input"]), choices, n=1)
+    return f". Did you mean {near[0]!r}?" if near else ""
 
 
 def _unknown_key(path: list[str]) -> str:
@@ -440,4 +491,8 @@ def config_keys() -> list[str]:
 
 def config_schema() -> dict[str, Any]:
     """The JSON schema of ``run.yaml``, for editors."""
-    return RunConfig.model_json_schema()
+    schema = RunConfig.model_json_schema()
+    for name, entry in schema["properties"].items():
+        if "$ref" in entry:  # a section, which may be empty
+            schema["properties"][name] = {"anyOf": [entry, {"type": "null"}]}
+    return schema

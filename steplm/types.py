@@ -156,6 +156,14 @@ class MemoryEstimate:
             term.num_bytes for term in self.terms if component in (None, term.component) and kind in (None, term.kind)
         )
 
+    def by_kind(self) -> dict[str, int]:
+        """Bytes of the model proper as ``weights``, ``gradients``, ``optimizer``; all ``adapters``; the ``total``."""
+        proper = {
+            kind: self.bytes_of(kind=kind) - self.bytes_of("adapters", kind)
+            for kind in ("weights", "gradients", "optimizer")
+        }
+        return {**proper, "adapters": self.bytes_of("adapters"), "total": self.total_bytes}
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -207,8 +215,12 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """Sixteen hexadecimal digits; equal plans have equal hashes."""
-        text = json.dumps(to_json(self), sort_keys=True)
+        """Sixteen hexadecimal digits of all that training obeys; the words of the formulas are not part of it."""
+        document = to_json(self)
+        for stage in document["stages"]:
+            for term in stage["memory"]["terms"]:
+                del term["formula"]
+        text = json.dumps({key: document[key] for key in ("shape", "precision", "stages")}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,11 +1,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
+import jsonschema
 import pytest
+import yaml
 
-from steplm.config import RunConfig, config_keys, config_schema, dump_config, load_config, recipes_dir
+from steplm.cli.init import starter_text
+from steplm.config import (
+    GrowthConfig,
+    LogConfig,
+    OptimConfig,
+    PetConfig,
+    RunConfig,
+    Section,
+    config_keys,
+    config_schema,
+    dump_config,
+    load_config,
+    recipes_dir,
+    validated,
+)
 from steplm.errors import ConfigError
+from steplm.growth.operators import OPERATORS
+from steplm.optim.schedules import SCHEDULES
+from steplm.pet.adapters import METHODS
+from steplm.planner.positions import POSITIONS
+from steplm.training.metrics import SINKS
 
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path: Path) -> None:
@@ -62,6 +84,9 @@ def test_all_problems_are_told_at_once() -> None:
         (["growth.operator=stack", "growth.position=upper"], "do not go together"),
         (["growth.position=top"], "do not go together"),
         (["plan.total_tokens=many"], "expected a number such as '10B'"),
+        (["plan.budget=24potatoes"], "expected a number such as '24GiB'"),
+        (["plan.tokens_per_stage=[1M, 0]"], "greater than 0"),
+        (["growth.operator=stck"], "Did you mean 'stack'?"),
         (["nonsense"], "expected section.key=value"),
     ],
 )
@@ -105,7 +130,7 @@ def test_the_schema_names_every_key() -> None:
     schema = config_schema()
     named = set()
     for name, entry in schema["properties"].items():
-        reference = entry.get("$ref", "").rpartition("/")[2]
+        reference = entry.get("anyOf", [{}])[0].get("$ref", "").rpartition("/")[2]
         section = schema["$defs"].get(reference)
         named |= {f"{name}.{key}" for key in section["properties"]} if section else {name}
     assert named == set(config_keys())
@@ -114,3 +139,83 @@ def test_the_schema_names_every_key() -> None:
 def test_the_first_stage_has_the_first_learning_rate() -> None:
     config = RunConfig.model_validate({"optim": {"learning_rate": [1e-3, 2e-3]}})
     assert [config.learning_rate(stage) for stage in (1, 2)] == [1e-3, 2e-3]
+
+
+def test_one_section_alone_is_validated_with_the_same_messages() -> None:
+    with pytest.raises(ConfigError, match=r"operator: .*\(got 'interpolaton'\)\. Did you mean 'interpolation'\?"):
+        validated(GrowthConfig, {"operator": "interpolaton"})
+    with pytest.raises(ConfigError, match="do not go together"):
+        validated(GrowthConfig, {"operator": "stack", "position": "upper"})
+
+
+def schema_errors(text: str) -> list[str]:
+    validator = jsonschema.Draft202012Validator(config_schema())
+    return [error.message for error in validator.iter_errors(yaml.safe_load(text))]
+
+
+@pytest.mark.parametrize("path", sorted(recipes_dir().glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_schema_accepts_every_recipe(path: Path) -> None:
+    assert schema_errors(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        starter_text(),
+        "plan: {total_tokens: 500k, budget: 24GiB}",
+        "plan: {num_stages: 2, tokens_per_stage: [10_000, 2.5M]}",
+        "plan: {total_flops: 1e18}",
+        "optim: {lr_scheduler_type: wsd}",
+        "log: {report_to: wandb}",
+        "log: {report_to: [tensorboard, wandb]}",
+        "growth:\ndata: {train: a.jsonl}",
+    ],
+)
+def test_the_schema_accepts_what_the_configuration_accepts(text: str) -> None:
+    load_config(yaml.safe_load(text))
+    assert schema_errors(text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plan: {total_tokens: 10 potatoes}",
+        "plan: {budget: 24Gi}",
+        "plan: {num_stage: 2}",
+        "data: {max_train_tokens: 0}",
+        "data: {train: 7}",
+        "optim: {lr_scheduler_type: linear}",
+        "log: {report_to: mlflow}",
+    ],
+)
+def test_the_schema_refuses_what_the_configuration_refuses(text: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(yaml.safe_load(text))
+    assert schema_errors(text) != []
+
+
+def choices(annotation: Any) -> set[str]:
+    """The strings of every ``Literal`` in an annotation."""
+    if get_origin(annotation) is Literal:
+        return set(get_args(annotation))
+    return set().union(*map(choices, get_args(annotation)))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "names"),
+    [
+        (GrowthConfig, "operator", {*OPERATORS}),
+        (GrowthConfig, "position", {*POSITIONS}),
+        (OptimConfig, "lr_scheduler_type", {*SCHEDULES}),
+        (PetConfig, "method", {*METHODS, "none"}),
+        (LogConfig, "report_to", {*SINKS}),
+    ],
+)
+def test_the_choices_of_a_key_are_the_names_that_are_implemented(
+    section: type[Section], key: str, names: set[str]
+) -> None:
+    assert choices(section.model_fields[key].annotation) == names
+
+
+def test_a_number_without_a_point_is_a_number_in_free_form_keys_too() -> None:
+    assert load_config({}, ["model.extra={rms_norm_eps: 1e-5}"]).model.extra == {"rms_norm_eps": 1e-5}

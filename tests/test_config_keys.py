@@ -12,7 +12,7 @@ import torch
 from steplm.config import RunConfig, config_keys, load_config
 from steplm.data.prepare import prepare
 from steplm.data.tokens import Manifest
-from steplm.errors import ConfigError, DataError
+from steplm.errors import ConfigError, DataError, PlanInfeasible
 from steplm.models.build import hf_config
 from steplm.planner.plan import plan
 from steplm.training import stage as stage_module
@@ -76,7 +76,7 @@ CHANGES_LOSSES: dict[str, tuple[list[str], str]] = {
 
 # Keys with a test of their own below, or named here with the test that has them.
 TESTED_ALONE = {
-    "name", "output_dir", "init_from", "model.max_position_embeddings", "plan.solver",
+    "name", "output_dir", "init_from", "model.max_position_embeddings", "plan.solver", "plan.budget",
     "data.train", "data.validation", "data.validation_fraction", "data.text_field", "data.tokenizer",
     "data.prepared_dir", "data.max_train_tokens", "data.shard_tokens", "data.max_bad_share", "data.num_workers",
     "train.device", "train.num_threads", "train.gradient_checkpointing", "train.loss_chunk_size", "train.compile",
@@ -199,6 +199,20 @@ def test_the_solver_is_the_one_asked_for(tiny_run: Configure, tmp_path: Path, mo
     assert sum(plan(tiny_run(tmp_path, "plan.solver=integer_programme")).layers) == 4
     with pytest.raises(AssertionError, match="the other solver"):
         plan(tiny_run(tmp_path))
+
+
+def test_a_plan_above_the_budget_is_refused_with_its_numbers(tiny_run: Configure, tmp_path: Path) -> None:
+    within = plan(tiny_run(tmp_path))
+    peak_bytes = within.peak_model_state_bytes
+    assert plan(tiny_run(tmp_path, f"plan.budget={peak_bytes}")) == within
+    with pytest.raises(
+        PlanInfeasible, match=r"no 2-stage plan fits .* smallest peak .* in stage \d \(weights"
+    ) as caught:
+        plan(tiny_run(tmp_path, f"plan.budget={peak_bytes - 1}"))
+    assert (caught.value.budget_bytes, caught.value.peak_bytes) == (peak_bytes - 1, peak_bytes)
+    assert within.stages[caught.value.stage - 1].memory.total_bytes == peak_bytes
+    with pytest.raises(PlanInfeasible, match=r"layers \[1, 3\] do not fit plan\.budget=1\.00 KiB"):
+        plan(tiny_run(tmp_path, "plan.budget=1KiB", "plan.layers=[1,3]"))
 
 
 # --- the loop ---

@@ -14,13 +14,14 @@ import steplm
 PACKAGE = Path(steplm.__file__).parent
 
 # Each room with what it may import, besides itself. A lower room never names a higher one.
-BASE = {"types", "errors", "units", "config"}
+BASE = {"types", "errors", "units", "files", "config"}
 PLANNING = BASE | {"memory", "planner"}
 SIBLINGS = PLANNING | {"steplm"}  # `import steplm` for the version
 ALLOWED = {
     "types": set(),
     "errors": set(),
     "units": set(),
+    "files": set(),
     "config": {"errors", "units"},
     "memory": BASE,
     "planner": PLANNING,

@@ -33,10 +33,12 @@ from transformers import PretrainedConfig
 
 import steplm
 from steplm.errors import CheckpointError
+from steplm.files import sync, write_atomically
 from steplm.models.folder import load_hf_config, load_state, load_tensors, save_folder
 from steplm.types import AdapterSpec, LayerProvenance, TrainState, from_json, to_json
 
 MARKER = "COMPLETE"
+OPTIMIZER = "optimizer/state.safetensors"
 TEMPORARY = ".writing-"
 _NAME = re.compile(r"stage(\d+)-(?:step(\d+)|end)$")
 
@@ -98,14 +100,15 @@ def save_checkpoint(
         save_folder(temporary, config, weights)
         if adapters:
             save_file(adapters, temporary / "adapters.safetensors")
-        (temporary / "optimizer").mkdir()
-        save_file(optimizer, temporary / "optimizer" / "state.safetensors")
+        (temporary / OPTIMIZER).parent.mkdir()
+        save_file(optimizer, temporary / OPTIMIZER)
         document = to_json(state) | {"versions": _versions()}
         (temporary / "state.json").write_text(json.dumps(document, indent=1))
         marker = json.dumps(_fingerprints(temporary), indent=1)
-        _remove(final)
+        _discard(final)
         os.replace(temporary, final)
-        _write_durably(final / MARKER, marker)
+        sync(root)  # before older checkpoints are pruned
+        write_atomically(final / MARKER, marker)
     # safetensors and huggingface_hub wrap a failed write in errors of their own.
     except Exception as error:
         _remove(temporary)
@@ -123,14 +126,16 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
-    """Read a checkpoint; with ``verify``, every file's size and sha256 first.
+def load_checkpoint(path: Path, *, verify: bool = True, with_optimizer: bool = True) -> Checkpoint:
+    """Read a checkpoint; with ``verify``, the size and sha256 of every file that is read first.
+
+    Without ``with_optimizer`` the optimizer's tensors, most of the bytes, stay unread.
 
     Raises:
         CheckpointError: incomplete, damaged, or of another format.
     """
     if verify:
-        verify_checkpoint(path)
+        verify_checkpoint(path, with_optimizer=with_optimizer)
     state = load_checkpoint_state(path)
     adapters = path / "adapters.safetensors"
     return Checkpoint(
@@ -138,7 +143,7 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
         config=load_hf_config(path),
         weights=load_state(path),
         adapters=load_tensors(adapters) if adapters.is_file() else {},
-        optimizer=load_tensors(path / "optimizer" / "state.safetensors"),
+        optimizer=load_tensors(path / OPTIMIZER) if with_optimizer else {},
         state=state,
     )
 
@@ -151,8 +156,8 @@ def load_checkpoint_state(path: Path) -> CheckpointState:
         raise CheckpointError(f"{path / 'state.json'} cannot be used: {error}", path=str(path)) from None
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Compare every file with the sizes and hashes in the marker.
+def verify_checkpoint(path: Path, *, with_optimizer: bool = True) -> None:
+    """Compare every file (or all but the optimizer's) with the sizes and hashes in the marker.
 
     Raises:
         CheckpointError: the marker is missing, or a file is missing, truncated or altered.
@@ -164,6 +169,8 @@ def verify_checkpoint(path: Path) -> None:
     except ValueError:
         raise CheckpointError(f"{path / MARKER} is damaged", path=str(path)) from None
     for name, wanted in expected.items():
+        if name == OPTIMIZER and not with_optimizer:
+            continue
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing from the checkpoint", path=str(file))
@@ -189,13 +196,20 @@ def latest_checkpoint(root: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def mark_damaged(path: Path) -> Path:
+    """Rename a checkpoint to ``<name>.damaged`` and return that path: no longer read, counted or pruned."""
+    damaged = path.with_name(f"{path.name}.damaged")
+    _remove(damaged)
+    os.replace(path, damaged)
+    sync(path.parent)
+    return damaged
+
+
 def prune_checkpoints(root: Path, keep_last: int) -> None:
     """Delete all but the last ``keep_last`` checkpoints within stages; every stage's end is kept."""
     within = [path for path in complete_checkpoints(root) if not path.name.endswith("-end")]
     for path in within[:-keep_last]:
-        # Unmarked first: a kill in the middle of a deletion must not leave a marked, gutted folder.
-        (path / MARKER).unlink()
-        _remove(path)
+        _discard(path)
     if root.is_dir():
         for path in root.iterdir():
             unmarked = _NAME.match(path.name) and not (path / MARKER).exists()
@@ -210,9 +224,9 @@ def _age(path: Path) -> tuple[int, float]:
 
 
 def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    for path in (folder, *folder.rglob("*")):
+        sync(path)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    for file in files:
-        _sync(file)
     return {str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
 
 
@@ -224,19 +238,10 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _discard(path: Path) -> None:
+    # Unmarked first: a kill in the middle of a deletion must not leave a marked, gutted folder.
+    (path / MARKER).unlink(missing_ok=True)
+    _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -53,11 +53,15 @@ def plan(
 
 
 @app.command()
-def prepare(run: Run, overrides: Overrides = None) -> None:
+def prepare(
+    run: Run,
+    overrides: Overrides = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every shard again and compare its hash.")] = False,
+) -> None:
     """Turn documents into token shards; restartable."""
     from steplm.cli.prepare import run_prepare
 
-    run_prepare(run, overrides or [])
+    run_prepare(run, overrides or [], verify_hashes=verify)
 
 
 @app.command()
@@ -122,7 +126,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
     max_tokens: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Stop after so many tokens, e.g. 1M."),
+        typer.Option(help="Stop after so many tokens, e.g. 1M; default: all, for hub data 10M."),
     ] = None,
     device: Device = "auto",
     json: Json = False,
@@ -215,4 +219,7 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        print(f"error: {error.strerror}: {error.filename}" if error.filename else f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from steplm.eval.perplexity import PerplexityResult, evaluate_folder
-from steplm.units import parse_count
+from steplm.units import format_count, parse_count
+
+HUB_MAX_TOKENS = 10_000_000  # a data set on the hub may have no end in sight
 
 
 def run_eval(
@@ -26,6 +29,12 @@ def run_eval(
     json_output: bool = False,
 ) -> None:
     """Print perplexity and bits per byte of each model as a table, or as JSON objects in a list."""
+    limit = None if max_tokens is None else _count(max_tokens)
+    if limit is None and any(entry.startswith("hub://") for entry in data):
+        limit = HUB_MAX_TOKENS
+        print(
+            f"note: of hub data {format_count(limit)} tokens at most; --max-tokens sets another limit", file=sys.stderr
+        )
     results = {
         model: evaluate_folder(
             model,
@@ -34,7 +43,7 @@ def run_eval(
             sequence_length=sequence_length,
             stride=stride,
             batch_size=batch_size,
-            max_tokens=None if max_tokens is None else _count(max_tokens),
+            max_tokens=limit,
             device=device,
             dtype=dtype,
         )

@@ -35,6 +35,10 @@ def show_plan(run: str, overrides: Sequence[str] = (), *, as_json: bool = False,
         return
     console = Console()
     render_plan(plan, console)
+    limit = config.data.max_train_tokens
+    if limit is not None and plan.total_tokens > limit:
+        epochs = plan.total_tokens / limit
+        console.print(f"{epochs:.1f} epochs over data.max_train_tokens={format_count(limit)}", highlight=False)
     if explain:
         render_explain(plan, console)
 

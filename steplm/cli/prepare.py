@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from steplm.config import load_config
 from steplm.data.prepare import prepare, with_prepared_dir
+from steplm.data.tokens import verify
 from steplm.training.display import make_display
 from steplm.units import format_bytes, format_count
 
 
-def run_prepare(run: str, overrides: list[str]) -> None:
+def run_prepare(run: str, overrides: list[str], *, verify_hashes: bool = False) -> None:
     config = with_prepared_dir(load_config(run, overrides))
     display = make_display(config.log.progress)
     manifest = prepare(config, display.prepare)
@@ -18,3 +19,6 @@ def run_prepare(run: str, overrides: list[str]) -> None:
             f"{format_bytes(split.num_text_bytes)} of text"
         )
     display.console.print(f"shards in {config.prepared_dir}", highlight=False)
+    if verify_hashes:
+        verify(config.prepared_dir)
+        display.console.print("every shard and the tokenizer have the hashes they were written with")

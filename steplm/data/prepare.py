@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from steplm.config import RunConfig
-from steplm.data.shards import ShardWriter, disk_errors, write_json
+from steplm.data.shards import ShardWriter, disk_errors, locked, write_json
 from steplm.data.sources import BadRecords, Source, find_sources
-from steplm.data.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer
+from steplm.data.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer, without_added_tokens
 from steplm.data.tokens import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -53,7 +53,7 @@ MIN_RECORDS_TO_JUDGE = 1000  # before so many, one bad record among the first wo
 class PrepareProgress:
     """What is done so far. ``num_reused_tokens`` were in finished shards when this call began."""
 
-    phase: str  # "tokenizer" or "tokens"
+    phase: str  # "waiting for another process", "tokenizer" or "tokens"
     source: str
     num_sources_done: int
     num_sources: int
@@ -85,7 +85,7 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
     """Make ``config.prepared_dir`` hold the tokens that ``config`` asks for.
 
     Finished work of the same inputs is returned at once; unfinished work is gone on with; unfinished work
-    of other inputs is discarded.
+    of other inputs is discarded. One process at a time works in a folder; others wait for it.
 
     Raises:
         ConfigError: no training text is named, or the tokenizer's vocabulary is larger than the model's.
@@ -106,9 +106,11 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
     fingerprint = _sha256(inputs)
     if (folder / MANIFEST).is_file():
         return _finished(folder, inputs, config)
-    with disk_errors(folder):
+    progress = _Progress(config, sources, on_progress)
+    with disk_errors(folder), locked(folder, lambda: progress.report("waiting for another process", Counts())):
+        if (folder / MANIFEST).is_file():
+            return _finished(folder, inputs, config)
         _discard_other_work(folder, inputs)
-        progress = _Progress(config, sources, on_progress)
         tokenizer = _make_tokenizer(folder, config, sources, progress)
         vocab_size = _vocab_size(tokenizer)
         _check_vocabulary(vocab_size, config)
@@ -348,7 +350,7 @@ def _make_tokenizer(
             _check_vocabulary(_vocab_size(tokenizer), config)
         unfinished = folder / "tokenizer.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        tokenizer.save_pretrained(unfinished)
+        without_added_tokens(tokenizer).save_pretrained(unfinished)
         os.replace(unfinished, target)
     return load_tokenizer(target)
 
@@ -370,7 +372,7 @@ def _without_inner_threads() -> Iterator[None]:
 # From documents to shards.
 
 
-class Batch(NamedTuple):
+class DocumentBatch(NamedTuple):
     entries: list[Entry]
     is_written: list[bool]  # in a finished shard already
     counts: Counts
@@ -419,7 +421,7 @@ def _write_shards(
     return counts
 
 
-def _batches(stream: Iterable[Entry], finished_documents: Mapping[str, int], counts: Counts) -> Iterator[Batch]:
+def _batches(stream: Iterable[Entry], finished_documents: Mapping[str, int], counts: Counts) -> Iterator[DocumentBatch]:
     """Batches of half a megabyte, cut by the stream alone, each with the counts at its end."""
     entries: list[Entry] = []
     num_bytes = 0
@@ -433,19 +435,19 @@ def _batches(stream: Iterable[Entry], finished_documents: Mapping[str, int], cou
         yield _batch(entries, finished_documents, counts)
 
 
-def _batch(entries: list[Entry], finished_documents: Mapping[str, int], counts: Counts) -> Batch:
+def _batch(entries: list[Entry], finished_documents: Mapping[str, int], counts: Counts) -> DocumentBatch:
     is_written = [entry.position <= finished_documents[entry.split] for entry in entries]
-    return Batch(entries, is_written, counts.snapshot())
+    return DocumentBatch(entries, is_written, counts.snapshot())
 
 
-def _encoder(tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]) -> Callable[[Batch], list[Tokens]]:
+def _encoder(tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]) -> Callable[[DocumentBatch], list[Tokens]]:
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True  # text that spells "</s>" is text, not the end of a document
     backend.no_truncation()
     backend.no_padding()
     end = [tokenizer.eos_token_id]
 
-    def encode(batch: Batch) -> list[Tokens]:
+    def encode(batch: DocumentBatch) -> list[Tokens]:
         texts = [entry.text for entry, done in zip(batch.entries, batch.is_written, strict=True) if not done]
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids + end, dtype) for encoding in encodings]
@@ -454,15 +456,15 @@ def _encoder(tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]) -> Callab
 
 
 def _in_order(
-    batches: Iterable[Batch], encode: Callable[[Batch], list[Tokens]], num_workers: int
-) -> Iterator[tuple[Batch, list[Tokens]]]:
+    batches: Iterable[DocumentBatch], encode: Callable[[DocumentBatch], list[Tokens]], num_workers: int
+) -> Iterator[tuple[DocumentBatch, list[Tokens]]]:
     """``encode`` over the batches, ``num_workers`` at a time, results in the batches' order.
 
     Threads, not processes: tokenizing releases the interpreter lock, nothing is copied, and a program
     without a ``__main__`` guard works. On two cores they were faster than both processes and the library's
     own threads, or as fast.
     """
-    pending: deque[tuple[Batch, Future[list[Tokens]]]] = deque()
+    pending: deque[tuple[DocumentBatch, Future[list[Tokens]]]] = deque()
     with _without_inner_threads(), ThreadPoolExecutor(num_workers, "tokenize") as pool:
         try:
             for batch in batches:

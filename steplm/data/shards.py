@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -22,7 +22,13 @@ from steplm.errors import DataError
 from steplm.types import from_json, to_json
 from steplm.units import format_bytes
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
 UNFINISHED = ".unfinished"
+LOCK = ".lock"
 
 
 class ShardWriter:
@@ -137,6 +143,28 @@ def _sync(file: BinaryIO) -> None:
     # Without this a power cut can leave a renamed, empty file.
     file.flush()
     os.fsync(file.fileno())
+
+
+@contextmanager
+def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold ``folder`` for this process alone, and make it if need be; the lock goes with the process.
+
+    Args:
+        on_wait: called once if another process holds it, before waiting for that one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("ab") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                # Some shared file systems have no locks; there one process at a time is for the user to see to.
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+        yield
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import glob
 import gzip
 import hashlib
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from steplm.errors import DataError, HubUnavailable
 
 NUM_EXAMPLES = 10
 TEXT_PIECE_BYTES = 32 * 2**10
+HUB_RETRY_SECONDS = (1, 5, 25, 125)  # waits after a stream has broken off
 HUB_KEYS = ("name", "split", "revision", "data_dir", "data_files")
 
 
@@ -110,22 +112,6 @@ class Source:
             stream: Any = gzip.GzipFile(fileobj=raw) if is_gzip else raw
             reader = READERS[_format(self.path)]
             yield from _usable(self.name, reader(stream, text_field), text_field, bad)
-
-
-def read_documents(entries: Sequence[str], text_field: str, bad: BadRecords) -> Iterator[Document]:
-    """All documents of the entries, in order.
-
-    Args:
-        entries: files, globs, folders, ``hub://OWNER/NAME?name=CONFIG&split=train``, ``builtin://python-docs``.
-        text_field: key of the text in JSON, Parquet and hub records.
-        bad: counts every record, and keeps those that cannot be used.
-
-    Raises:
-        DataError: an entry matches nothing, has an unknown format, or cannot be read.
-        HubUnavailable: the hub cannot be reached.
-    """
-    for source in find_sources(entries):
-        yield from source.documents(text_field, bad)
 
 
 def _digest_of_ends(path: Path, num_bytes: int = 2**16) -> str:
@@ -349,25 +335,40 @@ def _hub_arguments(entry: str) -> tuple[str, dict[str, str]]:
 
 
 def _stream_hub(entry: str) -> Iterator[Record]:
+    """The records of a data set on the hub, over the network.
+
+    A stream that breaks off is opened again a few times, after the records that were read. A preparation that
+    is started again reads the stream from its beginning, so pin what may change: ``&revision=COMMIT`` is a
+    part of the inputs by which prepared folders are told apart.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     name, arguments = _hub_arguments(entry)
-    row = 0
-    try:
-        for row, record in enumerate(load_dataset(name, streaming=True, **arguments), 1):
-            yield row, record
-    except (DatasetsError, ValueError) as error:  # no such data set, configuration or split
-        raise DataError(f"cannot read {entry}: {error}", entry=entry) from None
-    except Exception as error:
-        if not _is_connection_error(error):
-            raise
-        raise HubUnavailable(
-            f"the hub cannot be reached for {entry} (after {row:,} records): {error}\n"
-            "Start again when it can (finished shards are kept), or name local files in data.train.",
-            entry=entry,
-            num_records=row,
-        ) from None
+    row = num_failures = 0
+    while True:
+        try:
+            stream = load_dataset(name, streaming=True, **arguments)
+            for record in stream.skip(row) if row else stream:
+                row += 1
+                num_failures = 0
+                yield row, record
+            return
+        except (DatasetsError, ValueError) as error:  # no such data set, configuration or split
+            raise DataError(f"cannot read {entry}: {error}", entry=entry) from None
+        except Exception as error:
+            if not _is_connection_error(error):
+                raise
+            # Where not even one record came, there is no network, or no such name: no reason to wait.
+            if row == 0 or num_failures == len(HUB_RETRY_SECONDS):
+                raise HubUnavailable(
+                    f"the hub cannot be reached for {entry} (after {row:,} records): {error}\n"
+                    "Start again when it can (finished shards are kept), or name local files in data.train.",
+                    entry=entry,
+                    num_records=row,
+                ) from None
+        time.sleep(HUB_RETRY_SECONDS[num_failures])
+        num_failures += 1
 
 
 def _is_connection_error(error: BaseException | None) -> bool:

@@ -45,6 +45,23 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokenizer, but one that puts no BOS or EOS around a text by itself, however it is loaded.
+
+    Training adds its own EOS after each document and no BOS: ``tokenizer(text)`` then gives the tokens that
+    the model was trained on. EOS is named as BOS too, so that whoever opens a text with BOS gives the model
+    what it has seen before a document.
+    """
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    if backend.num_special_tokens_to_add(False):
+        values = json.loads(backend.to_str())
+        backend = Tokenizer.from_str(json.dumps({**values, "post_processor": None}))
+    # A plain class: those of a model family make a post-processor of their own when they are loaded.
+    return _wrap(backend, {**tokenizer.special_tokens_map, "bos_token": tokenizer.eos_token})
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer; any text comes back from its tokens unchanged.
 

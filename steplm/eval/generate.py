@@ -9,6 +9,7 @@ import torch
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError
 from steplm.eval.perplexity import resolve_device
+from steplm.eval.text import opening_token
 from steplm.models.folder import load_pretrained
 
 
@@ -26,7 +27,7 @@ def generate(
 
     Args:
         folder: a Hugging Face folder or hub model, with its tokenizer.
-        prompt: may be empty; the model then begins a document.
+        prompt: the beginning of a document, may be empty; ``opening_token`` is put before it, as in evaluation.
         temperature: 0 takes the likeliest token each time, whatever the seed.
         top_p: nucleus sampling: share of probability kept.
 
@@ -41,7 +42,7 @@ def generate(
         )
     model = load_pretrained(folder).to(resolve_device(device)).eval()
     tokenizer = load_tokenizer(folder)
-    prompt_ids = tokenizer(prompt).input_ids or [tokenizer.eos_token_id]
+    prompt_ids = [opening_token(tokenizer), *tokenizer(prompt, add_special_tokens=False).input_ids]
     _check_room(model.config, len(prompt_ids), max_new_tokens)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

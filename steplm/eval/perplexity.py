@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import yaml
 from torch import Tensor
@@ -53,7 +55,7 @@ class PerplexityResult:
 
 def perplexity(
     model: PreTrainedModel,
-    token_ids: Sequence[int] | Tensor,
+    token_ids: Sequence[int] | npt.NDArray[np.uint32] | Tensor,
     *,
     sequence_length: int,
     stride: int | None = None,

@@ -75,21 +75,25 @@ def measure_model_state(
     )
 
 
-def check_against_plan(measured: MemoryEstimate, planned: MemoryEstimate) -> None:
-    """Compare every row, to the byte.
+def comparable(measured: MemoryEstimate, planned: MemoryEstimate) -> MemoryEstimate:
+    """What was measured, without embeddings, final norm and head if the plan does not count them."""
+    if any(term.component in OUTER_COMPONENTS for term in planned.terms):
+        return measured
+    return MemoryEstimate(tuple(term for term in measured.terms if term.component not in OUTER_COMPONENTS))
 
-    Embeddings, final norm and head are compared only if the plan counts them.
+
+def check_against_plan(measured: MemoryEstimate, planned: MemoryEstimate) -> None:
+    """Compare every ``comparable`` row, to the byte.
 
     Raises:
         MemoryMismatch: with a table of the rows that differ.
     """
-    counts_outer = any(term.component in OUTER_COMPONENTS for term in planned.terms)
+    measured = comparable(measured, planned)
     rows = dict.fromkeys([*TERMS, *((term.component, term.kind) for term in measured.terms)])
     differing = [
         (component, kind, planned.bytes_of(component, kind), measured.bytes_of(component, kind))
         for component, kind in rows
-        if (counts_outer or component not in OUTER_COMPONENTS)
-        and planned.bytes_of(component, kind) != measured.bytes_of(component, kind)
+        if planned.bytes_of(component, kind) != measured.bytes_of(component, kind)
     ]
     if differing:
         table = [f"{'':<26}{'planned':>18}{'measured':>18}{'difference':>18}"]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -47,7 +48,10 @@ def hf_config(values: Mapping[str, Any], num_hidden_layers: int | None = None) -
         values["num_hidden_layers"] = num_hidden_layers
         if "layer_types" in values:
             values["layer_types"] = values["layer_types"][:num_hidden_layers]
-    config = AutoConfig.for_model(model_type, **values)
+    try:
+        config = AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"transformers refuses this configuration of {model_type!r}: {error}") from None
     config.use_cache = False
     return config
 
@@ -99,7 +103,9 @@ def fresh_layers(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> 
     """A function from a layer's index to freshly initialised tensors of one layer, named below the layer."""
     from steplm.growth.grow import layer_prefix_of
 
-    one_layer = hf_config(config_values(config), num_hidden_layers=1)
+    # Two tokens: embeddings and head are built with the layer, and thrown away.
+    tiny = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    one_layer = hf_config({**config_values(config), **tiny, "vocab_size": 2}, num_hidden_layers=1)
 
     def fresh(index: int) -> dict[str, Tensor]:
         state = initial_state(one_layer, seed=seed * 1_000_003 + index, dtype=dtype)

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steplm.models.loss import chunked_cross_entropy
+from steplm.errors import ConfigError
+from steplm.models.loss import IGNORE_INDEX, chunked_cross_entropy
 
 # B sequences, S positions, D hidden size
 
@@ -40,7 +42,7 @@ def batch_loss(
 
     Args:
         input_ids: (B, S).
-        labels: (B, S), the token that follows each input; -100 where there is none.
+        labels: (B, S), the token that follows each input; ``IGNORE_INDEX`` where there is none.
         position_ids: (B, S), restarting at each document to keep attention inside it; ``None``: 0 … S-1.
         num_valid: labels to divide by: those of the whole optimizer step, over all micro-batches and ranks,
             which makes the loss invariant to gradient accumulation.
@@ -74,7 +76,7 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_si
     model.eval()
     total, count = 0.0, 0
     for batch in batches:
-        valid = int((batch.labels != -100).sum())
+        valid = int((batch.labels != IGNORE_INDEX).sum())
         batch = batch.to(model.device)
         total += float(
             batch_loss(model, batch.input_ids, batch.labels, batch.position_ids, num_valid=1, chunk_size=chunk_size)
@@ -82,3 +84,42 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_si
         count += valid
     model.train(was_training)
     return total / max(count, 1), count
+
+
+@torch.no_grad()
+def check_loss(model: PreTrainedModel, sequence_length: int) -> None:
+    """Compare ``batch_loss`` with cross-entropy on the model's own logits, on one row of at most 16 tokens.
+
+    A family may do to its logits what ``batch_loss`` does not know of: scale, cap or shift them.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    was_training = model.training
+    model.eval()
+    vocab_size = model.config.get_text_config().vocab_size
+    length = min(sequence_length, 16)
+    input_ids = (torch.arange(length, device=model.device) * 7919 % vocab_size).unsqueeze(0)
+    logits = model(input_ids=input_ids, use_cache=False).logits[0].float()
+    # Fresh weights give nearly equal logits, whose mean loss is log V whatever their scale. Between the
+    # likeliest and the unlikeliest tokens lie all the differences that there are.
+    pairs = [
+        (
+            F.cross_entropy(logits, labels).item(),
+            batch_loss(model, input_ids, labels.unsqueeze(0), num_valid=length, chunk_size=length).item(),
+        )
+        for labels in (logits.argmax(dim=1), logits.argmin(dim=1))
+    ]
+    model.train(was_training)
+    spread = pairs[1][0] - pairs[0][0]
+    tolerance = (1e-4 if model.dtype == torch.float32 else 2e-2) * spread + 1e-5
+    for expected, actual in pairs:
+        if not abs(actual - expected) <= tolerance:  # not >: NaN must not pass
+            raise ConfigError(
+                f"model_type {model.config.model_type!r} makes its logits in a way that the chunked loss does not "
+                f"know: loss {actual:.6f}, but {expected:.6f} from the model's own logits. "
+                "Choose another model_type or another configuration of it.",
+                model_type=model.config.model_type,
+                loss=actual,
+                expected_loss=expected,
+            )

@@ -1,4 +1,4 @@
-"""Adapters of a whole model: attach, merge, and their tensors by name.
+"""Adapters of a whole model: attach them, merge their tensors into plain weights, read and load them by name.
 
 To add a method: write a class with ``LoRALinear``'s interface and add a line to ``METHODS``.
 """
@@ -41,20 +41,8 @@ def attach(model: nn.Module, spec: AdapterSpec, layer_prefix: str, seed: int) ->
         model.set_submodule(name, adapter)
 
 
-def merge(model: nn.Module) -> None:
-    """Add every adapter to its weight, in place, and leave plain ``nn.Linear`` modules."""
-    for name, adapter in list(_adapters(model)):
-        factors = {key: getattr(adapter, key).detach() for key in adapter.factor_names}
-        with torch.no_grad():
-            adapter.weight.copy_(adapter.merge_weight(adapter.weight.detach(), factors, adapter.scaling))
-        linear = nn.Linear(adapter.in_features, adapter.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = adapter.weight, adapter.bias
-        linear.train(adapter.training)
-        model.set_submodule(name, linear)
-
-
 def merge_state(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
-    """The plain weights with the adapters added; the same bits as ``merge`` makes.
+    """The plain weights with the adapters added.
 
     Reads one tensor after the other, so that over a mapping that loads on access only one matrix exists
     beside the result. Weights without an adapter are passed through, not copied.

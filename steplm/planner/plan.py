@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 
 from steplm.config import RunConfig
-from steplm.errors import ConfigError
+from steplm.errors import ConfigError, PlanInfeasible
 from steplm.memory.estimate import adapter_parameters_per_layer, estimate_stage, resolve_target_modules
 from steplm.planner.flops import training_flops_per_token
 from steplm.planner.positions import make_layer_map
@@ -18,6 +18,7 @@ from steplm.planner.solve import (
 )
 from steplm.planner.tokens import stage_tokens
 from steplm.types import AdapterSpec, LayerMap, MemoryEstimate, ModelShape, Plan, Stage
+from steplm.units import format_bytes
 
 
 def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
@@ -30,7 +31,7 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
 
     Raises:
         ConfigError: values that make no model, no adapters or no step.
-        PlanInfeasible: more stages than layers.
+        PlanInfeasible: more stages than layers, or more model-state bytes than ``plan.budget``.
     """
     shape = shape or shape_from_hf_config(config.model.hf_config())
     adapter_parameters = 0
@@ -74,12 +75,33 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
             )
         )
     vanilla = _stage_memory(config, shape, adapter_parameters, shape.num_hidden_layers, 0)
-    return Plan(
+    made = Plan(
         shape=shape,
         precision=config.train.precision,
         stages=tuple(stages),
         proved_optimal=proved_optimal,
         vanilla_model_state_bytes=vanilla.total_bytes,
+    )
+    if config.plan.budget is not None:
+        _check_budget(made, config.plan.budget)
+    return made
+
+
+def _check_budget(plan: Plan, budget_bytes: int) -> None:
+    peak_bytes = plan.peak_model_state_bytes
+    if peak_bytes <= budget_bytes:
+        return
+    peak = next(stage for stage in plan.stages if stage.memory.total_bytes == peak_bytes)
+    kinds = ("weights", "gradients", "optimizer")
+    parts = ", ".join(f"{kind} {format_bytes(peak.memory.bytes_of(kind=kind))}" for kind in kinds)
+    fact = f"no {plan.num_stages}-stage plan fits" if plan.proved_optimal else f"layers {list(plan.layers)} do not fit"
+    raise PlanInfeasible(
+        f"{fact} plan.budget={format_bytes(budget_bytes)}: the {'smallest ' if plan.proved_optimal else ''}peak of the "
+        f"model states is {format_bytes(peak_bytes)}, in stage {peak.index} ({parts}). "
+        "Raise plan.budget or plan.num_stages, or lower pet.rank or the size of the model.",
+        budget_bytes=budget_bytes,
+        peak_bytes=peak_bytes,
+        stage=peak.index,
     )
 
 

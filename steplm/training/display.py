@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from steplm.config import GrowthConfig
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from steplm.data.prepare import PrepareProgress
     from steplm.memory.measure import PeakMemory
     from steplm.training.step import StepResult
-
-ROWS = ("weights", "gradients", "optimizer")
 
 
 class Display:
@@ -39,7 +38,7 @@ class Display:
         pass
 
     def note(self, text: str) -> None:
-        self.console.print(text, style="dim", highlight=False)
+        self.console.print(text, style="dim", highlight=False, markup=False)  # a path may hold [brackets]
 
     def plan(self, plan: Plan) -> None:
         self._plan = plan
@@ -75,7 +74,9 @@ class Display:
         table.add_column("model state")
         for heading in ("planned bytes", "measured bytes", ""):
             table.add_column(heading, justify="right")
-        for name, planned_bytes, measured_bytes in _rows(stage.memory, measured):
+        measured_by_kind = measured.by_kind()
+        for name, planned_bytes in stage.memory.by_kind().items():
+            measured_bytes = measured_by_kind[name]
             equal = "[green]=[/]" if planned_bytes == measured_bytes else "[red]differs[/]"
             table.add_row(name, f"{planned_bytes:,}", f"{measured_bytes:,}", equal)
         self.console.print(table)
@@ -90,6 +91,12 @@ class Display:
     def _of(self, stage: Stage) -> str:
         return f"{stage.index}/{self._plan.num_stages}" if self._plan else str(stage.index)
 
+    def _left(self, progress: TrainState, speed: float) -> str:
+        """Time for the tokens of the whole plan that are still to come, at ``speed`` tokens a second."""
+        if self._plan is None or speed <= 0:
+            return ""
+        return f"left {format_seconds((self._plan.total_tokens - progress.tokens_seen) / speed)}"
+
     def step(
         self,
         stage: Stage,
@@ -100,10 +107,11 @@ class Display:
         speed: float,
         peak: PeakMemory,
     ) -> None:
+        """One logged step; ``speed`` in tokens a second."""
         self.console.print(
             f"stage {self._of(stage)}  step {progress.step:,}/{num_steps:,}  loss {result.loss:.3f}  "
             f"ppl {math.exp(min(result.loss, 700)):.1f}  lr {rate:.1e}  grad {result.grad_norm:.2f}  "
-            f"{format_count(speed)} tok/s  {_memory(stage, peak)}",
+            f"{format_count(speed)} tok/s  {_memory(stage, peak)}  {self._left(progress, speed)}".rstrip(),
             highlight=False,
         )
 
@@ -129,7 +137,7 @@ class Display:
     def finished(self, run_dir: Path, export_dir: Path, loss: float) -> None:
         self.console.print(
             f"[bold green]done[/]  validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}  "
-            f"model in {export_dir}",
+            f"model in {escape(str(export_dir))}",
             highlight=False,
         )
 
@@ -143,9 +151,8 @@ class RichDisplay(Display):
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[left]}"),  # before the numbers, which a narrow terminal cuts
             TextColumn("{task.fields[numbers]}"),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             console=console,
             transient=True,
         )
@@ -170,12 +177,13 @@ class RichDisplay(Display):
     ) -> None:
         if self._task is None:
             total = self._plan.total_tokens if self._plan else None
-            self._task = self._progress.add_task("", total=total, completed=progress.tokens_seen, numbers="")
+            self._task = self._progress.add_task("", total=total, completed=progress.tokens_seen, numbers="", left="")
         self._progress.update(
             self._task,
             description=f"stage {self._of(stage)}  step {progress.step:,}/{num_steps:,}",
             completed=progress.tokens_seen,
             numbers=f"loss {result.loss:.3f}  lr {rate:.1e}  {format_count(speed)} tok/s  {_memory(stage, peak)}",
+            left=self._left(progress, speed),
         )
 
 
@@ -191,19 +199,3 @@ def make_display(kind: str) -> Display:
 def _memory(stage: Stage, peak: PeakMemory) -> str:
     planned = f"state {format_bytes(stage.memory.total_bytes)} as planned"
     return f"{peak}  {planned}"
-
-
-def _rows(planned: MemoryEstimate, measured: MemoryEstimate) -> list[tuple[str, int, int]]:
-    rows = [
-        (
-            kind,
-            *(e.bytes_of(kind=kind) - e.bytes_of(component="adapters", kind=kind) for e in (planned, measured)),
-        )
-        for kind in ROWS
-    ]
-    rows.append(("adapters", *(e.bytes_of(component="adapters") for e in (planned, measured))))
-    rows.append(("total", planned.total_bytes, measured.total_bytes))
-    return rows  # type: ignore[return-value]
-
-
-__all__ = ["Display", "RichDisplay", "format_seconds", "make_display"]

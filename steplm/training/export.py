@@ -6,16 +6,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import yaml
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from steplm.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from steplm.config import RunConfig, load_config
 from steplm.errors import CheckpointError
 from steplm.models.folder import save_folder
 from steplm.pet.adapters import merge_state
-from steplm.training.model_card import model_card
+from steplm.training.model_card import model_card, public_name
 from steplm.types import Plan, from_json, to_json
 
 
@@ -30,54 +31,94 @@ def export(source: str | Path, output_dir: str | Path | None = None) -> Path:
         output_dir: default ``RUN_DIR/export``. A folder there that is an earlier export is replaced.
 
     Raises:
-        CheckpointError: no complete checkpoint, or the output folder holds something else.
+        CheckpointError: no complete checkpoint, no tokenizer, or the output folder holds something else.
     """
     source = Path(source)
-    checkpoint_path = source if (source / "state.json").is_file() else latest_checkpoint(source / "checkpoints")
+    checkpoint_path: Path | None
+    if (source / "state.json").is_file():
+        checkpoint_path, run_dir = source, source.resolve().parent.parent
+    else:
+        checkpoint_path, run_dir = latest_checkpoint(source / "checkpoints"), source
     if checkpoint_path is None:
         raise CheckpointError(f"{source} holds no complete checkpoint: is it a run directory?", path=str(source))
-    run_dir = checkpoint_path.parent.parent
-    checkpoint = load_checkpoint(checkpoint_path)
+    checkpoint = load_checkpoint(checkpoint_path, with_optimizer=False)
     config = load_config(run_dir / "config.yaml")
     plan = from_json(Plan, json.loads((run_dir / "plan.json").read_text()))
-    final = Path(output_dir) if output_dir is not None else run_dir / "export"
-    if final.exists() and any(final.iterdir()) and not (final / "provenance.json").is_file():
-        raise CheckpointError(f"{final} exists and is no earlier export: choose another folder", path=str(final))
+    output_dir = Path(output_dir) if output_dir is not None else run_dir / "export"
+    final = output_dir.resolve()  # "." has no name of its own
+    _require_replaceable(final)
+    tokenizer_dir = _tokenizer_dir(run_dir, config)
 
     temporary = final.with_name(f".{final.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
-    _write(temporary, checkpoint, config, plan)
+    _write(temporary, checkpoint, config, plan, tokenizer_dir)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    return final
+    return output_dir
 
 
-def _write(folder: Path, checkpoint: Checkpoint, config: RunConfig, plan: Plan) -> None:
+def _require_replaceable(folder: Path) -> None:
+    """Absent, empty, or an earlier export; and not the ground under our feet."""
+    if Path.cwd().is_relative_to(folder):
+        raise CheckpointError(
+            f"{folder} is the current folder or above it, and an export replaces its folder: name a new one inside it",
+            path=str(folder),
+        )
+    if not folder.exists():
+        return
+    is_earlier_export = all((folder / name).is_file() for name in ("training_config.yaml", "plan.json"))
+    if not folder.is_dir() or (any(folder.iterdir()) and not is_earlier_export):
+        raise CheckpointError(f"{folder} exists and is no earlier export: choose another folder", path=str(folder))
+
+
+def _tokenizer_dir(run_dir: Path, config: RunConfig) -> Path:
+    """The run's own copy, or that of the prepared data, where a run has none."""
+    candidates = [run_dir / "tokenizer"]
+    if config.data.prepared_dir is not None:
+        candidates.append(config.prepared_dir / "tokenizer")
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    raise CheckpointError(
+        f"no tokenizer in {' or '.join(map(str, candidates))}: a model without it is of no use. Copy the folder "
+        f"'tokenizer' of the run's prepared data to {candidates[0]}, or call this where the run was started.",
+        candidates=[str(folder) for folder in candidates],
+    )
+
+
+def _public(config: RunConfig) -> dict[str, Any]:
+    """The configuration for others to read, without the folders of the machine that it was written on."""
+    values = config.model_dump(mode="json")
+    data = values["data"]
+    values["output_dir"] = data["prepared_dir"] = None
+    for split in ("train", "validation"):
+        data[split] = [public_name(entry) for entry in data[split]]
+    data["tokenizer"] = public_name(data["tokenizer"], may_be_on_hub=True)
+    if config.init_from is not None:
+        values["init_from"] = public_name(config.init_from, may_be_on_hub=True)
+    return values
+
+
+def _write(folder: Path, checkpoint: Checkpoint, config: RunConfig, plan: Plan, tokenizer_dir: Path) -> None:
     weights = checkpoint.weights
     if checkpoint.state.adapters is not None:
         weights = merge_state(weights, checkpoint.adapters, checkpoint.state.adapters)
     hf_config = checkpoint.config
     hf_config.use_cache = True
-    tokenizer_dir = config.prepared_dir / "tokenizer"
-    special = {}
-    if tokenizer_dir.is_dir():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False)
-        special = {
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        # The architecture's defaults name another tokenizer's ids; generation must stop at ours.
-        for name, token_id in special.items():
-            setattr(hf_config, name, token_id)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False)
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    # The architecture's defaults name another tokenizer's ids; generation must stop at ours.
+    for name, token_id in special.items():
+        setattr(hf_config, name, token_id)
     save_folder(folder, hf_config, weights)
-    if tokenizer_dir.is_dir():
-        shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
+    shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
     GenerationConfig(**special, do_sample=True, temperature=0.8, top_p=0.95).save_pretrained(folder)
     provenance = [to_json(layer) for layer in checkpoint.state.provenance]
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
     (folder / "plan.json").write_text(json.dumps(to_json(plan), indent=1) + "\n")
-    (folder / "training_config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    (folder / "training_config.yaml").write_text(yaml.safe_dump(_public(config), sort_keys=False))
     (folder / "README.md").write_text(model_card(config, plan, checkpoint.state))

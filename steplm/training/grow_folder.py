@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from steplm.config import GrowthConfig
+from steplm.config import GrowthConfig, validated
 from steplm.errors import CheckpointError, GrowthError
 from steplm.growth.grow import grow as grow_state
 from steplm.growth.grow import grow_config, provenance
@@ -38,13 +38,14 @@ def grow(
         For each layer of the grown model, its parents in the old one.
 
     Raises:
+        ConfigError: no such operator or position, or a pair that does not go together.
         GrowthError: ``to`` is not more than the model has, or its layers are not alike.
         CheckpointError: no model there, or ``output_dir`` is not empty.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise CheckpointError(f"{output_dir} is not empty: choose another folder", path=str(output_dir))
-    growth = GrowthConfig(operator=operator, position=position)
+    growth = validated(GrowthConfig, {"operator": operator, "position": position})
     config, state = load_config_and_state(model)
     num_old = config.num_hidden_layers
     if to <= num_old:

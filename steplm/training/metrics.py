@@ -14,10 +14,14 @@ Events, told apart by ``event``:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from steplm.config import RunConfig
 from steplm.errors import ConfigError
 
 
@@ -36,13 +40,18 @@ class MetricsLog:
         """Open the log and cut it to ``keep_bytes``, its length when the checkpoint was written."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = path.open("ab")
-        self._stream.truncate(keep_bytes)
-        self._stream.seek(keep_bytes)
+        # A log that was cut or removed by hand is gone on with, not filled up with zeros.
+        self._stream.truncate(min(keep_bytes, self._stream.seek(0, os.SEEK_END)))
+        self._stream.seek(0, os.SEEK_END)
         self._sinks = sinks
 
     @property
     def num_bytes(self) -> int:
         return self._stream.tell()
+
+    def sync(self) -> None:
+        """On the disk, before a checkpoint says how long the log is."""
+        os.fsync(self._stream.fileno())
 
     def write(self, event: str, **values: Any) -> None:
         line = json.dumps({"event": event, **values}, separators=(",", ":"), allow_nan=False)
@@ -71,12 +80,11 @@ def read_metrics(path: Path, event: str | None = None) -> list[dict[str, Any]]:
 class TensorBoardSink:
     """Scalars over tokens seen, under ``<run>/tensorboard``."""
 
-    def __init__(self, run_dir: Path, project: str, name: str, config: dict[str, Any]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise _missing("tensorboard") from None
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+    def __init__(self, run_dir: Path, config: RunConfig, tokens_seen: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a killed process logged after its last checkpoint is logged again.
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=tokens_seen)
 
     def log(self, values: Mapping[str, float], tokens_seen: int) -> None:
         for key, value in values.items():
@@ -87,28 +95,43 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """The same to Weights & Biases, resumed under the run's name."""
+    """The same to Weights & Biases; a resumed run goes on under the id that is kept in its directory."""
 
-    def __init__(self, run_dir: Path, project: str, name: str, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise _missing("wandb") from None
-        self._run = wandb.init(project=project, name=name, id=name, resume="allow", dir=str(run_dir), config=config)
+    def __init__(self, run_dir: Path, config: RunConfig, tokens_seen: int) -> None:
+        import wandb
+
+        id_file = run_dir / "wandb_id"
+        if not id_file.is_file():
+            id_file.write_text(uuid.uuid4().hex[:12])
+        self._run = wandb.init(
+            project=config.log.wandb_project,
+            name=config.name,
+            id=id_file.read_text(),
+            resume="allow",
+            dir=str(run_dir),
+            config=config.model_dump(mode="json"),
+        )
 
     def log(self, values: Mapping[str, float], tokens_seen: int) -> None:
-        self._run.log({**values, "tokens_seen": tokens_seen})
+        self._run.log(dict(values), step=tokens_seen)
 
     def close(self) -> None:
         self._run.finish()
 
 
-# name in log.report_to -> (run_dir, project, run's name, configuration) -> sink
-SINKS: dict[str, Callable[[Path, str, str, dict[str, Any]], Sink]] = {
+# name in log.report_to, and of the package -> (run_dir, configuration, tokens seen) -> sink
+SINKS: dict[str, Callable[[Path, RunConfig, int], Sink]] = {
     "tensorboard": TensorBoardSink,
     "wandb": WandbSink,
 }
 
 
-def _missing(package: str) -> ConfigError:
-    return ConfigError(f"log.report_to names {package}, which is not installed: pip install 'steplm[{package}]'")
+def require_sinks(names: Iterable[str]) -> None:
+    """Raises ConfigError if a sink's package is not installed: better now than after the data are prepared."""
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError:
+            raise ConfigError(
+                f"log.report_to names {name}, which is not installed: pip install 'steplm[{name}]'", package=name
+            ) from None

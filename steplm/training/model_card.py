@@ -148,9 +148,20 @@ def _made_of(layer: LayerProvenance) -> str:
 
 
 def _data(config: RunConfig) -> str:
-    # A published card must not tell the folders of the machine that it was written on.
-    names = [entry if "://" in entry else Path(entry).name for entry in config.data.train]
+    names = map(public_name, config.data.train)
     return "\n".join(f"- `{name}`" for name in dict.fromkeys(names))
+
+
+def public_name(entry: str, *, may_be_on_hub: bool = False) -> str:
+    """A name for others: a local path loses its folders, which tell of the machine; hub:// and the like stay.
+
+    Args:
+        may_be_on_hub: whether ``owner/name`` is a name on the hub, if no such path exists.
+    """
+    path = Path(entry)
+    is_local = path.exists() or len(path.parts) != 2 or entry.startswith((".", "/", "~"))
+    is_on_hub = "://" in entry or (may_be_on_hub and not is_local)
+    return entry if is_on_hub else path.name
 
 
 def _is_hub(entry: str) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -23,21 +25,31 @@ from transformers import PreTrainedModel
 
 import steplm
 from steplm.checkpoint import CheckpointState, latest_checkpoint, verify_checkpoint
-from steplm.checkpoint.folder import complete_checkpoints, load_checkpoint_state
-from steplm.config import RunConfig, dump_config, load_config
+from steplm.checkpoint.folder import complete_checkpoints, load_checkpoint_state, mark_damaged
+from steplm.config import ModelConfig, RunConfig, dump_config, load_config
 from steplm.data.loader import BatchLoader, validation_windows
 from steplm.data.prepare import prepare, with_prepared_dir
 from steplm.data.tokens import MANIFEST, Manifest, TokenDataset
 from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError
+from steplm.files import write_atomically
 from steplm.memory.measure import measure_peak
+from steplm.models.build import config_values, hf_config
 from steplm.models.folder import load_hf_config
 from steplm.models.forward import mean_loss
 from steplm.models.shape import shape_of
 from steplm.planner.plan import plan as make_plan
 from steplm.training.display import Display, make_display
 from steplm.training.export import export
-from steplm.training.metrics import SINKS, MetricsLog, Sink
-from steplm.training.stage import assemble, check_entrance, enter_stage, train_stage
+from steplm.training.metrics import SINKS, MetricsLog, Sink, require_sinks
+from steplm.training.stage import (
+    assemble,
+    check_entrance,
+    enter_stage,
+    memory_errors,
+    probe_loss,
+    require_finite,
+    train_stage,
+)
 from steplm.training.step import StepResult
 from steplm.types import Plan, Stage, TrainState, from_json, to_json
 
@@ -50,11 +62,27 @@ FREE_AT_RESUME = (
     "train.device",
     "train.num_threads",
     "train.dry_run",
+    # How a step is computed, not what: at a constant product of the two sizes, which the plan's steps need.
+    "train.per_device_train_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.gradient_checkpointing",
+    "train.loss_chunk_size",
+    "train.compile",
+    # The way out of a diverged run. Such a change is noted in the log.
+    "optim",
     "train.save_steps",
     "train.save_total_limit",
     "eval",
     "log",
 )
+
+
+# Keys of a given model's configuration that need not be those of ``model``: the given ones hold.
+NOT_COMPARED = (
+    "num_hidden_layers", "layer_types", "max_window_layers", "initializer_range", "max_position_embeddings",
+    "use_cache", "dtype", "architectures", "transformers_version", "_name_or_path", "bos_token_id", "eos_token_id",
+    "pad_token_id", "model_type",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,6 +136,7 @@ class Run:
     def evaluate(self, stage: Stage, progress: TrainState, model: PreTrainedModel) -> float:
         """Validation loss, logged and shown."""
         loss = self.validation_loss(model)
+        require_finite(self, stage, progress, loss)
         perplexity = math.exp(min(loss, 700.0))
         self.metrics.write(
             "eval",
@@ -176,8 +205,12 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
     with _exclusive(run_dir):
         config = _with_prepared_dir(config)
         plan = make_plan(config, shape_of(config.model.hf_config()))
+        # All that can fail at once, before the data, which can take hours.
+        hf_config(config.model.hf_config())
+        device = _device(config.train.device)
+        require_sinks(config.log.report_to)
         _check_init_from(config, plan)
-        _check_same_run(config, plan)
+        changed = _check_same_run(config, plan)
         summary = run_dir / "summary.json"
         if summary.is_file():
             display.note(f"{run_dir} is finished already")
@@ -201,11 +234,15 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
                 within_documents=config.data.within_documents,
             ),
             validation=TokenDataset(config.prepared_dir, "validation"),
-            metrics=_open_metrics(config, keep_bytes=0 if state is None else state.metrics_bytes),
+            metrics=_open_metrics(config, state),
             display=display,
-            device=_device(config.train.device),
+            device=device,
             seconds_before=0.0 if state is None else state.elapsed_seconds,
         )
+        if changed and state is not None:
+            display.note(f"resumed with {', '.join(changed)} changed")
+            run.metrics.write("changed", tokens_seen=state.progress.tokens_seen, keys=changed)
+        _keep_tokenizer(config)
         try:
             with _stopping_on_signals(run), display:
                 checkpoint = _run_stages(run, checkpoint)
@@ -219,13 +256,18 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
 
 def _run_stages(run: Run, checkpoint: Path | None) -> Path | None:
     for stage in _remaining_stages(run.plan, checkpoint):
-        start = enter_stage(run, stage, checkpoint)
-        model, optimizer = assemble(run, stage, start)
-        start.weights, start.adapters, start.optimizer = {}, {}, {}  # the model holds what it needs
-        check_entrance(run, stage, model, optimizer, is_new=start.progress.step == 0)
-        checkpoint = train_stage(run, stage, start, model, optimizer)
-        # Gone before the next stage is built: at growth the device holds plain weights only.
+        with memory_errors(run, stage):
+            start = enter_stage(run, stage, checkpoint)
+            model, optimizer = assemble(run, stage, start)
+            start.weights, start.adapters, start.optimizer = {}, {}, {}  # the model holds what it needs
+            check_entrance(run, stage, model, optimizer, is_new=start.progress.step == 0)
+            checkpoint = train_stage(run, stage, start, model, optimizer)
+        # Gone before the next stage is built: at growth the device holds plain weights only. A compiled
+        # layer is a reference cycle, which only the collector ends.
         del model, optimizer, start
+        gc.collect()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
         if run.stop_signal:
             break
     return checkpoint
@@ -244,20 +286,28 @@ def _finish(run: Run) -> RunResult:
 
     run_dir = run.config.run_dir
     export_dir = export(run_dir)
-    loss = run.validation_loss(load_pretrained(export_dir).to(run.device))
+    model = load_pretrained(export_dir).to(run.device)
     tokens_seen = run.plan.total_tokens
-    run.metrics.write("run_end", tokens_seen=tokens_seen, elapsed_seconds=run.elapsed_seconds, validation_loss=loss)
-    _write_atomically(
-        run_dir / "summary.json",
-        {
-            "plan_hash": run.plan.hash,
-            "tokens_seen": tokens_seen,
-            "elapsed_seconds": run.elapsed_seconds,
-            "validation_loss": loss,
-            "validation_perplexity": math.exp(min(loss, 700.0)),
-            "export_dir": export_dir.name,
-        },
+    last = latest_checkpoint(run.checkpoints_dir)
+    assert last is not None
+    run.metrics.write(
+        "merge",
+        stage=run.plan.num_stages,
+        tokens_seen=tokens_seen,
+        loss_before=load_checkpoint_state(last).probe_loss,
+        loss_after=probe_loss(run, model),
     )
+    loss = run.validation_loss(model)
+    run.metrics.write("run_end", tokens_seen=tokens_seen, elapsed_seconds=run.elapsed_seconds, validation_loss=loss)
+    summary = {
+        "plan_hash": run.plan.hash,
+        "tokens_seen": tokens_seen,
+        "elapsed_seconds": run.elapsed_seconds,
+        "validation_loss": loss,
+        "validation_perplexity": math.exp(min(loss, 700.0)),
+        "export_dir": export_dir.name,
+    }
+    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     run.display.finished(run_dir, export_dir, loss)
     return _result_of(run_dir, run.plan)
 
@@ -287,29 +337,48 @@ def _check_init_from(config: RunConfig, plan: Plan) -> None:
     if config.init_from is None:
         return
     given = load_hf_config(config.init_from)
+    if config.data.tokenizer == "train":
+        raise ConfigError(
+            f"init_from {config.init_from} has embeddings for its own tokenizer, and data.tokenizer=train would make "
+            f"another. Set data.tokenizer={config.init_from}.",
+            init_from=config.init_from,
+        )
     if given.num_hidden_layers != plan.layers[0]:
         raise ConfigError(
             f"init_from {config.init_from} has {given.num_hidden_layers} layers, but stage 1 of the plan has "
             f"{plan.layers[0]}. Set plan.layers by hand, beginning with {given.num_hidden_layers}.",
             num_hidden_layers=given.num_hidden_layers,
         )
-    for key, value in config.model.hf_config().items():
-        theirs = getattr(given, key, value)
-        if key not in ("num_hidden_layers", "initializer_range", "max_position_embeddings") and theirs != value:
+    if config.train.sequence_length > given.max_position_embeddings:
+        raise ConfigError(
+            f"train.sequence_length={config.train.sequence_length} is more than the {given.max_position_embeddings} "
+            f"positions of init_from {config.init_from}.",
+            max_position_embeddings=given.max_position_embeddings,
+        )
+    ours = hf_config(config.model.hf_config())
+    for key, theirs in config_values(given).items():
+        value = getattr(ours, key, theirs)
+        if key not in NOT_COMPARED and theirs != value:
+            name = f"model.{key}" if key in ModelConfig.model_fields else f"model.extra.{key}"
             raise ConfigError(
-                f"model.{key} is {value}, but {key} of init_from {config.init_from} is {theirs}: "
-                f"set model.{key}={theirs}",
-                key=key,
+                f"{name} is {value}, but that of init_from {config.init_from} is {theirs}: set {name}={theirs}", key=key
             )
 
 
-def _check_same_run(config: RunConfig, plan: Plan) -> None:
-    """A run directory belongs to one configuration, but for the keys in ``FREE_AT_RESUME``."""
-    written = config.run_dir / "config.yaml"
-    if not written.is_file() or not complete_checkpoints(config.run_dir / "checkpoints"):
-        return
+def _check_same_run(config: RunConfig, plan: Plan) -> list[str]:
+    """A run directory belongs to one configuration, but for the keys in ``FREE_AT_RESUME``.
+
+    Returns:
+        Keys of ``optim`` that differ, each with its old and new value.
+    """
+    run_dir = config.run_dir
+    written = run_dir / "config.yaml"
+    begun = (run_dir / "summary.json").is_file() or bool(complete_checkpoints(run_dir / "checkpoints"))
+    if not written.is_file() or not begun:
+        return []
     before, now = _flat(load_config(written).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
-    changed = [key for key in now if now[key] != before.get(key) and not key.startswith(FREE_AT_RESUME)]
+    differing = [key for key in now if now[key] != before.get(key)]
+    changed = [key for key in differing if not key.startswith(FREE_AT_RESUME)]
     if changed:
         listing = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in changed[:5])
         raise CheckpointMismatch(
@@ -324,6 +393,7 @@ def _check_same_run(config: RunConfig, plan: Plan) -> None:
             "It was edited, or made by another version: give this run its own output_dir.",
             plan_hash=plan.hash,
         )
+    return [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key.startswith("optim.")]
 
 
 def _check_checkpoint(path: Path | None, state: CheckpointState, plan: Plan, manifest: Manifest) -> None:
@@ -350,31 +420,40 @@ def _usable_checkpoint(root: Path, display: Display) -> Path | None:
             return path
         except CheckpointError as error:
             display.note(f"passing over {path.name}: {error}")
+            mark_damaged(path)
     if complete:
         raise CheckpointError(f"none of the {len(complete)} checkpoints in {root} is usable", path=str(root))
     return None
 
 
-def _open_metrics(config: RunConfig, keep_bytes: int) -> MetricsLog:
-    values = config.model_dump(mode="json")
-    sinks: list[Sink] = [
-        SINKS[name](config.run_dir, config.log.wandb_project, config.name, values) for name in config.log.report_to
-    ]
+def _open_metrics(config: RunConfig, state: CheckpointState | None) -> MetricsLog:
+    tokens_seen = 0 if state is None else state.progress.tokens_seen
+    sinks: list[Sink] = [SINKS[name](config.run_dir, config, tokens_seen) for name in config.log.report_to]
+    keep_bytes = 0 if state is None else state.metrics_bytes
     return MetricsLog(config.run_dir / "metrics.jsonl", sinks, keep_bytes=keep_bytes)
+
+
+def _keep_tokenizer(config: RunConfig) -> None:
+    """A copy beside the checkpoints: a run that is moved elsewhere can still be exported."""
+    target = config.run_dir / "tokenizer"
+    if not target.is_dir():
+        unfinished = config.run_dir / ".tokenizer.writing"
+        shutil.copytree(config.prepared_dir / "tokenizer", unfinished, dirs_exist_ok=True)
+        os.replace(unfinished, target)
 
 
 def _write_documents(config: RunConfig, plan: Plan) -> None:
     run_dir = config.run_dir
-    (run_dir / "config.yaml").write_text(dump_config(config))
-    _write_atomically(run_dir / "plan.json", to_json(plan))
-    _write_atomically(run_dir / "environment.json", environment())
+    write_atomically(run_dir / "config.yaml", dump_config(config))
+    write_atomically(run_dir / "plan.json", json.dumps(to_json(plan), indent=1) + "\n")
+    write_atomically(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
 
 
 def environment() -> dict[str, Any]:
     """The device, the versions and the command: what a reader needs to judge a number."""
     cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else (platform.processor() or platform.machine()),
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "num_devices": torch.cuda.device_count() if cuda else 0,
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
@@ -388,10 +467,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _write_atomically(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _device(name: str) -> torch.device:

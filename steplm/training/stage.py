@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +20,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from steplm.checkpoint import Checkpoint, CheckpointState, load_checkpoint, prune_checkpoints, save_checkpoint
 from steplm.data.loader import validation_windows
-from steplm.errors import CheckpointMismatch, ConfigError, SteplmError, TrainingDiverged
+from steplm.errors import CheckpointMismatch, SteplmError, TrainingDiverged
 from steplm.growth.grow import grow, grow_config, layer_prefix_of, provenance, renamed
-from steplm.memory.measure import check_against_plan, measure_model_state, measure_peak, reset_peak
+from steplm.memory.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
 from steplm.models.build import (
     DTYPES,
     build_model,
@@ -31,13 +33,14 @@ from steplm.models.build import (
     plain_state,
 )
 from steplm.models.folder import load_config_and_state
-from steplm.models.forward import mean_loss
-from steplm.optim.adamw import MasterAdamW, carry_state
+from steplm.models.forward import check_loss, mean_loss
+from steplm.optim.adamw import MasterAdamW, carry_state, global_grad_norm
 from steplm.optim.schedules import learning_rate
 from steplm.pet.adapters import adapter_state, attach, load_adapter_state, merge_state
 from steplm.pet.trainable import apply_trainable
 from steplm.training.step import forward_backward, train_step
-from steplm.types import LayerProvenance, Stage, TrainState
+from steplm.types import LayerProvenance, Stage, TrainState, to_json
+from steplm.units import format_bytes
 
 if TYPE_CHECKING:
     from steplm.training.run import Run
@@ -63,6 +66,7 @@ class StageStart:
 
 def enter_stage(run: Run, stage: Stage, checkpoint_path: Path | None) -> StageStart:
     """Fresh or given weights (stage 1), the checkpoint's (resume), or the grown ones (a later stage)."""
+    reset_peak(run.device)
     if checkpoint_path is None:
         return _first_start(run, stage)
     checkpoint = load_checkpoint(checkpoint_path, verify=False)  # verified when it was chosen
@@ -159,9 +163,12 @@ def assemble(run: Run, stage: Stage, start: StageStart) -> tuple[PreTrainedModel
         )
     model.to(run.device)
     model.train()
+    check_loss(model, train.sequence_length)  # before compile: it would compile for one short row
     if train.gradient_checkpointing:
-        # Reentrant checkpointing gives no gradients where the first layers are frozen.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The newer name, where transformers has it. Reentrant checkpointing gives no gradients where the
+        # first layers are frozen.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if train.compile:
         for layer in model.get_submodule(layer_prefix_of(start.weights)):
             layer.compile()
@@ -184,54 +191,60 @@ def assemble(run: Run, stage: Stage, start: StageStart) -> tuple[PreTrainedModel
 def check_entrance(
     run: Run, stage: Stage, model: PreTrainedModel, optimizer: MasterAdamW, *, is_new: bool = True
 ) -> None:
-    """One batch forward and backward without an update, then planned bytes against measured bytes.
+    """A dry run without an update, then planned bytes against measured bytes.
 
     Checked at a resume in the middle of a stage too, where ``is_new`` is false and the event is in the log already.
 
     Raises:
         MemoryMismatch: they are not equal.
-        SteplmError: the device ran out of memory.
     """
+    train = run.config.train
+    entrance_peak = measure_peak(run.device)  # of merge, growth and assembly
     reset_peak(run.device)
-    if run.config.train.dry_run:
-        train = run.config.train
-        batch = run.loader.batch(0, train.per_device_train_batch_size)
-        try:
-            forward_backward(
-                model,
-                batch,
-                micro_batch_size=train.per_device_train_batch_size,
-                chunk_size=train.loss_chunk_size,
-            )
-        except torch.OutOfMemoryError as error:
-            raise SteplmError(
-                f"stage {stage.index} does not fit: the dry-run batch of {train.per_device_train_batch_size} x "
-                f"{train.sequence_length} tokens ran out of device memory ({str(error).splitlines()[0]}). Lower "
-                "train.per_device_train_batch_size (and raise gradient_accumulation_steps), or set "
-                "train.gradient_checkpointing=true.",
-                stage=stage.index,
-            ) from None
-    measured = measure_model_state(model, optimizer, stage, expect_gradients=not run.config.train.dry_run)
+    if train.dry_run:
+        # Two micro-batches where there are as many: the second meets the gradients of the first.
+        num_sequences = train.per_device_train_batch_size * min(2, train.gradient_accumulation_steps)
+        forward_backward(
+            model,
+            run.loader.batch(0, num_sequences),
+            micro_batch_size=train.per_device_train_batch_size,
+            chunk_size=train.loss_chunk_size,
+        )
+    everything = measure_model_state(model, optimizer, stage, expect_gradients=not train.dry_run)
     optimizer.zero_grad()
-    check_against_plan(measured, stage.memory)
+    check_against_plan(everything, stage.memory)
+    measured = comparable(everything, stage.memory)
     if is_new:
         run.metrics.write(
             "stage_start",
             stage=stage.index,
             num_hidden_layers=stage.num_hidden_layers,
-            planned_bytes=_by_kind(stage.memory),
-            measured_bytes=_by_kind(measured),
+            planned_bytes=stage.memory.by_kind(),
+            measured_bytes=measured.by_kind(),
+            **{f"entrance_{name}": value for name, value in to_json(entrance_peak).items()},
         )
     run.display.stage_start(stage, measured)
 
 
-def _by_kind(estimate: object) -> dict[str, int]:
-    """Weights, gradients and optimizer of the model proper; adapters with all of theirs; the total."""
-    bytes_of = estimate.bytes_of  # type: ignore[attr-defined]
-    kinds = {
-        k: bytes_of(kind=k) - bytes_of(component="adapters", kind=k) for k in ("weights", "gradients", "optimizer")
-    }
-    return {**kinds, "adapters": bytes_of(component="adapters"), "total": estimate.total_bytes}  # type: ignore[attr-defined]
+@contextmanager
+def memory_errors(run: Run, stage: Stage) -> Iterator[None]:
+    """Out of memory, on any device, becomes one message that says what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        # On a CPU PyTorch has no class for it.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        train = run.config.train
+        raise SteplmError(
+            f"stage {stage.index} ran out of memory ({str(error).splitlines()[0]}). Its model state takes "
+            f"{format_bytes(stage.memory.total_bytes)}; the rest is activations of "
+            f"{train.per_device_train_batch_size} x {train.sequence_length} tokens. Lower "
+            "train.per_device_train_batch_size and raise train.gradient_accumulation_steps by the same factor, or set train.gradient_checkpointing=true; "
+            "the run then resumes where it is.",
+            stage=stage.index,
+            model_state_bytes=stage.memory.total_bytes,
+        ) from None
 
 
 def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedModel, optimizer: MasterAdamW) -> Path:
@@ -259,6 +272,8 @@ def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedMode
             min_ratio=optim.min_lr_ratio,
             kind=optim.lr_scheduler_type,
         )
+        # Dropout, where a model has it, is a function of the position too: a resumed run draws the same.
+        torch.manual_seed(config.seed * 1_000_003 + progress.tokens_seen)
         result = train_step(
             model,
             optimizer,
@@ -268,8 +283,7 @@ def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedMode
             micro_batch_size=train.per_device_train_batch_size,
             chunk_size=train.loss_chunk_size,
         )
-        if not result.is_finite:
-            raise _diverged(run, stage, progress, result.loss, result.grad_norm)
+        require_finite(run, stage, progress, result.loss, result.grad_norm)
         progress = replace(
             progress,
             step=progress.step + 1,
@@ -291,6 +305,7 @@ def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedMode
         if at_end:
             progress = replace(progress, stage_done=True)
         if progress.step % save_steps == 0 or at_end or run.stop_signal:
+            require_finite(run, stage, progress, *_trial(run, model, optimizer, progress))
             if at_end:
                 run.metrics.write("stage_end", stage=stage.index, step=progress.step, tokens_seen=progress.tokens_seen)
             path = save(run, stage, start, model, optimizer, progress, tuple(unlogged))
@@ -313,6 +328,7 @@ def save(
     """Write a checkpoint of this instant and prune the older ones."""
     adapters = adapter_state(model)
     tensors, steps = optimizer.state_dict()
+    run.metrics.sync()
     state = CheckpointState(
         progress=progress,
         plan_hash=run.plan.hash,
@@ -356,26 +372,36 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
-def _diverged(run: Run, stage: Stage, progress: TrainState, loss: float, grad_norm: float) -> TrainingDiverged:
+def _trial(run: Run, model: PreTrainedModel, optimizer: MasterAdamW, progress: TrainState) -> tuple[float, float]:
+    """Loss and gradient norm of the sequence that comes next, without an update.
+
+    The loss of a step says nothing about the weights that its update makes: before they are saved as good,
+    they are tried.
+    """
+    batch = run.loader.batch(progress.tokens_seen, 1)
+    loss = forward_backward(model, batch, micro_batch_size=1, chunk_size=run.config.train.loss_chunk_size)
+    norm = global_grad_norm(optimizer.parameters.values())
+    optimizer.zero_grad()
+    return float(loss), float(norm)
+
+
+def require_finite(run: Run, stage: Stage, progress: TrainState, loss: float, grad_norm: float | None = None) -> None:
+    """Stop before a loss that is NaN or infinite is trained on, logged or saved.
+
+    Raises:
+        TrainingDiverged: it is; the last good checkpoint is named.
+    """
+    if math.isfinite(loss) and (grad_norm is None or math.isfinite(grad_norm)):
+        return
     last = run.last_checkpoint
     way_out = f"The last good checkpoint is {last}." if last else "There is no checkpoint before it."
-    return TrainingDiverged(
-        f"stage {stage.index}, step {progress.step + 1}: loss {loss}, gradient norm {grad_norm}. {way_out} "
-        "Lower optim.learning_rate or raise optim.warmup_ratio.",
+    norm = "" if grad_norm is None else f", gradient norm {grad_norm}"
+    raise TrainingDiverged(
+        f"stage {stage.index}, after step {progress.step}: loss {loss}{norm}. {way_out} "
+        "Lower optim.learning_rate or raise optim.warmup_ratio, and start again: the run resumes from there.",
         stage=stage.index,
-        step=progress.step + 1,
+        step=progress.step,
         loss=loss,
         grad_norm=grad_norm,
         checkpoint=None if last is None else str(last),
     )
-
-
-__all__ = [
-    "ConfigError",
-    "StageStart",
-    "assemble",
-    "check_entrance",
-    "enter_stage",
-    "measure_peak",
-    "train_stage",
-]

@@ -64,7 +64,6 @@ def train_step(
     loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
     result = StepResult(loss_value, norm_value)
     if result.is_finite:
-        scale = 1.0 if max_grad_norm is None else float(clip_coefficient(norm, max_grad_norm))
-        optimizer.step(learning_rate, grad_scale=scale)
+        optimizer.step(learning_rate, grad_scale=clip_coefficient(norm_value, max_grad_norm))
     optimizer.zero_grad()
     return result

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from steplm.checkpoint import (
     checkpoint_name,
     latest_checkpoint,
     load_checkpoint,
+    mark_damaged,
     prune_checkpoints,
     save_checkpoint,
     verify_checkpoint,
@@ -159,3 +161,59 @@ def test_a_marker_is_readable_json_with_sizes(tmp_path: Path) -> None:
     marker = json.loads((path / MARKER).read_text())
     assert marker["config.json"]["bytes"] == (path / "config.json").stat().st_size
     assert set(marker) == {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MARKER}
+
+
+def test_a_damaged_checkpoint_neither_counts_nor_pushes_a_good_one_out(tmp_path: Path) -> None:
+    _save(tmp_path, 1)
+    damaged = mark_damaged(_save(tmp_path, 5))
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["stage1-step000001"]
+    new = _save(tmp_path, 2)
+    prune_checkpoints(tmp_path, 1)
+    assert latest_checkpoint(tmp_path) == new
+    assert (damaged / MARKER).is_file(), "kept, for whoever wants to look into it"
+    assert mark_damaged(_save(tmp_path, 5)) == damaged, "the same step damaged again"
+
+
+def test_the_optimizer_can_be_left_unread(tmp_path: Path) -> None:
+    path = _save(tmp_path, 1)
+    (path / "optimizer" / "state.safetensors").unlink()
+    read = load_checkpoint(path, with_optimizer=False)
+    assert read.optimizer == {}
+    assert "lm_head.weight" in read.weights
+    (path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_checkpoint(path, with_optimizer=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux to see which file is synced")
+def test_everything_is_on_the_disk_before_it_is_relied_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files and folders before the rename, the rename before the marker, the marker's name at the end."""
+    events: list[tuple[str, Path]] = []
+    replace, fsync = os.replace, os.fsync
+
+    def spy_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        events.append(("replace", Path(target)))
+
+    def spy_fsync(descriptor: int) -> None:
+        events.append(("sync", Path(f"/proc/self/fd/{descriptor}").resolve()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "replace", spy_replace)
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    path = _save(tmp_path, 1)
+    renamed, marked = events.index(("replace", path)), events.index(("replace", path / MARKER))
+    written = tmp_path / f".writing-{path.name}"
+    synced = {target for _, target in events[:renamed]}
+    assert {written, written / "optimizer", written / "state.json", written / "model.safetensors"} <= synced
+    assert ("sync", tmp_path) in events[renamed:marked]
+    assert events[-1] == ("sync", path)
+    assert marked == len(events) - 2
+
+
+def test_a_checkpoint_written_again_replaces_the_old_one(tmp_path: Path) -> None:
+    path = _save(tmp_path, 1)
+    (path / "stray").touch()
+    assert _save(tmp_path, 1) == path
+    verify_checkpoint(path)
+    assert not (path / "stray").exists()

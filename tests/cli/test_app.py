@@ -53,6 +53,10 @@ def test_help_names_every_verb_in_under_a_third_of_a_second(tmp_path: Path) -> N
         (["eval", "./nowhere", "--data", "x.txt"], 1, "no folder"),
         (["train", "quickstart", "data.train=absent-*.jsonl"], 1, "absent-*.jsonl"),
         (["prepare", "quickstart", "data.train=[]"], 2, "data.train is empty"),
+        (["grow", "./nowhere", "--to", "8", "-o", "out", "--operator", "stck"], 2, "Did you mean 'stack'?"),
+        (["grow", "./nowhere", "--to", "8", "-o", "out", "--operator", "stack", "--position", "upper"], 2, "together"),
+        (["init", "absent/run.yaml"], 1, "error: No such file or directory: absent/run.yaml"),
+        (["plan", "quickstart", "plan.budget=1MiB"], 1, "no 2-stage plan fits plan.budget=1.00 MiB"),
     ],
 )
 def test_bad_input_gets_one_message_and_an_exit_code(
@@ -135,6 +139,19 @@ def test_grow_deepens_any_decoder_folder(steplm: Run, tmp_path: Path, model_type
     shallow = steplm("grow", "small", "--to", "2", "-o", "shallow", cwd=tmp_path)
     assert shallow.returncode == 1
     assert "has 3 already" in shallow.stderr
+
+
+def test_prepared_shards_are_verified_when_asked(steplm: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "document {n} of some words"}}\n' for n in range(60)))
+    prepare = ("prepare", "quickstart", "data.train=a.jsonl", "model.vocab_size=300", "data.prepared_dir=p", "--verify")
+    prepare += ("data.validation_fraction=0.2", "log.progress=none")
+    first = steplm(*prepare, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    shard = tmp_path / "p" / "train" / "shard-00000.bin"
+    shard.write_bytes(b"\0" * shard.stat().st_size)
+    damaged = steplm(*prepare, cwd=tmp_path)
+    assert damaged.returncode == 1
+    assert "shard-00000.bin is not what was written" in damaged.stderr
 
 
 def test_the_schema_is_json(steplm: Run, tmp_path: Path) -> None:

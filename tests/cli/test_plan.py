@@ -157,3 +157,20 @@ def test_planning_a_1_2b_model_takes_half_a_second_at_most_and_loads_no_torch() 
         assert modules == "[]"
         seconds.append(float(spent))
     assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("max_train_tokens", "words"), [("1B", "7.4 epochs over data.max_train_tokens=1B"), ("8B", "")]
+)
+def test_text_that_is_repeated_is_said_so(
+    max_train_tokens: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show_plan("llama_368m", [f"data.max_train_tokens={max_train_tokens}"])
+    output = capsys.readouterr().out
+    assert (words in output) if words else ("epochs" not in output)
+
+
+def test_no_llama_recipe_repeats_its_text() -> None:
+    for name in ("llama_368m", "llama_680m", "llama_1.2b"):
+        config = load_config(name)
+        assert plan(config).total_tokens <= config.data.max_train_tokens

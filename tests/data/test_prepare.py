@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -503,3 +504,56 @@ def test_real_tokenizers_prepare_real_text(
     assert (manifest.dtype, manifest.tokenizer.vocab_size) == (dtype, vocab_size)
     saved = config.prepared_dir / "tokenizer" / "tokenizer.json"
     assert manifest.tokenizer.sha256 == hashlib.sha256(saved.read_bytes()).hexdigest()
+
+
+def test_the_saved_tokenizer_gives_the_tokens_of_training_though_the_given_one_adds_bos(
+    configure: Configure, jsonl: Jsonl, texts: list[str], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    given = load_tokenizer(tokenizer_dir)
+    given.add_special_tokens({"bos_token": "<s>"})
+    bos = given.bos_token_id
+    given.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    given.save_pretrained(tmp_path / "given")
+    config = configure(vocab_size=400, train=str(jsonl(texts)), tokenizer=str(tmp_path / "given"))
+    prepare(config)
+    saved = load_tokenizer(config.prepared_dir / "tokenizer")
+    dataset = TokenDataset(config.prepared_dir, "train")
+    for number, text in enumerate(documents(config, "train")):
+        assert [*saved(text).input_ids, saved.eos_token_id] == dataset.document(number).tolist()
+    assert load_tokenizer(tmp_path / "given")("x").input_ids[0] == bos
+
+
+HOLD_THE_LOCK = """
+import sys
+from pathlib import Path
+from steplm.data.shards import locked
+with locked(Path(sys.argv[1]), lambda: None):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_second_process_waits_says_so_once_and_takes_what_the_first_has_finished(
+    configure: Configure, jsonl: Jsonl, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere, config = (
+        configure(train=str(jsonl(texts)), prepared_dir=str(tmp_path / name)) for name in ("elsewhere", "prepared")
+    )
+    manifest = prepare(elsewhere)
+    seen: list[str] = []
+
+    def release(progress: PrepareProgress) -> None:
+        """The other process finishes its work only once it is known that this one waits."""
+        seen.append(progress.phase)
+        shutil.copytree(elsewhere.prepared_dir, config.prepared_dir, dirs_exist_ok=True)
+        other.communicate("\n", timeout=30)
+
+    command = [sys.executable, "-c", HOLD_THE_LOCK, str(config.prepared_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        monkeypatch.setattr(prepare_module, "_write_shards", None)  # nothing is prepared twice
+        assert prepare(config, release) == manifest
+    assert seen == ["waiting for another process"]

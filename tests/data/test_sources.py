@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from steplm.data import sources
-from steplm.data.sources import BadRecords, Document, find_sources, read_documents
+from steplm.data.sources import BadRecords, Document, find_sources
 from steplm.errors import DataError, HubUnavailable
 
 RECORDS = [{"text": "one"}, {"text": "two"}, {"text": "three é"}]
@@ -19,7 +19,8 @@ TEXTS = [record["text"] for record in RECORDS]
 
 def read(*entries: str | Path, text_field: str = "text") -> tuple[list[Document], BadRecords]:
     bad = BadRecords()
-    return list(read_documents([str(entry) for entry in entries], text_field, bad)), bad
+    found = find_sources([str(entry) for entry in entries])
+    return [document for source in found for document in source.documents(text_field, bad)], bad
 
 
 def lines(records: list[dict[str, str]]) -> bytes:
@@ -193,10 +194,28 @@ def test_a_hub_address_becomes_a_streamed_data_set(monkeypatch: pytest.MonkeyPat
         return RECORDS
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    documents, bad = read("hub://owner/name?name=sample-10BT&split=test")
+    entry = "hub://owner/name?name=sample-10BT&split=test&revision=0123abc"
+    documents, bad = read(entry)
     assert [document.text for document in documents] == TEXTS
-    assert calls == [(("owner/name",), {"streaming": True, "name": "sample-10BT", "split": "test"})]
+    arguments = {"streaming": True, "name": "sample-10BT", "split": "test", "revision": "0123abc"}
+    assert calls == [(("owner/name",), arguments)]
+    assert [source.describe() for source in find_sources([entry])] == [entry]  # a part of the inputs
     assert bad.num_records == 3
+
+
+class BreakingStream:
+    """A data set that loses its connection after so many records from its beginning."""
+
+    def __init__(self, records: list[dict[str, str]], breaks_after: int | None, start: int = 0) -> None:
+        self.records, self.breaks_after, self.start = records, breaks_after, start
+
+    def skip(self, num_records: int) -> BreakingStream:
+        return BreakingStream(self.records, self.breaks_after, num_records)
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        yield from self.records[self.start : self.breaks_after]
+        if self.breaks_after is not None:
+            raise ConnectionError("network is down")
 
 
 def test_a_hub_that_breaks_off_is_unavailable_and_says_how_far_it_came(
@@ -204,14 +223,29 @@ def test_a_hub_that_breaks_off_is_unavailable_and_says_how_far_it_came(
 ) -> None:
     datasets = pytest.importorskip("datasets")
 
-    def broken() -> object:
-        yield from RECORDS
-        raise ConnectionError("network is down")
-
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: broken())
+    waits: list[float] = []
+    monkeypatch.setattr(sources.time, "sleep", waits.append)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: BreakingStream(RECORDS, breaks_after=3))
     with pytest.raises(HubUnavailable, match=r"after 3 records.*network is down") as caught:
         read("hub://owner/name")
     assert caught.value.num_records == 3
+    assert waits == list(sources.HUB_RETRY_SECONDS)
+
+
+def test_a_stream_that_breaks_off_goes_on_after_the_records_it_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    waits: list[float] = []
+    monkeypatch.setattr(sources.time, "sleep", waits.append)
+    # Two breaks with records between them: each is a first failure.
+    breaks = iter([1, 2, None])
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kwargs: BreakingStream(RECORDS, breaks_after=next(breaks))
+    )
+    documents, bad = read("hub://owner/name")
+    assert [document.text for document in documents] == TEXTS
+    assert [document.origin for document in documents] == [f"hub://owner/name:{row}" for row in (1, 2, 3)]
+    assert bad.num_records == 3
+    assert waits == [sources.HUB_RETRY_SECONDS[0]] * 2
 
 
 def test_a_hub_without_network_is_unavailable() -> None:

@@ -12,7 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steplm.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_files, train_tokenizer
+from steplm.data.tokenizer import (
+    END_OF_TEXT,
+    load_tokenizer,
+    tokenizer_files,
+    train_tokenizer,
+    without_added_tokens,
+)
 from steplm.errors import ConfigError, DataError, HubUnavailable
 
 HARD_TEXTS = [
@@ -176,3 +182,41 @@ def test_a_missing_path_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder") as caught:
         load_tokenizer(tmp_path / "nothing")
     assert not isinstance(caught.value, HubUnavailable)
+
+
+def with_bos(tokenizer: object) -> object:
+    """A tokenizer that puts BOS before a text, as LLaMA's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    return tokenizer
+
+
+def test_a_tokenizer_stripped_of_its_bos_adds_none_however_it_is_loaded(texts: list[str], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, LlamaConfig
+
+    before = with_bos(train_tokenizer(texts, 300))
+    plain_ids = before(texts[0], add_special_tokens=False).input_ids
+    assert before(texts[0]).input_ids == [before.bos_token_id, *plain_ids]
+    without_added_tokens(before).save_pretrained(tmp_path)
+    LlamaConfig().save_pretrained(tmp_path)  # a family whose own tokenizer class puts BOS first
+    for after in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert after(texts[0]).input_ids == plain_ids
+        assert (after.bos_token, after.eos_token) == (END_OF_TEXT, END_OF_TEXT)
+        assert after.get_vocab() == before.get_vocab()
+        assert after.decode(plain_ids) == texts[0]
+    assert before(texts[0]).input_ids[0] == before.bos_token_id  # the given one is left as it was
+
+
+def test_a_tokenizer_of_the_llama_family_is_stripped_too(texts: list[str], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, LlamaTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "b": 5, "▁a": 6, "ab": 7}
+    family = LlamaTokenizerFast(vocab=vocabulary, merges=[("▁", "a"), ("a", "b")], add_bos_token=True)
+    plain_ids = family("ab a", add_special_tokens=False).input_ids
+    assert family("ab a").input_ids == [1, *plain_ids]
+    without_added_tokens(family).save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("ab a").input_ids == plain_ids
+    assert load_tokenizer(tmp_path)("ab a").input_ids == plain_ids

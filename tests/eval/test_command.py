@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from steplm.cli.evaluate import run_eval
 from steplm.errors import ConfigError
-from steplm.eval.perplexity import evaluate_folder
+from steplm.eval.perplexity import PerplexityResult, evaluate_folder
 
 
 @pytest.fixture
@@ -39,6 +40,22 @@ def test_the_table_shows_perplexity_and_says_what_was_skipped(
     output = capsys.readouterr().out
     assert f"{evaluate_folder(folder, [data], device='cpu').perplexity:.3f}" in output
     assert "1 empty or unusable records" in output
+
+
+@pytest.mark.parametrize(("max_tokens", "limit"), [(None, 10_000_000), ("5k", 5000)])
+def test_hub_data_is_read_to_a_limit_that_is_stated(
+    max_tokens: str | None, limit: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits: list[int | None] = []
+
+    def evaluated(model: str, data: list[str], **options: Any) -> PerplexityResult:
+        limits.append(options["max_tokens"])
+        return PerplexityResult(1.0, 1)
+
+    monkeypatch.setattr("steplm.cli.evaluate.evaluate_folder", evaluated)
+    run_eval(["model"], ["hub://owner/name"], max_tokens=max_tokens)
+    assert limits == [limit]
+    assert ("10M tokens at most" in capsys.readouterr().err) == (max_tokens is None)
 
 
 def test_a_token_limit_that_is_no_number_is_refused(folder: Path, data: str) -> None:

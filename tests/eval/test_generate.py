@@ -23,7 +23,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(folder: Path
 
 def test_temperature_zero_takes_the_likeliest_token_each_time(folder: Path) -> None:
     tokenizer, model = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
-    ids = tokenizer(PROMPT).input_ids
+    ids = [tokenizer.eos_token_id, *tokenizer(PROMPT).input_ids]  # as a document begins in training
     with torch.no_grad():
         for _ in range(12):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))

@@ -30,7 +30,7 @@ def test_one_end_token_stands_before_everything_and_after_each_document(
     entry = write_records(tmp_path / "a.jsonl", ["The model", "grows."])
     eos = tokenizer.eos_token_id
     expected = [eos, *tokenizer("The model").input_ids, eos, *tokenizer("grows.").input_ids, eos]
-    assert token_stream([entry], tokenizer).token_ids == expected
+    assert token_stream([entry], tokenizer).token_ids.tolist() == expected
 
 
 def test_a_tokenizer_that_puts_bos_before_a_text_begins_the_stream_with_it(
@@ -42,7 +42,7 @@ def test_a_tokenizer_that_puts_bos_before_a_text_begins_the_stream_with_it(
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     entry = write_records(tmp_path / "a.jsonl", ["one", "two"])
-    token_ids = token_stream([entry], tokenizer).token_ids
+    token_ids = token_stream([entry], tokenizer).token_ids.tolist()
     assert token_ids[0] == bos
     assert token_ids.count(bos) == 1
 
@@ -55,7 +55,7 @@ def test_a_text_file_is_one_document_however_long(
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     stream = token_stream([str(path)], tokenizer)
-    assert stream.token_ids.count(tokenizer.eos_token_id) == 2
+    assert stream.token_ids.tolist().count(tokenizer.eos_token_id) == 2
     assert tokenizer.decode(stream.token_ids[1:-1]) == text
     assert stream.num_text_bytes == len(text.encode())
 
@@ -66,7 +66,8 @@ def test_max_tokens_cuts_tokens_and_bytes_at_the_same_place(tokenizer: PreTraine
     whole = token_stream([entry], tokenizer)
     for max_tokens in range(1, len(whole.token_ids) + 3):
         stream = token_stream([entry], tokenizer, max_tokens=max_tokens)
-        assert stream.token_ids == whole.token_ids[: max_tokens + 1]
+        assert stream.token_ids.tolist() == whole.token_ids[: max_tokens + 1].tolist()
+        assert stream.token_ids.itemsize == 4
         text = tokenizer.decode(stream.token_ids, skip_special_tokens=True)
         if "\ufffd" not in text:  # no character is cut in two
             assert stream.num_text_bytes == len(text.encode())
@@ -76,7 +77,7 @@ def test_a_text_that_spells_the_end_token_does_not_end_itself(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     entry = write_records(tmp_path / "a.jsonl", [f"say {tokenizer.eos_token} twice"])
-    assert token_stream([entry], tokenizer).token_ids.count(tokenizer.eos_token_id) == 2
+    assert token_stream([entry], tokenizer).token_ids.tolist().count(tokenizer.eos_token_id) == 2
 
 
 def test_no_text_is_an_error_that_names_the_field(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -89,4 +90,4 @@ def test_wikitext_is_read_whole(tokenizer: PreTrainedTokenizerFast, shared_data:
     path = shared_data / "wikitext-2" / "wiki.test.raw"
     stream = token_stream([str(path)], tokenizer)
     assert stream.num_text_bytes == pytest.approx(path.stat().st_size, abs=4)  # blank lines at the end may go
-    assert stream.token_ids.count(tokenizer.eos_token_id) == 2
+    assert stream.token_ids.tolist().count(tokenizer.eos_token_id) == 2

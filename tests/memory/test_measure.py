@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from steplm.config import load_config
 from steplm.errors import MemoryMismatch
-from steplm.memory.measure import check_against_plan, measure_model_state, measure_peak, reset_peak
+from steplm.memory.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
 from steplm.planner.plan import plan
 from steplm.types import Plan, Stage
 
@@ -95,8 +95,7 @@ def test_measured_bytes_are_the_planned_bytes(precision: str, num_stages: int, o
         model = stage_model(made, stage)
         measured = measure_model_state(model, FakeOptimizer(model), stage)
         check_against_plan(measured, stage.memory)
-        if made.stages[0].memory.bytes_of("embeddings"):
-            assert measured.total_bytes == stage.memory.total_bytes
+        assert comparable(measured, stage.memory).by_kind() == stage.memory.by_kind()
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma2", "olmo2", "phi3"])
@@ -139,6 +138,17 @@ def test_adapters_in_another_precision_are_seen() -> None:
     projection = model.model.layers[0].self_attn.q_proj
     projection.lora_A.data = projection.lora_A.data.float()
     assert rows_that_differ(model, optimizer, stage) == [("adapters", "weights")]
+
+
+def test_what_the_plan_does_not_count_is_measured_but_not_compared() -> None:
+    made = make_plan("plan.count_embeddings=false")
+    stage = made.stages[1]
+    model = stage_model(made, stage)
+    measured = measure_model_state(model, FakeOptimizer(model), stage)
+    left_out = measured.total_bytes - comparable(measured, stage.memory).total_bytes
+    assert left_out == 16 * made.shape.outer_parameters
+    counting = make_plan().stages[1].memory
+    assert comparable(measured, counting) == measured
 
 
 def test_the_message_shows_both_numbers_and_their_difference() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from steplm.errors import CheckpointError, ConfigError, HubUnavailable
+from steplm.growth.grow import layer_prefix_of
 from steplm.models.build import (
     build_model,
     config_values,
@@ -121,6 +122,32 @@ def test_fresh_layers_differ_and_are_reproducible() -> None:
     assert set(fresh(0)) == names
     assert torch.equal(fresh(1)["mlp.up_proj.weight"], fresh(1)["mlp.up_proj.weight"])
     assert not torch.equal(fresh(1)["mlp.up_proj.weight"], fresh(2)["mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_fresh_layer_has_the_models_own_initialisation_and_no_vocabulary(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same names, shapes, means and deviations as a layer of the whole model."""
+    config = hf_config(_values(model_type, vocab_size=5_000, initializer_range=0.07))
+    whole = initial_state(config, seed=0, dtype=torch.float32)
+    built: list[int] = []
+    monkeypatch.setattr(
+        "steplm.models.build.initial_state",
+        lambda config, **keys: built.append(config.vocab_size) or initial_state(config, **keys),
+    )
+    layer = fresh_layers(config, seed=0, dtype=torch.float32)(1)
+    assert built == [2]
+    prefix = layer_prefix_of(whole) + ".1."
+    expected = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
+    assert {name: t.shape for name, t in layer.items()} == {name: t.shape for name, t in expected.items()}
+    for name, tensor in layer.items():
+        if tensor.ndim == 1:
+            assert torch.equal(tensor, expected[name]), name
+        else:
+            torch.testing.assert_close(tensor.std(), expected[name].std(), rtol=0.1, atol=0)
+            assert tensor.std().item() == pytest.approx(0.07, rel=0.1), name
+            assert not torch.equal(tensor, expected[name]), name
 
 
 def test_a_configuration_survives_the_round_trip() -> None:

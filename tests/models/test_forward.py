@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from steplm.data.loader import Batch
+from steplm.errors import ConfigError
 from steplm.models.build import build_model, hf_config, initial_state
-from steplm.models.forward import batch_loss, mean_loss
+from steplm.models.forward import batch_loss, check_loss, mean_loss
 
 FAMILIES = ("llama", "qwen3", "gemma", "mistral")
 LENGTHS = (7, 5, 4)
@@ -79,3 +81,41 @@ def test_the_mean_is_over_tokens_not_over_batches() -> None:
     assert count == 13 + 4
     sums = [batch_loss(model.eval(), b.input_ids, b.labels, num_valid=1, chunk_size=64).item() for b in uneven]
     assert mean == pytest.approx(sum(sums) / 17, rel=1e-6)
+
+
+class ScaledLlama(LlamaForCausalLM):
+    """A family that scales its logits by a key of its own."""
+
+    factor = 1.0
+
+    def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * self.factor
+        return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+def test_logits_that_the_loss_does_not_know_of_are_refused_on_fresh_weights(dtype: torch.dtype, training: bool) -> None:
+    """On fresh weights the mean loss is log V whatever the scale; the check must see it all the same."""
+    config = _model("llama").config
+    torch.manual_seed(0)
+    model = ScaledLlama(config).to(dtype).train(training)
+    check_loss(model, sequence_length=1024)
+    for factor in (0.9, 3.0, float("nan")):
+        model.factor = factor
+        with pytest.raises(ConfigError, match="model_type 'llama'") as caught:
+            check_loss(model, sequence_length=1024)
+        assert caught.value.model_type == "llama"
+    assert model.training == training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", [*FAMILIES, "gemma2", "cohere", "granite"])
+def test_known_families_pass_the_check_of_their_loss(model_type: str, dtype: torch.dtype) -> None:
+    model = _model(model_type).to(dtype)
+    check_loss(model, sequence_length=8)
+    with torch.no_grad():  # as after training, when caps are felt
+        model.get_output_embeddings().weight.mul_(20)
+    check_loss(model, sequence_length=1024)

@@ -12,7 +12,7 @@ import yaml
 from steplm.checkpoint import CheckpointState
 from steplm.config import RunConfig, load_config
 from steplm.planner.plan import plan as make_plan
-from steplm.training.model_card import model_card
+from steplm.training.model_card import model_card, public_name
 from steplm.training.run import train
 from steplm.types import LayerProvenance, Plan, TrainState
 
@@ -90,6 +90,17 @@ def test_folders_of_the_machine_are_not_published(plan: Plan) -> None:
     text = model_card(CONFIG, plan, state_of(plan))
     assert "- `corpus.jsonl`" in text
     assert "somebody" not in text
+
+
+def test_a_name_on_the_hub_stays_and_a_path_loses_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert public_name("owner/name") == "name"
+    assert public_name("owner/name", may_be_on_hub=True) == "owner/name"
+    for local in ("/name", "~/name", "./name", "../name", "/home/owner/name", "some/owner/name"):
+        assert public_name(local, may_be_on_hub=True) == "name"
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert public_name("owner/name", may_be_on_hub=True) == "name"
+    assert public_name("hub://owner/name?split=train") == "hub://owner/name?split=train"
 
 
 def test_an_export_before_the_end_says_so(plan: Plan) -> None:

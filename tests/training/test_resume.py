@@ -160,6 +160,19 @@ def test_sigterm_saves_and_ends_in_order_and_the_run_resumes(
     assert_equal_runs(tmp_path, unbroken)
 
 
+def test_a_model_with_dropout_resumes_exactly_too(
+    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = (*OVERRIDES, "model.extra={attention_dropout: 0.5}", "plan.total_tokens=512")
+    train(tiny_run(tmp_path / "unbroken", *overrides))
+    config = tiny_run(tmp_path / "broken", *overrides)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module, "grow", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+        assert _wait(_in_child(lambda: train(config))) == -signal.SIGKILL
+    train(config)
+    assert_equal_runs(tmp_path / "broken", tmp_path / "unbroken")
+
+
 def test_resuming_continues_and_does_not_start_again(
     tiny_run: Configure, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

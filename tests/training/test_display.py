@@ -1,0 +1,80 @@
+"""What a person reads: paths as they are, and how long it still takes."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from steplm.config import load_config
+from steplm.memory.measure import PeakMemory
+from steplm.planner.plan import plan as make_plan
+from steplm.training.display import Display, RichDisplay
+from steplm.training.step import StepResult
+from steplm.types import MemoryEstimate, Plan, TrainState
+
+
+@pytest.fixture
+def plan() -> Plan:
+    values = {"model": {"num_hidden_layers": 4}, "plan": {"num_stages": 2, "total_tokens": 2_000_000}}
+    return make_plan(load_config(values))
+
+
+def _console() -> tuple[Console, io.StringIO]:
+    text = io.StringIO()
+    return Console(file=text, soft_wrap=True, width=300), text
+
+
+@pytest.mark.parametrize("kind", [Display, RichDisplay])
+def test_paths_with_brackets_are_printed_as_they_are(kind: type[Display]) -> None:
+    console, text = _console()
+    display = kind(console)
+    folder = Path("runs/[/x] [bold]y")
+    display.note(f"{folder} is finished already")
+    display.finished(folder, folder / "export", 1.0)
+    assert text.getvalue().count(str(folder)) == 2
+
+
+def _show_step(display: Display, plan: Plan, seconds_left: int, speed: float) -> None:
+    tokens_seen = plan.total_tokens - round(seconds_left * speed)
+    progress = TrainState(1, step=5, stage_tokens_seen=tokens_seen, tokens_seen=tokens_seen)
+    display.step(plan.stages[0], progress, 9, StepResult(loss=1.0, grad_norm=1.0), 1e-3, speed, PeakMemory())
+
+
+def test_a_log_line_tells_the_time_that_is_left_of_the_whole_plan(plan: Plan) -> None:
+    console, text = _console()
+    display = Display(console)
+    _show_step(display, plan, 720, speed=100.0)
+    assert "left" not in text.getvalue(), "without a plan nobody knows"
+    display.plan(plan)
+    _show_step(display, plan, 720, speed=100.0)
+    assert text.getvalue().rstrip().endswith("left 12m00s")
+    _show_step(display, plan, 720, speed=0.0)
+
+
+def test_the_bar_tells_the_same_time_from_the_first_step(plan: Plan) -> None:
+    console, text = _console()
+    console = Console(file=text, force_terminal=True, width=300)
+    with RichDisplay(console) as display:
+        display.plan(plan)
+        _show_step(display, plan, 4_000, speed=100.0)
+    assert "left 1h06m" in text.getvalue()
+
+
+def test_the_table_of_a_stage_marks_the_rows_that_differ(plan: Plan) -> None:
+    stage = plan.stages[1]
+    first, *others = stage.memory.terms
+    for measured, differing in (
+        (stage.memory, 0),
+        (MemoryEstimate((replace(first, num_parameters=first.num_parameters + 1), *others)), 2),
+    ):
+        console, text = _console()
+        Display(console).stage_start(stage, measured)
+        lines = text.getvalue().splitlines()
+        rows = {line.split()[0]: line for line in lines[2:]}
+        assert list(rows) == ["weights", "gradients", "optimizer", "adapters", "total"]
+        assert f"{stage.memory.total_bytes:,}" in rows["total"]
+        assert sum("differs" in row for row in rows.values()) == differing
