@@ -64,7 +64,8 @@ class Display:
                 f"{format_count(progress.tokens_per_second)} tok/s"
             )
         bad = f", {progress.num_bad_records} bad records" if progress.num_bad_records else ""
-        self.note(f"data  {progress.phase}  {progress.fraction:.0%}{counts}{bad}")
+        share = f"  {progress.fraction:.0%}" if progress.num_documents else ""
+        self.note(f"data  {progress.phase}{share}{counts}{bad}")
 
     def stage_start(self, stage: Stage, measured: MemoryEstimate) -> None:
         """The table of planned beside measured bytes."""

@@ -239,8 +239,9 @@ def memory_errors(run: Run, stage: Stage) -> Iterator[None]:
         raise SteplmError(
             f"stage {stage.index} ran out of memory ({str(error).splitlines()[0]}). Its model state takes "
             f"{format_bytes(stage.memory.total_bytes)}; the rest is activations of "
-            f"{train.per_device_train_batch_size} x {train.sequence_length} tokens. Lower "
-            "train.per_device_train_batch_size and raise train.gradient_accumulation_steps by the same factor, or set train.gradient_checkpointing=true; "
+            f"{train.per_device_train_batch_size} x {train.sequence_length} tokens. "
+            "Lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps by the same factor, "
+            "or set train.gradient_checkpointing=true; "
             "the run then resumes where it is.",
             stage=stage.index,
             model_state_bytes=stage.memory.total_bytes,
