@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-# One thread: on a busy machine of few cores it is faster than two, and results do not depend on the number.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread, whatever the environment says: tests that fork would hang in the threads that the fork leaves behind.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -251,7 +251,9 @@ def test_how_a_step_is_computed_is_as_asked(
     options = ("train.gradient_checkpointing=true", "train.compile=true", "train.loss_chunk_size=7")
     train(tiny_run(tmp_path / "b", *one_stage, *options))
     train(tiny_run(tmp_path / "c", *one_stage, "train.dry_run=false"))
-    assert seen == [(False, False, 32), (True, True, 7)]  # and no dry run in the third
+    # A dry run at the entrance and a trial before the save; no dry run in the third.
+    plain, asked, uncompiled = (False, False, 32), (True, True, 7), (True, False, 7)
+    assert seen == [plain, plain, asked, uncompiled, plain]
 
 
 def test_checkpoints_are_as_many_and_as_often_as_asked(tiny_run: Configure, tmp_path: Path) -> None:
@@ -309,7 +311,7 @@ def test_wandb_gets_the_project(tiny_run: Configure, tmp_path: Path, monkeypatch
     import types
 
     started: list[dict] = []
-    fake_run = types.SimpleNamespace(log=lambda values: None, finish=lambda: None)
+    fake_run = types.SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
     fake = types.ModuleType("wandb")
     fake.init = lambda **keys: started.append(keys) or fake_run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)

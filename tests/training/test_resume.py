@@ -106,8 +106,8 @@ def test_killed_at_twenty_random_instants_a_run_equals_the_unbroken_one(
         (stage_module, "merge_state", 1),
         (folder_module, "save_folder", 2),
         (folder_module, "_fingerprints", 1),
-        (folder_module, "_write_durably", 1),
-        (folder_module, "_write_durably", 4),
+        (folder_module, "write_atomically", 1),
+        (folder_module, "write_atomically", 4),
         (stage_module, "prune_checkpoints", 3),
     ],
 )
