@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 from collections.abc import Callable
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import steplm
-from steplm.config import RunConfig, dump_config, recipes_dir
+from steplm.config import RunConfig, dump_config, load_config, recipes_dir
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -61,6 +63,16 @@ def test_the_python_of_the_readme_plans_and_trains(
     exec(compile(text, "README.md", "exec"), names)
     assert names["result"].finished
     assert names["result"].export_dir.is_dir()
+
+
+def test_the_plan_in_the_readme_is_the_one_that_is_printed() -> None:
+    from steplm.cli.plan import render_plan
+    from steplm.planner.plan import plan
+
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    render_plan(plan(load_config("llama_368m")), console)
+    printed = [line.rstrip() for line in console.file.getvalue().strip().splitlines()]  # type: ignore[attr-defined]
+    assert "\n".join(["$ steplm plan llama_368m", *printed]) in README
 
 
 def test_every_verb_and_recipe_is_in_the_readme() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from steplm.config import GrowthConfig
 from steplm.types import MemoryEstimate, Plan, Stage, TrainState
@@ -53,7 +53,7 @@ class Display:
 
     def prepare(self, progress: PrepareProgress) -> None:
         """Data preparation speaks when a phase begins and at every tenth of it."""
-        moment = (progress.phase, int(progress.fraction * 10))
+        moment = (progress.phase, int(progress.fraction * 10) if progress.num_documents else 0)
         if moment == self._prepared:
             return
         self._prepared = moment
@@ -149,11 +149,12 @@ class RichDisplay(Display):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            # Widths that hold: a narrow terminal cuts the numbers at the end, not the step and the time left.
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=28)),
+            BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[left]}"),  # before the numbers, which a narrow terminal cuts
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True, min_width=11)),
+            TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
             console=console,
             transient=True,
         )
@@ -183,7 +184,7 @@ class RichDisplay(Display):
             self._task,
             description=f"stage {self._of(stage)}  step {progress.step:,}/{num_steps:,}",
             completed=progress.tokens_seen,
-            numbers=f"loss {result.loss:.3f}  lr {rate:.1e}  {format_count(speed)} tok/s  {_memory(stage, peak)}",
+            numbers=f"loss {result.loss:.3f}  {format_count(speed)} tok/s  {peak}",
             left=self._left(progress, speed),
         )
 
