@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="per round and side; the first is not counted")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--chunk-size", type=int, default=1024)
+    parser.add_argument("--chunk-size", type=int, default=512)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
