@@ -342,3 +342,10 @@ def test_export_does_not_overwrite_what_is_no_export(finished: Path, tmp_path: P
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         export(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "important"
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses_across_a_growth(tiny_run: Configure, tmp_path: Path) -> None:
+    train(tiny_run(tmp_path / "eager", "plan.total_tokens=512"))
+    train(tiny_run(tmp_path / "compiled", "plan.total_tokens=512", "train.compile=true"))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
