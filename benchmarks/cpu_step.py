@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from steplm.data.loader import Batch
 from steplm.models.build import DTYPES, build_model, hf_config, initial_state
 from steplm.optim.adamw import MasterAdamW
-from steplm.training.run import environment
+from steplm.training.environment import environment
 from steplm.training.step import train_step
 
 MODEL = {

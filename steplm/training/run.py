@@ -7,38 +7,35 @@ import gc
 import json
 import math
 import os
-import platform
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
-import steplm
 from steplm.checkpoint import CheckpointState, latest_checkpoint, verify_checkpoint
 from steplm.checkpoint.folder import complete_checkpoints, load_checkpoint_state, mark_damaged
-from steplm.config import ModelConfig, RunConfig, dump_config, load_config
+from steplm.config import RunConfig, dump_config, load_config
 from steplm.data.loader import BatchLoader, validation_windows
 from steplm.data.prepare import prepare, with_prepared_dir
 from steplm.data.tokens import MANIFEST, Manifest, TokenDataset
-from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError
+from steplm.errors import CheckpointError, ConfigError
 from steplm.files import write_atomically
 from steplm.memory.measure import measure_peak
-from steplm.models.build import config_values, hf_config
-from steplm.models.folder import load_hf_config
+from steplm.models.build import hf_config
 from steplm.models.forward import mean_loss
 from steplm.models.shape import shape_of
 from steplm.planner.plan import plan as make_plan
+from steplm.training.checks import check_checkpoint, check_init_from, check_same_run
 from steplm.training.display import Display, make_display
+from steplm.training.environment import environment
 from steplm.training.export import export
 from steplm.training.metrics import SINKS, MetricsLog, Sink, require_sinks
 from steplm.training.stage import (
@@ -51,38 +48,7 @@ from steplm.training.stage import (
     train_stage,
 )
 from steplm.training.step import StepResult
-from steplm.types import Plan, Stage, TrainState, from_json, to_json
-
-# A resumed run may differ in these keys; any other difference would make it another run.
-FREE_AT_RESUME = (
-    "name",
-    "output_dir",
-    "data.num_workers",
-    "data.prepared_dir",
-    "train.device",
-    "train.num_threads",
-    "train.dry_run",
-    # How a step is computed, not what: at a constant product of the two sizes, which the plan's steps need.
-    "train.per_device_train_batch_size",
-    "train.gradient_accumulation_steps",
-    "train.gradient_checkpointing",
-    "train.loss_chunk_size",
-    "train.compile",
-    # The way out of a diverged run. Such a change is noted in the log.
-    "optim",
-    "train.save_steps",
-    "train.save_total_limit",
-    "eval",
-    "log",
-)
-
-
-# Keys of a given model's configuration that need not be those of ``model``: the given ones hold.
-NOT_COMPARED = (
-    "num_hidden_layers", "layer_types", "max_window_layers", "initializer_range", "max_position_embeddings",
-    "use_cache", "dtype", "architectures", "transformers_version", "_name_or_path", "bos_token_id", "eos_token_id",
-    "pad_token_id", "model_type",
-)  # fmt: skip
+from steplm.types import Plan, Stage, TrainState, to_json
 
 
 @dataclass(frozen=True)
@@ -209,20 +175,20 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
         hf_config(config.model.hf_config())
         device = _device(config.train.device)
         require_sinks(config.log.report_to)
-        _check_init_from(config, plan)
-        changed = _check_same_run(config, plan)
+        check_init_from(config, plan)
+        changed = check_same_run(config, plan)
         summary = run_dir / "summary.json"
         if summary.is_file():
             display.note(f"{run_dir} is finished already")
             return _result_of(run_dir, plan)
-        _write_documents(config, plan)
+        _write_documents(config, plan, device)
         display.plan(plan)
         checkpoint = _usable_checkpoint(run_dir / "checkpoints", display)
         # A resumed run needs its shards, which the checkpoint names by their hash, but not the text any more.
         manifest = prepare(config, display.prepare) if checkpoint is None else Manifest.load(config.prepared_dir)
         state = None if checkpoint is None else load_checkpoint_state(checkpoint)
         if state is not None:
-            _check_checkpoint(checkpoint, state, plan, manifest)
+            check_checkpoint(checkpoint, state, plan, manifest)
         run = Run(
             config=config,
             plan=plan,
@@ -333,84 +299,6 @@ def _with_prepared_dir(config: RunConfig) -> RunConfig:
     return with_prepared_dir(config)
 
 
-def _check_init_from(config: RunConfig, plan: Plan) -> None:
-    if config.init_from is None:
-        return
-    given = load_hf_config(config.init_from)
-    if config.data.tokenizer == "train":
-        raise ConfigError(
-            f"init_from {config.init_from} has embeddings for its own tokenizer, and data.tokenizer=train would make "
-            f"another. Set data.tokenizer={config.init_from}.",
-            init_from=config.init_from,
-        )
-    if given.num_hidden_layers != plan.layers[0]:
-        raise ConfigError(
-            f"init_from {config.init_from} has {given.num_hidden_layers} layers, but stage 1 of the plan has "
-            f"{plan.layers[0]}. Set plan.layers by hand, beginning with {given.num_hidden_layers}.",
-            num_hidden_layers=given.num_hidden_layers,
-        )
-    if config.train.sequence_length > given.max_position_embeddings:
-        raise ConfigError(
-            f"train.sequence_length={config.train.sequence_length} is more than the {given.max_position_embeddings} "
-            f"positions of init_from {config.init_from}.",
-            max_position_embeddings=given.max_position_embeddings,
-        )
-    ours = hf_config(config.model.hf_config())
-    for key, theirs in config_values(given).items():
-        value = getattr(ours, key, theirs)
-        if key not in NOT_COMPARED and theirs != value:
-            name = f"model.{key}" if key in ModelConfig.model_fields else f"model.extra.{key}"
-            raise ConfigError(
-                f"{name} is {value}, but that of init_from {config.init_from} is {theirs}: set {name}={theirs}", key=key
-            )
-
-
-def _check_same_run(config: RunConfig, plan: Plan) -> list[str]:
-    """A run directory belongs to one configuration, but for the keys in ``FREE_AT_RESUME``.
-
-    Returns:
-        Keys of ``optim`` that differ, each with its old and new value.
-    """
-    run_dir = config.run_dir
-    written = run_dir / "config.yaml"
-    begun = (run_dir / "summary.json").is_file() or bool(complete_checkpoints(run_dir / "checkpoints"))
-    if not written.is_file() or not begun:
-        return []
-    before, now = _flat(load_config(written).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
-    differing = [key for key in now if now[key] != before.get(key)]
-    changed = [key for key in differing if not key.startswith(FREE_AT_RESUME)]
-    if changed:
-        listing = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in changed[:5])
-        raise CheckpointMismatch(
-            f"{config.run_dir} holds a run of another configuration ({listing}). "
-            "Undo the change to resume it, or give this run its own name or output_dir.",
-            changed=changed,
-        )
-    plan_file = config.run_dir / "plan.json"
-    if plan_file.is_file() and from_json(Plan, json.loads(plan_file.read_text())).hash != plan.hash:
-        raise CheckpointMismatch(
-            f"{plan_file} is not the plan that this configuration gives now. "
-            "It was edited, or made by another version: give this run its own output_dir.",
-            plan_hash=plan.hash,
-        )
-    return [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key.startswith("optim.")]
-
-
-def _check_checkpoint(path: Path | None, state: CheckpointState, plan: Plan, manifest: Manifest) -> None:
-    if state.plan_hash != plan.hash:
-        raise CheckpointMismatch(
-            f"{path} belongs to plan {state.plan_hash}, not to this run's plan {plan.hash}. "
-            "Use another output_dir for the new plan.",
-            plan_hash=plan.hash,
-        )
-    if state.data_fingerprint != manifest.fingerprint:
-        raise CheckpointMismatch(
-            f"{path} was trained on data {state.data_fingerprint}, but the prepared data is {manifest.fingerprint}. "
-            "Restore the data, or start anew in another output_dir.",
-            fingerprint=manifest.fingerprint,
-        )
-
-
 def _usable_checkpoint(root: Path, display: Display) -> Path | None:
     """The newest checkpoint whose files are as they were written; damaged ones are named and passed over."""
     complete = complete_checkpoints(root)
@@ -442,37 +330,11 @@ def _keep_tokenizer(config: RunConfig) -> None:
         os.replace(unfinished, target)
 
 
-def _write_documents(config: RunConfig, plan: Plan) -> None:
+def _write_documents(config: RunConfig, plan: Plan, device: torch.device) -> None:
     run_dir = config.run_dir
     write_atomically(run_dir / "config.yaml", dump_config(config))
     write_atomically(run_dir / "plan.json", json.dumps(to_json(plan), indent=1) + "\n")
-    write_atomically(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    """The device, the versions and the command: what a reader needs to judge a number."""
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
-        "num_devices": torch.cuda.device_count() if cuda else 0,
-        "num_cpus": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "versions": {
-            "steplm": steplm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    write_atomically(run_dir / "environment.json", json.dumps(environment(device), indent=1) + "\n")
 
 
 def _device(name: str) -> torch.device:
@@ -481,16 +343,6 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as ``section.key``; the free-form ``model.extra`` stays one value."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        nested = isinstance(value, dict) and name != "model.extra"
-        flat.update(_flat(value, f"{name}.") if nested else {name: value})
-    return flat
 
 
 @contextmanager

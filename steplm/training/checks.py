@@ -1,0 +1,147 @@
+"""What must agree before a run begins or goes on: the given model, the configuration, the plan, the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from steplm.checkpoint import CheckpointState
+from steplm.checkpoint.folder import complete_checkpoints
+from steplm.config import ModelConfig, RunConfig, load_config
+from steplm.data.tokens import Manifest
+from steplm.errors import CheckpointMismatch, ConfigError
+from steplm.models.build import config_values, hf_config
+from steplm.models.folder import load_hf_config
+from steplm.types import Plan, from_json
+
+# A resumed run may differ in these keys; any other difference would make it another run.
+FREE_AT_RESUME = (
+    "name",
+    "output_dir",
+    "data.num_workers",
+    "data.prepared_dir",
+    "train.device",
+    "train.num_threads",
+    "train.dry_run",
+    # How a step is computed, not what: at a constant product of the two sizes, which the plan's steps need.
+    "train.per_device_train_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.gradient_checkpointing",
+    "train.loss_chunk_size",
+    "train.compile",
+    # The way out of a diverged run. Such a change is noted in the log.
+    "optim",
+    "train.save_steps",
+    "train.save_total_limit",
+    "eval",
+    "log",
+)
+
+# Keys of a given model's configuration that need not be those of ``model``: the given ones hold.
+NOT_COMPARED = (
+    "num_hidden_layers", "layer_types", "max_window_layers", "initializer_range", "max_position_embeddings",
+    "use_cache", "dtype", "architectures", "transformers_version", "_name_or_path", "bos_token_id", "eos_token_id",
+    "pad_token_id", "model_type",
+)  # fmt: skip
+
+
+def check_init_from(config: RunConfig, plan: Plan) -> None:
+    """The given model is the one that ``model`` describes, of stage 1's depth, with its own tokenizer.
+
+    Raises:
+        ConfigError: it is not; the message says which key to set.
+    """
+    if config.init_from is None:
+        return
+    given = load_hf_config(config.init_from)
+    if config.data.tokenizer == "train":
+        raise ConfigError(
+            f"init_from {config.init_from} has embeddings for its own tokenizer, and data.tokenizer=train would make "
+            f"another. Set data.tokenizer={config.init_from}.",
+            init_from=config.init_from,
+        )
+    if given.num_hidden_layers != plan.layers[0]:
+        raise ConfigError(
+            f"init_from {config.init_from} has {given.num_hidden_layers} layers, but stage 1 of the plan has "
+            f"{plan.layers[0]}. Set plan.layers by hand, beginning with {given.num_hidden_layers}.",
+            num_hidden_layers=given.num_hidden_layers,
+        )
+    if config.train.sequence_length > given.max_position_embeddings:
+        raise ConfigError(
+            f"train.sequence_length={config.train.sequence_length} is more than the {given.max_position_embeddings} "
+            f"positions of init_from {config.init_from}.",
+            max_position_embeddings=given.max_position_embeddings,
+        )
+    ours = hf_config(config.model.hf_config())
+    for key, theirs in config_values(given).items():
+        value = getattr(ours, key, theirs)
+        if key not in NOT_COMPARED and theirs != value:
+            name = f"model.{key}" if key in ModelConfig.model_fields else f"model.extra.{key}"
+            raise ConfigError(
+                f"{name} is {value}, but that of init_from {config.init_from} is {theirs}: set {name}={theirs}", key=key
+            )
+
+
+def check_same_run(config: RunConfig, plan: Plan) -> list[str]:
+    """A run directory belongs to one configuration, but for the keys in ``FREE_AT_RESUME``.
+
+    Returns:
+        Keys of ``optim`` that differ, each with its old and new value.
+
+    Raises:
+        CheckpointMismatch: another key or the plan differs.
+    """
+    run_dir = config.run_dir
+    written = run_dir / "config.yaml"
+    begun = (run_dir / "summary.json").is_file() or bool(complete_checkpoints(run_dir / "checkpoints"))
+    if not written.is_file() or not begun:
+        return []
+    before, now = _flat(load_config(written).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    differing = [key for key in now if now[key] != before.get(key)]
+    changed = [key for key in differing if not key.startswith(FREE_AT_RESUME)]
+    if changed:
+        listing = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in changed[:5])
+        raise CheckpointMismatch(
+            f"{config.run_dir} holds a run of another configuration ({listing}). "
+            "Undo the change to resume it, or give this run its own name or output_dir.",
+            changed=changed,
+        )
+    plan_file = config.run_dir / "plan.json"
+    if plan_file.is_file() and from_json(Plan, json.loads(plan_file.read_text())).hash != plan.hash:
+        raise CheckpointMismatch(
+            f"{plan_file} is not the plan that this configuration gives now. "
+            "It was edited, or made by another version: give this run its own output_dir.",
+            plan_hash=plan.hash,
+        )
+    return [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key.startswith("optim.")]
+
+
+def check_checkpoint(path: Path | None, state: CheckpointState, plan: Plan, manifest: Manifest) -> None:
+    """The checkpoint was made by this plan, on these data.
+
+    Raises:
+        CheckpointMismatch: it was not.
+    """
+    if state.plan_hash != plan.hash:
+        raise CheckpointMismatch(
+            f"{path} belongs to plan {state.plan_hash}, not to this run's plan {plan.hash}. "
+            "Use another output_dir for the new plan.",
+            plan_hash=plan.hash,
+        )
+    if state.data_fingerprint != manifest.fingerprint:
+        raise CheckpointMismatch(
+            f"{path} was trained on data {state.data_fingerprint}, but the prepared data is {manifest.fingerprint}. "
+            "Restore the data, or start anew in another output_dir.",
+            fingerprint=manifest.fingerprint,
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as ``section.key``; the free-form ``model.extra`` stays one value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        nested = isinstance(value, dict) and name != "model.extra"
+        flat.update(_flat(value, f"{name}.") if nested else {name: value})
+    return flat

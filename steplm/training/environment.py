@@ -1,0 +1,40 @@
+"""The device, the versions and the command of a run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import steplm
+
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """The device, the versions and the command: what a reader needs to judge a number."""
+    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "num_devices": torch.cuda.device_count() if cuda else 0,
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "versions": {
+            "steplm": steplm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
