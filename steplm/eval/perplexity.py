@@ -21,6 +21,7 @@ from steplm.data.loader import Batch
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError, DataError
 from steplm.eval.text import token_stream
+from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
 from steplm.models.forward import mean_loss
 from steplm.models.loss import IGNORE_INDEX
@@ -132,19 +133,6 @@ def default_sequence_length(folder: str | Path, model: PreTrainedModel) -> int:
     if training_config.is_file():
         return yaml.safe_load(training_config.read_text())["train"]["sequence_length"]
     return min(getattr(model.config, "max_position_embeddings", None) or LONGEST_DEFAULT, LONGEST_DEFAULT)
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        ConfigError: another name, or CUDA where there is none.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"unknown device {name!r}: use auto, cpu or cuda", device=name)
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("the device is to be cuda, but PyTorch sees no CUDA device. Use cpu or auto.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _batches(tokens: Tensor, sequence_length: int, stride: int, batch_size: int) -> Iterator[Batch]:

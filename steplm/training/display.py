@@ -20,7 +20,7 @@ from steplm.units import format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from steplm.data.prepare import PrepareProgress
     from steplm.memory.measure import PeakMemory
-    from steplm.training.step import StepResult
+    from steplm.training.step import StepReport
 
 
 class Display:
@@ -92,27 +92,20 @@ class Display:
     def _of(self, stage: Stage) -> str:
         return f"{stage.index}/{self._plan.num_stages}" if self._plan else str(stage.index)
 
-    def _left(self, progress: TrainState, speed: float) -> str:
-        """Time for the tokens of the whole plan that are still to come, at ``speed`` tokens a second."""
-        if self._plan is None or speed <= 0:
+    def _left(self, report: StepReport) -> str:
+        """Time for the tokens of the whole plan that are still to come, at the present speed."""
+        if self._plan is None or report.tokens_per_second <= 0:
             return ""
-        return f"left {format_seconds((self._plan.total_tokens - progress.tokens_seen) / speed)}"
+        tokens_left = self._plan.total_tokens - report.progress.tokens_seen
+        return f"left {format_seconds(tokens_left / report.tokens_per_second)}"
 
-    def step(
-        self,
-        stage: Stage,
-        progress: TrainState,
-        num_steps: int,
-        result: StepResult,
-        rate: float,
-        speed: float,
-        peak: PeakMemory,
-    ) -> None:
-        """One logged step; ``speed`` in tokens a second."""
+    def step(self, report: StepReport) -> None:
+        stage, progress, result = report.stage, report.progress, report.result
         self.console.print(
-            f"stage {self._of(stage)}  step {progress.step:,}/{num_steps:,}  loss {result.loss:.3f}  "
-            f"ppl {math.exp(min(result.loss, 700)):.1f}  lr {rate:.1e}  grad {result.grad_norm:.2f}  "
-            f"{format_count(speed)} tok/s  {_memory(stage, peak)}  {self._left(progress, speed)}".rstrip(),
+            f"stage {self._of(stage)}  step {progress.step:,}/{report.num_steps:,}  loss {result.loss:.3f}  "
+            f"ppl {math.exp(min(result.loss, 700)):.1f}  lr {report.learning_rate:.1e}  grad {result.grad_norm:.2f}  "
+            f"{format_count(report.tokens_per_second)} tok/s  {_memory(stage, report.peak)}  "
+            f"{self._left(report)}".rstrip(),
             highlight=False,
         )
 
@@ -167,25 +160,17 @@ class RichDisplay(Display):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._progress.stop()
 
-    def step(
-        self,
-        stage: Stage,
-        progress: TrainState,
-        num_steps: int,
-        result: StepResult,
-        rate: float,
-        speed: float,
-        peak: PeakMemory,
-    ) -> None:
+    def step(self, report: StepReport) -> None:
+        stage, progress, result = report.stage, report.progress, report.result
         if self._task is None:
             total = self._plan.total_tokens if self._plan else None
             self._task = self._progress.add_task("", total=total, completed=progress.tokens_seen, numbers="", left="")
         self._progress.update(
             self._task,
-            description=f"stage {self._of(stage)}  step {progress.step:,}/{num_steps:,}",
+            description=f"stage {self._of(stage)}  step {progress.step:,}/{report.num_steps:,}",
             completed=progress.tokens_seen,
-            numbers=f"loss {result.loss:.3f}  {format_count(speed)} tok/s  {peak}",
-            left=self._left(progress, speed),
+            numbers=f"loss {result.loss:.3f}  {format_count(report.tokens_per_second)} tok/s  {report.peak}",
+            left=self._left(report),
         )
 
 

@@ -28,8 +28,8 @@ from steplm.data.prepare import prepare, with_prepared_dir
 from steplm.data.tokens import MANIFEST, Manifest, TokenDataset
 from steplm.errors import CheckpointError, ConfigError
 from steplm.files import write_atomically
-from steplm.memory.measure import measure_peak
 from steplm.models.build import hf_config
+from steplm.models.device import resolve_device
 from steplm.models.forward import mean_loss
 from steplm.models.shape import shape_of
 from steplm.planner.plan import plan as make_plan
@@ -47,7 +47,7 @@ from steplm.training.stage import (
     require_finite,
     train_stage,
 )
-from steplm.training.step import StepResult
+from steplm.training.step import StepReport
 from steplm.types import Plan, Stage, TrainState, to_json
 
 
@@ -126,30 +126,21 @@ class Run:
         loss, _ = mean_loss(model, batches, chunk_size=self.config.train.loss_chunk_size)
         return loss
 
-    def log_step(
-        self,
-        stage: Stage,
-        progress: TrainState,
-        num_steps: int,
-        result: StepResult,
-        rate: float,
-        speed: float,
-    ) -> None:
-        peak = measure_peak(self.device)
+    def log_step(self, report: StepReport) -> None:
         self.metrics.write(
             "train",
-            stage=stage.index,
-            step=progress.step,
-            num_steps=num_steps,
-            tokens_seen=progress.tokens_seen,
-            loss=result.loss,
-            learning_rate=rate,
-            grad_norm=result.grad_norm,
-            tokens_per_second=speed,
+            stage=report.stage.index,
+            step=report.progress.step,
+            num_steps=report.num_steps,
+            tokens_seen=report.progress.tokens_seen,
+            loss=report.result.loss,
+            learning_rate=report.learning_rate,
+            grad_norm=report.result.grad_norm,
+            tokens_per_second=report.tokens_per_second,
             elapsed_seconds=self.elapsed_seconds,
-            **to_json(peak),
+            **to_json(report.peak),
         )
-        self.display.step(stage, progress, num_steps, result, rate, speed, peak)
+        self.display.step(report)
 
 
 def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
@@ -173,7 +164,7 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
         plan = make_plan(config, shape_of(config.model.hf_config()))
         # All that can fail at once, before the data, which can take hours.
         hf_config(config.model.hf_config())
-        device = _device(config.train.device)
+        device = resolve_device(config.train.device)
         require_sinks(config.log.report_to)
         check_init_from(config, plan)
         changed = check_same_run(config, plan)
@@ -335,14 +326,6 @@ def _write_documents(config: RunConfig, plan: Plan, device: torch.device) -> Non
     write_atomically(run_dir / "config.yaml", dump_config(config))
     write_atomically(run_dir / "plan.json", json.dumps(to_json(plan), indent=1) + "\n")
     write_atomically(run_dir / "environment.json", json.dumps(environment(device), indent=1) + "\n")
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device is cuda, but PyTorch sees no CUDA device. Set train.device=cpu or auto.")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from steplm.optim.adamw import MasterAdamW, carry_state, global_grad_norm
 from steplm.optim.schedules import learning_rate
 from steplm.pet.adapters import adapter_state, attach, load_adapter_state, merge_state
 from steplm.pet.trainable import apply_trainable
-from steplm.training.step import forward_backward, train_step
+from steplm.training.step import StepReport, forward_backward, train_step
 from steplm.types import LayerProvenance, Stage, TrainState, to_json
 from steplm.units import format_bytes
 
@@ -297,7 +297,8 @@ def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedMode
             now = time.monotonic()
             speed = (progress.step - last_logged_step) * step_tokens / max(now - last_logged_at, 1e-9)
             mean = replace(result, loss=math.fsum(unlogged) / len(unlogged))
-            run.log_step(stage, progress, num_steps, mean, rate, speed)
+            peak = measure_peak(run.device)
+            run.log_step(StepReport(stage, progress, num_steps, mean, rate, speed, peak))
             unlogged.clear()
             last_logged_at, last_logged_step = now, progress.step
         paused_at = time.monotonic()

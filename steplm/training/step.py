@@ -9,8 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from steplm.data.loader import Batch
+from steplm.memory.measure import PeakMemory
 from steplm.models.forward import batch_loss
+from steplm.models.loss import IGNORE_INDEX
 from steplm.optim.adamw import MasterAdamW, clip_coefficient, global_grad_norm
+from steplm.types import Stage, TrainState
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,26 @@ class StepResult:
         return self.loss - self.loss == 0 and self.grad_norm - self.grad_norm == 0
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """A logged step, as ``metrics.jsonl`` and the display get it."""
+
+    stage: Stage
+    progress: TrainState
+    num_steps: int  # of the stage
+    result: StepResult  # the loss is the mean since the last report
+    learning_rate: float
+    tokens_per_second: float
+    peak: PeakMemory
+
+
 def forward_backward(model: PreTrainedModel, batch: Batch, *, micro_batch_size: int, chunk_size: int) -> torch.Tensor:
     """Gradients of the mean loss over all valid tokens of ``batch``, accumulated over its micro-batches.
 
     Returns:
         The loss, a detached fp32 scalar on the model's device.
     """
-    num_valid = max(int((batch.labels != -100).sum()), 1)
+    num_valid = max(int((batch.labels != IGNORE_INDEX).sum()), 1)
     total = torch.zeros((), device=model.device)
     for micro_batch in batch.split(micro_batch_size):
         on_device = micro_batch.to(model.device)

@@ -13,7 +13,7 @@ from steplm.config import load_config
 from steplm.memory.measure import PeakMemory
 from steplm.planner.plan import plan as make_plan
 from steplm.training.display import Display, RichDisplay
-from steplm.training.step import StepResult
+from steplm.training.step import StepReport, StepResult
 from steplm.types import MemoryEstimate, Plan, TrainState
 
 
@@ -41,7 +41,8 @@ def test_paths_with_brackets_are_printed_as_they_are(kind: type[Display]) -> Non
 def _show_step(display: Display, plan: Plan, seconds_left: int, speed: float) -> None:
     tokens_seen = plan.total_tokens - round(seconds_left * speed)
     progress = TrainState(1, step=5, stage_tokens_seen=tokens_seen, tokens_seen=tokens_seen)
-    display.step(plan.stages[0], progress, 9, StepResult(loss=1.0, grad_norm=1.0), 1e-3, speed, PeakMemory())
+    result = StepResult(loss=1.0, grad_norm=1.0)
+    display.step(StepReport(plan.stages[0], progress, 9, result, 1e-3, speed, PeakMemory()))
 
 
 def test_a_log_line_tells_the_time_that_is_left_of_the_whole_plan(plan: Plan) -> None:

@@ -1,0 +1,20 @@
+"""The device of a run or an evaluation, by its name in YAML and on the command line."""
+
+from __future__ import annotations
+
+import torch
+
+from steplm.errors import ConfigError
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: another name, or CUDA where there is none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"unknown device {name!r}: use auto, cpu or cuda", device=name)
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("the device is to be cuda, but PyTorch sees no CUDA device. Use cpu or auto.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
