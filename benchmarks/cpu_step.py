@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from steplm.data.loader import Batch
 from steplm.models.build import DTYPES, build_model, hf_config, initial_state
-from steplm.optim.adamw import MasterAdamW
+from steplm.optim.adamw import AdamW
 from steplm.training.environment import environment
 from steplm.training.step import train_step
 
@@ -81,7 +81,7 @@ def trainer_seconds(precision: str, tokens: torch.Tensor, num_steps: int) -> lis
 def our_seconds(precision: str, tokens: torch.Tensor, num_steps: int, chunk_size: int) -> list[float]:
     config = hf_config(MODEL)
     model = build_model(config, initial_state(config, seed=0, dtype=DTYPES[precision])).train()
-    optimizer = MasterAdamW(model.named_parameters())
+    optimizer = AdamW(model.named_parameters())
     batch = Batch(input_ids=tokens, labels=tokens.roll(-1, dims=1), position_ids=None)
     seconds = []
     for _ in range(num_steps):

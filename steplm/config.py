@@ -117,14 +117,18 @@ class PlanConfig(Section):
         None, description="n_1 ... n_K by hand; default: least memory"
     )
     budget: Bytes | None = Field(
-        None, description="refuse a plan whose model states need more, e.g. 24GiB; activations not counted"
+        None, description="refuse a plan whose peak and memory.reserve together need more, e.g. 24GiB"
+    )
+    objective: Literal["peak", "model_state"] = Field(
+        "peak", description="what the stages minimise: all bytes on the device, or the model state alone, as the paper"
     )
     solver: Literal["dynamic_programming", "integer_programme"] = "dynamic_programming"
     freeze_old_layers: bool = Field(True, description="false: growth alone, every layer is trained in every stage")
     count_embeddings: bool = Field(True, description="false: the paper's bare formula, layers only")
-    train_embeddings: Literal["always", "first_stage"] = Field(
+    train_embeddings: Literal["always", "first_stage", "adapters"] = Field(
         "always",
-        description="embeddings, final norm and head: trained in every stage, or frozen after stage 1",
+        description="embeddings, final norm and head: trained in every stage, or frozen after stage 1; "
+        "adapters: after stage 1 the matrices get LoRA and the norm is trained",
     )
     tokens_per_stage: list[Count] | None = Field(None, description="tokens trained in each stage")
     total_tokens: Count | None = Field(None, description="tokens trained over all stages")
@@ -219,12 +223,38 @@ class TrainConfig(Section):
     sequence_length: int = Field(1024, gt=1, description="tokens")
     per_device_train_batch_size: int = Field(8, gt=0, description="sequences in one forward pass")
     gradient_accumulation_steps: int = Field(1, gt=0)
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    gradient_checkpointing: bool | Literal["frozen", "new"] = Field(
+        False, description="recompute activations in the backward pass: of all layers, or of frozen or new ones alone"
+    )
     loss_chunk_size: int = Field(512, gt=0, description="rows of logits that exist at once")
     compile: bool = Field(False, description="torch.compile each layer")
     dry_run: bool = Field(True, description="one batch, forward and backward, before the first step of each stage")
     save_steps: int | None = Field(None, gt=0, description="default: five times a stage; stage ends are always saved")
     save_total_limit: int = Field(2, gt=0, description="checkpoints kept beside the stage ends")
+
+
+class MemoryConfig(Section):
+    """What the device holds during training, and in which format. Each key gives up time or quality for memory."""
+
+    optimizer_states: Literal["fp32", "8bit"] = Field(
+        "fp32", description="Adam's moments: 4 bytes each, or 1 byte in blocks of 256 with one scale"
+    )
+    master_weights: bool = Field(
+        True, description="false: no fp32 copy of bf16 weights; updates are rounded stochastically"
+    )
+    fused_backward: bool = Field(
+        False, description="update each parameter inside the backward pass, so that gradients never all exist"
+    )
+    frozen_weights: Literal["full", "int8", "nf4"] = Field(
+        "full", description="matrices of frozen layers: as trained, or 1 or 0.53 bytes a parameter"
+    )
+    offload_frozen: bool = Field(
+        False, description="keep matrices of frozen layers in host memory and fetch them one layer ahead"
+    )
+    offload_activations: bool = Field(False, description="keep activations in host memory until the backward pass")
+    reserve: Bytes = Field(
+        2**30, description="for the device's context, libraries and fragmentation, beside the peak in every budget"
+    )
 
 
 class EvalConfig(Section):
@@ -260,6 +290,7 @@ class RunConfig(Section):
     pet: PetConfig = Field(default_factory=PetConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     log: LogConfig = Field(default_factory=LogConfig)
 
@@ -287,12 +318,43 @@ class RunConfig(Section):
         rates = self.optim.learning_rate
         if isinstance(rates, list) and len(rates) != self.plan.num_stages:
             raise ValueError(f"optim.learning_rate has {len(rates)} entries for plan.num_stages={self.plan.num_stages}")
+        self._check_memory()
         if self.train.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"train.sequence_length={self.train.sequence_length} is more than "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
         return self
+
+    def _check_memory(self) -> None:
+        """Refuse options that cannot go together."""
+        memory, train = self.memory, self.train
+        if memory.fused_backward and train.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"memory.fused_backward updates after every micro-batch, and so cannot sum the gradients of "
+                f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}: set it to 1, "
+                "or memory.fused_backward=false"
+            )
+        if memory.fused_backward and self.optim.max_grad_norm is not None:
+            raise ValueError(
+                f"memory.fused_backward updates before the norm of all gradients is known, and so cannot clip to "
+                f"optim.max_grad_norm={self.optim.max_grad_norm}: set it to null, or memory.fused_backward=false"
+            )
+        if not memory.master_weights and train.precision == "fp32":
+            raise ValueError(
+                "memory.master_weights=false saves the fp32 copy of bf16 weights, and train.precision=fp32 has none: "
+                "leave it out, or set train.precision=bf16"
+            )
+        if memory.offload_frozen and train.compile:
+            raise ValueError(
+                "memory.offload_frozen fetches weights while a layer runs, which a compiled layer cannot: "
+                "set train.compile=false or memory.offload_frozen=false"
+            )
+        if self.plan.train_embeddings == "adapters" and (self.pet.method == "none" or not self.plan.freeze_old_layers):
+            raise ValueError(
+                "plan.train_embeddings=adapters goes with adapters on frozen layers: "
+                "set pet.method=lora and plan.freeze_old_layers=true"
+            )
 
     @property
     def run_dir(self) -> Path:

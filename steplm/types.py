@@ -53,6 +53,9 @@ class ModelShape:
     final_norm_modules: tuple[str, ...] = ("model.norm",)
     head_modules: tuple[str, ...] = ("lm_head",)  # () where the head has no tensor of its own
     attention_size: int | None = None  # num_attention_heads * head_dim; None: hidden_size
+    num_key_value_heads: int | None = None  # None: num_attention_heads
+    other_layer_matrices: tuple[int, ...] = ()  # parameters of each matrix of a layer that is no linear map
+    embedding_sizes: tuple[int, ...] = ()  # parameters of each embedding matrix; (): there is one
 
     @property
     def outer_patterns(self) -> tuple[str, ...]:
@@ -60,9 +63,24 @@ class ModelShape:
         return tuple(f"{name}.*" for name in self.embedding_modules + self.final_norm_modules + self.head_modules)
 
     @property
+    def layer_matrices(self) -> tuple[int, ...]:
+        """Parameters of each matrix of one layer."""
+        return (*(linear.in_features * linear.out_features for linear in self.linears), *self.other_layer_matrices)
+
+    @property
+    def layer_vectors(self) -> int:
+        """Parameters of all norms and biases of one layer."""
+        return self.other_layer_parameters + sum(linear.out_features for linear in self.linears if linear.bias)
+
+    @property
+    def embedding_matrices(self) -> tuple[int, ...]:
+        """Parameters of each embedding matrix."""
+        return self.embedding_sizes or (self.embedding_parameters,)
+
+    @property
     def layer_parameters(self) -> int:
         """P_layer: parameters of one Transformer layer."""
-        return sum(linear.num_parameters for linear in self.linears) + self.other_layer_parameters
+        return sum(self.layer_matrices) + self.layer_vectors
 
     @property
     def outer_parameters(self) -> int:
@@ -119,6 +137,7 @@ class AdapterSpec:
     alpha: float
     target_modules: tuple[str, ...]  # last part of the module's name: "q_proj"
     layers: tuple[int, ...]
+    embeddings: bool = False  # also on the embeddings and the head
 
     @property
     def scaling(self) -> float:
@@ -127,28 +146,28 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class MemoryTerm:
-    """Bytes of one kind of tensor of one component: ``num_parameters * bytes_per_parameter``."""
+    """Bytes of one kind of tensor of one component."""
 
-    component: str  # "new_layers", "frozen_layers", "adapters", "embeddings", "final_norm", "head"
-    kind: str  # "weights", "gradients", "optimizer"
-    num_parameters: int
-    bytes_per_parameter: int
+    component: str  # "new_layers", "frozen_layers", "adapters", "embeddings", "final_norm", "head", ...
+    kind: str  # model state: "weights", "gradients", "optimizer"; beside it: "activations", "workspace", HOST
+    num_bytes: int
     formula: str
+    num_parameters: int = 0  # 0 where the bytes are not those of parameters
 
-    @property
-    def num_bytes(self) -> int:
-        return self.num_parameters * self.bytes_per_parameter
+
+HOST = "host"  # the kind of a term in the host's memory, no part of any total
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Model-state bytes of one stage, per rank, by term."""
+    """Bytes on the device at one instant, or of one stage's model state; per rank, by term."""
 
     terms: tuple[MemoryTerm, ...]
 
     @property
     def total_bytes(self) -> int:
-        return sum(term.num_bytes for term in self.terms)
+        """Bytes on the device."""
+        return sum(term.num_bytes for term in self.terms if term.kind != HOST)
 
     def bytes_of(self, component: str | None = None, kind: str | None = None) -> int:
         """Bytes of the terms with this component and this kind (``None``: any)."""
@@ -166,6 +185,30 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True)
+class Instant:
+    """One moment of a stage and all that the device then holds."""
+
+    name: str  # "loss", "backward of layer 23", "optimizer step"
+    memory: MemoryEstimate
+
+
+@dataclass(frozen=True)
+class PeakEstimate:
+    """The moments of a stage at which its memory can be highest, in the order of time."""
+
+    instants: tuple[Instant, ...]
+
+    @property
+    def highest(self) -> Instant:
+        """The first of those with the most bytes."""
+        return max(self.instants, key=lambda instant: instant.memory.total_bytes)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.highest.memory.total_bytes
+
+
+@dataclass(frozen=True)
 class Stage:
     """What one stage trains, on which model, for how long, in how many bytes."""
 
@@ -177,7 +220,13 @@ class Stage:
     adapters: AdapterSpec | None
     scheduled_tokens: int  # the learning-rate schedule runs over these
     tokens: int  # the stage stops after these
-    memory: MemoryEstimate
+    memory: MemoryEstimate  # the model state
+    peak: PeakEstimate | None = None  # all that the device holds; None where the family's layers are not known
+
+    @property
+    def device_bytes(self) -> int:
+        """The peak, or the model state where no more is known."""
+        return self.memory.total_bytes if self.peak is None else self.peak.total_bytes
 
 
 @dataclass(frozen=True)
@@ -189,6 +238,7 @@ class Plan:
     stages: tuple[Stage, ...]
     proved_optimal: bool
     vanilla_model_state_bytes: int
+    vanilla_peak_bytes: int | None = None  # on the same batches, without any memory option
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -209,15 +259,22 @@ class Plan:
         return max(stage.memory.total_bytes for stage in self.stages)
 
     @property
+    def peak_bytes(self) -> int | None:
+        """All bytes on the device, in the stage that has the most; None where the family is not modelled."""
+        peaks = [stage.peak.total_bytes for stage in self.stages if stage.peak is not None]
+        return max(peaks) if len(peaks) == self.num_stages else None
+
+    @property
     def reduction(self) -> float:
         """Share of vanilla's model-state bytes that this plan saves, 0 … 1."""
         return 1.0 - self.peak_model_state_bytes / self.vanilla_model_state_bytes
 
     @property
     def hash(self) -> str:
-        """Sixteen hexadecimal digits of all that training obeys; the words of the formulas are not part of it."""
+        """Sixteen hexadecimal digits of all that training obeys: neither the formulas' words nor the peak."""
         document = to_json(self)
         for stage in document["stages"]:
+            del stage["peak"]  # it depends on the micro-batch, which may change at a resume
             for term in stage["memory"]["terms"]:
                 del term["formula"]
         text = json.dumps({key: document[key] for key in ("shape", "precision", "stages")}, sort_keys=True)

@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Sequence
 
 from steplm.errors import ConfigError
-from steplm.memory.terms import BYTES_PER_PARAMETER, OUTER_COMPONENTS, TERMS, StageCounts
+from steplm.config import MemoryConfig
+from steplm.memory.terms import OUTER_COMPONENTS, WEIGHT_BYTES, StageCounts, model_state_terms
 from steplm.types import MemoryEstimate, ModelShape
 
 
@@ -16,36 +17,41 @@ def estimate_stage(
     precision: str,
     num_new_layers: int,
     num_frozen_layers: int = 0,
-    adapter_parameters: int = 0,
-    train_outer: bool = True,
+    adapter_matrices: Sequence[int] = (),
+    outer: str = "trained",
+    outer_rank: int = 0,
     count_outer: bool = True,
+    memory: MemoryConfig | None = None,
 ) -> MemoryEstimate:
-    """Model-state bytes of one stage, per rank, unsharded; terms without parameters are left out.
+    """Model-state bytes of one stage, per rank, unsharded; terms without bytes are left out.
 
-    Leaves out activations, logits, workspace and the device's own context.
+    Leaves out activations, logits, workspace and the device's own context: see ``steplm.memory.peak``.
 
     Args:
         precision: "bf16" (2 + 2 + 12 bytes a trained parameter, 2 a frozen one) or "fp32" (4 + 4 + 8, 4).
         num_new_layers: layers trained as a whole.
         num_frozen_layers: layers of which at most the adapters are trained.
-        adapter_parameters: of one frozen layer; see ``adapter_parameters_per_layer``.
-        train_outer: whether embeddings, final norm and head are trained.
+        adapter_matrices: parameters of each factor in one frozen layer; see ``adapter_matrices_per_layer``.
+        outer: embeddings, final norm and head are "trained", "frozen", or frozen under "adapters" of ``outer_rank``.
         count_outer: whether they are counted; without them this is the bare formula of the source.
+        memory: the formats of what is held; default: as the source.
 
     Source: STEP (arXiv 2504.04151), section 2.2.
     """
-    if precision not in BYTES_PER_PARAMETER:
-        raise ConfigError(f"no precision {precision!r}. Known: {', '.join(BYTES_PER_PARAMETER)}.", precision=precision)
+    if precision not in WEIGHT_BYTES:
+        raise ConfigError(f"no precision {precision!r}. Known: {', '.join(WEIGHT_BYTES)}.", precision=precision)
     counts = StageCounts(
         shape=shape,
         precision=precision,
+        memory=memory or MemoryConfig(),
         num_new_layers=num_new_layers,
         num_frozen_layers=num_frozen_layers,
-        adapter_parameters=adapter_parameters,
-        train_outer=train_outer,
+        adapter_matrices=tuple(adapter_matrices),
+        outer=outer if count_outer else "frozen",
+        outer_rank=outer_rank,
     )
-    terms = (term(counts) for (component, _), term in TERMS.items() if count_outer or component not in OUTER_COMPONENTS)
-    return MemoryEstimate(tuple(term for term in terms if term.num_parameters))
+    terms = model_state_terms(counts)
+    return MemoryEstimate(tuple(term for term in terms if count_outer or term.component not in OUTER_COMPONENTS))
 
 
 def resolve_target_modules(shape: ModelShape, target_modules: str | Sequence[str]) -> tuple[str, ...]:
@@ -69,8 +75,12 @@ def resolve_target_modules(shape: ModelShape, target_modules: str | Sequence[str
     return tuple(name for name in known if name in target_modules)
 
 
-def adapter_parameters_per_layer(shape: ModelShape, rank: int, target_modules: str | Sequence[str]) -> int:
-    """E: LoRA parameters of one layer, ``rank (in_features + out_features)`` for each target.
+def adapter_matrices_per_layer(
+    shape: ModelShape, rank: int, target_modules: str | Sequence[str]
+) -> tuple[int, ...]:
+    """Parameters of each LoRA factor of one layer: ``rank × in_features`` and ``out_features × rank`` a target.
+
+    E is their sum.
 
     Source: LoRA (arXiv 2106.09685), section 4.1.
 
@@ -78,7 +88,7 @@ def adapter_parameters_per_layer(shape: ModelShape, rank: int, target_modules: s
         ConfigError: unknown target, or a rank that is larger than a side of a target's matrix.
     """
     targets = resolve_target_modules(shape, target_modules)
-    num_parameters = 0
+    matrices: list[int] = []
     for linear in shape.linears:
         if _last_part(linear.name) not in targets:
             continue
@@ -92,8 +102,8 @@ def adapter_parameters_per_layer(shape: ModelShape, rank: int, target_modules: s
                 largest_rank=smaller_side,
                 target=linear.name,
             )
-        num_parameters += rank * (linear.in_features + linear.out_features)
-    return num_parameters
+        matrices += [rank * linear.in_features, linear.out_features * rank]
+    return tuple(matrices)
 
 
 def _last_part(name: str) -> str:

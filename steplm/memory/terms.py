@@ -1,25 +1,23 @@
-"""The terms of model-state memory: one function per (component, kind).
+"""The terms of model-state memory: one per component and kind.
 
-Symbols, as in the formulas: ``n_i`` layers added in stage i, ``N_{i-1}`` layers before it, ``P_layer``
-parameters of one layer, ``E`` adapter parameters of one layer. Layers and adapters follow STEP
-(arXiv 2504.04151), section 2.2; embeddings, final norm and head, which that formula leaves out,
-follow the same rule. To add a term, write a function and add a line to ``TERMS``.
+A component is a group of tensors (``COMPONENTS``), a kind is what training holds of it (``KINDS``). Symbols, as in
+the formulas: ``n_i`` layers added in stage i, ``N_{i-1}`` layers before it, ``P_layer`` parameters of one layer,
+``E`` adapter parameters of one layer. Layers and adapters follow STEP (arXiv 2504.04151), section 2.2; embeddings,
+final norm and head, which that formula leaves out, follow the same rule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from steplm.types import MemoryTerm, ModelShape
+from steplm.config import MemoryConfig
+from steplm.memory.formats import FROZEN_FORMATS, state_bytes
+from steplm.types import HOST, MemoryTerm, ModelShape
 
-# Bytes per trained parameter. Optimizer: fp32 first and second moment, and for bf16 the fp32 master weight.
-BYTES_PER_PARAMETER: dict[str, dict[str, int]] = {
-    "bf16": {"weights": 2, "gradients": 2, "optimizer": 12},
-    "fp32": {"weights": 4, "gradients": 4, "optimizer": 8},
-}
-
+WEIGHT_BYTES = {"bf16": 2, "fp32": 4}  # of a weight, and of its gradient
 OUTER_COMPONENTS = ("embeddings", "final_norm", "head")
+FETCH_SLOTS = 2  # frozen layers that the device holds where the others are in host memory
 
 
 @dataclass(frozen=True)
@@ -28,125 +26,153 @@ class StageCounts:
 
     shape: ModelShape
     precision: str
+    memory: MemoryConfig
     num_new_layers: int  # n_i; every layer that is trained as a whole
     num_frozen_layers: int  # N_{i-1}
-    adapter_parameters: int  # E, of one frozen layer
-    train_outer: bool
+    adapter_matrices: tuple[int, ...]  # parameters of each factor in one frozen layer; E is their sum
+    outer: str  # embeddings, final norm and head: "trained", "frozen" or "adapters"
+    outer_rank: int  # of the adapters on embeddings and head
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a component: ``count`` copies of these matrices and vectors."""
+
+    formula: str
+    matrices: tuple[int, ...]  # parameters of each
+    num_in_vectors: int = 0  # parameters of all norms and biases
+    count: int = 1
+    trained: bool = True
 
     @property
-    def new_parameters(self) -> int:
-        return self.num_new_layers * self.shape.layer_parameters
-
-    @property
-    def adapter_parameters_in_all(self) -> int:
-        return self.num_frozen_layers * self.adapter_parameters
+    def num_parameters(self) -> int:
+        return self.count * (sum(self.matrices) + self.num_in_vectors)
 
 
-def new_layers_weights(counts: StageCounts) -> MemoryTerm:
-    """``n_i P_layer`` weights in the precision of the forward pass. STEP, section 2.2."""
-    return _term(counts, "new_layers", "weights", counts.new_parameters, "n_i × P_layer")
+def new_layers(counts: StageCounts) -> Tensors:
+    """``n_i P_layer``, trained as a whole. STEP, section 2.2."""
+    return Tensors("n_i × P_layer", counts.shape.layer_matrices, counts.shape.layer_vectors, counts.num_new_layers)
 
 
-def new_layers_gradients(counts: StageCounts) -> MemoryTerm:
-    """``n_i P_layer`` gradients, of the weights' type. STEP, section 2.2."""
-    return _term(counts, "new_layers", "gradients", counts.new_parameters, "n_i × P_layer")
+def frozen_layers(counts: StageCounts) -> Tensors:
+    """``N_{i-1} P_layer``, without gradient or state. STEP, section 2.2."""
+    matrices, vectors = counts.shape.layer_matrices, counts.shape.layer_vectors
+    return Tensors("N_{i-1} × P_layer", matrices, vectors, counts.num_frozen_layers, trained=False)
 
 
-def new_layers_optimizer(counts: StageCounts) -> MemoryTerm:
-    """``n_i P_layer`` times the fp32 states of Adam (arXiv 1412.6980). STEP, section 2.2."""
-    return _term(counts, "new_layers", "optimizer", counts.new_parameters, "n_i × P_layer")
+def adapters(counts: StageCounts) -> Tensors:
+    """``N_{i-1} E``; LoRA (arXiv 2106.09685) has ``E = Σ rank (in + out)``. STEP, section 2.2."""
+    return Tensors("N_{i-1} × E", counts.adapter_matrices, count=counts.num_frozen_layers)
 
 
-def frozen_layers_weights(counts: StageCounts) -> MemoryTerm:
-    """``N_{i-1} P_layer`` weights, without gradient or state. STEP, section 2.2."""
-    num_parameters = counts.num_frozen_layers * counts.shape.layer_parameters
-    return _term(counts, "frozen_layers", "weights", num_parameters, "N_{i-1} × P_layer")
+def outer_adapters(counts: StageCounts) -> Tensors:
+    """``rank (vocab_size + hidden_size)`` for the embeddings, and again for an untied head."""
+    shape, rank = counts.shape, counts.outer_rank
+    count = (1 + (shape.head_parameters > 0)) if counts.outer == "adapters" else 0
+    return Tensors("rank × (vocab + hidden)", (rank * shape.vocab_size, rank * shape.hidden_size), count=count)
 
 
-def adapters_weights(counts: StageCounts) -> MemoryTerm:
-    """``N_{i-1} E`` weights; LoRA (arXiv 2106.09685) has ``E = Σ rank (in + out)``. STEP, section 2.2."""
-    return _term(counts, "adapters", "weights", counts.adapter_parameters_in_all, "N_{i-1} × E")
+def embeddings(counts: StageCounts) -> Tensors:
+    """``vocab_size × hidden_size``; a head that shares them counts here, once."""
+    return Tensors("P_embeddings", counts.shape.embedding_matrices, trained=counts.outer == "trained")
 
 
-def adapters_gradients(counts: StageCounts) -> MemoryTerm:
-    """``N_{i-1} E`` gradients, of the weights' type. STEP, section 2.2."""
-    return _term(counts, "adapters", "gradients", counts.adapter_parameters_in_all, "N_{i-1} × E")
-
-
-def adapters_optimizer(counts: StageCounts) -> MemoryTerm:
-    """``N_{i-1} E`` times the fp32 states of Adam. STEP, section 2.2."""
-    return _term(counts, "adapters", "optimizer", counts.adapter_parameters_in_all, "N_{i-1} × E")
-
-
-def embeddings_weights(counts: StageCounts) -> MemoryTerm:
-    """``vocab_size × hidden_size`` weights; a head that shares them counts here, once."""
-    return _term(counts, "embeddings", "weights", counts.shape.embedding_parameters, "P_embeddings")
-
-
-def embeddings_gradients(counts: StageCounts) -> MemoryTerm:
-    """A dense gradient of every embedding, where they are trained."""
-    return _outer_if_trained(counts, "embeddings", "gradients", counts.shape.embedding_parameters)
-
-
-def embeddings_optimizer(counts: StageCounts) -> MemoryTerm:
-    """The fp32 states of Adam for every embedding, where they are trained."""
-    return _outer_if_trained(counts, "embeddings", "optimizer", counts.shape.embedding_parameters)
-
-
-def final_norm_weights(counts: StageCounts) -> MemoryTerm:
+def final_norm(counts: StageCounts) -> Tensors:
     """``hidden_size`` weights of the norm above the last layer."""
-    return _term(counts, "final_norm", "weights", counts.shape.final_norm_parameters, "P_final_norm")
+    return Tensors("P_final_norm", (), counts.shape.final_norm_parameters, trained=counts.outer != "frozen")
 
 
-def final_norm_gradients(counts: StageCounts) -> MemoryTerm:
-    """Their gradients, where they are trained."""
-    return _outer_if_trained(counts, "final_norm", "gradients", counts.shape.final_norm_parameters)
+def head(counts: StageCounts) -> Tensors:
+    """``hidden_size × vocab_size`` weights of an untied head, and its bias where it has one."""
+    matrix = counts.shape.vocab_size * counts.shape.hidden_size
+    size = counts.shape.head_parameters
+    matrices, bias = ((matrix,), size - matrix) if size >= matrix else ((), size)
+    return Tensors("P_head", matrices, bias, trained=counts.outer == "trained")
 
 
-def final_norm_optimizer(counts: StageCounts) -> MemoryTerm:
-    """Their fp32 states of Adam, where they are trained."""
-    return _outer_if_trained(counts, "final_norm", "optimizer", counts.shape.final_norm_parameters)
-
-
-def head_weights(counts: StageCounts) -> MemoryTerm:
-    """``hidden_size × vocab_size`` weights of an untied head."""
-    return _term(counts, "head", "weights", counts.shape.head_parameters, "P_head")
-
-
-def head_gradients(counts: StageCounts) -> MemoryTerm:
-    """Gradients of an untied head, where it is trained."""
-    return _outer_if_trained(counts, "head", "gradients", counts.shape.head_parameters)
-
-
-def head_optimizer(counts: StageCounts) -> MemoryTerm:
-    """The fp32 states of Adam for an untied head, where it is trained."""
-    return _outer_if_trained(counts, "head", "optimizer", counts.shape.head_parameters)
-
-
-TERMS: dict[tuple[str, str], Callable[[StageCounts], MemoryTerm]] = {
-    ("new_layers", "weights"): new_layers_weights,
-    ("new_layers", "gradients"): new_layers_gradients,
-    ("new_layers", "optimizer"): new_layers_optimizer,
-    ("frozen_layers", "weights"): frozen_layers_weights,
-    ("adapters", "weights"): adapters_weights,
-    ("adapters", "gradients"): adapters_gradients,
-    ("adapters", "optimizer"): adapters_optimizer,
-    ("embeddings", "weights"): embeddings_weights,
-    ("embeddings", "gradients"): embeddings_gradients,
-    ("embeddings", "optimizer"): embeddings_optimizer,
-    ("final_norm", "weights"): final_norm_weights,
-    ("final_norm", "gradients"): final_norm_gradients,
-    ("final_norm", "optimizer"): final_norm_optimizer,
-    ("head", "weights"): head_weights,
-    ("head", "gradients"): head_gradients,
-    ("head", "optimizer"): head_optimizer,
+# To add a component, write a function and add a line; the measurement names its tensors the same.
+COMPONENTS: dict[str, tuple[Callable[[StageCounts], Tensors], ...]] = {
+    "new_layers": (new_layers,),
+    "frozen_layers": (frozen_layers,),
+    "adapters": (adapters, outer_adapters),
+    "embeddings": (embeddings,),
+    "final_norm": (final_norm,),
+    "head": (head,),
 }
 
 
-def _term(counts: StageCounts, component: str, kind: str, num_parameters: int, formula: str) -> MemoryTerm:
-    num_bytes = BYTES_PER_PARAMETER[counts.precision][kind]
-    return MemoryTerm(component, kind, num_parameters, num_bytes, f"{formula} × {num_bytes} B")
+def weights(counts: StageCounts, tensors: Tensors) -> tuple[int, str]:
+    """Bytes and their formula: in the precision of the forward pass."""
+    width = WEIGHT_BYTES[counts.precision]
+    return tensors.num_parameters * width, f"{width} B"
 
 
-def _outer_if_trained(counts: StageCounts, component: str, kind: str, num_parameters: int) -> MemoryTerm:
-    return _term(counts, component, kind, num_parameters if counts.train_outer else 0, f"P_{component}")
+def gradients(counts: StageCounts, tensors: Tensors) -> tuple[int, str]:
+    """Of the weights' type; none that lasts where the update is fused into the backward pass."""
+    width = WEIGHT_BYTES[counts.precision]
+    if not tensors.trained or counts.memory.fused_backward:
+        return 0, "0 B"
+    return tensors.num_parameters * width, f"{width} B"
+
+
+def optimizer(counts: StageCounts, tensors: Tensors) -> tuple[int, str]:
+    """Adam's two moments (arXiv 1412.6980) and, for bf16 weights, their fp32 master copy."""
+    if not tensors.trained:
+        return 0, "0 B"
+    master = 4 if counts.precision == "bf16" and counts.memory.master_weights else 0
+    if counts.memory.optimizer_states == "fp32":
+        return tensors.num_parameters * (8 + master), f"{8 + master} B"
+    moments = 2 * sum(state_bytes(matrix) for matrix in tensors.matrices) + 8 * tensors.num_in_vectors
+    note = f"(2 × (1 + 4/256){f' + {master}' if master else ''}) B, vectors {8 + master} B"
+    return tensors.count * moments + tensors.num_parameters * master, note
+
+
+KINDS: dict[str, Callable[[StageCounts, Tensors], tuple[int, str]]] = {
+    "weights": weights,
+    "gradients": gradients,
+    "optimizer": optimizer,
+}
+
+
+def model_state_terms(counts: StageCounts) -> Iterator[MemoryTerm]:
+    """Every term of the model state that has bytes."""
+    for component, groups in COMPONENTS.items():
+        for kind, bytes_of in KINDS.items():
+            for group in groups:
+                tensors = group(counts)
+                if component == "frozen_layers" and kind == "weights":
+                    yield from _frozen_weights(counts, tensors)
+                    continue
+                num_bytes, per_parameter = bytes_of(counts, tensors)
+                if num_bytes:
+                    formula = f"{tensors.formula} × {per_parameter}"
+                    yield MemoryTerm(component, kind, num_bytes, formula, tensors.num_parameters)
+
+
+def packed_layer_bytes(shape: ModelShape, memory: MemoryConfig, precision: str) -> int:
+    """Bytes of the linear maps' matrices of one frozen layer, in the format that they are kept in."""
+    pack = FROZEN_FORMATS.get(memory.frozen_weights, lambda rows, columns: rows * columns * WEIGHT_BYTES[precision])
+    return sum(pack(linear.out_features, linear.in_features) for linear in shape.linears)
+
+
+def _frozen_weights(counts: StageCounts, tensors: Tensors) -> Iterator[MemoryTerm]:
+    """Weights of frozen layers: matrices may be packed, and may be in host memory; the rest is as trained."""
+    memory, width = counts.memory, WEIGHT_BYTES[counts.precision]
+    name, size = "frozen_layers", tensors.num_parameters
+    if not size:
+        return
+    if memory.frozen_weights == "full" and not memory.offload_frozen:
+        yield MemoryTerm(name, "weights", size * width, f"{tensors.formula} × {width} B", size)
+        return
+    matrices = counts.num_frozen_layers * sum(x.in_features * x.out_features for x in counts.shape.linears)
+    packed = packed_layer_bytes(counts.shape, memory, counts.precision)
+    fmt = f"matrices in {memory.frozen_weights}" if memory.frozen_weights != "full" else f"matrices × {width} B"
+    rest = size - matrices
+    if not memory.offload_frozen:
+        num_bytes = counts.num_frozen_layers * packed + rest * width
+        yield MemoryTerm(name, "weights", num_bytes, f"N_{{i-1}} × ({fmt} + vectors × {width} B)", size)
+        return
+    if rest:
+        yield MemoryTerm(name, "weights", rest * width, f"N_{{i-1}} × vectors × {width} B", rest)
+    yield MemoryTerm(name, HOST, counts.num_frozen_layers * packed, f"N_{{i-1}} × {fmt}", matrices)
+    yield MemoryTerm("fetched_layers", "weights", FETCH_SLOTS * packed, f"{FETCH_SLOTS} layers × {fmt}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from steplm.errors import ConfigError
+from steplm.models.device import move
 
 # Keys of earlier transformers that its configurations still take, and turn into ``rope_parameters``.
 ACCEPTED_KEYS = ("rope_theta", "rope_scaling")
@@ -88,7 +89,8 @@ def build_model(
             missing=list(missing),
             unexpected=list(unexpected),
         )
-    return model.to(device)
+    move(model, device)
+    return model
 
 
 def initial_state(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from steplm.errors import ConfigError
 
@@ -18,3 +19,10 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("the device is to be cuda, but PyTorch sees no CUDA device. Use cpu or auto.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def move(model: nn.Module, device: torch.device | str) -> None:
+    """Put the model on the device, in place. What is there already is not touched: a fake tensor cannot be moved."""
+    device = torch.device(device)
+    if any(tensor.device != device for tensor in (*model.parameters(), *model.buffers())):
+        model.to(device)

@@ -1,6 +1,6 @@
 """Cross-entropy straight from hidden states: the full logits never exist.
 
-N rows (tokens), D hidden size, V vocabulary, C rows of one chunk.
+N rows (tokens), D hidden size, V vocabulary, R rank, C rows of one chunk.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100
 
@@ -21,14 +23,15 @@ def chunked_cross_entropy(
     num_valid: int | Tensor,
     chunk_size: int = 512,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
     """Sum of negative log-likelihoods over the valid labels, divided by ``num_valid``; an fp32 scalar.
 
-    The logits are ``hidden @ weight.T + bias`` in the dtype of ``hidden``, everything after that is fp32
-    (fp64 for fp64 inputs). Loss and gradients come from one pass over chunks, in the forward, so that
-    nothing is computed twice; gradients that nobody needs are not computed.
+    The logits are ``hidden @ weight.T + bias + low @ B.T`` in the dtype of ``hidden``, everything after that
+    is fp32 (fp64 for fp64 inputs). Loss and gradients come from one pass over chunks, in the forward, so that
+    nothing is computed twice; gradients that nobody needs are not computed. They serve one backward pass.
 
     Args:
         hidden: (N, D).
@@ -37,13 +40,15 @@ def chunked_cross_entropy(
         num_valid: divisor, usually the number of valid labels of the whole step, over all micro-batches.
         chunk_size: rows of logits that exist at once.
         bias: (V,).
+        low_rank: ``low`` (N, R) and ``B`` (V, R) of an adapted head.
         logit_scale: factor on the logits.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
     """
+    low, B = (None, None) if low_rank is None else low_rank
     # Inside a Function grad mode is off, and needs_input_grad is true under no_grad as well.
     with_gradients = torch.is_grad_enabled()
     return _ChunkedCrossEntropy.apply(
-        hidden, weight, bias, labels, num_valid, chunk_size, logit_scale, softcap, with_gradients
+        hidden, weight, low, B, bias, labels, num_valid, chunk_size, logit_scale, softcap, with_gradients
     )
 
 
@@ -53,6 +58,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        low: Tensor | None,
+        B: Tensor | None,
         bias: Tensor | None,
         labels: Tensor,
         num_valid: int | Tensor,
@@ -61,59 +68,96 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         with_gradients: bool,
     ) -> Tensor:
-        needs_hidden, needs_weight, needs_bias = (with_gradients and need for need in ctx.needs_input_grad[:3])
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=accumulate) if bias is not None and needs_bias else None
+        # What is summed over chunks is fp32: a sum in bf16 loses what later chunks add.
+        dtypes = (hidden.dtype, accumulate, hidden.dtype, accumulate, accumulate)
+        tensors = (hidden, weight, low, B, bias)
+        grads = [
+            torch.zeros_like(tensor, dtype=dtype) if with_gradients and need and tensor is not None else None
+            for tensor, dtype, need in zip(tensors, dtypes, ctx.needs_input_grad[:5], strict=True)
+        ]
+        with_gradients = any(grad is not None for grad in grads)
+        grad_bias = grads[4]
 
         total = torch.zeros((), dtype=accumulate, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_size):
-            rows = hidden[start : start + chunk_size]
-            valid = labels[start : start + chunk_size] != IGNORE_INDEX
-            target = labels[start : start + chunk_size].where(valid, 0).unsqueeze(1)
+            rows = slice(start, start + chunk_size)
+            logits = F.linear(hidden[rows], weight, bias)
+            if low is not None and B is not None:
+                logits.addmm_(low[rows], B.t())
+            logits = logits.to(accumulate)
+            total += _loss_of_chunk(logits, labels[rows], num_valid, logit_scale, softcap, with_gradients)
+            if with_gradients:
+                if grad_bias is not None:
+                    grad_bias += logits.sum(dim=0)
+                logits = logits.to(hidden.dtype)
+                _add_gradients_of_product(logits, hidden, weight, grads[0], grads[1], rows)
+                if low is not None and B is not None:
+                    _add_gradients_of_product(logits, low, B, grads[2], grads[3], rows)
+            del logits  # before the next chunk's are made
 
-            logits = torch.nn.functional.linear(rows, weight, bias).to(accumulate)
-            if logit_scale != 1.0:
-                logits.mul_(logit_scale)
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
-            log_probs = logits.log_softmax(dim=1)
-            total -= (log_probs.gather(1, target).squeeze(1) * valid).sum()
-            if not (needs_hidden or needs_weight or needs_bias):
-                continue
-
-            # d loss / d logits = (softmax - one-hot of the label) / num_valid in valid rows, 0 in others
-            row_scale = (valid.to(accumulate) / num_valid).unsqueeze(1)
-            grad_logits = log_probs.exp_().mul_(row_scale).scatter_add_(1, target, -row_scale)
-            if softcap is not None:
-                grad_logits.mul_(1 - (logits / softcap).square_())
-            if logit_scale != 1.0:
-                grad_logits.mul_(logit_scale)
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(dim=0)
-            grad_logits = grad_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[start : start + chunk_size])
-            if grad_weight is not None:
-                if grad_logits.dtype == accumulate:
-                    grad_weight.addmm_(grad_logits.t(), rows)
-                else:
-                    # Summed over chunks in fp32: a sum in bf16 loses what later chunks add.
-                    grad_weight += grad_logits.t() @ rows
-
-        ctx.save_for_backward(
-            grad_hidden,
-            grad_weight.to(weight.dtype) if grad_weight is not None else None,
-            grad_bias.to(bias.dtype) if grad_bias is not None and bias is not None else None,
-        )
+        for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
+            if tensor is not None and grad is not None:
+                grads[i] = grad.to(tensor.dtype)
+        ctx.grads = grads
         return total / num_valid
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError(
+                "the gradients of this loss were made once, in its forward pass, and a backward pass has taken them: "
+                "compute the loss anew for another one"
+            )
         # One element rather than a scalar: a scalar would be rounded to the gradients' dtype first.
         factor = grad_outputs[0].reshape(1)
-        grads = [
-            None if grad is None else torch.mul(grad, factor, out=torch.empty_like(grad)) for grad in ctx.saved_tensors
-        ]
-        return (*grads, None, None, None, None, None, None)
+        return (*(None if grad is None else grad.mul_(factor) for grad in grads), *[None] * 6)
+
+
+def _loss_of_chunk(
+    logits: Tensor,
+    labels: Tensor,
+    num_valid: int | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    with_gradient: bool,
+) -> Tensor:
+    """Sum of negative log-likelihoods. ``logits`` (C, V) are overwritten, by their gradient if asked for."""
+    valid = labels != IGNORE_INDEX
+    target = labels.where(valid, 0).unsqueeze(1)
+    if logit_scale != 1.0:
+        logits.mul_(logit_scale)
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    # In place, where no cap needs the logits again: the kernels read an element for the last time when they write it.
+    log_probs = torch.log_softmax(logits, dim=1, out=logits if softcap is None else None)
+    loss = -(log_probs.gather(1, target).squeeze(1) * valid).sum()
+    if with_gradient:
+        # d loss / d logits = (softmax - one-hot of the label) / num_valid in valid rows, 0 in others
+        row_scale = (valid.to(logits.dtype) / num_valid).unsqueeze(1)
+        gradient = log_probs.exp_().mul_(row_scale).scatter_add_(1, target, -row_scale)
+        if softcap is not None:  # d capped / d logits = 1 - (capped / softcap)^2
+            logits.div_(softcap).square_().neg_().add_(1).mul_(gradient)
+        if logit_scale != 1.0:
+            logits.mul_(logit_scale)
+    return loss
+
+
+def _add_gradients_of_product(
+    grad_logits: Tensor,
+    inputs: Tensor,
+    matrix: Tensor,
+    grad_inputs: Tensor | None,
+    grad_matrix: Tensor | None,
+    rows: slice,
+) -> None:
+    """What one chunk of the logits ``inputs @ matrix.T`` adds to the gradients of both that are wanted."""
+    if grad_inputs is not None:
+        torch.mm(grad_logits, matrix, out=grad_inputs[rows])
+    if grad_matrix is not None:
+        if grad_logits.dtype == grad_matrix.dtype:
+            grad_matrix.addmm_(grad_logits.t(), inputs[rows])
+        else:
+            grad_matrix += grad_logits.t() @ inputs[rows]

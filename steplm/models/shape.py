@@ -53,17 +53,21 @@ def shape_from_model(model: PreTrainedModel) -> ModelShape:
         for name, module in layers[0].named_modules()
         if isinstance(module, nn.Linear)
     )
-    in_linears = sum(linear.num_parameters for linear in linears)
+    in_linears = {id(p) for m in layers[0].modules() if isinstance(m, nn.Linear) for p in m.parameters()}
+    others = [parameter for parameter in layers[0].parameters() if id(parameter) not in in_linears]
 
     head = model.get_output_embeddings()
     head_name = name_of_head(model)
     counts = {"embeddings": 0, "final_norm": 0, "head": 0}
+    sizes: list[int] = []
     modules: dict[str, dict[str, None]] = {component: {} for component in counts}  # ordered sets
     for name, parameter in model.named_parameters():
         if name.startswith(f"{prefix}."):
             continue
         component = outer_component(name, parameter, head_name)
         counts[component] += parameter.numel()
+        if component == "embeddings":
+            sizes.append(parameter.numel())
         modules[component][name.rpartition(".")[0]] = None
 
     heads = config.num_attention_heads
@@ -75,7 +79,7 @@ def shape_from_model(model: PreTrainedModel) -> ModelShape:
         num_attention_heads=heads,
         tie_word_embeddings=head is not None and head.weight is model.get_input_embeddings().weight,
         linears=linears,
-        other_layer_parameters=sum(parameter.numel() for parameter in layers[0].parameters()) - in_linears,
+        other_layer_parameters=sum(parameter.numel() for parameter in others if parameter.dim() < 2),
         embedding_parameters=counts["embeddings"],
         final_norm_parameters=counts["final_norm"],
         head_parameters=counts["head"],
@@ -83,6 +87,9 @@ def shape_from_model(model: PreTrainedModel) -> ModelShape:
         embedding_modules=tuple(modules["embeddings"]),
         final_norm_modules=tuple(modules["final_norm"]),
         head_modules=tuple(modules["head"]),
+        other_layer_matrices=tuple(parameter.numel() for parameter in others if parameter.dim() >= 2),
+        embedding_sizes=tuple(sizes) if len(sizes) > 1 else (),
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         attention_size=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
     )
 

@@ -1,15 +1,23 @@
-"""AdamW with fp32 master weights: 12 bytes of state per bf16 parameter, 8 per fp32 parameter, to the byte."""
+"""AdamW by parameter name, its states exact to the byte: in fp32, or with 8-bit moments and without master weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from steplm.errors import CheckpointMismatch
+from steplm.errors import CheckpointMismatch, ConfigError, SteplmError
+from steplm.memory.formats import STATE_BLOCK, STEP_CHUNK
+from steplm.optim.quantized import CodeBook, round_stochastically_
+
+STATES = ("fp32", "8bit")
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether it has a sign
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -17,18 +25,65 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2
 
 
-class MasterAdamW:
+class Piece(NamedTuple):
+    """Elements ``start`` to ``stop`` of a flattened parameter: what is updated at once."""
+
+    name: str
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor.view(-1)[self.start : self.stop]
+
+    def scales_of(self, scales: Tensor) -> Tensor:
+        """The scales of its blocks; a piece begins where a block does."""
+        return scales[self.start // STATE_BLOCK : -(-self.stop // STATE_BLOCK)]
+
+
+class GradNorm:
+    """The global 2-norm of gradients that never exist together."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._square = torch.zeros((), device=device)
+
+    def add(self, gradient: Tensor) -> None:
+        self._square += _grad_norm(gradient).square()
+
+    def total(self) -> Tensor:
+        """An fp32 scalar on the gradients' device."""
+        return self._square.sqrt()
+
+
+class AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) whose arithmetic is fp32, keyed by parameter name.
 
     A bf16 parameter has an fp32 master weight: the master is updated, and the parameter is the master
     rounded. An fp32 parameter is its own master. All states exist from construction, and each parameter
     counts its own steps, so that one that is new begins its bias correction at 0 while others go on.
 
+    No step sees more than ``STEP_CHUNK`` elements at once: small parameters are updated together, large ones
+    in pieces. The workspace of a step, in bytes per element of such a chunk of bf16 parameters (of fp32 ones
+    no more):
+
+        states   master_weights   workspace
+        fp32     yes              4   fp32 gradient
+        fp32     no               9   fp32 weight; gradient, then random bits (4) and mask (1)
+        8bit     yes             17   both moments; gradient (4), then indices, boundaries and comparison (9)
+        8bit     no              17   the fp32 weight too (16 at the update; 17 when it is rounded, or the moments are)
+
     Args:
         named_parameters: the trained parameters by name; others may not be among them.
         betas: decay rates of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled, times the learning rate; see ``decays``.
+        states: ``fp32``, or ``8bit`` for the moments of matrices (see ``quantized.CodeBook``). They are then
+            rounded at every step; 2 bytes and a little a parameter instead of 8.
+        master_weights: False: bf16 parameters have none. The new value is computed in fp32 and rounded
+            stochastically, with bits from the device's default generator: seed it before every step where
+            runs shall repeat. Saves 4 bytes a parameter.
+
+    Raises:
+        ConfigError: unknown ``states``.
     """
 
     def __init__(
@@ -38,31 +93,75 @@ class MasterAdamW:
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        states: str = "fp32",
+        master_weights: bool = True,
     ) -> None:
+        if states not in STATES:
+            raise ConfigError(f"no optimizer states {states!r}. Known: {', '.join(STATES)}.", states=states)
         self.parameters: dict[str, nn.Parameter] = dict(named_parameters)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.steps: dict[str, int] = dict.fromkeys(self.parameters, 0)
         self._states: dict[str, dict[str, Tensor]] = {}
+        self._books: dict[tuple[str, torch.device], CodeBook] = {}
         for name, parameter in self.parameters.items():
             weight = parameter.detach()
-            states = {key: torch.zeros_like(weight, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq")}
-            if weight.dtype != torch.float32:
-                states["master"] = weight.float()
-            self._states[name] = states
-        self._buckets = _buckets(self.parameters)
+            quantized = states == "8bit" and weight.ndim >= 2
+            held: dict[str, Tensor] = {}
+            for moment, signed in MOMENTS.items():
+                held[moment] = torch.zeros_like(weight, dtype=torch.uint8 if quantized else torch.float32)
+                if quantized:
+                    # Where the scale is 0 every code stands for 0.
+                    held[_scale(moment)] = torch.zeros(-(-weight.numel() // STATE_BLOCK), device=weight.device)
+                    if (moment, weight.device) not in self._books:
+                        self._books[moment, weight.device] = CodeBook(signed=signed, device=weight.device)
+            if weight.dtype != torch.float32 and master_weights:
+                held["master"] = weight.float()
+            self._states[name] = held
+        self._pieces = {name: _pieces(name, parameter.numel()) for name, parameter in self.parameters.items()}
+        self._buckets = self._make_buckets()
 
     @torch.no_grad()
     def step(self, learning_rate: float, grad_scale: float = 1.0) -> None:
         """One update of every parameter that has a gradient.
 
-        ``grad_scale`` multiplies the gradients in fp32 and leaves ``.grad`` as it is. Beside the states
-        this allocates no more than one fp32 gradient of the largest parameter.
+        ``grad_scale`` multiplies the gradients in fp32 and leaves ``.grad`` as it is.
         """
+        with_gradient = {name for name, parameter in self.parameters.items() if parameter.grad is not None}
         for bucket in self._buckets:
-            # A call of its own, so that this bucket's gradients are gone before the next one's are made.
-            self._step_bucket(
-                [name for name in bucket if self.parameters[name].grad is not None], learning_rate, grad_scale
+            self._update([piece for piece in bucket if piece.name in with_gradient], learning_rate, grad_scale)
+        for name in with_gradient:
+            self.steps[name] += 1
+
+    @contextmanager
+    def in_backward(self, learning_rate: float | None) -> Iterator[GradNorm]:
+        """Inside, a backward pass updates each parameter as soon as its gradient is there, and frees the gradient.
+
+            with optimizer.in_backward(learning_rate) as norm:
+                loss.backward()
+            norm.total()
+
+        The result is that of ``step``, but neither clipping nor accumulation is possible: the norm is known,
+        and the gradient is gone, when the update is done. Source: LOMO (arXiv 2306.09782).
+
+        Args:
+            learning_rate: ``None`` measures and frees the gradients, and updates nothing.
+
+        Raises:
+            SteplmError: a second backward pass inside, which would be a second step.
+        """
+        device = next((parameter.device for parameter in self.parameters.values()), None)
+        norm, done = GradNorm(device), set[str]()
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(
+                partial(self._arrived, name=name, learning_rate=learning_rate, norm=norm, done=done)
             )
+            for name, parameter in self.parameters.items()
+        ]
+        try:
+            yield norm
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def zero_grad(self) -> None:
         """Free every gradient."""
@@ -70,7 +169,12 @@ class MasterAdamW:
             parameter.grad = None
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The states themselves, by parameter name: ``exp_avg``, ``exp_avg_sq`` and, for bf16, ``master``."""
+        """The states themselves, by parameter name.
+
+        ``exp_avg``, ``exp_avg_sq``, of the weight's shape; in 8 bits they are uint8 codes, and
+        ``exp_avg_scale``, ``exp_avg_sq_scale`` hold one fp32 number for each ``STATE_BLOCK`` elements of the
+        flattened weight. ``master`` where a bf16 weight has one.
+        """
         return {name: dict(states) for name, states in self._states.items()}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -100,7 +204,7 @@ class MasterAdamW:
             told = "; ".join(f"{what}: {_shorten(names)}" for what, names in parts.items() if names)
             raise CheckpointMismatch(
                 f"the saved optimizer state does not fit the trained parameters: {told}. "
-                "It was saved under another plan or another precision.",
+                "It was saved under another plan, precision or format of the states.",
                 missing=missing,
                 unknown=unknown,
                 wrong=wrong,
@@ -112,20 +216,41 @@ class MasterAdamW:
     def _flat(self) -> dict[str, Tensor]:
         return {f"{name}.{key}": tensor for name, states in self._states.items() for key, tensor in states.items()}
 
-    def _step_bucket(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
-        if not names:
+    @torch.no_grad()
+    def _arrived(
+        self, parameter: Tensor, *, name: str, learning_rate: float | None, norm: GradNorm, done: set[str]
+    ) -> None:
+        """The gradient of a parameter is complete."""
+        assert parameter.grad is not None
+        if name in done:
+            raise SteplmError(
+                f"the gradient of {name} arrived twice within one fused update. It cannot be accumulated: run one "
+                "backward pass, on one micro-batch (train.gradient_accumulation_steps=1).",
+                name=name,
+            )
+        done.add(name)
+        norm.add(parameter.grad)
+        if learning_rate is not None:
+            for piece in self._pieces[name]:
+                self._update([piece], learning_rate, 1.0)
+            self.steps[name] += 1
+        parameter.grad = None
+
+    def _update(self, pieces: list[Piece], learning_rate: float, grad_scale: float) -> None:
+        """Pieces of one device and one weight decay. What is made here is gone before the next pieces' is made."""
+        if not pieces:
             return
-        weights = [self.parameters[name].detach() for name in names]
-        states = [self._states[name] for name in names]
-        masters = [state.get("master", weight) for state, weight in zip(states, weights, strict=True)]
+        weights = [piece.of(self.parameters[piece.name].detach()) for piece in pieces]
+        moments = {key: [self._read_moment(piece, key) for piece in pieces] for key in MOMENTS}
+        masters = [self._read_master(piece, weight) for piece, weight in zip(pieces, weights, strict=True)]
         adamw(
             masters,
-            [self._gradient(name, grad_scale) for name in names],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [self._gradient(piece, grad_scale) for piece in pieces],
+            moments["exp_avg"],
+            moments["exp_avg_sq"],
             [],
             # The kernel wants a tensor, and adds 1 to it before it uses it.
-            [torch.full((), float(self.steps[name]), device=weights[0].device) for name in names],
+            [torch.full((), float(self.steps[piece.name]), device=weights[0].device) for piece in pieces],
             foreach=False,
             capturable=False,
             differentiable=False,
@@ -134,22 +259,62 @@ class MasterAdamW:
             beta1=self.betas[0],
             beta2=self.betas[1],
             lr=learning_rate,
-            weight_decay=self.weight_decay if decays(names[0], weights[0]) else 0.0,
+            weight_decay=self.weight_decay if decays(pieces[0].name, self.parameters[pieces[0].name]) else 0.0,
             eps=self.eps,
             maximize=False,
         )
-        for name, weight, master in zip(names, weights, masters, strict=True):
-            self.steps[name] += 1
-            if master is not weight:
+        for piece, weight, master in zip(pieces, weights, masters, strict=True):
+            if "master" in self._states[piece.name]:
                 weight.copy_(master)
+            elif master is not weight:
+                weight.copy_(round_stochastically_(master))
+        del masters, master  # before the moments are rounded, which needs as much
+        for key, values in moments.items():
+            self._write_moments(pieces, key, values)
 
-    def _gradient(self, name: str, scale: float) -> Tensor:
-        gradient = self.parameters[name].grad
+    def _read_moment(self, piece: Piece, key: str) -> Tensor:
+        """Fp32: the state itself, or what its codes stand for."""
+        states = self._states[piece.name]
+        values = piece.of(states[key])
+        if _scale(key) not in states:
+            return values
+        return self._books[key, values.device].dequantize(values, piece.scales_of(states[_scale(key)]))
+
+    def _write_moments(self, pieces: list[Piece], key: str, moments: list[Tensor]) -> None:
+        for piece, values in zip(pieces, moments, strict=True):
+            states = self._states[piece.name]
+            if _scale(key) in states:
+                codes, scales = piece.of(states[key]), piece.scales_of(states[_scale(key)])
+                self._books[key, values.device].quantize_(values, codes, scales)
+
+    def _read_master(self, piece: Piece, weight: Tensor) -> Tensor:
+        """Fp32: the master weight, the weight itself if it is fp32, or else a copy."""
+        states = self._states[piece.name]
+        return piece.of(states["master"]) if "master" in states else weight.float()  # no copy of what is fp32
+
+    def _gradient(self, piece: Piece, scale: float) -> Tensor:
+        gradient = self.parameters[piece.name].grad
         assert gradient is not None
+        gradient = gradient.reshape(-1)[piece.start : piece.stop]
         if gradient.dtype != torch.float32:
             gradient = gradient.float()
             return gradient if scale == 1.0 else gradient.mul_(scale)
         return gradient if scale == 1.0 else gradient * scale
+
+    def _make_buckets(self) -> list[list[Piece]]:
+        """Pieces for one kernel call each: of one device and one weight decay, together at most ``STEP_CHUNK``."""
+        buckets: list[list[Piece]] = []
+        open_buckets: dict[tuple[torch.device, bool], tuple[list[Piece], int]] = {}
+        for name, parameter in self.parameters.items():
+            kind = (parameter.device, decays(name, parameter))
+            for piece in self._pieces[name]:
+                bucket, size = open_buckets.get(kind, ([], STEP_CHUNK))
+                if size + piece.stop - piece.start > STEP_CHUNK:
+                    bucket, size = [], 0
+                    buckets.append(bucket)
+                bucket.append(piece)
+                open_buckets[kind] = (bucket, size + piece.stop - piece.start)
+        return buckets
 
 
 def carry_state(
@@ -158,7 +323,7 @@ def carry_state(
     """Optimizer state under the names that the parameters have after a growth.
 
     Args:
-        tensors, steps: what ``MasterAdamW.state_dict`` gave.
+        tensors, steps: what ``AdamW.state_dict`` gave.
         renamed: old name -> new name of every weight that outlives the growth. Adapters must not be among
             them: they are merged, and those after the growth are fresh, though they bear the same names.
 
@@ -176,12 +341,7 @@ def carry_state(
 @torch.no_grad()
 def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The 2-norm over all gradients, an fp32 scalar; bf16 gradients are summed in fp32."""
-    norms = []
-    for parameter in parameters:
-        if parameter.grad is not None:
-            # Row by row: on a CPU one running fp32 sum over 16M elements is off by 1%.
-            rows = torch.linalg.vector_norm(parameter.grad, dim=-1, dtype=torch.float32)
-            norms.append(torch.linalg.vector_norm(rows))
+    norms = [_grad_norm(parameter.grad) for parameter in parameters if parameter.grad is not None]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
@@ -201,18 +361,17 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _buckets(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
-    """Names in groups for one kernel call each: of one device and one weight decay, and together no larger
-    than the largest parameter, so that their fp32 gradients need no more memory than its does."""
-    limit = max((parameter.numel() for parameter in parameters.values()), default=0)
-    buckets: list[list[str]] = []
-    open_buckets: dict[tuple[torch.device, bool], tuple[list[str], int]] = {}
-    for name, parameter in parameters.items():
-        kind = (parameter.device, decays(name, parameter))
-        names, size = open_buckets.get(kind, ([], limit))
-        if size + parameter.numel() > limit:
-            names, size = [], 0
-            buckets.append(names)
-        names.append(name)
-        open_buckets[kind] = (names, size + parameter.numel())
-    return buckets
+def _scale(moment: str) -> str:
+    """Name of the state that holds the scales of a moment in 8 bits."""
+    return f"{moment}_scale"
+
+
+def _grad_norm(gradient: Tensor) -> Tensor:
+    # Row by row: on a CPU one running fp32 sum over 16M elements is off by 1%.
+    rows = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(rows)
+
+
+def _pieces(name: str, num_elements: int) -> list[Piece]:
+    starts = range(0, num_elements, STEP_CHUNK)
+    return [Piece(name, start, min(start + STEP_CHUNK, num_elements)) for start in starts]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steplm.errors import CheckpointMismatch, ConfigError
+from steplm.pet.embedding import TiedLoRAHead, adapt_embedding, check_embedding
 from steplm.pet.lora import LoRALinear
 from steplm.types import AdapterSpec
 
@@ -23,6 +25,9 @@ METHODS: dict[str, type[LoRALinear]] = {
 def attach(model: nn.Module, spec: AdapterSpec, layer_prefix: str, seed: int) -> None:
     """Put fresh adapters on the target modules of ``spec.layers``; the model's output stays as it is.
 
+    With ``spec.embeddings`` the embedding and the head get them too: a head that shares the embedding's matrix
+    shares its factors, which then go by the embedding's name.
+
     Args:
         layer_prefix: name of the list of layers, such as ``model.layers``.
         seed: with a parameter's name it determines the parameter's first value.
@@ -32,13 +37,21 @@ def attach(model: nn.Module, spec: AdapterSpec, layer_prefix: str, seed: int) ->
     """
     if spec.method not in METHODS:
         raise ConfigError(f"no adapter method {spec.method!r}. Known: {', '.join(METHODS)}.", method=spec.method)
-    targets: dict[str, nn.Linear] = {}
-    for index in spec.layers:  # all of them before the first change
+    targets: dict[str, nn.Module] = {}  # all of them before the first change
+    for index in spec.layers:
         targets.update(_targets(model, f"{layer_prefix}.{index}", spec))
-    for name, linear in targets.items():
-        adapter = METHODS[spec.method](linear, spec.rank, spec.scaling)
+    if spec.embeddings:
+        targets.update(_outer_targets(model, spec))
+    for name, module in targets.items():
+        adapter: Any
+        if isinstance(module, nn.Embedding):
+            adapter = adapt_embedding(module, spec.rank, spec.scaling)
+        else:
+            adapter = METHODS[spec.method](module, spec.rank, spec.scaling)
+            model.set_submodule(name, adapter)
         adapter.reset_adapter(seed, name)
-        model.set_submodule(name, adapter)
+    if spec.embeddings:
+        _adapt_tied_head(model)
 
 
 def merge_state(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
@@ -111,10 +124,13 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             tensor.copy_(state[name])
 
 
-def _adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules that have factors; of those that share them the first."""
+    seen: set[int] = set()
     for name, module in model.named_modules():
-        if type(module) in METHODS.values():
-            assert isinstance(module, LoRALinear)
+        factors = [id(getattr(module, key)) for key in getattr(module, "factor_names", ())]
+        if factors and seen.isdisjoint(factors):
+            seen.update(factors)
             yield name, module
 
 
@@ -133,18 +149,31 @@ def _targets(model: nn.Module, layer_name: str, spec: AdapterSpec) -> dict[str, 
     for name, module in modules.items():
         if last_parts[name] not in spec.target_modules:
             continue
-        if type(module) is not nn.Linear:
-            raise ConfigError(
-                f"{name} is a {type(module).__name__}, and {spec.method} adapts only plain "
-                f"nn.Linear modules. Take it out of pet.target_modules, or set pet.method to none.",
-                target=name,
-            )
-        if spec.rank > min(module.in_features, module.out_features):
-            raise ConfigError(
-                f"pet.rank {spec.rank} is more than the smaller side of {name}, "
-                f"{module.out_features} x {module.in_features}. Lower pet.rank.",
-                rank=spec.rank,
-                shape=(module.out_features, module.in_features),
-            )
-        targets[name] = module
+        targets[name] = _linear(name, module, spec, "Take it out of pet.target_modules, or set pet.method to none.")
     return targets
+
+
+def _outer_targets(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
+    """The embedding, and the head if it has a matrix of its own, by their full name."""
+    embedding, head = _embedding_and_head(model)
+    names = {module: name for name, module in model.named_modules()}
+    check_embedding(names[embedding], embedding, spec.rank)
+    _check_linear(names.get(head, "the head"), head, spec, OUTER_WAY_OUT)
+    return {names[module]: module for module in (embedding, head) if module is embedding or not _is_tied(model)}
+
+
+def _linear(name: str, module: nn.Module | None, spec: AdapterSpec, way_out: str) -> nn.Linear:
+    """The module, if this method and rank can adapt it."""
+    if type(module) is not nn.Linear:
+        raise ConfigError(
+            f"{name} is a {type(module).__name__}, and {spec.method} adapts only plain nn.Linear modules. {way_out}",
+            target=name,
+        )
+    if spec.rank > min(module.in_features, module.out_features):
+        raise ConfigError(
+            f"pet.rank {spec.rank} is more than the smaller side of {name}, "
+            f"{module.out_features} x {module.in_features}. Lower pet.rank.",
+            rank=spec.rank,
+            shape=(module.out_features, module.in_features),
+        )
+    return module

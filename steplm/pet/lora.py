@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from steplm.pet.frozen import FrozenLinear
 
-class LoRALinear(nn.Linear):
+
+class LoRALinear(FrozenLinear):
     """A linear map plus a low-rank update: ``x W^T + b + scaling * (x A^T) B^T``.
 
     Takes over the parameters of the map it replaces, which keep their names; ``lora_A`` (rank, in) and
-    ``lora_B`` (out, rank) are added in the weight's dtype and on its device.
+    ``lora_B`` (out, rank) are added in the weight's dtype and on its device. The weight may be packed later.
 
     Args:
         linear: the map to replace.
@@ -29,13 +31,10 @@ class LoRALinear(nn.Linear):
     lora_B: nn.Parameter  # noqa: N815
 
     def __init__(self, linear: nn.Linear, rank: int, scaling: float) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would allocate a second weight
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        super().__init__(linear)
         self.rank, self.scaling = rank, scaling
         for name, shape in self.factor_shapes(linear.weight.shape, rank).items():
             self.register_parameter(name, nn.Parameter(linear.weight.new_zeros(shape)))
-        self.train(linear.training)
 
     def reset_adapter(self, seed: int, name: str) -> None:
         """Kaiming-uniform A and zero B, a function of the seed and the module's name alone."""
@@ -52,7 +51,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, self.in_features)
-        output = F.linear(rows, self.weight, self.bias)
+        output = self.base(rows)
         # addmm adds inside the matrix product: no second tensor of the output's size, one rounding less.
         output = torch.addmm(output, F.linear(rows, self.lora_A), self.lora_B.t(), alpha=self.scaling)
         return output.view(*input.shape[:-1], self.out_features)

@@ -13,6 +13,7 @@ def training_flops_per_token(
     num_frozen_layers: int = 0,
     adapter_parameters: int = 0,
     train_outer: bool = True,
+    head_rank: int = 0,
     num_layers_without_backward: int = 0,
 ) -> int:
     """Forward and backward operations of one stage's step, divided by its tokens.
@@ -28,7 +29,7 @@ def training_flops_per_token(
     so that ordinary training costs the well-known ``6 × matrix parameters + 12 N S A``. A frozen matrix
     passes gradients on but gets none, which saves a third of its share. The backward pass goes down to
     the lowest trained tensor: all the way where embeddings are trained or every frozen layer has
-    adapters, else ``num_layers_without_backward`` of the lowest layers are spared.
+    adapters (those of the head, of rank ``head_rank``, count as one layer's more), else ``num_layers_without_backward`` of the lowest layers are spared.
 
     These are the model's operations: embedding look-up, norms and softmax are left out, the causal mask
     saves nothing, and recomputed activations are not counted twice.
@@ -39,7 +40,7 @@ def training_flops_per_token(
     num_backward_layers = num_layers - num_layers_without_backward
     layer_matrices = sum(linear.in_features * linear.out_features for linear in shape.linears)
     head = shape.vocab_size * shape.hidden_size
-    adapters = num_frozen_layers * adapter_parameters
+    adapters = num_frozen_layers * adapter_parameters + head_rank * (shape.vocab_size + shape.hidden_size)
     attention = 4 * sequence_length * (shape.attention_size or shape.hidden_size)
 
     forward = 2 * (num_layers * layer_matrices + adapters + head) + num_layers * attention

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 
-from steplm.config import RunConfig
+from steplm.config import MemoryConfig, RunConfig
 from steplm.errors import ConfigError, PlanInfeasible
-from steplm.memory.estimate import adapter_parameters_per_layer, estimate_stage, resolve_target_modules
+from steplm.memory.estimate import adapter_matrices_per_layer, estimate_stage, resolve_target_modules
+from steplm.memory.peak import estimate_peak
 from steplm.planner.flops import training_flops_per_token
 from steplm.planner.positions import make_layer_map
 from steplm.planner.shape import shape_from_hf_config
-from steplm.planner.solve import (
-    LinearStageCost,
-    peak_cost,
-    solve_dynamic_programming,
-    solve_integer_programme,
-)
+from steplm.planner.solve import SOLVERS, peak_cost
 from steplm.planner.tokens import stage_tokens
-from steplm.types import AdapterSpec, LayerMap, MemoryEstimate, ModelShape, Plan, Stage
+from steplm.types import AdapterSpec, LayerMap, MemoryEstimate, ModelShape, PeakEstimate, Plan, Stage
 from steplm.units import format_bytes
 
 
 def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
-    """The stages of a run: layers, trained parameters, adapters, tokens and model-state bytes of each.
+    """The stages of a run: layers, trained parameters, adapters, tokens and bytes of each.
 
     Args:
         config: the run.
@@ -31,21 +29,13 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
 
     Raises:
         ConfigError: values that make no model, no adapters or no step.
-        PlanInfeasible: more stages than layers, or more model-state bytes than ``plan.budget``.
+        PlanInfeasible: more stages than layers, or more bytes than ``plan.budget``.
     """
     shape = shape or shape_from_hf_config(config.model.hf_config())
-    adapter_parameters = 0
-    if config.plan.num_stages > 1 and config.plan.freeze_old_layers and config.pet.method != "none":
-        adapter_parameters = adapter_parameters_per_layer(shape, config.pet.rank, config.pet.target_modules)
-    layers, proved_optimal = _choose_layers(config, shape, adapter_parameters)
+    costs = StageCosts(config, shape)
+    layers, proved_optimal = _choose_layers(config, shape, costs)
     depths = tuple(accumulate(layers))
-    layer_maps = [
-        None,  # stage 1 grows nothing
-        *(
-            make_layer_map(old, new, config.growth.resolved_position, config.seed)
-            for old, new in zip(depths, layers[1:], strict=False)
-        ),
-    ]
+    layer_maps = [costs.layer_map(new, depth - new) for new, depth in zip(layers, depths, strict=True)]
     tokens = stage_tokens(
         config.plan,
         layers,
@@ -54,13 +44,13 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
         * config.train.gradient_accumulation_steps,
         num_parameters=shape.num_parameters(),
         flops_per_token=[
-            _flops_per_token(config, shape, adapter_parameters, depth, layer_map)
-            for depth, layer_map in zip(depths, layer_maps, strict=True)
+            costs.flops_per_token(new, depth - new) for new, depth in zip(layers, depths, strict=True)
         ],
     )
     stages = []
     for i, layer_map in enumerate(layer_maps):
-        adapters = _adapters(config, shape, layer_map) if layer_map is not None and adapter_parameters else None
+        adapters = costs.adapters(layer_map)
+        num_old = depths[i] - layers[i]
         stages.append(
             Stage(
                 index=i + 1,
@@ -71,41 +61,152 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
                 adapters=adapters,
                 scheduled_tokens=tokens[i].scheduled,
                 tokens=tokens[i].trained,
-                memory=_stage_memory(config, shape, adapter_parameters, layers[i], depths[i] - layers[i]),
+                memory=costs.model_state(layers[i], num_old),
+                peak=costs.peak(layers[i], num_old),
             )
         )
-    vanilla = _stage_memory(config, shape, adapter_parameters, shape.num_hidden_layers, 0)
+    vanilla = StageCosts(as_vanilla(config), shape)
+    vanilla_peak = vanilla.peak(shape.num_hidden_layers, 0)
     made = Plan(
         shape=shape,
         precision=config.train.precision,
         stages=tuple(stages),
         proved_optimal=proved_optimal,
-        vanilla_model_state_bytes=vanilla.total_bytes,
+        vanilla_model_state_bytes=vanilla.model_state(shape.num_hidden_layers, 0).total_bytes,
+        vanilla_peak_bytes=None if vanilla_peak is None else vanilla_peak.total_bytes,
     )
     if config.plan.budget is not None:
-        _check_budget(made, config.plan.budget)
+        check_budget(made, config.plan.budget, config.memory.reserve)
     return made
 
 
-def _check_budget(plan: Plan, budget_bytes: int) -> None:
-    peak_bytes = plan.peak_model_state_bytes
-    if peak_bytes <= budget_bytes:
+def as_vanilla(config: RunConfig) -> RunConfig:
+    """Ordinary mixed-precision training on the same batches: one stage, no memory option, no recomputation."""
+    train = config.train.model_copy(update={"gradient_checkpointing": False})
+    one_stage = config.plan.model_copy(update={"num_stages": 1, "layers": None})
+    return config.model_copy(update={"train": train, "plan": one_stage, "memory": MemoryConfig()})
+
+
+def check_budget(plan: Plan, budget_bytes: int, reserve_bytes: int) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        PlanInfeasible: the largest stage and the reserve need more than the budget.
+    """
+    stage = max(plan.stages, key=lambda stage: stage.device_bytes)
+    needed = stage.device_bytes + reserve_bytes
+    if needed <= budget_bytes:
         return
-    peak = next(stage for stage in plan.stages if stage.memory.total_bytes == peak_bytes)
-    kinds = ("weights", "gradients", "optimizer")
-    parts = ", ".join(f"{kind} {format_bytes(peak.memory.bytes_of(kind=kind))}" for kind in kinds)
+    at_peak = stage.memory if stage.peak is None else stage.peak.highest.memory
+    kinds = ("weights", "gradients", "optimizer", "activations", "workspace")
+    parts = ", ".join(f"{kind} {format_bytes(at_peak.bytes_of(kind=kind))}" for kind in kinds if at_peak.bytes_of(kind=kind))
     fact = f"no {plan.num_stages}-stage plan fits" if plan.proved_optimal else f"layers {list(plan.layers)} do not fit"
     raise PlanInfeasible(
-        f"{fact} plan.budget={format_bytes(budget_bytes)}: the {'smallest ' if plan.proved_optimal else ''}peak of the "
-        f"model states is {format_bytes(peak_bytes)}, in stage {peak.index} ({parts}). "
-        "Raise plan.budget or plan.num_stages, or lower pet.rank or the size of the model.",
+        f"{fact} plan.budget={format_bytes(budget_bytes)}: the {'smallest ' if plan.proved_optimal else ''}peak is "
+        f"{format_bytes(stage.device_bytes)}, in stage {stage.index} ({parts}), and memory.reserve is "
+        f"{format_bytes(reserve_bytes)}. `steplm fit` lists what would fit.",
         budget_bytes=budget_bytes,
-        peak_bytes=peak_bytes,
-        stage=peak.index,
+        reserve_bytes=reserve_bytes,
+        peak_bytes=stage.device_bytes,
+        stage=stage.index,
     )
 
 
-def _choose_layers(config: RunConfig, shape: ModelShape, adapter_parameters: int) -> tuple[tuple[int, ...], bool]:
+class StageCosts:
+    """What a stage of ``num_new`` layers on ``num_old`` older ones holds and computes."""
+
+    def __init__(self, config: RunConfig, shape: ModelShape) -> None:
+        self.config, self.shape = config, shape
+        grows = config.plan.num_stages > 1
+        has_adapters = grows and config.plan.freeze_old_layers and config.pet.method != "none"
+        self.adapter_matrices: tuple[int, ...] = ()
+        self.targets: tuple[str, ...] = ()
+        if has_adapters:
+            self.targets = resolve_target_modules(shape, config.pet.target_modules)
+            self.adapter_matrices = adapter_matrices_per_layer(shape, config.pet.rank, self.targets)
+
+    def model_state(self, num_new: int, num_old: int, *, count_outer: bool | None = None) -> MemoryEstimate:
+        """Bytes of weights, gradients, optimizer states and adapters."""
+        frozen = num_old if self.config.plan.freeze_old_layers else 0
+        return estimate_stage(
+            self.shape,
+            precision=self.config.train.precision,
+            num_new_layers=num_new + num_old - frozen,
+            num_frozen_layers=frozen,
+            adapter_matrices=self.adapter_matrices,
+            outer=self.outer(num_old),
+            outer_rank=self.config.pet.rank,
+            count_outer=self.config.plan.count_embeddings if count_outer is None else count_outer,
+            memory=self.config.memory,
+        )
+
+    def peak(self, num_new: int, num_old: int) -> PeakEstimate | None:
+        """All bytes on the device at the moments that can be the highest; None for families not modelled."""
+        layer_map = self.layer_map(num_new, num_old)
+        new_layers: Sequence[int] = range(num_new + num_old)
+        if layer_map is not None and self.config.plan.freeze_old_layers:
+            new_layers = layer_map.new_layers
+        return estimate_peak(
+            self.shape,
+            self.model_state(num_new, num_old, count_outer=True),
+            train=self.config.train,
+            memory=self.config.memory,
+            num_layers=num_new + num_old,
+            new_layers=new_layers,
+            adapter_rank=self.config.pet.rank if self.adapter_matrices else 0,
+            adapter_targets=self.targets,
+            outer=self.outer(num_old),
+            eval_batch_size=self.config.eval.per_device_eval_batch_size,
+        )
+
+    def peak_bytes(self, num_new: int, num_old: int) -> int:
+        """Of the whole device, or of the model state where that is the objective or all that is known."""
+        peak = self.peak(num_new, num_old) if self.config.plan.objective == "peak" else None
+        return self.model_state(num_new, num_old).total_bytes if peak is None else peak.total_bytes
+
+    def outer(self, num_old: int) -> str:
+        """How embeddings, final norm and head are held: "trained", "frozen" or "adapters"."""
+        choice = self.config.plan.train_embeddings
+        return "trained" if num_old == 0 or choice == "always" else {"first_stage": "frozen"}.get(choice, choice)
+
+    def layer_map(self, num_new: int, num_old: int) -> LayerMap | None:
+        if num_old == 0:
+            return None
+        return make_layer_map(num_old, num_new, self.config.growth.resolved_position, self.config.seed)
+
+    def adapters(self, layer_map: LayerMap | None) -> AdapterSpec | None:
+        pet = self.config.pet
+        if layer_map is None or not self.adapter_matrices:
+            return None
+        return AdapterSpec(
+            method=pet.method,
+            rank=pet.rank,
+            alpha=float(pet.rank) if pet.alpha is None else pet.alpha,
+            target_modules=self.targets,
+            layers=layer_map.kept_layers,
+            embeddings=self.config.plan.train_embeddings == "adapters",
+        )
+
+    def flops_per_token(self, num_new: int, num_old: int) -> int:
+        layer_map = self.layer_map(num_new, num_old)
+        frozen = num_old if self.config.plan.freeze_old_layers else 0
+        outer = self.outer(num_old)
+        no_backward = 0
+        if layer_map is not None and frozen and outer == "frozen" and not self.adapter_matrices:
+            no_backward = min(layer_map.new_layers)
+        return training_flops_per_token(
+            self.shape,
+            sequence_length=self.config.train.sequence_length,
+            num_new_layers=num_new + num_old - frozen,
+            num_frozen_layers=frozen,
+            adapter_parameters=sum(self.adapter_matrices),
+            train_outer=outer == "trained",
+            head_rank=self.config.pet.rank if outer == "adapters" else 0,
+            num_layers_without_backward=no_backward,
+        )
+
+
+def _choose_layers(config: RunConfig, shape: ModelShape, costs: StageCosts) -> tuple[tuple[int, ...], bool]:
     """n_1 … n_K, and whether no other choice has a smaller peak."""
     num_layers, num_stages = shape.num_hidden_layers, config.plan.num_stages
     if config.plan.layers is not None and sum(config.plan.layers) != num_layers:
@@ -115,11 +216,8 @@ def _choose_layers(config: RunConfig, shape: ModelShape, adapter_parameters: int
             layers=config.plan.layers,
             num_hidden_layers=num_layers,
         )
-    cost = _linear_cost(config, shape, adapter_parameters)
-    if config.plan.solver == "integer_programme":
-        best = solve_integer_programme(cost, num_layers, num_stages)
-    else:
-        best = solve_dynamic_programming(cost, num_layers, num_stages)
+    cost = cache(costs.peak_bytes)
+    best = SOLVERS[config.plan.solver](cost, num_layers, num_stages)
     if config.plan.layers is not None:
         by_hand = tuple(config.plan.layers)
         return by_hand, peak_cost(cost, by_hand) == peak_cost(cost, best)
@@ -132,83 +230,23 @@ def _choose_layers(config: RunConfig, shape: ModelShape, adapter_parameters: int
     return best, True
 
 
-def _linear_cost(config: RunConfig, shape: ModelShape, adapter_parameters: int) -> LinearStageCost:
-    """Bytes of a stage as the solvers want them, read off the estimate itself."""
-
-    def total_bytes(num_new: int, num_old: int) -> int:
-        return _stage_memory(config, shape, adapter_parameters, num_new, num_old).total_bytes
-
-    new_layer = total_bytes(2, 0) - total_bytes(1, 0)
-    old_layer = total_bytes(1, 2) - total_bytes(1, 1)
-    return LinearStageCost(
-        new_layer=new_layer,
-        old_layer=old_layer,
-        first_stage=total_bytes(1, 0) - new_layer,
-        later_stage=total_bytes(1, 1) - new_layer - old_layer,
-    )
-
-
-def _stage_memory(
-    config: RunConfig, shape: ModelShape, adapter_parameters: int, num_new: int, num_old: int
-) -> MemoryEstimate:
-    frozen = num_old if config.plan.freeze_old_layers else 0
-    return estimate_stage(
-        shape,
-        precision=config.train.precision,
-        num_new_layers=num_new + num_old - frozen,
-        num_frozen_layers=frozen,
-        adapter_parameters=adapter_parameters,
-        train_outer=_trains_outer(config, is_first_stage=num_old == 0),
-        count_outer=config.plan.count_embeddings,
-    )
-
-
-def _trains_outer(config: RunConfig, *, is_first_stage: bool) -> bool:
-    """Whether embeddings, final norm and head are trained."""
-    return is_first_stage or config.plan.train_embeddings == "always"
-
-
-def _adapters(config: RunConfig, shape: ModelShape, layer_map: LayerMap) -> AdapterSpec:
-    return AdapterSpec(
-        method=config.pet.method,
-        rank=config.pet.rank,
-        alpha=float(config.pet.rank) if config.pet.alpha is None else config.pet.alpha,
-        target_modules=resolve_target_modules(shape, config.pet.target_modules),
-        layers=layer_map.kept_layers,
-    )
-
-
 def _trained_patterns(
     config: RunConfig, shape: ModelShape, layer_map: LayerMap | None, adapters: AdapterSpec | None
 ) -> tuple[str, ...]:
     """Shell-style patterns over full names; the dot of ``model.layers.1.*`` keeps layer 11 out."""
     if layer_map is None:
         return ("*",)
-    trains_outer = _trains_outer(config, is_first_stage=False)
-    if not config.plan.freeze_old_layers and trains_outer:
+    choice = config.plan.train_embeddings
+    if not config.plan.freeze_old_layers and choice == "always":
         return ("*",)
     layers = layer_map.new_layers if config.plan.freeze_old_layers else range(layer_map.num_layers)
+    outer = {
+        "always": shape.outer_patterns,
+        "adapters": tuple(f"{name}.*" for name in shape.final_norm_modules),
+        "first_stage": (),
+    }[choice]
     return (
         *(f"{shape.layer_prefix}.{layer}.*" for layer in layers),
         *(("*.lora_A", "*.lora_B") if adapters is not None else ()),
-        *(shape.outer_patterns if trains_outer else ()),
-    )
-
-
-def _flops_per_token(
-    config: RunConfig, shape: ModelShape, adapter_parameters: int, depth: int, layer_map: LayerMap | None
-) -> int:
-    frozen = len(layer_map.kept_layers) if layer_map is not None and config.plan.freeze_old_layers else 0
-    trains_outer = _trains_outer(config, is_first_stage=layer_map is None)
-    no_backward = 0
-    if layer_map is not None and frozen and not trains_outer and not adapter_parameters:
-        no_backward = min(layer_map.new_layers)
-    return training_flops_per_token(
-        shape,
-        sequence_length=config.train.sequence_length,
-        num_new_layers=depth - frozen,
-        num_frozen_layers=frozen,
-        adapter_parameters=adapter_parameters,
-        train_outer=trains_outer,
-        num_layers_without_backward=no_backward,
+        *outer,
     )

@@ -143,6 +143,7 @@ def shape_from_hf_config(values: Mapping[str, Any]) -> ModelShape:
         final_norm_modules=("model.norm",) if family.final_norm else (),
         head_modules=() if tied else ("lm_head",),
         attention_size=query_size,
+        num_key_value_heads=kv_heads,
     )
 
 

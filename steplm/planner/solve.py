@@ -9,26 +9,11 @@ n_1 is largest, among those the one whose n_2 is largest, and so on: the model i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate, combinations, pairwise
 
 from steplm.errors import PlanInfeasible
 
 StageCost = Callable[[int, int], int]
-
-
-@dataclass(frozen=True)
-class LinearStageCost:
-    """Bytes of a stage, linear in its layers; stage 1 may have another constant than the later ones."""
-
-    new_layer: int
-    old_layer: int
-    first_stage: int
-    later_stage: int
-
-    def __call__(self, num_new: int, num_old: int) -> int:
-        constant = self.first_stage if num_old == 0 else self.later_stage
-        return self.new_layer * num_new + self.old_layer * num_old + constant
 
 
 def peak_cost(cost: StageCost, layers: tuple[int, ...]) -> int:
@@ -53,33 +38,50 @@ def solve_dynamic_programming(cost: StageCost, num_layers: int, num_stages: int)
     return _largest_first(cost, num_layers, num_stages, peak=least[num_layers])
 
 
-def solve_integer_programme(cost: LinearStageCost, num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """By mixed-integer linear programming (HiGHS), for linear costs.
+def solve_integer_programme(cost: StageCost, num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """By mixed-integer linear programming (HiGHS): a way of K steps from depth 0 to depth L.
 
-    Variables are n_1 … n_K and the peak t: minimise t subject to ``cost_i(n) <= t`` for every stage and
-    ``sum n = L``. The solver proves the peak; the choice among its optima is the same as elsewhere.
+    Variables are the peak t and, for each stage i, one binary for each pair of a depth before and a depth after
+    it; a stage takes one pair, and begins where the last one ended. Minimise t subject to ``cost_i <= t``.
+    The solver proves the peak; the choice among its optima is the same as elsewhere.
 
     Raises:
         PlanInfeasible: more stages than layers, or the solver gives up.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array, hstack
 
     _require_feasible(num_layers, num_stages)
-    new, old = np.eye(num_stages), np.tril(np.ones((num_stages, num_stages)), -1)
-    constants = np.array([cost.first_stage] + [cost.later_stage] * (num_stages - 1))
-    # In units of one layer and above the constant that all stages share, so that the solver's absolute
-    # tolerances mean the same for every model.
-    unit, shared = max(cost.new_layer, cost.old_layer, 1), constants.min()
-    stage_costs = np.hstack([(cost.new_layer * new + cost.old_layer * old) / unit, -np.ones((num_stages, 1))])
-    is_layer_count = np.append(np.ones(num_stages), 0.0)
+    steps = [
+        (stage, old, depth)
+        for stage in range(num_stages)
+        for old in ([0] if stage == 0 else range(stage, num_layers))
+        for depth in range(old + 1, num_layers - (num_stages - 1 - stage) + 1)
+        if (depth == num_layers) == (stage == num_stages - 1)
+    ]
+    costs = np.array([cost(depth - old, old) for _, old, depth in steps], dtype=float)
+    # In units of their spread, so that the solver's absolute tolerances mean the same for every model.
+    lowest, spread = costs.min(), max(costs.max() - costs.min(), 1.0)
+    columns = range(len(steps))
+    peak_rows = csr_array(((costs - lowest) / spread, ([stage for stage, _, _ in steps], columns)))
+    peak_column = csr_array(-np.ones((num_stages, 1)))
+    # A node is a stage's start at a depth: what arrives there goes on from there.
+    nodes = {(stage, old): row for row, (stage, old) in enumerate(sorted({(s, old) for s, old, _ in steps}))}
+    flow = np.zeros((len(nodes), len(steps) + 1))
+    for column, (stage, old, depth) in enumerate(steps):
+        flow[nodes[stage, old], column] = 1.0
+        if (stage + 1, depth) in nodes:
+            flow[nodes[stage + 1, depth], column] = -1.0
+    source = np.array([float(stage == 0) for stage, _ in sorted(nodes)])
+    is_binary = np.append(np.ones(len(steps)), 0.0)
     result = milp(
-        1.0 - is_layer_count,
-        integrality=is_layer_count,
-        bounds=Bounds(np.append(np.ones(num_stages), -np.inf), np.append(np.full(num_stages, num_layers), np.inf)),
+        1.0 - is_binary,
+        integrality=is_binary,
+        bounds=Bounds(np.zeros(len(steps) + 1), np.append(np.ones(len(steps)), np.inf)),
         constraints=[
-            LinearConstraint(stage_costs, -np.inf, -(constants - shared) / unit),
-            LinearConstraint(is_layer_count[None, :], num_layers, num_layers),
+            LinearConstraint(hstack([peak_rows, peak_column]), -np.inf, 0.0),
+            LinearConstraint(csr_array(flow), source, source),
         ],
         options={"mip_rel_gap": 0.0},
     )
@@ -90,7 +92,8 @@ def solve_integer_programme(cost: LinearStageCost, num_layers: int, num_stages: 
             num_layers=num_layers,
             num_stages=num_stages,
         )
-    layers = tuple(round(count) for count in result.x[:num_stages])
+    taken = (step for step, value in zip(steps, result.x, strict=False) if value > 0.5)
+    layers = tuple(depth - old for _, old, depth in taken)
     return _largest_first(cost, num_layers, num_stages, peak=peak_cost(cost, layers))
 
 
@@ -135,3 +138,9 @@ def _require_feasible(num_layers: int, num_stages: int) -> None:
             num_layers=num_layers,
             num_stages=num_stages,
         )
+
+
+SOLVERS: dict[str, Callable[[StageCost, int, int], tuple[int, ...]]] = {
+    "dynamic_programming": solve_dynamic_programming,
+    "integer_programme": solve_integer_programme,
+}

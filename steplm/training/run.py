@@ -215,7 +215,7 @@ def _run_stages(run: Run, checkpoint: Path | None) -> Path | None:
     for stage in _remaining_stages(run.plan, checkpoint):
         with memory_errors(run, stage):
             start = enter_stage(run, stage, checkpoint)
-            model, optimizer = assemble(run, stage, start)
+            model, optimizer = assemble(run.config, stage, start, run.device)
             start.weights, start.adapters, start.optimizer = {}, {}, {}  # the model holds what it needs
             check_entrance(run, stage, model, optimizer, is_new=start.progress.step == 0)
             checkpoint = train_stage(run, stage, start, model, optimizer)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from steplm.checkpoint import Checkpoint, CheckpointState, load_checkpoint, prune_checkpoints, save_checkpoint
+from steplm.config import RunConfig
 from steplm.data.loader import validation_windows
 from steplm.errors import CheckpointMismatch, SteplmError, TrainingDiverged
 from steplm.growth.grow import grow, grow_config, layer_prefix_of, provenance, renamed
@@ -32,9 +33,10 @@ from steplm.models.build import (
     initial_state,
     plain_state,
 )
+from steplm.models.device import move
 from steplm.models.folder import load_config_and_state
 from steplm.models.forward import check_loss, mean_loss
-from steplm.optim.adamw import MasterAdamW, carry_state, global_grad_norm
+from steplm.optim.adamw import AdamW, carry_state, global_grad_norm
 from steplm.optim.schedules import learning_rate
 from steplm.pet.adapters import adapter_state, attach, load_adapter_state, merge_state
 from steplm.pet.trainable import apply_trainable
@@ -145,12 +147,18 @@ def _grown_start(run: Run, stage: Stage, checkpoint: Checkpoint) -> StageStart:
     )
 
 
-def assemble(run: Run, stage: Stage, start: StageStart) -> tuple[PreTrainedModel, MasterAdamW]:
-    """The stage's model on the device and its optimizer, states allocated."""
-    train = run.config.train
+def assemble(
+    config: RunConfig, stage: Stage, start: StageStart, device: torch.device, *, check: bool = True
+) -> tuple[PreTrainedModel, AdamW]:
+    """The stage's model on the device and its optimizer, states allocated.
+
+    Args:
+        check: compare the chunked loss with the model's own, which fake tensors cannot.
+    """
+    train, optim = config.train, config.optim
     model = build_model(start.hf_config, start.weights)
     if stage.adapters is not None:
-        attach(model, stage.adapters, layer_prefix_of(start.weights), run.config.seed + stage.index)
+        attach(model, stage.adapters, layer_prefix_of(start.weights), config.seed + stage.index)
         if start.adapters:
             load_adapter_state(model, start.adapters)
     trained = apply_trainable(model, stage.trained_patterns)
@@ -161,9 +169,10 @@ def assemble(run: Run, stage: Stage, start: StageStart) -> tuple[PreTrainedModel
             f"{differing[:4]}. The plan in the run directory is not the one that made this checkpoint.",
             differing=differing,
         )
-    model.to(run.device)
+    move(model, device)
     model.train()
-    check_loss(model, train.sequence_length)  # before compile: it would compile for one short row
+    if check:
+        check_loss(model, train.sequence_length)  # before compile: it would compile for one short row
     if train.gradient_checkpointing:
         # The newer name, where transformers has it. Reentrant checkpointing gives no gradients where the
         # first layers are frozen.
@@ -173,8 +182,7 @@ def assemble(run: Run, stage: Stage, start: StageStart) -> tuple[PreTrainedModel
         for layer in model.get_submodule(layer_prefix_of(start.weights)):
             layer.compile()
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optim = run.config.optim
-    optimizer = MasterAdamW(
+    optimizer = AdamW(
         named,
         betas=(optim.adam_beta1, optim.adam_beta2),
         eps=optim.adam_epsilon,
@@ -189,7 +197,7 @@ def assemble(run: Run, stage: Stage, start: StageStart) -> tuple[PreTrainedModel
 
 
 def check_entrance(
-    run: Run, stage: Stage, model: PreTrainedModel, optimizer: MasterAdamW, *, is_new: bool = True
+    run: Run, stage: Stage, model: PreTrainedModel, optimizer: AdamW, *, is_new: bool = True
 ) -> None:
     """A dry run without an update, then planned bytes against measured bytes.
 
@@ -248,7 +256,7 @@ def memory_errors(run: Run, stage: Stage) -> Iterator[None]:
         ) from None
 
 
-def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedModel, optimizer: MasterAdamW) -> Path:
+def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedModel, optimizer: AdamW) -> Path:
     """Steps until the stage's tokens are seen, or a signal asks to stop; returns the last checkpoint."""
     config = run.config
     train, optim = config.train, config.optim
@@ -323,7 +331,7 @@ def save(
     stage: Stage,
     start: StageStart,
     model: PreTrainedModel,
-    optimizer: MasterAdamW,
+    optimizer: AdamW,
     progress: TrainState,
     unlogged_losses: tuple[float, ...] = (),
 ) -> Path:
@@ -374,7 +382,7 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
-def _trial(run: Run, model: PreTrainedModel, optimizer: MasterAdamW, progress: TrainState) -> tuple[float, float]:
+def _trial(run: Run, model: PreTrainedModel, optimizer: AdamW, progress: TrainState) -> tuple[float, float]:
     """Loss and gradient norm of the sequence that comes next, without an update.
 
     The loss of a step says nothing about the weights that its update makes: before they are saved as good,

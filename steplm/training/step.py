@@ -1,8 +1,9 @@
-"""One optimizer step: micro-batches forward and backward, the clip coefficient, the update."""
+"""One optimizer step: micro-batches forward and backward, the clip coefficient, the update; or all in one backward."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from steplm.data.loader import Batch
 from steplm.memory.measure import PeakMemory
 from steplm.models.forward import batch_loss
 from steplm.models.loss import IGNORE_INDEX
-from steplm.optim.adamw import MasterAdamW, clip_coefficient, global_grad_norm
+from steplm.optim.adamw import AdamW, clip_coefficient, global_grad_norm
 from steplm.types import Stage, TrainState
 
 
@@ -45,18 +46,8 @@ def forward_backward(model: PreTrainedModel, batch: Batch, *, micro_batch_size: 
     Returns:
         The loss, a detached fp32 scalar on the model's device.
     """
-    num_valid = max(int((batch.labels != IGNORE_INDEX).sum()), 1)
     total = torch.zeros((), device=model.device)
-    for micro_batch in batch.split(micro_batch_size):
-        on_device = micro_batch.to(model.device)
-        loss = batch_loss(
-            model,
-            on_device.input_ids,
-            on_device.labels,
-            on_device.position_ids,
-            num_valid=num_valid,
-            chunk_size=chunk_size,
-        )
+    for loss in _micro_losses(model, batch, micro_batch_size=micro_batch_size, chunk_size=chunk_size):
         loss.backward()
         total += loss.detach()
     return total
@@ -64,18 +55,29 @@ def forward_backward(model: PreTrainedModel, batch: Batch, *, micro_batch_size: 
 
 def train_step(
     model: PreTrainedModel,
-    optimizer: MasterAdamW,
+    optimizer: AdamW,
     batch: Batch,
     *,
     learning_rate: float,
     max_grad_norm: float | None,
     micro_batch_size: int,
     chunk_size: int,
+    fused_backward: bool = False,
 ) -> StepResult:
-    """One step. Nothing is updated where the loss or the gradient is not finite: the caller stops."""
+    """One step. Nothing is updated where the loss or the gradient is not finite: the caller stops.
+
+    With ``fused_backward`` each parameter is updated within the backward pass: a loss that is not finite
+    prevents it, but a gradient that is not is met too late.
+
+    Raises:
+        ValueError: ``fused_backward`` with clipping or with more than one micro-batch.
+    """
+    if fused_backward:
+        if max_grad_norm is not None:
+            raise ValueError(f"no clipping to {max_grad_norm} with fused_backward: each update precedes the norm")
+        return _fused_step(model, optimizer, batch, learning_rate, micro_batch_size, chunk_size)
     loss = forward_backward(model, batch, micro_batch_size=micro_batch_size, chunk_size=chunk_size)
-    parameters: Sequence[torch.nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
-    norm = global_grad_norm(parameters)
+    norm = global_grad_norm(optimizer.parameters.values())
     # One transfer for both numbers: on an accelerator each is a wait for the device.
     loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
     result = StepResult(loss_value, norm_value)
@@ -83,3 +85,65 @@ def train_step(
         optimizer.step(learning_rate, grad_scale=clip_coefficient(norm_value, max_grad_norm))
     optimizer.zero_grad()
     return result
+
+
+def trial(
+    model: PreTrainedModel,
+    optimizer: AdamW,
+    batch: Batch,
+    *,
+    micro_batch_size: int,
+    chunk_size: int,
+    fused_backward: bool = False,
+) -> tuple[float, float]:
+    """Loss and gradient norm of a batch, in the memory of a step but without the update; no gradient is left.
+
+    Raises:
+        ValueError: ``fused_backward`` with more than one micro-batch.
+    """
+    if fused_backward:
+        result = _fused_step(model, optimizer, batch, None, micro_batch_size, chunk_size)
+        return result.loss, result.grad_norm
+    loss = forward_backward(model, batch, micro_batch_size=micro_batch_size, chunk_size=chunk_size)
+    norm = global_grad_norm(optimizer.parameters.values())
+    optimizer.zero_grad()
+    return float(loss), float(norm)
+
+
+def _micro_losses(
+    model: PreTrainedModel, batch: Batch, *, micro_batch_size: int, chunk_size: int
+) -> Iterator[torch.Tensor]:
+    """Each micro-batch's share of the mean loss over all valid tokens of ``batch``; they sum to it."""
+    num_valid = max(int((batch.labels != IGNORE_INDEX).sum()), 1)
+    for micro_batch in batch.split(micro_batch_size):
+        on_device = micro_batch.to(model.device)
+        yield batch_loss(
+            model,
+            on_device.input_ids,
+            on_device.labels,
+            on_device.position_ids,
+            num_valid=num_valid,
+            chunk_size=chunk_size,
+        )
+
+
+def _fused_step(
+    model: PreTrainedModel,
+    optimizer: AdamW,
+    batch: Batch,
+    learning_rate: float | None,
+    micro_batch_size: int,
+    chunk_size: int,
+) -> StepResult:
+    if len(batch.input_ids) > micro_batch_size:
+        raise ValueError(
+            f"{len(batch.input_ids)} sequences in micro-batches of {micro_batch_size}: "
+            "fused_backward frees the gradients that accumulation would add to"
+        )
+    (loss,) = _micro_losses(model, batch, micro_batch_size=micro_batch_size, chunk_size=chunk_size)
+    loss_value = loss.item()
+    if not math.isfinite(loss_value):
+        return StepResult(loss_value, math.nan)
+    with optimizer.in_backward(learning_rate) as norm:
+        loss.backward()
+    return StepResult(loss_value, norm.total().item())

@@ -19,8 +19,16 @@ def inputs(dtype=torch.float64, n=N, d=D, v=V, seed=0):
     return hidden, weight, bias, labels
 
 
-def reference(hidden, weight, labels, *, num_valid, bias=None, logit_scale=1.0, softcap=None):
-    logits = F.linear(hidden, weight, bias) * logit_scale
+def low_rank_factors(dtype=torch.float64, n=N, v=V, rank=4):
+    generator = torch.Generator().manual_seed(5)
+    return tuple(torch.randn(rows, rank, generator=generator).to(dtype).requires_grad_() for rows in (n, v))
+
+
+def reference(hidden, weight, labels, *, num_valid, bias=None, low_rank=None, logit_scale=1.0, softcap=None):
+    logits = F.linear(hidden, weight, bias)
+    if low_rank is not None:
+        logits = logits + low_rank[0] @ low_rank[1].t()
+    logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / num_valid
@@ -36,10 +44,12 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_loss_and_gradients_equal_torchs_cross_entropy_in_fp64(options, with_bias):
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_loss_and_gradients_equal_torchs_cross_entropy_in_fp64(options, with_bias, is_adapted):
     hidden, weight, bias, labels = inputs()
-    wanted = [hidden, weight] + [bias] * with_bias
-    options = {**options, "bias": bias if with_bias else None, "num_valid": 23}
+    low_rank = low_rank_factors() if is_adapted else None
+    wanted = [hidden, weight, *(low_rank or ())] + [bias] * with_bias
+    options = {**options, "bias": bias if with_bias else None, "low_rank": low_rank, "num_valid": 23}
     expected = reference(hidden, weight, labels, **options)
     actual = chunked_cross_entropy(hidden, weight, labels, chunk_size=8, **options)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
@@ -50,13 +60,25 @@ def test_loss_and_gradients_equal_torchs_cross_entropy_in_fp64(options, with_bia
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_gradcheck_in_fp64(options):
+def test_gradients_are_the_slopes_of_the_loss_in_fp64(options):
+    """Along random directions, by central differences: gradcheck wants two backward passes of one loss."""
     hidden, weight, bias, labels = inputs(n=7, d=3, v=5)
+    low, B = (torch.randn(rows, 2, dtype=torch.float64, requires_grad=True) for rows in (7, 5))
+    wanted = (hidden, weight, low, B, bias)
 
-    def loss(hidden, weight, bias):
-        return chunked_cross_entropy(hidden, weight, labels, bias=bias, num_valid=5, chunk_size=3, **options)
+    def loss(hidden, weight, low, B, bias):
+        return chunked_cross_entropy(
+            hidden, weight, labels, low_rank=(low, B), bias=bias, num_valid=5, chunk_size=3, **options
+        )
 
-    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+    grads = torch.autograd.grad(loss(*wanted), wanted)
+    for i, grad in enumerate(grads):
+        direction = torch.randn_like(grad)
+        ahead, behind = (
+            loss(*(x + step * direction if j == i else x for j, x in enumerate(wanted))).item()
+            for step in (1e-6, -1e-6)
+        )
+        assert (grad * direction).sum().item() == pytest.approx((ahead - behind) / 2e-6, rel=1e-6, abs=1e-8)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, N - 1, N, N + 100])
@@ -108,14 +130,18 @@ def test_ignored_labels_give_no_gradient_and_all_ignored_gives_zero():
     assert not any(grad.any() for grad in torch.autograd.grad(loss, (hidden, weight)))
 
 
-def test_bf16_is_as_close_to_fp64_as_full_bf16_logits_are():
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_bf16_is_as_close_to_fp64_as_full_bf16_logits_are(is_adapted):
     # Large V and many rows: sums in bf16 would be off in the second digit.
     hidden, weight, _, labels = inputs(torch.bfloat16, n=512, d=32, v=2000)
-    options = {"num_valid": int((labels != -100).sum())}
-    exact = reference(hidden.double(), weight.double(), labels, **options)
-    exact_grads = torch.autograd.grad(exact, (hidden, weight))
-    loss = chunked_cross_entropy(hidden, weight, labels, chunk_size=32, **options)
-    grads = torch.autograd.grad(loss, (hidden, weight))
+    low_rank = low_rank_factors(torch.bfloat16, 512, 2000) if is_adapted else None
+    wanted = [hidden, weight, *(low_rank or ())]
+    num_valid = int((labels != -100).sum())
+    in_fp64 = low_rank and tuple(factor.double() for factor in low_rank)
+    exact = reference(hidden.double(), weight.double(), labels, num_valid=num_valid, low_rank=in_fp64)
+    exact_grads = torch.autograd.grad(exact, wanted)
+    loss = chunked_cross_entropy(hidden, weight, labels, chunk_size=32, num_valid=num_valid, low_rank=low_rank)
+    grads = torch.autograd.grad(loss, wanted)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
     for actual, expected in zip(grads, exact_grads, strict=True):
@@ -136,11 +162,22 @@ def test_many_small_chunks_lose_nothing_of_a_bf16_gradient():
 
 def test_a_bf16_gradient_is_scaled_by_the_exact_upstream_gradient():
     hidden, weight, _, labels = inputs(torch.bfloat16)
-    loss = chunked_cross_entropy(hidden, weight, labels, num_valid=29)
-    once = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
-    third = torch.autograd.grad(loss / 3, (hidden, weight))
+    once = torch.autograd.grad(chunked_cross_entropy(hidden, weight, labels, num_valid=29), (hidden, weight))
+    third = torch.autograd.grad(chunked_cross_entropy(hidden, weight, labels, num_valid=29) / 3, (hidden, weight))
     for scaled, plain in zip(third, once, strict=True):
         assert torch.equal(scaled, (plain.float() * torch.tensor(1 / 3)).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_backward_pass_is_an_error_and_no_wrong_gradient(dtype):
+    hidden, weight, _, labels = inputs(dtype)
+    loss = chunked_cross_entropy(hidden, weight, labels, num_valid=29)
+    (loss / 2).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss anew"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss = chunked_cross_entropy(hidden, weight, labels, num_valid=29)
+        torch.autograd.grad(loss, hidden, create_graph=True)[0].sum().backward()
 
 
 def test_a_frozen_head_gets_no_gradient_and_hidden_states_the_same_one():

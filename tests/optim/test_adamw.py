@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steplm.errors import CheckpointMismatch
-from steplm.optim.adamw import MasterAdamW, carry_state, clip_coefficient, decays, global_grad_norm
+from steplm.optim.adamw import AdamW, carry_state, clip_coefficient, decays, global_grad_norm
 
 SHAPES = {"embed.weight": (9, 4), "a.weight": (4, 4), "a.bias": (4,), "b.weight": (3, 4), "norm.weight": (4,)}
 
@@ -24,7 +24,7 @@ def set_gradients(named: dict[str, nn.Parameter], seed: int, scale: float = 1.0)
         parameter.grad = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter.dtype)
 
 
-def snapshot(optimizer: MasterAdamW) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+def snapshot(optimizer: AdamW) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     tensors, steps = optimizer.state_dict()
     return {name: tensor.clone() for name, tensor in tensors.items()}, steps
 
@@ -40,7 +40,7 @@ def torch_adamw(named: dict[str, nn.Parameter], weight_decay: float, **options) 
 @pytest.mark.parametrize("fused", [True, False])
 def test_fp32_equals_torchs_adamw_over_20_steps(fused):
     ours, theirs = parameters(), parameters()
-    optimizer, reference = MasterAdamW(ours, weight_decay=0.1), torch_adamw(theirs, 0.1, fused=fused)
+    optimizer, reference = AdamW(ours, weight_decay=0.1), torch_adamw(theirs, 0.1, fused=fused)
     for step in range(20):
         rate = 1e-2 / (1 + step)
         set_gradients(ours, step)
@@ -58,7 +58,7 @@ def test_fp32_equals_torchs_adamw_over_20_steps(fused):
 def test_bf16_equals_an_fp32_run_whose_weights_are_rounded_for_the_forward():
     rounded = parameters(torch.bfloat16)
     exact = {name: nn.Parameter(p.detach().float()) for name, p in rounded.items()}
-    optimizer, reference = MasterAdamW(rounded, weight_decay=0.1), torch_adamw(exact, 0.1, fused=True)
+    optimizer, reference = AdamW(rounded, weight_decay=0.1), torch_adamw(exact, 0.1, fused=True)
     for step in range(20):
         for name in rounded:  # the gradient of sum(w**4) at the rounded weights
             weight = exact[name].detach().bfloat16()
@@ -77,7 +77,7 @@ def test_small_updates_move_a_master_where_plain_bf16_stalls():
     plain = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
     ours = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
     reference = torch.optim.AdamW([plain], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
-    optimizer = MasterAdamW({"w": ours}, weight_decay=0.0)
+    optimizer = AdamW({"w": ours}, weight_decay=0.0)
     for _ in range(100):
         plain.grad, ours.grad = torch.ones_like(plain), torch.ones_like(ours)
         reference.step()
@@ -90,7 +90,7 @@ def test_small_updates_move_a_master_where_plain_bf16_stalls():
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, 8), (torch.bfloat16, 12)])
 def test_state_bytes_are_exact_and_there_before_the_first_step(dtype, expected):
     named = parameters(dtype)
-    optimizer = MasterAdamW(named)
+    optimizer = AdamW(named)
     count = sum(parameter.numel() for parameter in named.values())
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
@@ -107,7 +107,7 @@ def test_state_bytes_are_exact_and_there_before_the_first_step(dtype, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grad_scale_equals_scaled_gradients_and_leaves_them_alone(dtype):
     ours, theirs = parameters(dtype), parameters(dtype)
-    optimizer, reference = MasterAdamW(ours), MasterAdamW(theirs)
+    optimizer, reference = AdamW(ours), AdamW(theirs)
     for step in range(3):
         set_gradients(ours, step)
         set_gradients(theirs, step, scale=1.0)
@@ -125,7 +125,7 @@ def test_weight_decay_acts_on_matrices_only():
     before = {name: p.detach().clone() for name, p in named.items()}
     for parameter in named.values():
         parameter.grad = torch.zeros_like(parameter)
-    MasterAdamW(named, weight_decay=0.5).step(0.1)
+    AdamW(named, weight_decay=0.5).step(0.1)
     for name, parameter in named.items():
         factor = 0.95 if parameter.ndim == 2 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
@@ -134,7 +134,7 @@ def test_weight_decay_acts_on_matrices_only():
 
 def test_a_parameter_without_gradient_is_left_alone_and_keeps_its_step_count():
     named = parameters()
-    optimizer = MasterAdamW(named)
+    optimizer = AdamW(named)
     set_gradients(named, 0)
     named["a.weight"].grad = None
     before = named["a.weight"].detach().clone()
@@ -146,14 +146,14 @@ def test_a_parameter_without_gradient_is_left_alone_and_keeps_its_step_count():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_and_loaded_state_continues_bit_for_bit(tmp_path, dtype):
     unbroken = parameters(dtype)
-    optimizer = MasterAdamW(unbroken)
+    optimizer = AdamW(unbroken)
     for step in range(3):
         set_gradients(unbroken, step)
         optimizer.step(1e-2)
     tensors, steps = optimizer.state_dict()
     save_file(tensors, tmp_path / "optimizer.safetensors")
     resumed = {key: nn.Parameter(p.detach().clone()) for key, p in unbroken.items()}
-    second = MasterAdamW(resumed)
+    second = AdamW(resumed)
     second.load_state_dict(load_file(tmp_path / "optimizer.safetensors"), steps)
     for step in range(3, 6):
         for named, each in ((unbroken, optimizer), (resumed, second)):
@@ -167,7 +167,7 @@ def test_saved_and_loaded_state_continues_bit_for_bit(tmp_path, dtype):
 
 def test_loading_does_not_round_a_master_to_its_bf16_weight():
     named = parameters(torch.bfloat16)
-    optimizer = MasterAdamW(named)
+    optimizer = AdamW(named)
     tensors, steps = snapshot(optimizer)
     tensors["a.weight.master"] += 1e-6
     optimizer.load_state_dict(tensors, steps)
@@ -175,7 +175,7 @@ def test_loading_does_not_round_a_master_to_its_bf16_weight():
 
 
 def test_a_state_of_other_parameters_is_refused_by_name():
-    optimizer = MasterAdamW(parameters())
+    optimizer = AdamW(parameters())
     tensors, steps = snapshot(optimizer)
     without = {name: t for name, t in tensors.items() if name != "a.bias.exp_avg"}
     with pytest.raises(CheckpointMismatch, match=r"missing: a\.bias\.exp_avg") as error:
@@ -190,14 +190,14 @@ def test_a_state_of_other_parameters_is_refused_by_name():
     with pytest.raises(CheckpointMismatch, match=r"missing: a\.bias"):
         optimizer.load_state_dict(tensors, {name: n for name, n in steps.items() if name != "a.bias"})
     with pytest.raises(CheckpointMismatch, match=r"missing: embed\.weight\.master, .* and 2 more"):
-        MasterAdamW(parameters(torch.bfloat16)).load_state_dict(tensors, steps)
+        AdamW(parameters(torch.bfloat16)).load_state_dict(tensors, steps)
 
 
 def test_carried_state_follows_renamed_parameters_and_drops_the_rest():
     old_parameters = {
         name: nn.Parameter(torch.randn(2, 2)) for name in ("embed", "layers.0.w", "layers.1.w", "layers.0.w.lora_A")
     }
-    old = MasterAdamW(old_parameters)
+    old = AdamW(old_parameters)
     for step in range(4):
         set_gradients(old_parameters, step)
         old.step(1e-2)
@@ -210,7 +210,7 @@ def test_carried_state_follows_renamed_parameters_and_drops_the_rest():
         "layers.1.w": nn.Parameter(torch.randn(2, 2)),
         "layers.2.w": old_parameters["layers.1.w"],
     }
-    new = MasterAdamW(new_parameters)
+    new = AdamW(new_parameters)
     new.load_state_dict(*carry_state(*old.state_dict(), renamed), strict=False)
     tensors, steps = new.state_dict()
     assert steps == {"embed": 4, "layers.0.w.lora_A": 0, "layers.1.w": 0, "layers.2.w": 4}
@@ -222,11 +222,11 @@ def test_carried_state_follows_renamed_parameters_and_drops_the_rest():
 
 def test_a_new_parameter_begins_its_bias_correction_at_zero_while_others_go_on():
     kept, fresh = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2, 2))
-    old = MasterAdamW({"kept": kept}, weight_decay=0.0)
+    old = AdamW({"kept": kept}, weight_decay=0.0)
     for _ in range(50):
         kept.grad = torch.ones(2, 2)
         old.step(1e-2)
-    new = MasterAdamW({"kept": kept, "fresh": fresh}, weight_decay=0.0)
+    new = AdamW({"kept": kept, "fresh": fresh}, weight_decay=0.0)
     new.load_state_dict(*old.state_dict(), strict=False)
     before = kept.detach().clone()
     kept.grad = fresh.grad = torch.ones(2, 2)
@@ -265,7 +265,7 @@ def test_a_step_allocates_no_more_than_one_fp32_gradient_of_the_largest_paramete
         f"w{i}": nn.Parameter(torch.ones(size, 64, dtype=torch.bfloat16))
         for i, size in enumerate((8, 64, 8, 40, 30, 8))
     }
-    optimizer = MasterAdamW(named)
+    optimizer = AdamW(named)
     set_gradients(named, 0)
     with LiveBytes() as bytes_:
         optimizer.step(1e-3, grad_scale=0.5)
@@ -304,11 +304,11 @@ def test_clipping_brings_the_norm_to_its_limit_as_torch_does():
 def test_zero_grad_frees_gradients():
     named = parameters()
     set_gradients(named, 0)
-    MasterAdamW(named.items()).zero_grad()
+    AdamW(named.items()).zero_grad()
     assert all(parameter.grad is None for parameter in named.values())
 
 
 def test_an_optimizer_of_nothing_steps():
-    optimizer = MasterAdamW({})
+    optimizer = AdamW({})
     optimizer.step(1e-3)
     assert optimizer.state_dict() == ({}, {})

@@ -112,13 +112,13 @@ def test_measured_bytes_equal_planned_bytes_at_every_stage(
 def test_a_difference_from_the_plan_stops_the_run(
     tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Wasteful(stage_module.MasterAdamW):
+    class Wasteful(stage_module.AdamW):
         def state_tensors(self) -> dict:
             first = next(iter(self.parameters))
             states = super().state_tensors()
             return {**states, first: {**states[first], "extra": torch.zeros(7)}}
 
-    monkeypatch.setattr(stage_module, "MasterAdamW", Wasteful)
+    monkeypatch.setattr(stage_module, "AdamW", Wasteful)
     with pytest.raises(MemoryMismatch, match="28"):
         train(tiny_run(tmp_path))
 

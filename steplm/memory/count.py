@@ -1,0 +1,142 @@
+"""The bytes that tensors hold, counted as PyTorch's operations make and free them. Needs torch."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from steplm.types import HOST
+
+REST = "rest"  # whatever nobody has labelled: activations and workspace
+MAX_POINTS = 2048  # of a timeline; a longer one keeps the highest point of each window
+
+
+class ByteCounter(TorchDispatchMode):
+    """Counts the bytes of every storage that is born inside it, or given to ``track``, until the storage dies.
+
+    Views and aliases count once. Fake tensors count as the real ones that they stand for, tensors on the meta
+    device as nothing. Storages labelled ``HOST`` stand for the host's memory and are part of no total.
+
+    Not seen: what a kernel allocates and frees inside itself, and what an allocator adds (rounding, fragmentation).
+
+    Args:
+        record: keep a ``timeline``.
+    """
+
+    def __init__(self, *, record: bool = False) -> None:
+        super().__init__()
+        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], str, int]] = {}
+        self._by_label: dict[str, int] = {}
+        self._total = 0
+        self._peak, self._peak_by_label = 0, dict[str, int]()
+        self._record, self._points, self._last_total, self._window, self._seen = record, list[dict[str, int]](), -1, 1, 0
+
+    @property
+    def current_bytes(self) -> int:
+        """Bytes alive now, without the host's."""
+        return self._total
+
+    @property
+    def current_by_label(self) -> dict[str, int]:
+        """Bytes alive now, the host's too."""
+        return {label: count for label, count in self._by_label.items() if count}
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest ``current_bytes`` since the start or ``reset_peak``."""
+        return self._peak
+
+    @property
+    def peak_by_label(self) -> dict[str, int]:
+        """``current_by_label`` at the first instant of the peak."""
+        return self._peak_by_label
+
+    @property
+    def timeline(self) -> list[dict[str, int]]:
+        """``current_by_label`` after each operation that changed the count, in the order of time."""
+        return self._points
+
+    def reset_peak(self) -> None:
+        """Start a new peak at the present count."""
+        self._peak, self._peak_by_label = self._total, self.current_by_label
+
+    def track(self, tensor: Tensor, label: str) -> None:
+        """Count the tensor's storage from now on under ``label``, whether it is counted already or not."""
+        if _has_storage(tensor):
+            self._count(tensor.untyped_storage(), label)
+            self._update_peak()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            known = self._storages.get(storage._cdata)
+            if known is not None:
+                self._count(storage, known[1])  # it may have been resized
+            elif not any(storage._cdata == given.untyped_storage()._cdata for given in _tensors((args, kwargs))):
+                self._count(storage, REST)
+        self._update_peak()
+        if self._record and self._total != self._last_total:
+            self._add_point()
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, label: str) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        known = self._storages.get(key)
+        if known is None:
+            reference = weakref.ref(storage, partial(self._forget, key))
+        else:
+            reference, old_label, old_bytes = known
+            if (old_label, old_bytes) == (label, num_bytes):
+                return
+            self._add(old_label, -old_bytes)
+        self._storages[key] = (reference, label, num_bytes)
+        self._add(label, num_bytes)
+
+    def _forget(self, key: int, _: Any) -> None:
+        _, label, num_bytes = self._storages.pop(key)
+        self._add(label, -num_bytes)
+
+    def _add(self, label: str, num_bytes: int) -> None:
+        self._by_label[label] = self._by_label.get(label, 0) + num_bytes
+        if label != HOST:
+            self._total += num_bytes
+
+    def _update_peak(self) -> None:
+        if self._total > self._peak:
+            self.reset_peak()
+
+    def _add_point(self) -> None:
+        self._last_total = self._total
+        point = self.current_by_label
+        if self._seen % self._window == 0:
+            self._points.append(point)
+        elif _on_device(point) > _on_device(self._points[-1]):
+            self._points[-1] = point
+        self._seen += 1
+        if len(self._points) == 2 * MAX_POINTS:
+            pairs = zip(self._points[::2], self._points[1::2], strict=True)
+            self._points = [max(pair, key=_on_device) for pair in pairs]
+            self._window *= 2
+
+
+def _on_device(by_label: dict[str, int]) -> int:
+    return sum(count for label, count in by_label.items() if label != HOST)
+
+
+def _has_storage(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (value for value in ((values,) if isinstance(values, Tensor) else tree_iter(values)) if _has_storage(value))

@@ -1,0 +1,46 @@
+"""Bytes of the storage formats, and the sizes that formula and implementation share.
+
+An 8-bit optimizer state is one code per element and one fp32 scale per block; a vector stays fp32. An int8 matrix
+has one fp32 scale per row; an NF4 matrix has two codes per byte and one bf16 scale per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+STATE_BLOCK = 256  # elements of an 8-bit optimizer state that share a scale
+NF4_BLOCK = 64  # elements of an NF4 weight that share a scale
+STEP_CHUNK = 2**22  # elements that the optimizer updates at once
+
+
+def state_bytes(num_parameters: int) -> int:
+    """One moment of one matrix in 8 bits. Source: Dettmers et al. (arXiv 2110.02861), section 2."""
+    return num_parameters + 4 * _blocks(num_parameters, STATE_BLOCK)
+
+
+def int8_bytes(out_features: int, in_features: int) -> int:
+    """A frozen matrix in int8, a scale for each row."""
+    return out_features * in_features + 4 * out_features
+
+
+def nf4_bytes(out_features: int, in_features: int) -> int:
+    """A frozen matrix in 4-bit NormalFloat. Source: QLoRA (arXiv 2305.14314), section 3, with bf16 scales."""
+    num_parameters = out_features * in_features
+    return _blocks(num_parameters, 2) + 2 * _blocks(num_parameters, NF4_BLOCK)
+
+
+FROZEN_FORMATS: dict[str, Callable[[int, int], int]] = {
+    "int8": int8_bytes,
+    "nf4": nf4_bytes,
+}
+
+
+def _blocks(num_elements: int, block: int) -> int:
+    return -(-num_elements // block)
+
+
+def step_bytes_per_element(precision: str, *, states: str, master_weights: bool) -> int:
+    """Workspace of the optimizer for each element that it updates at once; see ``steplm.optim.adamw.AdamW``."""
+    if states == "8bit":
+        return 17
+    return 9 if precision == "bf16" and not master_weights else 4

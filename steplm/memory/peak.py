@@ -1,0 +1,237 @@
+"""All that the device holds, at each moment of a stage that can be its highest.
+
+Every moment holds the weights and the optimizer's states. Beside them: the loss holds the activations of all layers
+and its own workspace; the backward pass of a layer holds the activations of the layers below it and the gradients of
+those above it; the update holds all gradients. Left out: the device's context and libraries (``memory.reserve``).
+
+N tokens of a micro-batch, S of a sequence, d hidden size, V vocabulary, C rows of the loss at once, w bytes of a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from steplm.config import MemoryConfig, TrainConfig
+from steplm.memory.activations import Workload, is_modelled, layer_activations, norm_backward, norm_saved
+from steplm.memory.formats import STEP_CHUNK, step_bytes_per_element
+from steplm.memory.terms import FETCH_SLOTS
+from steplm.types import Instant, MemoryEstimate, MemoryTerm, ModelShape, PeakEstimate
+
+KINDS_OF_LAYERS = ("new_layers", "frozen_layers")
+
+
+def estimate_peak(
+    shape: ModelShape,
+    state: MemoryEstimate,
+    *,
+    train: TrainConfig,
+    memory: MemoryConfig,
+    num_layers: int,
+    new_layers: Sequence[int],
+    adapter_rank: int = 0,
+    adapter_targets: tuple[str, ...] = (),
+    outer: str = "trained",
+    eval_batch_size: int | None = None,
+) -> PeakEstimate | None:
+    """The highest moments of one stage, per rank; None for families that ``activations`` does not count.
+
+    Args:
+        state: the stage's model state, embeddings and head counted.
+        new_layers: indices of the layers that are trained as a whole.
+        adapter_rank, adapter_targets: of the adapters on the others; rank 0: they have none.
+        outer: embeddings, final norm and head are "trained", "frozen" or under "adapters".
+        eval_batch_size: sequences at once in an evaluation; default: the training batch size.
+    """
+    if not is_modelled(shape):
+        return None
+    work = Workload(
+        shape,
+        train.precision,
+        train.per_device_train_batch_size,
+        train.sequence_length,
+        adapter_rank,
+        adapter_targets if adapter_rank else (),
+    )
+    moments = _Moments(work, state, train, memory, num_layers, frozenset(new_layers), outer)
+    evaluation = moments.evaluation(eval_batch_size or train.per_device_train_batch_size)
+    backward = (moments.final_norm(), moments.highest_layer(), moments.embeddings())
+    return PeakEstimate((moments.growth(), moments.loss(), *backward, moments.update(), evaluation))
+
+
+class _Moments:
+    """The moments of a stage, each from the same few numbers."""
+
+    def __init__(
+        self,
+        work: Workload,
+        state: MemoryEstimate,
+        train: TrainConfig,
+        memory: MemoryConfig,
+        num_layers: int,
+        new_layers: frozenset[int],
+        outer: str,
+    ) -> None:
+        self.work, self.shape, self.state = work, work.shape, state
+        self.train, self.memory, self.outer = train, memory, outer
+        self.is_new = [index in new_layers for index in range(num_layers)]
+        self.recomputes = {
+            "new_layers": train.gradient_checkpointing in (True, "new"),
+            "frozen_layers": train.gradient_checkpointing in (True, "frozen"),
+        }
+        self.activations = {
+            "new_layers": layer_activations(work, trained=True),
+            "frozen_layers": layer_activations(work, trained=False),
+        }
+        # Gradients of all micro-batches are summed: from the second one on they all exist, all the time.
+        self.sums_gradients = train.gradient_accumulation_steps > 1
+        self.head_bytes = work.width * self.shape.vocab_size * self.shape.hidden_size
+
+    def growth(self) -> Instant:
+        """The grown model's plain weights, on which the loss is probed before there is an optimizer."""
+        shape, layers = self.shape, len(self.is_new)
+        packs = self.memory.frozen_weights != "full" or self.memory.offload_frozen
+        layers = min(FETCH_SLOTS, layers) if packs else layers  # probed from host memory, layer by layer
+        size = shape.num_parameters(layers)
+        formula = f"{f'{layers} × P_layer' if packs else 'N_i × P_layer'} + P_outer × {self.work.width} B"
+        weights = MemoryTerm("plain_weights", "weights", size * self.work.width, formula, size)
+        return Instant("growth", MemoryEstimate((weights, *self._forward_alone(self.work.num_sequences))))
+
+    def loss(self) -> Instant:
+        """The chunked loss: all activations wait, and the head's gradient is made in the same pass."""
+        w, N = self.work.width, self.work.num_tokens
+        rows = min(self.train.loss_chunk_size, N) * self.shape.vocab_size
+        matrix = self.shape.vocab_size * self.shape.hidden_size
+        trained = self.outer == "trained"
+        chunk = 6 * rows if w == 2 else 4 * rows
+        if trained:  # the last product, of the matrix's size, comes when the chunk's logits are rounded
+            chunk = max(chunk, 2 * rows + 2 * matrix, 2 * matrix) if w == 2 else chunk
+        stream = self.work.stream_bytes
+        terms = [
+            _term("loss", "activations", norm_saved(self.work, trained=self.outer != "frozen"), "final norm: 4 N d + w N d"),
+            _term("loss", "workspace", 2 * stream, "hidden states and their gradient: 2 w N d"),
+            _term("loss", "workspace", chunk, "chunk: 6 C V (fp32: 4 C V), or 2 C V + 2 V d"),
+            _term("head", "gradients", 4 * matrix if trained else 0, "summed in fp32: 4 V d"),
+        ]
+        return self._instant("loss", len(self.is_new), terms, self._summed_gradients())
+
+    def final_norm(self) -> Instant:
+        """The backward pass of the norm above the last layer: all activations still wait."""
+        saved = norm_saved(self.work, trained=self.outer != "frozen")
+        terms = [
+            _term("loss", "activations", saved, "final norm: 4 N d + w N d"),
+            _term("loss", "workspace", norm_backward(self.work), "16 N d + w N d"),
+        ]
+        top = len(self.is_new)
+        return self._instant("backward of the final norm", top, terms, self._gradients_above(top))
+
+    def highest_layer(self) -> Instant:
+        """The backward pass of the layer at which most is held."""
+        return max(
+            (self._layer(index) for index in self._candidates()), key=lambda instant: instant.memory.total_bytes
+        )
+
+    def embeddings(self) -> Instant:
+        """The end of the backward pass: no activations, all gradients."""
+        terms = [_term("embeddings", "workspace", self.work.stream_bytes, "gradient of the hidden states: w N d")]
+        if self.outer == "trained" and (self.memory.fused_backward or self.sums_gradients):
+            terms.append(_term("embeddings", "gradients", self.head_bytes, "one more, before it is added: w V d"))
+        elif self.outer == "trained" and self.shape.tie_word_embeddings:
+            terms.append(_term("embeddings", "gradients", self.head_bytes, "the head's part: w V d"))
+        return self._instant("backward of the embeddings", 0, terms, self._all_gradients())
+
+    def update(self) -> Instant:
+        """The optimizer's step."""
+        terms = [] if self.memory.fused_backward else [self._step_workspace()]
+        return self._instant("optimizer step", 0, terms, self._all_gradients())
+
+    def evaluation(self, batch_size: int) -> Instant:
+        """A forward pass that keeps nothing for a backward one, between two steps."""
+        return self._instant("evaluation", 0, self._forward_alone(batch_size), [], has_batch=False)
+
+    def _layer(self, index: int) -> Instant:
+        kind = self._kind(index)
+        layer = self.activations[kind]
+        terms = [_term(kind, "workspace", layer.backward - layer.backward_gradients, f"inside layer {index}")]
+        if self.recomputes[kind]:
+            terms.append(_term(kind, "activations", layer.saved, f"layer {index} computed again"))
+        terms.append(_term(kind, "gradients", layer.backward_gradients, f"inside layer {index}"))
+        if self.memory.fused_backward:
+            terms.append(self._step_workspace())
+        return self._instant(f"backward of layer {index}", index + 1, terms, self._gradients_above(index + 1))
+
+    def _candidates(self) -> Iterable[int]:
+        """Layers at which the bytes can be highest: between two of a kind without a change they rise or fall evenly."""
+        last = len(self.is_new) - 1
+        for index, new in enumerate(self.is_new):
+            if index in (0, last) or new != self.is_new[index - 1] or new != self.is_new[index + 1]:
+                yield index
+
+    def _instant(
+        self,
+        name: str,
+        num_below: int,
+        terms: Iterable[MemoryTerm],
+        gradients: Iterable[MemoryTerm],
+        *,
+        has_batch: bool = True,
+    ) -> Instant:
+        """Weights and states, activations of the lowest ``num_below`` layers, and what else there is."""
+        held = [term for term in self.state.terms if term.kind != "gradients"]
+        for kind in KINDS_OF_LAYERS:
+            count = sum(self._kind(index) == kind for index in range(num_below))
+            if self.recomputes[kind]:
+                held.append(_term(kind, "activations", count * self.work.stream_bytes, f"{count} layers × w N d"))
+            else:
+                saved = self.activations[kind].saved
+                held.append(_term(kind, "activations", count * saved, f"{count} layers × {saved:,} B"))
+        if has_batch:
+            held.append(_term("batch", "activations", 16 * self.work.num_tokens, "tokens and labels: 16 N"))
+        return Instant(name, MemoryEstimate(tuple(term for term in (*held, *gradients, *terms) if term.num_bytes)))
+
+    def _kind(self, index: int) -> str:
+        return "new_layers" if self.is_new[index] else "frozen_layers"
+
+    def _all_gradients(self) -> list[MemoryTerm]:
+        return [term for term in self.state.terms if term.kind == "gradients"]
+
+    def _summed_gradients(self) -> list[MemoryTerm]:
+        return self._all_gradients() if self.sums_gradients else []
+
+    def _gradients_above(self, index: int) -> list[MemoryTerm]:
+        """Gradients that exist when the backward pass is about to enter layer ``index - 1``."""
+        if self.sums_gradients:
+            return self._all_gradients()
+        tied = self.shape.tie_word_embeddings
+        terms = []
+        if self.outer == "trained" and (tied or not self.memory.fused_backward):
+            name = "embeddings" if tied else "head"
+            terms.append(_term(name, "gradients", self.head_bytes, "the head's: w V d"))
+        for term in self._all_gradients():
+            for component, owner in (("new_layers", "new_layers"), ("adapters", "frozen_layers")):
+                if term.component != component:
+                    continue
+                in_all = sum(self._kind(layer) == owner for layer in range(len(self.is_new)))
+                above = sum(self._kind(layer) == owner for layer in range(index, len(self.is_new)))
+                num_bytes = term.num_bytes * above // max(in_all, 1)
+                terms.append(_term(component, "gradients", num_bytes, f"of {above} layers above"))
+        return terms
+
+    def _step_workspace(self) -> MemoryTerm:
+        trained = sum(term.num_parameters for term in self.state.terms if term.kind == "optimizer")
+        per_element = step_bytes_per_element(
+            self.train.precision, states=self.memory.optimizer_states, master_weights=self.memory.master_weights
+        )
+        formula = f"{per_element} B × at most {STEP_CHUNK:,} elements at once"
+        return _term("optimizer", "workspace", per_element * min(STEP_CHUNK, trained), formula)
+
+    def _forward_alone(self, batch_size: int) -> list[MemoryTerm]:
+        w, num_tokens = self.work.width, batch_size * self.work.sequence_length
+        rows = min(self.train.loss_chunk_size, num_tokens) * self.shape.vocab_size
+        linears = {linear.name.rpartition(".")[2]: linear for linear in self.shape.linears}
+        layer = w * num_tokens * (3 * linears["gate_proj"].out_features + 2 * self.shape.hidden_size)
+        loss = w * num_tokens * self.shape.hidden_size + (6 if w == 2 else 4) * rows
+        return [_term("evaluation", "workspace", max(layer, loss), "a layer: 3 w N f + 2 w N d, or the loss: w N d + 6 C V")]
+
+
+def _term(component: str, kind: str, num_bytes: int, formula: str) -> MemoryTerm:
+    return MemoryTerm(component, kind, num_bytes, formula)

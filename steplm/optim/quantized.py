@@ -1,0 +1,93 @@
+"""Optimizer states in 8 bits, block by block, and bf16 weights rounded by chance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steplm.memory.formats import STATE_BLOCK
+
+
+def dynamic_tree(signed: bool) -> list[float]:
+    """The 256 values of the dynamic tree data type, ascending, the largest of them 1.
+
+    Seven decades share the codes: the decade below 1 has 64 values of either sign (unsigned: 128), and each
+    lower one half as many, in the middle of as many equal parts of [0.1, 1] x its power of ten. 0 and 1 are
+    added. Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 1.3.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        num_parts = 2**decade if signed else 2 ** (decade + 1)
+        for part in range(num_parts):
+            value = (0.1 + 0.9 * (part + 0.5) / num_parts) * 10.0 ** (decade - 6)
+            values += [value, -value] if signed else [value]
+    return sorted(values)
+
+
+class CodeBook:
+    """Fp32 tensors to 8-bit codes and back; one fp32 scale, the largest magnitude, for each ``STATE_BLOCK`` elements.
+
+    Tensors are flat, their last block may be short. An unsigned code book keeps what is not 0 away from 0:
+    Adam divides by the root of a second moment, and would leap where the small ones are lost.
+
+    An object, and no cache of the module: the tables are as real or as fake as the tensors made beside them.
+    """
+
+    def __init__(self, *, signed: bool, device: torch.device | str) -> None:
+        self.values = torch.tensor(dynamic_tree(signed), device=device)
+        self.boundaries = (self.values[:-1] + self.values[1:]) / 2  # code: how many of these are <= the value
+        if not signed:
+            self.boundaries[0] = torch.finfo(torch.float32).tiny
+        # A search among the boundaries takes eight steps. The upper half of an fp32 number's bits names a cell
+        # of so few numbers that at most one boundary lies in it: a look-up and one comparison find the code.
+        cells = torch.arange(2**16, dtype=torch.int32, device=device) << 16
+        first = torch.where(cells < 0, cells | 0xFFFF, cells).view(torch.float32)  # of the cell, the lowest
+        codes = torch.bucketize(first, self.boundaries, right=True)
+        self._cell_code = codes.to(torch.uint8)
+        self._cell_boundary = torch.cat((self.boundaries, self.boundaries.new_tensor([torch.inf])))[codes]
+
+    def quantize(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 codes and fp32 scales of a flat fp32 tensor."""
+        codes = torch.empty_like(values, dtype=torch.uint8)
+        scales = values.new_empty(-(-values.numel() // STATE_BLOCK))
+        self.quantize_(values.clone(), codes, scales)
+        return codes, scales
+
+    def quantize_(self, values: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """The same into ``codes`` and ``scales``; ``values`` are overwritten."""
+        for block, scale in _blocks(values, scales):
+            torch.amax(torch.abs(block), dim=1, out=scale)
+            # A block of zeros: 0 / tiny is 0, and the scale stays 0.
+            block.div_(scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1))
+        cells = (values.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+        above = values >= self._cell_boundary.index_select(0, cells)
+        torch.add(self._cell_code.index_select(0, cells), above, out=codes)
+
+    def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The flat fp32 tensor that codes and scales stand for."""
+        values = self.values.index_select(0, codes.int())
+        for block, scale in _blocks(values, scales):
+            block.mul_(scale.unsqueeze(1))
+        return values
+
+
+def _blocks(values: Tensor, scales: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Whole blocks as rows, then the short one, each with its scales."""
+    num_whole = values.numel() // STATE_BLOCK
+    parts = [(values[: num_whole * STATE_BLOCK].view(-1, STATE_BLOCK), scales[:num_whole])]
+    if num_whole < len(scales):
+        parts.append((values[num_whole * STATE_BLOCK :].view(1, -1), scales[num_whole:]))
+    return parts
+
+
+def round_stochastically_(values: Tensor) -> Tensor:
+    """Each fp32 value becomes one of its two bf16 neighbours, so that the mean over many draws is the value.
+
+    In place. A number that bf16 has stays itself, as do infinities; NaN stays NaN. The random bits come from
+    the device's default generator.
+    """
+    # The 16 bits that bf16 lacks are the distance to the lower neighbour: 16 random ones carry it over as often.
+    noise = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device)
+    noise.masked_fill_(values != values, 0)  # to a NaN of all ones a carry would give 0
+    values.view(torch.int32).add_(noise).bitwise_and_(-(2**16))
+    return values

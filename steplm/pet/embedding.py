@@ -1,0 +1,86 @@
+"""LoRA on the embedding matrix, and on a head that shares it.
+
+Both read one matrix, so both read one pair of factors: the update can be merged into the matrix, and the head is
+``E + scaling * B A`` wherever the embedding is.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from steplm.errors import ConfigError
+from steplm.pet.lora import LoRALinear
+
+
+class LoRAEmbedding(nn.Embedding):
+    """An embedding plus a low-rank update: ``E[ids] + scaling * B[ids] A``.
+
+    Made of an embedding by ``adapt_embedding``: ``lora_A`` (rank, hidden) and ``lora_B`` (vocabulary, rank) are
+    added to it in the weight's dtype and on its device.
+    """
+
+    factor_names: ClassVar[tuple[str, ...]] = LoRALinear.factor_names
+    lora_A: nn.Parameter  # noqa: N815
+    lora_B: nn.Parameter  # noqa: N815
+    rank: int
+    scaling: float
+    reset_adapter = LoRALinear.reset_adapter
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        low = F.embedding(input, self.lora_B, self.padding_idx)
+        rows = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), self.lora_A, alpha=self.scaling)
+        return rows.view(output.shape)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+class TiedLoRAHead(LoRALinear):
+    """A head whose matrix and factors are those of an adapted embedding: ``h (E + scaling * B A)^T + b``."""
+
+    def __init__(self, head: nn.Linear, embedding: LoRAEmbedding) -> None:
+        super().__init__(head, embedding.rank, embedding.scaling)
+        for name in self.factor_names:
+            setattr(self, name, getattr(embedding, name))
+
+
+def check_embedding(name: str, embedding: nn.Module, rank: int) -> None:
+    """Whether ``adapt_embedding`` can adapt this module.
+
+    Raises:
+        ConfigError: it is no embedding, looks its matrix up in a way of its own, or is smaller than the rank.
+    """
+    own = [cls for cls in type(embedding).__mro__ if cls not in nn.Embedding.__mro__ and "forward" in vars(cls)]
+    # A family may do to the rows what it likes (Gemma scales them), as long as it gets them from nn.Embedding.
+    gets_rows = all("super" in cls.forward.__code__.co_names for cls in own)
+    if not isinstance(embedding, nn.Embedding) or isinstance(embedding, LoRAEmbedding) or not gets_rows:
+        raise ConfigError(
+            f"{name} is a {type(embedding).__name__}, which has no plain lookup that an adapter could be added to. "
+            "Set plan.train_embeddings to always or first_stage.",
+            target=name,
+        )
+    if rank > min(embedding.weight.shape):
+        raise ConfigError(
+            f"pet.rank {rank} is more than the smaller side of {name}, "
+            f"{embedding.num_embeddings} x {embedding.embedding_dim}. Lower pet.rank.",
+            rank=rank,
+            shape=(embedding.num_embeddings, embedding.embedding_dim),
+        )
+
+
+def adapt_embedding(embedding: nn.Embedding, rank: int, scaling: float) -> LoRAEmbedding:
+    """Turn an embedding that ``check_embedding`` accepts into a ``LoRAEmbedding``, in place; factors are zero."""
+    family = type(embedding)
+    # A family's own forward stays in front of the adapter's, and finds it by super().
+    bases = (LoRAEmbedding,) if family is nn.Embedding else (family, LoRAEmbedding)
+    embedding.__class__ = type(f"LoRA{family.__name__}", bases, {})
+    assert isinstance(embedding, LoRAEmbedding)
+    embedding.rank, embedding.scaling = rank, scaling
+    for name, shape in LoRALinear.factor_shapes(embedding.weight.shape, rank).items():
+        embedding.register_parameter(name, nn.Parameter(embedding.weight.new_zeros(shape)))
+    return embedding
