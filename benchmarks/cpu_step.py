@@ -27,7 +27,7 @@ from steplm.data.loader import Batch
 from steplm.models.build import DTYPES, build_model, hf_config, initial_state
 from steplm.optim.adamw import AdamW
 from steplm.training.environment import environment
-from steplm.training.step import train_step
+from steplm.training.step import Pass, train_step
 
 MODEL = {
     "model_type": "llama",
@@ -90,10 +90,9 @@ def our_seconds(precision: str, tokens: torch.Tensor, num_steps: int, chunk_size
             model,
             optimizer,
             batch,
+            Pass(micro_batch_size=tokens.shape[0], chunk_size=chunk_size),
             learning_rate=1e-3,
             max_grad_norm=1.0,
-            micro_batch_size=tokens.shape[0],
-            chunk_size=chunk_size,
         )
         seconds.append(time.perf_counter() - started)
     return seconds

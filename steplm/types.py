@@ -176,12 +176,16 @@ class MemoryEstimate:
         )
 
     def by_kind(self) -> dict[str, int]:
-        """Bytes of the model proper as ``weights``, ``gradients``, ``optimizer``; all ``adapters``; the ``total``."""
+        """Bytes of the model proper as ``weights``, ``gradients``, ``optimizer``; all ``adapters``; the ``total``.
+
+        And what is in ``host`` memory, where there is any, which is no part of the total.
+        """
         proper = {
             kind: self.bytes_of(kind=kind) - self.bytes_of("adapters", kind)
             for kind in ("weights", "gradients", "optimizer")
         }
-        return {**proper, "adapters": self.bytes_of("adapters"), "total": self.total_bytes}
+        host = {HOST: self.bytes_of(kind=HOST)} if self.bytes_of(kind=HOST) else {}
+        return {**proper, "adapters": self.bytes_of("adapters"), "total": self.total_bytes, **host}
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,7 @@ class Instant:
 
     name: str  # "loss", "backward of layer 23", "optimizer step"
     memory: MemoryEstimate
+    in_pass: bool = False  # in a forward and backward pass
 
 
 @dataclass(frozen=True)
@@ -202,6 +207,11 @@ class PeakEstimate:
     def highest(self) -> Instant:
         """The first of those with the most bytes."""
         return max(self.instants, key=lambda instant: instant.memory.total_bytes)
+
+    @property
+    def highest_in_a_pass(self) -> Instant:
+        """The same of a forward and backward pass without an update: that of a dry run."""
+        return PeakEstimate(tuple(instant for instant in self.instants if instant.in_pass)).highest
 
     @property
     def total_bytes(self) -> int:

@@ -238,12 +238,12 @@ def test_how_a_step_is_computed_is_as_asked(
     seen: list[tuple[bool, bool, int]] = []
     original = stage_module.forward_backward
 
-    def watching(model, batch, *, micro_batch_size, chunk_size):  # type: ignore[no-untyped-def]
+    def watching(model, batch, how):  # type: ignore[no-untyped-def]
         compiled = model.model.layers[0]._compiled_call_impl is not None
-        seen.append((model.is_gradient_checkpointing, compiled, chunk_size))
+        seen.append((model.is_gradient_checkpointing, compiled, how.chunk_size))
         for layer in model.model.layers:
             layer._compiled_call_impl = None  # compiling itself takes long, and is PyTorch's to test
-        return original(model, batch, micro_batch_size=micro_batch_size, chunk_size=chunk_size)
+        return original(model, batch, how)
 
     monkeypatch.setattr(stage_module, "forward_backward", watching)
     one_stage = ("plan.num_stages=1", "plan.total_tokens=64")

@@ -38,6 +38,7 @@ from steplm.models.folder import load_hf_config, load_state, load_tensors, save_
 from steplm.types import AdapterSpec, LayerProvenance, TrainState, from_json, to_json
 
 MARKER = "COMPLETE"
+ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer/state.safetensors"
 TEMPORARY = ".writing-"
 _NAME = re.compile(r"stage(\d+)-(?:step(\d+)|end)$")
@@ -99,7 +100,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         save_folder(temporary, config, weights)
         if adapters:
-            save_file(adapters, temporary / "adapters.safetensors")
+            save_file(adapters, temporary / ADAPTERS)
         (temporary / OPTIMIZER).parent.mkdir()
         save_file(optimizer, temporary / OPTIMIZER)
         document = to_json(state) | {"versions": _versions()}
@@ -137,12 +138,11 @@ def load_checkpoint(path: Path, *, verify: bool = True, with_optimizer: bool = T
     if verify:
         verify_checkpoint(path, with_optimizer=with_optimizer)
     state = load_checkpoint_state(path)
-    adapters = path / "adapters.safetensors"
     return Checkpoint(
         path=path,
         config=load_hf_config(path),
         weights=load_state(path),
-        adapters=load_tensors(adapters) if adapters.is_file() else {},
+        adapters=load_tensors(path / ADAPTERS) if (path / ADAPTERS).is_file() else {},
         optimizer=load_tensors(path / OPTIMIZER) if with_optimizer else {},
         state=state,
     )

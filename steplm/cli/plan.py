@@ -8,14 +8,15 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from steplm.config import load_config
-from steplm.memory.estimate import estimate_stage
+from steplm.config import RunConfig, load_config
 from steplm.memory.terms import OUTER_COMPONENTS
+from steplm.planner.plan import StageCosts, as_vanilla
 from steplm.planner.plan import plan as make_plan
 from steplm.planner.shape import FAMILIES
-from steplm.types import MemoryEstimate, Plan, Stage, to_json
+from steplm.types import HOST, MemoryEstimate, MemoryTerm, Plan, Stage, to_json
 from steplm.units import format_bytes, format_count
 
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
@@ -34,13 +35,13 @@ def show_plan(run: str, overrides: Sequence[str] = (), *, as_json: bool = False,
         print(json.dumps(plan_to_json(plan), indent=2))
         return
     console = Console()
-    render_plan(plan, console)
+    render_plan(plan, console, config)
     limit = config.data.max_train_tokens
     if limit is not None and plan.total_tokens > limit:
         epochs = plan.total_tokens / limit
         console.print(f"{epochs:.1f} epochs over data.max_train_tokens={format_count(limit)}", highlight=False)
     if explain:
-        render_explain(plan, console)
+        render_explain(plan, console, config)
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -51,8 +52,10 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "precision": plan.precision,
         "layers": list(plan.layers),
         "proved_optimal": plan.proved_optimal,
+        "peak_bytes": plan.peak_bytes,
+        "vanilla_peak_bytes": plan.vanilla_peak_bytes,
         "peak_model_state_bytes": plan.peak_model_state_bytes,
-        "peak_stage": _peak_stage(plan).index,
+        "peak_stage": _largest(plan, "state").index,
         "vanilla_model_state_bytes": plan.vanilla_model_state_bytes,
         "reduction": plan.reduction,
         "total_tokens": plan.total_tokens,
@@ -68,17 +71,10 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
                 "scheduled_tokens": stage.scheduled_tokens,
                 "tokens": stage.tokens,
                 "model_state_bytes": stage.memory.total_bytes,
-                "terms": [
-                    {
-                        "component": term.component,
-                        "kind": term.kind,
-                        "num_parameters": term.num_parameters,
-                        "bytes_per_parameter": term.bytes_per_parameter,
-                        "num_bytes": term.num_bytes,
-                        "formula": term.formula,
-                    }
-                    for term in stage.memory.terms
-                ],
+                "terms": [to_json(term) for term in stage.memory.terms],
+                "peak_bytes": None if stage.peak is None else stage.peak.total_bytes,
+                "peak_instant": None if stage.peak is None else stage.peak.highest.name,
+                "peak_terms": [] if stage.peak is None else [to_json(t) for t in stage.peak.highest.memory.terms],
             }
             for stage in plan.stages
         ],
@@ -86,50 +82,46 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def render_plan(plan: Plan, console: Console) -> None:
-    """A table of the stages, and the peak against ordinary pre-training in one line; fits 80 columns."""
-    shape, peak = plan.shape, _peak_stage(plan)
+def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
+    """A table of the stages, and the peaks against ordinary pre-training in a line each; fits 80 columns."""
+    shape = plan.shape
     counts_outer = any(_outer(stage.memory).terms for stage in plan.stages)
-    vanilla = estimate_stage(
-        shape, precision=plan.precision, num_new_layers=shape.num_hidden_layers, count_outer=counts_outer
-    )
-    unit, size = next((unit, size) for unit, size in _UNITS if vanilla.total_bytes >= size)
+    vanilla = StageCosts(as_vanilla(config), shape)
+    vanilla_state = vanilla.model_state(shape.num_hidden_layers, 0)
+    largest = plan.peak_bytes or plan.peak_model_state_bytes
+    unit, size = next((unit, size) for unit, size in _UNITS if largest >= size)
     gap = 1 if console.width >= 90 else 0
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0), pad_edge=False)
     table.add_column("stage", no_wrap=True)
-    for name in (
-        "layers",
-        "trained",
-        "frozen",
-        "adapters",
-        "tokens",
-        "weights",
-        "gradients",
-        "optimizer",
-        "total",
-    ):
+    for name in ("layers", "trained", "frozen", "adapters", "tokens", "weights", "grads", "optim", "state", "peak"):
         table.add_column(name, justify="right", no_wrap=True)
 
-    def add_row(name: str, layers: str, tokens: str, memory: MemoryEstimate, style: str | None = None) -> None:
-        table.add_row(name, layers, *_parameter_cells(memory), tokens, *_byte_cells(memory, size), style=style)
+    def add_row(
+        name: str, layers: str, tokens: str, memory: MemoryEstimate, peak: int | None, style: str | None = None
+    ) -> None:
+        peak_cell = "" if peak is None else _five_digits(peak / size)
+        cells = (*_parameter_cells(memory), tokens, *_byte_cells(memory, size), peak_cell)
+        table.add_row(name, layers, *cells, style=style)
 
     same_outer = len({_outer(stage.memory) for stage in plan.stages}) == 1
+    by_peak = _largest(plan, "peak")
     for stage in plan.stages:
         old = stage.num_hidden_layers - stage.num_new_layers
-        is_peak = stage is peak and plan.num_stages > 1
+        is_peak = stage is by_peak and plan.num_stages > 1
         add_row(
             f"{stage.index}{' ◀' if is_peak else ''}",
             f"{old}+{stage.num_new_layers}" if old else str(stage.num_new_layers),
             format_count(stage.tokens),
             stage.memory,
+            None if stage.peak is None else stage.peak.total_bytes,
             "bold" if is_peak else None,
         )
         if counts_outer and not same_outer:
-            add_row(" outer", "", "", _outer(stage.memory), "dim")
+            add_row(" outer", "", "", _outer(stage.memory), None, "dim")
     table.add_section()
     if counts_outer and same_outer:
-        add_row("outer", "", "", _outer(peak.memory), "dim")
-    add_row("vanilla", str(shape.num_hidden_layers), "", vanilla, "dim")
+        add_row("outer", "", "", _outer(by_peak.memory), None, "dim")
+    add_row("vanilla", str(shape.num_hidden_layers), "", vanilla_state, plan.vanilla_peak_bytes, "dim")
 
     console.print(
         f"[bold]{shape.model_type}[/], {format_count(shape.num_parameters())} parameters, "
@@ -138,24 +130,24 @@ def render_plan(plan: Plan, console: Console) -> None:
         highlight=False,
     )
     console.print(table)
-    console.print(_summary(plan), highlight=False)
+    for line in _summary(plan, config):
+        console.print(line, highlight=False)
+    notes = []
     if counts_outer:
         where = "a part of every stage above" if same_outer else "a part of the stage above it"
-        console.print(f"outer: embeddings, final norm and head, {where}", style="dim", highlight=False)
+        notes.append(f"outer: embeddings, final norm and head, {where}")
     else:
-        console.print("embeddings, final norm and head are not counted", style="dim", highlight=False)
+        notes.append("embeddings, final norm and head are not counted in the state")
     if not plan.proved_optimal:
-        console.print("a smaller peak is possible: leave plan.layers out", style="dim", highlight=False)
-    console.print("activations and workspace come on top", style="dim", highlight=False)
+        notes.append("a smaller peak is possible: leave plan.layers out")
+    for note in notes:
+        console.print(note, style="dim", highlight=False)
 
 
-def render_explain(plan: Plan, console: Console) -> None:
-    """Every term of every stage: formula, parameters, bytes."""
-    shape = plan.shape
-    symbols = Table(title="symbols", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    symbols.add_column("symbol")
-    symbols.add_column("meaning")
-    symbols.add_column("value", justify="right")
+def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
+    """Every term of every stage: formula, unit, bytes; of the model state, and of the whole device at its highest."""
+    shape, train = plan.shape, config.train
+    symbols = _table("symbols", ("symbol", "meaning"), ("value",))
     for symbol, meaning, value in (
         ("n_i", "layers trained as a whole in stage i", "below"),
         ("N_{i-1}", "frozen layers in stage i", "below"),
@@ -165,48 +157,107 @@ def render_explain(plan: Plan, console: Console) -> None:
         ("P_final_norm", "parameters of the final norm", f"{shape.final_norm_parameters:,}"),
         ("P_head", "parameters of the head (0: tied)", f"{shape.head_parameters:,}"),
         ("B", "bytes per parameter, per rank, unsharded", ""),
+        ("N", "tokens of a micro-batch", f"{train.per_device_train_batch_size * train.sequence_length:,}"),
+        ("d", "hidden size", f"{shape.hidden_size:,}"),
+        ("V", "vocabulary", f"{shape.vocab_size:,}"),
+        ("C", "rows of logits at once", f"{train.loss_chunk_size:,}"),
+        ("w", "bytes of a weight or an activation", "2" if plan.precision == "bf16" else "4"),
     ):
         symbols.add_row(symbol, meaning, value)
     console.print(symbols)
     for stage in plan.stages:
         counts = [_layers(stage, component, shape.layer_parameters) for component in ("new_layers", "frozen_layers")]
         adapters = _adapter_parameters(stage.memory) // len(stage.adapters.layers) if stage.adapters else 0
-        table = Table(
-            title=f"stage {stage.index}: n_i = {counts[0]}, N_{{i-1}} = {counts[1]}, E = {adapters:,}",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        table.add_column("term")
-        table.add_column("formula")
-        table.add_column("parameters", justify="right")
-        table.add_column("bytes", justify="right")
+        title = f"stage {stage.index}: n_i = {counts[0]}, N_{{i-1}} = {counts[1]}, E = {adapters:,}"
+        table = _table(f"{title}; model state", ("term", "formula"), ("parameters", "bytes"))
         for term in stage.memory.terms:
-            name = f"{term.component.replace('_', ' ')} {term.kind}"
-            table.add_row(name, term.formula, f"{term.num_parameters:,}", f"{term.num_bytes:,}")
+            parameters = f"{term.num_parameters:,}" if term.num_parameters else ""
+            table.add_row(_name(term), term.formula, parameters, f"{term.num_bytes:,}")
         table.add_section()
-        table.add_row("total", "", "", f"{stage.memory.total_bytes:,}", style="bold")
+        table.add_row("total on the device", "", "", f"{stage.memory.total_bytes:,}", style="bold")
+        console.print(table)
+        if stage.peak is None:
+            continue
+        highest = stage.peak.highest
+        table = _table(f'stage {stage.index}: highest at "{highest.name}"', ("term", "formula"), ("bytes",))
+        for term in highest.memory.terms:
+            table.add_row(_name(term), term.formula, f"{term.num_bytes:,}")
+        table.add_section()
+        table.add_row("total on the device", "", f"{highest.memory.total_bytes:,}", style="bold")
+        console.print(table)
+        table = _table(f"stage {stage.index}: moments", ("moment",), ("bytes",))
+        for instant in stage.peak.instants:
+            style = "bold" if instant is highest else None
+            table.add_row(instant.name, f"{instant.memory.total_bytes:,}", style=style)
         console.print(table)
     console.print(
-        f"vanilla: all {shape.num_hidden_layers} layers at once, {plan.vanilla_model_state_bytes:,} bytes",
+        f"vanilla: all {shape.num_hidden_layers} layers at once, no memory option: "
+        f"{plan.vanilla_model_state_bytes:,} bytes of model state"
+        + (f", {plan.vanilla_peak_bytes:,} in all" if plan.vanilla_peak_bytes else ""),
         highlight=False,
     )
-    console.print("left out: activations, logits, workspace, the device's own context", style="dim", highlight=False)
-
-
-def _summary(plan: Plan) -> str:
-    peak, vanilla = plan.peak_model_state_bytes, plan.vanilla_model_state_bytes
-    if peak == vanilla:
-        return f"peak [bold]{format_bytes(peak)}[/] of model states, as ordinary (vanilla) pre-training"
-    sign = "-" if plan.reduction > 0 else "+"
-    return (
-        f"peak [bold]{format_bytes(peak)}[/] in stage {_peak_stage(plan).index}; "
-        f"vanilla {format_bytes(vanilla)}; [bold]{sign}{abs(plan.reduction):.1%}[/]"
+    console.print(
+        f"left out: the device's context, libraries and fragmentation, for which memory.reserve "
+        f"({format_bytes(config.memory.reserve)}) stands in every budget",
+        style="dim",
+        highlight=False,
     )
 
 
-def _peak_stage(plan: Plan) -> Stage:
-    return max(plan.stages, key=lambda stage: stage.memory.total_bytes)
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _name(term: MemoryTerm) -> str:
+    kind = "in host memory, not counted" if term.kind == HOST else term.kind
+    return f"{term.component.replace('_', ' ')} {kind}"
+
+
+def _summary(plan: Plan, config: RunConfig) -> list[str]:
+    state = _largest(plan, "state")
+    lines = []
+    if plan.peak_bytes is not None:
+        stage = _largest(plan, "peak")
+        assert stage.peak is not None
+        highest = stage.peak.highest
+        lines.append(
+            f"peak  [bold]{format_bytes(plan.peak_bytes)}[/] in stage {stage.index} ({highest.name})"
+            f"{_against(plan.peak_bytes, plan.vanilla_peak_bytes)}"
+        )
+    lines.append(
+        f"state [bold]{format_bytes(plan.peak_model_state_bytes)}[/] in stage {state.index}"
+        f"{_against(plan.peak_model_state_bytes, plan.vanilla_model_state_bytes)}"
+    )
+    if plan.peak_bytes is None:
+        lines.append(
+            f"activations of {plan.shape.model_type} are not known by formula: --simulate counts them on fake tensors"
+        )
+    else:
+        needed = format_bytes(plan.peak_bytes + config.memory.reserve)
+        lines.append(f"with memory.reserve={format_bytes(config.memory.reserve)} it needs a device of {needed}")
+    on_host = max(stage.memory.bytes_of(kind=HOST) for stage in plan.stages)
+    if on_host:
+        lines.append(f"host  {format_bytes(on_host)} of frozen weights in pinned memory")
+    return lines
+
+
+def _against(num_bytes: int, vanilla_bytes: int | None) -> str:
+    if not vanilla_bytes:
+        return ""
+    if num_bytes == vanilla_bytes:
+        return ", as ordinary (vanilla) pre-training"
+    change = num_bytes / vanilla_bytes - 1
+    return f"; vanilla {format_bytes(vanilla_bytes)}; [bold]{change:+.1%}[/]"
+
+
+def _largest(plan: Plan, what: str) -> Stage:
+    """The stage with the most model state, or with the most bytes on the device."""
+    return max(plan.stages, key=lambda stage: stage.memory.total_bytes if what == "state" else stage.device_bytes)
 
 
 def _outer(memory: MemoryEstimate) -> MemoryEstimate:
@@ -215,7 +266,7 @@ def _outer(memory: MemoryEstimate) -> MemoryEstimate:
 
 def _trained_parameters(memory: MemoryEstimate) -> int:
     """Without adapters."""
-    return sum(t.num_parameters for t in memory.terms if t.kind == "gradients" and t.component != "adapters")
+    return sum(t.num_parameters for t in memory.terms if t.kind == "optimizer" and t.component != "adapters")
 
 
 def _adapter_parameters(memory: MemoryEstimate) -> int:
@@ -223,16 +274,15 @@ def _adapter_parameters(memory: MemoryEstimate) -> int:
 
 
 def _frozen_parameters(memory: MemoryEstimate) -> int:
-    weights = sum(term.num_parameters for term in memory.terms if term.kind == "weights")
+    weights = sum(term.num_parameters for term in memory.terms if term.kind in ("weights", HOST))
     return weights - _adapter_parameters(memory) - _trained_parameters(memory)
 
 
 def _layers(stage: Stage, component: str, layer_parameters: int) -> int:
-    return sum(
-        t.num_parameters // layer_parameters
-        for t in stage.memory.terms
-        if (t.component, t.kind) == (component, "weights")
+    num_parameters = sum(
+        t.num_parameters for t in stage.memory.terms if t.component == component and t.kind in ("weights", HOST)
     )
+    return num_parameters // layer_parameters
 
 
 def _parameter_cells(memory: MemoryEstimate) -> list[str]:

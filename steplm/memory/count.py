@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from steplm.types import HOST
 
 REST = "rest"  # whatever nobody has labelled: activations and workspace
+LIFT_FRESH = torch.ops.aten.lift_fresh.default  # all that is dispatched of torch.tensor(...): a view of a new storage
 MAX_POINTS = 2048  # of a timeline; a longer one keeps the highest point of each window
+
+
+class _Counted(NamedTuple):
+    reference: weakref.ref[torch.UntypedStorage]  # kept alive for its callback
+    label: str
+    num_bytes: int
 
 
 class ByteCounter(TorchDispatchMode):
@@ -32,11 +39,18 @@ class ByteCounter(TorchDispatchMode):
 
     def __init__(self, *, record: bool = False) -> None:
         super().__init__()
-        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], str, int]] = {}
+        self._storages: dict[int, _Counted] = {}
         self._by_label: dict[str, int] = {}
+        self._newborn = REST
         self._total = 0
         self._peak, self._peak_by_label = 0, dict[str, int]()
-        self._record, self._points, self._last_total, self._window, self._seen = record, list[dict[str, int]](), -1, 1, 0
+        self._record, self._points, self._last_total, self._window, self._seen = (
+            record,
+            list[dict[str, int]](),
+            -1,
+            1,
+            0,
+        )
 
     @property
     def current_bytes(self) -> int:
@@ -69,9 +83,17 @@ class ByteCounter(TorchDispatchMode):
 
     def track(self, tensor: Tensor, label: str) -> None:
         """Count the tensor's storage from now on under ``label``, whether it is counted already or not."""
-        if _has_storage(tensor):
-            self._count(tensor.untyped_storage(), label)
-            self._update_peak()
+        self._count(tensor.untyped_storage(), label)
+        self._update_peak()
+
+    @contextmanager
+    def labelling(self, label: str) -> Iterator[None]:
+        """Storages born inside count under ``label``."""
+        before, self._newborn = self._newborn, label
+        try:
+            yield
+        finally:
+            self._newborn = before
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -82,9 +104,9 @@ class ByteCounter(TorchDispatchMode):
             storage = tensor.untyped_storage()
             known = self._storages.get(storage._cdata)
             if known is not None:
-                self._count(storage, known[1])  # it may have been resized
-            elif not any(storage._cdata == given.untyped_storage()._cdata for given in _tensors((args, kwargs))):
-                self._count(storage, REST)
+                self._count(storage, known.label)  # it may have been resized
+            elif tensor.device.type != "meta" and (func is LIFT_FRESH or not _shared(storage, (args, kwargs))):
+                self._count(storage, self._newborn)
         self._update_peak()
         if self._record and self._total != self._last_total:
             self._add_point()
@@ -94,18 +116,18 @@ class ByteCounter(TorchDispatchMode):
         key, num_bytes = storage._cdata, storage.nbytes()
         known = self._storages.get(key)
         if known is None:
-            reference = weakref.ref(storage, partial(self._forget, key))
+            reference = weakref.ref(storage, lambda _: self._forget(key))
+        elif (known.label, known.num_bytes) == (label, num_bytes):
+            return
         else:
-            reference, old_label, old_bytes = known
-            if (old_label, old_bytes) == (label, num_bytes):
-                return
-            self._add(old_label, -old_bytes)
-        self._storages[key] = (reference, label, num_bytes)
+            reference = known.reference
+            self._add(known.label, -known.num_bytes)
+        self._storages[key] = _Counted(reference, label, num_bytes)
         self._add(label, num_bytes)
 
-    def _forget(self, key: int, _: Any) -> None:
-        _, label, num_bytes = self._storages.pop(key)
-        self._add(label, -num_bytes)
+    def _forget(self, key: int) -> None:
+        dead = self._storages.pop(key)
+        self._add(dead.label, -dead.num_bytes)
 
     def _add(self, label: str, num_bytes: int) -> None:
         self._by_label[label] = self._by_label.get(label, 0) + num_bytes
@@ -134,9 +156,12 @@ def _on_device(by_label: dict[str, int]) -> int:
     return sum(count for label, count in by_label.items() if label != HOST)
 
 
-def _has_storage(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
-
-
 def _tensors(values: Any) -> Iterator[Tensor]:
-    return (value for value in ((values,) if isinstance(values, Tensor) else tree_iter(values)) if _has_storage(value))
+    for value in (values,) if isinstance(values, Tensor) else tree_iter(values):
+        if isinstance(value, Tensor) and value.layout == torch.strided:
+            yield value
+
+
+def _shared(storage: torch.UntypedStorage, values: Any) -> bool:
+    """Whether one of the values is a view of the storage: then it is not born here, and nobody asked to count it."""
+    return any(storage._cdata == tensor.untyped_storage()._cdata for tensor in _tensors(values))

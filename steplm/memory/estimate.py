@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from steplm.errors import ConfigError
 from steplm.config import MemoryConfig
+from steplm.errors import ConfigError
 from steplm.memory.terms import OUTER_COMPONENTS, WEIGHT_BYTES, StageCounts, model_state_terms
 from steplm.types import MemoryEstimate, ModelShape
 
@@ -75,9 +75,7 @@ def resolve_target_modules(shape: ModelShape, target_modules: str | Sequence[str
     return tuple(name for name in known if name in target_modules)
 
 
-def adapter_matrices_per_layer(
-    shape: ModelShape, rank: int, target_modules: str | Sequence[str]
-) -> tuple[int, ...]:
+def adapter_matrices_per_layer(shape: ModelShape, rank: int, target_modules: str | Sequence[str]) -> tuple[int, ...]:
     """Parameters of each LoRA factor of one layer: ``rank × in_features`` and ``out_features × rank`` a target.
 
     E is their sum.

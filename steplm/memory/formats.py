@@ -11,6 +11,7 @@ from collections.abc import Callable
 STATE_BLOCK = 256  # elements of an 8-bit optimizer state that share a scale
 NF4_BLOCK = 64  # elements of an NF4 weight that share a scale
 STEP_CHUNK = 2**22  # elements that the optimizer updates at once
+PACK_CHUNK = 2**22  # elements of a packed matrix that are in fp32 at once
 
 
 def state_bytes(num_parameters: int) -> int:
@@ -44,3 +45,9 @@ def step_bytes_per_element(precision: str, *, states: str, master_weights: bool)
     if states == "8bit":
         return 17
     return 9 if precision == "bf16" and not master_weights else 4
+
+
+def unpack_bytes(fmt: str, num_parameters: int, width: int) -> int:
+    """What it takes to make one packed matrix whole, of ``width`` bytes a parameter; see ``steplm.pet.packing``."""
+    chunk = {"full": 0, "int8": 4, "nf4": 6}[fmt] * min(num_parameters, PACK_CHUNK)
+    return 0 if fmt == "full" else num_parameters * width + chunk

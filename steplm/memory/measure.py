@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steplm.errors import ConfigError, MemoryMismatch
-from steplm.memory.terms import OUTER_COMPONENTS, TERMS
+from steplm.memory.terms import COMPONENTS, OUTER_COMPONENTS
 from steplm.types import MemoryEstimate, MemoryTerm, Stage
 from steplm.units import format_bytes
 
@@ -28,7 +28,12 @@ class HasStateTensors(Protocol):
 
 
 def measure_model_state(
-    model: nn.Module, optimizer: HasStateTensors, stage: Stage, *, expect_gradients: bool = False
+    model: nn.Module,
+    optimizer: HasStateTensors,
+    stage: Stage,
+    *,
+    packed: Iterable[tuple[str, str, Tensor]] = (),
+    expect_gradients: bool = False,
 ) -> MemoryEstimate:
     """Bytes of the storages behind weights, gradients and optimizer states, by component and kind.
 
@@ -36,6 +41,7 @@ def measure_model_state(
 
     Args:
         stage: its trained patterns tell trained layers from frozen ones.
+        packed: component, kind and tensor of what is held outside the model's parameters.
         expect_gradients: where a trained parameter has no gradient yet, count the one it will get.
 
     Raises:
@@ -46,7 +52,7 @@ def measure_model_state(
     components = {
         name: _component(name, parameter, prefix, head_name, stage) for name, parameter in model.named_parameters()
     }
-    held: dict[tuple[str, str, int], int] = defaultdict(int)  # (component, kind, bytes per element) -> bytes
+    held: dict[tuple[str, str], int] = defaultdict(int)  # (component, kind) -> bytes
     seen: set[int] = set()
 
     def add(component: str, kind: str, tensor: Tensor) -> None:
@@ -54,7 +60,7 @@ def measure_model_state(
         storage = local.untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
-            held[component, kind, local.element_size()] += storage.nbytes()
+            held[component, kind] += storage.nbytes()
 
     for name, parameter in model.named_parameters():
         component = components[name]
@@ -63,15 +69,14 @@ def measure_model_state(
             add(component, "gradients", parameter.grad)
         elif expect_gradients and parameter.requires_grad:
             local = _on_this_rank(parameter)
-            held[component, "gradients", local.element_size()] += local.numel() * local.element_size()
+            held[component, "gradients"] += local.numel() * local.element_size()
     for name, states in optimizer.state_tensors().items():
         for state in states.values():
             add(components[name], "optimizer", state)
+    for component, kind, tensor in packed:
+        add(component, kind, tensor)
     return MemoryEstimate(
-        tuple(
-            MemoryTerm(component, kind, num_bytes // element_size, element_size, "measured: elements × bytes")
-            for (component, kind, element_size), num_bytes in held.items()
-        )
+        tuple(MemoryTerm(component, kind, num_bytes, "measured") for (component, kind), num_bytes in held.items())
     )
 
 
@@ -89,7 +94,8 @@ def check_against_plan(measured: MemoryEstimate, planned: MemoryEstimate) -> Non
         MemoryMismatch: with a table of the rows that differ.
     """
     measured = comparable(measured, planned)
-    rows = dict.fromkeys([*TERMS, *((term.component, term.kind) for term in measured.terms)])
+    found = dict.fromkeys((term.component, term.kind) for term in (*planned.terms, *measured.terms))
+    rows = sorted(found, key=lambda row: ([*COMPONENTS, row[0]].index(row[0]), row))
     differing = [
         (component, kind, planned.bytes_of(component, kind), measured.bytes_of(component, kind))
         for component, kind in rows

@@ -107,7 +107,7 @@ class _Moments:
             chunk = max(chunk, 2 * rows + 2 * matrix, 2 * matrix) if w == 2 else chunk
         stream = self.work.stream_bytes
         terms = [
-            _term("loss", "activations", norm_saved(self.work, trained=self.outer != "frozen"), "final norm: 4 N d + w N d"),
+            _term("loss", "activations", self._final_norm_saved(), "final norm: 4 N d + w N d"),
             _term("loss", "workspace", 2 * stream, "hidden states and their gradient: 2 w N d"),
             _term("loss", "workspace", chunk, "chunk: 6 C V (fp32: 4 C V), or 2 C V + 2 V d"),
             _term("head", "gradients", 4 * matrix if trained else 0, "summed in fp32: 4 V d"),
@@ -116,9 +116,8 @@ class _Moments:
 
     def final_norm(self) -> Instant:
         """The backward pass of the norm above the last layer: all activations still wait."""
-        saved = norm_saved(self.work, trained=self.outer != "frozen")
         terms = [
-            _term("loss", "activations", saved, "final norm: 4 N d + w N d"),
+            _term("loss", "activations", self._final_norm_saved(), "final norm: 4 N d + w N d"),
             _term("loss", "workspace", norm_backward(self.work), "16 N d + w N d"),
         ]
         top = len(self.is_new)
@@ -126,9 +125,7 @@ class _Moments:
 
     def highest_layer(self) -> Instant:
         """The backward pass of the layer at which most is held."""
-        return max(
-            (self._layer(index) for index in self._candidates()), key=lambda instant: instant.memory.total_bytes
-        )
+        return max((self._layer(index) for index in self._candidates()), key=lambda instant: instant.memory.total_bytes)
 
     def embeddings(self) -> Instant:
         """The end of the backward pass: no activations, all gradients."""
@@ -142,11 +139,14 @@ class _Moments:
     def update(self) -> Instant:
         """The optimizer's step."""
         terms = [] if self.memory.fused_backward else [self._step_workspace()]
-        return self._instant("optimizer step", 0, terms, self._all_gradients())
+        return self._instant("optimizer step", 0, terms, self._all_gradients(), in_pass=False)
 
     def evaluation(self, batch_size: int) -> Instant:
         """A forward pass that keeps nothing for a backward one, between two steps."""
-        return self._instant("evaluation", 0, self._forward_alone(batch_size), [], has_batch=False)
+        return self._instant("evaluation", 0, self._forward_alone(batch_size), [], in_pass=False)
+
+    def _final_norm_saved(self) -> int:
+        return norm_saved(self.work, trained=self.outer != "frozen")
 
     def _layer(self, index: int) -> Instant:
         kind = self._kind(index)
@@ -173,7 +173,7 @@ class _Moments:
         terms: Iterable[MemoryTerm],
         gradients: Iterable[MemoryTerm],
         *,
-        has_batch: bool = True,
+        in_pass: bool = True,
     ) -> Instant:
         """Weights and states, activations of the lowest ``num_below`` layers, and what else there is."""
         held = [term for term in self.state.terms if term.kind != "gradients"]
@@ -184,9 +184,10 @@ class _Moments:
             else:
                 saved = self.activations[kind].saved
                 held.append(_term(kind, "activations", count * saved, f"{count} layers × {saved:,} B"))
-        if has_batch:
+        if in_pass:
             held.append(_term("batch", "activations", 16 * self.work.num_tokens, "tokens and labels: 16 N"))
-        return Instant(name, MemoryEstimate(tuple(term for term in (*held, *gradients, *terms) if term.num_bytes)))
+        present = tuple(term for term in (*held, *gradients, *terms) if term.num_bytes)
+        return Instant(name, MemoryEstimate(present), in_pass)
 
     def _kind(self, index: int) -> str:
         return "new_layers" if self.is_new[index] else "frozen_layers"
@@ -230,7 +231,8 @@ class _Moments:
         linears = {linear.name.rpartition(".")[2]: linear for linear in self.shape.linears}
         layer = w * num_tokens * (3 * linears["gate_proj"].out_features + 2 * self.shape.hidden_size)
         loss = w * num_tokens * self.shape.hidden_size + (6 if w == 2 else 4) * rows
-        return [_term("evaluation", "workspace", max(layer, loss), "a layer: 3 w N f + 2 w N d, or the loss: w N d + 6 C V")]
+        formula = "a layer: 3 w N f + 2 w N d, or the loss: w N d + 6 C V (fp32: 4 C V)"
+        return [_term("evaluation", "workspace", max(layer, loss), formula)]
 
 
 def _term(component: str, kind: str, num_bytes: int, formula: str) -> MemoryTerm:

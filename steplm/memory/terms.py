@@ -175,4 +175,5 @@ def _frozen_weights(counts: StageCounts, tensors: Tensors) -> Iterator[MemoryTer
     if rest:
         yield MemoryTerm(name, "weights", rest * width, f"N_{{i-1}} × vectors × {width} B", rest)
     yield MemoryTerm(name, HOST, counts.num_frozen_layers * packed, f"N_{{i-1}} × {fmt}", matrices)
-    yield MemoryTerm("fetched_layers", "weights", FETCH_SLOTS * packed, f"{FETCH_SLOTS} layers × {fmt}")
+    slots = min(FETCH_SLOTS, counts.num_frozen_layers)
+    yield MemoryTerm("fetched_layers", "weights", slots * packed, f"{slots} layers × {fmt}")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from contextlib import nullcontext
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from steplm.errors import ConfigError
+from steplm.models.activations import offloaded_activations
 from steplm.models.loss import IGNORE_INDEX, chunked_cross_entropy
 
-# B sequences, S positions, D hidden size
+# B sequences, S positions, D hidden size, N = B S rows, V vocabulary
 
 
 class TokenBatch(Protocol):
@@ -37,6 +39,7 @@ def batch_loss(
     *,
     num_valid: int,
     chunk_size: int,
+    offload_activations: bool = False,
 ) -> Tensor:
     """Sum of the negative log-likelihood (nats) over the valid labels, divided by ``num_valid``; fp32 scalar.
 
@@ -47,19 +50,31 @@ def batch_loss(
         num_valid: labels to divide by: those of the whole optimizer step, over all micro-batches and ranks,
             which makes the loss invariant to gradient accumulation.
         chunk_size: rows of logits that exist at once.
+        offload_activations: keep in host memory what the layers save for the backward pass.
     """
-    hidden = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    with offloaded_activations(model) if offload_activations else nullcontext():
+        output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    hidden = output.last_hidden_state.flatten(0, 1)
     head = model.get_output_embeddings()
     return chunked_cross_entropy(
-        hidden.flatten(0, 1),
+        hidden,
         head.weight,
         labels.flatten(),
         num_valid=num_valid,
         chunk_size=chunk_size,
         bias=head.bias,
+        low_rank=_low_rank(head, hidden),
         logit_scale=_logit_scale(model),
         softcap=getattr(model.config, "final_logit_softcapping", None),
     )
+
+
+def _low_rank(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The two factors of what an adapter adds to the logits, (N, rank) and (V, rank); None without an adapter."""
+    adapter: Any = head
+    if not hasattr(head, "lora_B"):
+        return None
+    return F.linear(hidden, adapter.lora_A) * adapter.scaling, adapter.lora_B
 
 
 def _logit_scale(model: PreTrainedModel) -> float:

@@ -37,7 +37,7 @@ def attach(model: nn.Module, spec: AdapterSpec, layer_prefix: str, seed: int) ->
     """
     if spec.method not in METHODS:
         raise ConfigError(f"no adapter method {spec.method!r}. Known: {', '.join(METHODS)}.", method=spec.method)
-    targets: dict[str, nn.Module] = {}  # all of them before the first change
+    targets: dict[str, nn.Linear | nn.Embedding] = {}  # all of them before the first change
     for index in spec.layers:
         targets.update(_targets(model, f"{layer_prefix}.{index}", spec))
     if spec.embeddings:
@@ -153,13 +153,22 @@ def _targets(model: nn.Module, layer_name: str, spec: AdapterSpec) -> dict[str, 
     return targets
 
 
-def _outer_targets(model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Module]:
-    """The embedding, and the head if it has a matrix of its own, by their full name."""
-    embedding, head = _embedding_and_head(model)
+def _outer_targets(model: Any, spec: AdapterSpec) -> dict[str, nn.Linear | nn.Embedding]:
+    """The embedding, and the head unless it shares the embedding's matrix, by their full name."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
     check_embedding(names[embedding], embedding, spec.rank)
-    _check_linear(names.get(head, "the head"), head, spec, OUTER_WAY_OUT)
-    return {names[module]: module for module in (embedding, head) if module is embedding or not _is_tied(model)}
+    way_out = "Set plan.train_embeddings to always or first_stage."
+    _linear(names.get(head, "the head"), head, spec, way_out)
+    targets = {names[embedding]: embedding}
+    return targets if head.weight is embedding.weight else {**targets, names[head]: head}
+
+
+def _adapt_tied_head(model: Any) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head.weight is embedding.weight:
+        name = next(name for name, module in model.named_modules() if module is head)
+        model.set_submodule(name, TiedLoRAHead(head, embedding))
 
 
 def _linear(name: str, module: nn.Module | None, spec: AdapterSpec, way_out: str) -> nn.Linear:

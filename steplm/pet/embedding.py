@@ -57,7 +57,7 @@ def check_embedding(name: str, embedding: nn.Module, rank: int) -> None:
     """
     own = [cls for cls in type(embedding).__mro__ if cls not in nn.Embedding.__mro__ and "forward" in vars(cls)]
     # A family may do to the rows what it likes (Gemma scales them), as long as it gets them from nn.Embedding.
-    gets_rows = all("super" in cls.forward.__code__.co_names for cls in own)
+    gets_rows = all("super" in vars(cls)["forward"].__code__.co_names for cls in own)
     if not isinstance(embedding, nn.Embedding) or isinstance(embedding, LoRAEmbedding) or not gets_rows:
         raise ConfigError(
             f"{name} is a {type(embedding).__name__}, which has no plain lookup that an adapter could be added to. "

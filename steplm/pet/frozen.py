@@ -1,100 +1,23 @@
-"""Frozen matrices in less memory: packed, made whole when a product needs them, never saved by autograd."""
+"""The frozen layers of a whole model in less memory: pack them, read and save what is packed.
+
+The formats are in ``packing``, the product in ``frozen_linear``, the offload in ``host``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from steplm.errors import CheckpointMismatch, ConfigError
+from steplm.errors import ConfigError
+from steplm.memory.formats import PACK_CHUNK
+from steplm.pet.frozen_linear import FrozenLinear
 from steplm.pet.host import LayerFetcher, Offloaded, Span, host_buffer, lay_out
-from steplm.pet.packing import CHUNK, FORMATS, Part
-
-
-class _FrozenLinearFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, materialize: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-        ctx.materialize = materialize
-        return F.linear(rows, materialize(), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        (gradient,) = gradients
-        return (
-            gradient @ ctx.materialize() if ctx.needs_input_grad[0] else None,
-            None,
-            gradient.sum(0) if ctx.needs_input_grad[2] else None,
-        )
-
-
-def frozen_linear(rows: Tensor, materialize: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
-    """``rows W^T + b`` for a matrix that is not trained.
-
-    Args:
-        rows: (N, in).
-        materialize: gives ``W`` (out, in), the same at each call: in the forward, and again in the backward, so
-            that autograd keeps nothing.
-        bias: (out,).
-    """
-    return _FrozenLinearFunction.apply(rows, materialize, bias)
-
-
-class FrozenLinear(nn.Linear):
-    """A linear map whose weight may be packed.
-
-    Takes over the parameters of the map it replaces. Once packed, ``weight`` is ``None``, and the weight is in the
-    buffers ``weight_codes`` and ``weight_scales`` or, where it is offloaded, in host memory.
-    """
-
-    format: str | None = None  # None: ``weight`` is a parameter like any other
-    offloaded: Offloaded | None = None
-    dtype: torch.dtype  # of the weight, when it is made whole
-
-    def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would allocate a second weight
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.dtype = linear.weight.dtype
-        self.train(linear.training)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the weight: (out, in)."""
-        return self.out_features, self.in_features
-
-    def base(self, rows: Tensor) -> Tensor:
-        """``rows W^T + b`` for rows (N, in)."""
-        if self.format is None:
-            return F.linear(rows, self.weight, self.bias)
-        return frozen_linear(rows, self.materialize, self.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        output = self.base(input.reshape(-1, self.in_features))
-        return output.view(*input.shape[:-1], self.out_features)
-
-    def materialize(self) -> Tensor:
-        """The weight (out, in); it may share memory with the packed one, and is to be used at once."""
-        if self.format is None:
-            return self.weight
-        parts = self.packed() if self.offloaded is None else self.offloaded.on_device()
-        return FORMATS[self.format].unpack(parts, self.shape, self.dtype)
-
-    def packed(self) -> dict[str, Tensor]:
-        """The tensors of the packed weight where they are stored, by the names they have below this module."""
-        if self.offloaded is not None:
-            return self.offloaded.on_host()
-        names = FORMATS[self.format].parts(self.shape, self.dtype) if self.format else ()
-        return {name: self.get_buffer(name) for name in names}
-
-    def extra_repr(self) -> str:
-        kept = "" if self.format is None else f", {self.format}" + (", offloaded" if self.offloaded else "")
-        return super().extra_repr() + kept
+from steplm.pet.packing import FORMATS, Part
 
 
 @dataclass(frozen=True)
@@ -113,7 +36,6 @@ def pack_frozen(
     *,
     fmt: str,
     offload: bool,
-    packed: Mapping[str, Tensor] | None = None,
     device: torch.device | str | None = None,
 ) -> PackReport:
     """Pack every linear map of ``layers`` whose weight is not trained; the plain weights are let go one by one.
@@ -122,13 +44,11 @@ def pack_frozen(
         layer_prefix: name of the list of layers, such as ``model.layers``.
         fmt: a key of ``FORMATS``; ``full`` without ``offload`` changes nothing.
         offload: keep the packed weights in host memory.
-        packed: ``packed_state`` of an earlier model, taken as it is. By default the weights are packed anew.
         device: where the weights are needed, by default where they are. Given for a model that is still on the
             CPU, one matrix at a time is moved there, and the whole model never is.
 
     Raises:
         ConfigError: an unknown format.
-        CheckpointMismatch: ``packed`` belongs to another model or format.
     """
     if fmt not in FORMATS:
         raise ConfigError(f"no format {fmt!r} for frozen weights. Known: {', '.join(FORMATS)}.", format=fmt)
@@ -136,9 +56,6 @@ def pack_frozen(
         return PackReport(0, 0, 0.0)
     found = {name: _frozen_linears(model, name) for name in (f"{layer_prefix}.{index}" for index in sorted(layers))}
     named = {layer: linears for layer, linears in found.items() if linears}
-    given = None if fmt == "full" else packed
-    if given is not None:
-        _check_packed(given, _expected_parts(named.values(), fmt))
     where = None if device is None else torch.device(device)
     host: dict[str, Tensor] = {}
     places: list[tuple[FrozenLinear, int, dict[str, Span]]] = []
@@ -151,7 +68,7 @@ def pack_frozen(
         for name, linear in linears.items():
             weight = linear.weight.detach()
             weight = weight if fmt == "full" else weight.to(where)  # a whole matrix goes to the host directly
-            parts = FORMATS[fmt].pack(weight) if given is None else _own(given, name, fmt, linear, weight.device)
+            parts = FORMATS[fmt].pack(weight)
             squares.append(_squares(weight, FORMATS[fmt].unpack(parts, linear.shape, linear.dtype)))
             linear.weight = None  # type: ignore[assignment]
             linear.format = fmt
@@ -175,21 +92,11 @@ def pack_frozen(
     )
 
 
-def packed_state(model: nn.Module) -> dict[str, Tensor]:
-    """Codes and scales by full name, ``…q_proj.weight_codes``, as ``pack_frozen`` takes them back; not copied.
-
-    Empty for ``full``, where ``unpacked_state`` is as exact.
-    """
-    return {
-        f"{name}.{key}": tensor
-        for name, linear in _packed_linears(model)
-        if linear.format != "full"
-        for key, tensor in linear.packed().items()
-    }
-
-
 def unpacked_state(model: nn.Module) -> Mapping[str, Tensor]:
-    """The packed weights as plain ones by full name, ``…q_proj.weight``: on the CPU, each made when it is read."""
+    """The packed weights as plain ones by full name, ``…q_proj.weight``: on the CPU, each made when it is read.
+
+    They are what the packed ones stand for, exactly: packed again, they give the same codes and scales.
+    """
     return _UnpackedState(model)
 
 
@@ -253,34 +160,9 @@ def _expected_parts(layers: Iterable[Mapping[str, FrozenLinear]], fmt: str) -> d
     }
 
 
-def _check_packed(given: Mapping[str, Tensor], expected: Mapping[str, Part]) -> None:
-    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    wrong = sorted(
-        name
-        for name in expected.keys() & given.keys()
-        if expected[name] != (tuple(given[name].shape), given[name].dtype)
-    )
-    if missing or unknown or wrong:
-        parts = [("missing", missing), ("unknown", unknown), ("of another shape or type", wrong)]
-        told = "; ".join(f"{len(names)} {what} ({names[0]} …)" for what, names in parts if names)
-        raise CheckpointMismatch(
-            f"the saved packed weights are not those of this model's frozen layers: {told}. "
-            "Resume with the memory.frozen_weights and the plan that the checkpoint was made with.",
-            missing=missing,
-            unknown=unknown,
-            wrong=wrong,
-        )
-
-
-def _own(
-    given: Mapping[str, Tensor], name: str, fmt: str, linear: FrozenLinear, device: torch.device
-) -> dict[str, Tensor]:
-    return {key: given[f"{name}.{key}"].to(device) for key in FORMATS[fmt].parts(linear.shape, linear.dtype)}
-
-
 def _squares(weight: Tensor, restored: Tensor) -> Tensor:
     """(2,): sums of squares of the difference and of the weight."""
-    rows = max(CHUNK // weight.shape[1], 1)
+    rows = max(PACK_CHUNK // weight.shape[1], 1)
     sums = weight.new_zeros(2, dtype=torch.float32)
     for before, after in zip(weight.split(rows), restored.split(rows), strict=True):
         exact = before.float()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steplm.pet.frozen import FrozenLinear
+from steplm.pet.frozen_linear import FrozenLinear
 
 
 class LoRALinear(FrozenLinear):

@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from steplm.memory.formats import NF4_BLOCK
+from steplm.memory.formats import NF4_BLOCK, PACK_CHUNK
 
 # Elements that are in fp32 at once. Few enough to be small beside the matrix, and for a CPU's caches; enough
 # to keep an accelerator busy. Even, and a multiple of NF4_BLOCK.
-CHUNK = 2**22
 
 CODES, SCALES = "weight_codes", "weight_scales"  # names of the tensors below a linear map
 
@@ -69,7 +68,7 @@ class Int8:
         scales = torch.linalg.vector_norm(weight, torch.inf, dim=1, dtype=torch.float32) / 127
         divisors = torch.where(scales > 0, scales, 1).unsqueeze(1)  # a row of zeros has no scale
         codes = torch.empty_like(weight, dtype=torch.int8)
-        rows = max(CHUNK // weight.shape[1], 1)
+        rows = max(PACK_CHUNK // weight.shape[1], 1)
         for chunk, target, divisor in zip(weight.split(rows), codes.split(rows), divisors.split(rows), strict=True):
             target.copy_((chunk / divisor).round_())
         return {SCALES: scales, CODES: codes}
@@ -92,7 +91,7 @@ class NF4:
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         levels = torch.tensor(NF4_LEVELS, device=weight.device)
         midpoints = (levels[1:] + levels[:-1]) / 2
-        packed = [self._pack_chunk(chunk.float(), midpoints) for chunk in weight.reshape(-1).split(CHUNK)]
+        packed = [self._pack_chunk(chunk.float(), midpoints) for chunk in weight.reshape(-1).split(PACK_CHUNK)]
         return {SCALES: torch.cat([scales for scales, _ in packed]), CODES: torch.cat([codes for _, codes in packed])}
 
     def _pack_chunk(self, values: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +152,7 @@ def _scaled(
     """The matrix whose elements ``start … stop`` are ``values(start, stop)``, fp32, times the scale of their block."""
     weight = torch.empty(shape, dtype=dtype, device=scales.device)
     flat, num_elements = weight.view(-1), weight.numel()
-    step = max(CHUNK // block, 1) * block
+    step = max(PACK_CHUNK // block, 1) * block
     for start in range(0, num_elements, step):
         stop = min(start + step, num_elements)
         chunk = values(start, stop)
@@ -163,4 +162,5 @@ def _scaled(
         if first + whole < -(-stop // block):  # the last block may be short
             chunk[whole * block :].mul_(scales[-1])
         flat[start:stop].copy_(chunk)
+        del chunk  # before the next one is made
     return weight

@@ -29,7 +29,8 @@ def training_flops_per_token(
     so that ordinary training costs the well-known ``6 × matrix parameters + 12 N S A``. A frozen matrix
     passes gradients on but gets none, which saves a third of its share. The backward pass goes down to
     the lowest trained tensor: all the way where embeddings are trained or every frozen layer has
-    adapters (those of the head, of rank ``head_rank``, count as one layer's more), else ``num_layers_without_backward`` of the lowest layers are spared.
+    adapters, else ``num_layers_without_backward`` of the lowest layers are spared. Adapters of ``head_rank``
+    on the head count like those of a layer.
 
     These are the model's operations: embedding look-up, norms and softmax are left out, the causal mask
     saves nothing, and recomputed activations are not counted twice.

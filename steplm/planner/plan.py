@@ -43,9 +43,7 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
         * config.train.per_device_train_batch_size
         * config.train.gradient_accumulation_steps,
         num_parameters=shape.num_parameters(),
-        flops_per_token=[
-            costs.flops_per_token(new, depth - new) for new, depth in zip(layers, depths, strict=True)
-        ],
+        flops_per_token=[costs.flops_per_token(new, depth - new) for new, depth in zip(layers, depths, strict=True)],
     )
     stages = []
     for i, layer_map in enumerate(layer_maps):
@@ -99,7 +97,9 @@ def check_budget(plan: Plan, budget_bytes: int, reserve_bytes: int) -> None:
         return
     at_peak = stage.memory if stage.peak is None else stage.peak.highest.memory
     kinds = ("weights", "gradients", "optimizer", "activations", "workspace")
-    parts = ", ".join(f"{kind} {format_bytes(at_peak.bytes_of(kind=kind))}" for kind in kinds if at_peak.bytes_of(kind=kind))
+    parts = ", ".join(
+        f"{kind} {format_bytes(at_peak.bytes_of(kind=kind))}" for kind in kinds if at_peak.bytes_of(kind=kind)
+    )
     fact = f"no {plan.num_stages}-stage plan fits" if plan.proved_optimal else f"layers {list(plan.layers)} do not fit"
     raise PlanInfeasible(
         f"{fact} plan.budget={format_bytes(budget_bytes)}: the {'smallest ' if plan.proved_optimal else ''}peak is "

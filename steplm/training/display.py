@@ -47,7 +47,8 @@ class Display:
             f"[bold]plan[/]  {plan.num_stages} stage{'s' * (plan.num_stages > 1)}, layers {layers}, "
             f"{format_count(plan.shape.num_parameters())} parameters, {format_count(plan.total_tokens)} tokens, "
             f"model state {format_bytes(plan.peak_model_state_bytes)} "
-            f"(vanilla {format_bytes(plan.vanilla_model_state_bytes)}, {-plan.reduction:+.1%})",
+            f"(vanilla {format_bytes(plan.vanilla_model_state_bytes)}, {-plan.reduction:+.1%})"
+            + _peak_against_vanilla(plan),
             highlight=False,
         )
 
@@ -67,8 +68,8 @@ class Display:
         share = f"  {progress.fraction:.0%}" if progress.num_documents else ""
         self.note(f"data  {progress.phase}{share}{counts}{bad}")
 
-    def stage_start(self, stage: Stage, measured: MemoryEstimate) -> None:
-        """The table of planned beside measured bytes."""
+    def stage_start(self, stage: Stage, measured: MemoryEstimate, measured_peak_bytes: int | None = None) -> None:
+        """The table of planned beside measured bytes; the peak is that of the dry run."""
         table = Table(
             title=self._stage_title(stage), title_justify="left", title_style="bold", box=None, pad_edge=False
         )
@@ -80,6 +81,10 @@ class Display:
             measured_bytes = measured_by_kind[name]
             equal = "[green]=[/]" if planned_bytes == measured_bytes else "[red]differs[/]"
             table.add_row(name, f"{planned_bytes:,}", f"{measured_bytes:,}", equal)
+        if measured_peak_bytes is not None and stage.peak is not None:
+            planned_bytes = stage.peak.highest_in_a_pass.memory.total_bytes
+            share = f"{measured_peak_bytes / planned_bytes:.1%}"
+            table.add_row("peak of a dry run", f"{planned_bytes:,}", f"{measured_peak_bytes:,}", share)
         self.console.print(table)
 
     def _stage_title(self, stage: Stage) -> str:
@@ -127,6 +132,10 @@ class Display:
             f"{', '.join(str(i) for i in layer_map.new_layers)})  loss {merged:.4f} -> {grown:.4f}",
             highlight=False,
         )
+
+    def packing(self, stage: Stage, fmt: str, error: float, before: float | None, after: float) -> None:
+        loss = f"loss {after:.4f}" if before is None else f"loss {before:.4f} -> {after:.4f}"
+        self.console.print(f"packing  frozen weights to {fmt}, relative error {error:.2%}  {loss}", highlight=False)
 
     def finished(self, run_dir: Path, export_dir: Path, loss: float) -> None:
         self.console.print(
@@ -184,5 +193,12 @@ def make_display(kind: str) -> Display:
 
 
 def _memory(stage: Stage, peak: PeakMemory) -> str:
-    planned = f"state {format_bytes(stage.memory.total_bytes)} as planned"
-    return f"{peak}  {planned}"
+    what = "planned" if stage.peak is not None else "state planned"
+    return f"{peak} ({what} {format_bytes(stage.device_bytes)})"
+
+
+def _peak_against_vanilla(plan: Plan) -> str:
+    if not plan.peak_bytes or not plan.vanilla_peak_bytes:
+        return ""
+    change = plan.peak_bytes / plan.vanilla_peak_bytes - 1
+    return f", peak {format_bytes(plan.peak_bytes)} (vanilla {format_bytes(plan.vanilla_peak_bytes)}, {change:+.1%})"

@@ -33,13 +33,13 @@ from steplm.models.device import resolve_device
 from steplm.models.forward import mean_loss
 from steplm.models.shape import shape_of
 from steplm.planner.plan import plan as make_plan
+from steplm.training.assemble import assemble
 from steplm.training.checks import check_checkpoint, check_init_from, check_same_run
 from steplm.training.display import Display, make_display
 from steplm.training.environment import environment
 from steplm.training.export import export
 from steplm.training.metrics import SINKS, MetricsLog, Sink, require_sinks
 from steplm.training.stage import (
-    assemble,
     check_entrance,
     enter_stage,
     memory_errors,
@@ -215,13 +215,13 @@ def _run_stages(run: Run, checkpoint: Path | None) -> Path | None:
     for stage in _remaining_stages(run.plan, checkpoint):
         with memory_errors(run, stage):
             start = enter_stage(run, stage, checkpoint)
-            model, optimizer = assemble(run.config, stage, start, run.device)
-            start.weights, start.adapters, start.optimizer = {}, {}, {}  # the model holds what it needs
-            check_entrance(run, stage, model, optimizer, is_new=start.progress.step == 0)
-            checkpoint = train_stage(run, stage, start, model, optimizer)
+            assembled = assemble(run.config, stage, start, run.device)
+            start.forget_tensors()  # the model holds what it needs
+            check_entrance(run, stage, start, assembled)
+            checkpoint = train_stage(run, stage, start, assembled)
         # Gone before the next stage is built: at growth the device holds plain weights only. A compiled
         # layer is a reference cycle, which only the collector ends.
-        del model, optimizer, start
+        del assembled, start
         gc.collect()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()

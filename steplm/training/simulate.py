@@ -1,4 +1,4 @@
-"""Two steps of a real stage, run to see what they hold: on fake tensors, in seconds and in no memory, or on real ones.
+"""The steps and the growth of a real stage, run to see what they hold: on fake tensors, in seconds, or on real ones.
 
 Fake tensors have a shape, a device and no data. They run the code that training runs, so that all it allocates is
 counted; not seen are the insides of kernels, and the device's context, libraries and fragmentation.
@@ -6,37 +6,41 @@ counted; not seen are the insides of kernels, and the device's context, librarie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from steplm.config import RunConfig
-from steplm.memory.count import ByteCounter
+from steplm.memory.count import REST, ByteCounter
+from steplm.models import activations
 from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.forward import batch_loss
 from steplm.optim.adamw import AdamW, global_grad_norm
-from steplm.training.stage import StageStart, assemble
+from steplm.pet.frozen import frozen_tensors
+from steplm.training.assemble import StageStart, assemble, probe_model
 from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm, PeakEstimate, Stage, TrainState
 
-AT_REST, FORWARD, BACKWARD, STEP = "between steps", "forward", "backward", "optimizer step"
-NUM_STEPS = 2  # the second meets what the first left behind
+AT_REST, FORWARD, BACKWARD, STEP, GROWTH = "between steps", "forward", "backward", "optimizer step", "growth"
+
+CPU = torch.device("cpu")
+
+T = TypeVar("T")
 
 
 def simulate_stage(config: RunConfig, stage: Stage) -> PeakEstimate:
     """What the device would hold at most in each part of a stage's step, counted on fake tensors.
 
-    The kinds of the terms are ``weights``, ``gradients``, ``optimizer``, ``rest`` (activations and workspace)
-    and ``host``. A compiled model is counted as if it were not.
+    The instants are ``AT_REST``, ``FORWARD``, ``BACKWARD`` and, unless the update is part of that, ``STEP``. The
+    kinds of their terms are ``weights``, ``gradients``, ``optimizer``, ``rest`` (activations and workspace) and
+    ``host``. A compiled model is counted as if it were not.
     """
-    config = config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
-    shapes = _weight_shapes(config, stage)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return _two_steps(config, stage, shapes, torch.device("cpu"), _Counted(), check=False)
+    config = _without_compile(config)
+    return _simulated(config, stage, lambda shapes: _steps(config, stage, shapes, _Counted(), check=False))
 
 
 def measure_stage(config: RunConfig, stage: Stage, device: torch.device | str) -> PeakEstimate:
@@ -45,33 +49,53 @@ def measure_stage(config: RunConfig, stage: Stage, device: torch.device | str) -
     On a CPU counted as in the simulation. On CUDA the allocator's own peak, one term of kind ``allocated``.
     """
     device = torch.device(device)
-    gauge: _Gauge = _Allocated(device) if device.type == "cuda" else _Counted()
-    return _two_steps(config, stage, _weight_shapes(config, stage), device, gauge)
+    gauge = _Allocated(device) if device.type == "cuda" else _Counted()
+    return _steps(config, stage, _weight_shapes(config, stage), gauge, device)
 
 
-class _Gauge(Protocol):
-    """Something that knows the highest bytes since ``reset``, by kind."""
+def simulate_timeline(config: RunConfig, stage: Stage) -> list[dict[str, int]]:
+    """Bytes by kind after each operation of two steps, in the order of time, assembly first."""
+    config, counter = _without_compile(config), _Counted(record=True)
+    _simulated(config, stage, lambda shapes: _steps(config, stage, shapes, counter, check=False))
+    return counter.timeline
 
-    def watch(self, model: nn.Module, optimizer: AdamW) -> None: ...
-    def reset(self) -> None: ...
-    def peak(self) -> dict[str, int]: ...
-    def __enter__(self) -> Any: ...
-    def __exit__(self, *exception: object) -> None: ...
+
+def simulate_growth(config: RunConfig, stage: Stage) -> PeakEstimate:
+    """What the device would hold at most when this stage is entered: the grown model's loss, of plain weights.
+
+    Merge and growth themselves act in the host's memory, and the model before them is smaller.
+    """
+
+    def grow(shapes: dict[str, torch.Size]) -> PeakEstimate:
+        with _Counted() as counter:
+            start = _constant_start(config, stage, shapes)
+            model = probe_model(config, start.hf_config, start.weights, CPU)
+            start.forget_tensors()
+            counter.watch(model)
+            counter.reset()
+            batch_size = config.eval.per_device_eval_batch_size or config.train.per_device_train_batch_size
+            with torch.no_grad():
+                _forward(config, model.eval(), CPU, batch_size)
+            return PeakEstimate((Instant(GROWTH, _estimate(counter.peak())),))
+
+    return _simulated(config, stage, grow)
 
 
 class _Counted(ByteCounter):
-    def watch(self, model: nn.Module, optimizer: AdamW) -> None:
+    """Counts, and knows by which name each tensor goes."""
+
+    def watch(self, model: nn.Module, optimizer: AdamW | None = None) -> None:
+        for buffer in model.buffers():
+            self.track(buffer, REST)
         for parameter in model.parameters():
             self.track(parameter, "weights")
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._on_gradient)
-        for states in optimizer.state_tensors().values():
+        for _, tensor, is_on_host in frozen_tensors(model):
+            self.track(tensor, HOST if is_on_host else "weights")
+        for states in optimizer.state_tensors().values() if optimizer else ():
             for state in states.values():
                 self.track(state, "optimizer")
-
-    def _on_gradient(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self.track(parameter.grad, "gradients")
 
     def reset(self) -> None:
         self.reset_peak()
@@ -79,8 +103,27 @@ class _Counted(ByteCounter):
     def peak(self) -> dict[str, int]:
         return self.peak_by_label
 
+    def __enter__(self) -> Any:
+        self._to_host = activations.to_host
+        activations.to_host = self._copy_on_host
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        activations.to_host = self._to_host
+        super().__exit__(*exception)
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.track(parameter.grad, "gradients")
+
+    def _copy_on_host(self, tensor: Tensor) -> Tensor:
+        with self.labelling(HOST):
+            return self._to_host(tensor)
+
 
 class _Allocated:
+    """What CUDA's allocator gave out."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
@@ -97,15 +140,22 @@ class _Allocated:
     def __exit__(self, *exception: object) -> None: ...
 
 
-def _two_steps(
+def _simulated(config: RunConfig, stage: Stage, run: Callable[[dict[str, torch.Size]], T]) -> T:
+    shapes = _weight_shapes(config, stage)
+    with FakeTensorMode(), _unpacked_sequences(config):
+        return run(shapes)
+
+
+def _steps(
     config: RunConfig,
     stage: Stage,
     shapes: dict[str, torch.Size],
-    device: torch.device,
-    gauge: _Gauge,
+    gauge: _Counted | _Allocated,
+    device: torch.device = CPU,
     *,
     check: bool = True,
 ) -> PeakEstimate:
+    """A step of one micro-batch and, where a step has more, a second one of two."""
     highest: dict[str, dict[str, int]] = {}
 
     @contextmanager
@@ -114,40 +164,74 @@ def _two_steps(
         yield
         highest[name] = max(gauge.peak(), highest.get(name, {}), key=_on_device)
 
+    fused, learning_rate = config.memory.fused_backward, config.learning_rate(stage.index)
+    # A half stands for any clip coefficient: to scale a gradient may take memory.
+    grad_scale = 1.0 if config.optim.max_grad_norm is None else 0.5
     with gauge:
-        model, optimizer = assemble(config, stage, _constant_start(config, stage, shapes), device, check=check)
+        start = _constant_start(config, stage, shapes)
+        assembled = assemble(config, stage, start, device, check=check)
+        start.forget_tensors()
+        model, optimizer = assembled.model, assembled.optimizer
         gauge.watch(model, optimizer)
         with part(AT_REST):
             pass
-        for _ in range(NUM_STEPS):
-            # The second micro-batch meets the gradients of the first; later ones hold the same.
-            for _ in range(min(2, config.train.gradient_accumulation_steps)):
+        # The second step meets what the first has left behind, the second micro-batch the gradients of the first.
+        for num_micro_batches in (1, min(2, config.train.gradient_accumulation_steps)):
+            for _ in range(num_micro_batches):
                 with part(FORWARD):
                     inputs, loss = _forward(config, model, device)
-                with part(BACKWARD):
+                with part(BACKWARD), optimizer.in_backward(learning_rate) if fused else nullcontext():
                     loss.backward()
                 del inputs, loss
-            with part(STEP):
-                global_grad_norm(optimizer.parameters.values())
-                # A half stands for any clip coefficient: to scale a gradient may take memory.
-                optimizer.step(config.learning_rate(stage.index), 1.0 if config.optim.max_grad_norm is None else 0.5)
-                optimizer.zero_grad()
+            if not fused:
+                with part(STEP):
+                    global_grad_norm(optimizer.parameters.values())
+                    optimizer.step(learning_rate, grad_scale)
+                    optimizer.zero_grad()
     return PeakEstimate(tuple(Instant(name, _estimate(by_kind)) for name, by_kind in highest.items()))
 
 
-def _forward(config: RunConfig, model: PreTrainedModel, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
+def _forward(
+    config: RunConfig, model: PreTrainedModel, device: torch.device, batch_size: int | None = None
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
     """The inputs of a micro-batch, which live until its backward pass is done, and its loss."""
-    train = config.train
-    shape = (train.per_device_train_batch_size, train.sequence_length)
+    sequence_length = config.train.sequence_length
+    shape = (batch_size or config.train.per_device_train_batch_size, sequence_length)
     input_ids = torch.randint(config.model.vocab_size, shape, device=device)
     labels = torch.randint(config.model.vocab_size, shape, device=device)
     positions = None
-    if config.data.within_documents:
-        positions = torch.arange(train.sequence_length, device=device).expand(shape).contiguous()
+    if config.data.within_documents:  # two documents in each sequence
+        positions = (torch.arange(sequence_length, device=device) % (sequence_length // 2 + 1)).repeat(shape[0], 1)
     loss = batch_loss(
-        model, input_ids, labels, positions, num_valid=labels.numel(), chunk_size=train.loss_chunk_size
+        model,
+        input_ids,
+        labels,
+        positions,
+        num_valid=labels.numel(),
+        chunk_size=config.train.loss_chunk_size,
+        offload_activations=config.memory.offload_activations,
     )
-    return (input_ids, labels), loss
+    return (input_ids, labels, positions), loss
+
+
+@contextmanager
+def _unpacked_sequences(config: RunConfig) -> Iterator[None]:
+    """Inside, ``transformers`` takes each sequence for one document, if the configuration does.
+
+    It looks for packed documents in the positions' values, which fake positions do not have, and so would always
+    make masks of sequence times sequence, though training never sees them.
+    """
+    found = masking_utils.find_packed_sequence_indices
+    if not config.data.within_documents:
+        masking_utils.find_packed_sequence_indices = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
+
+
+def _without_compile(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
 
 
 def _weight_shapes(config: RunConfig, stage: Stage) -> dict[str, torch.Size]:

@@ -1,7 +1,6 @@
-"""One stage: from the last checkpoint to this stage's model, optimizer, and trained end.
+"""One stage: from the last checkpoint to this stage's start, checks, and trained end.
 
-Assembly has one order, everywhere: weights -> adapters -> freeze -> activation checkpointing ->
-compile -> (shard) -> optimizer -> loop. Growth acts on plain tensors, before any of it.
+Growth acts on plain tensors, before the stage's model is assembled.
 """
 
 from __future__ import annotations
@@ -10,37 +9,29 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from steplm.checkpoint import Checkpoint, CheckpointState, load_checkpoint, prune_checkpoints, save_checkpoint
 from steplm.config import RunConfig
-from steplm.data.loader import validation_windows
-from steplm.errors import CheckpointMismatch, SteplmError, TrainingDiverged
-from steplm.growth.grow import grow, grow_config, layer_prefix_of, provenance, renamed
+from steplm.data.loader import Batch, validation_windows
+from steplm.errors import SteplmError, TrainingDiverged
+from steplm.growth.grow import grow, grow_config, provenance, renamed
 from steplm.memory.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
-from steplm.models.build import (
-    DTYPES,
-    build_model,
-    config_values,
-    fresh_layers,
-    hf_config,
-    initial_state,
-    plain_state,
-)
-from steplm.models.device import move
+from steplm.models.build import DTYPES, config_values, fresh_layers, hf_config, initial_state, plain_state
 from steplm.models.folder import load_config_and_state
-from steplm.models.forward import check_loss, mean_loss
-from steplm.optim.adamw import AdamW, carry_state, global_grad_norm
+from steplm.models.forward import mean_loss
+from steplm.optim.adamw import AdamW
 from steplm.optim.schedules import learning_rate
-from steplm.pet.adapters import adapter_state, attach, load_adapter_state, merge_state
-from steplm.pet.trainable import apply_trainable
-from steplm.training.step import StepReport, forward_backward, train_step
+from steplm.pet.adapters import adapter_state, merge_state
+from steplm.pet.frozen import unpacked_state
+from steplm.training.assemble import Assembled, StageStart, packed_rows, probe_model
+from steplm.training.step import Pass, StepReport, forward_backward, train_step, trial
 from steplm.types import LayerProvenance, Stage, TrainState, to_json
 from steplm.units import format_bytes
 
@@ -48,22 +39,6 @@ if TYPE_CHECKING:
     from steplm.training.run import Run
 
 PROBE_WINDOWS = 32  # validation windows on which the loss around merge and growth is compared
-
-
-@dataclass
-class StageStart:
-    """Plain tensors and progress with which a stage begins, or goes on after a resume."""
-
-    hf_config: PretrainedConfig
-    weights: dict[str, Tensor]
-    provenance: tuple[LayerProvenance, ...]
-    progress: TrainState
-    adapters: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
-    optimizer_steps: dict[str, int] = field(default_factory=dict)
-    unlogged_losses: tuple[float, ...] = ()
-    trained_names: tuple[str, ...] | None = None  # at a resume in the middle of the stage
-    renamed: dict[str, str] = field(default_factory=dict)  # after a growth: old weight name -> new one
 
 
 def enter_stage(run: Run, stage: Stage, checkpoint_path: Path | None) -> StageStart:
@@ -108,7 +83,7 @@ def _grown_start(run: Run, stage: Stage, checkpoint: Checkpoint) -> StageStart:
     weights = checkpoint.weights
     if state.adapters is not None:
         weights = merge_state(weights, checkpoint.adapters, state.adapters)
-    loss_merged = probe_loss(run, build_model(checkpoint.config, weights, device=run.device))
+    loss_merged = probe_loss(run, probe_model(run.config, checkpoint.config, weights, run.device))
     run.metrics.write(
         "merge",
         stage=state.progress.stage_index,
@@ -125,7 +100,7 @@ def _grown_start(run: Run, stage: Stage, checkpoint: Checkpoint) -> StageStart:
             grown_config, seed=run.config.seed + stage.index, dtype=DTYPES[run.config.train.precision]
         ),
     )
-    loss_grown = probe_loss(run, build_model(grown_config, grown, device=run.device))
+    loss_grown = probe_loss(run, probe_model(run.config, grown_config, grown, run.device))
     run.metrics.write(
         "growth",
         stage=stage.index,
@@ -144,94 +119,68 @@ def _grown_start(run: Run, stage: Stage, checkpoint: Checkpoint) -> StageStart:
         optimizer=checkpoint.optimizer if run.config.optim.keep_state_at_growth else {},
         optimizer_steps=state.optimizer_steps,
         renamed=renamed(weights, stage.layer_map),
+        probe_loss=loss_grown,
     )
 
 
-def assemble(
-    config: RunConfig, stage: Stage, start: StageStart, device: torch.device, *, check: bool = True
-) -> tuple[PreTrainedModel, AdamW]:
-    """The stage's model on the device and its optimizer, states allocated.
-
-    Args:
-        check: compare the chunked loss with the model's own, which fake tensors cannot.
-    """
-    train, optim = config.train, config.optim
-    model = build_model(start.hf_config, start.weights)
-    if stage.adapters is not None:
-        attach(model, stage.adapters, layer_prefix_of(start.weights), config.seed + stage.index)
-        if start.adapters:
-            load_adapter_state(model, start.adapters)
-    trained = apply_trainable(model, stage.trained_patterns)
-    if start.trained_names is not None and set(trained) != set(start.trained_names):
-        differing = sorted(set(trained) ^ set(start.trained_names))
-        raise CheckpointMismatch(
-            f"the checkpoint trains {len(start.trained_names)} parameters and the plan {len(trained)}; they differ in "
-            f"{differing[:4]}. The plan in the run directory is not the one that made this checkpoint.",
-            differing=differing,
-        )
-    move(model, device)
-    model.train()
-    if check:
-        check_loss(model, train.sequence_length)  # before compile: it would compile for one short row
-    if train.gradient_checkpointing:
-        # The newer name, where transformers has it. Reentrant checkpointing gives no gradients where the
-        # first layers are frozen.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if train.compile:
-        for layer in model.get_submodule(layer_prefix_of(start.weights)):
-            layer.compile()
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = AdamW(
-        named,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        eps=optim.adam_epsilon,
-        weight_decay=optim.weight_decay,
-    )
-    if start.trained_names is not None:
-        optimizer.load_state_dict(start.optimizer, start.optimizer_steps)
-    elif start.optimizer:
-        carried, steps = carry_state(start.optimizer, start.optimizer_steps, start.renamed)
-        optimizer.load_state_dict(carried, steps, strict=False)
-    return model, optimizer
-
-
-def check_entrance(
-    run: Run, stage: Stage, model: PreTrainedModel, optimizer: AdamW, *, is_new: bool = True
-) -> None:
+def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembled) -> None:
     """A dry run without an update, then planned bytes against measured bytes.
 
-    Checked at a resume in the middle of a stage too, where ``is_new`` is false and the event is in the log already.
+    Checked at a resume in the middle of a stage too, where the events are in the log already.
 
     Raises:
         MemoryMismatch: they are not equal.
     """
-    train = run.config.train
+    model, optimizer, train = assembled.model, assembled.optimizer, run.config.train
+    is_new = start.progress.step == 0
     entrance_peak = measure_peak(run.device)  # of merge, growth and assembly
     reset_peak(run.device)
+    how = way_of_passing(run.config)
     if train.dry_run:
         # Two micro-batches where there are as many: the second meets the gradients of the first.
         num_sequences = train.per_device_train_batch_size * min(2, train.gradient_accumulation_steps)
-        forward_backward(
-            model,
-            run.loader.batch(0, num_sequences),
-            micro_batch_size=train.per_device_train_batch_size,
-            chunk_size=train.loss_chunk_size,
-        )
-    everything = measure_model_state(model, optimizer, stage, expect_gradients=not train.dry_run)
+        batch = run.loader.batch(0, num_sequences)
+        if how.fused_backward:
+            trial(model, optimizer, batch, how)
+        else:
+            forward_backward(model, batch, how)
+    everything = measure_model_state(
+        model, optimizer, stage, packed=packed_rows(model), expect_gradients=not (train.dry_run or how.fused_backward)
+    )
     optimizer.zero_grad()
     check_against_plan(everything, stage.memory)
     measured = comparable(everything, stage.memory)
     if is_new:
+        _report_packing(run, stage, start, assembled)
         run.metrics.write(
             "stage_start",
             stage=stage.index,
             num_hidden_layers=stage.num_hidden_layers,
             planned_bytes=stage.memory.by_kind(),
             measured_bytes=measured.by_kind(),
+            planned_peak_bytes=None if stage.peak is None else stage.peak.total_bytes,
             **{f"entrance_{name}": value for name, value in to_json(entrance_peak).items()},
         )
     run.display.stage_start(stage, measured)
+
+
+def _report_packing(run: Run, stage: Stage, start: StageStart, assembled: Assembled) -> None:
+    """What the packed format costs: the error of the weights, and the loss before and after."""
+    packing = assembled.packing
+    if not packing.relative_rms_error:
+        return
+    loss = probe_loss(run, assembled.model)
+    run.metrics.write(
+        "pack",
+        stage=stage.index,
+        tokens_seen=start.progress.tokens_seen,
+        format=run.config.memory.frozen_weights,
+        num_matrices=packing.num_matrices,
+        relative_rms_error=packing.relative_rms_error,
+        loss_before=start.probe_loss,
+        loss_after=loss,
+    )
+    run.display.packing(stage, run.config.memory.frozen_weights, packing.relative_rms_error, start.probe_loss, loss)
 
 
 @contextmanager
@@ -256,9 +205,10 @@ def memory_errors(run: Run, stage: Stage) -> Iterator[None]:
         ) from None
 
 
-def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedModel, optimizer: AdamW) -> Path:
+def train_stage(run: Run, stage: Stage, start: StageStart, assembled: Assembled) -> Path:
     """Steps until the stage's tokens are seen, or a signal asks to stop; returns the last checkpoint."""
     config = run.config
+    model, optimizer, how = assembled.model, assembled.optimizer, way_of_passing(config)
     train, optim = config.train, config.optim
     num_sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps
     step_tokens = num_sequences * train.sequence_length
@@ -287,10 +237,9 @@ def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedMode
             model,
             optimizer,
             run.loader.batch(progress.tokens_seen, num_sequences),
+            how,
             learning_rate=rate,
             max_grad_norm=optim.max_grad_norm,
-            micro_batch_size=train.per_device_train_batch_size,
-            chunk_size=train.loss_chunk_size,
         )
         require_finite(run, stage, progress, result.loss, result.grad_norm)
         progress = replace(
@@ -315,7 +264,10 @@ def train_stage(run: Run, stage: Stage, start: StageStart, model: PreTrainedMode
         if at_end:
             progress = replace(progress, stage_done=True)
         if progress.step % save_steps == 0 or at_end or run.stop_signal:
-            require_finite(run, stage, progress, *_trial(run, model, optimizer, progress))
+            # The loss of a step says nothing about the weights that its update makes: before they are saved as
+            # good, they are tried on the sequence that comes next.
+            batch = run.loader.batch(progress.tokens_seen, 1)
+            require_finite(run, stage, progress, *trial(model, optimizer, batch, how))
             if at_end:
                 run.metrics.write("stage_end", stage=stage.index, step=progress.step, tokens_seen=progress.tokens_seen)
             path = save(run, stage, start, model, optimizer, progress, tuple(unlogged))
@@ -355,7 +307,9 @@ def save(
     path = save_checkpoint(
         run.checkpoints_dir,
         config=start.hf_config,
-        weights=_on_cpu({name: t for name, t in plain_state(model).items() if name not in adapters}),
+        # Packed weights are saved whole: packed again, they give the same codes.
+        weights=_on_cpu({name: t for name, t in plain_state(model).items() if name not in adapters})
+        | dict(unpacked_state(model)),
         adapters=_on_cpu(adapters),
         optimizer=_on_cpu(tensors),
         state=state,
@@ -382,17 +336,14 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
-def _trial(run: Run, model: PreTrainedModel, optimizer: AdamW, progress: TrainState) -> tuple[float, float]:
-    """Loss and gradient norm of the sequence that comes next, without an update.
-
-    The loss of a step says nothing about the weights that its update makes: before they are saved as good,
-    they are tried.
-    """
-    batch = run.loader.batch(progress.tokens_seen, 1)
-    loss = forward_backward(model, batch, micro_batch_size=1, chunk_size=run.config.train.loss_chunk_size)
-    norm = global_grad_norm(optimizer.parameters.values())
-    optimizer.zero_grad()
-    return float(loss), float(norm)
+def way_of_passing(config: RunConfig) -> Pass:
+    """How every forward and backward pass of a run is computed."""
+    return Pass(
+        micro_batch_size=config.train.per_device_train_batch_size,
+        chunk_size=config.train.loss_chunk_size,
+        offload_activations=config.memory.offload_activations,
+        fused_backward=config.memory.fused_backward,
+    )
 
 
 def require_finite(run: Run, stage: Stage, progress: TrainState, loss: float, grad_norm: float | None = None) -> None:

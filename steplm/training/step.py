@@ -40,14 +40,24 @@ class StepReport:
     peak: PeakMemory
 
 
-def forward_backward(model: PreTrainedModel, batch: Batch, *, micro_batch_size: int, chunk_size: int) -> torch.Tensor:
+@dataclass(frozen=True)
+class Pass:
+    """How a batch goes forward and backward."""
+
+    micro_batch_size: int  # sequences at once
+    chunk_size: int  # rows of logits at once
+    offload_activations: bool = False
+    fused_backward: bool = False  # each parameter is updated as soon as its gradient is there
+
+
+def forward_backward(model: PreTrainedModel, batch: Batch, how: Pass) -> torch.Tensor:
     """Gradients of the mean loss over all valid tokens of ``batch``, accumulated over its micro-batches.
 
     Returns:
         The loss, a detached fp32 scalar on the model's device.
     """
     total = torch.zeros((), device=model.device)
-    for loss in _micro_losses(model, batch, micro_batch_size=micro_batch_size, chunk_size=chunk_size):
+    for loss in _micro_losses(model, batch, how):
         loss.backward()
         total += loss.detach()
     return total
@@ -57,12 +67,10 @@ def train_step(
     model: PreTrainedModel,
     optimizer: AdamW,
     batch: Batch,
+    how: Pass,
     *,
     learning_rate: float,
     max_grad_norm: float | None,
-    micro_batch_size: int,
-    chunk_size: int,
-    fused_backward: bool = False,
 ) -> StepResult:
     """One step. Nothing is updated where the loss or the gradient is not finite: the caller stops.
 
@@ -72,11 +80,11 @@ def train_step(
     Raises:
         ValueError: ``fused_backward`` with clipping or with more than one micro-batch.
     """
-    if fused_backward:
+    if how.fused_backward:
         if max_grad_norm is not None:
             raise ValueError(f"no clipping to {max_grad_norm} with fused_backward: each update precedes the norm")
-        return _fused_step(model, optimizer, batch, learning_rate, micro_batch_size, chunk_size)
-    loss = forward_backward(model, batch, micro_batch_size=micro_batch_size, chunk_size=chunk_size)
+        return _fused_step(model, optimizer, batch, how, learning_rate)
+    loss = forward_backward(model, batch, how)
     norm = global_grad_norm(optimizer.parameters.values())
     # One transfer for both numbers: on an accelerator each is a wait for the device.
     loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
@@ -87,35 +95,25 @@ def train_step(
     return result
 
 
-def trial(
-    model: PreTrainedModel,
-    optimizer: AdamW,
-    batch: Batch,
-    *,
-    micro_batch_size: int,
-    chunk_size: int,
-    fused_backward: bool = False,
-) -> tuple[float, float]:
+def trial(model: PreTrainedModel, optimizer: AdamW, batch: Batch, how: Pass) -> tuple[float, float]:
     """Loss and gradient norm of a batch, in the memory of a step but without the update; no gradient is left.
 
     Raises:
         ValueError: ``fused_backward`` with more than one micro-batch.
     """
-    if fused_backward:
-        result = _fused_step(model, optimizer, batch, None, micro_batch_size, chunk_size)
+    if how.fused_backward:
+        result = _fused_step(model, optimizer, batch, how, None)
         return result.loss, result.grad_norm
-    loss = forward_backward(model, batch, micro_batch_size=micro_batch_size, chunk_size=chunk_size)
+    loss = forward_backward(model, batch, how)
     norm = global_grad_norm(optimizer.parameters.values())
     optimizer.zero_grad()
     return float(loss), float(norm)
 
 
-def _micro_losses(
-    model: PreTrainedModel, batch: Batch, *, micro_batch_size: int, chunk_size: int
-) -> Iterator[torch.Tensor]:
+def _micro_losses(model: PreTrainedModel, batch: Batch, how: Pass) -> Iterator[torch.Tensor]:
     """Each micro-batch's share of the mean loss over all valid tokens of ``batch``; they sum to it."""
     num_valid = max(int((batch.labels != IGNORE_INDEX).sum()), 1)
-    for micro_batch in batch.split(micro_batch_size):
+    for micro_batch in batch.split(how.micro_batch_size):
         on_device = micro_batch.to(model.device)
         yield batch_loss(
             model,
@@ -123,24 +121,20 @@ def _micro_losses(
             on_device.labels,
             on_device.position_ids,
             num_valid=num_valid,
-            chunk_size=chunk_size,
+            chunk_size=how.chunk_size,
+            offload_activations=how.offload_activations,
         )
 
 
 def _fused_step(
-    model: PreTrainedModel,
-    optimizer: AdamW,
-    batch: Batch,
-    learning_rate: float | None,
-    micro_batch_size: int,
-    chunk_size: int,
+    model: PreTrainedModel, optimizer: AdamW, batch: Batch, how: Pass, learning_rate: float | None
 ) -> StepResult:
-    if len(batch.input_ids) > micro_batch_size:
+    if len(batch.input_ids) > how.micro_batch_size:
         raise ValueError(
-            f"{len(batch.input_ids)} sequences in micro-batches of {micro_batch_size}: "
+            f"{len(batch.input_ids)} sequences in micro-batches of {how.micro_batch_size}: "
             "fused_backward frees the gradients that accumulation would add to"
         )
-    (loss,) = _micro_losses(model, batch, micro_batch_size=micro_batch_size, chunk_size=chunk_size)
+    (loss,) = _micro_losses(model, batch, how)
     loss_value = loss.item()
     if not math.isfinite(loss_value):
         return StepResult(loss_value, math.nan)

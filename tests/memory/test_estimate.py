@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steplm.errors import ConfigError
-from steplm.memory.estimate import adapter_parameters_per_layer, estimate_stage, resolve_target_modules
-from steplm.memory.terms import BYTES_PER_PARAMETER, OUTER_COMPONENTS, TERMS
+from steplm.memory.estimate import adapter_matrices_per_layer, estimate_stage, resolve_target_modules
+from steplm.memory.terms import KINDS, OUTER_COMPONENTS, WEIGHT_BYTES
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
 from steplm.types import ModelShape
 
@@ -38,13 +38,13 @@ def test_bf16_takes_sixteen_bytes_trained_and_two_frozen(
     counts = {
         "num_new_layers": num_new_layers,
         "num_frozen_layers": num_frozen_layers,
-        "adapter_parameters": e,
+        "adapter_matrices": [e],
     }
     p, outer = shape.layer_parameters, shape.outer_parameters
     bare = 16 * num_new_layers * p + 2 * num_frozen_layers * p + 16 * num_frozen_layers * e
     assert estimate_stage(shape, precision="bf16", **counts, count_outer=False).total_bytes == bare
     assert estimate_stage(shape, precision="bf16", **counts).total_bytes == bare + 16 * outer
-    assert estimate_stage(shape, precision="bf16", **counts, train_outer=False).total_bytes == bare + 2 * outer
+    assert estimate_stage(shape, precision="bf16", **counts, outer="frozen").total_bytes == bare + 2 * outer
 
 
 @given(shape=shapes(), **LAYERS, e=st.integers(0, 10**6))
@@ -56,7 +56,7 @@ def test_fp32_takes_sixteen_bytes_trained_and_four_frozen(
         precision="fp32",
         num_new_layers=num_new_layers,
         num_frozen_layers=num_frozen_layers,
-        adapter_parameters=e,
+        adapter_matrices=[e],
     )
     p, outer = shape.layer_parameters, shape.outer_parameters
     trained = num_new_layers * p + num_frozen_layers * e + outer
@@ -64,7 +64,7 @@ def test_fp32_takes_sixteen_bytes_trained_and_four_frozen(
     assert estimate.bytes_of(kind="optimizer") == 2 * estimate.bytes_of(kind="gradients") == 8 * trained
 
 
-@given(shape=shapes(), **LAYERS, e=st.integers(1, 10**6), precision=st.sampled_from(list(BYTES_PER_PARAMETER)))
+@given(shape=shapes(), **LAYERS, e=st.integers(1, 10**6), precision=st.sampled_from(list(WEIGHT_BYTES)))
 def test_bytes_grow_with_every_count_and_no_term_is_negative(
     shape: ModelShape, num_new_layers: int, num_frozen_layers: int, e: int, precision: str
 ) -> None:
@@ -74,10 +74,10 @@ def test_bytes_grow_with_every_count_and_no_term_is_negative(
             precision=precision,
             num_new_layers=new,
             num_frozen_layers=frozen,
-            adapter_parameters=adapters,
+            adapter_matrices=[adapters],
         )
         assert all(term.num_bytes > 0 for term in estimate.terms)
-        assert estimate.total_bytes == sum(estimate.bytes_of(kind=kind) for kind in BYTES_PER_PARAMETER[precision])
+        assert estimate.total_bytes == sum(estimate.bytes_of(kind=kind) for kind in KINDS)
         return estimate.total_bytes
 
     here = total(num_new_layers, num_frozen_layers, e)
@@ -88,16 +88,20 @@ def test_bytes_grow_with_every_count_and_no_term_is_negative(
 
 def test_every_term_appears_where_everything_is_there() -> None:
     shape = shape_from_hf_config({"model_type": "llama"})
-    estimate = estimate_stage(shape, precision="bf16", num_new_layers=1, num_frozen_layers=1, adapter_parameters=1)
-    assert [(term.component, term.kind) for term in estimate.terms] == list(TERMS)
+    estimate = estimate_stage(shape, precision="bf16", num_new_layers=1, num_frozen_layers=1, adapter_matrices=[1])
+    expected = [(component, kind) for component in COMPONENTS for kind in KINDS]
+    for kind in ("gradients", "optimizer"):
+        expected.remove(("frozen_layers", kind))
+    assert [(term.component, term.kind) for term in estimate.terms] == expected
 
 
 def test_every_term_names_its_formula_with_the_unit_and_tells_its_source() -> None:
     shape = shape_from_hf_config({"model_type": "llama"})
-    estimate = estimate_stage(shape, precision="bf16", num_new_layers=1, num_frozen_layers=1, adapter_parameters=1)
+    estimate = estimate_stage(shape, precision="bf16", num_new_layers=1, num_frozen_layers=1, adapter_matrices=[1])
     for term in estimate.terms:
-        assert term.formula.endswith(f"× {term.bytes_per_parameter} B")
-        assert TERMS[term.component, term.kind].__doc__
+        assert term.formula.endswith(f"× {term.num_bytes // term.num_parameters} B")
+    assert all(group.__doc__ for groups in COMPONENTS.values() for group in groups)
+    assert all(kind.__doc__ for kind in KINDS.values())
 
 
 def test_a_tied_head_is_counted_once() -> None:
@@ -119,17 +123,17 @@ def test_lora_of_rank_128_on_a_368m_layer_has_the_known_number_of_parameters() -
         {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 2736, "num_attention_heads": 16}
     )
     assert shape.layer_parameters == 12_601_344
-    assert adapter_parameters_per_layer(shape, 128, "all-linear") == 2_492_416
-    assert adapter_parameters_per_layer(shape, 8, ["q_proj", "down_proj"]) == 8 * (1024 + 1024 + 2736 + 1024)
+    assert sum(adapter_matrices_per_layer(shape, 128, "all-linear")) == 2_492_416
+    assert sum(adapter_matrices_per_layer(shape, 8, ["q_proj", "down_proj"])) == 8 * (1024 + 1024 + 2736 + 1024)
 
 
 def test_the_rank_is_checked_against_the_chosen_targets_only() -> None:
     shape = shape_from_hf_config(
         {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
     )
-    assert adapter_parameters_per_layer(shape, 64, ["q_proj"]) == 64 * 128
+    assert sum(adapter_matrices_per_layer(shape, 64, ["q_proj"])) == 64 * 128
     with pytest.raises(ConfigError, match=r"pet\.rank=17 .* 16, of self_attn\.k_proj \(16 x 64\)"):
-        adapter_parameters_per_layer(shape, 17, ["q_proj", "k_proj"])
+        adapter_matrices_per_layer(shape, 17, ["q_proj", "k_proj"])
 
 
 def test_targets_come_in_the_layers_order_and_fused_maps_are_known() -> None:

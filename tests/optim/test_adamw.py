@@ -1,13 +1,13 @@
 import math
-import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from steplm.errors import CheckpointMismatch
+from steplm.memory.count import ByteCounter
+from steplm.optim import adamw as module
 from steplm.optim.adamw import AdamW, carry_state, clip_coefficient, decays, global_grad_norm
 
 SHAPES = {"embed.weight": (9, 4), "a.weight": (4, 4), "a.bias": (4,), "b.weight": (3, 4), "norm.weight": (4,)}
@@ -237,40 +237,28 @@ def test_a_new_parameter_begins_its_bias_correction_at_zero_while_others_go_on()
     assert new.steps == {"kept": 51, "fresh": 1}
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes newly allocated and still alive; the highest value of it."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.seen = 0, 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in before:
-            storage = result.untyped_storage()
-            if storage._cdata not in self.seen:
-                self.seen[storage._cdata] = storage.nbytes()
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(result, self._freed, storage._cdata)
-        return result
-
-    def _freed(self, key):
-        self.live -= self.seen.pop(key, 0)
-
-
-def test_a_step_allocates_no_more_than_one_fp32_gradient_of_the_largest_parameter():
-    named = {
-        f"w{i}": nn.Parameter(torch.ones(size, 64, dtype=torch.bfloat16))
-        for i, size in enumerate((8, 64, 8, 40, 30, 8))
-    }
-    optimizer = AdamW(named)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("options", "bytes_per_element"),
+    [
+        ({}, 4),
+        ({"master_weights": False}, 9),
+        ({"states": "8bit"}, 17),
+        ({"states": "8bit", "master_weights": False}, 17),
+    ],
+)
+@pytest.mark.parametrize("rows", [(8, 64, 8, 40, 30, 8), (1000,)])
+def test_the_workspace_of_a_step_is_that_of_one_chunk(monkeypatch, rows, options, bytes_per_element, dtype):
+    chunk = 64 * 64
+    monkeypatch.setattr(module, "STEP_CHUNK", chunk)
+    named = {f"w{index}": nn.Parameter(torch.ones(count, 64, dtype=dtype)) for index, count in enumerate(rows)}
+    optimizer = AdamW(named, **options)
     set_gradients(named, 0)
-    with LiveBytes() as bytes_:
+    with ByteCounter() as counter:
         optimizer.step(1e-3, grad_scale=0.5)
-    largest = 64 * 64 * 4
-    assert largest <= bytes_.peak <= largest + 4 * len(named), "beside it only the kernel's step counts"
+    assert counter.peak_bytes <= bytes_per_element * chunk + 100, "beside it only scales and the kernel's step counts"
+    if dtype == torch.bfloat16:
+        assert counter.peak_bytes >= bytes_per_element * chunk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -284,6 +272,16 @@ def test_global_grad_norm_of_large_gradients_is_right_to_five_digits(dtype):
     assert norm.dtype == torch.float32
     assert norm.item() == pytest.approx(exact, rel=1e-5)
     assert global_grad_norm([]).item() == 0.0
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (40, 30), (4, 5, 6)])
+def test_the_norm_does_not_depend_on_the_chunk(monkeypatch, shape):
+    parameter = nn.Parameter(torch.ones(shape))
+    parameter.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    whole = global_grad_norm([parameter])
+    monkeypatch.setattr(module, "STEP_CHUNK", 64)
+    assert torch.equal(global_grad_norm([parameter]), whole)
+    torch.testing.assert_close(whole, parameter.grad.norm())
 
 
 def test_clipping_brings_the_norm_to_its_limit_as_torch_does():

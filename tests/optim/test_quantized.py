@@ -19,8 +19,10 @@ def quant_utils():
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_data_type_by_hand(signed):
     values = dynamic_tree(signed)
-    assert len(values) == 256 and values == sorted(set(values))
-    assert values[-1] == 1.0 and 0.0 in values
+    assert len(set(values)) == 256
+    assert values == sorted(values)
+    assert values[-1] == 1.0
+    assert 0.0 in values
     assert min(value for value in values if value > 0) == pytest.approx(5.5e-7 if signed else 3.25e-7)
     assert sum(0.1 < value < 1 for value in values) == (64 if signed else 128)
     assert sum(value < 0 for value in values) == (127 if signed else 0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from steplm.memory.count import ByteCounter
 from steplm.memory.formats import FROZEN_FORMATS, NF4_BLOCK
 from steplm.pet import packing
 from steplm.pet.packing import CODES, FORMATS, NF4_LEVELS, SCALES
@@ -27,7 +28,7 @@ def restored(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_levels_of_nf4_are_the_published_ones():
-    assert NF4_LEVELS == pytest.approx(PUBLISHED_NF4, abs=1e-6)
+    assert list(NF4_LEVELS) == pytest.approx(list(PUBLISHED_NF4), abs=1e-6)
     assert {NF4_LEVELS[0], NF4_LEVELS[7], NF4_LEVELS[15]} == {-1.0, 0.0, 1.0}
 
 
@@ -89,10 +90,31 @@ def test_chunks_change_nothing(name, monkeypatch):
     for shape in SHAPES:
         weight = matrix(shape, torch.bfloat16)
         packed, whole = FORMATS[name].pack(weight), restored(name, weight)
-        monkeypatch.setattr(packing, "CHUNK", 128)
+        monkeypatch.setattr(packing, "PACK_CHUNK", 128)
         assert all(torch.equal(tensor, packed[key]) for key, tensor in FORMATS[name].pack(weight).items())
         assert torch.equal(restored(name, weight), whole)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packing_an_unpacked_matrix_again_changes_nothing(name, dtype):
+    """So that codes follow from the plain weights of a checkpoint."""
+    for scale in (1e-6, 0.02, 30.0):
+        weight = matrix((150, 77), dtype, scale)
+        first = FORMATS[name].pack(weight)
+        again = FORMATS[name].pack(FORMATS[name].unpack(first, (150, 77), dtype))
+        assert all(torch.equal(again[key], tensor) for key, tensor in first.items())
+
+
+def test_the_scale_of_int8_survives_being_unpacked_for_every_mantissa():
+    for dtype, bits in (
+        (torch.bfloat16, torch.arange(2**7, dtype=torch.int16) + 0x3F80),
+        (torch.float32, torch.arange(0, 2**23, 97, dtype=torch.int32) + 0x3F800000),
+    ):
+        largest = bits.view(dtype)
+        scales = largest.float() / 127
+        assert torch.equal((127 * scales).to(dtype).float() / 127, scales)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("int8", 0.0073), ("nf4", 0.0910)])
@@ -120,3 +142,15 @@ def test_formats_work_on_fake_tensors_before_and_after_real_ones(name):
     on_fakes()
     assert restored(name, matrix((5, 77))).any()
     on_fakes()
+
+
+@pytest.mark.parametrize(("name", "chunk_bytes"), [("full", 0), ("int8", 4), ("nf4", 6)])
+def test_unpacking_takes_the_bytes_of_the_matrix_and_of_one_chunk(name, chunk_bytes, monkeypatch):
+    """A chunk is fp32, and nf4 looks it up with an int32 for every two elements."""
+    monkeypatch.setattr(packing, "PACK_CHUNK", 256)
+    packed = FORMATS[name].pack(matrix((12, 64), torch.bfloat16))
+    FORMATS[name].unpack(packed, (12, 64), torch.bfloat16)  # the table is made once
+    with ByteCounter() as counter:
+        weight = FORMATS[name].unpack(packed, (12, 64), torch.bfloat16)
+    assert counter.current_bytes == (0 if name == "full" else weight.nbytes)
+    assert counter.peak_bytes == counter.current_bytes + chunk_bytes * 256

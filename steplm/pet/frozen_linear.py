@@ -1,0 +1,141 @@
+"""A linear map whose weight is not trained: made whole when a product needs it, never saved by autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from steplm.pet.host import Offloaded
+from steplm.pet.packing import CODES, FORMATS, SCALES
+
+
+class _FrozenLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, materialize: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        ctx.materialize = materialize
+        return F.linear(rows, materialize(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (gradient,) = gradients
+        return (
+            gradient @ ctx.materialize() if ctx.needs_input_grad[0] else None,
+            None,
+            gradient.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def frozen_linear(rows: Tensor, materialize: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
+    """``rows W^T + b`` for a matrix that is not trained.
+
+    Args:
+        rows: (N, in).
+        materialize: gives ``W`` (out, in), the same at each call: in the forward, and again in the backward, so
+            that autograd keeps nothing.
+        bias: (out,).
+    """
+    return _FrozenLinearFunction.apply(rows, materialize, bias)
+
+
+# Inside a compiled layer both products are opaque. The compiler would otherwise find the same weight made twice, make
+# it once, and keep it from the forward to the backward.
+
+
+@torch.library.custom_op("steplm::frozen_linear", mutates_args=())
+def _opaque_linear(
+    rows: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, fmt: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    return F.linear(rows, FORMATS[fmt].unpack({CODES: codes, SCALES: scales}, (shape[0], shape[1]), dtype), bias)
+
+
+@torch.library.custom_op("steplm::frozen_linear_backward", mutates_args=())
+def _opaque_backward(
+    gradient: Tensor, codes: Tensor, scales: Tensor, fmt: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    return gradient @ FORMATS[fmt].unpack({CODES: codes, SCALES: scales}, (shape[0], shape[1]), dtype)
+
+
+@_opaque_linear.register_fake
+def _(rows: Tensor, codes: Tensor, scales: Tensor, bias: Any, fmt: str, shape: Any, dtype: Any) -> Tensor:
+    return rows.new_empty(rows.shape[0], shape[0])
+
+
+@_opaque_backward.register_fake
+def _(gradient: Tensor, codes: Tensor, scales: Tensor, fmt: str, shape: Any, dtype: Any) -> Tensor:
+    return gradient.new_empty(gradient.shape[0], shape[1])
+
+
+def _opaque_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scales, _, *ctx.how = inputs
+    ctx.save_for_backward(codes, scales)
+
+
+def _opaque_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    to_rows = _opaque_backward(gradient, *ctx.saved_tensors, *ctx.how) if ctx.needs_input_grad[0] else None
+    to_bias = gradient.sum(0) if ctx.needs_input_grad[3] else None
+    return to_rows, None, None, to_bias, None, None, None
+
+
+_opaque_linear.register_autograd(_opaque_gradients, setup_context=_opaque_context)
+
+
+class FrozenLinear(nn.Linear):
+    """A linear map whose weight may be packed.
+
+    Takes over the parameters of the map it replaces. Once packed, ``weight`` is ``None``, and the weight is in the
+    buffers ``weight_codes`` and ``weight_scales`` or, where it is offloaded, in host memory.
+    """
+
+    format: str | None = None  # None: ``weight`` is a parameter like any other
+    offloaded: Offloaded | None = None
+    dtype: torch.dtype  # of the weight, when it is made whole
+    weight_codes: Tensor
+    weight_scales: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate a second weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.dtype = linear.weight.dtype
+        self.train(linear.training)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight: (out, in)."""
+        return self.out_features, self.in_features
+
+    def base(self, rows: Tensor) -> Tensor:
+        """``rows W^T + b`` for rows (N, in)."""
+        if self.format is None:
+            return F.linear(rows, self.weight, self.bias)
+        if torch.compiler.is_compiling() and self.offloaded is None:
+            return _opaque_linear(
+                rows, self.weight_codes, self.weight_scales, self.bias, self.format, self.shape, self.dtype
+            )
+        return frozen_linear(rows, self.materialize, self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = self.base(input.reshape(-1, self.in_features))
+        return output.view(*input.shape[:-1], self.out_features)
+
+    def materialize(self) -> Tensor:
+        """The weight (out, in); it may share memory with the packed one, and is to be used at once."""
+        if self.format is None:
+            return self.weight
+        parts = self.packed() if self.offloaded is None else self.offloaded.on_device()
+        return FORMATS[self.format].unpack(parts, self.shape, self.dtype)
+
+    def packed(self) -> dict[str, Tensor]:
+        """The tensors of the packed weight where they are stored, by the names they have below this module."""
+        if self.offloaded is not None:
+            return self.offloaded.on_host()
+        names = FORMATS[self.format].parts(self.shape, self.dtype) if self.format else ()
+        return {name: self.get_buffer(name) for name in names}
+
+    def extra_repr(self) -> str:
+        kept = "" if self.format is None else f", {self.format}" + (", offloaded" if self.offloaded else "")
+        return super().extra_repr() + kept

@@ -1,0 +1,150 @@
+"""A stage's model and optimizer from plain tensors.
+
+One order, everywhere: weights -> adapters -> freeze -> pack -> device -> activation checkpointing -> compile ->
+(shard) -> optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from steplm.config import MemoryConfig, RunConfig
+from steplm.errors import CheckpointMismatch
+from steplm.growth.grow import layer_prefix_of
+from steplm.models.activations import checkpoint_layers, layers_to_checkpoint
+from steplm.models.build import build_model
+from steplm.models.device import move
+from steplm.models.forward import check_loss
+from steplm.optim.adamw import AdamW, carry_state
+from steplm.pet.adapters import attach, load_adapter_state
+from steplm.pet.frozen import PackReport, frozen_tensors, pack_frozen
+from steplm.pet.trainable import apply_trainable
+from steplm.types import HOST, LayerProvenance, Stage, TrainState
+
+
+@dataclass
+class StageStart:
+    """Plain tensors and progress with which a stage begins, or goes on after a resume."""
+
+    hf_config: PretrainedConfig
+    weights: dict[str, Tensor]
+    provenance: tuple[LayerProvenance, ...]
+    progress: TrainState
+    adapters: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    optimizer_steps: dict[str, int] = field(default_factory=dict)
+    unlogged_losses: tuple[float, ...] = ()
+    trained_names: tuple[str, ...] | None = None  # at a resume in the middle of the stage
+    renamed: dict[str, str] = field(default_factory=dict)  # after a growth: old weight name -> new one
+    probe_loss: float | None = None  # after a growth, of the plain weights
+
+    def forget_tensors(self) -> None:
+        """Let go of what an assembled model holds or has copied."""
+        self.weights, self.adapters, self.optimizer = {}, {}, {}
+
+
+@dataclass
+class Assembled:
+    """What a stage trains with."""
+
+    model: PreTrainedModel
+    optimizer: AdamW
+    packing: PackReport
+
+
+def assemble(
+    config: RunConfig, stage: Stage, start: StageStart, device: torch.device, *, check: bool = True
+) -> Assembled:
+    """The stage's model on the device and its optimizer, states allocated.
+
+    ``check`` compares the loss with the model's own logits; it needs real numbers.
+    """
+    train, optim, memory = config.train, config.optim, config.memory
+    prefix = layer_prefix_of(start.weights)
+    model = build_model(start.hf_config, start.weights)
+    if stage.adapters is not None:
+        attach(model, stage.adapters, prefix, config.seed + stage.index)
+        if start.adapters:
+            load_adapter_state(model, start.adapters)
+    trained = apply_trainable(model, stage.trained_patterns)
+    if start.trained_names is not None and set(trained) != set(start.trained_names):
+        differing = sorted(set(trained) ^ set(start.trained_names))
+        raise CheckpointMismatch(
+            f"the checkpoint trains {len(start.trained_names)} parameters and the plan {len(trained)}; they differ in "
+            f"{differing[:4]}. The plan in the run directory is not the one that made this checkpoint.",
+            differing=differing,
+        )
+    packing = pack_frozen(
+        model,
+        prefix,
+        frozen_layers(config, stage),
+        fmt=memory.frozen_weights,
+        offload=memory.offload_frozen,
+        device=device,
+    )
+    move(model, device)
+    model.train()
+    if check:
+        check_loss(model, train.sequence_length)  # before compile: it would compile for one short row
+    if train.gradient_checkpointing:
+        new_layers = tuple(sorted(set(range(stage.num_hidden_layers)) - set(frozen_layers(config, stage))))
+        layers = layers_to_checkpoint(train.gradient_checkpointing, stage.num_hidden_layers, new_layers)
+        checkpoint_layers(model, layers, prefix)
+    if train.compile:
+        for layer in model.get_submodule(prefix):
+            layer.compile()
+    optimizer = AdamW(
+        {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        eps=optim.adam_epsilon,
+        weight_decay=optim.weight_decay,
+        states=memory.optimizer_states,
+        master_weights=memory.master_weights,
+    )
+    if start.trained_names is not None:
+        optimizer.load_state_dict(start.optimizer, start.optimizer_steps)
+    elif start.optimizer:
+        carried, steps = carry_state(start.optimizer, start.optimizer_steps, start.renamed)
+        optimizer.load_state_dict(carried, steps, strict=False)
+    return Assembled(model, optimizer, packing)
+
+
+def frozen_layers(config: RunConfig, stage: Stage) -> tuple[int, ...]:
+    """Indices of the layers that are not trained as a whole."""
+    if stage.layer_map is None or not config.plan.freeze_old_layers:
+        return ()
+    return stage.layer_map.kept_layers
+
+
+def packs(memory: MemoryConfig) -> bool:
+    """Whether frozen weights are held otherwise than as plain parameters on the device."""
+    return memory.frozen_weights != "full" or memory.offload_frozen
+
+
+def packed_rows(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Packed weights in the rows of the plan: component, kind, tensor."""
+    for name, tensor, on_host in frozen_tensors(model):
+        is_staging = name.startswith("staging.")
+        yield "fetched_layers" if is_staging else "frozen_layers", HOST if on_host else "weights", tensor
+
+
+def probe_model(
+    config: RunConfig, hf_config: PretrainedConfig, weights: dict[str, Tensor], device: torch.device
+) -> PreTrainedModel:
+    """A model of plain weights, for a loss without training.
+
+    Where frozen weights are packed, the whole model may be too large for the device: its layers then stay in host
+    memory and are fetched one after the other.
+    """
+    model = build_model(hf_config, weights)
+    if packs(config.memory):
+        model.requires_grad_(False)
+        layers = range(hf_config.get_text_config().num_hidden_layers)
+        pack_frozen(model, layer_prefix_of(weights), layers, fmt="full", offload=True, device=device)
+    move(model, device)
+    return model
