@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -30,6 +32,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
+@contextmanager
+def _suggesting(run: str, overrides: list[str]) -> Iterator[None]:
+    """Add what would fit to the error of a plan that does not fit its budget."""
+    from steplm.errors import PlanInfeasible
+
+    try:
+        yield
+    except PlanInfeasible as error:
+        if "budget_bytes" not in error.details:
+            raise
+        from steplm.cli.fit import explained
+
+        raise explained(error, run, overrides) from None
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -49,7 +66,26 @@ def plan(
     """Show the stages and their model-state bytes; needs no GPU and no data."""
     from steplm.cli.plan import show_plan
 
-    show_plan(run, overrides or [], as_json=json, explain=explain)
+    with _suggesting(run, overrides or []):
+        show_plan(run, overrides or [], as_json=json, explain=explain)
+
+
+@app.command()
+def fit(
+    run: Run,
+    budget: Annotated[str, typer.Option(help="Bytes of the device, e.g. 24GiB.")],
+    overrides: Overrides = None,
+    maximize: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="depth, width, batch or sequence; default: the sizes stay as written."),
+    ] = None,
+    vary: Annotated[str, typer.Option(help="What may change besides.")] = "stages,rank,options",
+    json: Json = False,
+) -> None:
+    """Find the ways of training that fit a memory budget, or the largest model, batch or sequence."""
+    from steplm.cli.fit import show_fit
+
+    show_fit(run, overrides or [], budget=budget, maximize=maximize, vary=vary, as_json=json)
 
 
 @app.command()
@@ -65,11 +101,20 @@ def prepare(
 
 
 @app.command()
-def train(run: Run, overrides: Overrides = None) -> None:
+def train(
+    run: Run,
+    overrides: Overrides = None,
+    budget: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Refuse a plan that needs more, and say what would fit, e.g. 24GiB: plan.budget=24GiB."),
+    ] = None,
+) -> None:
     """Train every stage and export the merged model; started again, it resumes."""
-    from steplm.cli.train import run_train
+    given = [*(overrides or []), *([] if budget is None else [f"plan.budget={budget}"])]
+    with _suggesting(run, given):
+        from steplm.cli.train import run_train
 
-    raise typer.Exit(run_train(run, overrides or []))
+        raise typer.Exit(run_train(run, given))
 
 
 @app.command()

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from steplm.types import HOST
 
 REST = "rest"  # whatever nobody has labelled: activations and workspace
+DEVICE = torch.ops.prim.device.default
 LIFT_FRESH = torch.ops.aten.lift_fresh.default  # all that is dispatched of torch.tensor(...): a view of a new storage
 MAX_POINTS = 2048  # of a timeline; a longer one keeps the highest point of each window
 
@@ -98,6 +100,10 @@ class ByteCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is DEVICE and isinstance(
+            args[0], FakeTensor
+        ):  # two of three calls; asked of the mode below, it is slow
+            return args[0].fake_device
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         for tensor in _tensors(result):

@@ -4,20 +4,22 @@ Every moment holds the weights and the optimizer's states. Beside them: the loss
 and its own workspace; the backward pass of a layer holds the activations of the layers below it and the gradients of
 those above it; the update holds all gradients. Left out: the device's context and libraries (``memory.reserve``).
 
-N tokens of a micro-batch, S of a sequence, d hidden size, V vocabulary, C rows of the loss at once, w bytes of a number.
+N tokens of a micro-batch, d hidden size, V vocabulary, C rows of the loss at once, w bytes of a number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from steplm.config import MemoryConfig, TrainConfig
 from steplm.memory.activations import Workload, is_modelled, layer_activations, norm_backward, norm_saved
-from steplm.memory.formats import STEP_CHUNK, step_bytes_per_element
+from steplm.memory.formats import STEP_CHUNK, step_bytes_per_element, unpack_bytes
 from steplm.memory.terms import FETCH_SLOTS
 from steplm.types import Instant, MemoryEstimate, MemoryTerm, ModelShape, PeakEstimate
 
-KINDS_OF_LAYERS = ("new_layers", "frozen_layers")
+GRADIENTS_OF = {"new_layers": "new_layers", "frozen_layers": "adapters"}  # kind of layer -> its trained part
+KINDS_OF_LAYERS = tuple(GRADIENTS_OF)
 
 
 def estimate_peak(
@@ -73,7 +75,9 @@ class _Moments:
     ) -> None:
         self.work, self.shape, self.state = work, work.shape, state
         self.train, self.memory, self.outer = train, memory, outer
+        self.num_layers = num_layers
         self.is_new = [index in new_layers for index in range(num_layers)]
+        self.new_below = [0, *accumulate(self.is_new)]  # new layers among the lowest 0, 1, 2 ...
         self.recomputes = {
             "new_layers": train.gradient_checkpointing in (True, "new"),
             "frozen_layers": train.gradient_checkpointing in (True, "frozen"),
@@ -82,13 +86,17 @@ class _Moments:
             "new_layers": layer_activations(work, trained=True),
             "frozen_layers": layer_activations(work, trained=False),
         }
+        self.kept = {
+            kind: work.stream_bytes if self.recomputes[kind] else self.activations[kind].saved
+            for kind in KINDS_OF_LAYERS
+        }
         # Gradients of all micro-batches are summed: from the second one on they all exist, all the time.
         self.sums_gradients = train.gradient_accumulation_steps > 1
         self.head_bytes = work.width * self.shape.vocab_size * self.shape.hidden_size
 
     def growth(self) -> Instant:
         """The grown model's plain weights, on which the loss is probed before there is an optimizer."""
-        shape, layers = self.shape, len(self.is_new)
+        shape, layers = self.shape, self.num_layers
         packs = self.memory.frozen_weights != "full" or self.memory.offload_frozen
         layers = min(FETCH_SLOTS, layers) if packs else layers  # probed from host memory, layer by layer
         size = shape.num_parameters(layers)
@@ -112,7 +120,7 @@ class _Moments:
             _term("loss", "workspace", chunk, "chunk: 6 C V (fp32: 4 C V), or 2 C V + 2 V d"),
             _term("head", "gradients", 4 * matrix if trained else 0, "summed in fp32: 4 V d"),
         ]
-        return self._instant("loss", len(self.is_new), terms, self._summed_gradients())
+        return self._instant("loss", self.num_layers, terms, self._summed_gradients())
 
     def final_norm(self) -> Instant:
         """The backward pass of the norm above the last layer: all activations still wait."""
@@ -120,12 +128,29 @@ class _Moments:
             _term("loss", "activations", self._final_norm_saved(), "final norm: 4 N d + w N d"),
             _term("loss", "workspace", norm_backward(self.work), "16 N d + w N d"),
         ]
-        top = len(self.is_new)
+        top = self.num_layers
         return self._instant("backward of the final norm", top, terms, self._gradients_above(top))
 
     def highest_layer(self) -> Instant:
         """The backward pass of the layer at which most is held."""
-        return max((self._layer(index) for index in self._candidates()), key=lambda instant: instant.memory.total_bytes)
+        gradients = {kind: self.state.bytes_of(component, "gradients") for kind, component in GRADIENTS_OF.items()}
+        per_layer = {kind: gradients[kind] // max(self._count(kind), 1) for kind in KINDS_OF_LAYERS}
+
+        def held(index: int) -> int:
+            kind = self._kind(index)
+            inside = self.activations[kind].backward + self.recomputes[kind] * self.activations[kind].saved
+            inside += self._unpacking(kind)
+            below = sum(self.kept[kind] * self._count(kind, index + 1) for kind in KINDS_OF_LAYERS)
+            above = (
+                0
+                if self.sums_gradients
+                else sum(
+                    per_layer[kind] * (self._count(kind) - self._count(kind, index + 1)) for kind in KINDS_OF_LAYERS
+                )
+            )
+            return below + inside + above
+
+        return self._layer(max(range(self.num_layers), key=held))
 
     def embeddings(self) -> Instant:
         """The end of the backward pass: no activations, all gradients."""
@@ -145,6 +170,13 @@ class _Moments:
         """A forward pass that keeps nothing for a backward one, between two steps."""
         return self._instant("evaluation", 0, self._forward_alone(batch_size), [], in_pass=False)
 
+    def _unpacking(self, kind: str) -> int:
+        """The largest packed matrix, made whole for a product."""
+        if kind == "new_layers":
+            return 0
+        largest = max(linear.in_features * linear.out_features for linear in self.shape.linears)
+        return unpack_bytes(self.memory.frozen_weights, largest, self.work.width)
+
     def _final_norm_saved(self) -> int:
         return norm_saved(self.work, trained=self.outer != "frozen")
 
@@ -155,16 +187,10 @@ class _Moments:
         if self.recomputes[kind]:
             terms.append(_term(kind, "activations", layer.saved, f"layer {index} computed again"))
         terms.append(_term(kind, "gradients", layer.backward_gradients, f"inside layer {index}"))
+        terms.append(_term(kind, "workspace", self._unpacking(kind), "one matrix made whole"))
         if self.memory.fused_backward:
             terms.append(self._step_workspace())
         return self._instant(f"backward of layer {index}", index + 1, terms, self._gradients_above(index + 1))
-
-    def _candidates(self) -> Iterable[int]:
-        """Layers at which the bytes can be highest: between two of a kind without a change they rise or fall evenly."""
-        last = len(self.is_new) - 1
-        for index, new in enumerate(self.is_new):
-            if index in (0, last) or new != self.is_new[index - 1] or new != self.is_new[index + 1]:
-                yield index
 
     def _instant(
         self,
@@ -178,12 +204,9 @@ class _Moments:
         """Weights and states, activations of the lowest ``num_below`` layers, and what else there is."""
         held = [term for term in self.state.terms if term.kind != "gradients"]
         for kind in KINDS_OF_LAYERS:
-            count = sum(self._kind(index) == kind for index in range(num_below))
-            if self.recomputes[kind]:
-                held.append(_term(kind, "activations", count * self.work.stream_bytes, f"{count} layers × w N d"))
-            else:
-                saved = self.activations[kind].saved
-                held.append(_term(kind, "activations", count * saved, f"{count} layers × {saved:,} B"))
+            count = self._count(kind, num_below)
+            each = "w N d" if self.recomputes[kind] else f"{self.kept[kind]:,} B"
+            held.append(_term(kind, "activations", count * self.kept[kind], f"{count} layers × {each}"))
         if in_pass:
             held.append(_term("batch", "activations", 16 * self.work.num_tokens, "tokens and labels: 16 N"))
         present = tuple(term for term in (*held, *gradients, *terms) if term.num_bytes)
@@ -191,6 +214,12 @@ class _Moments:
 
     def _kind(self, index: int) -> str:
         return "new_layers" if self.is_new[index] else "frozen_layers"
+
+    def _count(self, kind: str, num_below: int | None = None) -> int:
+        """Layers of this kind among the lowest ``num_below``, or among all."""
+        num_below = self.num_layers if num_below is None else num_below
+        new = self.new_below[num_below]
+        return new if kind == "new_layers" else num_below - new
 
     def _all_gradients(self) -> list[MemoryTerm]:
         return [term for term in self.state.terms if term.kind == "gradients"]
@@ -207,14 +236,10 @@ class _Moments:
         if self.outer == "trained" and (tied or not self.memory.fused_backward):
             name = "embeddings" if tied else "head"
             terms.append(_term(name, "gradients", self.head_bytes, "the head's: w V d"))
-        for term in self._all_gradients():
-            for component, owner in (("new_layers", "new_layers"), ("adapters", "frozen_layers")):
-                if term.component != component:
-                    continue
-                in_all = sum(self._kind(layer) == owner for layer in range(len(self.is_new)))
-                above = sum(self._kind(layer) == owner for layer in range(index, len(self.is_new)))
-                num_bytes = term.num_bytes * above // max(in_all, 1)
-                terms.append(_term(component, "gradients", num_bytes, f"of {above} layers above"))
+        for kind, component in GRADIENTS_OF.items():
+            in_all, below = self._count(kind), self._count(kind, index)
+            num_bytes = self.state.bytes_of(component, "gradients") * (in_all - below) // max(in_all, 1)
+            terms.append(_term(component, "gradients", num_bytes, f"of {in_all - below} layers above"))
         return terms
 
     def _step_workspace(self) -> MemoryTerm:

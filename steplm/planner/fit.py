@@ -5,8 +5,8 @@ has a price, in points of judgement (``Rung.price``, ``RANK_PRICE``, ``STAGE_PRI
 would always choose the lowest rank. The search goes from the cheapest candidate up and keeps those that hold more, or
 less memory, than all cheaper ones; so no row of the answer is worse than another in everything.
 
-It takes for granted that a stage with one more new layer never needs less memory, and that a run that can be finished
-from some depth can be finished from one layer more.
+Where a new layer never needs less memory than an old one, the division is found by bisection, in few costs; elsewhere
+(as when only new layers are recomputed) by the solver of the plan.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from steplm.config import RunConfig, validated
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.plan import StageCosts
 from steplm.planner.shape import shape_from_hf_config
-from steplm.planner.solve import StageCost, peak_cost
+from steplm.planner.solve import StageCost, peak_cost, solve_dynamic_programming
 from steplm.planner.tokens import stage_tokens
 from steplm.types import ModelShape
 from steplm.units import format_bytes
@@ -35,6 +35,7 @@ VARY = ("stages", "rank", "options")
 MAX_STAGES = 6
 MAX_ALTERNATIVES = 12
 STAGE_PRICE = 1  # for each stage more or less: STEP found no loss, but fewer tokens see the whole model
+LEAST_SAVING = 0.01  # a rung that saves a smaller share of the peak is left out
 RANK_PRICE = 2  # for each halving: old layers can follow the new ones less
 
 
@@ -326,7 +327,10 @@ def divide(cost: StageCost, num_layers: int, num_stages: int, limit: int) -> tup
 
 
 def solve_bisection(cost: StageCost, num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """As ``steplm.planner.solve.SOLVERS``, in O(K log L) costs for each of a few dozen limits."""
+    """As ``steplm.planner.solve.SOLVERS``, in O(K log L) costs for each of a few dozen limits.
+
+    Exact where one more new layer, and a new one in place of an old one, never cost less.
+    """
     best, _ = divide(cost, num_layers, num_stages, 2**62)
     assert best is not None
     low, high = 0, peak_cost(cost, best)  # no limit below ``low`` can be kept
@@ -354,6 +358,7 @@ class _Case:
     config: RunConfig
     shape: ModelShape
     table: dict[tuple[int, int], int] = field(default_factory=dict)
+    solved: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
 
     @cached_property
     def costs(self) -> StageCosts:
@@ -365,11 +370,32 @@ class _Case:
             self.table[key] = self.costs.peak_bytes(num_new, num_old)
         return self.table[key]
 
+    def is_regular(self, depth: int) -> bool:
+        """Whether a new layer costs at least as much as an old one, at the depths where most is held."""
+        depths = [each for each in {depth, depth // 2 + 1, 3} if 3 <= each <= depth]
+        return all(self.cost(1, each - 1) <= self.cost(2, each - 2) for each in depths)
+
+    def divide(self, depth: int, num_stages: int, limit: int) -> tuple[int, ...] | None:
+        """A division whose stages cost ``limit`` at most, or None."""
+        layers, _ = divide(self.cost, depth, num_stages, limit)
+        if layers is None and num_stages > 1 and not self.is_regular(depth):
+            best = self.solve(depth, num_stages)
+            layers = best if peak_cost(self.cost, best) <= limit else None
+        return layers
+
+    def solve(self, depth: int, num_stages: int) -> tuple[int, ...]:
+        """The division that the plan chooses."""
+        key = (depth, num_stages)
+        if key not in self.solved:
+            regular = num_stages == 1 or self.is_regular(depth)
+            self.solved[key] = (solve_bisection if regular else solve_dynamic_programming)(self.cost, *key)
+        return self.solved[key]
+
     def device_bytes(self, layers: tuple[int, ...]) -> int:
         """Of the largest stage, whatever the plan minimises."""
         if self.config.plan.objective == "peak":
             return peak_cost(self.cost, layers)
-        peaks = [self.costs.peak(new, depth - new) for new, depth in _stages(layers)]
+        peaks = [self.costs.peak(*stage) for stage in _stages(layers)]
         if any(peak is None for peak in peaks):
             return peak_cost(self.cost, layers)
         return max(peak.total_bytes for peak in peaks if peak is not None)
@@ -400,6 +426,7 @@ class _Search:
         self.values = config.model_dump(mode="json")
         self.cases: dict[tuple[Any, ...], _Case | None] = {}
         self.at_limit = False
+        self.stage_counts = self._counts()
         rungs, self.skipped = self._rungs()
         self.candidates = sorted(self._candidates(rungs), key=lambda c: (c.price, -c.num_stages))
 
@@ -450,23 +477,41 @@ class _Search:
             except ConfigError as error:
                 skipped.append(f"{rung.name}: {error}")
                 continue
+            if not self._saves(changes, before):
+                skipped.append(f"{rung.name}: saves less than {LEAST_SAVING:.0%} here")
+                continue
             price += round(math.log2(self.config.train.gradient_accumulation_steps)) * bool(needs)
             rungs.append((price, (*names, rung.name), changes))
         return rungs, tuple(skipped)
 
+    def _saves(self, changes: Changes, before: Changes) -> bool:
+        """Whether the rung lowers the peak of the sizes as written, in the largest number of stages."""
+        peaks = []
+        for each in (changes, before):
+            candidate = _Candidate(0, max(self.stage_counts), (), each)
+            if not self._fits(candidate, self.written_index, math.inf):
+                return True  # the sizes as written make no plan: then others decide
+            case = self._case(candidate, self.written_index)
+            assert case is not None
+            peaks.append(case.device_bytes(self._layers(candidate, self.written_index)))
+        return peaks[0] < (1 - LEAST_SAVING) * peaks[1]
+
+    def _counts(self) -> set[int]:
+        """K that the configuration allows: its lists with an entry for each stage fix it."""
+        plan, depth = self.config.plan, self.config.model.num_hidden_layers
+        per_stage = (self.config.optim.learning_rate, plan.tokens_per_stage, plan.token_shares)
+        if "stages" not in self.vary or any(isinstance(value, list) for value in per_stage):
+            return {plan.num_stages}
+        most = MAX_STAGES if self.axis is AXES["depth"] else min(MAX_STAGES, depth)
+        return {*range(1, most + 1), plan.num_stages}
+
     def _candidates(self, rungs: Sequence[tuple[int, tuple[str, ...], Changes]]) -> Iterator[_Candidate]:
-        config, depth = self.config, self.config.model.num_hidden_layers
-        written, rank = config.plan.num_stages, config.pet.rank
-        counts: Collection[int] = (written,)
-        per_stage = (config.optim.learning_rate, config.plan.tokens_per_stage, config.plan.token_shares)
-        if "stages" in self.vary and not any(isinstance(value, list) for value in per_stage):
-            most = MAX_STAGES if self.axis is AXES["depth"] else min(MAX_STAGES, depth)
-            counts = {*range(1, most + 1), written}
+        config, written, rank = self.config, self.config.plan.num_stages, self.config.pet.rank
         ranks = [rank]
         if "rank" in self.vary and config.pet.method != "none" and config.plan.freeze_old_layers:
             powers = [2**k for k in range(3, 20) if 2**k < rank]
             ranks += reversed(powers[-3:])
-        for count, (halvings, low_rank), (price, names, changes) in product(counts, enumerate(ranks), rungs):
+        for count, (halvings, low_rank), (price, names, changes) in product(self.stage_counts, enumerate(ranks), rungs):
             if halvings and count == 1:
                 continue  # there are no adapters
             price += STAGE_PRICE * abs(count - written) + RANK_PRICE * halvings
@@ -481,7 +526,7 @@ class _Search:
         if case is None or candidate.num_stages > depth:
             return False
         if case.config.plan.objective == "peak" and self._by_hand(candidate, depth) is None and limit < math.inf:
-            layers, _ = divide(case.cost, depth, candidate.num_stages, int(limit))
+            layers = case.divide(depth, candidate.num_stages, int(limit))
             if layers is None:
                 return False
             if self._least_steps(candidate, index, layers) >= 8:  # then the plan's own layers have some too
@@ -496,7 +541,7 @@ class _Search:
         by_hand = self._by_hand(candidate, depth)
         if by_hand is not None:
             return by_hand
-        best = solve_bisection(case.cost, depth, candidate.num_stages)
+        best = case.solve(depth, candidate.num_stages)
         if not case.config.plan.freeze_old_layers:
             equal_parts = divide_equally(depth, candidate.num_stages)
             if peak_cost(case.cost, equal_parts) == peak_cost(case.cost, best):
@@ -662,11 +707,7 @@ def _step_tokens(config: RunConfig) -> int:
 
 
 def _as_yaml(value: Any) -> str:
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, int) or isinstance(value, bool)
-        else str(value)
-    )
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _last_true(test: Callable[[int], bool], low: int, high: int) -> int:

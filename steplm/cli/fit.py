@@ -1,0 +1,163 @@
+"""``steplm fit``: what fits a budget, as a table or as JSON; and what would fit, where a plan does not."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from steplm.config import RunConfig, load_config
+from steplm.errors import ConfigError, PlanInfeasible
+from steplm.planner.fit import LADDER, VARY, Alternative, FitResult, fit, require_known, suggestions
+from steplm.planner.shape import FAMILIES
+from steplm.types import ModelShape
+from steplm.units import format_bytes, format_count, parse_bytes
+
+
+def show_fit(
+    run: str,
+    overrides: Sequence[str] = (),
+    *,
+    budget: str,
+    maximize: str | None = None,
+    vary: str = ",".join(VARY),
+    as_json: bool = False,
+) -> None:
+    """Find what fits and print it."""
+    try:
+        budget_bytes = parse_bytes(budget)
+    except ValueError as error:
+        raise ConfigError(f"--budget: {error}") from None
+    names = [name.strip() for name in vary.split(",") if name.strip()]
+    for name in names:
+        require_known("--vary", name, VARY)
+    config = load_config(run, overrides)
+    result = fit(config, budget_bytes, maximize=maximize, vary=names, shape=_shape(config))
+    if as_json:
+        print(json.dumps(fit_to_json(result), indent=2))
+    else:
+        render_fit(result, Console(), config, run, overrides, budget)
+
+
+def explained(error: PlanInfeasible, run: str, overrides: Sequence[str]) -> PlanInfeasible:
+    """The error of a plan that does not fit ``plan.budget``, with the changes that would make it fit."""
+    config = load_config(run, overrides)
+    more = suggestions(config, error.budget_bytes, _shape(config))
+    return PlanInfeasible(f"{error}\n{more}", **error.details)
+
+
+def fit_to_json(result: FitResult) -> dict[str, Any]:
+    """All numbers; the best comes first."""
+    return asdict(result)
+
+
+def render_fit(
+    result: FitResult, console: Console, config: RunConfig, run: str, overrides: Sequence[str], budget: str
+) -> None:
+    """The answer, the alternatives, and the command that runs the best; fits 80 columns."""
+    best = result.best
+    console.print(_answer(result, config), highlight=False)
+    console.print(_table(result, config))
+    for line in _legend(result.alternatives):
+        console.print(line, style="dim", highlight=False, soft_wrap=False)
+    if result.at_limit:
+        console.print("the search stops at this value: more may fit", style="dim", highlight=False)
+    console.print("to train the first:", highlight=False)
+    for line in _command(run, overrides, best, budget, console.width):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _answer(result: FitResult, config: RunConfig) -> str:
+    best = result.best
+    budget = f"{format_bytes(result.budget_bytes)} ({format_bytes(result.reserve_bytes)} reserve)"
+    size = f"{format_count(best.num_parameters)} parameters, peak {format_bytes(best.peak_bytes)}"
+    if result.maximize is not None:
+        return f"[bold]largest {result.maximize} in {budget}: {best.value:,}[/], {size}"
+    how = "as written" if not best.overrides else f"with {' '.join(best.overrides)}"
+    return f"[bold]fits in {budget}[/]: {escape(how)}; {size}"
+
+
+def _table(result: FitResult, config: RunConfig) -> Table:
+    numbers = _numbers(result.alternatives)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0), pad_edge=False)
+    if result.maximize is not None:
+        table.add_column(result.maximize, justify="right", no_wrap=True)
+        table.add_column("params", justify="right", no_wrap=True)
+    table.add_column("stages", no_wrap=True)
+    table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column("options", no_wrap=True)
+    for name in ("peak", "state"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("FLOPs", justify="right", no_wrap=True)
+    for row in result.alternatives:
+        value = [f"{row.value:,}", format_count(row.num_parameters)] if row.value is not None else []
+        ratio = row.flops / result.best.flops
+        table.add_row(
+            *value,
+            "+".join(map(str, row.layers)),
+            "" if row.rank is None else str(row.rank),
+            _ranges([numbers[name] for name in row.options]) or "as written",
+            format_bytes(row.peak_bytes),
+            format_bytes(row.model_state_bytes),
+            f"{row.flops:.2e}" if row is result.best else f"×{ratio:.2f}" if ratio >= 0.1 else f"×{ratio:.2g}",
+            style="bold" if row is result.best else None,
+        )
+    return table
+
+
+def _legend(rows: Sequence[Alternative]) -> list[str]:
+    """What each number in the column of options stands for, what it sets, and what it costs."""
+    numbers = _numbers(rows)
+    lines = []
+    for rung in LADDER:
+        if rung.name not in numbers:
+            continue
+        costs = [f"time: {rung.time}"] * (rung.time != "none") + [f"quality: {rung.quality}"] * (rung.quality != "none")
+        lines.append(f"{numbers[rung.name]:>2} {rung.name}: {'; '.join(costs)}")
+    return lines
+
+
+def _numbers(rows: Sequence[Alternative]) -> dict[str, int]:
+    used = {name for row in rows for name in row.options}
+    return {name: number for number, name in enumerate((r.name for r in LADDER if r.name in used), start=1)}
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``[1, 2, 3, 5] -> "1-3,5"``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+def _command(run: str, overrides: Sequence[str], best: Alternative, budget: str, width: int) -> list[str]:
+    """Lines that a shell reads as one command; what the answer changes takes the place of what was given."""
+    changed = {override.partition("=")[0] for override in best.overrides}
+    kept = [override for override in overrides if override.partition("=")[0] not in changed]
+    lines = ["steplm train " + shlex.quote(run)]
+    for word in [*kept, *best.overrides, f"--budget {budget}"]:
+        quoted = word if word.startswith("--budget") else shlex.quote(word)
+        if len(lines[-1]) + len(quoted) + 3 > width:
+            lines[-1] += " \\"
+            lines.append("    " + quoted)
+        else:
+            lines[-1] += " " + quoted
+    return lines
+
+
+def _shape(config: RunConfig) -> ModelShape | None:
+    if config.model.model_type in FAMILIES:
+        return None
+    from steplm.models.shape import shape_of
+
+    return shape_of(config.model.hf_config())

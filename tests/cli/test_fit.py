@@ -1,0 +1,114 @@
+"""``steplm fit``: an answer first, in eighty columns, in numbers that a program can read."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from steplm.cli.fit import explained, render_fit, show_fit
+from steplm.config import load_config
+from steplm.errors import ConfigError, PlanInfeasible
+from steplm.planner.fit import fit
+from steplm.planner.plan import plan
+
+GIB = 2**30
+
+
+def text_of(run: str, budget_gib: int, width: int = 80, overrides: tuple[str, ...] = (), **arguments: Any) -> str:
+    stream = io.StringIO()
+    config = load_config(run, overrides)
+    result = fit(config, budget_gib * GIB, **arguments)
+    render_fit(result, Console(file=stream, width=width), config, run, overrides, f"{budget_gib}GiB")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("run", "budget_gib", "arguments"),
+    [
+        ("llama_368m", 8, {}),
+        ("llama_1.2b", 16, {"vary": ["options"]}),
+        ("llama_368m", 8, {"maximize": "batch", "vary": ["options"]}),
+        ("llama_368m", 8, {"maximize": "sequence", "vary": ["options"]}),
+    ],
+)
+def test_nothing_is_cut_off_on_eighty_columns(run: str, budget_gib: int, arguments: dict[str, Any]) -> None:
+    text = text_of(run, budget_gib, **arguments)
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_the_answer_comes_first_and_the_command_last() -> None:
+    lines = text_of("llama_368m", 80).splitlines()
+    assert lines[0].startswith("fits in 80.00 GiB (1.00 GiB reserve): as written")
+    assert lines[-1] == "steplm train llama_368m --budget 80GiB"
+
+
+def test_the_command_plans_what_the_table_shows() -> None:
+    given = ("train.gradient_checkpointing=frozen", "data.train=[a b.txt]")
+    text = text_of("llama_368m", 5, overrides=given, vary=["options"])
+    command = shlex.split(text[text.index("steplm train") :].replace("\\\n", " "))
+    assert command[:3] == ["steplm", "train", "llama_368m"]
+    assert command[-2:] == ["--budget", "5GiB"]
+    overrides = command[3:-2]
+    keys = [override.partition("=")[0] for override in overrides]
+    assert len(keys) == len(set(keys))
+    assert "data.train=[a b.txt]" in overrides
+    made = plan(load_config("llama_368m", [*overrides, "plan.budget=5GiB"]))
+    best = fit(load_config("llama_368m", given), 5 * GIB, vary=["options"]).best
+    assert made.peak_bytes == best.peak_bytes
+
+
+def test_every_option_of_the_table_is_explained() -> None:
+    text = text_of("llama_1.2b", 24, width=120, vary=["options"])
+    assert "1 recompute frozen layers: time: one more forward pass of the frozen layers" in text
+    assert "no master weights: quality: updates are rounded to bf16" in text
+    assert "train.gradient_checkpointing=frozen" in text.splitlines()[0]
+
+
+def test_json_has_every_number(capsys: pytest.CaptureFixture[str]) -> None:
+    show_fit("llama_368m", budget="8GiB", maximize="batch", vary="options", as_json=True)
+    values = json.loads(capsys.readouterr().out)
+    best = values["alternatives"][0]
+    assert values["budget_bytes"] == 8 * GIB
+    made = plan(load_config("llama_368m", best["overrides"]))
+    assert best["peak_bytes"] == made.peak_bytes
+    assert best["model_state_bytes"] == made.peak_model_state_bytes
+    assert best["layers"] == list(made.layers)
+    assert f"train.per_device_train_batch_size={best['value']}" in best["overrides"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": "8GiB", "vary": "stage,rank"}, "Did you mean 'stages'"),
+        ({"budget": "8GiB", "maximize": "batches"}, "Did you mean 'batch'"),
+        ({"budget": "8 gigs"}, "--budget: cannot read '8 gigs'"),
+    ],
+)
+def test_wrong_usage_is_told_what_was_meant(arguments: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        show_fit("llama_368m", **arguments)  # type: ignore[arg-type]
+
+
+def test_a_refused_plan_names_changes_that_fit() -> None:
+    with pytest.raises(PlanInfeasible) as caught:
+        plan(load_config("llama_1.2b", ["plan.budget=16GiB"]))
+    error = explained(caught.value, "llama_1.2b", ["plan.budget=16GiB"])
+    first = str(error).splitlines()[2].partition("  (")[0].split()
+    assert plan(load_config("llama_1.2b", [*first, "plan.budget=16GiB"])).peak_bytes
+    assert error.peak_bytes == caught.value.peak_bytes
+
+
+def test_plan_and_train_refuse_with_suggestions_before_anything_is_done() -> None:
+    command = [sys.executable, "-m", "steplm", "plan", "llama_1.2b", "plan.budget=16GiB"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "These fit, the cheapest first:" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,286 @@
+"""The inverse plan: what it answers fits, one more does not, and the plan of its overrides is the same."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from steplm.config import RunConfig, load_config
+from steplm.errors import ConfigError, PlanInfeasible
+from steplm.planner.fit import (
+    AXES,
+    LADDER,
+    MAX_ALTERNATIVES,
+    Alternative,
+    fit,
+    recomputed_flops_per_token,
+    solve_bisection,
+    suggestions,
+)
+from steplm.planner.plan import StageCosts, plan
+from steplm.planner.shape import shape_from_hf_config
+from steplm.planner.solve import solve_dynamic_programming
+from steplm.types import Plan
+
+TINY: dict[str, Any] = {
+    "model": {
+        "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 8, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 500, "max_position_embeddings": 64,
+    },
+    "plan": {"num_stages": 2, "total_tokens": "100M"},
+    "pet": {"rank": 16},
+    "train": {"sequence_length": 64, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 8},
+    "memory": {"reserve": 1000},
+}  # fmt: skip
+STEP = {"depth": 1, "width": 32, "batch": 1, "sequence": 64}
+KEY = {
+    "depth": "model.num_hidden_layers",
+    "batch": "train.per_device_train_batch_size",
+    "sequence": "train.sequence_length",
+}
+
+
+def tiny(*overrides: str) -> RunConfig:
+    return load_config(TINY, overrides)
+
+
+def plan_of(row: Alternative, *more: str) -> Plan:
+    return plan(tiny(*row.overrides, *more))
+
+
+def written_bytes(*overrides: str) -> int:
+    config = tiny(*overrides)
+    return (plan(config).peak_bytes or 0) + config.memory.reserve
+
+
+def one_more(row: Alternative, axis: str) -> list[str]:
+    assert row.value is not None
+    value = row.value + STEP[axis]
+    if axis == "width":
+        intermediate = 16 * round(value * 176 / 64 / 16)
+        sizes = {"hidden_size": value, "intermediate_size": intermediate}
+        heads = {"num_attention_heads": value // 16, "num_key_value_heads": value // 32}
+        return [f"model.{key}={size}" for key, size in {**sizes, **heads}.items()]
+    return [f"{KEY[axis]}={value}", *(["model.max_position_embeddings=100000000"] if axis == "sequence" else [])]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    num_layers=st.integers(2, 9),
+    num_stages=st.integers(1, 4),
+    checkpointing=st.sampled_from(["false", "frozen", "new", "true"]),
+    position=st.sampled_from(["upper", "lower", "even", "random"]),
+    objective=st.sampled_from(["peak", "model_state"]),
+    option=st.sampled_from(
+        ["memory.offload_frozen=true", "memory.frozen_weights=nf4", "pet.method=none", "pet.rank=8"]
+    ),
+    batch=st.integers(1, 40),
+)
+def test_the_depth_is_divided_as_the_plan_divides_it(
+    num_layers: int, num_stages: int, checkpointing: str, position: str, objective: str, option: str, batch: int
+) -> None:
+    assume(num_stages <= num_layers)
+    settings_of_run = (
+        f"model.num_hidden_layers={num_layers}", f"plan.num_stages={num_stages}", f"growth.position={position}",
+        f"train.gradient_checkpointing={checkpointing}", f"plan.objective={objective}", option,
+        f"train.per_device_train_batch_size={batch}",
+    )  # fmt: skip
+    made, best = plan(tiny(*settings_of_run)), fit(tiny(*settings_of_run), 10**12, vary=()).best
+    assert (made.layers, made.peak_bytes) == (best.layers, best.peak_bytes)
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 9), st.integers(1, 5), st.data())
+def test_bisection_is_exact_where_new_layers_cost_most(num_layers: int, num_stages: int, data: st.DataObject) -> None:
+    assume(num_stages <= num_layers)
+    old_price = [0, *data.draw(st.lists(st.integers(0, 3), min_size=num_layers, max_size=num_layers))]
+
+    def cost(num_new: int, num_old: int) -> int:
+        return 4 * num_new + sum(old_price[: num_old + 1]) + 2 * (num_old > 0)
+
+    assert solve_bisection(cost, num_layers, num_stages) == solve_dynamic_programming(cost, num_layers, num_stages)
+
+
+@pytest.mark.parametrize("maximize", [None, *AXES])
+@pytest.mark.parametrize("more", [(), ("plan.objective=model_state",), ("plan.freeze_old_layers=false",)])
+def test_every_row_is_the_plan_of_its_overrides_and_fits(maximize: str | None, more: tuple[str, ...]) -> None:
+    config = tiny(*more)
+    budget = written_bytes(*more) * 3 // 2
+    result = fit(config, budget, maximize=maximize, vary=("stages", "options"))
+    assert 1 <= len(result.alternatives) <= MAX_ALTERNATIVES
+    for row in result.alternatives:
+        made = plan_of(row, *more)
+        assert (made.layers, made.peak_bytes) == (row.layers, row.peak_bytes)
+        assert made.peak_model_state_bytes == row.model_state_bytes
+        assert made.shape.num_parameters() == row.num_parameters
+        assert row.fits
+        assert row.needed_bytes == row.peak_bytes + 1000 <= budget
+
+
+@settings(max_examples=10, deadline=None)
+@given(share=st.floats(1.0, 2.0), maximize=st.sampled_from(list(AXES)), vary=st.sampled_from(["options", "stages"]))
+def test_one_more_does_not_fit(share: float, maximize: str, vary: str) -> None:
+    budget = int(written_bytes() * share)
+    for row in fit(tiny(), budget, maximize=maximize, vary=[vary]).alternatives[:3]:
+        with pytest.raises(PlanInfeasible, match="fit"):
+            plan_of(row, *one_more(row, maximize), f"plan.budget={budget}")
+
+
+@settings(max_examples=8, deadline=None)
+@given(low=st.floats(0.7, 1.5), more=st.floats(1.0, 2.0), maximize=st.sampled_from(list(AXES)))
+def test_more_budget_never_gives_a_smaller_answer(low: float, more: float, maximize: str) -> None:
+    values = []
+    for share in (low, low * more):
+        best = fit(tiny(), int(written_bytes() * share), maximize=maximize, vary=["options"]).best
+        values.append(best.value or 0)
+    assert values[0] <= values[1]
+
+
+@pytest.mark.parametrize("maximize", [None, *AXES])
+def test_no_row_is_worse_than_another_in_everything(maximize: str | None) -> None:
+    rows = fit(tiny(), written_bytes() * 2, maximize=maximize).alternatives
+    for row, other in product(rows, rows):
+        pair = [(-(r.value or 0), r.price, r.flops, r.peak_bytes) for r in (row, other)]
+        assert row is other or any(mine < its for mine, its in zip(*pair, strict=True))
+    assert list(rows) == sorted(rows, key=lambda r: (-(r.value or 0), r.price, r.flops, r.peak_bytes))
+
+
+def test_what_fits_as_written_comes_first() -> None:
+    needed = written_bytes()
+    best = fit(tiny(), needed).best
+    assert (best.overrides, best.price, best.options, best.needed_bytes) == ((), 0, (), needed)
+    assert fit(tiny(), needed - 1).best.price > 0
+
+
+def test_too_small_a_budget_names_the_smallest_peak_and_what_it_needs() -> None:
+    with pytest.raises(PlanInfeasible) as caught:
+        fit(tiny(), 10_000)
+    smallest = caught.value.smallest
+    assert not smallest.fits
+    assert plan_of(smallest).peak_bytes == smallest.peak_bytes == caught.value.peak_bytes
+    assert caught.value.needed_bytes == smallest.peak_bytes + 1000
+    assert fit(tiny(), smallest.needed_bytes).best.peak_bytes == smallest.peak_bytes
+    with pytest.raises(PlanInfeasible):
+        fit(tiny(), smallest.needed_bytes - 1)
+
+
+def test_nothing_changes_that_may_not() -> None:
+    for row in fit(tiny(), written_bytes() * 2, maximize="depth", vary=()).alternatives:
+        assert [override.partition("=")[0] for override in row.overrides] == ["model.num_hidden_layers"]
+    for row in fit(tiny(), written_bytes(), vary=("stages",)).alternatives:
+        assert row.options == ()
+        assert row.rank in (None, 16)
+        assert [override.partition("=")[0] for override in row.overrides] in ([], ["plan.num_stages"])
+    for row in fit(tiny("memory.frozen_weights=nf4", "train.gradient_checkpointing=true"), 10**9).alternatives:
+        assert not any("frozen_weights" in override or "checkpointing" in override for override in row.overrides)
+
+
+def test_a_list_with_an_entry_for_each_stage_fixes_their_number() -> None:
+    rows = fit(tiny("optim.learning_rate=[1e-3,5e-4]"), 10**9).alternatives
+    assert {row.num_stages for row in rows} == {2}
+
+
+def test_layers_by_hand_stay_where_stages_and_depth_do() -> None:
+    config = tiny("plan.layers=[2,6]")
+    rows = fit(config, 10**9).alternatives
+    assert rows[0].layers == (2, 6)
+    assert rows[0].overrides == ()
+    for row in rows:
+        assert (row.layers == (2, 6)) == (row.num_stages == 2) == ("plan.layers=null" not in row.overrides)
+        assert plan(load_config(TINY, ["plan.layers=[2,6]", *row.overrides])).peak_bytes == row.peak_bytes
+
+
+def test_a_fused_backward_comes_with_what_it_needs_and_its_price_grows_with_accumulation() -> None:
+    smallest = []
+    for steps in (8, 1):
+        with pytest.raises(PlanInfeasible) as caught:
+            fit(load_config("llama_368m", [f"train.gradient_accumulation_steps={steps}"]), 10_000)
+        smallest.append(caught.value.smallest)
+    assert [row.options[-1] for row in smallest] == ["fused backward", "fused backward"]
+    assert smallest[0].peak_bytes == smallest[1].peak_bytes
+    assert smallest[0].price == smallest[1].price + 3  # log2 of 8
+    needed = {"train.gradient_accumulation_steps=1", "optim.max_grad_norm=null"}
+    assert [needed & set(row.overrides) for row in smallest] == [needed, {"optim.max_grad_norm=null"}]
+
+
+def test_refused_and_useless_options_are_skipped_with_the_reason() -> None:
+    skipped = fit(tiny("train.compile=true", "train.precision=fp32"), 10**9).skipped
+    assert any(line.startswith("frozen in host memory: memory.offload_frozen fetches") for line in skipped)
+    assert any(line.startswith("no master weights: ") and "fp32" in line for line in skipped)
+    skipped = fit(tiny("pet.method=none", "plan.freeze_old_layers=false"), 10**9).skipped
+    assert any(line.startswith("int8 frozen: saves less than 1%") for line in skipped)
+
+
+def test_batches_keep_the_tokens_of_a_step() -> None:
+    result = fit(tiny(), written_bytes() * 2, maximize="batch", vary=())
+    train = tiny(*result.best.overrides).train
+    assert train.per_device_train_batch_size == result.best.value
+    assert train.gradient_accumulation_steps == round(4 * 8 / train.per_device_train_batch_size)
+
+
+def test_a_batch_leaves_a_step_for_every_stage() -> None:
+    best = fit(tiny("plan.total_tokens=10000"), 2**50, maximize="batch", vary=()).best
+    assert all(stage.tokens > 0 for stage in plan_of(best, "plan.total_tokens=10000").stages)
+    with pytest.raises(ConfigError, match="less than one optimizer step"):
+        plan_of(best, "plan.total_tokens=10000", *one_more(best, "batch"), "train.gradient_accumulation_steps=1")
+
+
+def test_widths_keep_the_size_of_a_head() -> None:
+    for row in fit(tiny(), written_bytes() * 2, maximize="width").alternatives:
+        model = tiny(*row.overrides).model
+        assert model.hidden_size == row.value == 16 * model.num_attention_heads
+        assert model.num_attention_heads == 2 * (model.num_key_value_heads or 0)
+        assert model.intermediate_size % 16 == 0
+        assert abs(model.intermediate_size - model.hidden_size * 176 / 64) <= 8
+
+
+def test_recomputing_every_layer_costs_one_more_forward_pass() -> None:
+    config = tiny("plan.num_stages=1", "train.gradient_checkpointing=true")
+    shape = shape_from_hf_config(config.model.hf_config())
+    matrices = 8 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176)
+    assert recomputed_flops_per_token(StageCosts(config, shape), 8, 0) == 2 * matrices + 8 * 4 * 64 * 64
+    frozen = tiny("train.gradient_checkpointing=frozen", "pet.target_modules=[q_proj]")
+    assert recomputed_flops_per_token(StageCosts(frozen, shape), 8, 0) == 0
+    one_layer = matrices // 8 + 16 * (64 + 64)  # a frozen one with its adapters
+    assert recomputed_flops_per_token(StageCosts(frozen, shape), 5, 3) == 3 * (2 * one_layer + 4 * 64 * 64)
+
+
+def test_flops_are_those_of_all_tokens() -> None:
+    best = fit(tiny("plan.num_stages=1"), 2**40).best
+    made = plan(tiny("plan.num_stages=1"))
+    costs = StageCosts(tiny("plan.num_stages=1"), made.shape)
+    assert best.flops == made.total_tokens * costs.flops_per_token(8, 0)
+
+
+def test_suggestions_are_overrides_that_fit_and_at_most_three() -> None:
+    budget = written_bytes() * 3 // 4
+    _, *lines = suggestions(tiny(), budget).splitlines()
+    assert 1 <= len(lines) <= 3
+    for line in lines:
+        plan(tiny(*line.partition("  (")[0].split(), f"plan.budget={budget}"))
+    assert suggestions(tiny(), 10_000).startswith("nothing fits")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"vary": ["stage"]}, "Did you mean 'stages'"), ({"maximize": "dept"}, "Did you mean 'depth'")],
+)
+def test_an_unknown_name_is_told_the_nearest(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit(tiny(), 10**9, **arguments)
+
+
+def test_prices_rise_along_the_ladder_and_every_rung_says_what_it_costs() -> None:
+    prices = [rung.price for rung in LADDER]
+    assert prices == sorted(set(prices))
+    assert prices[0] == 0
+    for rung in LADDER[1:]:
+        assert (rung.time, rung.quality) != ("none", "none")
+        for key, value, replaced in rung.settings:
+            assert value not in replaced
+            section, _, name = key.partition(".")
+            assert hasattr(getattr(tiny(), section), name)
