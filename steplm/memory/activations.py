@@ -1,9 +1,9 @@
 """Activation bytes of one Transformer layer, by counting what each of its operations saves and allocates.
 
-N tokens of a micro-batch, d hidden size, q and k widths of queries and of keys, f feed-forward size, r rank of the
-adapters, w bytes of a number (2 in bf16, 4 in fp32). The layer is the one that most families of ``transformers`` have:
-norm, attention, add, norm, gated feed-forward, add, with PyTorch's fused attention, whose S x S scores never exist.
-Bytes that are of less than a number per token (rotary tables, masks of one bit) are left out.
+N tokens of a micro-batch of B sequences of S, d hidden size, q and k widths of queries and of keys, f feed-forward
+size, h heads, r rank of the adapters, w bytes of a number (2 in bf16, 4 in fp32). The layer is the one that most
+families of ``transformers`` have: norm, attention, add, norm, gated feed-forward, add, with PyTorch's fused attention,
+whose S x S scores never exist.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steplm.memory.terms import WEIGHT_BYTES
-from steplm.types import ModelShape
+from steplm.types import LinearShape, ModelShape
 
-# Families whose layers are counted here; the others can be simulated. The numbers are norms of q and k together:
-# each is the norm of one head.
-MODELLED = {"llama": 0, "mistral": 0, "qwen2": 0, "qwen3": 1, "smollm3": 0, "granite": 0}
+# Families whose layers are counted here, and whether they normalise each head's query and key.
+# The others can be simulated.
+MODELLED = {"llama": False, "mistral": False, "qwen2": False, "qwen3": True, "smollm3": False, "granite": False}
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,10 @@ class LayerActivations:
     """Bytes of one layer in one micro-batch."""
 
     saved: int  # from its forward until its backward
-    backward: int  # at most beside that during its backward, gradient of its output included
-    backward_gradients: int  # of that, gradients of its own parameters
+    backward: int  # at most beside that during its backward, the gradient of its output included
+    fetched_backward: int  # the same where what it saved has to come back from host memory
+    product_gradient: int  # of ``backward``, what exists when its first parameter gradient does
+    first_gradient: int  # the gradient of its first parameters, those of the feed-forward's last map
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Workload:
     sequence_length: int
     adapter_rank: int = 0
     adapter_targets: tuple[str, ...] = ()
+    has_mask: bool = False  # attention stays inside documents
 
     @property
     def num_tokens(self) -> int:
@@ -50,6 +53,20 @@ class Workload:
     def stream_bytes(self) -> int:
         """``w N d``: the hidden states between two layers."""
         return self.width * self.num_tokens * self.shape.hidden_size
+
+    @property
+    def feed_forward_bytes(self) -> int:
+        """``w N f``: one of the tensors inside the feed-forward block."""
+        return self.width * self.num_tokens * _linear(self.shape, "gate_proj").out_features
+
+    @property
+    def batch_bytes(self) -> int:
+        """Tokens and labels ``16 N``; rotary cosines and sines ``2 w S q/h``, their frequencies and the loss; with a mask, it and the positions."""
+        shape, S = self.shape, self.sequence_length
+        head_dim = (shape.attention_size or shape.hidden_size) // shape.num_attention_heads
+        rows = self.num_tokens if self.has_mask else S
+        mask = self.num_tokens * (S + 8) if self.has_mask else 0
+        return 16 * self.num_tokens + 2 * self.width * rows * head_dim + 4 * (head_dim + 2) + mask
 
 
 def is_modelled(shape: ModelShape) -> bool:
@@ -68,36 +85,53 @@ def norm_backward(work: Workload) -> int:
 
 
 def layer_activations(work: Workload, *, trained: bool) -> LayerActivations:
-    """Of a layer that is trained as a whole, or of a frozen one with or without adapters."""
+    """Of a layer that is trained as a whole, or of a frozen one with or without adapters.
+
+    Saved: two norms, ``w N (2 q + 2 k) + 4 N h`` of the attention (query, key, value, output and its normaliser),
+    ``3 w N f`` of the feed-forward (gate, its activation, up), and the inputs of linear maps that need them for
+    a gradient: ``2 w N d + w N f``; ``w N r`` for each adapter.
+    """
     shape, w, N = work.shape, work.width, work.num_tokens
-    sizes = {linear.name.rpartition(".")[2]: linear for linear in shape.linears}
-    d, q, k = shape.hidden_size, sizes["q_proj"].out_features, sizes["k_proj"].out_features
-    f, r = sizes["gate_proj"].out_features, work.adapter_rank
     adapted = () if trained else work.adapter_targets
+    d, r = shape.hidden_size, work.adapter_rank
+    q, k = _linear(shape, "q_proj").out_features, _linear(shape, "k_proj").out_features
+    inner, f = work.feed_forward_bytes, _linear(shape, "gate_proj").out_features
 
     def needs_input(*names: str) -> bool:
         return trained or any(name in adapted for name in names)
 
-    attention = 2 * w * N * (q + k) + 4 * N * shape.num_attention_heads  # q, k, v, the output and its normaliser
+    attention = 2 * w * N * (q + k) + 4 * N * shape.num_attention_heads
+    if work.has_mask:
+        attention += w * N * work.sequence_length  # made of the mask of bits anew in each layer
     if MODELLED[shape.model_type]:
         head_dim = q // shape.num_attention_heads
         attention += _norm_saved(work, q, N * q // head_dim, trained=trained)
         attention += _norm_saved(work, k, N * k // head_dim, trained=trained)
     saved = 2 * norm_saved(work, trained=trained) + attention
-    saved += w * N * d * (needs_input("q_proj", "k_proj", "v_proj") + needs_input("gate_proj", "up_proj"))
-    saved += w * N * f * (3 + needs_input("down_proj"))  # gate, its activation, up; their product
-    saved += w * N * r * len(adapted)  # the low-rank input of each adapter's second factor
+    saved += work.stream_bytes * (needs_input("q_proj", "k_proj", "v_proj") + needs_input("gate_proj", "up_proj"))
+    saved += inner * (3 + needs_input("down_proj")) + w * N * r * len(adapted)
 
-    # The largest moment of the backward pass: the feed-forward product has passed its gradient on, to both factors.
-    gradients = 0
-    backward = work.stream_bytes + w * N * f * (3 - needs_input("down_proj"))
+    # The largest moment of the backward pass: the product in the feed-forward passes its gradient on to both
+    # factors. Its own value, if it was saved, is gone by then.
+    backward = work.stream_bytes + inner * (3 - needs_input("down_proj"))
+    first_gradient = 0
     if trained:
-        gradients = w * f * d
+        first_gradient = w * f * d
     elif "down_proj" in adapted:
-        gradients = w * r * (d + f)
+        first_gradient = w * r * (d + f)
         backward -= w * N * r
-    return LayerActivations(saved, backward + gradients, gradients)
+    return LayerActivations(
+        saved=saved,
+        backward=backward,
+        fetched_backward=work.stream_bytes + max(5 * inner, 22 * N * d),
+        product_gradient=work.stream_bytes + inner,
+        first_gradient=first_gradient,
+    )
 
 
 def _norm_saved(work: Workload, size: int, num_rows: int, *, trained: bool) -> int:
     return (4 + work.width * trained) * work.num_tokens * size + 4 * num_rows
+
+
+def _linear(shape: ModelShape, name: str) -> LinearShape:
+    return next(linear for linear in shape.linears if linear.name.endswith(f".{name}"))

@@ -6,11 +6,12 @@ has one fp32 scale per row; an NF4 matrix has two codes per byte and one bf16 sc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 STATE_BLOCK = 256  # elements of an 8-bit optimizer state that share a scale
 NF4_BLOCK = 64  # elements of an NF4 weight that share a scale
 STEP_CHUNK = 2**22  # elements that the optimizer updates at once
+CODE_BOOK_BYTES = 659_448  # tables of an optimizer with 8-bit states, on each device
 PACK_CHUNK = 2**22  # elements of a packed matrix that are in fp32 at once
 
 
@@ -51,3 +52,17 @@ def unpack_bytes(fmt: str, num_parameters: int, width: int) -> int:
     """What it takes to make one packed matrix whole, of ``width`` bytes a parameter; see ``steplm.pet.packing``."""
     chunk = {"full": 0, "int8": 4, "nf4": 6}[fmt] * min(num_parameters, PACK_CHUNK)
     return 0 if fmt == "full" else num_parameters * width + chunk
+
+
+def largest_bucket(sizes: Iterable[int]) -> int:
+    """Elements of the largest group that the optimizer updates at once, of tensors of these sizes in their order.
+
+    A tensor is cut into pieces of ``STEP_CHUNK`` elements; a group is as many pieces as fit into that.
+    """
+    largest = size = 0
+    for num_elements in sizes:
+        if num_elements >= STEP_CHUNK:
+            return STEP_CHUNK
+        size = num_elements if size + num_elements > STEP_CHUNK else size + num_elements
+        largest = max(largest, size)
+    return largest

@@ -9,14 +9,15 @@ N tokens of a micro-batch, d hidden size, V vocabulary, C rows of the loss at on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from steplm.config import MemoryConfig, TrainConfig
 from steplm.memory.activations import Workload, is_modelled, layer_activations, norm_backward, norm_saved
-from steplm.memory.formats import STEP_CHUNK, step_bytes_per_element, unpack_bytes
+from steplm.memory.formats import CODE_BOOK_BYTES, STEP_CHUNK, largest_bucket, step_bytes_per_element, unpack_bytes
 from steplm.memory.terms import FETCH_SLOTS
-from steplm.types import Instant, MemoryEstimate, MemoryTerm, ModelShape, PeakEstimate
+from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm, ModelShape, PeakEstimate
 
 GRADIENTS_OF = {"new_layers": "new_layers", "frozen_layers": "adapters"}  # kind of layer -> its trained part
 KINDS_OF_LAYERS = tuple(GRADIENTS_OF)
@@ -34,6 +35,7 @@ def estimate_peak(
     adapter_targets: tuple[str, ...] = (),
     outer: str = "trained",
     eval_batch_size: int | None = None,
+    within_documents: bool = False,
 ) -> PeakEstimate | None:
     """The highest moments of one stage, per rank; None for families that ``activations`` does not count.
 
@@ -43,6 +45,7 @@ def estimate_peak(
         adapter_rank, adapter_targets: of the adapters on the others; rank 0: they have none.
         outer: embeddings, final norm and head are "trained", "frozen" or under "adapters".
         eval_batch_size: sequences at once in an evaluation; default: the training batch size.
+        within_documents: attention stays inside documents, which takes a mask.
     """
     if not is_modelled(shape):
         return None
@@ -53,6 +56,7 @@ def estimate_peak(
         train.sequence_length,
         adapter_rank,
         adapter_targets if adapter_rank else (),
+        within_documents,
     )
     moments = _Moments(work, state, train, memory, num_layers, frozenset(new_layers), outer)
     evaluation = moments.evaluation(eval_batch_size or train.per_device_train_batch_size)
@@ -92,7 +96,7 @@ class _Moments:
         }
         # Gradients of all micro-batches are summed: from the second one on they all exist, all the time.
         self.sums_gradients = train.gradient_accumulation_steps > 1
-        self.head_bytes = work.width * self.shape.vocab_size * self.shape.hidden_size
+        self.matrix = self.shape.vocab_size * self.shape.hidden_size  # of the embeddings, or of the head
 
     def growth(self) -> Instant:
         """The grown model's plain weights, on which the loss is probed before there is an optimizer."""
@@ -100,97 +104,107 @@ class _Moments:
         packs = self.memory.frozen_weights != "full" or self.memory.offload_frozen
         layers = min(FETCH_SLOTS, layers) if packs else layers  # probed from host memory, layer by layer
         size = shape.num_parameters(layers)
-        formula = f"{f'{layers} × P_layer' if packs else 'N_i × P_layer'} + P_outer × {self.work.width} B"
+        formula = f"({f'{layers} × P_layer' if packs else 'N_i × P_layer'} + P_outer) × {self.work.width} B"
         weights = MemoryTerm("plain_weights", "weights", size * self.work.width, formula, size)
         return Instant("growth", MemoryEstimate((weights, *self._forward_alone(self.work.num_sequences))))
 
     def loss(self) -> Instant:
         """The chunked loss: all activations wait, and the head's gradient is made in the same pass."""
-        w, N = self.work.width, self.work.num_tokens
-        rows = min(self.train.loss_chunk_size, N) * self.shape.vocab_size
-        matrix = self.shape.vocab_size * self.shape.hidden_size
-        trained = self.outer == "trained"
-        chunk = 6 * rows if w == 2 else 4 * rows
-        if trained:  # the last product, of the matrix's size, comes when the chunk's logits are rounded
-            chunk = max(chunk, 2 * rows + 2 * matrix, 2 * matrix) if w == 2 else chunk
-        stream = self.work.stream_bytes
+        w, N, V = self.work.width, self.work.num_tokens, self.shape.vocab_size
+        chunk = self._chunk_bytes(N)
+        if self.outer == "trained" and w == 2:  # its last product comes when the chunk's logits are rounded
+            chunk = max(chunk, chunk // 3 + 2 * self.matrix)
+        adapted = self.work.adapter_rank if self.outer == "adapters" else 0
+        saved = 0 if self.memory.offload_activations else self._final_norm_saved()
         terms = [
-            _term("loss", "activations", self._final_norm_saved(), "final norm: 4 N d + w N d"),
-            _term("loss", "workspace", 2 * stream, "hidden states and their gradient: 2 w N d"),
+            _term("loss", "activations", saved, "final norm: 4 N d + w N d"),
+            _term("loss", "workspace", 2 * self.work.stream_bytes, "hidden states and their gradient: 2 w N d"),
             _term("loss", "workspace", chunk, "chunk: 6 C V (fp32: 4 C V), or 2 C V + 2 V d"),
-            _term("head", "gradients", 4 * matrix if trained else 0, "summed in fp32: 4 V d"),
+            _term("loss", "workspace", 3 * w * N * adapted, "adapter of the head: 3 w N r"),
+            _term("head", "gradients", 4 * self.matrix * (self.outer == "trained"), "summed in fp32: 4 V d"),
+            _term("adapters", "gradients", 4 * V * adapted, "of the head, summed in fp32: 4 V r"),
         ]
-        return self._instant("loss", self.num_layers, terms, self._summed_gradients())
+        return self._instant("loss", self.num_layers, terms, self._all_gradients() if self.sums_gradients else [])
 
     def final_norm(self) -> Instant:
-        """The backward pass of the norm above the last layer: all activations still wait."""
-        terms = [
-            _term("loss", "activations", self._final_norm_saved(), "final norm: 4 N d + w N d"),
-            _term("loss", "workspace", norm_backward(self.work), "16 N d + w N d"),
-        ]
+        """The backward pass of the norm above the last layer: all activations still wait.
+
+        Where the update is fused into the backward pass, the head's comes just before.
+        """
+        backward, formula = norm_backward(self.work), "16 N d + w N d"
+        update = self._fused_update(self.matrix) if self.outer == "trained" else 0
+        terms = [_term("loss", "activations", self._final_norm_saved(), "final norm: 4 N d + w N d")]
+        if update and not self.shape.tie_word_embeddings:
+            before = self.work.stream_bytes + self.matrix * self.work.width + update
+            if before > backward:
+                backward, formula = before, "update of the head: w N d + w V d and the optimizer's workspace"
+        terms.append(_term("loss", "workspace", backward, formula))
         top = self.num_layers
         return self._instant("backward of the final norm", top, terms, self._gradients_above(top))
 
     def highest_layer(self) -> Instant:
         """The backward pass of the layer at which most is held."""
-        gradients = {kind: self.state.bytes_of(component, "gradients") for kind, component in GRADIENTS_OF.items()}
-        per_layer = {kind: gradients[kind] // max(self._count(kind), 1) for kind in KINDS_OF_LAYERS}
+        per_layer = {
+            kind: self._trained_in(kind) // max(self._count(kind), 1) * (not self.sums_gradients)
+            for kind in KINDS_OF_LAYERS
+        }
 
         def held(index: int) -> int:
-            kind = self._kind(index)
-            inside = self.activations[kind].backward + self.recomputes[kind] * self.activations[kind].saved
-            inside += self._unpacking(kind)
+            inside = sum(term.num_bytes for term in self._inside(index) if term.kind != HOST)
+            kept = 0 if self.memory.offload_activations else 1
             below = sum(self.kept[kind] * self._count(kind, index + 1) for kind in KINDS_OF_LAYERS)
-            above = (
-                0
-                if self.sums_gradients
-                else sum(
-                    per_layer[kind] * (self._count(kind) - self._count(kind, index + 1)) for kind in KINDS_OF_LAYERS
-                )
-            )
-            return below + inside + above
+            above = sum(per_layer[k] * (self._count(k) - self._count(k, index + 1)) for k in KINDS_OF_LAYERS)
+            return kept * below + inside + above
 
-        return self._layer(max(range(self.num_layers), key=held))
+        # Between two layers of one kind the bytes rise or fall evenly.
+        candidates = [
+            index
+            for index, new in enumerate(self.is_new)
+            if index in (0, self.num_layers - 1) or not self.is_new[index - 1] == new == self.is_new[index + 1]
+        ]
+        index = max(candidates, key=held)
+        name, above = f"backward of layer {index}", self._gradients_above(index + 1)
+        return self._instant(name, index + 1, self._inside(index), above)
 
     def embeddings(self) -> Instant:
         """The end of the backward pass: no activations, all gradients."""
         terms = [_term("embeddings", "workspace", self.work.stream_bytes, "gradient of the hidden states: w N d")]
+        matrix_bytes = self.matrix * self.work.width
         if self.outer == "trained" and (self.memory.fused_backward or self.sums_gradients):
-            terms.append(_term("embeddings", "gradients", self.head_bytes, "one more, before it is added: w V d"))
-        elif self.outer == "trained" and self.shape.tie_word_embeddings:
-            terms.append(_term("embeddings", "gradients", self.head_bytes, "the head's part: w V d"))
+            terms.append(_term("embeddings", "gradients", matrix_bytes, "one more, before it is added: w V d"))
+        if self.outer == "trained" and self.shape.tie_word_embeddings:
+            terms.append(_term("embeddings", "gradients", matrix_bytes, "the head's part: w V d"))
+        update = self._fused_update(self.matrix) if self.outer == "trained" else 0
+        terms.append(_term("optimizer", "workspace", update, self._step_formula()))
         return self._instant("backward of the embeddings", 0, terms, self._all_gradients())
 
     def update(self) -> Instant:
         """The optimizer's step."""
-        terms = [] if self.memory.fused_backward else [self._step_workspace()]
+        workspace = 0 if self.memory.fused_backward else self._step_bytes * largest_bucket(self._trained_matrices())
+        terms = [_term("optimizer", "workspace", workspace, self._step_formula())]
         return self._instant("optimizer step", 0, terms, self._all_gradients(), in_pass=False)
 
     def evaluation(self, batch_size: int) -> Instant:
         """A forward pass that keeps nothing for a backward one, between two steps."""
         return self._instant("evaluation", 0, self._forward_alone(batch_size), [], in_pass=False)
 
-    def _unpacking(self, kind: str) -> int:
-        """The largest packed matrix, made whole for a product."""
-        if kind == "new_layers":
-            return 0
-        largest = max(linear.in_features * linear.out_features for linear in self.shape.linears)
-        return unpack_bytes(self.memory.frozen_weights, largest, self.work.width)
-
-    def _final_norm_saved(self) -> int:
-        return norm_saved(self.work, trained=self.outer != "frozen")
-
-    def _layer(self, index: int) -> Instant:
+    def _inside(self, index: int) -> list[MemoryTerm]:
+        """What the backward pass of a layer holds beside what all layers below and at it have saved."""
         kind = self._kind(index)
-        layer = self.activations[kind]
-        terms = [_term(kind, "workspace", layer.backward - layer.backward_gradients, f"inside layer {index}")]
-        if self.recomputes[kind]:
-            terms.append(_term(kind, "activations", layer.saved, f"layer {index} computed again"))
-        terms.append(_term(kind, "gradients", layer.backward_gradients, f"inside layer {index}"))
-        terms.append(_term(kind, "workspace", self._unpacking(kind), "one matrix made whole"))
+        layer, gradient = self.activations[kind], self.activations[kind].first_gradient
+        backward, recomputed = layer.backward, layer.saved if self.recomputes[kind] else 0
+        if self.memory.offload_activations:  # what the layer saved, or its input, is back
+            backward = layer.backward + self.work.stream_bytes if recomputed else layer.fetched_backward
+        update = self._fused_update(gradient // self.work.width)
         if self.memory.fused_backward:
-            terms.append(self._step_workspace())
-        return self._instant(f"backward of layer {index}", index + 1, terms, self._gradients_above(index + 1))
+            at_update = layer.product_gradient + gradient + update
+            backward, gradient = max(backward, at_update), 0
+        return [
+            _term(kind, "activations", recomputed, f"layer {index} computed again"),
+            _term(kind, "workspace", backward, f"gradients of activations inside layer {index}"),
+            _term(kind, "workspace", self._unpacking(kind), "one matrix made whole"),
+            _term(kind, "gradients", gradient, f"inside layer {index}"),
+        ]
 
     def _instant(
         self,
@@ -203,12 +217,16 @@ class _Moments:
     ) -> Instant:
         """Weights and states, activations of the lowest ``num_below`` layers, and what else there is."""
         held = [term for term in self.state.terms if term.kind != "gradients"]
+        if self.memory.optimizer_states == "8bit":
+            held.append(_term("optimizer", "workspace", CODE_BOOK_BYTES, "tables of the 8-bit code"))
+        where = HOST if self.memory.offload_activations else "activations"
         for kind in KINDS_OF_LAYERS:
             count = self._count(kind, num_below)
             each = "w N d" if self.recomputes[kind] else f"{self.kept[kind]:,} B"
-            held.append(_term(kind, "activations", count * self.kept[kind], f"{count} layers × {each}"))
+            held.append(_term(kind, where, count * self.kept[kind], f"{count} layers × {each}"))
         if in_pass:
-            held.append(_term("batch", "activations", 16 * self.work.num_tokens, "tokens and labels: 16 N"))
+            formula = "tokens, labels and rotary angles: 16 N + 2 w S q/h"
+            held.append(_term("batch", "activations", self.work.batch_bytes, formula))
         present = tuple(term for term in (*held, *gradients, *terms) if term.num_bytes)
         return Instant(name, MemoryEstimate(present), in_pass)
 
@@ -224,40 +242,84 @@ class _Moments:
     def _all_gradients(self) -> list[MemoryTerm]:
         return [term for term in self.state.terms if term.kind == "gradients"]
 
-    def _summed_gradients(self) -> list[MemoryTerm]:
-        return self._all_gradients() if self.sums_gradients else []
+    def _head_adapter(self) -> int:
+        """Bytes of the gradients of the head's adapter; the embeddings' has as many."""
+        if self.outer != "adapters" or self.memory.fused_backward:
+            return 0
+        return self.work.width * self.work.adapter_rank * (self.shape.vocab_size + self.shape.hidden_size)
+
+    def _trained_in(self, kind: str) -> int:
+        """Bytes of the gradients of all layers of a kind, or of their adapters."""
+        if kind == "new_layers":
+            return self.state.bytes_of("new_layers", "gradients")
+        outer = self._head_adapter() * (1 if self.shape.tie_word_embeddings else 2)
+        return self.state.bytes_of("adapters", "gradients") - outer
 
     def _gradients_above(self, index: int) -> list[MemoryTerm]:
         """Gradients that exist when the backward pass is about to enter layer ``index - 1``."""
         if self.sums_gradients:
             return self._all_gradients()
-        tied = self.shape.tie_word_embeddings
-        terms = []
+        tied, terms = self.shape.tie_word_embeddings, []
         if self.outer == "trained" and (tied or not self.memory.fused_backward):
             name = "embeddings" if tied else "head"
-            terms.append(_term(name, "gradients", self.head_bytes, "the head's: w V d"))
+            terms.append(_term(name, "gradients", self.matrix * self.work.width, "the head's: w V d"))
+        terms.append(_term("adapters", "gradients", self._head_adapter(), "the head's: w r (V + d)"))
         for kind, component in GRADIENTS_OF.items():
             in_all, below = self._count(kind), self._count(kind, index)
-            num_bytes = self.state.bytes_of(component, "gradients") * (in_all - below) // max(in_all, 1)
+            num_bytes = self._trained_in(kind) * (in_all - below) // max(in_all, 1)
             terms.append(_term(component, "gradients", num_bytes, f"of {in_all - below} layers above"))
         return terms
 
-    def _step_workspace(self) -> MemoryTerm:
-        trained = sum(term.num_parameters for term in self.state.terms if term.kind == "optimizer")
-        per_element = step_bytes_per_element(
+    def _trained_matrices(self) -> Iterator[int]:
+        """Parameters of each trained matrix, in the model's order."""
+        shape, rank = self.shape, self.work.adapter_rank
+        outer_adapter = (rank * shape.hidden_size, shape.vocab_size * rank)
+        outer = {"trained": (self.matrix,), "adapters": outer_adapter, "frozen": ()}[self.outer]
+        in_new = shape.layer_matrices
+        adapted = [linear for linear in shape.linears if linear.name.rpartition(".")[2] in self.work.adapter_targets]
+        in_frozen = [rank * side for linear in adapted for side in (linear.in_features, linear.out_features)]
+        yield from outer
+        for new in self.is_new:
+            yield from in_new if new else in_frozen
+        yield from () if shape.tie_word_embeddings else outer
+
+    @property
+    def _step_bytes(self) -> int:
+        return step_bytes_per_element(
             self.train.precision, states=self.memory.optimizer_states, master_weights=self.memory.master_weights
         )
-        formula = f"{per_element} B × at most {STEP_CHUNK:,} elements at once"
-        return _term("optimizer", "workspace", per_element * min(STEP_CHUNK, trained), formula)
+
+    def _step_formula(self) -> str:
+        return f"{self._step_bytes} B × at most {STEP_CHUNK:,} elements at once"
+
+    def _fused_update(self, num_elements: int) -> int:
+        """Workspace of an update inside the backward pass."""
+        return self._step_bytes * min(STEP_CHUNK, num_elements) if self.memory.fused_backward else 0
+
+    def _unpacking(self, kind: str) -> int:
+        """The largest packed matrix, made whole for a product."""
+        if kind == "new_layers" or self.memory.frozen_weights == "full":
+            return 0
+        largest = max(linear.in_features * linear.out_features for linear in self.shape.linears)
+        return unpack_bytes(self.memory.frozen_weights, largest, self.work.width)
+
+    def _final_norm_saved(self) -> int:
+        return norm_saved(self.work, trained=self.outer != "frozen")
+
+    def _chunk_bytes(self, num_tokens: int) -> int:
+        rows = min(self.train.loss_chunk_size, num_tokens)
+        return (6 if self.work.width == 2 else 4) * rows * self.shape.vocab_size
 
     def _forward_alone(self, batch_size: int) -> list[MemoryTerm]:
-        w, num_tokens = self.work.width, batch_size * self.work.sequence_length
-        rows = min(self.train.loss_chunk_size, num_tokens) * self.shape.vocab_size
-        linears = {linear.name.rpartition(".")[2]: linear for linear in self.shape.linears}
-        layer = w * num_tokens * (3 * linears["gate_proj"].out_features + 2 * self.shape.hidden_size)
-        loss = w * num_tokens * self.shape.hidden_size + (6 if w == 2 else 4) * rows
-        formula = "a layer: 3 w N f + 2 w N d, or the loss: w N d + 6 C V (fp32: 4 C V)"
-        return [_term("evaluation", "workspace", max(layer, loss), formula)]
+        """A forward pass that keeps nothing: the widest moment inside a layer, or the loss."""
+        work = replace(self.work, num_sequences=batch_size)
+        layer = 3 * work.feed_forward_bytes + 4 * work.stream_bytes
+        loss = work.stream_bytes + self._chunk_bytes(work.num_tokens)
+        formula = "a layer: 3 w N f + 4 w N d, or the loss: w N d + 6 C V (fp32: 4 C V)"
+        return [
+            _term("evaluation", "activations", work.batch_bytes, "tokens, labels and rotary angles"),
+            _term("evaluation", "workspace", max(layer, loss), formula),
+        ]
 
 
 def _term(component: str, kind: str, num_bytes: int, formula: str) -> MemoryTerm:

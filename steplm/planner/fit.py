@@ -192,7 +192,7 @@ AXES: dict[str, Axis] = {
         lambda config: config.model.num_hidden_layers,
         lambda config, index: index,
         lambda config, index: {"model.num_hidden_layers": index},
-        4096,
+        1024,
     ),
     "width": Axis(
         lambda config: config.model.num_key_value_heads or config.model.num_attention_heads,
@@ -344,6 +344,15 @@ def solve_bisection(cost: StageCost, num_layers: int, num_stages: int) -> tuple[
 
 
 @dataclass(frozen=True)
+class _Bundle:
+    """A rung and those before it."""
+
+    price: int
+    options: tuple[str, ...]
+    changes: Changes
+
+
+@dataclass(frozen=True)
 class _Candidate:
     price: int
     num_stages: int
@@ -427,8 +436,8 @@ class _Search:
         self.cases: dict[tuple[Any, ...], _Case | None] = {}
         self.at_limit = False
         self.stage_counts = self._counts()
-        rungs, self.skipped = self._rungs()
-        self.candidates = sorted(self._candidates(rungs), key=lambda c: (c.price, -c.num_stages))
+        bundles, self.skipped = self._rungs()
+        self.candidates = sorted(self._candidates(bundles), key=lambda c: (c.price, -c.num_stages))
 
     def lower_peaks(self, limit: float) -> Iterator[Alternative]:
         """From the cheapest up, at the sizes as written, those within ``limit`` and lower than all before them."""
@@ -461,31 +470,38 @@ class _Search:
             raise ConfigError("no settings make a plan: run `steplm plan` for the reason")
         return rows[-1]
 
-    def _rungs(self) -> tuple[list[tuple[int, tuple[str, ...], Changes]], tuple[str, ...]]:
-        """Price, names and changes of each rung that the configuration allows."""
-        rungs: list[tuple[int, tuple[str, ...], Changes]] = [(0, (), {})]
-        skipped = []
+    def _rungs(self) -> tuple[list[_Bundle], tuple[str, ...]]:
+        """The rungs that the configuration allows and that save something, each with those before it."""
+        rungs, skipped = list[tuple[Rung, Changes, bool]](), list[str]()
+        together: Changes = {}
         for rung in LADDER[1:] if "options" in self.vary else ():
-            _, names, before = rungs[-1]
-            added = {key: value for key, value, old in rung.settings if self._get(key, before) in old}
+            added = {key: value for key, value, old in rung.settings if self._get(key, together) in old}
+            needs = {key: value for key, value in rung.needs if self._get(key, together) != value}
+            changes = {**together, **added, **needs}
             if not added:
                 continue
-            needs = {key: value for key, value in rung.needs if self._get(key, before) != value}
-            changes, price = {**before, **added, **needs}, rung.price
             try:
                 self._configure(changes)
             except ConfigError as error:
                 skipped.append(f"{rung.name}: {error}")
                 continue
-            if not self._saves(changes, before):
+            rungs.append((rung, {**added, **needs}, bool(needs)))
+            together = changes
+        bundles = [_Bundle(0, (), {})]
+        for rung, added, brings in rungs:
+            names, before = bundles[-1].options, bundles[-1].changes
+            others = [each for other, each, _ in rungs if other is not rung]
+            without = {key: value for each in others for key, value in each.items()}
+            changes = {**before, **added}
+            if not self._saves(changes, before) and not self._saves(together, without):
                 skipped.append(f"{rung.name}: saves less than {LEAST_SAVING:.0%} here")
                 continue
-            price += round(math.log2(self.config.train.gradient_accumulation_steps)) * bool(needs)
-            rungs.append((price, (*names, rung.name), changes))
-        return rungs, tuple(skipped)
+            price = rung.price + round(math.log2(self.config.train.gradient_accumulation_steps)) * brings
+            bundles.append(_Bundle(price, (*names, rung.name), changes))
+        return bundles, tuple(skipped)
 
     def _saves(self, changes: Changes, before: Changes) -> bool:
-        """Whether the rung lowers the peak of the sizes as written, in the largest number of stages."""
+        """Whether ``changes`` need less than ``before``, at the sizes as written, in the largest number of stages."""
         peaks = []
         for each in (changes, before):
             candidate = _Candidate(0, max(self.stage_counts), (), each)
@@ -505,17 +521,18 @@ class _Search:
         most = MAX_STAGES if self.axis is AXES["depth"] else min(MAX_STAGES, depth)
         return {*range(1, most + 1), plan.num_stages}
 
-    def _candidates(self, rungs: Sequence[tuple[int, tuple[str, ...], Changes]]) -> Iterator[_Candidate]:
+    def _candidates(self, bundles: Sequence[_Bundle]) -> Iterator[_Candidate]:
         config, written, rank = self.config, self.config.plan.num_stages, self.config.pet.rank
         ranks = [rank]
         if "rank" in self.vary and config.pet.method != "none" and config.plan.freeze_old_layers:
             powers = [2**k for k in range(3, 20) if 2**k < rank]
             ranks += reversed(powers[-3:])
-        for count, (halvings, low_rank), (price, names, changes) in product(self.stage_counts, enumerate(ranks), rungs):
+        for count, (halvings, low_rank), bundle in product(self.stage_counts, enumerate(ranks), bundles):
             if halvings and count == 1:
                 continue  # there are no adapters
-            price += STAGE_PRICE * abs(count - written) + RANK_PRICE * halvings
-            yield _Candidate(price, count, names, {"pet.rank": low_rank, **changes} if halvings else changes)
+            price = bundle.price + STAGE_PRICE * abs(count - written) + RANK_PRICE * halvings
+            changes = {"pet.rank": low_rank, **bundle.changes} if halvings else bundle.changes
+            yield _Candidate(price, count, bundle.options, changes)
 
     def _fits_budget(self, candidate: _Candidate, index: int) -> bool:
         return self._fits(candidate, index, self.limit)

@@ -157,6 +157,7 @@ class StageCosts:
             adapter_targets=self.targets,
             outer=self.outer(num_old),
             eval_batch_size=self.config.eval.per_device_eval_batch_size,
+            within_documents=self.config.data.within_documents,
         )
 
     def peak_bytes(self, num_new: int, num_old: int) -> int:

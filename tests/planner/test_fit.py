@@ -195,10 +195,15 @@ def test_layers_by_hand_stay_where_stages_and_depth_do() -> None:
 
 
 def test_a_fused_backward_comes_with_what_it_needs_and_its_price_grows_with_accumulation() -> None:
+    short = ("train.per_device_train_batch_size=1", "train.sequence_length=128")
     smallest = []
     for steps in (8, 1):
         with pytest.raises(PlanInfeasible) as caught:
-            fit(load_config("llama_368m", [f"train.gradient_accumulation_steps={steps}"]), 10_000)
+            fit(
+                load_config("llama_1.2b", [f"train.gradient_accumulation_steps={steps}", *short]),
+                10_000,
+                vary=["options"],
+            )
         smallest.append(caught.value.smallest)
     assert [row.options[-1] for row in smallest] == ["fused backward", "fused backward"]
     assert smallest[0].peak_bytes == smallest[1].peak_bytes
