@@ -27,7 +27,7 @@ def test_the_hash_covers_what_training_obeys_and_no_prose(plan: Plan) -> None:
     assert replace(plan, proved_optimal=not plan.proved_optimal).hash == plan.hash
     assert len(plan.hash) == 16
     others = [
-        _with_first_term(plan, bytes_per_parameter=1),
+        _with_first_term(plan, num_bytes=1),
         replace(plan, precision="fp32"),
         replace(plan, shape=replace(plan.shape, vocab_size=7)),
         replace(plan, stages=(replace(plan.stages[0], tokens=1), plan.stages[1])),
@@ -45,7 +45,7 @@ def test_bytes_by_kind_keep_adapters_apart_and_add_up_to_the_total() -> None:
         ("adapters", "weights", 50_000),
         ("adapters", "optimizer", 600_000),
     ]
-    estimate = MemoryEstimate(tuple(MemoryTerm(component, kind, count, 2, "") for component, kind, count in terms))
+    estimate = MemoryEstimate(tuple(MemoryTerm(component, kind, 2 * count, "", count) for component, kind, count in terms))
     by_kind = estimate.by_kind()
     assert by_kind == {
         "weights": 42,

@@ -20,6 +20,8 @@ from steplm.planner.shape import FAMILIES
 from steplm.types import ModelShape
 from steplm.units import format_bytes, format_count, parse_bytes
 
+BYTE_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+
 
 def show_fit(
     run: str,
@@ -43,7 +45,7 @@ def show_fit(
     if as_json:
         print(json.dumps(fit_to_json(result), indent=2))
     else:
-        render_fit(result, Console(), config, run, overrides, budget)
+        render_fit(result, Console(), run, overrides, budget)
 
 
 def explained(error: PlanInfeasible, run: str, overrides: Sequence[str]) -> PlanInfeasible:
@@ -58,15 +60,13 @@ def fit_to_json(result: FitResult) -> dict[str, Any]:
     return asdict(result)
 
 
-def render_fit(
-    result: FitResult, console: Console, config: RunConfig, run: str, overrides: Sequence[str], budget: str
-) -> None:
+def render_fit(result: FitResult, console: Console, run: str, overrides: Sequence[str], budget: str) -> None:
     """The answer, the alternatives, and the command that runs the best; fits 80 columns."""
     best = result.best
-    console.print(_answer(result, config), highlight=False)
-    console.print(_table(result, config))
-    for line in _legend(result.alternatives):
-        console.print(line, style="dim", highlight=False, soft_wrap=False)
+    console.print(_answer(result), highlight=False)
+    console.print(_table(result))
+    console.print(_legend(result.alternatives))
+    console.print("options are added to what the file sets; FLOPs count what is computed twice", style="dim")
     if result.at_limit:
         console.print("the search stops at this value: more may fit", style="dim", highlight=False)
     console.print("to train the first:", highlight=False)
@@ -74,7 +74,7 @@ def render_fit(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _answer(result: FitResult, config: RunConfig) -> str:
+def _answer(result: FitResult) -> str:
     best = result.best
     budget = f"{format_bytes(result.budget_bytes)} ({format_bytes(result.reserve_bytes)} reserve)"
     size = f"{format_count(best.num_parameters)} parameters, peak {format_bytes(best.peak_bytes)}"
@@ -84,8 +84,10 @@ def _answer(result: FitResult, config: RunConfig) -> str:
     return f"[bold]fits in {budget}[/]: {escape(how)}; {size}"
 
 
-def _table(result: FitResult, config: RunConfig) -> Table:
+def _table(result: FitResult) -> Table:
     numbers = _numbers(result.alternatives)
+    largest = max(row.peak_bytes for row in result.alternatives)
+    unit, size = next((unit, size) for unit, size in BYTE_UNITS if largest >= size)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0), pad_edge=False)
     if result.maximize is not None:
         table.add_column(result.maximize, justify="right", no_wrap=True)
@@ -93,9 +95,8 @@ def _table(result: FitResult, config: RunConfig) -> Table:
     table.add_column("stages", no_wrap=True)
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("options", no_wrap=True)
-    for name in ("peak", "state"):
+    for name in (f"peak {unit}", "state", "FLOPs"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("FLOPs", justify="right", no_wrap=True)
     for row in result.alternatives:
         value = [f"{row.value:,}", format_count(row.num_parameters)] if row.value is not None else []
         ratio = row.flops / result.best.flops
@@ -103,25 +104,28 @@ def _table(result: FitResult, config: RunConfig) -> Table:
             *value,
             "+".join(map(str, row.layers)),
             "" if row.rank is None else str(row.rank),
-            _ranges([numbers[name] for name in row.options]) or "as written",
-            format_bytes(row.peak_bytes),
-            format_bytes(row.model_state_bytes),
+            _ranges([numbers[name] for name in row.options]) or "none",
+            f"{row.peak_bytes / size:.2f}",
+            f"{row.model_state_bytes / size:.2f}",
             f"{row.flops:.2e}" if row is result.best else f"×{ratio:.2f}" if ratio >= 0.1 else f"×{ratio:.2g}",
             style="bold" if row is result.best else None,
         )
     return table
 
 
-def _legend(rows: Sequence[Alternative]) -> list[str]:
-    """What each number in the column of options stands for, what it sets, and what it costs."""
+def _legend(rows: Sequence[Alternative]) -> Table:
+    """What each number in the column of options stands for, and what it costs."""
     numbers = _numbers(rows)
-    lines = []
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
     for rung in LADDER:
-        if rung.name not in numbers:
-            continue
-        costs = [f"time: {rung.time}"] * (rung.time != "none") + [f"quality: {rung.quality}"] * (rung.quality != "none")
-        lines.append(f"{numbers[rung.name]:>2} {rung.name}: {'; '.join(costs)}")
-    return lines
+        if rung.name in numbers:
+            costs = [
+                f"{word}: {cost}" for word, cost in (("time", rung.time), ("quality", rung.quality)) if cost != "none"
+            ]
+            table.add_row(str(numbers[rung.name]), f"{rung.name}; {'; '.join(costs)}", style="dim")
+    return table
 
 
 def _numbers(rows: Sequence[Alternative]) -> dict[str, int]:

@@ -6,7 +6,7 @@ would always choose the lowest rank. The search goes from the cheapest candidate
 less memory, than all cheaper ones; so no row of the answer is worse than another in everything.
 
 Where a new layer never needs less memory than an old one, the division is found by bisection, in few costs; elsewhere
-(as when only new layers are recomputed) by the solver of the plan.
+(as when only new layers are recomputed) by the solver of the plan, or fixed where that would take too long.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ VARY = ("stages", "rank", "options")
 MAX_STAGES = 6
 MAX_ALTERNATIVES = 12
 STAGE_PRICE = 1  # for each stage more or less: STEP found no loss, but fewer tokens see the whole model
+DEEP = 48  # layers; the plan's solver takes the square of them, so that deeper irregular runs get ``plan.layers``
 LEAST_SAVING = 0.01  # a rung that saves a smaller share of the peak is left out
 RANK_PRICE = 2  # for each halving: old layers can follow the new ones less
 
@@ -387,16 +388,16 @@ class _Case:
     def divide(self, depth: int, num_stages: int, limit: int) -> tuple[int, ...] | None:
         """A division whose stages cost ``limit`` at most, or None."""
         layers, _ = divide(self.cost, depth, num_stages, limit)
-        if layers is None and num_stages > 1 and not self.is_regular(depth):
+        if layers is None and num_stages > 1 and depth <= DEEP and not self.is_regular(depth):
             best = self.solve(depth, num_stages)
             layers = best if peak_cost(self.cost, best) <= limit else None
         return layers
 
     def solve(self, depth: int, num_stages: int) -> tuple[int, ...]:
-        """The division that the plan chooses."""
+        """The division that the plan chooses; of a deep irregular run one that may need a little more."""
         key = (depth, num_stages)
         if key not in self.solved:
-            regular = num_stages == 1 or self.is_regular(depth)
+            regular = num_stages == 1 or depth > DEEP or self.is_regular(depth)
             self.solved[key] = (solve_bisection if regular else solve_dynamic_programming)(self.cost, *key)
         return self.solved[key]
 
@@ -488,11 +489,11 @@ class _Search:
             rungs.append((rung, {**added, **needs}, bool(needs)))
             together = changes
         bundles = [_Bundle(0, (), {})]
-        for rung, added, brings in rungs:
+        for rung, settings, brings in rungs:
             names, before = bundles[-1].options, bundles[-1].changes
             others = [each for other, each, _ in rungs if other is not rung]
             without = {key: value for each in others for key, value in each.items()}
-            changes = {**before, **added}
+            changes = {**before, **settings}
             if not self._saves(changes, before) and not self._saves(together, without):
                 skipped.append(f"{rung.name}: saves less than {LEAST_SAVING:.0%} here")
                 continue
@@ -595,8 +596,10 @@ class _Search:
         return replace(self.given_shape, num_hidden_layers=config.model.num_hidden_layers)
 
     def _alternative(self, candidate: _Candidate, index: int, layers: tuple[int, ...]) -> Alternative:
-        case, changes = self._case(candidate, index), self._changes(candidate, index)
+        case, changes, depth = self._case(candidate, index), dict(self._changes(candidate, index)), self._depth(index)
         assert case is not None
+        if depth > DEEP and candidate.num_stages > 1 and not case.is_regular(depth):
+            changes["plan.layers"] = list(layers)  # the plan alone might choose others
         config = self._configure(changes)
         tokens = self._tokens(candidate, index, layers)
         flops = [
@@ -724,7 +727,7 @@ def _step_tokens(config: RunConfig) -> int:
 
 
 def _as_yaml(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
 def _last_true(test: Callable[[int], bool], low: int, high: int) -> int:

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from steplm.config import RunConfig
-from steplm.memory.count import REST, ByteCounter
-from steplm.models import activations
 from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.forward import batch_loss
-from steplm.optim.adamw import AdamW, global_grad_norm
-from steplm.pet.frozen import frozen_tensors
+from steplm.optim.adamw import global_grad_norm
 from steplm.training.assemble import StageStart, assemble, probe_model
+from steplm.training.gauge import AllocatedBytes, CountedBytes, gauge_for
 from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm, PeakEstimate, Stage, TrainState
 
 AT_REST, FORWARD, BACKWARD, STEP, GROWTH = "between steps", "forward", "backward", "optimizer step", "growth"
@@ -40,7 +38,7 @@ def simulate_stage(config: RunConfig, stage: Stage) -> PeakEstimate:
     ``host``. A compiled model is counted as if it were not.
     """
     config = _without_compile(config)
-    return _simulated(config, stage, lambda shapes: _steps(config, stage, shapes, _Counted(), check=False))
+    return _simulated(config, stage, lambda shapes: _steps(config, stage, shapes, CountedBytes(), check=False))
 
 
 def measure_stage(config: RunConfig, stage: Stage, device: torch.device | str) -> PeakEstimate:
@@ -49,13 +47,12 @@ def measure_stage(config: RunConfig, stage: Stage, device: torch.device | str) -
     On a CPU counted as in the simulation. On CUDA the allocator's own peak, one term of kind ``allocated``.
     """
     device = torch.device(device)
-    gauge = _Allocated(device) if device.type == "cuda" else _Counted()
-    return _steps(config, stage, _weight_shapes(config, stage), gauge, device)
+    return _steps(config, stage, _weight_shapes(config, stage), gauge_for(device), device)
 
 
 def simulate_timeline(config: RunConfig, stage: Stage) -> list[dict[str, int]]:
     """Bytes by kind after each operation of two steps, in the order of time, assembly first."""
-    config, counter = _without_compile(config), _Counted(record=True)
+    config, counter = _without_compile(config), CountedBytes(record=True)
     _simulated(config, stage, lambda shapes: _steps(config, stage, shapes, counter, check=False))
     return counter.timeline
 
@@ -67,7 +64,7 @@ def simulate_growth(config: RunConfig, stage: Stage) -> PeakEstimate:
     """
 
     def grow(shapes: dict[str, torch.Size]) -> PeakEstimate:
-        with _Counted() as counter:
+        with CountedBytes() as counter:
             start = _constant_start(config, stage, shapes)
             model = probe_model(config, start.hf_config, start.weights, CPU)
             start.forget_tensors()
@@ -81,65 +78,6 @@ def simulate_growth(config: RunConfig, stage: Stage) -> PeakEstimate:
     return _simulated(config, stage, grow)
 
 
-class _Counted(ByteCounter):
-    """Counts, and knows by which name each tensor goes."""
-
-    def watch(self, model: nn.Module, optimizer: AdamW | None = None) -> None:
-        for buffer in model.buffers():
-            self.track(buffer, REST)
-        for parameter in model.parameters():
-            self.track(parameter, "weights")
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)
-        for _, tensor, is_on_host in frozen_tensors(model):
-            self.track(tensor, HOST if is_on_host else "weights")
-        for states in optimizer.state_tensors().values() if optimizer else ():
-            for state in states.values():
-                self.track(state, "optimizer")
-
-    def reset(self) -> None:
-        self.reset_peak()
-
-    def peak(self) -> dict[str, int]:
-        return self.peak_by_label
-
-    def __enter__(self) -> Any:
-        self._to_host = activations.to_host
-        activations.to_host = self._copy_on_host
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        activations.to_host = self._to_host
-        super().__exit__(*exception)
-
-    def _on_gradient(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self.track(parameter.grad, "gradients")
-
-    def _copy_on_host(self, tensor: Tensor) -> Tensor:
-        with self.labelling(HOST):
-            return self._to_host(tensor)
-
-
-class _Allocated:
-    """What CUDA's allocator gave out."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def watch(self, model: nn.Module, optimizer: AdamW) -> None:
-        """Nothing to do: the allocator sees all."""
-
-    def reset(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak(self) -> dict[str, int]:
-        return {"allocated": torch.cuda.max_memory_allocated(self.device)}
-
-    def __enter__(self) -> None: ...
-    def __exit__(self, *exception: object) -> None: ...
-
-
 def _simulated(config: RunConfig, stage: Stage, run: Callable[[dict[str, torch.Size]], T]) -> T:
     shapes = _weight_shapes(config, stage)
     with FakeTensorMode(), _unpacked_sequences(config):
@@ -150,7 +88,7 @@ def _steps(
     config: RunConfig,
     stage: Stage,
     shapes: dict[str, torch.Size],
-    gauge: _Counted | _Allocated,
+    gauge: CountedBytes | AllocatedBytes,
     device: torch.device = CPU,
     *,
     check: bool = True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from steplm.checkpoint import Checkpoint, CheckpointState, load_checkpoint, prune_checkpoints, save_checkpoint
 from steplm.config import RunConfig
-from steplm.data.loader import Batch, validation_windows
+from steplm.data.loader import validation_windows
 from steplm.errors import SteplmError, TrainingDiverged
 from steplm.growth.grow import grow, grow_config, provenance, renamed
 from steplm.memory.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
@@ -31,6 +31,7 @@ from steplm.optim.schedules import learning_rate
 from steplm.pet.adapters import adapter_state, merge_state
 from steplm.pet.frozen import unpacked_state
 from steplm.training.assemble import Assembled, StageStart, packed_rows, probe_model
+from steplm.training.gauge import gauge_for
 from steplm.training.step import Pass, StepReport, forward_backward, train_step, trial
 from steplm.types import LayerProvenance, Stage, TrainState, to_json
 from steplm.units import format_bytes
@@ -136,14 +137,7 @@ def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembl
     entrance_peak = measure_peak(run.device)  # of merge, growth and assembly
     reset_peak(run.device)
     how = way_of_passing(run.config)
-    if train.dry_run:
-        # Two micro-batches where there are as many: the second meets the gradients of the first.
-        num_sequences = train.per_device_train_batch_size * min(2, train.gradient_accumulation_steps)
-        batch = run.loader.batch(0, num_sequences)
-        if how.fused_backward:
-            trial(model, optimizer, batch, how)
-        else:
-            forward_backward(model, batch, how)
+    measured_peak = _dry_run(run, model, optimizer, how) if train.dry_run else None
     everything = measure_model_state(
         model, optimizer, stage, packed=packed_rows(model), expect_gradients=not (train.dry_run or how.fused_backward)
     )
@@ -159,9 +153,29 @@ def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembl
             planned_bytes=stage.memory.by_kind(),
             measured_bytes=measured.by_kind(),
             planned_peak_bytes=None if stage.peak is None else stage.peak.total_bytes,
+            planned_dry_run_bytes=None if stage.peak is None else stage.peak.highest_in_a_pass.memory.total_bytes,
+            measured_dry_run_bytes=measured_peak,
             **{f"entrance_{name}": value for name, value in to_json(entrance_peak).items()},
         )
-    run.display.stage_start(stage, measured)
+    run.display.stage_start(stage, measured, measured_peak)
+
+
+def _dry_run(run: Run, model: PreTrainedModel, optimizer: AdamW, how: Pass) -> int | None:
+    """A step without its update, gradients left; the most bytes that the device held, if that can be told."""
+    train = run.config.train
+    # Two micro-batches where there are as many: the second meets the gradients of the first.
+    num_sequences = train.per_device_train_batch_size * min(2, train.gradient_accumulation_steps)
+    batch = run.loader.batch(0, num_sequences)
+    counts = run.device.type == "cuda" or not train.compile  # a compiled layer hides its tensors from a count
+    with gauge_for(run.device) if counts else nullcontext() as gauge:
+        if gauge is not None:
+            gauge.watch(model, optimizer)
+            gauge.reset()
+        if how.fused_backward:
+            trial(model, optimizer, batch, how)
+        else:
+            forward_backward(model, batch, how)
+        return None if gauge is None else gauge.peak_bytes
 
 
 def _report_packing(run: Run, stage: Stage, start: StageStart, assembled: Assembled) -> None:

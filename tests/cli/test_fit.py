@@ -25,7 +25,7 @@ def text_of(run: str, budget_gib: int, width: int = 80, overrides: tuple[str, ..
     stream = io.StringIO()
     config = load_config(run, overrides)
     result = fit(config, budget_gib * GIB, **arguments)
-    render_fit(result, Console(file=stream, width=width), config, run, overrides, f"{budget_gib}GiB")
+    render_fit(result, Console(file=stream, width=width), run, overrides, f"{budget_gib}GiB")
     return stream.getvalue()
 
 
@@ -67,8 +67,8 @@ def test_the_command_plans_what_the_table_shows() -> None:
 
 def test_every_option_of_the_table_is_explained() -> None:
     text = text_of("llama_1.2b", 24, width=120, vary=["options"])
-    assert "1 recompute frozen layers: time: one more forward pass of the frozen layers" in text
-    assert "no master weights: quality: updates are rounded to bf16" in text
+    assert "1 recompute frozen layers; time: one more forward pass of the frozen layers" in text
+    assert "no master weights; quality: updates are rounded to bf16" in text
     assert "train.gradient_checkpointing=frozen" in text.splitlines()[0]
 
 

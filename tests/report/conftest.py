@@ -19,9 +19,9 @@ BYTES = {"weights": 2, "gradients": 2, "optimizer": 12}
 
 def estimate(num_new: int, num_old: int) -> MemoryEstimate:
     trained = {"new_layers": num_new * P_LAYER, "adapters": num_old * P_ADAPTER, "embeddings": P_EMBEDDING}
-    terms = [MemoryTerm(c, kind, n, b, "") for c, n in trained.items() if n for kind, b in BYTES.items()]
+    terms = [MemoryTerm(c, kind, n * b, "", n) for c, n in trained.items() if n for kind, b in BYTES.items()]
     if num_old:
-        terms.append(MemoryTerm("frozen_layers", "weights", num_old * P_LAYER, 2, ""))
+        terms.append(MemoryTerm("frozen_layers", "weights", 2 * num_old * P_LAYER, "", num_old * P_LAYER))
     return MemoryEstimate(tuple(terms))
 
 

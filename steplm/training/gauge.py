@@ -1,0 +1,91 @@
+"""What the device holds while something runs: counted tensor by tensor, or told by the allocator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from steplm.memory.count import REST, ByteCounter
+from steplm.models import activations
+from steplm.optim.adamw import AdamW
+from steplm.pet.frozen import frozen_tensors
+from steplm.types import HOST
+
+
+class CountedBytes(ByteCounter):
+    """Counts the bytes of tensors, and knows by which name each goes: for a CPU, and for fake tensors."""
+
+    def __init__(self, *, record: bool = False) -> None:
+        super().__init__(record=record)
+        self._hooks: list[RemovableHandle] = []
+
+    def watch(self, model: nn.Module, optimizer: AdamW | None = None) -> None:
+        for buffer in model.buffers():
+            self.track(buffer, REST)
+        for parameter in model.parameters():
+            self.track(parameter, "weights")
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
+        for _, tensor, is_on_host in frozen_tensors(model):
+            self.track(tensor, HOST if is_on_host else "weights")
+        for states in optimizer.state_tensors().values() if optimizer else ():
+            for state in states.values():
+                self.track(state, "optimizer")
+
+    def reset(self) -> None:
+        self.reset_peak()
+
+    def peak(self) -> dict[str, int]:
+        return self.peak_by_label
+
+    def __enter__(self) -> Any:
+        self._to_host = activations.to_host
+        activations.to_host = self._copy_on_host
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        activations.to_host = self._to_host
+        super().__exit__(*exception)
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.track(parameter.grad, "gradients")
+
+    def _copy_on_host(self, tensor: Tensor) -> Tensor:
+        with self.labelling(HOST):
+            return self._to_host(tensor)
+
+
+class AllocatedBytes:
+    """What CUDA's allocator gave out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def watch(self, model: nn.Module, optimizer: AdamW) -> None:
+        """Nothing to do: the allocator sees all."""
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> dict[str, int]:
+        return {"allocated": self.peak_bytes}
+
+    @property
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def __enter__(self) -> AllocatedBytes:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+def gauge_for(device: torch.device, *, record: bool = False) -> CountedBytes | AllocatedBytes:
+    """The allocator of a CUDA device; elsewhere, a count."""
+    return AllocatedBytes(device) if device.type == "cuda" else CountedBytes(record=record)
