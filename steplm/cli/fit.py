@@ -64,7 +64,7 @@ def render_fit(result: FitResult, console: Console, run: str, overrides: Sequenc
     """The answer, the alternatives, and the command that runs the best; fits 80 columns."""
     best = result.best
     console.print(_answer(result), highlight=False)
-    console.print(_table(result))
+    console.print(_table(result, gap=2 if console.width >= 100 else 1))
     console.print(_legend(result.alternatives))
     console.print("options are added to what the file sets; FLOPs count what is computed twice", style="dim")
     if result.at_limit:
@@ -84,11 +84,11 @@ def _answer(result: FitResult) -> str:
     return f"[bold]fits in {budget}[/]: {escape(how)}; {size}"
 
 
-def _table(result: FitResult) -> Table:
+def _table(result: FitResult, *, gap: int) -> Table:
     numbers = _numbers(result.alternatives)
     largest = max(row.peak_bytes for row in result.alternatives)
     unit, size = next((unit, size) for unit, size in BYTE_UNITS if largest >= size)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0), pad_edge=False)
     if result.maximize is not None:
         table.add_column(result.maximize, justify="right", no_wrap=True)
         table.add_column("params", justify="right", no_wrap=True)

@@ -21,9 +21,11 @@ from steplm.models.forward import batch_loss
 from steplm.optim.adamw import global_grad_norm
 from steplm.training.assemble import StageStart, assemble, probe_model
 from steplm.training.gauge import AllocatedBytes, CountedBytes, gauge_for
-from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm, PeakEstimate, Stage, TrainState
+from steplm.training.timeline import WEIGHTS_COME, Part, RecordedBytes, on_device
+from steplm.types import Instant, MemoryEstimate, MemoryTerm, PeakEstimate, Stage, TrainState
 
 AT_REST, FORWARD, BACKWARD, STEP, GROWTH = "between steps", "forward", "backward", "optimizer step", "growth"
+ASSEMBLY = "assembly"
 
 CPU = torch.device("cpu")
 
@@ -50,11 +52,18 @@ def measure_stage(config: RunConfig, stage: Stage, device: torch.device | str) -
     return _steps(config, stage, _weight_shapes(config, stage), gauge_for(device), device)
 
 
-def simulate_timeline(config: RunConfig, stage: Stage) -> list[dict[str, int]]:
-    """Bytes by kind after each operation of two steps, in the order of time, assembly first."""
-    config, counter = _without_compile(config), CountedBytes(record=True)
-    _simulated(config, stage, lambda shapes: _steps(config, stage, shapes, counter, check=False))
-    return counter.timeline
+def simulate_timeline(config: RunConfig, stage: Stage) -> list[Part]:
+    """The course of a stage, counted on fake tensors: the growth, if there is one, the assembly and two steps.
+
+    The first step has one micro-batch, the second two where steps of this run have more than one.
+    """
+    config = _without_compile(config)
+    return _simulated(config, stage, lambda shapes: _timeline(config, stage, shapes, check=False))
+
+
+def measure_timeline(config: RunConfig, stage: Stage) -> list[Part]:
+    """The same on real tensors, on the CPU."""
+    return _timeline(config, stage, _weight_shapes(config, stage), check=True)
 
 
 def simulate_growth(config: RunConfig, stage: Stage) -> PeakEstimate:
@@ -62,26 +71,42 @@ def simulate_growth(config: RunConfig, stage: Stage) -> PeakEstimate:
 
     Merge and growth themselves act in the host's memory, and the model before them is smaller.
     """
-
-    def grow(shapes: dict[str, torch.Size]) -> PeakEstimate:
-        with CountedBytes() as counter:
-            start = _constant_start(config, stage, shapes)
-            model = probe_model(config, start.hf_config, start.weights, CPU)
-            start.forget_tensors()
-            counter.watch(model)
-            counter.reset()
-            batch_size = config.eval.per_device_eval_batch_size or config.train.per_device_train_batch_size
-            with torch.no_grad():
-                _forward(config, model.eval(), CPU, batch_size)
-            return PeakEstimate((Instant(GROWTH, _estimate(counter.peak())),))
-
-    return _simulated(config, stage, grow)
+    return _simulated(config, stage, lambda shapes: _growth(config, stage, shapes, CountedBytes()))
 
 
 def _simulated(config: RunConfig, stage: Stage, run: Callable[[dict[str, torch.Size]], T]) -> T:
     shapes = _weight_shapes(config, stage)
     with FakeTensorMode(), _unpacked_sequences(config):
         return run(shapes)
+
+
+def _timeline(config: RunConfig, stage: Stage, shapes: dict[str, torch.Size], *, check: bool) -> list[Part]:
+    growth, steps = RecordedBytes(), RecordedBytes()
+    if stage.layer_map is not None:
+        _growth(config, stage, shapes, growth, growth.start)
+    _steps(config, stage, shapes, steps, check=check, on_part=steps.start)
+    return growth.parts() + steps.parts()
+
+
+def _growth(
+    config: RunConfig,
+    stage: Stage,
+    shapes: dict[str, torch.Size],
+    counter: CountedBytes,
+    on_part: Callable[[str], None] = lambda name: None,
+) -> PeakEstimate:
+    with counter:
+        on_part(WEIGHTS_COME)
+        start = _constant_start(config, stage, shapes)
+        model = probe_model(config, start.hf_config, start.weights, CPU)
+        start.forget_tensors()
+        counter.watch(model)
+        on_part(GROWTH)
+        counter.reset()
+        batch_size = config.eval.per_device_eval_batch_size or config.train.per_device_train_batch_size
+        with torch.no_grad():
+            _forward(config, model.eval(), CPU, batch_size)
+        return PeakEstimate((Instant(GROWTH, _estimate(counter.peak())),))
 
 
 def _steps(
@@ -92,21 +117,25 @@ def _steps(
     device: torch.device = CPU,
     *,
     check: bool = True,
+    on_part: Callable[[str], None] = lambda name: None,
 ) -> PeakEstimate:
     """A step of one micro-batch and, where a step has more, a second one of two."""
     highest: dict[str, dict[str, int]] = {}
 
     @contextmanager
     def part(name: str) -> Iterator[None]:
+        on_part(name)
         gauge.reset()
         yield
-        highest[name] = max(gauge.peak(), highest.get(name, {}), key=_on_device)
+        highest[name] = max(gauge.peak(), highest.get(name, {}), key=on_device)
 
     fused, learning_rate = config.memory.fused_backward, config.learning_rate(stage.index)
     # A half stands for any clip coefficient: to scale a gradient may take memory.
     grad_scale = 1.0 if config.optim.max_grad_norm is None else 0.5
     with gauge:
+        on_part(WEIGHTS_COME)
         start = _constant_start(config, stage, shapes)
+        on_part(ASSEMBLY)
         assembled = assemble(config, stage, start, device, check=check)
         start.forget_tensors()
         model, optimizer = assembled.model, assembled.optimizer
@@ -186,10 +215,6 @@ def _constant_start(config: RunConfig, stage: Stage, shapes: dict[str, torch.Siz
     dtype = DTYPES[config.train.precision]
     weights = {name: torch.full(shape, 0.01, dtype=dtype) for name, shape in shapes.items()}
     return StageStart(_hf_config(config, stage), weights, (), TrainState(stage.index, 0, 0, 0))
-
-
-def _on_device(by_kind: dict[str, int]) -> int:
-    return sum(num_bytes for kind, num_bytes in by_kind.items() if kind != HOST)
 
 
 def _estimate(by_kind: dict[str, int]) -> MemoryEstimate:

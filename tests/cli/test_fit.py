@@ -36,6 +36,7 @@ def text_of(run: str, budget_gib: int, width: int = 80, overrides: tuple[str, ..
         ("llama_1.2b", 16, {"vary": ["options"]}),
         ("llama_368m", 8, {"maximize": "batch", "vary": ["options"]}),
         ("llama_368m", 8, {"maximize": "sequence", "vary": ["options"]}),
+        ("llama_1.2b", 8, {"maximize": "depth", "vary": ["options", "stages"]}),
     ],
 )
 def test_nothing_is_cut_off_on_eighty_columns(run: str, budget_gib: int, arguments: dict[str, Any]) -> None:
