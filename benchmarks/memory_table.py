@@ -9,6 +9,7 @@ Writes results/memory_table/table.json (and simulated.json), and the tables betw
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import platform
 import re
@@ -16,7 +17,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 import steplm
+from steplm.cli.plan import render_explain
 from steplm.config import RunConfig, load_config
 from steplm.planner.plan import plan
 from steplm.types import HOST, Plan
@@ -29,7 +33,6 @@ BATCH = (
     "train.sequence_length=1024",
     "train.gradient_accumulation_steps=1",
 )
-MOST_STAGES = 6
 
 Overrides = tuple[str, ...]
 OPTIONS: dict[str, Overrides] = {
@@ -73,7 +76,7 @@ WITHOUT = {
 PAPER = {"368M": 0.423, "680M": 0.422, "1.2B": 0.539}  # model state below vanilla's, STEP (arXiv 2504.04151)
 RANKS = (256, 128, 64, 32)
 BUDGET = ("7B", 10 * 10**9)
-BUDGET_BATCHES = (1, 4, 8, 16)
+BUDGET_BATCHES = (1, 2, 4, 8)
 SIMULATED_MODELS = ("368M", "1.2B")
 SIMULATED = ("STEP, K=3, least peak", "+ recompute all layers", "all options, K=3")
 
@@ -166,7 +169,7 @@ def budget_rows() -> Iterable[dict[str, Any]]:
     """The fewest stages with which the largest model fits the budget, the reserve included, for each micro-batch."""
     model, budget_bytes = BUDGET
     for batch in BUDGET_BATCHES:
-        for count in range(1, MOST_STAGES + 3):
+        for count in range(1, 9):
             options = (f"plan.num_stages={count}", f"train.per_device_train_batch_size={batch}")
             config = configured(model, ["plan.objective=peak", *ALL, *options])
             row = planned(config)
@@ -210,6 +213,7 @@ def simulated() -> dict[str, Any]:
 def blocks(table: dict[str, Any], simulated: dict[str, Any]) -> dict[str, str]:
     """Markdown by marker."""
     return {
+        "explain": f"```text\n{explained()}\n```",
         "shares": render_shares("peak, share of vanilla's", WAYS, table["rows"]),
         "without": render_shares("all options, K=3, without", WITHOUT, table["without"]),
         "memory_table": "\n\n".join(render_model(model, table["rows"]) for model in MODELS),
@@ -217,6 +221,18 @@ def blocks(table: dict[str, Any], simulated: dict[str, Any]) -> dict[str, str]:
         "budget": render_budget(table["budget"]),
         "simulated": render_simulated(simulated["rows"]),
     }
+
+
+def explained() -> str:
+    """What ``steplm plan llama_368m --explain`` prints of its last stage, without the model state."""
+    config = load_config("llama_368m")
+    made = plan(config)
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    render_explain(made, console, config)
+    printed = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    first = next(i for i, line in enumerate(printed) if line.startswith(f"stage {made.num_stages}: highest"))
+    last = next(i for i, line in enumerate(printed) if line.startswith("vanilla:"))
+    return "\n".join(printed[first:last]).strip()
 
 
 def render_shares(title: str, ways: Iterable[str], rows: list[dict[str, Any]]) -> str:
@@ -284,7 +300,7 @@ def render_simulated(rows: list[dict[str, Any]]) -> str:
         difference = row["planned_bytes"] / row["simulated_bytes"] - 1
         planned = f"{row['planned_bytes']:,} | {row['planned_moment']}"
         counted = f"{row['simulated_bytes']:,} | {row['simulated_moment']}"
-        lines.append(f"| {row['model']} | {row['way']} | {row['stage']} | {planned} | {counted} | {difference:+.3%} |")
+        lines.append(f"| {row['model']} | {row['way']} | {row['stage']} | {planned} | {counted} | {difference:+.4%} |")
     return "\n".join(lines)
 
 

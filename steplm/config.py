@@ -7,6 +7,7 @@ A value comes from, in rising order: the default here, the YAML file, a ``sectio
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -255,6 +256,13 @@ class MemoryConfig(Section):
     reserve: Bytes = Field(
         2**30, description="for the device's context, libraries and fragmentation, beside the peak in every budget"
     )
+    correction: float = Field(
+        1.0, gt=0, description="measured / planned peak on your device, as `steplm plan --calibrate` tells it"
+    )
+
+    def needed_bytes(self, peak_bytes: int) -> int:
+        """What a device must have for a planned peak."""
+        return math.ceil(peak_bytes * self.correction) + self.reserve
 
 
 class EvalConfig(Section):

@@ -62,12 +62,18 @@ def plan(
     overrides: Overrides = None,
     json: Json = False,
     explain: Annotated[bool, typer.Option("--explain", help="Print every term with its formula and unit.")] = False,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Count a real step's bytes on fake tensors; seconds to a minute.")
+    ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure one real step of the largest stage on your device.")
+    ] = False,
 ) -> None:
-    """Show the stages and their model-state bytes; needs no GPU and no data."""
+    """Show the stages and all their bytes; needs no GPU and no data."""
     from steplm.cli.plan import show_plan
 
     with _suggesting(run, overrides or []):
-        show_plan(run, overrides or [], as_json=json, explain=explain)
+        show_plan(run, overrides or [], as_json=json, explain=explain, simulate=simulate, calibrate=calibrate)
 
 
 @app.command()

@@ -22,8 +22,16 @@ from steplm.units import format_bytes, format_count
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
-def show_plan(run: str, overrides: Sequence[str] = (), *, as_json: bool = False, explain: bool = False) -> None:
-    """Plan a run and print it."""
+def show_plan(
+    run: str,
+    overrides: Sequence[str] = (),
+    *,
+    as_json: bool = False,
+    explain: bool = False,
+    simulate: bool = False,
+    calibrate: bool = False,
+) -> None:
+    """Plan a run and print it; simulate or measure its steps where that is asked for."""
     config = load_config(run, overrides)
     shape = None
     if config.model.model_type not in FAMILIES:
@@ -31,10 +39,23 @@ def show_plan(run: str, overrides: Sequence[str] = (), *, as_json: bool = False,
 
         shape = shape_of(config.model.hf_config())
     plan = make_plan(config, shape)
+    console = Console(stderr=as_json)
+    document = plan_to_json(plan) if as_json else {}
+    if not as_json:
+        _show(plan, console, config, explain=explain)
+    if simulate:
+        from steplm.cli.simulate import show_simulation
+
+        document["simulation"] = show_simulation(config, plan, console)
+    if calibrate:
+        from steplm.cli.simulate import show_calibration
+
+        document["calibration"] = show_calibration(config, plan, console)
     if as_json:
-        print(json.dumps(plan_to_json(plan), indent=2))
-        return
-    console = Console()
+        print(json.dumps(document, indent=2))
+
+
+def _show(plan: Plan, console: Console, config: RunConfig, *, explain: bool) -> None:
     render_plan(plan, console, config)
     limit = config.data.max_train_tokens
     if limit is not None and plan.total_tokens > limit:
@@ -238,8 +259,10 @@ def _summary(plan: Plan, config: RunConfig) -> list[str]:
             f"activations of {plan.shape.model_type} are not known by formula: --simulate counts them on fake tensors"
         )
     else:
-        needed = format_bytes(plan.peak_bytes + config.memory.reserve)
-        lines.append(f"with memory.reserve={format_bytes(config.memory.reserve)} it needs a device of {needed}")
+        memory = config.memory
+        corrected = f" and memory.correction={memory.correction:g}" if memory.correction != 1.0 else ""
+        needed = format_bytes(memory.needed_bytes(plan.peak_bytes))
+        lines.append(f"with memory.reserve={format_bytes(memory.reserve)}{corrected} it needs a device of {needed}")
     on_host = max(stage.memory.bytes_of(kind=HOST) for stage in plan.stages)
     if on_host:
         lines.append(f"host  {format_bytes(on_host)} of frozen weights in pinned memory")

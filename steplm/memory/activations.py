@@ -61,7 +61,10 @@ class Workload:
 
     @property
     def batch_bytes(self) -> int:
-        """Tokens and labels ``16 N``; rotary cosines and sines ``2 w S q/h``, their frequencies and the loss; with a mask, it and the positions."""
+        """Tokens and labels ``16 N``; rotary cosines and sines ``2 w S q/h``, and their frequencies.
+
+        With a mask, it and the positions ``N (S + 8)``.
+        """
         shape, S = self.shape, self.sequence_length
         head_dim = (shape.attention_size or shape.hidden_size) // shape.num_attention_heads
         rows = self.num_tokens if self.has_mask else S

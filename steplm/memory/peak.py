@@ -36,6 +36,7 @@ def estimate_peak(
     outer: str = "trained",
     eval_batch_size: int | None = None,
     within_documents: bool = False,
+    grows: bool = True,
 ) -> PeakEstimate | None:
     """The highest moments of one stage, per rank; None for families that ``activations`` does not count.
 
@@ -46,6 +47,7 @@ def estimate_peak(
         outer: embeddings, final norm and head are "trained", "frozen" or under "adapters".
         eval_batch_size: sequences at once in an evaluation; default: the training batch size.
         within_documents: attention stays inside documents, which takes a mask.
+        grows: whether the stage begins with a growth.
     """
     if not is_modelled(shape):
         return None
@@ -61,7 +63,8 @@ def estimate_peak(
     moments = _Moments(work, state, train, memory, num_layers, frozenset(new_layers), outer)
     evaluation = moments.evaluation(eval_batch_size or train.per_device_train_batch_size)
     backward = (moments.final_norm(), moments.highest_layer(), moments.embeddings())
-    return PeakEstimate((moments.growth(), moments.loss(), *backward, moments.update(), evaluation))
+    growth = (moments.growth(),) if grows else ()
+    return PeakEstimate((*growth, moments.loss(), *backward, moments.update(), evaluation))
 
 
 class _Moments:

@@ -177,6 +177,10 @@ class AdamW:
         """
         return {name: dict(states) for name, states in self._states.items()}
 
+    def tables(self) -> list[Tensor]:
+        """What 8-bit states need besides themselves, once for all parameters."""
+        return [table for book in self._books.values() for table in book.tables()]
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """The states themselves, flat under ``NAME.KEY`` as safetensors wants them, and the steps by name."""
         return self._flat(), dict(self.steps)

@@ -46,6 +46,9 @@ class CodeBook:
         self._cell_code = codes.to(torch.uint8)
         self._cell_boundary = torch.cat((self.boundaries, self.boundaries.new_tensor([torch.inf])))[codes]
 
+    def tables(self) -> list[Tensor]:
+        return [self.values, self.boundaries, self._cell_code, self._cell_boundary]
+
     def quantize(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 codes and fp32 scales of a flat fp32 tensor."""
         codes = torch.empty_like(values, dtype=torch.uint8)

@@ -430,7 +430,8 @@ class _Search:
                 "counted without the model: maximize depth, batch or sequence, or vary model.hidden_size by hand."
             )
         self.config, self.given_shape, self.vary = config, shape, vary
-        self.budget_bytes, self.limit = budget_bytes, budget_bytes - config.memory.reserve
+        self.budget_bytes = budget_bytes
+        self.limit = math.floor((budget_bytes - config.memory.reserve) / config.memory.correction)
         self.axis = None if maximize is None else AXES[maximize]
         self.written_index = 1 if self.axis is None else self.axis.index(config)
         self.values = config.model_dump(mode="json")
@@ -607,7 +608,7 @@ class _Search:
             for stage in _stages(layers)
         ]
         peak_bytes = case.device_bytes(layers)
-        needed_bytes = peak_bytes + config.memory.reserve
+        needed_bytes = config.memory.needed_bytes(peak_bytes)
         has_adapters = bool(case.costs.adapter_matrices)
         return Alternative(
             overrides=tuple(f"{key}={_as_yaml(value)}" for key, value in changes.items()),

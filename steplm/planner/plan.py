@@ -74,7 +74,7 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
         vanilla_peak_bytes=None if vanilla_peak is None else vanilla_peak.total_bytes,
     )
     if config.plan.budget is not None:
-        check_budget(made, config.plan.budget, config.memory.reserve)
+        check_budget(made, config.plan.budget, config.memory)
     return made
 
 
@@ -85,14 +85,14 @@ def as_vanilla(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"train": train, "plan": one_stage, "memory": MemoryConfig()})
 
 
-def check_budget(plan: Plan, budget_bytes: int, reserve_bytes: int) -> None:
+def check_budget(plan: Plan, budget_bytes: int, memory: MemoryConfig) -> None:
     """Refuse a plan that does not fit.
 
     Raises:
         PlanInfeasible: the largest stage and the reserve need more than the budget.
     """
     stage = max(plan.stages, key=lambda stage: stage.device_bytes)
-    needed = stage.device_bytes + reserve_bytes
+    needed = memory.needed_bytes(stage.device_bytes)
     if needed <= budget_bytes:
         return
     at_peak = stage.memory if stage.peak is None else stage.peak.highest.memory
@@ -103,10 +103,10 @@ def check_budget(plan: Plan, budget_bytes: int, reserve_bytes: int) -> None:
     fact = f"no {plan.num_stages}-stage plan fits" if plan.proved_optimal else f"layers {list(plan.layers)} do not fit"
     raise PlanInfeasible(
         f"{fact} plan.budget={format_bytes(budget_bytes)}: the {'smallest ' if plan.proved_optimal else ''}peak is "
-        f"{format_bytes(stage.device_bytes)}, in stage {stage.index} ({parts}), and memory.reserve is "
-        f"{format_bytes(reserve_bytes)}. `steplm fit` lists what would fit.",
+        f"{format_bytes(stage.device_bytes)}, in stage {stage.index} ({parts}), and with memory.reserve="
+        f"{format_bytes(memory.reserve)} it needs {format_bytes(needed)}. `steplm fit` lists what would fit.",
         budget_bytes=budget_bytes,
-        reserve_bytes=reserve_bytes,
+        reserve_bytes=memory.reserve,
         peak_bytes=stage.device_bytes,
         stage=stage.index,
     )
@@ -158,6 +158,7 @@ class StageCosts:
             outer=self.outer(num_old),
             eval_batch_size=self.config.eval.per_device_eval_batch_size,
             within_documents=self.config.data.within_documents,
+            grows=num_old > 0,
         )
 
     def peak_bytes(self, num_new: int, num_old: int) -> int:

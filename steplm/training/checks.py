@@ -30,6 +30,10 @@ FREE_AT_RESUME = (
     "train.gradient_checkpointing",
     "train.loss_chunk_size",
     "train.compile",
+    "memory.offload_activations",
+    "memory.reserve",
+    "memory.correction",
+    "plan.budget",
     # The way out of a diverged run. Such a change is noted in the log.
     "optim",
     "train.save_steps",

@@ -31,7 +31,11 @@ class CountedBytes(ByteCounter):
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
         for _, tensor, is_on_host in frozen_tensors(model):
             self.track(tensor, HOST if is_on_host else "weights")
-        for states in optimizer.state_tensors().values() if optimizer else ():
+        if optimizer is None:
+            return
+        for table in optimizer.tables():
+            self.track(table, REST)
+        for states in optimizer.state_tensors().values():
             for state in states.values():
                 self.track(state, "optimizer")
 

@@ -48,7 +48,7 @@ from steplm.training.stage import (
     train_stage,
 )
 from steplm.training.step import StepReport
-from steplm.types import Plan, Stage, TrainState, to_json
+from steplm.types import Plan, Stage, TrainState, from_json, to_json
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
     run_dir = config.run_dir
     with _exclusive(run_dir):
         config = _with_prepared_dir(config)
-        plan = make_plan(config, shape_of(config.model.hf_config()))
+        plan = make_plan(_with_layers_of_before(config), shape_of(config.model.hf_config()))
         # All that can fail at once, before the data, which can take hours.
         hf_config(config.model.hf_config())
         device = resolve_device(config.train.device)
@@ -288,6 +288,19 @@ def _with_prepared_dir(config: RunConfig) -> RunConfig:
         if before is not None and (Path(before) / MANIFEST).is_file():
             return config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": before})})
     return with_prepared_dir(config)
+
+
+def _with_layers_of_before(config: RunConfig) -> RunConfig:
+    """A run that has begun keeps its layers: at another micro-batch, others may have the least peak."""
+    plan_file = config.run_dir / "plan.json"
+    if config.plan.layers is not None or not complete_checkpoints(config.run_dir / "checkpoints"):
+        return config
+    if not plan_file.is_file():
+        return config
+    layers = from_json(Plan, json.loads(plan_file.read_text())).layers
+    if len(layers) != config.plan.num_stages or sum(layers) != config.model.num_hidden_layers:
+        return config  # another run: the comparison of keys will name the difference
+    return config.model_copy(update={"plan": config.plan.model_copy(update={"layers": list(layers)})})
 
 
 def _usable_checkpoint(root: Path, display: Display) -> Path | None:

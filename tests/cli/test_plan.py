@@ -23,7 +23,7 @@ LLAMA_368M = {
         "num_hidden_layers": 24,
         "num_attention_heads": 16,
     },
-    "plan": {"num_stages": 3},
+    "plan": {"num_stages": 3, "objective": "model_state"},
 }
 
 
@@ -31,9 +31,10 @@ def make_plan(*overrides: str, values: dict[str, Any] = LLAMA_368M) -> Plan:
     return plan(load_config(values, overrides))
 
 
-def text_of(render: Any, made: Plan, width: int = 80) -> str:
+def text_of(render: Any, *overrides: str, width: int = 80) -> str:
     stream = io.StringIO()
-    render(made, Console(file=stream, width=width))
+    config = load_config(LLAMA_368M, overrides)
+    render(plan(config), Console(file=stream, width=width), config)
     return stream.getvalue()
 
 
@@ -60,22 +61,23 @@ def test_json_parameters_of_every_stage_add_up_to_its_model() -> None:
 
 
 def test_table_of_the_368m_plan() -> None:
-    assert text_of(render_plan, make_plan()).splitlines() == EXPECTED_TABLE.splitlines()
+    assert text_of(render_plan).splitlines() == EXPECTED_TABLE.splitlines()
 
 
 EXPECTED_TABLE = """\
 llama, 368M parameters, 24 layers in 3 stages, bf16, 7.36B tokens; memory in GiB
-stage   layers trained frozen adapters tokens weights gradients optimizer total
-───────────────────────────────────────────────────────────────────────────────
-1           11    204M                   1.5B    0.38      0.38      2.28  3.04
-2 ◀       11+8    166M   139M    27.4M  2.59B    0.62      0.36      2.17  3.15
-3         19+5    129M   239M    47.4M  3.27B    0.77      0.33      1.97  3.07
-                                                                               \n\
-outer            65.5M                           0.12      0.12      0.73  0.98
-vanilla     24    368M                           0.69      0.69      4.11  5.48
-peak 3.15 GiB in stage 2; vanilla 5.48 GiB; -42.6%
+stage   layers trained frozen adapters tokens weights grads optim state  peak
+─────────────────────────────────────────────────────────────────────────────
+1           11    204M                   1.5B    0.38  0.38  2.28  3.04  6.86
+2         11+8    166M   139M    27.4M  2.59B    0.62  0.36  2.17  3.15  9.63
+3 ◀       19+5    129M   239M    47.4M  3.27B    0.77  0.33  1.97  3.07 11.22
+                                                                             \n\
+outer            65.5M                           0.12  0.12  0.73  0.98      
+vanilla     24    368M                           0.69  0.69  4.11  5.48 13.61
+peak  11.22 GiB in stage 3 (loss); vanilla 13.61 GiB; -17.6%
+state 3.15 GiB in stage 2; vanilla 5.48 GiB; -42.6%
+with memory.reserve=1.00 GiB it needs a device of 12.22 GiB
 outer: embeddings, final norm and head, a part of every stage above
-activations and workspace come on top
 """
 
 
@@ -93,37 +95,39 @@ activations and workspace come on top
     ],
 )
 def test_no_number_is_cut_off_on_eighty_columns(overrides: list[str]) -> None:
-    made = make_plan(*overrides)
     for render in (render_plan, render_explain):
-        text = text_of(render, made)
+        text = text_of(render, *overrides)
         assert "…" not in text
         assert max(len(line) for line in text.splitlines()) <= 80
 
 
 def test_embeddings_frozen_after_stage_one_have_their_own_row_in_every_stage() -> None:
-    text = text_of(render_plan, make_plan("plan.train_embeddings=first_stage"))
+    text = text_of(render_plan, "plan.train_embeddings=first_stage")
     assert sum(line.startswith(" outer") for line in text.splitlines()) == 3
 
 
 def test_a_plan_by_hand_is_told_that_less_is_possible() -> None:
-    assert "smaller peak is possible" in text_of(render_plan, make_plan("plan.layers=[12,6,6]"))
-    assert "smaller peak is possible" not in text_of(render_plan, make_plan("plan.layers=[11,8,5]"))
+    assert "smaller peak is possible" in text_of(render_plan, "plan.layers=[12,6,6]")
+    assert "smaller peak is possible" not in text_of(render_plan, "plan.layers=[11,8,5]")
 
 
 def test_explain_shows_every_term_and_the_sums() -> None:
     made = make_plan()
-    text = text_of(render_explain, made)
+    text = text_of(render_explain, width=110)
     for stage in made.stages:
         assert f"{stage.memory.total_bytes:,}" in text
-        for term in stage.memory.terms:
+        assert stage.peak is not None
+        for term in (*stage.memory.terms, *stage.peak.highest.memory.terms):
             assert term.formula in text
             assert f"{term.num_bytes:,}" in text
+        for instant in stage.peak.instants:
+            assert f"{instant.memory.total_bytes:,}" in text
     assert "stage 2: n_i = 8, N_{i-1} = 11, E = 2,492,416" in text
     assert "5,887,508,480 bytes" in text
 
 
 def test_show_plan_prints_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    show_plan("llama_368m", ["plan.num_stages=2"], as_json=True)
+    show_plan("llama_368m", ["plan.num_stages=2", "plan.objective=model_state"], as_json=True)
     assert [stage["num_new_layers"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [14, 10]
 
 

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steplm.config import MemoryConfig
 from steplm.errors import ConfigError
 from steplm.memory.estimate import adapter_matrices_per_layer, estimate_stage, resolve_target_modules
-from steplm.memory.terms import KINDS, OUTER_COMPONENTS, WEIGHT_BYTES
+from steplm.memory.terms import COMPONENTS, KINDS, OUTER_COMPONENTS, WEIGHT_BYTES
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
-from steplm.types import ModelShape
+from steplm.types import HOST, MemoryEstimate, ModelShape
 
 LAYERS = {"num_new_layers": st.integers(1, 50), "num_frozen_layers": st.integers(0, 50)}
 
@@ -146,3 +147,153 @@ def test_an_unknown_precision_is_refused() -> None:
     shape = shape_from_hf_config({"model_type": "llama"})
     with pytest.raises(ConfigError, match=r"no precision 'fp8'\. Known: bf16, fp32"):
         estimate_stage(shape, precision="fp8", num_new_layers=1)
+
+
+# --- the options: one layer by hand ---
+
+# P_layer: matrices q 8 x 8, k and v 4 x 8, o 8 x 8, gate and up 12 x 8, down 8 x 12, and two norms of 8.
+HAND = shape_from_hf_config(
+    {
+        "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 100,
+    }
+)  # fmt: skip
+MATRICES, VECTORS = 64 + 32 + 32 + 64 + 96 + 96 + 96, 16
+EMBEDDINGS = 100 * 8
+MOMENTS_8BIT = MATRICES + 7 * 4  # each of the seven is smaller than a block of 256, and has one scale
+ALL_OPTIONS = MemoryConfig(
+    optimizer_states="8bit", master_weights=False, fused_backward=True, frozen_weights="nf4", offload_frozen=True
+)
+
+
+def by_hand(memory: MemoryConfig | None = None, **options: object) -> MemoryEstimate:
+    """Two trained layers on three frozen ones with adapters of rank 2 on the query."""
+    counts: dict = {"precision": "bf16", "num_new_layers": 2, "num_frozen_layers": 3, "adapter_matrices": (16, 16)}
+    return estimate_stage(HAND, **{**counts, **options}, memory=memory)
+
+
+def test_an_8_bit_moment_is_a_byte_an_element_and_four_a_block_and_a_vectors_stays_fp32() -> None:
+    estimate = by_hand(MemoryConfig(optimizer_states="8bit"))
+    assert estimate.bytes_of("new_layers", "optimizer") == 2 * (
+        2 * MOMENTS_8BIT + 8 * VECTORS + 4 * (MATRICES + VECTORS)
+    )
+    assert estimate.bytes_of("adapters", "optimizer") == 3 * 2 * (2 * (16 + 4) + 4 * 16)
+    assert estimate.bytes_of("embeddings", "optimizer") == 2 * (EMBEDDINGS + 4 * 4) + 4 * EMBEDDINGS  # 800 / 256: 4
+    assert estimate.bytes_of("final_norm", "optimizer") == (8 + 4) * 8
+
+
+def test_an_fp32_model_has_8_bit_moments_and_no_master_weight() -> None:
+    estimate = by_hand(MemoryConfig(optimizer_states="8bit"), precision="fp32")
+    assert estimate.bytes_of("new_layers", "optimizer") == 2 * (2 * MOMENTS_8BIT + 8 * VECTORS)
+
+
+def test_without_master_weights_four_bytes_a_trained_parameter_are_gone() -> None:
+    trained = 2 * (MATRICES + VECTORS) + 3 * 32 + 2 * EMBEDDINGS + 8
+    without = by_hand(MemoryConfig(master_weights=False))
+    assert by_hand().total_bytes - without.total_bytes == 4 * trained
+    assert without.bytes_of(kind="optimizer") == 8 * trained
+
+
+def test_a_fused_update_leaves_no_gradient_and_all_else_as_it_is() -> None:
+    fused, plain = by_hand(MemoryConfig(fused_backward=True)), by_hand()
+    assert fused.terms == tuple(term for term in plain.terms if term.kind != "gradients")
+    assert plain.bytes_of(kind="gradients") == plain.total_bytes - fused.total_bytes > 0
+
+
+def test_frozen_matrices_are_packed_and_their_vectors_are_not() -> None:
+    int8 = MATRICES + 4 * (8 + 4 + 4 + 8 + 12 + 12 + 8)  # a scale for each row
+    nf4 = MATRICES // 2 + 2 * (1 + 1 + 1 + 1 + 2 + 2 + 2)  # a scale for each 64 elements
+    for frozen_weights, packed in {"full": 2 * MATRICES, "int8": int8, "nf4": nf4}.items():
+        estimate = by_hand(MemoryConfig(frozen_weights=frozen_weights))
+        assert estimate.bytes_of("frozen_layers") == 3 * (packed + 2 * VECTORS)
+        others = [term for term in estimate.terms if term.component != "frozen_layers"]
+        assert others == [term for term in by_hand().terms if term.component != "frozen_layers"]
+    in_fp32 = by_hand(MemoryConfig(frozen_weights="int8"), precision="fp32")
+    assert in_fp32.bytes_of("frozen_layers") == 3 * (int8 + 4 * VECTORS)
+
+
+@pytest.mark.parametrize(("num_frozen_layers", "slots"), [(0, 0), (1, 1), (2, 2), (9, 2)])
+def test_offloaded_layers_are_in_host_memory_but_for_two(num_frozen_layers: int, slots: int) -> None:
+    estimate = by_hand(MemoryConfig(offload_frozen=True), num_frozen_layers=num_frozen_layers)
+    assert estimate.bytes_of("frozen_layers", HOST) == num_frozen_layers * 2 * MATRICES
+    assert estimate.bytes_of("frozen_layers", "weights") == num_frozen_layers * 2 * VECTORS
+    assert estimate.bytes_of("fetched_layers") == slots * 2 * MATRICES
+    plain = by_hand(num_frozen_layers=num_frozen_layers)
+    # With one or two frozen layers all of them are on the device, and nothing is saved.
+    assert plain.total_bytes - estimate.total_bytes == (num_frozen_layers - slots) * 2 * MATRICES
+    assert estimate.by_kind()["total"] == estimate.total_bytes == sum(estimate.bytes_of(kind=kind) for kind in KINDS)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_on_embeddings_and_head_leave_the_norm_trained(tied: bool) -> None:
+    shape = shape_from_hf_config(
+        {"model_type": "llama", "hidden_size": 8, "vocab_size": 100, "num_attention_heads": 1, "tie_word_embeddings": tied}
+    )
+    counts = {"precision": "bf16", "num_new_layers": 1, "outer": "adapters", "outer_rank": 3}
+    estimate = estimate_stage(shape, **counts)
+    matrices = 1 if tied else 2
+    assert estimate.bytes_of("embeddings") + estimate.bytes_of("head") == matrices * 2 * 800
+    assert estimate.bytes_of("final_norm") == 16 * 8
+    assert estimate.bytes_of("adapters") == matrices * 16 * 3 * (100 + 8)
+    packed = estimate_stage(shape, **counts, memory=MemoryConfig(optimizer_states="8bit"))
+    moments = 2 * (300 + 4 * 2 + 24 + 4)  # two blocks, and one
+    assert packed.bytes_of("adapters", "optimizer") == matrices * (moments + 4 * 324)
+
+
+def test_all_options_together_are_the_sum_of_their_terms() -> None:
+    estimate = by_hand(ALL_OPTIONS, outer="adapters", outer_rank=2)
+    nf4 = MATRICES // 2 + 2 * 10
+    expected = {
+        ("new_layers", "weights"): 2 * 2 * (MATRICES + VECTORS),
+        ("new_layers", "optimizer"): 2 * (2 * MOMENTS_8BIT + 8 * VECTORS),
+        ("frozen_layers", "weights"): 3 * 2 * VECTORS,
+        ("frozen_layers", HOST): 3 * nf4,
+        ("fetched_layers", "weights"): 2 * nf4,
+        ("adapters", "weights"): 2 * (3 * 32 + 2 * 216),
+        ("adapters", "optimizer"): 2 * (3 * 2 * (16 + 4) + 2 * (200 + 4 + 16 + 4)),
+        ("embeddings", "weights"): 2 * EMBEDDINGS,
+        ("final_norm", "weights"): 2 * 8,
+        ("final_norm", "optimizer"): 8 * 8,
+        ("head", "weights"): 2 * EMBEDDINGS,
+    }
+    found = {key: estimate.bytes_of(*key) for key in {(term.component, term.kind) for term in estimate.terms}}
+    assert found == expected
+
+
+def test_the_default_options_are_the_formula_of_the_source() -> None:
+    assert by_hand(MemoryConfig()) == by_hand()
+    p, e = MATRICES + VECTORS, 32
+    assert by_hand(MemoryConfig(), count_outer=False).total_bytes == 16 * 2 * p + 2 * 3 * p + 16 * 3 * e
+
+
+@given(
+    shape=shapes(), **LAYERS, e=st.integers(0, 10**6), precision=st.sampled_from(list(WEIGHT_BYTES)),
+    eight_bit=st.booleans(),
+)  # fmt: skip
+def test_no_option_adds_to_the_model_state(
+    shape: ModelShape, num_new_layers: int, num_frozen_layers: int, e: int, precision: str, eight_bit: bool
+) -> None:
+    """But for a scale of four bytes on a matrix of a few elements: a moment of fewer than two has more in 8 bits."""
+
+    def total(**options: object) -> int:
+        estimate = estimate_stage(
+            shape,
+            precision=precision,
+            num_new_layers=num_new_layers,
+            num_frozen_layers=num_frozen_layers,
+            adapter_matrices=[e],
+            memory=MemoryConfig(**{"optimizer_states": "8bit" if eight_bit else "fp32", **options}),
+        )
+        assert all(term.num_bytes > 0 for term in estimate.terms)
+        return estimate.total_bytes
+
+    base = total()
+    assert total(master_weights=False) <= base
+    assert total(fused_backward=True) < base
+    assert total(offload_frozen=True) <= base
+    if min(shape.layer_matrices) >= 2 and min(shape.embedding_matrices) >= 2 and e != 1:
+        assert total(optimizer_states="8bit") <= total(optimizer_states="fp32")
+    if min(linear.in_features for linear in shape.linears) >= 4:  # a row's scale is four bytes
+        assert total(frozen_weights="int8") <= base
+    if min(shape.layer_matrices) >= 2:
+        assert total(frozen_weights="nf4") <= base

@@ -1,0 +1,91 @@
+"""``steplm plan --simulate`` and ``--calibrate``: the plan beside steps that were really taken."""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from steplm.config import RunConfig
+from steplm.files import write_atomically
+from steplm.models.device import resolve_device
+from steplm.training.simulate import measure_stage, simulate_stage
+from steplm.types import Plan, Stage
+from steplm.units import format_bytes
+
+
+def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dict[str, Any]]:
+    """Print the peak of every stage, planned beside counted on fake tensors, and return it."""
+    rows = []
+    table = Table(title="simulated on fake tensors", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("stage")
+    for name in ("planned", "simulated", "planned / simulated"):
+        table.add_column(name, justify="right")
+    table.add_column("highest in")
+    for stage in plan.stages:
+        with console.status(f"stage {stage.index} of {plan.num_stages}"):
+            simulated = simulate_stage(config, stage)
+        planned = None if stage.peak is None else stage.peak.total_bytes
+        counted = simulated.total_bytes
+        rows.append(
+            {
+                "stage": stage.index,
+                "planned_bytes": planned,
+                "simulated_bytes": counted,
+                "moments": {instant.name: instant.memory.total_bytes for instant in simulated.instants},
+            }
+        )
+        table.add_row(
+            str(stage.index),
+            format_bytes(planned) if planned else "unknown",
+            format_bytes(counted),
+            f"{planned / counted:.2%}" if planned else "",
+            simulated.highest.name,
+        )
+    console.print(table)
+    return rows
+
+
+def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[str, Any]:
+    """Take two steps of the largest stage on the device; print, record and return planned beside measured."""
+    device = resolve_device(config.train.device)
+    stage = max(plan.stages, key=lambda stage: stage.device_bytes)
+    with console.status(f"two steps of stage {stage.index} on {device}"):
+        measured = measure_stage(config, stage, device).total_bytes
+    planned = _planned_in_a_step(stage)
+    record = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "counted_by": "the allocator" if device.type == "cuda" else "tensor by tensor",
+        "torch": torch.__version__,
+        "stage": stage.index,
+        "planned_bytes": planned,
+        "measured_bytes": measured,
+        "correction": None if planned is None else measured / planned,
+    }
+    path = config.run_dir / "calibration.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    console.print(
+        f"measured on {record['device']} ({record['counted_by']}): stage {stage.index} {format_bytes(measured)}"
+        + ("" if planned is None else f", planned {format_bytes(planned)}"),
+        highlight=False,
+    )
+    if planned is not None:
+        console.print(
+            f"memory.correction={measured / planned:.4f} makes every budget count with it; kept in {path}",
+            highlight=False,
+        )
+    return record
+
+
+def _planned_in_a_step(stage: Stage) -> int | None:
+    """The peak of a step: growth and evaluation are not measured."""
+    if stage.peak is None:
+        return None
+    left_out = ("growth", "evaluation")
+    return max(i.memory.total_bytes for i in stage.peak.instants if i.name not in left_out)
