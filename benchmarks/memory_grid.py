@@ -189,7 +189,10 @@ def table(rows: list[dict[str, Any]], num_ends: int) -> list[str]:
     shown = rows if len(rows) <= 2 * num_ends else rows[:num_ends] + rows[-num_ends:]
     numbers = ("planned_bytes", "simulated_bytes", "ratio")
     head = [key.removesuffix("_bytes").replace("_", " ") for key in rows[0]]
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(" ---: " if k in numbers else " --- " for k in rows[0]) + "|"]
+    lines = [
+        "| " + " | ".join(head) + " |",
+        "|" + "|".join(" ---: " if k in numbers else " --- " for k in rows[0]) + "|",
+    ]
     for row in shown:
         cells = [f"{v:,}" if k.endswith("_bytes") else f"{v:.4f}" if k == "ratio" else str(v) for k, v in row.items()]
         lines.append("| " + " | ".join(cells) + " |")

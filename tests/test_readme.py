@@ -70,7 +70,8 @@ def test_the_plan_in_the_readme_is_the_one_that_is_printed() -> None:
     from steplm.planner.plan import plan
 
     console = Console(width=80, file=io.StringIO(), color_system=None)
-    render_plan(plan(load_config("llama_368m")), console)
+    config = load_config("llama_368m")
+    render_plan(plan(config), console, config)
     printed = [line.rstrip() for line in console.file.getvalue().strip().splitlines()]  # type: ignore[attr-defined]
     assert "\n".join(["$ steplm plan llama_368m", *printed]) in README
 

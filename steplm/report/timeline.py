@@ -240,7 +240,13 @@ def _draw_stage(axes: Axes, timeline: StageTimeline, start: float, unit: float, 
     stage = timeline.stage
     trained = "all" if stage.num_new_layers == stage.num_hidden_layers else str(stage.num_new_layers)
     where: dict[str, Any] = {"xycoords": below, "ha": "center", "va": "top"}
-    axes.annotate("one stage" if alone else f"stage {stage.index}", ((start + x) / 2, 0), xytext=(0, -51), textcoords="offset points", **where)
+    axes.annotate(
+        "one stage" if alone else f"stage {stage.index}",
+        ((start + x) / 2, 0),
+        xytext=(0, -51),
+        textcoords="offset points",
+        **where,
+    )
     text = f"{stage.num_hidden_layers} layers,\n{trained} trained"
     axes.annotate(text, ((start + x) / 2, 0), xytext=(0, -63), fontsize=8, **where, **small)
     return x

@@ -14,16 +14,19 @@ from steplm.models import activations
 from steplm.planner.plan import plan
 from steplm.training import simulate
 from steplm.training.simulate import (
+    ASSEMBLY,
     AT_REST,
     BACKWARD,
     FORWARD,
     GROWTH,
     STEP,
     measure_stage,
+    measure_timeline,
     simulate_growth,
     simulate_stage,
     simulate_timeline,
 )
+from steplm.training.timeline import WEIGHTS_COME
 from steplm.types import HOST, PeakEstimate
 
 EVERYTHING = (
@@ -164,12 +167,20 @@ def test_growth_holds_plain_weights_and_little_else() -> None:
     assert growth.memory.bytes_of(kind="rest") < simulated(2)[FORWARD]["rest"]
 
 
-def test_the_timeline_has_the_peak_and_ends_at_rest() -> None:
+def test_the_timeline_has_every_part_and_its_peak() -> None:
     config = configure()
-    timeline = simulate_timeline(config, plan(config).stages[1])
-    totals = [sum(point.values()) for point in timeline]
-    assert max(totals) == max(sum(by_kind.values()) for by_kind in simulated(2).values())
-    assert timeline[-1]["optimizer"] == simulated(2)[AT_REST]["optimizer"]
+    parts = simulate_timeline(config, plan(config).stages[1])
+    steps = [FORWARD, BACKWARD, STEP, *2 * [FORWARD, BACKWARD], STEP]
+    assert [part.name for part in parts] == [WEIGHTS_COME, GROWTH, WEIGHTS_COME, ASSEMBLY, AT_REST, *steps]
+    peaks = {name: max(part.peak_bytes for part in parts if part.name == name) for name in simulated(2)}
+    assert peaks == {name: sum(by_kind.values()) for name, by_kind in simulated(2).items()}
+
+
+def test_a_measured_timeline_is_the_simulated_one() -> None:
+    config = configure()
+    stage = plan(config).stages[1]
+    fake, real = simulate_timeline(config, stage), measure_timeline(config, stage)
+    assert [(part.name, part.peak_bytes) for part in fake] == [(part.name, part.peak_bytes) for part in real]
 
 
 def test_what_is_replaced_for_the_simulation_is_put_back() -> None:
