@@ -67,7 +67,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "no adapters": ("pet.method=none",),
     "no freezing": ("plan.freeze_old_layers=false",),
     "within documents": ("data.within_documents=true",),
-    "large evaluation batch": ("eval.per_device_eval_batch_size=64",),
     "tied embeddings": ("model.tie_word_embeddings=true",),
     "grouped queries": GQA,
     "qwen2": ("model.model_type=qwen2", *GQA),
@@ -104,7 +103,8 @@ def main() -> None:
             grids["options"] += rows_of(config, {"option": option, "shape": shape})
     for case in cases if arguments.full else cases[: arguments.cases]:
         if time.monotonic() < until:
-            grids["shapes"] += rows_of(configure(dict(zip(AXES, case, strict=True))), dict(zip(SHORT_NAMES, case)))
+            names = dict(zip(SHORT_NAMES, case, strict=True))
+            grids["shapes"] += rows_of(configure(dict(zip(AXES, case, strict=True))), names)
     write(grids, len(cases), arguments.output)
 
 
@@ -156,8 +156,8 @@ def write(grids: dict[str, list[dict[str, Any]]], num_cases: int, output: Path) 
     lines = [
         "# The planned peak beside the simulated one",
         "",
-        "The peak that `steplm plan` computes from formulas, over the peak of the same stage's real step and growth, run",
-        "on fake tensors and counted storage by storage. Above 1 the plan asks for more than is held; below, for less.",
+        "The peak that `steplm plan` computes from formulas, over the peak of the same stage's real step and growth,",
+        "run on fake tensors and counted storage by storage. Above 1 the plan asks for more than is held; below, for less.",
         f"torch {versions['torch']}, transformers {versions['transformers']}; by `python benchmarks/memory_grid.py`.",
         "",
         "| grid | stages compared | lowest ratio | median | highest | within 3% | low by more than 0.1% |",

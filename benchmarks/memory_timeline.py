@@ -24,9 +24,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/images/memory_timeline.png"))
     parser.add_argument("--measured", action="store_true", help="on real tensors, on the CPU: small models only")
     arguments = parser.parse_args()
-    print(
-        timeline_figure(load_config(arguments.run, arguments.overrides), arguments.output, measured=arguments.measured)
-    )
+    config = load_config(arguments.run, arguments.overrides)
+    print(timeline_figure(config, arguments.output, measured=arguments.measured))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,8 @@ NAMES = {"optimizer": "optimizer states", "rest": "activations and workspace"}
 
 # Each part of a stage as drawn: its name, its width, and the parts of the count that it is made of.
 DRAWN_PARTS = (
-    ("growth", 0.14, ("weights come", "growth")),
-    ("set-up", 0.12, ("weights come", "assembly", "between steps")),
+    ("growth", 0.14, ("grown weights", "growth")),
+    ("set-up", 0.12, ("weights of the stage", "assembly", "between steps")),
     ("forward", 0.26, ("forward",)),
     ("backward", 0.32, ("backward",)),
     ("update", 0.16, ("optimizer step",)),
@@ -240,8 +241,9 @@ def _draw_stage(axes: Axes, timeline: StageTimeline, start: float, unit: float, 
     stage = timeline.stage
     trained = "all" if stage.num_new_layers == stage.num_hidden_layers else str(stage.num_new_layers)
     where: dict[str, Any] = {"xycoords": below, "ha": "center", "va": "top"}
+    title = "one stage" if alone else f"stage {stage.index}"
     axes.annotate(
-        "one stage" if alone else f"stage {stage.index}",
+        title,
         ((start + x) / 2, 0),
         xytext=(0, -51),
         textcoords="offset points",
@@ -257,7 +259,7 @@ def _thinned(part: DrawnPart, start: float) -> tuple[list[float], list[dict[str,
     num_bins = min(len(part.points), max(1, round(BINS * part.width)))
     edges = [round(index * len(part.points) / num_bins) for index in range(num_bins + 1)]
     positions, points = [], []
-    for index, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+    for index, (low, high) in enumerate(pairwise(edges)):
         highest = max(part.points[low:high], key=_total)
         positions += [start + part.width * (index + side) / num_bins for side in (0, 1)]
         points += [highest] * 2

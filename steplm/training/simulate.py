@@ -21,7 +21,7 @@ from steplm.models.forward import batch_loss
 from steplm.optim.adamw import global_grad_norm
 from steplm.training.assemble import StageStart, assemble, probe_model
 from steplm.training.gauge import AllocatedBytes, CountedBytes, gauge_for
-from steplm.training.timeline import WEIGHTS_COME, Part, RecordedBytes, on_device
+from steplm.training.timeline import GROWN_WEIGHTS, STAGE_WEIGHTS, Part, RecordedBytes, on_device
 from steplm.types import Instant, MemoryEstimate, MemoryTerm, PeakEstimate, Stage, TrainState
 
 AT_REST, FORWARD, BACKWARD, STEP, GROWTH = "between steps", "forward", "backward", "optimizer step", "growth"
@@ -96,7 +96,7 @@ def _growth(
     on_part: Callable[[str], None] = lambda name: None,
 ) -> PeakEstimate:
     with counter:
-        on_part(WEIGHTS_COME)
+        on_part(GROWN_WEIGHTS)
         start = _constant_start(config, stage, shapes)
         model = probe_model(config, start.hf_config, start.weights, CPU)
         start.forget_tensors()
@@ -133,7 +133,7 @@ def _steps(
     # A half stands for any clip coefficient: to scale a gradient may take memory.
     grad_scale = 1.0 if config.optim.max_grad_norm is None else 0.5
     with gauge:
-        on_part(WEIGHTS_COME)
+        on_part(STAGE_WEIGHTS)
         start = _constant_start(config, stage, shapes)
         on_part(ASSEMBLY)
         assembled = assemble(config, stage, start, device, check=check)

@@ -16,7 +16,7 @@ from steplm.training.gauge import CountedBytes
 from steplm.types import HOST
 
 ADAPTERS = "adapters"
-WEIGHTS_COME = "weights come"
+GROWN_WEIGHTS, STAGE_WEIGHTS = "grown weights", "weights of the stage"  # parts in which plain weights are made
 
 _OPERATION_DONE = -1  # stands in the place of a storage's number
 
@@ -56,7 +56,7 @@ class RecordedBytes(CountedBytes):
     def start(self, part: str) -> None:
         """What comes now belongs to this part."""
         # Weights come from the host: those that no model keeps as they are have never been on the device.
-        self._newborn = HOST if part == WEIGHTS_COME else REST
+        self._newborn = HOST if part in (GROWN_WEIGHTS, STAGE_WEIGHTS) else REST
         self._parts.append((part, len(self._events)))
         self._end_operation()
 

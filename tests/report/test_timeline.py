@@ -107,7 +107,8 @@ def test_the_figure_names_stages_peaks_and_savings(tmp_path: Path, monkeypatch: 
     assert texts.count("stage 1") == texts.count("stage 2") == 2
     assert texts.count("one stage") == 1
     made = plan(configure("train.gradient_accumulation_steps=1"))
-    assert made.peak_bytes is not None and made.vanilla_peak_bytes is not None
+    assert made.peak_bytes is not None
+    assert made.vanilla_peak_bytes is not None
     saving = f"{100 * (1 - made.peak_bytes / made.vanilla_peak_bytes):.1f}%"
     assert any(text.startswith("peak") and text.endswith(f"−{saving}") for text in texts)
     assert "filled: simulated" in texts

@@ -26,7 +26,7 @@ from steplm.training.simulate import (
     simulate_stage,
     simulate_timeline,
 )
-from steplm.training.timeline import WEIGHTS_COME
+from steplm.training.timeline import GROWN_WEIGHTS, STAGE_WEIGHTS
 from steplm.types import HOST, PeakEstimate
 
 EVERYTHING = (
@@ -171,7 +171,7 @@ def test_the_timeline_has_every_part_and_its_peak() -> None:
     config = configure()
     parts = simulate_timeline(config, plan(config).stages[1])
     steps = [FORWARD, BACKWARD, STEP, *2 * [FORWARD, BACKWARD], STEP]
-    assert [part.name for part in parts] == [WEIGHTS_COME, GROWTH, WEIGHTS_COME, ASSEMBLY, AT_REST, *steps]
+    assert [part.name for part in parts] == [GROWN_WEIGHTS, GROWTH, STAGE_WEIGHTS, ASSEMBLY, AT_REST, *steps]
     peaks = {name: max(part.peak_bytes for part in parts if part.name == name) for name in simulated(2)}
     assert peaks == {name: sum(by_kind.values()) for name, by_kind in simulated(2).items()}
 

@@ -1,0 +1,168 @@
+"""Activations of a layer: by hand, and against what autograd saves in the layer of ``transformers``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from steplm.memory.activations import (
+    MODELLED,
+    Workload,
+    is_modelled,
+    layer_activations,
+    norm_backward,
+    norm_saved,
+)
+from steplm.pet.adapters import attach
+from steplm.planner.shape import FAMILIES, shape_from_hf_config
+from steplm.types import AdapterSpec
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64, "pad_token_id": 0,
+    "bos_token_id": None, "eos_token_id": None, "head_dim": 8,
+}  # fmt: skip
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+B, S = 3, 16
+
+
+def workload(model_type: str = "llama", precision: str = "bf16", *targets: str, rank: int = 4) -> Workload:
+    shape = shape_from_hf_config({"model_type": model_type, **SIZES})
+    return Workload(shape, precision, B, S, rank if targets else 0, targets)
+
+
+def test_a_trained_layer_by_hand() -> None:
+    N, d, q, k, f, h = B * S, 32, 32, 16, 80, 4
+    expected = {
+        "two norms: fp32 input, its scale, the normalised input for the weight": 2 * (4 * N * d + 4 * N + 2 * N * d),
+        "query, key, value and output of the attention": 2 * N * (q + k + k + q),
+        "its normaliser": 4 * N * h,
+        "inputs of the attention's maps and of gate and up": 2 * (2 * N * d),
+        "gate, its activation, up and their product": 4 * (2 * N * f),
+    }
+    layer = layer_activations(workload(), trained=True)
+    assert layer.saved == sum(expected.values())
+    assert layer.backward == 2 * N * d + 2 * (2 * N * f)
+    assert layer.product_gradient == 2 * N * d + 2 * N * f
+    assert layer.first_gradient == 2 * f * d
+
+
+def test_a_frozen_layer_saves_no_input_that_only_a_weights_gradient_needs() -> None:
+    N, d, f, r = B * S, 32, 80, 4
+    trained = layer_activations(workload(), trained=True)
+    frozen = layer_activations(workload(), trained=False)
+    inputs = 2 * (2 * N * d) + 2 * N * f
+    normalised = 2 * (2 * N * d)
+    assert trained.saved - frozen.saved == inputs + normalised
+    assert (frozen.first_gradient, frozen.backward) == (0, 2 * N * d + 3 * (2 * N * f))
+    adapted = layer_activations(workload("llama", "bf16", *ALL), trained=False)
+    assert adapted.saved - frozen.saved == inputs + 7 * 2 * N * r
+    assert adapted.first_gradient == 2 * r * (d + f)
+    only_down = layer_activations(workload("llama", "bf16", "down_proj"), trained=False)
+    assert only_down.saved - frozen.saved == 2 * N * f + 2 * N * r
+    only_values = layer_activations(workload("llama", "bf16", "v_proj"), trained=False)
+    assert only_values.saved - frozen.saved == 2 * N * d + 2 * N * r
+    assert only_values.first_gradient == 0
+
+
+def test_norms_of_heads_and_a_mask_are_saved_too() -> None:
+    N, q, k = B * S, 32, 16
+    llama, qwen3 = (layer_activations(workload(name), trained=True).saved for name in ("llama", "qwen3"))
+    assert qwen3 - llama == (4 + 2) * N * (q + k) + 4 * (N * 4 + N * 2)
+    masked = replace(workload(), has_mask=True)
+    assert layer_activations(masked, trained=True).saved - llama == 2 * N * S
+    assert masked.batch_bytes - workload().batch_bytes == N * (S + 8) + 2 * 2 * (N - S) * 8
+
+
+def test_a_batch_and_the_norm_above_all_layers_by_hand() -> None:
+    N, d = B * S, 32
+    assert workload().batch_bytes == 16 * N + 2 * 2 * S * 8 + 4 * (8 + 2)
+    assert norm_saved(workload(), trained=True) == 4 * N * d + 4 * N + 2 * N * d
+    assert norm_saved(workload(), trained=False) == 4 * N * d + 4 * N
+    assert norm_backward(workload()) == 16 * N * d + 2 * N * d
+    assert workload().stream_bytes == 2 * N * d
+    assert workload("llama", "fp32").feed_forward_bytes == 4 * N * 80
+
+
+def test_the_families_are_those_that_have_such_layers() -> None:
+    assert set(MODELLED) <= set(FAMILIES)
+    for model_type in FAMILIES:
+        shape = shape_from_hf_config({"model_type": model_type})
+        assert is_modelled(shape) == (model_type in MODELLED)
+        if is_modelled(shape):
+            assert MODELLED[model_type] == (FAMILIES[model_type].qk_norm == "head")
+            assert [linear.name.rpartition(".")[2] for linear in shape.linears] == list(ALL)
+            assert FAMILIES[model_type].norms_per_layer == 2
+
+
+def saved_bytes(model: PreTrainedModel) -> int:
+    """Storages that autograd holds after the forward pass of the one layer, each once; no parameters."""
+    layer = model.model.layers[0]
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    hidden = torch.randn(B, S, SIZES["hidden_size"], dtype=model.dtype, requires_grad=True)
+    cosine_and_sine = model.model.rotary_emb(hidden, torch.arange(S).unsqueeze(0))
+    given_from_outside = {tensor.untyped_storage().data_ptr() for tensor in cosine_and_sine}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in parameters | given_from_outside:
+            kept[address] = tensor
+        return tensor
+
+    # Not a leaf: a layer's input is the output of the one below, and nobody else keeps it.
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = layer(hidden * 1, position_embeddings=cosine_and_sine)
+    kept.pop(hidden.untyped_storage().data_ptr(), None)  # of the multiplication
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert output.requires_grad
+    return total
+
+
+def model_of(model_type: str, targets: tuple[str, ...] | None) -> PreTrainedModel:
+    """One bf16 layer, trained, or frozen under adapters of rank 4 on ``targets``."""
+    config = AutoConfig.for_model(model_type, **SIZES)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if targets is not None:
+        if targets:
+            attach(model, AdapterSpec("lora", 4, 4.0, targets, (0,)), "model.layers", seed=0)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora" in name)
+    return model
+
+
+@pytest.mark.parametrize("targets", [None, (), ALL, ("down_proj",), ("q_proj", "v_proj")], ids=str)
+@pytest.mark.parametrize("model_type", MODELLED)
+def test_autograd_saves_what_is_counted(model_type: str, targets: tuple[str, ...] | None) -> None:
+    planned = layer_activations(workload(model_type, "bf16", *(targets or ())), trained=targets is None).saved
+    saved = saved_bytes(model_of(model_type, targets))
+    assert abs(saved - planned) <= 64, "but for a few scalars"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    model_type=st.sampled_from(list(MODELLED)),
+    precision=st.sampled_from(["bf16", "fp32"]),
+    targets=st.lists(st.sampled_from(ALL), unique=True),
+    sequences=st.integers(1, 64),
+    length=st.integers(2, 4096),
+    trained=st.booleans(),
+)
+def test_activations_grow_with_tokens_and_training_and_no_number_is_negative(
+    model_type: str, precision: str, targets: list[str], sequences: int, length: int, trained: bool
+) -> None:
+    work = replace(workload(model_type, precision, *targets), num_sequences=sequences, sequence_length=length)
+    here = layer_activations(work, trained=trained)
+    assert min(vars(here).values()) >= 0
+    twice = layer_activations(replace(work, num_sequences=2 * sequences), trained=trained)
+    assert twice.saved == 2 * here.saved, "each sequence is alone"
+    longer = layer_activations(replace(work, sequence_length=length + 1), trained=trained)
+    assert longer.saved > here.saved
+    assert here.product_gradient <= here.backward <= here.fetched_backward + here.saved
+    frozen = layer_activations(replace(work, adapter_targets=(), adapter_rank=0), trained=False)
+    assert frozen.saved <= here.saved
