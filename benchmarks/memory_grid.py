@@ -30,7 +30,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "train.per_device_train_batch_size": (1, 3, 8),
     "train.sequence_length": (128, 500, 1024),
     "model.vocab_size": (1000, 32000),
-    "model.num_hidden_layers": (3, 8),
+    "model.num_hidden_layers": (3, 6),
     "model.hidden_size": (128, 512),
     "train.gradient_checkpointing": (False, "frozen", "new", True),
     "train.gradient_accumulation_steps": (1, 4),
@@ -101,15 +101,16 @@ def main() -> None:
         if time.monotonic() < until:
             config = configure({}, (*OPTION_SHAPES[shape], *OPTIONS[option]))
             grids["options"] += rows_of(config, {"option": option, "shape": shape})
+            write(grids, len(cases), arguments.output)
     for case in cases if arguments.full else cases[: arguments.cases]:
         if time.monotonic() < until:
             names = dict(zip(SHORT_NAMES, case, strict=True))
             grids["shapes"] += rows_of(configure(dict(zip(AXES, case, strict=True))), names)
-    write(grids, len(cases), arguments.output)
+            write(grids, len(cases), arguments.output)
 
 
 def configure(case: dict[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
-    width, depth = case.get("model.hidden_size", 256), case.get("model.num_hidden_layers", 6)
+    width, depth = case.get("model.hidden_size", 256), case.get("model.num_hidden_layers", 4)
     base = {
         "model": {"intermediate_size": width * 8 // 3, "num_attention_heads": 4, "max_position_embeddings": 1024},
         "plan": {"num_stages": 2, "layers": [depth - depth // 3, depth // 3], "total_tokens": 10**8},
@@ -157,7 +158,8 @@ def write(grids: dict[str, list[dict[str, Any]]], num_cases: int, output: Path) 
         "# The planned peak beside the simulated one",
         "",
         "The peak that `steplm plan` computes from formulas, over the peak of the same stage's real step and growth,",
-        "run on fake tensors and counted storage by storage. Above 1 the plan asks for more than is held; below, for less.",
+        "run on fake tensors and counted storage by storage. Above 1 the plan asks for more than is held; below, for",
+        "less. Evaluations are planned, but not part of the simulation.",
         f"torch {versions['torch']}, transformers {versions['transformers']}; by `python benchmarks/memory_grid.py`.",
         "",
         "| grid | stages compared | lowest ratio | median | highest | within 3% | low by more than 0.1% |",
@@ -175,11 +177,12 @@ def write(grids: dict[str, list[dict[str, Any]]], num_cases: int, output: Path) 
     values = "; ".join(
         f"{short} {', '.join(map(str, AXES[key]))}" for short, key in zip(SHORT_NAMES, AXES, strict=True)
     )
-    lines += ["", f"The first grid has {2 * num_cases} stages, taken in a shuffled order: {values}."]
+    lines += ["", f"The grid of shapes has {2 * num_cases} stages: {values}. They are taken in a shuffled"]
+    lines += [f"order, the first {len(grids['shapes'])} here."]
     for name, grid in grids.items():
         lines += ["", f"## {name.capitalize()}: the lowest and the highest", ""]
         lines += table(sorted(grid, key=lambda row: row["ratio"]), 5)
-    lines += ["", "## Every option", "", *table(grids["options"], len(grids["options"]))]
+    lines += ["", "## Options: all", "", *table(grids["options"], len(grids["options"]))]
     (output / "README.md").write_text("\n".join(lines) + "\n")
 
 

@@ -219,3 +219,82 @@ def test_the_choices_of_a_key_are_the_names_that_are_implemented(
 
 def test_a_number_without_a_point_is_a_number_in_free_form_keys_too() -> None:
     assert load_config({}, ["model.extra={rms_norm_eps: 1e-5}"]).model.extra == {"rms_norm_eps": 1e-5}
+
+
+# Pairs of keys that cannot go together: the overrides, both keys as the error names them, and a way out.
+CLASHES = {
+    "a fused update cannot sum micro-batches": (
+        ["memory.fused_backward=true", "optim.max_grad_norm=null", "train.gradient_accumulation_steps=4"],
+        ["memory.fused_backward", "train.gradient_accumulation_steps=4"],
+        "train.gradient_accumulation_steps=1",
+    ),
+    "a fused update cannot clip": (
+        ["memory.fused_backward=true", "optim.max_grad_norm=0.5"],
+        ["memory.fused_backward", "optim.max_grad_norm=0.5"],
+        "optim.max_grad_norm=null",
+    ),
+    "fp32 weights have no master copy": (
+        ["memory.master_weights=false", "train.precision=fp32"],
+        ["memory.master_weights=false", "train.precision=fp32"],
+        "train.precision=bf16",
+    ),
+    "a compiled layer cannot fetch weights": (
+        ["memory.offload_frozen=true", "train.compile=true"],
+        ["memory.offload_frozen", "train.compile"],
+        "train.compile=false",
+    ),
+    "adapters on embeddings need adapters": (
+        ["plan.train_embeddings=adapters", "pet.method=none"],
+        ["plan.train_embeddings=adapters", "pet.method"],
+        "pet.method=lora",
+    ),
+    "adapters on embeddings need frozen layers": (
+        ["plan.train_embeddings=adapters", "plan.freeze_old_layers=false"],
+        ["plan.train_embeddings=adapters", "plan.freeze_old_layers"],
+        "plan.freeze_old_layers=true",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CLASHES)
+def test_options_that_clash_are_refused_by_both_names_with_a_way_out_that_works(name: str) -> None:
+    overrides, keys, way_out = CLASHES[name]
+    with pytest.raises(ConfigError) as caught:
+        load_config({}, overrides)
+    message = str(caught.value)
+    assert "\n" not in message, "one problem, not several"
+    assert all(key in message for key in keys)
+    assert "set " in message
+    load_config({}, [*overrides, way_out])
+
+
+@pytest.mark.parametrize("override", ["memory.fused_backward=true", "memory.fused_backward=false"])
+def test_each_of_two_ways_out_of_a_clash_works(override: str) -> None:
+    load_config({}, [override, "optim.max_grad_norm=null"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "memory.optimizer_states=4bit", "memory.frozen_weights=int4", "memory.reserve=0", "plan.objective=flops",
+        "plan.train_embeddings=adapter", "train.gradient_checkpointing=old", "memory.offload=true",
+        "memory.correction=0",
+    ],
+)  # fmt: skip
+def test_a_memory_option_that_does_not_exist_is_refused_here_and_by_the_schema(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0].rpartition(".")[2]):
+        load_config({}, [override])
+    section, _, rest = override.partition(".")
+    key, _, value = rest.partition("=")
+    assert schema_errors(f"{section}: {{{key}: {value}}}") != []
+
+
+@pytest.mark.parametrize("text", ["memory: {reserve: 2GiB}", "memory: {optimizer_states: 8bit, frozen_weights: nf4}"])
+def test_the_schema_accepts_memory_options(text: str) -> None:
+    load_config(yaml.safe_load(text))
+    assert schema_errors(text) == []
+
+
+def test_a_device_must_have_the_corrected_peak_and_the_reserve() -> None:
+    assert load_config({}).memory.needed_bytes(1000) == 1000 + 2**30
+    assert load_config({}, ["memory.reserve=7", "memory.correction=1.5"]).memory.needed_bytes(1001) == 1502 + 7

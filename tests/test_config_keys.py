@@ -38,6 +38,10 @@ CHANGES_PLAN: dict[str, tuple[list[str], str]] = {
     "plan.freeze_old_layers": ([], "false"),
     "plan.count_embeddings": ([], "false"),
     "plan.train_embeddings": ([], "first_stage"),
+    "plan.objective": (
+        ["train.gradient_checkpointing=true", "train.per_device_train_batch_size=64", "plan.total_tokens=8192"],
+        "model_state",
+    ),
     "plan.tokens_per_stage": (["plan.total_tokens=null"], "[64,128]"),
     "plan.total_tokens": ([], "2048"),
     "plan.tokens_per_parameter": (["plan.total_tokens=null"], "0.1"),
@@ -53,6 +57,11 @@ CHANGES_PLAN: dict[str, tuple[list[str], str]] = {
     "train.sequence_length": ([], "32"),
     "train.per_device_train_batch_size": ([], "2"),
     "train.gradient_accumulation_steps": ([], "2"),
+    "memory.optimizer_states": ([], "8bit"),
+    "memory.master_weights": (["train.precision=bf16"], "false"),
+    "memory.fused_backward": (["optim.max_grad_norm=null"], "true"),
+    "memory.frozen_weights": ([], "nf4"),
+    "memory.offload_frozen": ([], "true"),
 }
 
 # Keys that change the losses of a run from the same plan.
@@ -81,6 +90,7 @@ TESTED_ALONE = {
     "data.prepared_dir", "data.max_train_tokens", "data.shard_tokens", "data.max_bad_share", "data.num_workers",
     "train.device", "train.num_threads", "train.gradient_checkpointing", "train.loss_chunk_size", "train.compile",
     "train.dry_run", "train.save_steps", "train.save_total_limit",
+    "memory.offload_activations", "memory.reserve", "memory.correction",
     "eval.eval_steps", "eval.max_tokens", "eval.per_device_eval_batch_size",
     "log.logging_steps", "log.progress", "log.report_to", "log.wandb_project",
 }  # fmt: skip
@@ -202,17 +212,41 @@ def test_the_solver_is_the_one_asked_for(tiny_run: Configure, tmp_path: Path, mo
 
 
 def test_a_plan_above_the_budget_is_refused_with_its_numbers(tiny_run: Configure, tmp_path: Path) -> None:
-    within = plan(tiny_run(tmp_path))
-    peak_bytes = within.peak_model_state_bytes
-    assert plan(tiny_run(tmp_path, f"plan.budget={peak_bytes}")) == within
+    reserve = "memory.reserve=1000"
+    within = plan(tiny_run(tmp_path, reserve))
+    peak_bytes = within.peak_bytes
+    assert peak_bytes is not None
+    assert plan(tiny_run(tmp_path, reserve, f"plan.budget={peak_bytes + 1000}")) == within
     with pytest.raises(
         PlanInfeasible, match=r"no 2-stage plan fits .* smallest peak .* in stage \d \(weights"
     ) as caught:
-        plan(tiny_run(tmp_path, f"plan.budget={peak_bytes - 1}"))
-    assert (caught.value.budget_bytes, caught.value.peak_bytes) == (peak_bytes - 1, peak_bytes)
-    assert within.stages[caught.value.stage - 1].memory.total_bytes == peak_bytes
+        plan(tiny_run(tmp_path, reserve, f"plan.budget={peak_bytes + 999}"))
+    assert (caught.value.budget_bytes, caught.value.peak_bytes) == (peak_bytes + 999, peak_bytes)
+    assert caught.value.reserve_bytes == 1000
+    assert within.stages[caught.value.stage - 1].device_bytes == peak_bytes
     with pytest.raises(PlanInfeasible, match=r"layers \[1, 3\] do not fit plan\.budget=1\.00 KiB"):
         plan(tiny_run(tmp_path, "plan.budget=1KiB", "plan.layers=[1,3]"))
+
+
+def test_a_budget_is_for_the_corrected_peak_and_the_reserve(tiny_run: Configure, tmp_path: Path) -> None:
+    peak_bytes = plan(tiny_run(tmp_path)).peak_bytes
+    assert peak_bytes is not None
+    for reserve, correction, needed in ((5, 1.0, peak_bytes + 5), (1000, 2.0, 2 * peak_bytes + 1000)):
+        memory = (f"memory.reserve={reserve}", f"memory.correction={correction}")
+        assert plan(tiny_run(tmp_path, *memory, f"plan.budget={needed}")).peak_bytes == peak_bytes
+        with pytest.raises(PlanInfeasible):
+            plan(tiny_run(tmp_path, *memory, f"plan.budget={needed - 1}"))
+
+
+def test_activations_on_the_host_lower_the_peak_and_change_no_hash(tiny_run: Configure, tmp_path: Path) -> None:
+    here, there = (
+        plan(tiny_run(tmp_path, "plan.layers=[3,1]", f"memory.offload_activations={value}"))
+        for value in ("false", "true")
+    )
+    assert here.hash == there.hash
+    assert here.peak_bytes is not None
+    assert there.peak_bytes is not None
+    assert there.peak_bytes < here.peak_bytes
 
 
 # --- the loop ---

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from steplm.config import RunConfig, load_config
 from steplm.errors import ConfigError, PlanInfeasible
-from steplm.planner.fit import LADDER, VARY, Alternative, FitResult, fit, require_known, suggestions
+from steplm.planner.fit import VARY, Alternative, FitResult, fit, suggestions
+from steplm.planner.ladder import LADDER
 from steplm.planner.shape import FAMILIES
 from steplm.types import ModelShape
 from steplm.units import format_bytes, format_count, parse_bytes
@@ -38,8 +39,6 @@ def show_fit(
     except ValueError as error:
         raise ConfigError(f"--budget: {error}") from None
     names = [name.strip() for name in vary.split(",") if name.strip()]
-    for name in names:
-        require_known("--vary", name, VARY)
     config = load_config(run, overrides)
     result = fit(config, budget_bytes, maximize=maximize, vary=names, shape=_shape(config))
     if as_json:

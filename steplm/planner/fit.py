@@ -1,219 +1,35 @@
 """The inverse plan: what fits a budget, and what it gives up.
 
-Candidates are the settings that ``vary`` lets change: the number of stages, the rank, and a rung of ``LADDER``. Each
-has a price, in points of judgement (``Rung.price``, ``RANK_PRICE``, ``STAGE_PRICE``), since bytes and FLOPs alone
-would always choose the lowest rank. The search goes from the cheapest candidate up and keeps those that hold more, or
-less memory, than all cheaper ones; so no row of the answer is worse than another in everything.
-
-Where a new layer never needs less memory than an old one, the division is found by bisection, in few costs; elsewhere
-(as when only new layers are recomputed) by the solver of the plan, or fixed where that would take too long.
+A way to train is a number of stages, a rank, and the rungs of ``LADDER`` up to one of them, at a price in points of
+judgement. The search goes from the cheapest way up and keeps those that hold more, or need less memory, than all
+cheaper ones; so no row of the answer is worse than another in everything.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice, product
-from types import MappingProxyType
 from typing import Any
 
 from steplm.config import RunConfig, validated
 from steplm.errors import ConfigError, PlanInfeasible
+from steplm.planner.ladder import AXES, LADDER, Changes, Rung
 from steplm.planner.plan import StageCosts
 from steplm.planner.shape import shape_from_hf_config
-from steplm.planner.solve import StageCost, peak_cost, solve_dynamic_programming
+from steplm.planner.solve import equal_parts_if_as_good, solve_within
 from steplm.planner.tokens import stage_tokens
 from steplm.types import ModelShape
 from steplm.units import format_bytes
-
-Changes = Mapping[str, Any]  # "section.key" -> value
 
 VARY = ("stages", "rank", "options")
 MAX_STAGES = 6
 MAX_ALTERNATIVES = 12
 STAGE_PRICE = 1  # for each stage more or less: STEP found no loss, but fewer tokens see the whole model
-DEEP = 48  # layers; the plan's solver takes the square of them, so that deeper irregular runs get ``plan.layers``
-LEAST_SAVING = 0.01  # a rung that saves a smaller share of the peak is left out
 RANK_PRICE = 2  # for each halving: old layers can follow the new ones less
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One more memory option, on top of those before it in ``LADDER``."""
-
-    name: str
-    price: int
-    settings: tuple[tuple[str, Any, tuple[Any, ...]], ...]  # key, value, and the values that it may replace
-    time: str
-    quality: str
-    needs: tuple[tuple[str, Any], ...] = ()  # settings without which the configuration refuses it
-
-
-# First what changes no number of the training and costs time alone, the quicker first (8-bit states stand among
-# them: they cost next to no time, and the transfers may cost much where a micro-batch is short); then what changes
-# numbers, those of frozen weights last, as they are dequantised in every pass and merged with an error. The fused
-# update comes at the end: with accumulation it changes the tokens of a step, and the learning rate with them.
-LADDER: tuple[Rung, ...] = (
-    Rung("as written", 0, (), "none", "none"),
-    Rung(
-        "recompute frozen layers",
-        1,
-        (("train.gradient_checkpointing", "frozen", (False,)),),
-        "one more forward pass of the frozen layers",
-        "none",
-    ),
-    Rung(
-        "recompute all layers",
-        2,
-        (("train.gradient_checkpointing", True, (False, "frozen", "new")),),
-        "one more forward pass of all layers",
-        "none",
-    ),
-    Rung(
-        "8-bit states",
-        4,
-        (("memory.optimizer_states", "8bit", ("fp32",)),),
-        "a longer update, once a step",
-        "moments rounded to 8 bits in blocks; within noise in its source",
-    ),
-    Rung(
-        "frozen in host memory",
-        6,
-        (("memory.offload_frozen", True, (False,)),),
-        "frozen weights cross the bus twice a micro-batch, beside the computing",
-        "none",
-    ),
-    Rung(
-        "activations in host memory",
-        8,
-        (("memory.offload_activations", True, (False,)),),
-        "activations cross the bus twice a micro-batch",
-        "none",
-    ),
-    Rung(
-        "no master weights",
-        10,
-        (("memory.master_weights", False, (True,)),),
-        "none",
-        "updates are rounded to bf16, stochastically",
-    ),
-    Rung(
-        "int8 frozen",
-        12,
-        (("memory.frozen_weights", "int8", ("full",)),),
-        "frozen layers are dequantised in every pass",
-        "frozen layers rounded to 8 bits at each growth",
-    ),
-    Rung(
-        "nf4 frozen",
-        14,
-        (("memory.frozen_weights", "nf4", ("full", "int8")),),
-        "frozen layers are dequantised in every pass",
-        "frozen layers rounded to 4 bits at each growth",
-    ),
-    Rung(
-        "adapters on embeddings",
-        17,
-        (("plan.train_embeddings", "adapters", ("always",)),),
-        "none",
-        "after stage 1 embeddings and head learn through their adapters only",
-    ),
-    Rung(
-        "fused backward",
-        18,
-        (("memory.fused_backward", True, (False,)),),
-        "none",
-        "no clipping, and every micro-batch is a step",
-        (("train.gradient_accumulation_steps", 1), ("optim.max_grad_norm", None)),
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A size to maximise, in whole steps."""
-
-    index: Callable[[RunConfig], int]  # of the written value, from 1
-    value: Callable[[RunConfig, int], int]
-    changes: Callable[[RunConfig, int], Changes]  # at an index
-    largest: int  # index at which the search stops
-
-
-def _width_unit(config: RunConfig) -> int:
-    """Query heads for each head of keys and values: the least that can be added."""
-    model = config.model
-    return model.num_attention_heads // (model.num_key_value_heads or model.num_attention_heads)
-
-
-def _hidden_size(config: RunConfig, index: int) -> int:
-    model = config.model
-    return index * _width_unit(config) * model.hidden_size // model.num_attention_heads
-
-
-def _width_changes(config: RunConfig, index: int) -> Changes:
-    model = config.model
-    hidden_size = _hidden_size(config, index)
-    if hidden_size == model.hidden_size:
-        return {}
-    changes = {
-        "model.hidden_size": hidden_size,
-        "model.intermediate_size": max(16, 16 * round(hidden_size * model.intermediate_size / model.hidden_size / 16)),
-        "model.num_attention_heads": index * _width_unit(config),
-    }
-    return changes if model.num_key_value_heads is None else {**changes, "model.num_key_value_heads": index}
-
-
-def _batch_changes(config: RunConfig, index: int) -> Changes:
-    train = config.train
-    micro_batches = train.per_device_train_batch_size * train.gradient_accumulation_steps / index
-    return {
-        "train.per_device_train_batch_size": index,
-        "train.gradient_accumulation_steps": max(1, round(micro_batches)),
-    }
-
-
-def _sequence_unit(config: RunConfig) -> int:
-    """The largest power of two, up to 64, in the written length: lengths that devices like stay so."""
-    return math.gcd(64, config.train.sequence_length)
-
-
-def _sequence_changes(config: RunConfig, index: int) -> Changes:
-    length = index * _sequence_unit(config)
-    changes = {"train.sequence_length": length}
-    if length > config.model.max_position_embeddings:
-        changes["model.max_position_embeddings"] = length
-    return changes
-
-
-AXES: dict[str, Axis] = {
-    "depth": Axis(
-        lambda config: config.model.num_hidden_layers,
-        lambda config, index: index,
-        lambda config, index: {"model.num_hidden_layers": index},
-        1024,
-    ),
-    "width": Axis(
-        lambda config: config.model.num_key_value_heads or config.model.num_attention_heads,
-        _hidden_size,
-        _width_changes,
-        4096,
-    ),
-    "batch": Axis(
-        lambda config: config.train.per_device_train_batch_size,
-        lambda config, index: index,
-        _batch_changes,
-        2**16,
-    ),
-    "sequence": Axis(
-        lambda config: config.train.sequence_length // _sequence_unit(config),
-        lambda config, index: index * _sequence_unit(config),
-        _sequence_changes,
-        2**24,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -275,7 +91,7 @@ def fit(
         PlanInfeasible: nothing fits; ``details["smallest"]`` is the ``Alternative`` with the least memory.
     """
     search = _Search(config, budget_bytes, maximize, vary, shape)
-    found = search.largest_values() if maximize else list(search.lower_peaks(search.limit))
+    found = search.larger_values() if search.axis else list(search.lower_peaks())
     if not found:
         raise _nothing_fits(search)
     ranked = sorted(
@@ -289,129 +105,43 @@ def fit(
         alternatives=tuple(_spread(ranked) if maximize else ranked[:MAX_ALTERNATIVES]),
         smallest=min(found, key=lambda row: row.peak_bytes),
         skipped=search.skipped,
-        at_limit=search.at_limit,
+        at_limit=search.axis is not None and ranked[0].value == search.axis.value(config, search.axis.largest),
     )
 
 
 def suggestions(config: RunConfig, budget_bytes: int, shape: ModelShape | None = None) -> str:
     """The cheapest changes that make the configuration fit, at most three, one in a line; or what is missing."""
     search = _Search(config, budget_bytes, None, VARY, shape)
-    rows = list(islice(search.lower_peaks(search.limit), 3))
+    rows = list(islice(search.lower_peaks(), 3))
     if not rows:
         return str(_nothing_fits(search))
     lines = [f"  {' '.join(row.overrides)}  ({format_bytes(row.needed_bytes)} with the reserve)" for row in rows]
     return "\n".join(["These fit, the cheapest first:", *lines])
 
 
-def divide(cost: StageCost, num_layers: int, num_stages: int, limit: int) -> tuple[tuple[int, ...] | None, int]:
-    """The division within ``limit`` that is deep earliest, or None; and the least cost that was refused."""
-    layers: list[int] = []
-    refused = [2**63]
-
-    def allowed(num_new: int, num_old: int) -> bool:
-        found = cost(num_new, num_old)
-        if found > limit:
-            refused.append(found)
-        return found <= limit
-
-    for stage in range(1, num_stages + 1):
-        old = sum(layers)
-        most = num_layers - old - (num_stages - stage)
-        if stage == num_stages:
-            new = most if allowed(most, old) else 0
-        else:
-            new = _last_true(lambda count, old=old: allowed(count, old), 0, most)  # type: ignore[misc]
-        if new == 0:
-            return None, min(refused)
-        layers.append(new)
-    return tuple(layers), min(refused)
-
-
-def solve_bisection(cost: StageCost, num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """As ``steplm.planner.solve.SOLVERS``, in O(K log L) costs for each of a few dozen limits.
-
-    Exact where one more new layer, and a new one in place of an old one, never cost less.
-    """
-    best, _ = divide(cost, num_layers, num_stages, 2**62)
-    assert best is not None
-    low, high = 0, peak_cost(cost, best)  # no limit below ``low`` can be kept
-    while low < high:
-        layers, refused = divide(cost, num_layers, num_stages, (low + high) // 2)
-        if layers is None:
-            low = refused
-        else:
-            best, high = layers, peak_cost(cost, layers)
-    return best
-
-
 @dataclass(frozen=True)
-class _Bundle:
-    """A rung and those before it."""
+class _Way:
+    """How to train, whatever the sizes."""
 
-    price: int
-    options: tuple[str, ...]
-    changes: Changes
-
-
-@dataclass(frozen=True)
-class _Candidate:
     price: int
     num_stages: int
     options: tuple[str, ...]
-    changes: Changes  # of rank and options, not of K
+    changes: Changes  # of rank and options; not of ``plan.num_stages``
 
 
-@dataclass
-class _Case:
-    """A configuration with everything chosen but K, and its costs for every K."""
+@dataclass(frozen=True)
+class _Trial:
+    """A way at one size that fits."""
 
-    config: RunConfig
-    shape: ModelShape
-    table: dict[tuple[int, int], int] = field(default_factory=dict)
-    solved: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
-
-    @cached_property
-    def costs(self) -> StageCosts:
-        return StageCosts(self.config, self.shape)
-
-    def cost(self, num_new: int, num_old: int) -> int:
-        key = (num_new, num_old)
-        if key not in self.table:
-            self.table[key] = self.costs.peak_bytes(num_new, num_old)
-        return self.table[key]
-
-    def is_regular(self, depth: int) -> bool:
-        """Whether a new layer costs at least as much as an old one, at the depths where most is held."""
-        depths = [each for each in {depth, depth // 2 + 1, 3} if 3 <= each <= depth]
-        return all(self.cost(1, each - 1) <= self.cost(2, each - 2) for each in depths)
-
-    def divide(self, depth: int, num_stages: int, limit: int) -> tuple[int, ...] | None:
-        """A division whose stages cost ``limit`` at most, or None."""
-        layers, _ = divide(self.cost, depth, num_stages, limit)
-        if layers is None and num_stages > 1 and depth <= DEEP and not self.is_regular(depth):
-            best = self.solve(depth, num_stages)
-            layers = best if peak_cost(self.cost, best) <= limit else None
-        return layers
-
-    def solve(self, depth: int, num_stages: int) -> tuple[int, ...]:
-        """The division that the plan chooses; of a deep irregular run one that may need a little more."""
-        key = (depth, num_stages)
-        if key not in self.solved:
-            regular = num_stages == 1 or depth > DEEP or self.is_regular(depth)
-            self.solved[key] = (solve_bisection if regular else solve_dynamic_programming)(self.cost, *key)
-        return self.solved[key]
-
-    def device_bytes(self, layers: tuple[int, ...]) -> int:
-        """Of the largest stage, whatever the plan minimises."""
-        if self.config.plan.objective == "peak":
-            return peak_cost(self.cost, layers)
-        peaks = [self.costs.peak(*stage) for stage in _stages(layers)]
-        if any(peak is None for peak in peaks):
-            return peak_cost(self.cost, layers)
-        return max(peak.total_bytes for peak in peaks if peak is not None)
+    costs: StageCosts
+    layers: tuple[int, ...]
+    tokens: tuple[int, ...]  # trained in each stage
+    peak_bytes: int
 
 
 class _Search:
+    """All ways, the cheapest first; a size is the index of a value of ``axis``, or None: as written."""
+
     def __init__(
         self,
         config: RunConfig,
@@ -421,9 +151,9 @@ class _Search:
         shape: ModelShape | None,
     ) -> None:
         for name in vary:
-            require_known("vary", name, VARY)
+            _require_known("vary", name, VARY)
         if maximize is not None:
-            require_known("maximize", maximize, AXES)
+            _require_known("maximize", maximize, AXES)
         if maximize == "width" and shape is not None:
             raise ConfigError(
                 f"the width of model type {config.model.model_type!r} cannot be varied, as its parameters cannot be "
@@ -431,236 +161,192 @@ class _Search:
             )
         self.config, self.given_shape, self.vary = config, shape, vary
         self.budget_bytes = budget_bytes
-        self.limit = math.floor((budget_bytes - config.memory.reserve) / config.memory.correction)
         self.axis = None if maximize is None else AXES[maximize]
-        self.written_index = 1 if self.axis is None else self.axis.index(config)
+        self.varies_depth = maximize == "depth"
+        self.limit = math.floor((budget_bytes - config.memory.reserve) / config.memory.correction)
         self.values = config.model_dump(mode="json")
-        self.cases: dict[tuple[Any, ...], _Case | None] = {}
-        self.at_limit = False
-        self.stage_counts = self._counts()
-        bundles, self.skipped = self._rungs()
-        self.candidates = sorted(self._candidates(bundles), key=lambda c: (c.price, -c.num_stages))
+        self.costs: dict[Any, StageCosts | None] = {}
+        self.solved: dict[Any, tuple[int, ...] | None] = {}
+        rungs, self.skipped = self._allowed_rungs()
+        self.ways = sorted(self._ways(rungs), key=lambda way: (way.price, -way.num_stages))
 
-    def lower_peaks(self, limit: float) -> Iterator[Alternative]:
-        """From the cheapest up, at the sizes as written, those within ``limit`` and lower than all before them."""
-        index = self.written_index
-        for candidate in self.candidates:
-            if self._fits(candidate, index, limit):
-                alternative = self._alternative(candidate, index, self._layers(candidate, index))
-                limit = alternative.peak_bytes - 1
-                yield alternative
+    def lower_peaks(self, index: int | None = None, limit: float | None = None) -> Iterator[Alternative]:
+        """From the cheapest way up, those within ``limit`` (default: the budget) and lower than all before them."""
+        limit = self.limit if limit is None else limit
+        for way in self.ways:
+            trial = self._try(way, index, limit)
+            if trial is not None:
+                limit = trial.peak_bytes - 1
+                yield self._alternative(way, index, trial)
 
-    def largest_values(self) -> list[Alternative]:
-        """From the cheapest up, those that hold more than all before them."""
+    def larger_values(self) -> list[Alternative]:
+        """From the cheapest way up, those that hold more than all before them."""
         assert self.axis is not None
         found, largest = list[Alternative](), 0
-        for candidate in self.candidates:
-            fits = partial(self._fits_budget, candidate)
-            start = max(largest + 1, candidate.num_stages if self.axis is AXES["depth"] else 1)
-            if start <= self.axis.largest and fits(start):
-                largest = _last_true(fits, start, self.axis.largest)
-                found.append(self._alternative(candidate, largest, self._layers(candidate, largest)))
-        self.at_limit = largest == self.axis.largest
+        for way in self.ways:
+            start = max(largest + 1, way.num_stages if self.varies_depth else 1)
+            if start > self.axis.largest or self._try(way, start, self.limit) is None:
+                continue
+            more = range(start + 1, self.axis.largest + 1)
+            largest = start + bisect_left(
+                more, True, key=lambda index, way=way: self._try(way, index, self.limit) is None
+            )
+            trial = self._try(way, largest, self.limit)
+            assert trial is not None
+            found.append(self._alternative(way, largest, trial))
         return found
 
     def smallest(self) -> Alternative:
         """The least memory there is, at the sizes as written or, where one is maximised, at its least value."""
-        if self.axis is not None:
-            self.written_index = 1
-        rows = list(self.lower_peaks(math.inf))
+        rows = list(self.lower_peaks(None if self.axis is None else 1, math.inf))
         if not rows:
             raise ConfigError("no settings make a plan: run `steplm plan` for the reason")
         return rows[-1]
 
-    def _rungs(self) -> tuple[list[_Bundle], tuple[str, ...]]:
-        """The rungs that the configuration allows and that save something, each with those before it."""
-        rungs, skipped = list[tuple[Rung, Changes, bool]](), list[str]()
-        together: Changes = {}
-        for rung in LADDER[1:] if "options" in self.vary else ():
-            added = {key: value for key, value, old in rung.settings if self._get(key, together) in old}
-            needs = {key: value for key, value in rung.needs if self._get(key, together) != value}
-            changes = {**together, **added, **needs}
-            if not added:
+    def _allowed_rungs(self) -> tuple[list[Rung], tuple[str, ...]]:
+        """The rungs above what is written that the configuration allows, and why not the others."""
+        allowed, skipped = list[Rung](), list[str]()
+        for rung in LADDER if "options" in self.vary else ():
+            _, changes = _climb(allowed)
+            if changes.get(rung.key, self._written(rung.key)) not in rung.replaces:
+                continue
+            if rung.on_frozen and not self.config.plan.freeze_old_layers:
+                skipped.append(f"{rung.name}: plan.freeze_old_layers=false leaves no layer frozen")
                 continue
             try:
-                self._configure(changes)
+                self._configure(_climb([*allowed, rung])[1])
             except ConfigError as error:
                 skipped.append(f"{rung.name}: {error}")
-                continue
-            rungs.append((rung, {**added, **needs}, bool(needs)))
-            together = changes
-        bundles = [_Bundle(0, (), {})]
-        for rung, settings, brings in rungs:
-            names, before = bundles[-1].options, bundles[-1].changes
-            others = [each for other, each, _ in rungs if other is not rung]
-            without = {key: value for each in others for key, value in each.items()}
-            changes = {**before, **settings}
-            if not self._saves(changes, before) and not self._saves(together, without):
-                skipped.append(f"{rung.name}: saves less than {LEAST_SAVING:.0%} here")
-                continue
-            price = rung.price + round(math.log2(self.config.train.gradient_accumulation_steps)) * brings
-            bundles.append(_Bundle(price, (*names, rung.name), changes))
-        return bundles, tuple(skipped)
+            else:
+                allowed.append(rung)
+        return allowed, tuple(skipped)
 
-    def _saves(self, changes: Changes, before: Changes) -> bool:
-        """Whether ``changes`` need less than ``before``, at the sizes as written, in the largest number of stages."""
-        peaks = []
-        for each in (changes, before):
-            candidate = _Candidate(0, max(self.stage_counts), (), each)
-            if not self._fits(candidate, self.written_index, math.inf):
-                return True  # the sizes as written make no plan: then others decide
-            case = self._case(candidate, self.written_index)
-            assert case is not None
-            peaks.append(case.device_bytes(self._layers(candidate, self.written_index)))
-        return peaks[0] < (1 - LEAST_SAVING) * peaks[1]
+    def _ways(self, rungs: Sequence[Rung]) -> Iterator[_Way]:
+        config = self.config
+        ranks = [config.pet.rank]
+        if "rank" in self.vary and config.pet.method != "none" and config.plan.freeze_old_layers:
+            ranks += sorted((2**k for k in range(3, 20) if 2**k < config.pet.rank), reverse=True)[:3]
+        for num_stages in self._stage_counts():
+            grows = num_stages > 1
+            useful = [rung for rung in rungs if grows or not rung.on_frozen]
+            ladder = [useful[:height] for height in range(len(useful) + 1)]
+            for (halvings, rank), taken in product(enumerate(ranks if grows else ranks[:1]), ladder):
+                price = STAGE_PRICE * abs(num_stages - config.plan.num_stages) + RANK_PRICE * halvings
+                if taken:
+                    price += taken[-1].price
+                    if taken[-1].needs:
+                        price += round(math.log2(config.train.gradient_accumulation_steps))
+                options, changes = _climb(taken)
+                yield _Way(price, num_stages, options, {"pet.rank": rank, **changes})
 
-    def _counts(self) -> set[int]:
+    def _stage_counts(self) -> set[int]:
         """K that the configuration allows: its lists with an entry for each stage fix it."""
-        plan, depth = self.config.plan, self.config.model.num_hidden_layers
+        plan = self.config.plan
         per_stage = (self.config.optim.learning_rate, plan.tokens_per_stage, plan.token_shares)
         if "stages" not in self.vary or any(isinstance(value, list) for value in per_stage):
             return {plan.num_stages}
-        most = MAX_STAGES if self.axis is AXES["depth"] else min(MAX_STAGES, depth)
+        most = MAX_STAGES if self.varies_depth else min(MAX_STAGES, self.config.model.num_hidden_layers)
         return {*range(1, most + 1), plan.num_stages}
 
-    def _candidates(self, bundles: Sequence[_Bundle]) -> Iterator[_Candidate]:
-        config, written, rank = self.config, self.config.plan.num_stages, self.config.pet.rank
-        ranks = [rank]
-        if "rank" in self.vary and config.pet.method != "none" and config.plan.freeze_old_layers:
-            powers = [2**k for k in range(3, 20) if 2**k < rank]
-            ranks += reversed(powers[-3:])
-        for count, (halvings, low_rank), bundle in product(self.stage_counts, enumerate(ranks), bundles):
-            if halvings and count == 1:
-                continue  # there are no adapters
-            price = bundle.price + STAGE_PRICE * abs(count - written) + RANK_PRICE * halvings
-            changes = {"pet.rank": low_rank, **bundle.changes} if halvings else bundle.changes
-            yield _Candidate(price, count, bundle.options, changes)
+    def _try(self, way: _Way, index: int | None, limit: float) -> _Trial | None:
+        """None where more than ``limit`` is needed, or where the configuration makes no plan."""
+        depth, costs = self._depth(index), self._costs(way, index)
+        if costs is None or way.num_stages > depth:
+            return None
+        layers = self._layers(way, depth, costs, limit)
+        if layers is None:
+            return None
+        peak_bytes = max(costs.device_bytes(*stage) for stage in _stages(layers))
+        if peak_bytes > limit:
+            return None
+        try:
+            tokens = stage_tokens(
+                costs.config.plan,
+                layers,
+                step_tokens=_step_tokens(costs.config),
+                num_parameters=costs.shape.num_parameters(depth),
+                flops_per_token=[costs.flops_per_token(*stage) for stage in _stages(layers)],
+            )
+        except ConfigError:  # not one step for each stage
+            return None
+        return _Trial(costs, layers, tuple(stage.trained for stage in tokens), peak_bytes)
 
-    def _fits_budget(self, candidate: _Candidate, index: int) -> bool:
-        return self._fits(candidate, index, self.limit)
+    def _layers(self, way: _Way, depth: int, costs: StageCosts, limit: float) -> tuple[int, ...] | None:
+        """As the plan chooses them; None where it is plain that they need more than ``limit``."""
+        if self._has_written_layers(way.num_stages, depth):
+            return tuple(self.config.plan.layers or ())
+        if self.config.plan.objective == "peak":
+            return self._solve(costs, depth, way.num_stages, limit)
+        key = (tuple(way.changes.items()), way.num_stages, depth, costs.shape)  # the same at every batch and sequence
+        if key not in self.solved:
+            self.solved[key] = self._solve(costs, depth, way.num_stages, math.inf)
+        return self.solved[key]
 
-    def _fits(self, candidate: _Candidate, index: int, limit: float) -> bool:
-        """Whether the device's bytes are within ``limit`` and the token budget has a step for each stage."""
-        case, depth = self._case(candidate, index), self._depth(index)
-        if case is None or candidate.num_stages > depth:
-            return False
-        if case.config.plan.objective == "peak" and self._by_hand(candidate, depth) is None and limit < math.inf:
-            layers = case.divide(depth, candidate.num_stages, int(limit))
-            if layers is None:
-                return False
-            if self._least_steps(candidate, index, layers) >= 8:  # then the plan's own layers have some too
-                return True
-        layers = self._layers(candidate, index)
-        return case.device_bytes(layers) <= limit and self._least_steps(candidate, index, layers) > 0
+    def _solve(self, costs: StageCosts, depth: int, num_stages: int, limit: float) -> tuple[int, ...] | None:
+        layers = solve_within(costs.objective_bytes, depth, num_stages, limit)
+        if layers is None or self.config.plan.freeze_old_layers:
+            return layers
+        return equal_parts_if_as_good(costs.objective_bytes, layers)
 
-    def _layers(self, candidate: _Candidate, index: int) -> tuple[int, ...]:
-        """n_1 … n_K as the plan chooses them."""
-        case, depth = self._case(candidate, index), self._depth(index)
-        assert case is not None
-        by_hand = self._by_hand(candidate, depth)
-        if by_hand is not None:
-            return by_hand
-        best = case.solve(depth, candidate.num_stages)
-        if not case.config.plan.freeze_old_layers:
-            equal_parts = divide_equally(depth, candidate.num_stages)
-            if peak_cost(case.cost, equal_parts) == peak_cost(case.cost, best):
-                return equal_parts
-        return best
-
-    def _by_hand(self, candidate: _Candidate, depth: int) -> tuple[int, ...] | None:
+    def _has_written_layers(self, num_stages: int, depth: int) -> bool:
         plan = self.config.plan
-        as_written = candidate.num_stages == plan.num_stages and depth == self.config.model.num_hidden_layers
-        return tuple(plan.layers) if plan.layers is not None and as_written else None
+        as_written = num_stages == plan.num_stages and depth == self.config.model.num_hidden_layers
+        return plan.layers is not None and as_written
 
-    def _depth(self, index: int) -> int:
-        return index if self.axis is AXES["depth"] else self.config.model.num_hidden_layers
+    def _depth(self, index: int | None) -> int:
+        return index if self.varies_depth and index is not None else self.config.model.num_hidden_layers
 
-    def _case(self, candidate: _Candidate, index: int) -> _Case | None:
-        """Shared by all K that have adapters; None where the configuration is refused."""
-        by_depth = self.axis is AXES["depth"]  # costs are the same at every depth
-        key = (tuple(candidate.changes.items()), candidate.num_stages > 1, 0 if by_depth else index)
-        if key not in self.cases:
-            changes = self._changes(candidate, AXES["depth"].largest if by_depth else index)
+    def _costs(self, way: _Way, index: int | None) -> StageCosts | None:
+        """The same for every K above 1 and every depth; None where the configuration is refused."""
+        key = (tuple(way.changes.items()), way.num_stages > 1, None if self.varies_depth else index)
+        if key not in self.costs:
+            changes = self._changes(way, AXES["depth"].largest if self.varies_depth else index)
             try:
                 config = self._configure(changes)
-                case = _Case(config, self._shape(config))
-                _ = case.costs
+                self.costs[key] = StageCosts(config, self._shape(config))
             except ConfigError:
-                self.cases[key] = None
-            else:
-                self.cases[key] = case
-        return self.cases[key]
+                self.costs[key] = None
+        return self.costs[key]
 
     def _shape(self, config: RunConfig) -> ModelShape:
         if self.given_shape is None:
             return shape_from_hf_config(config.model.hf_config())
         return replace(self.given_shape, num_hidden_layers=config.model.num_hidden_layers)
 
-    def _alternative(self, candidate: _Candidate, index: int, layers: tuple[int, ...]) -> Alternative:
-        case, changes, depth = self._case(candidate, index), dict(self._changes(candidate, index)), self._depth(index)
-        assert case is not None
-        if depth > DEEP and candidate.num_stages > 1 and not case.is_regular(depth):
-            changes["plan.layers"] = list(layers)  # the plan alone might choose others
-        config = self._configure(changes)
-        tokens = self._tokens(candidate, index, layers)
-        flops = [
-            case.costs.flops_per_token(*stage) + recomputed_flops_per_token(case.costs, *stage)
-            for stage in _stages(layers)
-        ]
-        peak_bytes = case.device_bytes(layers)
-        needed_bytes = config.memory.needed_bytes(peak_bytes)
-        has_adapters = bool(case.costs.adapter_matrices)
+    def _alternative(self, way: _Way, index: int | None, trial: _Trial) -> Alternative:
+        costs, stages = trial.costs, _stages(trial.layers)
+        flops = [costs.flops_per_token(*stage) + recomputed_flops_per_token(costs, *stage) for stage in stages]
+        needed_bytes = self.config.memory.needed_bytes(trial.peak_bytes)
         return Alternative(
-            overrides=tuple(f"{key}={_as_yaml(value)}" for key, value in changes.items()),
-            num_stages=candidate.num_stages,
-            layers=layers,
-            rank=config.pet.rank if has_adapters else None,
-            options=candidate.options,
-            value=None if self.axis is None else self.axis.value(self.config, index),
-            num_parameters=self._shape(config).num_parameters(),
-            peak_bytes=peak_bytes,
-            model_state_bytes=max(case.costs.model_state(*stage).total_bytes for stage in _stages(layers)),
+            overrides=tuple(f"{key}={_as_yaml(value)}" for key, value in self._changes(way, index).items()),
+            num_stages=way.num_stages,
+            layers=trial.layers,
+            rank=costs.config.pet.rank if costs.adapter_matrices else None,
+            options=way.options,
+            value=None if self.axis is None or index is None else self.axis.value(self.config, index),
+            num_parameters=costs.shape.num_parameters(self._depth(index)),
+            peak_bytes=trial.peak_bytes,
+            model_state_bytes=max(costs.model_state(*stage).total_bytes for stage in stages),
             needed_bytes=needed_bytes,
-            flops=sum(count * each for count, each in zip(tokens, flops, strict=True)),
-            price=candidate.price,
+            flops=sum(count * each for count, each in zip(trial.tokens, flops, strict=True)),
+            price=way.price,
             fits=needed_bytes <= self.budget_bytes,
         )
 
-    def _least_steps(self, candidate: _Candidate, index: int, layers: tuple[int, ...]) -> int:
-        """Optimizer steps of the shortest stage; 0 where the token budget has too few."""
-        case = self._case(candidate, index)
-        assert case is not None
-        try:
-            return min(self._tokens(candidate, index, layers)) // _step_tokens(case.config)
-        except ConfigError:
-            return 0
-
-    def _tokens(self, candidate: _Candidate, index: int, layers: tuple[int, ...]) -> list[int]:
-        case = self._case(candidate, index)
-        assert case is not None
-        stages = stage_tokens(
-            case.config.plan,
-            layers,
-            step_tokens=_step_tokens(case.config),
-            num_parameters=case.shape.num_parameters(self._depth(index)),
-            flops_per_token=[case.costs.flops_per_token(*stage) for stage in _stages(layers)],
-        )
-        return [stage.trained for stage in stages]
-
-    def _changes(self, candidate: _Candidate, index: int) -> Changes:
+    def _changes(self, way: _Way, index: int | None) -> Changes:
         """All that differs from the configuration as written."""
-        plan = self.config.plan
-        changes = dict(self.axis.changes(self.config, index)) if self.axis is not None else {}
-        changes["plan.num_stages"] = candidate.num_stages
-        if self._by_hand(candidate, self._depth(index)) is None:
+        changes = {} if self.axis is None or index is None else dict(self.axis.changes(self.config, index))
+        changes["plan.num_stages"] = way.num_stages
+        if not self._has_written_layers(way.num_stages, self._depth(index)):
             changes["plan.layers"] = None
-        if plan.budget is not None:
+        if self.config.plan.budget is not None:
             changes["plan.budget"] = self.budget_bytes
-        return {key: value for key, value in {**changes, **candidate.changes}.items() if self._get(key) != value}
+        changes.update(way.changes)
+        return {key: value for key, value in changes.items() if self._written(key) != value}
 
-    def _get(self, key: str, changes: Changes = MappingProxyType({})) -> Any:
+    def _written(self, key: str) -> Any:
         section, _, name = key.partition(".")
-        return changes[key] if key in changes else self.values[section][name]
+        return self.values[section][name]
 
     def _configure(self, changes: Changes) -> RunConfig:
         values = dict(self.values)
@@ -683,17 +369,11 @@ def recomputed_flops_per_token(costs: StageCosts, num_new: int, num_old: int) ->
     return layers * (2 * matrices + attention) + adapters
 
 
-def divide_equally(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    smaller, remainder = divmod(num_layers, num_stages)
-    return tuple(smaller + (stage < remainder) for stage in range(num_stages))
-
-
-def require_known(what: str, name: str, known: Collection[str]) -> None:
-    """Raises ``ConfigError``, with the nearest name, where ``name`` is none of ``known``."""
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-        raise ConfigError(f"{what} has no {name!r}. {hint}", name=name)
+def _climb(rungs: Sequence[Rung]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names and settings of rungs taken together; of two that set the same key, the later one."""
+    last = {rung.key: rung for rung in rungs}
+    changes = {key: value for rung in last.values() for key, value in ((rung.key, rung.value), *rung.needs)}
+    return tuple(rung.name for rung in last.values()), changes
 
 
 def _nothing_fits(search: _Search) -> PlanInfeasible:
@@ -708,6 +388,13 @@ def _nothing_fits(search: _Search) -> PlanInfeasible:
         needed_bytes=smallest.needed_bytes,
         budget_bytes=search.budget_bytes,
     )
+
+
+def _require_known(what: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+        raise ConfigError(f"{what} has no {name!r}. {hint}", name=name)
 
 
 def _spread(rows: Sequence[Alternative]) -> list[Alternative]:
@@ -729,15 +416,3 @@ def _step_tokens(config: RunConfig) -> int:
 
 def _as_yaml(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
-
-
-def _last_true(test: Callable[[int], bool], low: int, high: int) -> int:
-    """The last of ``low`` … ``high`` that passes, where ``low`` does and all that pass come first."""
-    step = 1
-    while low < high:  # gallop up, then halve what is left
-        probe = min(low + step, high)
-        if test(probe):
-            low, step = probe, 2 * step
-        else:
-            high, step = probe - 1, max(1, (probe - 1 - low + 1) // 2)
-    return low

@@ -13,7 +13,7 @@ from steplm.memory.peak import estimate_peak
 from steplm.planner.flops import training_flops_per_token
 from steplm.planner.positions import make_layer_map
 from steplm.planner.shape import shape_from_hf_config
-from steplm.planner.solve import SOLVERS, peak_cost
+from steplm.planner.solve import SOLVERS, equal_parts_if_as_good, peak_cost
 from steplm.planner.tokens import stage_tokens
 from steplm.types import AdapterSpec, LayerMap, MemoryEstimate, ModelShape, PeakEstimate, Plan, Stage
 from steplm.units import format_bytes
@@ -119,6 +119,7 @@ class StageCosts:
         self.config, self.shape = config, shape
         grows = config.plan.num_stages > 1
         has_adapters = grows and config.plan.freeze_old_layers and config.pet.method != "none"
+        self.device_bytes, self.objective_bytes = cache(self._device_bytes), cache(self._objective_bytes)
         self.adapter_matrices: tuple[int, ...] = ()
         self.targets: tuple[str, ...] = ()
         if has_adapters:
@@ -161,9 +162,15 @@ class StageCosts:
             grows=num_old > 0,
         )
 
-    def peak_bytes(self, num_new: int, num_old: int) -> int:
-        """Of the whole device, or of the model state where that is the objective or all that is known."""
-        peak = self.peak(num_new, num_old) if self.config.plan.objective == "peak" else None
+    def _objective_bytes(self, num_new: int, num_old: int) -> int:
+        """What the division into stages keeps low."""
+        if self.config.plan.objective == "peak":
+            return self.device_bytes(num_new, num_old)
+        return self.model_state(num_new, num_old).total_bytes
+
+    def _device_bytes(self, num_new: int, num_old: int) -> int:
+        """The highest moment, or the model state where that is all that is known."""
+        peak = self.peak(num_new, num_old)
         return self.model_state(num_new, num_old).total_bytes if peak is None else peak.total_bytes
 
     def outer(self, num_old: int) -> str:
@@ -218,18 +225,12 @@ def _choose_layers(config: RunConfig, shape: ModelShape, costs: StageCosts) -> t
             layers=config.plan.layers,
             num_hidden_layers=num_layers,
         )
-    cost = cache(costs.peak_bytes)
+    cost = costs.objective_bytes
     best = SOLVERS[config.plan.solver](cost, num_layers, num_stages)
     if config.plan.layers is not None:
         by_hand = tuple(config.plan.layers)
         return by_hand, peak_cost(cost, by_hand) == peak_cost(cost, best)
-    # Without freezing, the last stage trains the whole model: as a rule every division has the same
-    # peak, and equal parts are the natural one.
-    smaller, remainder = divmod(num_layers, num_stages)
-    equal_parts = tuple(smaller + (stage < remainder) for stage in range(num_stages))
-    if not config.plan.freeze_old_layers and peak_cost(cost, equal_parts) == peak_cost(cost, best):
-        return equal_parts, True
-    return best, True
+    return (best if config.plan.freeze_old_layers else equal_parts_if_as_good(cost, best)), True
 
 
 def _trained_patterns(

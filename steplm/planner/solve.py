@@ -8,6 +8,8 @@ n_1 is largest, among those the one whose n_2 is largest, and so on: the model i
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Callable
 from itertools import accumulate, combinations, pairwise
 
@@ -36,6 +38,33 @@ def solve_dynamic_programming(cost: StageCost, num_layers: int, num_stages: int)
             for depth in range(stage, num_layers + 1)
         }
     return _largest_first(cost, num_layers, num_stages, peak=least[num_layers])
+
+
+def solve_within(cost: StageCost, num_layers: int, num_stages: int, limit: float = math.inf) -> tuple[int, ...] | None:
+    """As the other solvers, in few costs; None if every plan costs more than ``limit``.
+
+    By bisection of the limit, in O(K log L) costs each, where one more new layer, and a new layer in place of an old
+    one, never cost less: then the plan that is as deep as the limit allows, stage by stage, fails only if all do.
+    Where new layers cost less (as if they alone were recomputed), by the dynamic programme.
+
+    Raises:
+        PlanInfeasible: more stages than layers.
+    """
+    _require_feasible(num_layers, num_stages)
+    if num_stages > 1 and not _new_layers_cost_most(cost, num_layers):
+        best = solve_dynamic_programming(cost, num_layers, num_stages)
+        return best if peak_cost(cost, best) <= limit else None
+    found, _ = _deepest_within(cost, num_layers, num_stages, limit)
+    if found is None:
+        return None
+    low, high = 0, peak_cost(cost, found)  # no plan is below ``low``
+    while low < high:
+        layers, refused = _deepest_within(cost, num_layers, num_stages, (low + high) // 2)
+        if layers is None:
+            low = refused
+        else:
+            found, high = layers, peak_cost(cost, layers)
+    return found
 
 
 def solve_integer_programme(cost: StageCost, num_layers: int, num_stages: int) -> tuple[int, ...]:
@@ -109,6 +138,44 @@ def solve_exhaustive(cost: StageCost, num_layers: int, num_stages: int) -> tuple
         depths = (0, *cuts, num_layers)
         plans.append(tuple(upper - lower for lower, upper in pairwise(depths)))
     return min(plans, key=lambda layers: (peak_cost(cost, layers), tuple(-new for new in layers)))
+
+
+def equal_parts_if_as_good(cost: StageCost, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Without freezing, the last stage trains the whole model: as a rule every plan has the same peak, and equal
+    parts are the natural one."""
+    smaller, remainder = divmod(sum(layers), len(layers))
+    equal_parts = tuple(smaller + (stage < remainder) for stage in range(len(layers)))
+    return equal_parts if peak_cost(cost, equal_parts) <= peak_cost(cost, layers) else layers
+
+
+def _new_layers_cost_most(cost: StageCost, num_layers: int) -> bool:
+    """Whether a new layer costs at least as much as an old one, at few depths: costs are all but linear."""
+    depths = [depth for depth in (num_layers, num_layers // 2 + 1, 3) if 3 <= depth <= num_layers]
+    return all(cost(1, depth - 1) <= cost(2, depth - 2) for depth in depths)
+
+
+def _deepest_within(
+    cost: StageCost, num_layers: int, num_stages: int, limit: float
+) -> tuple[tuple[int, ...] | None, int]:
+    """The plan that takes, stage by stage, all layers that ``limit`` allows, or None; the least cost refused."""
+    layers: list[int] = []
+    least_refused = 2**63
+
+    def is_refused(num_new: int) -> bool:
+        nonlocal least_refused
+        found = cost(num_new, sum(layers))
+        if found > limit:
+            least_refused = min(least_refused, found)
+        return found > limit
+
+    for later_stages in reversed(range(num_stages)):
+        most = num_layers - sum(layers) - later_stages
+        least = 1 if later_stages else most  # the last stage takes the rest
+        allowed = bisect_left(range(least, most + 1), True, key=is_refused)
+        if not allowed:
+            return None, least_refused
+        layers.append(least + allowed - 1)
+    return tuple(layers), least_refused
 
 
 def _largest_first(cost: StageCost, num_layers: int, num_stages: int, *, peak: int) -> tuple[int, ...]:

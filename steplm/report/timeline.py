@@ -234,7 +234,7 @@ def _draw_stage(axes: Axes, timeline: StageTimeline, start: float, unit: float, 
     planned = timeline.planned_bytes / unit
     axes.plot([start, x], [planned] * 2, color=INK, linewidth=1.2, linestyle=DASHES, zorder=4)
     axes.annotate(
-        f"{planned:.2f}" if planned < 10 else f"{planned:.1f}", ((start + x) / 2, planned), xytext=(0, 5),
+        f"{planned:.2f}" if planned < 100 else f"{planned:.1f}", ((start + x) / 2, planned), xytext=(0, 5),
         textcoords="offset points", ha="center", va="bottom", fontweight="bold", zorder=6,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
     )  # fmt: skip

@@ -227,7 +227,13 @@ def test_offloaded_layers_are_in_host_memory_but_for_two(num_frozen_layers: int,
 @pytest.mark.parametrize("tied", [False, True])
 def test_adapters_on_embeddings_and_head_leave_the_norm_trained(tied: bool) -> None:
     shape = shape_from_hf_config(
-        {"model_type": "llama", "hidden_size": 8, "vocab_size": 100, "num_attention_heads": 1, "tie_word_embeddings": tied}
+        {
+            "model_type": "llama",
+            "hidden_size": 8,
+            "vocab_size": 100,
+            "num_attention_heads": 1,
+            "tie_word_embeddings": tied,
+        }
     )
     counts = {"precision": "bf16", "num_new_layers": 1, "outer": "adapters", "outer_rank": 3}
     estimate = estimate_stage(shape, **counts)

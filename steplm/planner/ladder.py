@@ -1,0 +1,211 @@
+"""What ``steplm fit`` may change: memory options, the cheaper first, and sizes to maximise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from steplm.config import RunConfig
+
+Changes = Mapping[str, Any]  # "section.key" -> value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """A memory option, taken on top of those before it in ``LADDER``; its price is that of all of them together.
+
+    Prices are points of judgement: bytes and FLOPs alone would call the strongest option the best.
+    """
+
+    name: str
+    price: int
+    key: str
+    value: Any
+    replaces: tuple[Any, ...]  # written values that the option is a step up from
+    time: str = ""
+    quality: str = ""
+    on_frozen: bool = False  # does nothing where no layer is frozen
+    needs: tuple[tuple[str, Any], ...] = ()  # settings without which the configuration refuses it
+
+
+# First what changes no number of the training and costs time alone, the quicker first (8-bit states stand among
+# them: they cost next to no time, and the transfers may cost much where a micro-batch is short); then what changes
+# numbers, those of frozen weights last, as they are dequantised in every pass and merged with an error. The fused
+# update comes at the end: with accumulation it changes the tokens of a step, and the learning rate with them.
+LADDER: tuple[Rung, ...] = (
+    Rung(
+        name="recompute frozen layers",
+        price=1,
+        key="train.gradient_checkpointing",
+        value="frozen",
+        replaces=(False,),
+        time="one more forward pass of the frozen layers",
+        on_frozen=True,
+    ),
+    Rung(
+        name="recompute all layers",
+        price=2,
+        key="train.gradient_checkpointing",
+        value=True,
+        replaces=(False, "frozen", "new"),
+        time="one more forward pass of all layers",
+    ),
+    Rung(
+        name="8-bit states",
+        price=4,
+        key="memory.optimizer_states",
+        value="8bit",
+        replaces=("fp32",),
+        time="a longer update, once a step",
+        quality="moments rounded to 8 bits in blocks; within noise in its source",
+    ),
+    Rung(
+        name="frozen in host memory",
+        price=6,
+        key="memory.offload_frozen",
+        value=True,
+        replaces=(False,),
+        time="frozen weights cross the bus twice a micro-batch, beside the computing",
+        on_frozen=True,
+    ),
+    Rung(
+        name="activations in host memory",
+        price=8,
+        key="memory.offload_activations",
+        value=True,
+        replaces=(False,),
+        time="activations cross the bus twice a micro-batch",
+    ),
+    Rung(
+        name="no master weights",
+        price=10,
+        key="memory.master_weights",
+        value=False,
+        replaces=(True,),
+        quality="updates are rounded to bf16, stochastically",
+    ),
+    Rung(
+        name="int8 frozen",
+        price=12,
+        key="memory.frozen_weights",
+        value="int8",
+        replaces=("full",),
+        time="frozen layers are dequantised in every pass",
+        quality="frozen layers rounded to 8 bits at each growth",
+        on_frozen=True,
+    ),
+    Rung(
+        name="nf4 frozen",
+        price=14,
+        key="memory.frozen_weights",
+        value="nf4",
+        replaces=("full", "int8"),
+        time="frozen layers are dequantised in every pass",
+        quality="frozen layers rounded to 4 bits at each growth",
+        on_frozen=True,
+    ),
+    Rung(
+        name="adapters on embeddings",
+        price=17,
+        key="plan.train_embeddings",
+        value="adapters",
+        replaces=("always",),
+        quality="after stage 1 embeddings and head learn through their adapters only",
+        on_frozen=True,
+    ),
+    Rung(
+        name="fused backward",
+        price=18,
+        key="memory.fused_backward",
+        value=True,
+        replaces=(False,),
+        quality="no clipping, and every micro-batch is a step",
+        needs=(("train.gradient_accumulation_steps", 1), ("optim.max_grad_norm", None)),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A size to maximise, in whole steps."""
+
+    index: Callable[[RunConfig], int]  # of the written value, from 1
+    value: Callable[[RunConfig, int], int]
+    changes: Callable[[RunConfig, int], Changes]  # at an index
+    largest: int  # index at which the search stops
+
+
+def _width_unit(config: RunConfig) -> int:
+    """Query heads for each head of keys and values: the least that can be added."""
+    model = config.model
+    return model.num_attention_heads // (model.num_key_value_heads or model.num_attention_heads)
+
+
+def _hidden_size(config: RunConfig, index: int) -> int:
+    model = config.model
+    return index * _width_unit(config) * model.hidden_size // model.num_attention_heads
+
+
+def _width_changes(config: RunConfig, index: int) -> Changes:
+    model = config.model
+    hidden_size = _hidden_size(config, index)
+    if hidden_size == model.hidden_size:
+        return {}
+    changes = {
+        "model.hidden_size": hidden_size,
+        "model.intermediate_size": max(16, 16 * round(hidden_size * model.intermediate_size / model.hidden_size / 16)),
+        "model.num_attention_heads": index * _width_unit(config),
+    }
+    return changes if model.num_key_value_heads is None else {**changes, "model.num_key_value_heads": index}
+
+
+def _batch_changes(config: RunConfig, index: int) -> Changes:
+    train = config.train
+    micro_batches = train.per_device_train_batch_size * train.gradient_accumulation_steps / index
+    return {
+        "train.per_device_train_batch_size": index,
+        "train.gradient_accumulation_steps": max(1, round(micro_batches)),
+    }
+
+
+def _sequence_unit(config: RunConfig) -> int:
+    """The largest power of two, up to 64, in the written length: lengths that devices like stay so."""
+    return math.gcd(64, config.train.sequence_length)
+
+
+def _sequence_changes(config: RunConfig, index: int) -> Changes:
+    length = index * _sequence_unit(config)
+    changes = {"train.sequence_length": length}
+    if length > config.model.max_position_embeddings:
+        changes["model.max_position_embeddings"] = length
+    return changes
+
+
+AXES: dict[str, Axis] = {
+    "depth": Axis(
+        lambda config: config.model.num_hidden_layers,
+        lambda config, index: index,
+        lambda config, index: {"model.num_hidden_layers": index},
+        256,
+    ),
+    "width": Axis(
+        lambda config: config.model.num_key_value_heads or config.model.num_attention_heads,
+        _hidden_size,
+        _width_changes,
+        4096,
+    ),
+    "batch": Axis(
+        lambda config: config.train.per_device_train_batch_size,
+        lambda config, index: index,
+        _batch_changes,
+        2**16,
+    ),
+    "sequence": Axis(
+        lambda config: config.train.sequence_length // _sequence_unit(config),
+        lambda config, index: index * _sequence_unit(config),
+        _sequence_changes,
+        2**24,
+    ),
+}
