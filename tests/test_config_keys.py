@@ -15,6 +15,7 @@ from steplm.data.tokens import Manifest
 from steplm.errors import ConfigError, DataError, PlanInfeasible
 from steplm.models.build import hf_config
 from steplm.planner.plan import plan
+from steplm.planner.solve import SOLVERS
 from steplm.training import stage as stage_module
 from steplm.training.display import Display, RichDisplay, make_display
 from steplm.training.metrics import read_metrics
@@ -205,7 +206,7 @@ def test_the_solver_is_the_one_asked_for(tiny_run: Configure, tmp_path: Path, mo
     def refuse(*args: object) -> None:
         raise AssertionError("the other solver was called")
 
-    monkeypatch.setattr("steplm.planner.plan.solve_dynamic_programming", refuse)
+    monkeypatch.setitem(SOLVERS, "dynamic_programming", refuse)
     assert sum(plan(tiny_run(tmp_path, "plan.solver=integer_programme")).layers) == 4
     with pytest.raises(AssertionError, match="the other solver"):
         plan(tiny_run(tmp_path))
@@ -270,16 +271,21 @@ def test_how_a_step_is_computed_is_as_asked(
     tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[bool, bool, int]] = []
-    original = stage_module.forward_backward
 
-    def watching(model, batch, how):  # type: ignore[no-untyped-def]
-        compiled = model.model.layers[0]._compiled_call_impl is not None
-        seen.append((model.is_gradient_checkpointing, compiled, how.chunk_size))
-        for layer in model.model.layers:
-            layer._compiled_call_impl = None  # compiling itself takes long, and is PyTorch's to test
-        return original(model, batch, how)
+    def watch(name: str) -> None:
+        original = getattr(stage_module, name)
 
-    monkeypatch.setattr(stage_module, "forward_backward", watching)
+        def watching(model, *rest):  # type: ignore[no-untyped-def]
+            compiled = model.model.layers[0]._compiled_call_impl is not None
+            seen.append((model.is_gradient_checkpointing, compiled, rest[-1].chunk_size))
+            for layer in model.model.layers:
+                layer._compiled_call_impl = None  # compiling itself takes long, and is PyTorch's to test
+            return original(model, *rest)
+
+        monkeypatch.setattr(stage_module, name, watching)
+
+    watch("forward_backward")  # of the dry run
+    watch("trial")
     one_stage = ("plan.num_stages=1", "plan.total_tokens=64")
     train(tiny_run(tmp_path / "a", *one_stage))
     options = ("train.gradient_checkpointing=true", "train.compile=true", "train.loss_chunk_size=7")

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from steplm.config import RunConfig, load_config
 from steplm.errors import ConfigError, PlanInfeasible
-from steplm.planner.fit import VARY, Alternative, FitResult, fit, suggestions
+from steplm.planner.fit import Alternative, FitResult, fit, suggestions
 from steplm.planner.ladder import LADDER
 from steplm.planner.shape import FAMILIES
+from steplm.planner.ways import VARY
 from steplm.types import ModelShape
 from steplm.units import format_bytes, format_count, parse_bytes
 
@@ -61,26 +62,31 @@ def fit_to_json(result: FitResult) -> dict[str, Any]:
 
 def render_fit(result: FitResult, console: Console, run: str, overrides: Sequence[str], budget: str) -> None:
     """The answer, the alternatives, and the command that runs the best; fits 80 columns."""
-    best = result.best
-    console.print(_answer(result), highlight=False)
+    headline, size = _answer(result)
+    for line in _wrapped(headline, console.width):
+        console.print(line, style="bold", highlight=False, markup=False)
+    console.print(size, highlight=False)
+    console.print()
     console.print(_table(result, gap=2 if console.width >= 100 else 1))
-    console.print(_legend(result.alternatives))
-    console.print("options are added to what the file sets; FLOPs count what is computed twice", style="dim")
+    console.print()
+    for line in _legend(result.alternatives, console.width):
+        console.print(line, style="dim", highlight=False, markup=False)
     if result.at_limit:
         console.print("the search stops at this value: more may fit", style="dim", highlight=False)
-    console.print("to train the first:", highlight=False)
-    for line in _command(run, overrides, best, budget, console.width):
+    console.print("\nto train the first:", highlight=False)
+    for line in _command(run, overrides, result.best, budget, console.width):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _answer(result: FitResult) -> str:
+def _answer(result: FitResult) -> tuple[str, str]:
+    """What fits, and how large it is."""
     best = result.best
     budget = f"{format_bytes(result.budget_bytes)} ({format_bytes(result.reserve_bytes)} reserve)"
     size = f"{format_count(best.num_parameters)} parameters, peak {format_bytes(best.peak_bytes)}"
     if result.maximize is not None:
-        return f"[bold]largest {result.maximize} in {budget}: {best.value:,}[/], {size}"
+        return f"largest {result.maximize} in {budget}: {best.value:,}", size
     how = "as written" if not best.overrides else f"with {' '.join(best.overrides)}"
-    return f"[bold]fits in {budget}[/]: {escape(how)}; {size}"
+    return f"fits in {budget}: {how}", size
 
 
 def _table(result: FitResult, *, gap: int) -> Table:
@@ -112,19 +118,20 @@ def _table(result: FitResult, *, gap: int) -> Table:
     return table
 
 
-def _legend(rows: Sequence[Alternative]) -> Table:
+def _legend(rows: Sequence[Alternative], width: int) -> list[str]:
     """What each number in the column of options stands for, and what it costs."""
+    lines = []
     numbers = _numbers(rows)
-    table = Table.grid(padding=(0, 1, 0, 0))
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column()
     for rung in LADDER:
         if rung.name in numbers:
-            costs = [
-                f"{word}: {cost}" for word, cost in (("time", rung.time), ("quality", rung.quality)) if cost != "none"
-            ]
-            table.add_row(str(numbers[rung.name]), f"{rung.name}; {'; '.join(costs)}", style="dim")
-    return table
+            costs = [f"{word}: {cost}" for word, cost in (("time", rung.time), ("quality", rung.quality)) if cost]
+            text = f"{numbers[rung.name]:>{len(str(len(numbers)))}} {rung.name}; {'; '.join(costs)}"
+            lines += _wrapped(text, width, indent=1 + len(str(len(numbers))))
+    return [*lines, *_wrapped("options are added to what the file sets; FLOPs count what is computed twice", width)]
+
+
+def _wrapped(text: str, width: int, indent: int = 0) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _numbers(rows: Sequence[Alternative]) -> dict[str, int]:
@@ -146,9 +153,10 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _command(run: str, overrides: Sequence[str], best: Alternative, budget: str, width: int) -> list[str]:
     """Lines that a shell reads as one command; what the answer changes takes the place of what was given."""
     changed = {override.partition("=")[0] for override in best.overrides}
-    kept = [override for override in overrides if override.partition("=")[0] not in changed]
+    kept = [override for override in overrides if override.partition("=")[0] not in {*changed, "plan.budget"}]
     lines = ["steplm train " + shlex.quote(run)]
-    for word in [*kept, *best.overrides, f"--budget {budget}"]:
+    added = [override for override in best.overrides if not override.startswith("plan.budget=")]
+    for word in [*kept, *added, f"--budget {budget}"]:
         quoted = word if word.startswith("--budget") else shlex.quote(word)
         if len(lines[-1]) + len(quoted) + 3 > width:
             lines[-1] += " \\"

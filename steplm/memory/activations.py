@@ -63,13 +63,13 @@ class Workload:
     def batch_bytes(self) -> int:
         """Tokens and labels ``16 N``; rotary cosines and sines ``2 w S q/h``, and their frequencies.
 
-        With a mask, it and the positions ``N (S + 8)``.
+        With a mask, the positions ``8 N``.
         """
         shape, S = self.shape, self.sequence_length
         head_dim = (shape.attention_size or shape.hidden_size) // shape.num_attention_heads
         rows = self.num_tokens if self.has_mask else S
-        mask = self.num_tokens * (S + 8) if self.has_mask else 0
-        return 16 * self.num_tokens + 2 * self.width * rows * head_dim + 4 * (head_dim + 2) + mask
+        positions = 8 * self.num_tokens if self.has_mask else 0
+        return 16 * self.num_tokens + 2 * self.width * rows * head_dim + 4 * (head_dim + 2) + positions
 
 
 def is_modelled(shape: ModelShape) -> bool:

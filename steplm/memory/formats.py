@@ -12,6 +12,7 @@ STATE_BLOCK = 256  # elements of an 8-bit optimizer state that share a scale
 NF4_BLOCK = 64  # elements of an NF4 weight that share a scale
 STEP_CHUNK = 2**22  # elements that the optimizer updates at once
 CODE_BOOK_BYTES = 659_448  # tables of an optimizer with 8-bit states, on each device
+MIN_OFFLOADED_BYTES = 64 * 2**10  # a smaller activation costs more time than it saves memory
 PACK_CHUNK = 2**22  # elements of a packed matrix that are in fp32 at once
 
 
@@ -41,11 +42,20 @@ def _blocks(num_elements: int, block: int) -> int:
     return -(-num_elements // block)
 
 
-def step_bytes_per_element(precision: str, *, states: str, master_weights: bool) -> int:
-    """Workspace of the optimizer for each element that it updates at once; see ``steplm.optim.adamw.AdamW``."""
-    if states == "8bit":
-        return 17
-    return 9 if precision == "bf16" and not master_weights else 4
+def step_bytes(bucket: int, piece: int, *, states: str, has_master: bool) -> int:
+    """Workspace of the optimizer; see ``steplm.optim.adamw.AdamW``.
+
+    Args:
+        bucket: elements that it updates at once.
+        piece: elements of the largest tensor, or part of one, among them: what is rounded at once.
+        has_master: fp32 weights, or bf16 ones with an fp32 copy.
+    """
+    update = 4 * bucket + (0 if has_master else 4 * bucket)  # the gradient, and the weight, in fp32
+    round_weights = 0 if has_master else 4 * bucket + 5 * piece
+    if states != "8bit":
+        return max(update, round_weights)
+    moments = 8 * bucket
+    return moments + max(update, round_weights, 9 * piece)
 
 
 def unpack_bytes(fmt: str, num_parameters: int, width: int) -> int:

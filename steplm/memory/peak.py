@@ -15,7 +15,14 @@ from itertools import accumulate
 
 from steplm.config import MemoryConfig, TrainConfig
 from steplm.memory.activations import Workload, is_modelled, layer_activations, norm_backward, norm_saved
-from steplm.memory.formats import CODE_BOOK_BYTES, STEP_CHUNK, largest_bucket, step_bytes_per_element, unpack_bytes
+from steplm.memory.formats import (
+    CODE_BOOK_BYTES,
+    MIN_OFFLOADED_BYTES,
+    STEP_CHUNK,
+    largest_bucket,
+    step_bytes,
+    unpack_bytes,
+)
 from steplm.memory.terms import FETCH_SLOTS
 from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm, ModelShape, PeakEstimate
 
@@ -63,7 +70,7 @@ def estimate_peak(
     moments = _Moments(work, state, train, memory, num_layers, frozenset(new_layers), outer)
     evaluation = moments.evaluation(eval_batch_size or train.per_device_train_batch_size)
     backward = (moments.final_norm(), moments.highest_layer(), moments.embeddings())
-    growth = (moments.growth(),) if grows else ()
+    growth = (moments.growth(eval_batch_size or train.per_device_train_batch_size),) if grows else ()
     return PeakEstimate((*growth, moments.loss(), *backward, moments.update(), evaluation))
 
 
@@ -99,9 +106,12 @@ class _Moments:
         }
         # Gradients of all micro-batches are summed: from the second one on they all exist, all the time.
         self.sums_gradients = train.gradient_accumulation_steps > 1
+        # Where nothing below is trained, the backward pass ends early, and these layers save nothing for it.
+        below = outer == "frozen" and not work.adapter_targets
+        self.silent = min(new_layers, default=num_layers) if below else 0
         self.matrix = self.shape.vocab_size * self.shape.hidden_size  # of the embeddings, or of the head
 
-    def growth(self) -> Instant:
+    def growth(self, batch_size: int) -> Instant:
         """The grown model's plain weights, on which the loss is probed before there is an optimizer."""
         shape, layers = self.shape, self.num_layers
         packs = self.memory.frozen_weights != "full" or self.memory.offload_frozen
@@ -109,7 +119,7 @@ class _Moments:
         size = shape.num_parameters(layers)
         formula = f"({f'{layers} × P_layer' if packs else 'N_i × P_layer'} + P_outer) × {self.work.width} B"
         weights = MemoryTerm("plain_weights", "weights", size * self.work.width, formula, size)
-        return Instant("growth", MemoryEstimate((weights, *self._forward_alone(self.work.num_sequences))))
+        return Instant("growth", MemoryEstimate((weights, *self._forward_alone(batch_size))))
 
     def loss(self) -> Instant:
         """The chunked loss: all activations wait, and the head's gradient is made in the same pass."""
@@ -155,7 +165,7 @@ class _Moments:
         def held(index: int) -> int:
             inside = sum(term.num_bytes for term in self._inside(index) if term.kind != HOST)
             kept = 0 if self.memory.offload_activations else 1
-            below = sum(self.kept[kind] * self._count(kind, index + 1) for kind in KINDS_OF_LAYERS)
+            below = sum(self.kept[kind] * self._saving(kind, index + 1) for kind in KINDS_OF_LAYERS)
             above = sum(per_layer[k] * (self._count(k) - self._count(k, index + 1)) for k in KINDS_OF_LAYERS)
             return kept * below + inside + above
 
@@ -178,12 +188,15 @@ class _Moments:
         if self.outer == "trained" and self.shape.tie_word_embeddings:
             terms.append(_term("embeddings", "gradients", matrix_bytes, "the head's part: w V d"))
         update = self._fused_update(self.matrix) if self.outer == "trained" else 0
+        if update and self.shape.tie_word_embeddings:  # both parts are one by then
+            update = max(update - matrix_bytes, 0)
         terms.append(_term("optimizer", "workspace", update, self._step_formula()))
         return self._instant("backward of the embeddings", 0, terms, self._all_gradients())
 
     def update(self) -> Instant:
         """The optimizer's step."""
-        workspace = 0 if self.memory.fused_backward else self._step_bytes * largest_bucket(self._trained_matrices())
+        sizes = [min(size, STEP_CHUNK) for size in self._trained_matrices()]
+        workspace = 0 if self.memory.fused_backward else self._step_bytes(largest_bucket(sizes), max(sizes))
         terms = [_term("optimizer", "workspace", workspace, self._step_formula())]
         return self._instant("optimizer step", 0, terms, self._all_gradients(), in_pass=False)
 
@@ -224,9 +237,19 @@ class _Moments:
             held.append(_term("optimizer", "workspace", CODE_BOOK_BYTES, "tables of the 8-bit code"))
         where = HOST if self.memory.offload_activations else "activations"
         for kind in KINDS_OF_LAYERS:
-            count = self._count(kind, num_below)
+            count = self._saving(kind, num_below)
             each = "w N d" if self.recomputes[kind] else f"{self.kept[kind]:,} B"
-            held.append(_term(kind, where, count * self.kept[kind], f"{count} layers × {each}"))
+            num_bytes, formula = count * self.kept[kind], f"{count} layers × {each}"
+            if count and kind == self._kind(0) and self._lowest_norm_is_silent:
+                num_bytes -= norm_saved(self.work, trained=False)
+                formula += " - the lowest norm's input"
+            held.append(_term(kind, where, num_bytes, formula))
+        if self.memory.offload_activations:
+            scale, normaliser = 4 * self.work.num_tokens, 4 * self.work.num_tokens * self.shape.num_attention_heads
+            small = sum(size for size in (scale, scale, normaliser) if size < MIN_OFFLOADED_BYTES)
+            held.append(_term("all_layers", "activations", num_below * small, "too small to be moved"))
+        if in_pass and self.work.has_mask and any(self.recomputes.values()):
+            held.append(_term("batch", "activations", self.work.num_tokens * self.work.sequence_length, "mask: N S"))
         if in_pass:
             formula = "tokens, labels and rotary angles: 16 N + 2 w S q/h"
             held.append(_term("batch", "activations", self.work.batch_bytes, formula))
@@ -241,6 +264,16 @@ class _Moments:
         num_below = self.num_layers if num_below is None else num_below
         new = self.new_below[num_below]
         return new if kind == "new_layers" else num_below - new
+
+    @property
+    def _lowest_norm_is_silent(self) -> bool:
+        """No gradient goes below the lowest layer's first norm, so that it saves no input."""
+        return self.outer == "frozen" and not self.silent and not self.recomputes[self._kind(0)]
+
+    def _saving(self, kind: str, num_below: int) -> int:
+        """Of these, layers that save something for the backward pass."""
+        silent = min(self.silent, num_below) if kind == "frozen_layers" else 0
+        return self._count(kind, num_below) - silent
 
     def _all_gradients(self) -> list[MemoryTerm]:
         return [term for term in self.state.terms if term.kind == "gradients"]
@@ -286,18 +319,17 @@ class _Moments:
             yield from in_new if new else in_frozen
         yield from () if shape.tie_word_embeddings else outer
 
-    @property
-    def _step_bytes(self) -> int:
-        return step_bytes_per_element(
-            self.train.precision, states=self.memory.optimizer_states, master_weights=self.memory.master_weights
-        )
+    def _step_bytes(self, bucket: int, piece: int) -> int:
+        has_master = self.train.precision == "fp32" or self.memory.master_weights
+        return step_bytes(bucket, piece, states=self.memory.optimizer_states, has_master=has_master)
 
     def _step_formula(self) -> str:
-        return f"{self._step_bytes} B × at most {STEP_CHUNK:,} elements at once"
+        return f"{self._step_bytes(1, 1)} B at most × {STEP_CHUNK:,} elements at once at most"
 
     def _fused_update(self, num_elements: int) -> int:
         """Workspace of an update inside the backward pass."""
-        return self._step_bytes * min(STEP_CHUNK, num_elements) if self.memory.fused_backward else 0
+        piece = min(STEP_CHUNK, num_elements)
+        return self._step_bytes(piece, piece) if self.memory.fused_backward else 0
 
     def _unpacking(self, kind: str) -> int:
         """The largest packed matrix, made whole for a product."""

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from steplm.errors import ConfigError
-
-MIN_OFFLOADED_BYTES = 64 * 2**10  # a smaller tensor costs more time than it saves memory
+from steplm.memory.formats import MIN_OFFLOADED_BYTES
 
 
 def layers_to_checkpoint(

@@ -1,35 +1,30 @@
 """The inverse plan: what fits a budget, and what it gives up.
 
-A way to train is a number of stages, a rank, and the rungs of ``LADDER`` up to one of them, at a price in points of
-judgement. The search goes from the cheapest way up and keeps those that hold more, or need less memory, than all
-cheaper ones; so no row of the answer is worse than another in everything.
+The search goes from the cheapest of ``steplm.planner.ways`` up and keeps those that hold more, or need less memory,
+than all cheaper ones; so no row of the answer is worse than another in everything.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice, product
+from functools import partial
+from itertools import accumulate, islice
 from typing import Any
 
-from steplm.config import RunConfig, validated
+from steplm.config import RunConfig
 from steplm.errors import ConfigError, PlanInfeasible
-from steplm.planner.ladder import AXES, LADDER, Changes, Rung
+from steplm.planner.ladder import AXES, Changes
 from steplm.planner.plan import StageCosts
 from steplm.planner.shape import shape_from_hf_config
-from steplm.planner.solve import equal_parts_if_as_good, solve_within
+from steplm.planner.solve import equal_parts_if_as_good, last_true, solve_within
 from steplm.planner.tokens import stage_tokens
+from steplm.planner.ways import VARY, Way, changed, require_known, ways, written
 from steplm.types import ModelShape
 from steplm.units import format_bytes
 
-VARY = ("stages", "rank", "options")
-MAX_STAGES = 6
 MAX_ALTERNATIVES = 12
-STAGE_PRICE = 1  # for each stage more or less: STEP found no loss, but fewer tokens see the whole model
-RANK_PRICE = 2  # for each halving: old layers can follow the new ones less
 
 
 @dataclass(frozen=True)
@@ -120,16 +115,6 @@ def suggestions(config: RunConfig, budget_bytes: int, shape: ModelShape | None =
 
 
 @dataclass(frozen=True)
-class _Way:
-    """How to train, whatever the sizes."""
-
-    price: int
-    num_stages: int
-    options: tuple[str, ...]
-    changes: Changes  # of rank and options; not of ``plan.num_stages``
-
-
-@dataclass(frozen=True)
 class _Trial:
     """A way at one size that fits."""
 
@@ -150,25 +135,21 @@ class _Search:
         vary: Collection[str],
         shape: ModelShape | None,
     ) -> None:
-        for name in vary:
-            _require_known("vary", name, VARY)
         if maximize is not None:
-            _require_known("maximize", maximize, AXES)
+            require_known("maximize", maximize, AXES)
         if maximize == "width" and shape is not None:
             raise ConfigError(
                 f"the width of model type {config.model.model_type!r} cannot be varied, as its parameters cannot be "
                 "counted without the model: maximize depth, batch or sequence, or vary model.hidden_size by hand."
             )
-        self.config, self.given_shape, self.vary = config, shape, vary
+        self.config, self.given_shape = config, shape
         self.budget_bytes = budget_bytes
         self.axis = None if maximize is None else AXES[maximize]
         self.varies_depth = maximize == "depth"
         self.limit = math.floor((budget_bytes - config.memory.reserve) / config.memory.correction)
-        self.values = config.model_dump(mode="json")
         self.costs: dict[Any, StageCosts | None] = {}
         self.solved: dict[Any, tuple[int, ...] | None] = {}
-        rungs, self.skipped = self._allowed_rungs()
-        self.ways = sorted(self._ways(rungs), key=lambda way: (way.price, -way.num_stages))
+        self.ways, self.skipped = ways(config, vary, any_depth=self.varies_depth)
 
     def lower_peaks(self, index: int | None = None, limit: float | None = None) -> Iterator[Alternative]:
         """From the cheapest way up, those within ``limit`` (default: the budget) and lower than all before them."""
@@ -184,13 +165,11 @@ class _Search:
         assert self.axis is not None
         found, largest = list[Alternative](), 0
         for way in self.ways:
+            fits = partial(self._fits, way)
             start = max(largest + 1, way.num_stages if self.varies_depth else 1)
-            if start > self.axis.largest or self._try(way, start, self.limit) is None:
+            if start > self.axis.largest or not fits(start):
                 continue
-            more = range(start + 1, self.axis.largest + 1)
-            largest = start + bisect_left(
-                more, True, key=lambda index, way=way: self._try(way, index, self.limit) is None
-            )
+            largest = last_true(fits, start, self.axis.largest)
             trial = self._try(way, largest, self.limit)
             assert trial is not None
             found.append(self._alternative(way, largest, trial))
@@ -203,52 +182,10 @@ class _Search:
             raise ConfigError("no settings make a plan: run `steplm plan` for the reason")
         return rows[-1]
 
-    def _allowed_rungs(self) -> tuple[list[Rung], tuple[str, ...]]:
-        """The rungs above what is written that the configuration allows, and why not the others."""
-        allowed, skipped = list[Rung](), list[str]()
-        for rung in LADDER if "options" in self.vary else ():
-            _, changes = _climb(allowed)
-            if changes.get(rung.key, self._written(rung.key)) not in rung.replaces:
-                continue
-            if rung.on_frozen and not self.config.plan.freeze_old_layers:
-                skipped.append(f"{rung.name}: plan.freeze_old_layers=false leaves no layer frozen")
-                continue
-            try:
-                self._configure(_climb([*allowed, rung])[1])
-            except ConfigError as error:
-                skipped.append(f"{rung.name}: {error}")
-            else:
-                allowed.append(rung)
-        return allowed, tuple(skipped)
+    def _fits(self, way: Way, index: int) -> bool:
+        return self._try(way, index, self.limit) is not None
 
-    def _ways(self, rungs: Sequence[Rung]) -> Iterator[_Way]:
-        config = self.config
-        ranks = [config.pet.rank]
-        if "rank" in self.vary and config.pet.method != "none" and config.plan.freeze_old_layers:
-            ranks += sorted((2**k for k in range(3, 20) if 2**k < config.pet.rank), reverse=True)[:3]
-        for num_stages in self._stage_counts():
-            grows = num_stages > 1
-            useful = [rung for rung in rungs if grows or not rung.on_frozen]
-            ladder = [useful[:height] for height in range(len(useful) + 1)]
-            for (halvings, rank), taken in product(enumerate(ranks if grows else ranks[:1]), ladder):
-                price = STAGE_PRICE * abs(num_stages - config.plan.num_stages) + RANK_PRICE * halvings
-                if taken:
-                    price += taken[-1].price
-                    if taken[-1].needs:
-                        price += round(math.log2(config.train.gradient_accumulation_steps))
-                options, changes = _climb(taken)
-                yield _Way(price, num_stages, options, {"pet.rank": rank, **changes})
-
-    def _stage_counts(self) -> set[int]:
-        """K that the configuration allows: its lists with an entry for each stage fix it."""
-        plan = self.config.plan
-        per_stage = (self.config.optim.learning_rate, plan.tokens_per_stage, plan.token_shares)
-        if "stages" not in self.vary or any(isinstance(value, list) for value in per_stage):
-            return {plan.num_stages}
-        most = MAX_STAGES if self.varies_depth else min(MAX_STAGES, self.config.model.num_hidden_layers)
-        return {*range(1, most + 1), plan.num_stages}
-
-    def _try(self, way: _Way, index: int | None, limit: float) -> _Trial | None:
+    def _try(self, way: Way, index: int | None, limit: float) -> _Trial | None:
         """None where more than ``limit`` is needed, or where the configuration makes no plan."""
         depth, costs = self._depth(index), self._costs(way, index)
         if costs is None or way.num_stages > depth:
@@ -271,7 +208,7 @@ class _Search:
             return None
         return _Trial(costs, layers, tuple(stage.trained for stage in tokens), peak_bytes)
 
-    def _layers(self, way: _Way, depth: int, costs: StageCosts, limit: float) -> tuple[int, ...] | None:
+    def _layers(self, way: Way, depth: int, costs: StageCosts, limit: float) -> tuple[int, ...] | None:
         """As the plan chooses them; None where it is plain that they need more than ``limit``."""
         if self._has_written_layers(way.num_stages, depth):
             return tuple(self.config.plan.layers or ())
@@ -296,13 +233,13 @@ class _Search:
     def _depth(self, index: int | None) -> int:
         return index if self.varies_depth and index is not None else self.config.model.num_hidden_layers
 
-    def _costs(self, way: _Way, index: int | None) -> StageCosts | None:
+    def _costs(self, way: Way, index: int | None) -> StageCosts | None:
         """The same for every K above 1 and every depth; None where the configuration is refused."""
         key = (tuple(way.changes.items()), way.num_stages > 1, None if self.varies_depth else index)
         if key not in self.costs:
             changes = self._changes(way, AXES["depth"].largest if self.varies_depth else index)
             try:
-                config = self._configure(changes)
+                config = changed(self.config, changes)
                 self.costs[key] = StageCosts(config, self._shape(config))
             except ConfigError:
                 self.costs[key] = None
@@ -313,7 +250,7 @@ class _Search:
             return shape_from_hf_config(config.model.hf_config())
         return replace(self.given_shape, num_hidden_layers=config.model.num_hidden_layers)
 
-    def _alternative(self, way: _Way, index: int | None, trial: _Trial) -> Alternative:
+    def _alternative(self, way: Way, index: int | None, trial: _Trial) -> Alternative:
         costs, stages = trial.costs, _stages(trial.layers)
         flops = [costs.flops_per_token(*stage) + recomputed_flops_per_token(costs, *stage) for stage in stages]
         needed_bytes = self.config.memory.needed_bytes(trial.peak_bytes)
@@ -333,7 +270,7 @@ class _Search:
             fits=needed_bytes <= self.budget_bytes,
         )
 
-    def _changes(self, way: _Way, index: int | None) -> Changes:
+    def _changes(self, way: Way, index: int | None) -> Changes:
         """All that differs from the configuration as written."""
         changes = {} if self.axis is None or index is None else dict(self.axis.changes(self.config, index))
         changes["plan.num_stages"] = way.num_stages
@@ -342,18 +279,7 @@ class _Search:
         if self.config.plan.budget is not None:
             changes["plan.budget"] = self.budget_bytes
         changes.update(way.changes)
-        return {key: value for key, value in changes.items() if self._written(key) != value}
-
-    def _written(self, key: str) -> Any:
-        section, _, name = key.partition(".")
-        return self.values[section][name]
-
-    def _configure(self, changes: Changes) -> RunConfig:
-        values = dict(self.values)
-        for key, value in changes.items():
-            section, _, name = key.partition(".")
-            values[section] = {**values[section], name: value}
-        return validated(RunConfig, values)
+        return {key: value for key, value in changes.items() if written(self.config, key) != value}
 
 
 def recomputed_flops_per_token(costs: StageCosts, num_new: int, num_old: int) -> int:
@@ -369,13 +295,6 @@ def recomputed_flops_per_token(costs: StageCosts, num_new: int, num_old: int) ->
     return layers * (2 * matrices + attention) + adapters
 
 
-def _climb(rungs: Sequence[Rung]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Names and settings of rungs taken together; of two that set the same key, the later one."""
-    last = {rung.key: rung for rung in rungs}
-    changes = {key: value for rung in last.values() for key, value in ((rung.key, rung.value), *rung.needs)}
-    return tuple(rung.name for rung in last.values()), changes
-
-
 def _nothing_fits(search: _Search) -> PlanInfeasible:
     smallest, reserve = search.smallest(), search.config.memory.reserve
     how = f" with {' '.join(smallest.overrides)}" if smallest.overrides else ""
@@ -388,13 +307,6 @@ def _nothing_fits(search: _Search) -> PlanInfeasible:
         needed_bytes=smallest.needed_bytes,
         budget_bytes=search.budget_bytes,
     )
-
-
-def _require_known(what: str, name: str, known: Collection[str]) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-        raise ConfigError(f"{what} has no {name!r}. {hint}", name=name)
 
 
 def _spread(rows: Sequence[Alternative]) -> list[Alternative]:

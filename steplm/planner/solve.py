@@ -9,7 +9,6 @@ n_1 is largest, among those the one whose n_2 is largest, and so on: the model i
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable
 from itertools import accumulate, combinations, pairwise
 
@@ -51,6 +50,8 @@ def solve_within(cost: StageCost, num_layers: int, num_stages: int, limit: float
         PlanInfeasible: more stages than layers.
     """
     _require_feasible(num_layers, num_stages)
+    if cost(1, 0) > limit:
+        return None
     if num_stages > 1 and not _new_layers_cost_most(cost, num_layers):
         best = solve_dynamic_programming(cost, num_layers, num_stages)
         return best if peak_cost(cost, best) <= limit else None
@@ -161,21 +162,35 @@ def _deepest_within(
     layers: list[int] = []
     least_refused = 2**63
 
-    def is_refused(num_new: int) -> bool:
+    def is_allowed(num_new: int) -> bool:
         nonlocal least_refused
         found = cost(num_new, sum(layers))
         if found > limit:
             least_refused = min(least_refused, found)
-        return found > limit
+        return found <= limit
 
     for later_stages in reversed(range(num_stages)):
         most = num_layers - sum(layers) - later_stages
         least = 1 if later_stages else most  # the last stage takes the rest
-        allowed = bisect_left(range(least, most + 1), True, key=is_refused)
-        if not allowed:
+        if not is_allowed(least):
             return None, least_refused
-        layers.append(least + allowed - 1)
+        layers.append(last_true(is_allowed, least, most))
     return tuple(layers), least_refused
+
+
+def last_true(test: Callable[[int], bool], low: int, high: int) -> int:
+    """The last of ``low`` … ``high`` that passes, where ``low`` does and all that pass come first.
+
+    In doubled steps, then halved ones: what lies far above the answer is never tried.
+    """
+    step = 1
+    while low < high:
+        probe = min(low + step, high)
+        if test(probe):
+            low, step = probe, 2 * step
+        else:
+            high, step = probe - 1, max(1, (probe - low) // 2)
+    return low
 
 
 def _largest_first(cost: StageCost, num_layers: int, num_stages: int, *, peak: int) -> tuple[int, ...]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from steplm.planner.fit import fit
 from steplm.planner.plan import plan
 
 GIB = 2**30
+BUDGET = ("--budget", "16GiB")
 
 
 def text_of(run: str, budget_gib: int, width: int = 80, overrides: tuple[str, ...] = (), **arguments: Any) -> str:
@@ -43,6 +47,7 @@ def test_nothing_is_cut_off_on_eighty_columns(run: str, budget_gib: int, argumen
     text = text_of(run, budget_gib, **arguments)
     assert "…" not in text
     assert max(len(line) for line in text.splitlines()) <= 80
+    assert not any(line.endswith(" ") for line in text.splitlines())
 
 
 def test_the_answer_comes_first_and_the_command_last() -> None:
@@ -71,6 +76,11 @@ def test_every_option_of_the_table_is_explained() -> None:
     assert "1 recompute frozen layers; time: one more forward pass of the frozen layers" in text
     assert "no master weights; quality: updates are rounded to bf16" in text
     assert "train.gradient_checkpointing=frozen" in text.splitlines()[0]
+
+
+def test_a_budget_of_the_file_appears_once() -> None:
+    text = text_of("llama_368m", 8, overrides=("plan.budget=80GiB",), vary=["options"])
+    assert "plan.budget" not in text[text.index("steplm train") :]
 
 
 def test_json_has_every_number(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,9 +117,13 @@ def test_a_refused_plan_names_changes_that_fit() -> None:
     assert error.peak_bytes == caught.value.peak_bytes
 
 
-def test_plan_and_train_refuse_with_suggestions_before_anything_is_done() -> None:
-    command = [sys.executable, "-m", "steplm", "plan", "llama_1.2b", "plan.budget=16GiB"]
-    result = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize("arguments", [["plan", "llama_1.2b", "plan.budget=16GiB"], ["train", "llama_1.2b", *BUDGET]])
+def test_plan_and_train_refuse_with_suggestions_before_anything_is_done(tmp_path: Path, arguments: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-X", "importtime", "-m", "steplm", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 1
+    assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
     assert "These fit, the cheapest first:" in result.stderr
     assert "Traceback" not in result.stderr

@@ -76,7 +76,7 @@ def test_norms_of_heads_and_a_mask_are_saved_too() -> None:
     assert qwen3 - llama == (4 + 2) * N * (q + k) + 4 * (N * 4 + N * 2)
     masked = replace(workload(), has_mask=True)
     assert layer_activations(masked, trained=True).saved - llama == 2 * N * S
-    assert masked.batch_bytes - workload().batch_bytes == N * (S + 8) + 2 * 2 * (N - S) * 8
+    assert masked.batch_bytes - workload().batch_bytes == 8 * N + 2 * 2 * (N - S) * 8
 
 
 def test_a_batch_and_the_norm_above_all_layers_by_hand() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from steplm.errors import PlanInfeasible
@@ -15,10 +15,11 @@ from steplm.planner.solve import (
     solve_dynamic_programming,
     solve_exhaustive,
     solve_integer_programme,
+    solve_within,
 )
 
 ALL_SIZES = [(num_layers, num_stages) for num_layers in range(1, 17) for num_stages in range(1, min(4, num_layers) + 1)]
-SOLVERS = [solve_dynamic_programming, solve_integer_programme, solve_exhaustive]
+SOLVERS = [solve_dynamic_programming, solve_integer_programme, solve_exhaustive, solve_within]
 
 
 def linear(new_layer: int, old_layer: int, first_stage: int, later_stage: int) -> StageCost:
@@ -53,6 +54,33 @@ def test_dynamic_programming_is_exact_for_any_cost(seed: int, num_layers: int, d
     num_stages = data.draw(st.integers(1, min(5, num_layers)))
     expected = solve_exhaustive(lambda new, old: table[new][old], num_layers, num_stages)
     assert solve_dynamic_programming(lambda new, old: table[new][old], num_layers, num_stages) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(-2, 2), st.data())
+def test_within_a_limit_the_plan_is_that_of_exhaustive_search(
+    num_layers: int, num_stages: int, spare: int, data: st.DataObject
+) -> None:
+    assume(num_stages <= num_layers)
+    old_price = [0, *data.draw(st.lists(st.integers(0, 3), min_size=num_layers, max_size=num_layers))]
+    new_price = data.draw(st.sampled_from([3, 4]))
+
+    def cost(num_new: int, num_old: int) -> int:  # a new layer costs at least what an old one does
+        return new_price * num_new + sum(old_price[: num_old + 1]) + 2 * (num_old > 0)
+
+    expected = solve_exhaustive(cost, num_layers, num_stages)
+    limit = peak_cost(cost, expected) + spare
+    assert solve_within(cost, num_layers, num_stages) == expected
+    assert solve_within(cost, num_layers, num_stages, limit) == (expected if spare >= 0 else None)
+
+
+@pytest.mark.parametrize(("num_layers", "num_stages"), ALL_SIZES)
+def test_within_a_limit_the_plan_is_exact_where_old_layers_cost_more(num_layers: int, num_stages: int) -> None:
+    cost = linear(new_layer=3, old_layer=5, first_stage=4, later_stage=1)
+    expected = solve_exhaustive(cost, num_layers, num_stages)
+    limit = peak_cost(cost, expected)
+    assert solve_within(cost, num_layers, num_stages, limit) == expected
+    assert solve_within(cost, num_layers, num_stages, limit - 1) is None
 
 
 @pytest.mark.parametrize(("num_layers", "num_stages"), [(1, 1), (5, 2), (9, 3), (12, 4)])

@@ -1,0 +1,137 @@
+"""The ways to train among which ``steplm fit`` chooses, the cheapest first.
+
+A way is a number of stages, a rank, and the rungs of ``LADDER`` up to one of them. What it gives up has a price in
+points of judgement, since bytes and FLOPs alone would always choose the lowest rank.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from steplm.config import RunConfig, validated
+from steplm.errors import ConfigError
+from steplm.planner.ladder import LADDER, Changes, Rung
+
+VARY = ("stages", "rank", "options")
+MAX_STAGES = 6
+STAGE_PRICE = 1  # for each stage more or less: STEP found no loss, but fewer tokens see the whole model
+RANK_PRICE = 2  # for each halving: old layers can follow the new ones less
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to train, whatever the sizes."""
+
+    price: int
+    num_stages: int
+    options: tuple[str, ...]  # names of rungs
+    changes: Changes  # of rank and options; not of ``plan.num_stages``
+
+
+def ways(config: RunConfig, vary: Collection[str], *, any_depth: bool = False) -> tuple[list[Way], tuple[str, ...]]:
+    """All ways, the cheapest first, and the options that the configuration refuses, with the reason.
+
+    Args:
+        vary: of ``VARY``; what it does not name stays as it is written.
+        any_depth: whether there may be more stages than layers are written.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    for name in vary:
+        require_known("vary", name, VARY)
+    rungs, skipped = _allowed_rungs(config) if "options" in vary else ([], ())
+    counts = _stage_counts(config, any_depth) if "stages" in vary else {config.plan.num_stages}
+    ranks = _ranks(config) if "rank" in vary else [config.pet.rank]
+    return sorted(_combined(config, rungs, counts, ranks), key=lambda way: (way.price, -way.num_stages)), skipped
+
+
+def changed(config: RunConfig, changes: Changes) -> RunConfig:
+    """The configuration with other values.
+
+    Raises:
+        ConfigError: it refuses them.
+    """
+    values = config.model_dump(mode="json")
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        values[section][name] = value
+    return validated(RunConfig, values)
+
+
+def written(config: RunConfig, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def require_known(what: str, name: str, known: Collection[str]) -> None:
+    """Raises ``ConfigError``, with the nearest name, where ``name`` is none of ``known``."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+        raise ConfigError(f"{what} has no {name!r}. {hint}", name=name)
+
+
+def _combined(config: RunConfig, rungs: Sequence[Rung], counts: Collection[int], ranks: Sequence[int]) -> Iterator[Way]:
+    for num_stages in counts:
+        grows = num_stages > 1  # else no layer is frozen, and none has adapters
+        useful = [rung for rung in rungs if grows or not rung.on_frozen]
+        heights = range(len(useful) + 1)
+        for (halvings, rank), height in product(enumerate(ranks if grows else ranks[:1]), heights):
+            taken = useful[:height]
+            price = STAGE_PRICE * abs(num_stages - config.plan.num_stages) + RANK_PRICE * halvings
+            if taken:
+                price += taken[-1].price
+            if taken and taken[-1].needs:  # it ends accumulation, and steps become smaller
+                price += round(math.log2(config.train.gradient_accumulation_steps))
+            options, changes = _together(taken)
+            yield Way(price, num_stages, options, {"pet.rank": rank, **changes})
+
+
+def _allowed_rungs(config: RunConfig) -> tuple[list[Rung], tuple[str, ...]]:
+    """The rungs above what is written that the configuration allows, and why not the others."""
+    allowed, skipped = list[Rung](), list[str]()
+    for rung in LADDER:
+        _, before = _together(allowed)
+        if before.get(rung.key, written(config, rung.key)) not in rung.replaces:
+            continue
+        if rung.on_frozen and not config.plan.freeze_old_layers:
+            skipped.append(f"{rung.name}: plan.freeze_old_layers=false leaves no layer frozen")
+            continue
+        try:
+            changed(config, _together([*allowed, rung])[1])
+        except ConfigError as error:
+            skipped.append(f"{rung.name}: {error}")
+        else:
+            allowed.append(rung)
+    return allowed, tuple(skipped)
+
+
+def _together(rungs: Sequence[Rung]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names and settings of rungs; of two that set the same key, the later one's."""
+    last = {rung.key: rung for rung in rungs}
+    changes = {key: value for rung in last.values() for key, value in ((rung.key, rung.value), *rung.needs)}
+    return tuple(rung.name for rung in last.values()), changes
+
+
+def _stage_counts(config: RunConfig, any_depth: bool) -> set[int]:
+    """K that the configuration allows: its lists with an entry for each stage fix it."""
+    plan = config.plan
+    per_stage = (config.optim.learning_rate, plan.tokens_per_stage, plan.token_shares)
+    if any(isinstance(value, list) for value in per_stage):
+        return {plan.num_stages}
+    most = MAX_STAGES if any_depth else min(MAX_STAGES, config.model.num_hidden_layers)
+    return {*range(1, most + 1), plan.num_stages}
+
+
+def _ranks(config: RunConfig) -> list[int]:
+    """As written, and the three powers of two below it, from 8 up."""
+    if config.pet.method == "none" or not config.plan.freeze_old_layers:
+        return [config.pet.rank]
+    lower = [2**k for k in range(3, 20) if 2**k < config.pet.rank]
+    return [config.pet.rank, *reversed(lower[-3:])]
