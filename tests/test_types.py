@@ -45,7 +45,9 @@ def test_bytes_by_kind_keep_adapters_apart_and_add_up_to_the_total() -> None:
         ("adapters", "weights", 50_000),
         ("adapters", "optimizer", 600_000),
     ]
-    estimate = MemoryEstimate(tuple(MemoryTerm(component, kind, 2 * count, "", count) for component, kind, count in terms))
+    estimate = MemoryEstimate(
+        tuple(MemoryTerm(component, kind, 2 * count, "", count) for component, kind, count in terms)
+    )
     by_kind = estimate.by_kind()
     assert by_kind == {
         "weights": 42,

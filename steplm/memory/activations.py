@@ -25,6 +25,8 @@ class LayerActivations:
     saved: int  # from its forward until its backward
     backward: int  # at most beside that during its backward, the gradient of its output included
     fetched_backward: int  # the same where what it saved has to come back from host memory
+    saved_product: int  # of ``saved``, what is gone when its first parameter gradient is made
+    fetched_norm: int  # as ``fetched_backward``, at its end: its first norm, when all its gradients exist
     product_gradient: int  # of ``backward``, what exists when its first parameter gradient does
     first_gradient: int  # the gradient of its first parameters, those of the feed-forward's last map
 
@@ -126,7 +128,9 @@ def layer_activations(work: Workload, *, trained: bool) -> LayerActivations:
     return LayerActivations(
         saved=saved,
         backward=backward,
-        fetched_backward=work.stream_bytes + max(5 * inner, 22 * N * d),
+        fetched_backward=work.stream_bytes + 5 * inner,
+        fetched_norm=work.stream_bytes + 24 * N * d,
+        saved_product=inner * needs_input("down_proj"),
         product_gradient=work.stream_bytes + inner,
         first_gradient=first_gradient,
     )

@@ -91,7 +91,7 @@ class _Moments:
         self.train, self.memory, self.outer = train, memory, outer
         self.num_layers = num_layers
         self.is_new = [index in new_layers for index in range(num_layers)]
-        self.new_below = [0, *accumulate(self.is_new)]  # new layers among the lowest 0, 1, 2 ...
+        self.new_below = [0, *accumulate(map(int, self.is_new))]  # new layers among the lowest 0, 1, 2 ...
         self.recomputes = {
             "new_layers": train.gradient_checkpointing in (True, "new"),
             "frozen_layers": train.gradient_checkpointing in (True, "frozen"),
@@ -146,11 +146,14 @@ class _Moments:
         """
         backward, formula = norm_backward(self.work), "16 N d + w N d"
         update = self._fused_update(self.matrix) if self.outer == "trained" else 0
-        terms = [_term("loss", "activations", self._final_norm_saved(), "final norm: 4 N d + w N d")]
+        saved = self._final_norm_saved()
         if update and not self.shape.tie_word_embeddings:
             before = self.work.stream_bytes + self.matrix * self.work.width + update
-            if before > backward:
-                backward, formula = before, "update of the head: w N d + w V d and the optimizer's workspace"
+            saved_before = 0 if self.memory.offload_activations else saved  # it comes back with the norm's backward
+            if before + saved_before > backward + saved:
+                backward, saved = before, saved_before
+                formula = "update of the head: w N d + w V d and the optimizer's workspace"
+        terms = [_term("loss", "activations", saved, "final norm: 4 N d + w N d")]
         terms.append(_term("loss", "workspace", backward, formula))
         top = self.num_layers
         return self._instant("backward of the final norm", top, terms, self._gradients_above(top))
@@ -202,18 +205,31 @@ class _Moments:
 
     def evaluation(self, batch_size: int) -> Instant:
         """A forward pass that keeps nothing for a backward one, between two steps."""
-        return self._instant("evaluation", 0, self._forward_alone(batch_size), [], in_pass=False)
+        whole = self._unpacking("frozen_layers") if self._count("frozen_layers") else 0
+        terms = [*self._forward_alone(batch_size), _term("evaluation", "workspace", whole, "one matrix made whole")]
+        return self._instant("evaluation", 0, terms, [], in_pass=False)
 
     def _inside(self, index: int) -> list[MemoryTerm]:
         """What the backward pass of a layer holds beside what all layers below and at it have saved."""
         kind = self._kind(index)
         layer, gradient = self.activations[kind], self.activations[kind].first_gradient
         backward, recomputed = layer.backward, layer.saved if self.recomputes[kind] else 0
-        if self.memory.offload_activations:  # what the layer saved, or its input, is back
-            backward = layer.backward + self.work.stream_bytes if recomputed else layer.fetched_backward
         update = self._fused_update(gradient // self.work.width)
+        if self.memory.offload_activations:  # what the layer saved, or its input, is back
+            if recomputed:
+                backward = layer.backward + self.work.stream_bytes
+            else:
+                backward, all_gradients = layer.fetched_backward, self._trained_in(kind) // max(self._count(kind), 1)
+                if self.memory.fused_backward:
+                    all_gradients = 0
+                if layer.fetched_norm + all_gradients > backward + gradient:
+                    backward, gradient = layer.fetched_norm, all_gradients
         if self.memory.fused_backward:
-            at_update = layer.product_gradient + gradient + update
+            at_update = layer.product_gradient + layer.first_gradient + update
+            if recomputed or not self.memory.offload_activations:  # one of the saved is gone by then
+                at_update -= layer.saved_product
+            if recomputed and self.memory.offload_activations:
+                at_update += self.work.stream_bytes
             backward, gradient = max(backward, at_update), 0
         return [
             _term(kind, "activations", recomputed, f"layer {index} computed again"),
