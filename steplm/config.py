@@ -358,6 +358,16 @@ class RunConfig(Section):
                 "memory.offload_frozen fetches weights while a layer runs, which a compiled layer cannot: "
                 "set train.compile=false or memory.offload_frozen=false"
             )
+        on_frozen = {
+            f"memory.frozen_weights={memory.frozen_weights}": memory.frozen_weights != "full",
+            "memory.offload_frozen": memory.offload_frozen,
+            "train.gradient_checkpointing=frozen": train.gradient_checkpointing == "frozen",
+        }
+        for name, is_set in on_frozen.items():
+            if is_set and not self.plan.freeze_old_layers:
+                raise ValueError(
+                    f"{name} is for frozen layers, and plan.freeze_old_layers=false leaves none: leave one of them out"
+                )
         if self.plan.train_embeddings == "adapters" and (self.pet.method == "none" or not self.plan.freeze_old_layers):
             raise ValueError(
                 "plan.train_embeddings=adapters goes with adapters on frozen layers: "

@@ -298,3 +298,14 @@ def test_the_schema_accepts_memory_options(text: str) -> None:
 def test_a_device_must_have_the_corrected_peak_and_the_reserve() -> None:
     assert load_config({}).memory.needed_bytes(1000) == 1000 + 2**30
     assert load_config({}, ["memory.reserve=7", "memory.correction=1.5"]).memory.needed_bytes(1001) == 1502 + 7
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["memory.frozen_weights=nf4", "memory.offload_frozen=true", "train.gradient_checkpointing=frozen"],
+)
+def test_options_of_frozen_layers_are_refused_where_none_is_frozen(override: str) -> None:
+    load_config({}, [override])
+    with pytest.raises(ConfigError, match=r"plan\.freeze_old_layers=false leaves none") as caught:
+        load_config({}, [override, "plan.freeze_old_layers=false"])
+    assert override.partition("=")[0] in str(caught.value)

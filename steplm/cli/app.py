@@ -66,7 +66,7 @@ def plan(
         bool, typer.Option("--simulate", help="Count a real step's bytes on fake tensors; seconds to a minute.")
     ] = False,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure one real step of the largest stage on your device.")
+        bool, typer.Option("--calibrate", help="Measure two real steps of the largest stage on your device.")
     ] = False,
 ) -> None:
     """Show the stages and all their bytes; needs no GPU and no data."""

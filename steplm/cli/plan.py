@@ -263,9 +263,10 @@ def _summary(plan: Plan, config: RunConfig) -> list[str]:
         corrected = f" and memory.correction={memory.correction:g}" if memory.correction != 1.0 else ""
         needed = format_bytes(memory.needed_bytes(plan.peak_bytes))
         lines.append(f"with memory.reserve={format_bytes(memory.reserve)}{corrected} it needs a device of {needed}")
-    on_host = max(stage.memory.bytes_of(kind=HOST) for stage in plan.stages)
+    moments = [i.memory for stage in plan.stages if stage.peak is not None for i in stage.peak.instants]
+    on_host = max((memory.bytes_of(kind=HOST) for memory in (*moments, *(s.memory for s in plan.stages))), default=0)
     if on_host:
-        lines.append(f"host  {format_bytes(on_host)} of frozen weights in pinned memory")
+        lines.append(f"host  {format_bytes(on_host)} in pinned memory while training")
     return lines
 
 

@@ -22,7 +22,7 @@ from steplm.units import format_bytes
 def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dict[str, Any]]:
     """Print the peak of every stage, planned beside counted on fake tensors, and return it."""
     rows = []
-    table = Table(title="simulated on fake tensors", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="steps, simulated on fake tensors", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("stage")
     for name in ("planned", "simulated", "planned / simulated"):
         table.add_column(name, justify="right")
@@ -30,7 +30,7 @@ def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dic
     for stage in plan.stages:
         with console.status(f"stage {stage.index} of {plan.num_stages}"):
             simulated = simulate_stage(config, stage)
-        planned = None if stage.peak is None else stage.peak.total_bytes
+        planned = _planned_in_a_step(stage)
         counted = simulated.total_bytes
         rows.append(
             {
@@ -54,7 +54,7 @@ def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dic
 def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[str, Any]:
     """Take two steps of the largest stage on the device; print, record and return planned beside measured."""
     device = resolve_device(config.train.device)
-    stage = max(plan.stages, key=lambda stage: stage.device_bytes)
+    stage = max(plan.stages, key=lambda stage: _planned_in_a_step(stage) or stage.device_bytes)
     with console.status(f"two steps of stage {stage.index} on {device}"):
         measured = measure_stage(config, stage, device).total_bytes
     planned = _planned_in_a_step(stage)

@@ -62,6 +62,15 @@ class Workload:
         return self.width * self.num_tokens * _linear(self.shape, "gate_proj").out_features
 
     @property
+    def forward_bytes(self) -> int:
+        """The widest moment inside a layer of a forward pass that keeps nothing: ``4 w N d + max(3 w N f, …)``."""
+        q, k = (_linear(self.shape, name).out_features for name in ("q_proj", "k_proj"))
+        attention = self.width * self.num_tokens * (3 * q + 4 * k)
+        if self.has_mask:
+            attention += (self.width + 1) * self.num_tokens * self.sequence_length
+        return 4 * self.stream_bytes + max(3 * self.feed_forward_bytes, attention)
+
+    @property
     def batch_bytes(self) -> int:
         """Tokens and labels ``16 N``; rotary cosines and sines ``2 w S q/h``, and their frequencies.
 
@@ -125,9 +134,11 @@ def layer_activations(work: Workload, *, trained: bool) -> LayerActivations:
     elif "down_proj" in adapted:
         first_gradient = w * r * (d + f)
         backward -= w * N * r
+    # Where the feed-forward is narrow, the backward pass of the norm before it holds more.
+    norm = work.stream_bytes + 16 * N * d - inner * (3 + needs_input("down_proj")) + 2 * first_gradient
     return LayerActivations(
         saved=saved,
-        backward=backward,
+        backward=max(backward, norm),
         fetched_backward=work.stream_bytes + 5 * inner,
         fetched_norm=work.stream_bytes + 24 * N * d,
         saved_product=inner * needs_input("down_proj"),

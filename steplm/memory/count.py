@@ -18,7 +18,6 @@ from steplm.types import HOST
 REST = "rest"  # whatever nobody has labelled: activations and workspace
 DEVICE = torch.ops.prim.device.default
 LIFT_FRESH = torch.ops.aten.lift_fresh.default  # all that is dispatched of torch.tensor(...): a view of a new storage
-MAX_POINTS = 2048  # of a timeline; a longer one keeps the highest point of each window
 
 
 class _Counted(NamedTuple):
@@ -34,25 +33,15 @@ class ByteCounter(TorchDispatchMode):
     device as nothing. Storages labelled ``HOST`` stand for the host's memory and are part of no total.
 
     Not seen: what a kernel allocates and frees inside itself, and what an allocator adds (rounding, fragmentation).
-
-    Args:
-        record: keep a ``timeline``.
     """
 
-    def __init__(self, *, record: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self._storages: dict[int, _Counted] = {}
         self._by_label: dict[str, int] = {}
         self._newborn = REST
         self._total = 0
         self._peak, self._peak_by_label = 0, dict[str, int]()
-        self._record, self._points, self._last_total, self._window, self._seen = (
-            record,
-            list[dict[str, int]](),
-            -1,
-            1,
-            0,
-        )
 
     @property
     def current_bytes(self) -> int:
@@ -73,11 +62,6 @@ class ByteCounter(TorchDispatchMode):
     def peak_by_label(self) -> dict[str, int]:
         """``current_by_label`` at the first instant of the peak."""
         return self._peak_by_label
-
-    @property
-    def timeline(self) -> list[dict[str, int]]:
-        """``current_by_label`` after each operation that changed the count, in the order of time."""
-        return self._points
 
     def reset_peak(self) -> None:
         """Start a new peak at the present count."""
@@ -114,8 +98,6 @@ class ByteCounter(TorchDispatchMode):
             elif tensor.device.type != "meta" and (func is LIFT_FRESH or not _shared(storage, (args, kwargs))):
                 self._count(storage, self._newborn)
         self._update_peak()
-        if self._record and self._total != self._last_total:
-            self._add_point()
         return result
 
     def _count(self, storage: torch.UntypedStorage, label: str) -> None:
@@ -143,23 +125,6 @@ class ByteCounter(TorchDispatchMode):
     def _update_peak(self) -> None:
         if self._total > self._peak:
             self.reset_peak()
-
-    def _add_point(self) -> None:
-        self._last_total = self._total
-        point = self.current_by_label
-        if self._seen % self._window == 0:
-            self._points.append(point)
-        elif _on_device(point) > _on_device(self._points[-1]):
-            self._points[-1] = point
-        self._seen += 1
-        if len(self._points) == 2 * MAX_POINTS:
-            pairs = zip(self._points[::2], self._points[1::2], strict=True)
-            self._points = [max(pair, key=_on_device) for pair in pairs]
-            self._window *= 2
-
-
-def _on_device(by_label: dict[str, int]) -> int:
-    return sum(count for label, count in by_label.items() if label != HOST)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ NF4_BLOCK = 64  # elements of an NF4 weight that share a scale
 STEP_CHUNK = 2**22  # elements that the optimizer updates at once
 CODE_BOOK_BYTES = 659_448  # tables of an optimizer with 8-bit states, on each device
 MIN_OFFLOADED_BYTES = 64 * 2**10  # a smaller activation costs more time than it saves memory
-PACK_CHUNK = 2**22  # elements of a packed matrix that are in fp32 at once
+PACK_CHUNK = 2**22  # elements of a packed matrix that are in fp32 at once; a multiple of NF4_BLOCK
 
 
 def state_bytes(num_parameters: int) -> int:

@@ -364,9 +364,9 @@ class _Moments:
     def _forward_alone(self, batch_size: int) -> list[MemoryTerm]:
         """A forward pass that keeps nothing: the widest moment inside a layer, or the loss."""
         work = replace(self.work, num_sequences=batch_size)
-        layer = 3 * work.feed_forward_bytes + 4 * work.stream_bytes
+        layer = work.forward_bytes
         loss = work.stream_bytes + self._chunk_bytes(work.num_tokens)
-        formula = "a layer: 3 w N f + 4 w N d, or the loss: w N d + 6 C V (fp32: 4 C V)"
+        formula = "inside a layer: 4 w N d + 3 w N f or its attention; or the loss: w N d + 6 C V (fp32: 4 C V)"
         return [
             _term("evaluation", "activations", work.batch_bytes, "tokens, labels and rotary angles"),
             _term("evaluation", "workspace", max(layer, loss), formula),

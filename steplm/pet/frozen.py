@@ -25,8 +25,7 @@ class PackReport:
     """What packing did."""
 
     num_matrices: int
-    num_bytes: int  # of the packed matrices
-    relative_rms_error: float | None  # of all their elements together, in fp32; None on fake tensors
+    relative_rms_error: float | None  # of all their elements together, in fp32; None where fake tensors are rounded
 
 
 def pack_frozen(
@@ -37,6 +36,7 @@ def pack_frozen(
     fmt: str,
     offload: bool,
     device: torch.device | str | None = None,
+    pin: bool = True,
 ) -> PackReport:
     """Pack every linear map of ``layers`` whose weight is not trained; the plain weights are let go one by one.
 
@@ -46,6 +46,7 @@ def pack_frozen(
         offload: keep the packed weights in host memory.
         device: where the weights are needed, by default where they are. Given for a model that is still on the
             CPU, one matrix at a time is moved there, and the whole model never is.
+        pin: with ``offload`` to a CUDA device, pin the host memory: copies then run beside the computation.
 
     Raises:
         ConfigError: an unknown format.
@@ -53,23 +54,26 @@ def pack_frozen(
     if fmt not in FORMATS:
         raise ConfigError(f"no format {fmt!r} for frozen weights. Known: {', '.join(FORMATS)}.", format=fmt)
     if fmt == "full" and not offload:
-        return PackReport(0, 0, 0.0)
+        return PackReport(0, 0.0)
     found = {name: _frozen_linears(model, name) for name in (f"{layer_prefix}.{index}" for index in sorted(layers))}
     named = {layer: linears for layer, linears in found.items() if linears}
     where = None if device is None else torch.device(device)
     host: dict[str, Tensor] = {}
     places: list[tuple[FrozenLinear, int, dict[str, Span]]] = []
+    num_matrices = 0
     squares: list[Tensor] = []
     for layer, linears in named.items():
-        spans = lay_out(_expected_parts([linears], fmt))
+        spans = lay_out(_expected_parts(linears, fmt))
         if offload:
             where = where or next(iter(linears.values())).weight.device
-            host[layer] = host_buffer(spans.values(), where)
+            host[layer] = host_buffer(spans.values(), where, pin=pin)
         for name, linear in linears.items():
             weight = linear.weight.detach()
             weight = weight if fmt == "full" else weight.to(where)  # a whole matrix goes to the host directly
             parts = FORMATS[fmt].pack(weight)
-            squares.append(_squares(weight, FORMATS[fmt].unpack(parts, linear.shape, linear.dtype)))
+            num_matrices += 1
+            if fmt != "full":  # which is exact
+                squares.append(_squares(weight, FORMATS[fmt].unpack(parts, linear.shape, linear.dtype)))
             linear.weight = None  # type: ignore[assignment]
             linear.format = fmt
             if offload:
@@ -85,11 +89,7 @@ def pack_frozen(
         fetcher = LayerFetcher(host, where)  # its slots take the place of the plain weights
         for linear, layer_index, own in places:
             linear.offloaded = Offloaded(fetcher, layer_index, own)
-    return PackReport(
-        num_matrices=len(squares),
-        num_bytes=sum(span.num_bytes for span in lay_out(_expected_parts(named.values(), fmt)).values()),
-        relative_rms_error=_relative_rms_error(squares),
-    )
+    return PackReport(num_matrices, _relative_rms_error(squares))
 
 
 def unpacked_state(model: nn.Module) -> Mapping[str, Tensor]:
@@ -151,10 +151,9 @@ def _frozen_linears(model: nn.Module, layer_name: str) -> dict[str, FrozenLinear
     return linears
 
 
-def _expected_parts(layers: Iterable[Mapping[str, FrozenLinear]], fmt: str) -> dict[str, Part]:
+def _expected_parts(linears: Mapping[str, FrozenLinear], fmt: str) -> dict[str, Part]:
     return {
         f"{name}.{key}": part
-        for linears in layers
         for name, linear in linears.items()
         for key, part in FORMATS[fmt].parts(linear.shape, linear.dtype).items()
     }

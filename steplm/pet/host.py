@@ -43,9 +43,10 @@ def lay_out(parts: Mapping[str, Part]) -> dict[str, Span]:
     return spans
 
 
-def host_buffer(spans: Iterable[Span], device: torch.device) -> Tensor:
-    """Host memory for the tensors of one layer, exactly; pinned where ``device`` is an accelerator."""
-    return torch.empty(max(span.stop for span in spans), dtype=torch.uint8, pin_memory=device.type == "cuda")
+def host_buffer(spans: Iterable[Span], device: torch.device, *, pin: bool = True) -> Tensor:
+    """Host memory for the tensors of one layer, exactly; pinned if ``device`` is CUDA and ``pin``."""
+    pinned = pin and device.type == "cuda"
+    return torch.empty(max(span.stop for span in spans), dtype=torch.uint8, pin_memory=pinned)
 
 
 class LayerFetcher:
@@ -60,8 +61,8 @@ class LayerFetcher:
 
     Attributes:
         slots: the bytes on the device, two of the largest layer's size (one where there is one layer).
-        num_fetches: how many times the layer in use changed.
-        num_hits: how many of these times the new one had been requested before.
+        num_fetches: for tests, how many times the layer in use changed.
+        num_hits: for tests, how many of these times the new one had been requested before.
     """
 
     def __init__(self, host: Mapping[str, Tensor], device: torch.device) -> None:

@@ -19,9 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from steplm.memory.formats import NF4_BLOCK, PACK_CHUNK
 
-# Elements that are in fp32 at once. Few enough to be small beside the matrix, and for a CPU's caches; enough
-# to keep an accelerator busy. Even, and a multiple of NF4_BLOCK.
-
 CODES, SCALES = "weight_codes", "weight_scales"  # names of the tensors below a linear map
 
 

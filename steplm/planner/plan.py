@@ -74,7 +74,7 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
         vanilla_peak_bytes=None if vanilla_peak is None else vanilla_peak.total_bytes,
     )
     if config.plan.budget is not None:
-        check_budget(made, config.plan.budget, config.memory)
+        check_budget(made, config.plan.budget, config)
     return made
 
 
@@ -85,12 +85,22 @@ def as_vanilla(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"train": train, "plan": one_stage, "memory": MemoryConfig()})
 
 
-def check_budget(plan: Plan, budget_bytes: int, memory: MemoryConfig) -> None:
+def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
     """Refuse a plan that does not fit.
 
     Raises:
         PlanInfeasible: the largest stage and the reserve need more than the budget.
+        ConfigError: the peak is not known.
     """
+    memory = config.memory
+    if plan.peak_bytes is None:
+        raise ConfigError(
+            f"plan.budget={format_bytes(budget_bytes)} cannot be checked: activations of model type "
+            f"{plan.shape.model_type!r} are not known by formula. Leave plan.budget out, and count the peak with "
+            "`steplm plan RUN --simulate`.",
+            model_type=plan.shape.model_type,
+            peak_model_state_bytes=plan.peak_model_state_bytes,
+        )
     stage = max(plan.stages, key=lambda stage: stage.device_bytes)
     needed = memory.needed_bytes(stage.device_bytes)
     if needed <= budget_bytes:
@@ -100,9 +110,10 @@ def check_budget(plan: Plan, budget_bytes: int, memory: MemoryConfig) -> None:
     parts = ", ".join(
         f"{kind} {format_bytes(at_peak.bytes_of(kind=kind))}" for kind in kinds if at_peak.bytes_of(kind=kind)
     )
-    fact = f"no {plan.num_stages}-stage plan fits" if plan.proved_optimal else f"layers {list(plan.layers)} do not fit"
+    is_least = plan.proved_optimal and config.plan.objective == "peak"
+    fact = f"no {plan.num_stages}-stage plan fits" if is_least else f"layers {list(plan.layers)} do not fit"
     raise PlanInfeasible(
-        f"{fact} plan.budget={format_bytes(budget_bytes)}: the {'smallest ' if plan.proved_optimal else ''}peak is "
+        f"{fact} plan.budget={format_bytes(budget_bytes)}: the {'smallest ' if is_least else ''}peak is "
         f"{format_bytes(stage.device_bytes)}, in stage {stage.index} ({parts}), and with memory.reserve="
         f"{format_bytes(memory.reserve)} it needs {format_bytes(needed)}. `steplm fit` lists what would fit.",
         budget_bytes=budget_bytes,

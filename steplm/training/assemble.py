@@ -145,6 +145,7 @@ def probe_model(
     if packs(config.memory):
         model.requires_grad_(False)
         layers = range(hf_config.get_text_config().num_hidden_layers)
-        pack_frozen(model, layer_prefix_of(weights), layers, fmt="full", offload=True, device=device)
+        # Not pinned: the pinned allocator keeps what is freed, and a probe is short.
+        pack_frozen(model, layer_prefix_of(weights), layers, fmt="full", offload=True, device=device, pin=False)
     move(model, device)
     return model

@@ -193,6 +193,8 @@ def make_display(kind: str) -> Display:
 
 
 def _memory(stage: Stage, peak: PeakMemory) -> str:
+    if peak.peak_allocated_bytes is None:
+        return str(peak)  # the whole process, libraries included: no plan is made for that
     what = "planned" if stage.peak is not None else "state planned"
     return f"{peak} ({what} {format_bytes(stage.device_bytes)})"
 

@@ -18,8 +18,8 @@ from steplm.types import HOST
 class CountedBytes(ByteCounter):
     """Counts the bytes of tensors, and knows by which name each goes: for a CPU, and for fake tensors."""
 
-    def __init__(self, *, record: bool = False) -> None:
-        super().__init__(record=record)
+    def __init__(self) -> None:
+        super().__init__()
         self._hooks: list[RemovableHandle] = []
 
     def watch(self, model: nn.Module, optimizer: AdamW | None = None) -> None:
@@ -90,6 +90,6 @@ class AllocatedBytes:
     def __exit__(self, *exception: object) -> None: ...
 
 
-def gauge_for(device: torch.device, *, record: bool = False) -> CountedBytes | AllocatedBytes:
+def gauge_for(device: torch.device) -> CountedBytes | AllocatedBytes:
     """The allocator of a CUDA device; elsewhere, a count."""
-    return AllocatedBytes(device) if device.type == "cuda" else CountedBytes(record=record)
+    return AllocatedBytes(device) if device.type == "cuda" else CountedBytes()

@@ -28,12 +28,13 @@ from steplm.data.prepare import prepare, with_prepared_dir
 from steplm.data.tokens import MANIFEST, Manifest, TokenDataset
 from steplm.errors import CheckpointError, ConfigError
 from steplm.files import write_atomically
-from steplm.models.build import hf_config
+from steplm.models.build import DTYPES, hf_config
 from steplm.models.device import resolve_device
+from steplm.models.folder import load_config_and_state
 from steplm.models.forward import mean_loss
 from steplm.models.shape import shape_of
 from steplm.planner.plan import plan as make_plan
-from steplm.training.assemble import assemble
+from steplm.training.assemble import assemble, probe_model
 from steplm.training.checks import check_checkpoint, check_init_from, check_same_run
 from steplm.training.display import Display, make_display
 from steplm.training.environment import environment
@@ -239,11 +240,12 @@ def _remaining_stages(plan: Plan, checkpoint: Path | None) -> list[Stage]:
 
 def _finish(run: Run) -> RunResult:
     """Export, evaluate the exported model, write the summary."""
-    from steplm.models.folder import load_pretrained
-
     run_dir = run.config.run_dir
     export_dir = export(run_dir)
-    model = load_pretrained(export_dir).to(run.device)
+    exported_config, weights = load_config_and_state(export_dir, dtype=DTYPES[run.config.train.precision])
+    exported_config.use_cache = False
+    model = probe_model(run.config, exported_config, weights, run.device)
+    del weights
     tokens_seen = run.plan.total_tokens
     last = latest_checkpoint(run.checkpoints_dir)
     assert last is not None

@@ -157,7 +157,8 @@ def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembl
             measured_dry_run_bytes=measured_peak,
             **{f"entrance_{name}": value for name, value in to_json(entrance_peak).items()},
         )
-    run.display.stage_start(stage, measured, measured_peak)
+    # A dry run updates nothing, so that where updates are a part of the pass its peak is another.
+    run.display.stage_start(stage, measured, None if how.fused_backward else measured_peak)
 
 
 def _dry_run(run: Run, model: PreTrainedModel, optimizer: AdamW, how: Pass) -> int | None:
@@ -209,11 +210,12 @@ def memory_errors(run: Run, stage: Stage) -> Iterator[None]:
         train = run.config.train
         raise SteplmError(
             f"stage {stage.index} ran out of memory ({str(error).splitlines()[0]}). Its model state takes "
-            f"{format_bytes(stage.memory.total_bytes)}; the rest is activations of "
-            f"{train.per_device_train_batch_size} x {train.sequence_length} tokens. "
+            f"{format_bytes(stage.memory.total_bytes)}, and its planned peak, with micro-batches of "
+            f"{train.per_device_train_batch_size} x {train.sequence_length} tokens, is "
+            f"{format_bytes(stage.device_bytes) if stage.peak else 'not known'}. "
             "Lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps by the same factor, "
-            "or set train.gradient_checkpointing=true; "
-            "the run then resumes where it is.",
+            "or set train.gradient_checkpointing=true or memory.offload_activations=true: the run then resumes where "
+            "it is. For a new run, `steplm fit` lists what would fit.",
             stage=stage.index,
             model_state_bytes=stage.memory.total_bytes,
         ) from None

@@ -24,7 +24,7 @@ class StepResult:
 
     @property
     def is_finite(self) -> bool:
-        return self.loss - self.loss == 0 and self.grad_norm - self.grad_norm == 0
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True)

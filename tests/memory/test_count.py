@@ -7,12 +7,9 @@ import gc
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from steplm.memory import count
 from steplm.memory.count import REST, ByteCounter
 from steplm.types import HOST
 
@@ -127,34 +124,3 @@ def test_frozen_parameters_and_gradients_freed_in_hooks(tensors: contextlib.Abst
     assert seen == [64 * 64 * 4]
     assert counter.peak_bytes >= 64 * 64 * 4
     assert counter.current_bytes == 0
-
-
-def test_the_timeline_is_every_change_in_order(tensors: contextlib.AbstractContextManager[object]) -> None:
-    with tensors, ByteCounter(record=True) as counter:
-        first = kibibytes(1)
-        second = kibibytes(2)
-        del first
-        second.add_(1)
-        counter.track(second, "weights")
-        second = second.clone()
-    assert counter.timeline == [
-        {REST: 1 * KIB},
-        {REST: 3 * KIB},
-        {REST: 2 * KIB},
-        {"weights": 2 * KIB, REST: 2 * KIB},
-    ]
-
-
-@settings(max_examples=30, deadline=None)
-@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=60))
-def test_a_long_timeline_is_thinned_and_keeps_its_maxima(sizes: list[int]) -> None:
-    longest, count.MAX_POINTS = count.MAX_POINTS, 4
-    try:
-        with ByteCounter(record=True) as counter:
-            for size in sizes:
-                kept = kibibytes(size)
-                assert len(counter.timeline) < 8
-                del kept
-    finally:
-        count.MAX_POINTS = longest
-    assert max(point[REST] for point in counter.timeline) == max(sizes) * KIB == counter.peak_bytes
