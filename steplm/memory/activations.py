@@ -135,7 +135,7 @@ def layer_activations(work: Workload, *, trained: bool) -> LayerActivations:
         first_gradient = w * r * (d + f)
         backward -= w * N * r
     # Where the feed-forward is narrow, the backward pass of the norm before it holds more.
-    norm = work.stream_bytes + 16 * N * d - inner * (3 + needs_input("down_proj")) + 2 * first_gradient
+    norm = work.stream_bytes + 16 * N * d - inner * (3 + needs_input("down_proj"))
     return LayerActivations(
         saved=saved,
         backward=max(backward, norm),

@@ -263,7 +263,8 @@ class _Moments:
         if self.memory.offload_activations:
             scale, normaliser = 4 * self.work.num_tokens, 4 * self.work.num_tokens * self.shape.num_attention_heads
             small = sum(size for size in (scale, scale, normaliser) if size < MIN_OFFLOADED_BYTES)
-            held.append(_term("all_layers", "activations", num_below * small, "too small to be moved"))
+            count = sum(self._saving(kind, num_below) for kind in KINDS_OF_LAYERS if not self.recomputes[kind])
+            held.append(_term("all_layers", "activations", count * small, "too small to be moved"))
         if in_pass and self.work.has_mask and any(self.recomputes.values()):
             held.append(_term("batch", "activations", self.work.num_tokens * self.work.sequence_length, "mask: N S"))
         if in_pass:

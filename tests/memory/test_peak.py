@@ -53,7 +53,7 @@ def values(draw: st.DrawFn, max_layers: int = 6) -> dict[str, Any]:
         "model.tie_word_embeddings": draw(st.booleans()),
         "model.extra": {"head_dim": hidden // heads},
         "plan.num_stages": num_stages,
-        "plan.freeze_old_layers": draw(st.booleans()),
+        "plan.freeze_old_layers": True,
         "plan.train_embeddings": draw(st.sampled_from(["always", "first_stage"])),
         "plan.total_tokens": 10**9,
         "growth.position": draw(st.sampled_from(["upper", "intermediate", "lower", "even"])),
@@ -557,3 +557,17 @@ def test_the_peak_changes_no_hash_and_the_model_state_does() -> None:
     assert made.hash == without.hash
     assert to_json(made) != to_json(without)
     assert plan(configure({"pet.rank": 16})).hash != made.hash
+
+
+@QUICK
+@given(drawn=values())
+def test_without_freezing_the_last_stage_is_the_whole_model(drawn: dict[str, Any]) -> None:
+    plain = {key: value for key, value in drawn.items() if not key.startswith("memory.")}
+    config = configure(plain, plan__freeze_old_layers=False, train__gradient_checkpointing=False)
+    if config.plan.train_embeddings == "always":
+        last = plan(config).stages[-1].peak
+        assert last is not None
+        in_steps = [i.memory.total_bytes for i in last.instants if i.name not in ("growth", "evaluation")]
+        whole = plan(configure(plain, plan__num_stages=1, train__gradient_checkpointing=False)).stages[0].peak
+        assert whole is not None
+        assert max(in_steps) == max(i.memory.total_bytes for i in whole.instants if i.name != "evaluation")
