@@ -70,7 +70,7 @@ def test_the_table_of_a_stage_marks_the_rows_that_differ(plan: Plan) -> None:
     first, *others = stage.memory.terms
     for measured, differing in (
         (stage.memory, 0),
-        (MemoryEstimate((replace(first, num_parameters=first.num_parameters + 1), *others)), 2),
+        (MemoryEstimate((replace(first, num_bytes=first.num_bytes + 1), *others)), 2),
     ):
         console, text = _console()
         Display(console).stage_start(stage, measured)
