@@ -57,7 +57,7 @@ def test_help_names_every_verb_in_under_a_third_of_a_second(tmp_path: Path) -> N
         (["grow", "./nowhere", "--to", "8", "-o", "out", "--operator", "stck"], 2, "Did you mean 'stack'?"),
         (["grow", "./nowhere", "--to", "8", "-o", "out", "--operator", "stack", "--position", "upper"], 2, "together"),
         (["init", "absent/run.yaml"], 1, "error: No such file or directory: absent/run.yaml"),
-        (["plan", "quickstart", "plan.budget=1MiB"], 1, "no 2-stage plan fits plan.budget=1.00 MiB"),
+        (["plan", "quickstart", "plan.budget=1MiB"], 1, "do not fit plan.budget=1.00 MiB"),
     ],
 )
 def test_bad_input_gets_one_message_and_an_exit_code(
