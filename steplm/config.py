@@ -181,6 +181,18 @@ class PetConfig(Section):
     """Adapters on frozen layers (parameter-efficient training)."""
 
     method: Literal["lora", "none"] = "lora"
+    layers: Literal["old", "all"] = Field(
+        "old", description="old: those frozen at a growth; all: every layer, frozen from the start (LoRA, ReLoRA)"
+    )
+    warm_start: float = Field(
+        0.0, ge=0, lt=1, description="share of the tokens in which layers=all trains every layer as a whole, first"
+    )
+    restarts: int = Field(
+        0, ge=0, description="times that a stage's adapters are merged and begun anew inside the stage (ReLoRA)"
+    )
+    restart_keep: float = Field(
+        0.0, ge=0, le=1, description="share of the adapters' moments, the largest, that outlives a restart"
+    )
     rank: int = Field(128, gt=0)
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank; default: alpha = rank")
     target_modules: Literal["all-linear"] | list[str] = Field(
@@ -189,14 +201,27 @@ class PetConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule; names as in Hugging Face ``TrainingArguments``."""
+    """The optimizer and its schedule; names as in Hugging Face ``TrainingArguments``."""
 
+    name: Literal["adamw", "galore", "apollo", "apollo_mini", "badam"] = Field(
+        "adamw",
+        description="galore, apollo, apollo_mini: low-rank states for the layers' matrices; badam: one layer at a time",
+    )
+    rank: int = Field(128, gt=0, description="of the states of galore and apollo")
+    update_proj_gap: int = Field(200, gt=0, description="steps between two projections of galore and apollo")
+    scale: float | None = Field(
+        None, gt=0, description="of a low-rank update; default: galore 0.25, apollo 1, apollo_mini 128 ** 0.5"
+    )
+    switch_steps: int = Field(100, gt=0, description="steps that badam trains a layer before it goes to the next")
     learning_rate: float | list[float] = Field(3e-4, description="one for all stages, or one per stage")
     lr_scheduler_type: Annotated[
         Scheduler,
         BeforeValidator(lambda value: SHORT_SCHEDULER_NAMES.get(value, value) if isinstance(value, str) else value),
         WithJsonSchema({"enum": [*get_args(Scheduler), *SHORT_SCHEDULER_NAMES]}),
     ] = "cosine"
+    schedule_over: Literal["stage", "run"] = Field(
+        "stage", description="each stage has its own schedule; run: one over all stages, with a warm-up in each"
+    )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of each stage's scheduled steps")
     decay_ratio: float = Field(0.2, gt=0, le=1, description="share of decay steps, for warmup_stable_decay")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / highest learning rate")
@@ -206,6 +231,11 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.1, ge=0, description="on matrices only, not on norms and biases")
     max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
     keep_state_at_growth: bool = Field(True, description="for parameters that go on being trained")
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the layers' matrices have low-rank states."""
+        return self.name not in ("adamw", "badam")
 
     @field_validator("learning_rate")
     @classmethod
@@ -259,6 +289,11 @@ class MemoryConfig(Section):
     correction: float = Field(
         1.0, gt=0, description="measured / planned peak on your device, as `steplm plan --calibrate` tells it"
     )
+
+    @property
+    def packs_frozen(self) -> bool:
+        """Whether frozen weights are held otherwise than as plain parameters on the device."""
+        return self.frozen_weights != "full" or self.offload_frozen
 
     def needed_bytes(self, peak_bytes: int) -> int:
         """What a device must have for a planned peak."""
@@ -327,6 +362,7 @@ class RunConfig(Section):
         if isinstance(rates, list) and len(rates) != self.plan.num_stages:
             raise ValueError(f"optim.learning_rate has {len(rates)} entries for plan.num_stages={self.plan.num_stages}")
         self._check_memory()
+        self._check_method()
         if self.train.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"train.sequence_length={self.train.sequence_length} is more than "
@@ -374,6 +410,35 @@ class RunConfig(Section):
                 "set pet.method=lora and plan.freeze_old_layers=true"
             )
 
+    def _check_method(self) -> None:
+        """Refuse parts of different methods that cannot go together."""
+        plan, pet, optim, memory = self.plan, self.pet, self.optim, self.memory
+        has_adapters = pet.method != "none" and (
+            pet.layers == "all" or (plan.num_stages > 1 and plan.freeze_old_layers)
+        )
+        if pet.layers == "all" and (plan.num_stages > 1 or pet.method == "none"):
+            raise ValueError(
+                f"pet.layers=all freezes every layer from the start, under adapters: it goes with plan.num_stages=1 "
+                f"(it is {plan.num_stages}) and an adapter method (pet.method is {pet.method!r})"
+            )
+        if pet.warm_start and pet.layers != "all":
+            raise ValueError(f"pet.warm_start={pet.warm_start:g} is for pet.layers=all: leave it out, or set that")
+        if pet.restarts and not has_adapters:
+            raise ValueError(
+                f"pet.restarts={pet.restarts} begins adapters anew, and this run has none: set plan.num_stages=2 or "
+                "more, or pet.layers=all, or leave it out"
+            )
+        if optim.name == "badam" and (plan.num_stages > 1 or pet.layers == "all"):
+            raise ValueError(
+                "optim.name=badam trains one layer at a time and leaves none frozen: it goes with plan.num_stages=1 "
+                "and pet.layers=old"
+            )
+        if optim.is_low_rank and memory.optimizer_states != "fp32":
+            raise ValueError(
+                f"optim.name={optim.name} has low-rank states in fp32: leave memory.optimizer_states out, "
+                "or set optim.name=adamw"
+            )
+
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir or f"runs/{self.name}")
@@ -385,10 +450,16 @@ class RunConfig(Section):
             raise ConfigError("data.prepared_dir is not set, and not resolved yet")
         return Path(self.data.prepared_dir)
 
-    def learning_rate(self, stage_index: int) -> float:
-        """Highest learning rate of a stage (from 1)."""
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step."""
+        train = self.train
+        return train.sequence_length * train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+    def learning_rate(self, num_growths: int) -> float:
+        """Highest learning rate after so many growths."""
         rates = self.optim.learning_rate
-        return rates[stage_index - 1] if isinstance(rates, list) else rates
+        return rates[num_growths] if isinstance(rates, list) else rates
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:

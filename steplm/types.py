@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 T = TypeVar("T")
 
@@ -112,6 +112,11 @@ class LayerMap:
     """For each layer of the grown model, bottom to top, its origin in the old one."""
 
     origins: tuple[LayerOrigin, ...]
+
+    @classmethod
+    def identity(cls, num_layers: int) -> LayerMap:
+        """Every layer kept, none new."""
+        return cls(tuple(LayerOrigin((index,)) for index in range(num_layers)))
 
     @property
     def num_layers(self) -> int:
@@ -223,15 +228,29 @@ class Stage:
     """What one stage trains, on which model, for how long, in how many bytes."""
 
     index: int  # from 1
-    num_new_layers: int
+    num_new_layers: int  # 0: this stage grows nothing, and begins adapters anew
     num_hidden_layers: int  # after growth
     layer_map: LayerMap | None  # None: this stage starts from fresh or given weights
+    frozen_layers: tuple[int, ...]  # not trained as a whole; they may have adapters
     trained_patterns: tuple[str, ...]  # shell-style patterns over parameter names
     adapters: AdapterSpec | None
     scheduled_tokens: int  # the learning-rate schedule runs over these
     tokens: int  # the stage stops after these
     memory: MemoryEstimate  # the model state
     peak: PeakEstimate | None = None  # all that the device holds; None where the family's layers are not known
+    flops_per_token: int = 0  # of training
+    num_growths: int = 0  # up to here: the entry of the configuration's lists of one value a stage
+    schedule_start_tokens: int = 0  # of the schedule, that have passed when this stage begins
+
+    @property
+    def whole_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that are trained as a whole."""
+        return tuple(sorted(set(range(self.num_hidden_layers)) - set(self.frozen_layers)))
+
+    @property
+    def grows(self) -> bool:
+        """Whether layers are added to an older model at its beginning."""
+        return self.layer_map is not None and self.num_new_layers > 0
 
     @property
     def device_bytes(self) -> int:
@@ -258,11 +277,16 @@ class Plan:
     @property
     def layers(self) -> tuple[int, ...]:
         """n_1 … n_K."""
-        return tuple(stage.num_new_layers for stage in self.stages)
+        return tuple(stage.num_new_layers for stage in self.stages if stage.num_new_layers)
 
     @property
     def total_tokens(self) -> int:
         return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def training_flops(self) -> int:
+        """Of all stages, without evaluation and without what is computed again."""
+        return sum(stage.tokens * stage.flops_per_token for stage in self.stages)
 
     @property
     def peak_model_state_bytes(self) -> int:
@@ -282,12 +306,17 @@ class Plan:
     @property
     def hash(self) -> str:
         """Sixteen hexadecimal digits of all that training obeys: neither the formulas' words nor the peak."""
-        document = to_json(self)
-        for stage in document["stages"]:
+        return self.hash_until(self.num_stages)
+
+    def hash_until(self, stage_index: int) -> str:
+        """The same of the stages up to this one, as if the run ended there: plans that begin alike share it."""
+        stages = [to_json(stage) for stage in self.stages[:stage_index]]
+        for stage in stages:
             del stage["peak"]  # it depends on the micro-batch, which may change at a resume
             for term in stage["memory"]["terms"]:
                 del term["formula"]
-        text = json.dumps({key: document[key] for key in ("shape", "precision", "stages")}, sort_keys=True)
+        shape = to_json(replace(self.shape, num_hidden_layers=self.stages[stage_index - 1].num_hidden_layers))
+        text = json.dumps({"shape": shape, "precision": self.precision, "stages": stages}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -138,7 +138,7 @@ def test_the_schema_names_every_key() -> None:
 
 def test_the_first_stage_has_the_first_learning_rate() -> None:
     config = RunConfig.model_validate({"optim": {"learning_rate": [1e-3, 2e-3]}})
-    assert [config.learning_rate(stage) for stage in (1, 2)] == [1e-3, 2e-3]
+    assert [config.learning_rate(num_growths) for num_growths in (0, 1)] == [1e-3, 2e-3]
 
 
 def test_one_section_alone_is_validated_with_the_same_messages() -> None:

@@ -33,8 +33,9 @@ ALLOWED = {
     "data": SIBLINGS,
     "training": SIBLINGS | {"growth", "pet", "optim", "models", "checkpoint", "data"},
     "eval": SIBLINGS | {"models", "checkpoint", "data"},
-    "report": SIBLINGS | {"training"},
-    "cli": SIBLINGS | {"training", "eval", "report", "data", "models"},
+    "report": SIBLINGS | {"training", "eval"},
+    "compare": SIBLINGS | {"training", "eval", "report", "data", "models", "checkpoint"},
+    "cli": SIBLINGS | {"training", "eval", "report", "compare", "data", "models"},
 }
 
 

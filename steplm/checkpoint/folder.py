@@ -49,7 +49,7 @@ class CheckpointState:
     """What ``state.json`` holds."""
 
     progress: TrainState
-    plan_hash: str
+    plan_hash: str  # of the stages up to this one
     data_fingerprint: str
     provenance: tuple[LayerProvenance, ...]
     trained_names: tuple[str, ...]

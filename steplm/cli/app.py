@@ -234,6 +234,34 @@ def quickstart(
 
 
 @app.command()
+def compare(
+    suite: Annotated[str, typer.Argument(metavar="SUITE.yaml", help="A YAML file, or the name of a shipped suite.")],
+    overrides: Overrides = None,
+    jobs: Annotated[Optional[int], typer.Option(min=1, help="Runs side by side.")] = None,  # noqa: UP045
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and their cost; train nothing.")] = False,
+    report: Annotated[bool, typer.Option(help="Make the report at the end.")] = True,
+) -> None:
+    """Run methods, seeds and learning rates side by side, matched and tuned; started again, it resumes."""
+    from steplm.cli.compare import run_compare
+
+    raise typer.Exit(run_compare(suite, overrides or [], jobs=jobs, dry_run=dry_run, report=report))
+
+
+@app.command()
+def report(
+    suite_dir: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a suite.")],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Folder; default DIR/report."),
+    ] = None,
+) -> None:
+    """Make tables, figures and one page of a suite, finished or not."""
+    from steplm.cli.report import show_report
+
+    show_report(suite_dir, output)
+
+
+@app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,

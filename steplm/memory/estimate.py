@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from steplm.config import MemoryConfig
+from steplm.config import MemoryConfig, OptimConfig
 from steplm.errors import ConfigError
 from steplm.memory.terms import OUTER_COMPONENTS, WEIGHT_BYTES, StageCounts, model_state_terms
 from steplm.types import MemoryEstimate, ModelShape
@@ -22,6 +22,7 @@ def estimate_stage(
     outer_rank: int = 0,
     count_outer: bool = True,
     memory: MemoryConfig | None = None,
+    optim: OptimConfig | None = None,
 ) -> MemoryEstimate:
     """Model-state bytes of one stage, per rank, unsharded; terms without bytes are left out.
 
@@ -35,6 +36,8 @@ def estimate_stage(
         outer: embeddings, final norm and head are "trained", "frozen", or frozen under "adapters" of ``outer_rank``.
         count_outer: whether they are counted; without them this is the bare formula of the source.
         memory: the formats of what is held; default: as the source.
+        optim: the optimizer, whose states differ; default: AdamW. ``badam`` holds what AdamW does, of the few
+            layers that it trains at a time: those are the ``num_new_layers``.
 
     Source: STEP (arXiv 2504.04151), section 2.2.
     """
@@ -44,6 +47,7 @@ def estimate_stage(
         shape=shape,
         precision=precision,
         memory=memory or MemoryConfig(),
+        optim=optim or OptimConfig(),
         num_new_layers=num_new_layers,
         num_frozen_layers=num_frozen_layers,
         adapter_matrices=tuple(adapter_matrices),

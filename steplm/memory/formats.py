@@ -58,6 +58,45 @@ def step_bytes(bucket: int, piece: int, *, states: str, has_master: bool) -> int
     return moments + max(update, round_weights, 9 * piece)
 
 
+def is_low_rank(rows: int, columns: int, rank: int) -> bool:
+    """Whether a matrix of this shape can have states of this rank, which is to be below both its sides."""
+    return min(rows, columns) > rank
+
+
+def low_rank_state_bytes(method: str, rows: int, columns: int, rank: int) -> int:
+    """Fp32 states of one matrix, without its master weight; see ``steplm.optim.low_rank.LowRankAdamW``.
+
+    Two moments of rank × larger side, and the projector of GaLore (arXiv 2403.03507, table 1) or the norm of
+    APOLLO's last update (arXiv 2412.05270). APOLLO-Mini has rank 1, whatever ``rank`` is.
+    """
+    small, large = sorted((rows, columns))
+    rank = 1 if method == "apollo_mini" else rank
+    return 8 * rank * large + (4 * small * rank if method == "galore" else 4)
+
+
+def low_rank_step_bytes(method: str, rows: int, columns: int, rank: int, *, width: int, has_master: bool) -> int:
+    """Workspace of updating one such matrix, in a step that renews its projector.
+
+    Left out: what LAPACK or its like takes inside a decomposition.
+
+    Args:
+        width: bytes of a number of the weight and its gradient: 2 or 4.
+        has_master: whether there is an fp32 copy of a weight of 2 bytes.
+    """
+    small, large = sorted((rows, columns))
+    rank = 1 if method == "apollo_mini" else rank
+    whole, projected, projector = 4 * small * large, 4 * rank * large, 4 * rank * small
+    gradient = whole if width < 4 else 0
+    weight = whole if width < 4 and not has_master else 0
+    rounding = weight and weight + 5 * small * large  # random bits (4) and mask (1)
+    if method == "galore":
+        renewal = 16 * small * small + 8 * (small + 1)  # in fp64, gradient times its transpose and eigenvectors
+        return max(renewal, gradient + projected, 2 * projected + 4, projected + weight, rounding)
+    factors = 9 * (1 if method == "apollo_mini" else large)  # two norms (4) of each column, and mask (1)
+    update = max(projector + projected, 2 * projected + factors, 8 * large, weight + 4 * large)
+    return max(gradient + update, rounding)
+
+
 def unpack_bytes(fmt: str, num_parameters: int, width: int) -> int:
     """What it takes to make one packed matrix whole, of ``width`` bytes a parameter; see ``steplm.pet.packing``."""
     chunk = {"full": 0, "int8": 4, "nf4": 6}[fmt] * min(num_parameters, PACK_CHUNK)

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import torch
@@ -40,7 +39,7 @@ def measure_model_state(
     A storage that several tensors share counts once, for the first of them.
 
     Args:
-        stage: its trained patterns tell trained layers from frozen ones.
+        stage: its number of layers.
         packed: component, kind and tensor of what is held outside the model's parameters.
         expect_gradients: where a trained parameter has no gradient yet, count the one it will get.
 
@@ -49,9 +48,7 @@ def measure_model_state(
     """
     prefix, _ = find_layers(model, stage.num_hidden_layers)
     head_name = name_of_head(model)
-    components = {
-        name: _component(name, parameter, prefix, head_name, stage) for name, parameter in model.named_parameters()
-    }
+    components = {name: _component(name, parameter, prefix, head_name) for name, parameter in model.named_parameters()}
     held: dict[tuple[str, str], int] = defaultdict(int)  # (component, kind) -> bytes
     seen: set[int] = set()
 
@@ -201,10 +198,9 @@ def _on_this_rank(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _component(name: str, parameter: Tensor, prefix: str, head_name: str | None, stage: Stage) -> str:
+def _component(name: str, parameter: Tensor, prefix: str, head_name: str | None) -> str:
     if name.rpartition(".")[2] in ADAPTER_TENSORS:
         return "adapters"
     if not name.startswith(f"{prefix}."):
         return outer_component(name, parameter, head_name)
-    is_trained = any(fnmatchcase(name, pattern) for pattern in stage.trained_patterns)
-    return "new_layers" if is_trained else "frozen_layers"
+    return "new_layers" if parameter.requires_grad else "frozen_layers"

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from steplm.config import MemoryConfig, TrainConfig
+from steplm.config import MemoryConfig, OptimConfig, TrainConfig
 from steplm.memory.activations import Workload, is_modelled, layer_activations, norm_backward, norm_saved
 from steplm.memory.formats import (
     CODE_BOOK_BYTES,
@@ -36,6 +36,7 @@ def estimate_peak(
     *,
     train: TrainConfig,
     memory: MemoryConfig,
+    optim: OptimConfig,
     num_layers: int,
     new_layers: Sequence[int],
     adapter_rank: int = 0,
@@ -67,7 +68,7 @@ def estimate_peak(
         adapter_targets if adapter_rank else (),
         within_documents,
     )
-    moments = _Moments(work, state, train, memory, num_layers, frozenset(new_layers), outer)
+    moments = _Moments(work, state, train, memory, optim, num_layers, frozenset(new_layers), outer)
     evaluation = moments.evaluation(eval_batch_size or train.per_device_train_batch_size)
     backward = (moments.final_norm(), moments.highest_layer(), moments.embeddings())
     growth = (moments.growth(eval_batch_size or train.per_device_train_batch_size),) if grows else ()
@@ -83,12 +84,13 @@ class _Moments:
         state: MemoryEstimate,
         train: TrainConfig,
         memory: MemoryConfig,
+        optim: OptimConfig,
         num_layers: int,
         new_layers: frozenset[int],
         outer: str,
     ) -> None:
         self.work, self.shape, self.state = work, work.shape, state
-        self.train, self.memory, self.outer = train, memory, outer
+        self.train, self.memory, self.optim, self.outer = train, memory, optim, outer
         self.num_layers = num_layers
         self.is_new = [index in new_layers for index in range(num_layers)]
         self.new_below = [0, *accumulate(map(int, self.is_new))]  # new layers among the lowest 0, 1, 2 ...
@@ -114,7 +116,7 @@ class _Moments:
     def growth(self, batch_size: int) -> Instant:
         """The grown model's plain weights, on which the loss is probed before there is an optimizer."""
         shape, layers = self.shape, self.num_layers
-        packs = self.memory.frozen_weights != "full" or self.memory.offload_frozen
+        packs = self.memory.packs_frozen
         layers = min(FETCH_SLOTS, layers) if packs else layers  # probed from host memory, layer by layer
         size = shape.num_parameters(layers)
         formula = f"({f'{layers} × P_layer' if packs else 'N_i × P_layer'} + P_outer) × {self.work.width} B"
@@ -126,7 +128,7 @@ class _Moments:
         w, N, V = self.work.width, self.work.num_tokens, self.shape.vocab_size
         chunk = self._chunk_bytes(N)
         if self.outer == "trained" and w == 2:  # its last product comes when the chunk's logits are rounded
-            chunk = max(chunk, chunk // 3 + 2 * self.matrix)
+            chunk = max(chunk, self._chunk_rows(N) * 2 * V + 2 * self.matrix)
         adapted = self.work.adapter_rank if self.outer == "adapters" else 0
         saved = 0 if self.memory.offload_activations else self._final_norm_saved()
         terms = [
@@ -359,8 +361,10 @@ class _Moments:
         return norm_saved(self.work, trained=self.outer != "frozen")
 
     def _chunk_bytes(self, num_tokens: int) -> int:
-        rows = min(self.train.loss_chunk_size, num_tokens)
-        return (6 if self.work.width == 2 else 4) * rows * self.shape.vocab_size
+        return (6 if self.work.width == 2 else 4) * self._chunk_rows(num_tokens) * self.shape.vocab_size
+
+    def _chunk_rows(self, num_tokens: int) -> int:
+        return min(self.train.loss_chunk_size, num_tokens)
 
     def _forward_alone(self, batch_size: int) -> list[MemoryTerm]:
         """A forward pass that keeps nothing: the widest moment inside a layer, or the loss."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from steplm.config import MemoryConfig
-from steplm.memory.formats import FROZEN_FORMATS, state_bytes
+from steplm.config import MemoryConfig, OptimConfig
+from steplm.memory.formats import FROZEN_FORMATS, low_rank_state_bytes, state_bytes
 from steplm.types import HOST, MemoryTerm, ModelShape
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}  # of a weight, and of its gradient
@@ -27,6 +27,7 @@ class StageCounts:
     shape: ModelShape
     precision: str
     memory: MemoryConfig
+    optim: OptimConfig
     num_new_layers: int  # n_i; every layer that is trained as a whole
     num_frozen_layers: int  # N_{i-1}
     adapter_matrices: tuple[int, ...]  # parameters of each factor in one frozen layer; E is their sum
@@ -36,11 +37,12 @@ class StageCounts:
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of a component: ``count`` copies of these matrices and vectors."""
+    """The tensors of a component: ``count`` copies of these linear maps, other matrices and vectors."""
 
     formula: str
-    matrices: tuple[int, ...]  # parameters of each
+    matrices: tuple[int, ...]  # parameters of each, the linear maps' among them
     num_in_vectors: int = 0  # parameters of all norms and biases
+    linears: tuple[tuple[int, int], ...] = ()  # rows and columns of each map that can have low-rank states
     count: int = 1
     trained: bool = True
 
@@ -51,13 +53,15 @@ class Tensors:
 
 def new_layers(counts: StageCounts) -> Tensors:
     """``n_i P_layer``, trained as a whole. STEP, section 2.2."""
-    return Tensors("n_i × P_layer", counts.shape.layer_matrices, counts.shape.layer_vectors, counts.num_new_layers)
+    shape = counts.shape
+    linears = tuple((linear.out_features, linear.in_features) for linear in shape.linears)
+    return Tensors("n_i × P_layer", shape.layer_matrices, shape.layer_vectors, linears, counts.num_new_layers)
 
 
 def frozen_layers(counts: StageCounts) -> Tensors:
     """``N_{i-1} P_layer``, without gradient or state. STEP, section 2.2."""
     matrices, vectors = counts.shape.layer_matrices, counts.shape.layer_vectors
-    return Tensors("N_{i-1} × P_layer", matrices, vectors, counts.num_frozen_layers, trained=False)
+    return Tensors("N_{i-1} × P_layer", matrices, vectors, count=counts.num_frozen_layers, trained=False)
 
 
 def adapters(counts: StageCounts) -> Tensors:
@@ -120,11 +124,23 @@ def optimizer(counts: StageCounts, tensors: Tensors) -> tuple[int, str]:
     if not tensors.trained:
         return 0, "0 B"
     master = 4 if counts.precision == "bf16" and counts.memory.master_weights else 0
+    if counts.optim.is_low_rank and tensors.linears:
+        return _low_rank_optimizer(counts.optim, tensors, master)
     if counts.memory.optimizer_states == "fp32":
         return tensors.num_parameters * (8 + master), f"{8 + master} B"
     moments = 2 * sum(state_bytes(matrix) for matrix in tensors.matrices) + 8 * tensors.num_in_vectors
     note = f"(2 × (1 + 4/256){f' + {master}' if master else ''}) B, vectors {8 + master} B"
     return tensors.count * moments + tensors.num_parameters * master, note
+
+
+def _low_rank_optimizer(optim: OptimConfig, tensors: Tensors, master: int) -> tuple[int, str]:
+    """Low-rank states where a map's smaller side is larger than the rank; AdamW's for all else."""
+    rank = 1 if optim.name == "apollo_mini" else optim.rank
+    projected = [(rows, columns) for rows, columns in tensors.linears if min(rows, columns) > rank]
+    in_full = sum(tensors.matrices) + tensors.num_in_vectors - sum(rows * columns for rows, columns in projected)
+    states = 8 * in_full + sum(low_rank_state_bytes(optim.name, *shape, rank) for shape in projected)
+    note = f"(states of {optim.name}, rank {rank}{f' + {master}' if master else ''}) B, vectors {8 + master} B"
+    return tensors.count * states + tensors.num_parameters * master, note
 
 
 KINDS: dict[str, Callable[[StageCounts, Tensors], tuple[int, str]]] = {
@@ -161,7 +177,7 @@ def _frozen_weights(counts: StageCounts, tensors: Tensors) -> Iterator[MemoryTer
     name, size = "frozen_layers", tensors.num_parameters
     if not size:
         return
-    if memory.frozen_weights == "full" and not memory.offload_frozen:
+    if not memory.packs_frozen:
         yield MemoryTerm(name, "weights", size * width, f"{tensors.formula} × {width} B", size)
         return
     matrices = counts.num_frozen_layers * sum(x.in_features * x.out_features for x in counts.shape.linears)

@@ -105,19 +105,11 @@ class AdamW:
         self._books: dict[tuple[str, torch.device], CodeBook] = {}
         for name, parameter in self.parameters.items():
             weight = parameter.detach()
-            quantized = states == "8bit" and weight.ndim >= 2
-            held: dict[str, Tensor] = {}
-            for moment, signed in MOMENTS.items():
-                held[moment] = torch.zeros_like(weight, dtype=torch.uint8 if quantized else torch.float32)
-                if quantized:
-                    # Where the scale is 0 every code stands for 0.
-                    held[_scale(moment)] = torch.zeros(-(-weight.numel() // STATE_BLOCK), device=weight.device)
-                    if (moment, weight.device) not in self._books:
-                        self._books[moment, weight.device] = CodeBook(signed=signed, device=weight.device)
+            held = self._new_moments(name, weight, quantized=states == "8bit" and weight.ndim >= 2)
             if weight.dtype != torch.float32 and master_weights:
                 held["master"] = weight.float()
             self._states[name] = held
-        self._pieces = {name: _pieces(name, parameter.numel()) for name, parameter in self.parameters.items()}
+        self._pieces = {name: self._cut(name, parameter) for name, parameter in self.parameters.items()}
         self._buckets = self._make_buckets()
 
     @torch.no_grad()
@@ -126,7 +118,7 @@ class AdamW:
 
         ``grad_scale`` multiplies the gradients in fp32 and leaves ``.grad`` as it is.
         """
-        with_gradient = {name for name, parameter in self.parameters.items() if parameter.grad is not None}
+        with_gradient = {name for name, p in self.parameters.items() if p.grad is not None and self._pieces[name]}
         for bucket in self._buckets:
             self._update([piece for piece in bucket if piece.name in with_gradient], learning_rate, grad_scale)
         for name in with_gradient:
@@ -235,10 +227,31 @@ class AdamW:
         done.add(name)
         norm.add(parameter.grad)
         if learning_rate is not None:
-            for piece in self._pieces[name]:
-                self._update([piece], learning_rate, 1.0)
-            self.steps[name] += 1
+            self._update_alone(name, learning_rate)
         parameter.grad = None
+
+    def _update_alone(self, name: str, learning_rate: float) -> None:
+        """One update of one parameter that has a gradient."""
+        for piece in self._pieces[name]:
+            self._update([piece], learning_rate, 1.0)
+        self.steps[name] += 1
+
+    def _new_moments(self, name: str, weight: Tensor, *, quantized: bool) -> dict[str, Tensor]:
+        """The states of a parameter before its first step, without the master weight."""
+        held: dict[str, Tensor] = {}
+        for moment, signed in MOMENTS.items():
+            held[moment] = torch.zeros_like(weight, dtype=torch.uint8 if quantized else torch.float32)
+            if quantized:
+                # Where the scale is 0 every code stands for 0.
+                held[_scale(moment)] = torch.zeros(-(-weight.numel() // STATE_BLOCK), device=weight.device)
+                if (moment, weight.device) not in self._books:
+                    self._books[moment, weight.device] = CodeBook(signed=signed, device=weight.device)
+        return held
+
+    def _cut(self, name: str, parameter: Tensor) -> list[Piece]:
+        """The pieces that a parameter is updated in; none where a subclass updates it as a whole."""
+        starts = range(0, parameter.numel(), STEP_CHUNK)
+        return [Piece(name, start, min(start + STEP_CHUNK, parameter.numel())) for start in starts]
 
     def _update(self, pieces: list[Piece], learning_rate: float, grad_scale: float) -> None:
         """Pieces of one device and one weight decay. What is made here is gone before the next pieces' is made."""
@@ -247,25 +260,13 @@ class AdamW:
         weights = [piece.of(self.parameters[piece.name].detach()) for piece in pieces]
         moments = {key: [self._read_moment(piece, key) for piece in pieces] for key in MOMENTS}
         masters = [self._read_master(piece, weight) for piece, weight in zip(pieces, weights, strict=True)]
-        adamw(
+        self._kernel(
             masters,
             [self._gradient(piece, grad_scale) for piece in pieces],
-            moments["exp_avg"],
-            moments["exp_avg_sq"],
-            [],
-            # The kernel wants a tensor, and adds 1 to it before it uses it.
-            [torch.full((), float(self.steps[piece.name]), device=weights[0].device) for piece in pieces],
-            foreach=False,
-            capturable=False,
-            differentiable=False,
-            fused=True,
-            amsgrad=False,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            lr=learning_rate,
+            moments,
+            [self.steps[piece.name] for piece in pieces],
+            learning_rate=learning_rate,
             weight_decay=self.weight_decay if decays(pieces[0].name, self.parameters[pieces[0].name]) else 0.0,
-            eps=self.eps,
-            maximize=False,
         )
         for piece, weight, master in zip(pieces, weights, masters, strict=True):
             if "master" in self._states[piece.name]:
@@ -275,6 +276,38 @@ class AdamW:
         del masters, master  # before the moments are rounded, which needs as much
         for key, values in moments.items():
             self._write_moments(pieces, key, values)
+
+    def _kernel(
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        moments: Mapping[str, list[Tensor]],
+        steps: list[int],
+        *,
+        learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        """AdamW's formula on fp32 tensors, in place, after so many steps of each."""
+        adamw(
+            weights,
+            gradients,
+            moments["exp_avg"],
+            moments["exp_avg_sq"],
+            [],
+            # The kernel wants a tensor, and adds 1 to it before it uses it.
+            [torch.full((), float(step), device=weights[0].device) for step in steps],
+            foreach=False,
+            capturable=False,
+            differentiable=False,
+            fused=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            eps=self.eps,
+            maximize=False,
+        )
 
     def _read_moment(self, piece: Piece, key: str) -> Tensor:
         """Fp32: the state itself, or what its codes stand for."""
@@ -377,8 +410,3 @@ def _grad_norm(gradient: Tensor) -> Tensor:
     parts = matrix.split(max(1, STEP_CHUNK // max(1, matrix.shape[1])))
     rows = torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) for part in parts])
     return torch.linalg.vector_norm(rows)
-
-
-def _pieces(name: str, num_elements: int) -> list[Piece]:
-    starts = range(0, num_elements, STEP_CHUNK)
-    return [Piece(name, start, min(start + STEP_CHUNK, num_elements)) for start in starts]

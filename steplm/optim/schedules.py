@@ -1,4 +1,4 @@
-"""The learning rate of a step, as a pure function. Steps count from 0, within a stage."""
+"""The learning rate of a step, as a pure function. Steps count from 0, within a stage or a restart."""
 
 from __future__ import annotations
 
@@ -42,24 +42,44 @@ def learning_rate(
     min_ratio: float,
     kind: str,
     decay_steps: int = 0,
+    start: int = 0,
+    base_warmup_steps: int | None = None,
 ) -> float:
     """The learning rate of one step.
 
     Rises linearly over the warm-up, ``(step + 1) / warmup_steps`` of the peak, then follows the schedule;
     ``cosine`` and ``warmup_stable_decay`` reach ``min_ratio * peak`` at the last step and stay there.
 
+    A part of the schedule that begins later, at ``start``, rises once more from zero to the curve: over its own
+    warm-up the rate is ``(step + 1) / warmup_steps`` of what the schedule says there. This is the jagged schedule
+    of ReLoRA (arXiv 2307.05695), section 3; many parts of one schedule differ in ``start`` alone.
+
     Args:
-        step: optimizer step, from 0.
-        num_steps: scheduled steps, warm-up included.
-        warmup_steps: steps of the warm-up.
+        step: optimizer step, from 0, of this part.
+        num_steps: scheduled steps, all parts and warm-up included.
+        warmup_steps: steps of this part's warm-up.
         peak: highest learning rate.
         min_ratio: last learning rate / peak.
         kind: a key of ``SCHEDULES``.
         decay_steps: steps of the final decay; read by ``warmup_stable_decay`` alone.
+        start: steps of the schedule before this part.
+        base_warmup_steps: steps of the first part's warm-up, after which the schedule proper begins; read where
+            ``start`` is not 0. None: as many as this part's.
 
     Raises:
         ConfigError: unknown kind.
     """
+    if start > 0:
+        on_the_curve = learning_rate(
+            start + step,
+            num_steps=num_steps,
+            warmup_steps=warmup_steps if base_warmup_steps is None else base_warmup_steps,
+            peak=peak,
+            min_ratio=min_ratio,
+            kind=kind,
+            decay_steps=decay_steps,
+        )
+        return on_the_curve * min(1.0, (step + 1) / max(1, warmup_steps))
     if kind not in SCHEDULES:
         raise ConfigError(f"no learning-rate schedule {kind!r}. Known: {', '.join(SCHEDULES)}.", kind=kind)
     if step < warmup_steps:

@@ -202,7 +202,7 @@ class _Search:
                 layers,
                 step_tokens=_step_tokens(costs.config),
                 num_parameters=costs.shape.num_parameters(depth),
-                flops_per_token=[costs.flops_per_token(*stage) for stage in _stages(layers)],
+                flops_per_token=[costs.mean_flops_per_token(*stage) for stage in _stages(layers)],
             )
         except ConfigError:  # not one step for each stage
             return None
@@ -252,7 +252,7 @@ class _Search:
 
     def _alternative(self, way: Way, index: int | None, trial: _Trial) -> Alternative:
         costs, stages = trial.costs, _stages(trial.layers)
-        flops = [costs.flops_per_token(*stage) + recomputed_flops_per_token(costs, *stage) for stage in stages]
+        flops = [costs.mean_flops_per_token(*stage) + recomputed_flops_per_token(costs, *stage) for stage in stages]
         needed_bytes = self.config.memory.needed_bytes(trial.peak_bytes)
         return Alternative(
             overrides=tuple(f"{key}={_as_yaml(value)}" for key, value in self._changes(way, index).items()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
@@ -14,7 +14,7 @@ from steplm.planner.flops import training_flops_per_token
 from steplm.planner.positions import make_layer_map
 from steplm.planner.shape import shape_from_hf_config
 from steplm.planner.solve import SOLVERS, equal_parts_if_as_good, peak_cost
-from steplm.planner.tokens import stage_tokens
+from steplm.planner.tokens import divide, stage_tokens
 from steplm.types import AdapterSpec, LayerMap, MemoryEstimate, ModelShape, PeakEstimate, Plan, Stage
 from steplm.units import format_bytes
 
@@ -35,34 +35,38 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
     costs = StageCosts(config, shape)
     layers, proved_optimal = _choose_layers(config, shape, costs)
     depths = tuple(accumulate(layers))
-    layer_maps = [costs.layer_map(new, depth - new) for new, depth in zip(layers, depths, strict=True)]
     tokens = stage_tokens(
         config.plan,
         layers,
-        step_tokens=config.train.sequence_length
-        * config.train.per_device_train_batch_size
-        * config.train.gradient_accumulation_steps,
+        step_tokens=config.step_tokens,
         num_parameters=shape.num_parameters(),
-        flops_per_token=[costs.flops_per_token(new, depth - new) for new, depth in zip(layers, depths, strict=True)],
+        flops_per_token=[costs.mean_flops_per_token(n, depth - n) for n, depth in zip(layers, depths, strict=True)],
     )
-    stages = []
-    for i, layer_map in enumerate(layer_maps):
-        adapters = costs.adapters(layer_map)
-        num_old = depths[i] - layers[i]
-        stages.append(
-            Stage(
-                index=i + 1,
-                num_new_layers=layers[i],
-                num_hidden_layers=depths[i],
-                layer_map=layer_map,
-                trained_patterns=_trained_patterns(config, shape, layer_map, adapters),
-                adapters=adapters,
-                scheduled_tokens=tokens[i].scheduled,
-                tokens=tokens[i].trained,
-                memory=costs.model_state(layers[i], num_old),
-                peak=costs.peak(layers[i], num_old),
+    run_tokens = sum(of_stage.trained for of_stage in tokens)
+    stages: list[Stage] = []
+    for growth, (num_new, depth, of_stage) in enumerate(zip(layers, depths, tokens, strict=True)):
+        grown_at = sum(stage.tokens for stage in stages)
+        for part in costs.parts(num_new, depth - num_new, of_stage.trained // config.step_tokens):
+            seen = sum(stage.tokens for stage in stages)
+            over_run = config.optim.schedule_over == "run"
+            stages.append(
+                Stage(
+                    index=len(stages) + 1,
+                    num_new_layers=0 if part.is_restart else num_new,
+                    num_hidden_layers=depth,
+                    layer_map=part.layer_map,
+                    frozen_layers=part.frozen_layers,
+                    trained_patterns=_trained_patterns(config, shape, part),
+                    adapters=costs.adapters(part),
+                    scheduled_tokens=run_tokens if over_run else of_stage.scheduled,
+                    tokens=part.num_steps * config.step_tokens,
+                    memory=costs.model_state(part.num_new, part.num_old),
+                    peak=costs.peak(part.num_new, part.num_old, grows=part.layer_map is not None),
+                    flops_per_token=costs.flops_per_token(part.num_new, part.num_old),
+                    num_growths=growth,
+                    schedule_start_tokens=seen if over_run else seen - grown_at,
+                )
             )
-        )
     vanilla = StageCosts(as_vanilla(config), shape)
     vanilla_peak = vanilla.peak(shape.num_hidden_layers, 0)
     made = Plan(
@@ -79,10 +83,15 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
 
 
 def as_vanilla(config: RunConfig) -> RunConfig:
-    """Ordinary mixed-precision training on the same batches: one stage, no memory option, no recomputation."""
-    train = config.train.model_copy(update={"gradient_checkpointing": False})
-    one_stage = config.plan.model_copy(update={"num_stages": 1, "layers": None})
-    return config.model_copy(update={"train": train, "plan": one_stage, "memory": MemoryConfig()})
+    """Ordinary mixed-precision training on the same batches: AdamW, one stage, no adapters, no memory option."""
+    changes = {
+        "train": config.train.model_copy(update={"gradient_checkpointing": False}),
+        "plan": config.plan.model_copy(update={"num_stages": 1, "layers": None}),
+        "pet": config.pet.model_copy(update={"layers": "old", "warm_start": 0.0, "restarts": 0}),
+        "optim": config.optim.model_copy(update={"name": "adamw"}),
+        "memory": MemoryConfig(),
+    }
+    return config.model_copy(update=changes)
 
 
 def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
@@ -123,13 +132,26 @@ def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a stage with one set of trained parameters and one set of adapters."""
+
+    num_new: int  # layers trained as a whole, in the way that StageCosts counts them
+    num_old: int
+    layer_map: LayerMap | None
+    frozen_layers: tuple[int, ...]
+    num_steps: int
+    is_restart: bool = False  # it goes on with the layers of the part before
+
+
 class StageCosts:
     """What a stage of ``num_new`` layers on ``num_old`` older ones holds and computes."""
 
     def __init__(self, config: RunConfig, shape: ModelShape) -> None:
         self.config, self.shape = config, shape
+        self.freezes_all = config.pet.layers == "all"
         grows = config.plan.num_stages > 1
-        has_adapters = grows and config.plan.freeze_old_layers and config.pet.method != "none"
+        has_adapters = config.pet.method != "none" and (self.freezes_all or (grows and config.plan.freeze_old_layers))
         self.device_bytes, self.objective_bytes = cache(self._device_bytes), cache(self._objective_bytes)
         self.adapter_matrices: tuple[int, ...] = ()
         self.targets: tuple[str, ...] = ()
@@ -137,52 +159,104 @@ class StageCosts:
             self.targets = resolve_target_modules(shape, config.pet.target_modules)
             self.adapter_matrices = adapter_matrices_per_layer(shape, config.pet.rank, self.targets)
 
+    def parts(self, num_new: int, num_old: int, num_steps: int) -> list[Part]:
+        """The stretches of a stage: one, and one more for each restart of its adapters and for a warm start.
+
+        Raises:
+            ConfigError: a restart without a step.
+        """
+        pet, depth = self.config.pet, num_new + num_old
+        sets = self.phases(num_new, num_old)
+        warm = [round(pet.warm_start * num_steps)] if len(sets) > 1 else []
+        num_rounds = pet.restarts + 1 if self.has_adapters(*sets[-1]) else 1
+        steps = [*warm, *divide(num_steps - sum(warm), [1 / num_rounds] * num_rounds)]
+        if min(steps) < 1:
+            raise ConfigError(
+                f"{num_steps} steps are too few for pet.restarts={pet.restarts} and pet.warm_start={pet.warm_start:g}: "
+                "each part needs a step. Lower them, or give the run more tokens.",
+                num_steps=num_steps,
+            )
+        parts = []
+        for index, steps_of_part in enumerate(steps):
+            new, old = sets[min(index, len(sets) - 1)]
+            layer_map = self.layer_map(num_new, num_old) if index == 0 else LayerMap.identity(depth)
+            frozen = self._frozen_layers(new, old)
+            parts.append(Part(new, old, layer_map, frozen, steps_of_part, is_restart=index > 0))
+        return parts
+
+    def phases(self, num_new: int, num_old: int) -> list[tuple[int, int]]:
+        """Layers trained as a whole, and layers before them, one pair after the other within a stage."""
+        if not self.freezes_all:
+            return [(num_new, num_old)]
+        depth = num_new + num_old
+        return [(depth, 0), (0, depth)] if self.config.pet.warm_start else [(0, depth)]
+
+    def has_adapters(self, num_new: int, num_old: int) -> bool:
+        return bool(self.adapter_matrices) and num_old > 0
+
+    def mean_flops_per_token(self, num_new: int, num_old: int) -> int:
+        """Training FLOPs per token, over the phases of a stage."""
+        *warm, last = self.phases(num_new, num_old)
+        share = self.config.pet.warm_start if warm else 0.0
+        mean = (1 - share) * self.flops_per_token(*last) + sum(share * self.flops_per_token(*phase) for phase in warm)
+        return round(mean)
+
     def model_state(self, num_new: int, num_old: int, *, count_outer: bool | None = None) -> MemoryEstimate:
         """Bytes of weights, gradients, optimizer states and adapters."""
-        frozen = num_old if self.config.plan.freeze_old_layers else 0
+        whole, frozen = self._whole_and_frozen(num_new, num_old)
         return estimate_stage(
             self.shape,
             precision=self.config.train.precision,
-            num_new_layers=num_new + num_old - frozen,
+            num_new_layers=whole,
             num_frozen_layers=frozen,
             adapter_matrices=self.adapter_matrices,
             outer=self.outer(num_old),
             outer_rank=self.config.pet.rank,
             count_outer=self.config.plan.count_embeddings if count_outer is None else count_outer,
             memory=self.config.memory,
+            optim=self.config.optim,
         )
 
-    def peak(self, num_new: int, num_old: int) -> PeakEstimate | None:
-        """All bytes on the device at the moments that can be the highest; None for families not modelled."""
-        layer_map = self.layer_map(num_new, num_old)
-        new_layers: Sequence[int] = range(num_new + num_old)
-        if layer_map is not None and self.config.plan.freeze_old_layers:
-            new_layers = layer_map.new_layers
+    def peak(self, num_new: int, num_old: int, *, grows: bool | None = None) -> PeakEstimate | None:
+        """All bytes on the device at the moments that can be the highest; None for families not modelled.
+
+        ``grows``: whether the weights of an older model are tried first; default: where there are older layers.
+        """
+        grows = num_old > 0 if grows is None else grows
+        whole = set(range(num_new + num_old)) - set(self._frozen_layers(num_new, num_old))
+        if self.config.optim.name != "badam":
+            return self._peak(num_new, num_old, tuple(sorted(whole)), grows)
+        peaks = [self._peak(num_new, num_old, (layer,), grows) for layer in sorted(whole)]  # each in its turn
+        return max((peak for peak in peaks if peak), key=lambda peak: peak.total_bytes, default=None)
+
+    def _peak(self, num_new: int, num_old: int, whole_layers: tuple[int, ...], grows: bool) -> PeakEstimate | None:
         return estimate_peak(
             self.shape,
             self.model_state(num_new, num_old, count_outer=True),
             train=self.config.train,
             memory=self.config.memory,
+            optim=self.config.optim,
             num_layers=num_new + num_old,
-            new_layers=new_layers,
-            adapter_rank=self.config.pet.rank if self.adapter_matrices else 0,
+            new_layers=whole_layers,
+            adapter_rank=self.config.pet.rank if self.has_adapters(num_new, num_old) else 0,
             adapter_targets=self.targets,
             outer=self.outer(num_old),
             eval_batch_size=self.config.eval.per_device_eval_batch_size,
             within_documents=self.config.data.within_documents,
-            grows=num_old > 0,
+            grows=grows,
         )
 
     def _objective_bytes(self, num_new: int, num_old: int) -> int:
         """What the division into stages keeps low."""
         if self.config.plan.objective == "peak":
             return self.device_bytes(num_new, num_old)
-        return self.model_state(num_new, num_old).total_bytes
+        return max(self.model_state(*phase).total_bytes for phase in self.phases(num_new, num_old))
 
     def _device_bytes(self, num_new: int, num_old: int) -> int:
         """The highest moment, or the model state where that is all that is known."""
-        peak = self.peak(num_new, num_old)
-        return self.model_state(num_new, num_old).total_bytes if peak is None else peak.total_bytes
+        phases = self.phases(num_new, num_old)
+        peaks = [peak.total_bytes for peak in (self.peak(*phase) for phase in phases) if peak is not None]
+        return max(peaks or [self.model_state(*phase).total_bytes for phase in phases])
 
     def outer(self, num_old: int) -> str:
         """How embeddings, final norm and head are held: "trained", "frozen" or "adapters"."""
@@ -190,40 +264,53 @@ class StageCosts:
         return "trained" if num_old == 0 or choice == "always" else {"first_stage": "frozen"}.get(choice, choice)
 
     def layer_map(self, num_new: int, num_old: int) -> LayerMap | None:
-        if num_old == 0:
+        if num_old == 0 or num_new == 0:
             return None
         return make_layer_map(num_old, num_new, self.config.growth.resolved_position, self.config.seed)
 
-    def adapters(self, layer_map: LayerMap | None) -> AdapterSpec | None:
+    def adapters(self, part: Part) -> AdapterSpec | None:
         pet = self.config.pet
-        if layer_map is None or not self.adapter_matrices:
+        if not self.has_adapters(part.num_new, part.num_old):
             return None
         return AdapterSpec(
             method=pet.method,
             rank=pet.rank,
             alpha=float(pet.rank) if pet.alpha is None else pet.alpha,
             target_modules=self.targets,
-            layers=layer_map.kept_layers,
+            layers=part.frozen_layers,
             embeddings=self.config.plan.train_embeddings == "adapters",
         )
 
     def flops_per_token(self, num_new: int, num_old: int) -> int:
-        layer_map = self.layer_map(num_new, num_old)
-        frozen = num_old if self.config.plan.freeze_old_layers else 0
+        whole, frozen = self._whole_and_frozen(num_new, num_old)
         outer = self.outer(num_old)
         no_backward = 0
-        if layer_map is not None and frozen and outer == "frozen" and not self.adapter_matrices:
-            no_backward = min(layer_map.new_layers)
+        if frozen and outer == "frozen" and not self.adapter_matrices:
+            no_backward = min(set(range(num_new + num_old)) - set(self._frozen_layers(num_new, num_old)))
         return training_flops_per_token(
             self.shape,
             sequence_length=self.config.train.sequence_length,
-            num_new_layers=num_new + num_old - frozen,
+            num_new_layers=whole,
             num_frozen_layers=frozen,
             adapter_parameters=sum(self.adapter_matrices),
             train_outer=outer == "trained",
             head_rank=self.config.pet.rank if outer == "adapters" else 0,
             num_layers_without_backward=no_backward,
         )
+
+    def _whole_and_frozen(self, num_new: int, num_old: int) -> tuple[int, int]:
+        """Layers trained as a whole at any one time, and the others."""
+        depth = num_new + num_old
+        if self.config.optim.name == "badam":
+            return 1, depth - 1
+        return (num_new, num_old) if self.config.plan.freeze_old_layers or self.freezes_all else (depth, 0)
+
+    def _frozen_layers(self, num_new: int, num_old: int) -> tuple[int, ...]:
+        """Indices of the layers that are not trained as a whole."""
+        if self.freezes_all and num_new == 0:
+            return tuple(range(num_old))
+        layer_map = self.layer_map(num_new, num_old)
+        return layer_map.kept_layers if layer_map is not None and self.config.plan.freeze_old_layers else ()
 
 
 def _choose_layers(config: RunConfig, shape: ModelShape, costs: StageCosts) -> tuple[tuple[int, ...], bool]:
@@ -244,23 +331,19 @@ def _choose_layers(config: RunConfig, shape: ModelShape, costs: StageCosts) -> t
     return (best if config.plan.freeze_old_layers else equal_parts_if_as_good(cost, best)), True
 
 
-def _trained_patterns(
-    config: RunConfig, shape: ModelShape, layer_map: LayerMap | None, adapters: AdapterSpec | None
-) -> tuple[str, ...]:
+def _trained_patterns(config: RunConfig, shape: ModelShape, part: Part) -> tuple[str, ...]:
     """Shell-style patterns over full names; the dot of ``model.layers.1.*`` keeps layer 11 out."""
-    if layer_map is None:
+    choice = config.plan.train_embeddings if part.num_old else "always"
+    depth = part.num_new + part.num_old
+    if not part.frozen_layers and choice == "always":
         return ("*",)
-    choice = config.plan.train_embeddings
-    if not config.plan.freeze_old_layers and choice == "always":
-        return ("*",)
-    layers = layer_map.new_layers if config.plan.freeze_old_layers else range(layer_map.num_layers)
     outer = {
         "always": shape.outer_patterns,
         "adapters": tuple(f"{name}.*" for name in shape.final_norm_modules),
         "first_stage": (),
     }[choice]
     return (
-        *(f"{shape.layer_prefix}.{layer}.*" for layer in layers),
-        *(("*.lora_A", "*.lora_B") if adapters is not None else ()),
+        *(f"{shape.layer_prefix}.{layer}.*" for layer in range(depth) if layer not in part.frozen_layers),
+        *(("*.lora_A", "*.lora_B") if part.frozen_layers and config.pet.method != "none" else ()),
         *outer,
     )

@@ -48,7 +48,7 @@ def stage_tokens(
     else:
         shares = _shares(config, layers)
         total = _total_tokens(config, shares, num_parameters, flops_per_token)
-        steps = _divide(round(total / step_tokens), shares)
+        steps = divide(round(total / step_tokens), shares)
         if min(steps) < 1:
             raise ConfigError(
                 f"the budget of {total:,.0f} tokens is less than one optimizer step ({step_tokens:,} tokens) "
@@ -83,7 +83,7 @@ def _total_tokens(
     return num_parameters * (config.tokens_per_parameter or DEFAULT_TOKENS_PER_PARAMETER)
 
 
-def _divide(num_steps: int, shares: Sequence[float]) -> list[int]:
+def divide(num_steps: int, shares: Sequence[float]) -> list[int]:
     """Whole steps by share, at least one each where there are enough; the last stage takes the rest."""
     steps: list[int] = []
     for index, share in enumerate(shares[:-1]):

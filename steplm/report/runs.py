@@ -72,17 +72,23 @@ def load_run(run_dir: str | Path, label: str | None = None) -> RunRecord:
         label: what tables and figures call the run; default: the configuration's ``name``.
 
     Raises:
-        SteplmError: the folder holds no run.
+        SteplmError: the folder holds no run, or one that cannot be read.
     """
     run_dir = Path(run_dir)
     plan_file, summary_file = run_dir / "plan.json", run_dir / "summary.json"
     if not plan_file.is_file():
         raise SteplmError(f"{run_dir} is no run directory: it has no plan.json", path=str(run_dir))
     config = load_config(run_dir / "config.yaml")
+    try:
+        plan = from_json(Plan, json.loads(plan_file.read_text()))
+    except ValueError as error:
+        raise SteplmError(
+            f"{plan_file} cannot be read: {error}. Use the version of steplm that wrote it.", path=str(plan_file)
+        ) from None
     return RunRecord(
         label=label or config.name,
         config=config,
-        plan=from_json(Plan, json.loads(plan_file.read_text())),
+        plan=plan,
         events=tuple(read_metrics(run_dir / "metrics.jsonl")),
         summary=json.loads(summary_file.read_text()) if summary_file.is_file() else None,
     )

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from steplm.config import MemoryConfig, RunConfig
+from steplm.config import RunConfig
 from steplm.errors import CheckpointMismatch
 from steplm.growth.grow import layer_prefix_of
 from steplm.models.activations import checkpoint_layers, layers_to_checkpoint
 from steplm.models.build import build_model
 from steplm.models.device import move
 from steplm.models.forward import check_loss
-from steplm.optim.adamw import AdamW, carry_state
+from steplm.optim.adamw import AdamW
+from steplm.optim.build import build_optimizer
 from steplm.pet.adapters import attach, load_adapter_state
 from steplm.pet.frozen import PackReport, frozen_tensors, pack_frozen
 from steplm.pet.trainable import apply_trainable
@@ -40,7 +41,6 @@ class StageStart:
     optimizer_steps: dict[str, int] = field(default_factory=dict)
     unlogged_losses: tuple[float, ...] = ()
     trained_names: tuple[str, ...] | None = None  # at a resume in the middle of the stage
-    renamed: dict[str, str] = field(default_factory=dict)  # after a growth: old weight name -> new one
     probe_loss: float | None = None  # after a growth, of the plain weights
 
     def forget_tensors(self) -> None:
@@ -64,7 +64,7 @@ def assemble(
 
     ``check`` compares the loss with the model's own logits; it needs real numbers.
     """
-    train, optim, memory = config.train, config.optim, config.memory
+    train, memory = config.train, config.memory
     prefix = layer_prefix_of(start.weights)
     model = build_model(start.hf_config, start.weights)
     if stage.adapters is not None:
@@ -82,7 +82,7 @@ def assemble(
     packing = pack_frozen(
         model,
         prefix,
-        frozen_layers(config, stage),
+        stage.frozen_layers,
         fmt=memory.frozen_weights,
         offload=memory.offload_frozen,
         device=device,
@@ -92,38 +92,20 @@ def assemble(
     if check:
         check_loss(model, train.sequence_length)  # before compile: it would compile for one short row
     if train.gradient_checkpointing:
-        new_layers = tuple(sorted(set(range(stage.num_hidden_layers)) - set(frozen_layers(config, stage))))
-        layers = layers_to_checkpoint(train.gradient_checkpointing, stage.num_hidden_layers, new_layers)
+        layers = layers_to_checkpoint(train.gradient_checkpointing, stage.num_hidden_layers, stage.whole_layers)
         checkpoint_layers(model, layers, prefix)
     if train.compile:
         for layer in model.get_submodule(prefix):
             layer.compile()
-    optimizer = AdamW(
-        {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        eps=optim.adam_epsilon,
-        weight_decay=optim.weight_decay,
-        states=memory.optimizer_states,
-        master_weights=memory.master_weights,
-    )
+    trained_parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = build_optimizer(config, trained_parameters, layer_prefix=prefix, step=start.progress.step)
     if start.trained_names is not None:
         optimizer.load_state_dict(start.optimizer, start.optimizer_steps)
     elif start.optimizer:
-        carried, steps = carry_state(start.optimizer, start.optimizer_steps, start.renamed)
-        optimizer.load_state_dict(carried, steps, strict=False)
+        # The moments of adapters can outlive a restart; their factors, and so the master weights, are fresh.
+        fresh = {key: tensor for key, tensor in optimizer.state_dict()[0].items() if key.endswith(".master")}
+        optimizer.load_state_dict(fresh | start.optimizer, start.optimizer_steps, strict=False)
     return Assembled(model, optimizer, packing)
-
-
-def frozen_layers(config: RunConfig, stage: Stage) -> tuple[int, ...]:
-    """Indices of the layers that are not trained as a whole."""
-    if stage.layer_map is None or not config.plan.freeze_old_layers:
-        return ()
-    return stage.layer_map.kept_layers
-
-
-def packs(memory: MemoryConfig) -> bool:
-    """Whether frozen weights are held otherwise than as plain parameters on the device."""
-    return memory.frozen_weights != "full" or memory.offload_frozen
 
 
 def packed_rows(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
@@ -142,7 +124,7 @@ def probe_model(
     memory and are fetched one after the other.
     """
     model = build_model(hf_config, weights)
-    if packs(config.memory):
+    if config.memory.packs_frozen:
         model.requires_grad_(False)
         layers = range(hf_config.get_text_config().num_hidden_layers)
         # Not pinned: the pinned allocator keeps what is freed, and a probe is short.

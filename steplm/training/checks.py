@@ -8,12 +8,15 @@ from typing import Any
 
 from steplm.checkpoint import CheckpointState
 from steplm.checkpoint.folder import complete_checkpoints
-from steplm.config import ModelConfig, RunConfig, load_config
+from steplm.config import ModelConfig, OptimConfig, RunConfig, load_config
 from steplm.data.tokens import Manifest
 from steplm.errors import CheckpointMismatch, ConfigError
 from steplm.models.build import config_values, hf_config
 from steplm.models.folder import load_hf_config
 from steplm.types import Plan, from_json
+
+# What the saved optimizer states depend on.
+OPTIMIZER_KEYS = ("name", "rank", "update_proj_gap", "scale", "switch_steps")
 
 # A resumed run may differ in these keys; any other difference would make it another run.
 FREE_AT_RESUME = (
@@ -35,7 +38,7 @@ FREE_AT_RESUME = (
     "memory.correction",
     "plan.budget",
     # The way out of a diverged run. Such a change is noted in the log.
-    "optim",
+    *(f"optim.{key}" for key in OptimConfig.model_fields if key not in OPTIMIZER_KEYS),
     "train.save_steps",
     "train.save_total_limit",
     "eval",
@@ -101,7 +104,7 @@ def check_same_run(config: RunConfig, plan: Plan) -> list[str]:
     begun = (run_dir / "summary.json").is_file() or bool(complete_checkpoints(run_dir / "checkpoints"))
     if not written.is_file() or not begun:
         return []
-    before, now = _flat(load_config(written).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    before, now = flat(load_config(written).model_dump(mode="json")), flat(config.model_dump(mode="json"))
     differing = [key for key in now if now[key] != before.get(key)]
     changed = [key for key in differing if not key.startswith(FREE_AT_RESUME)]
     if changed:
@@ -127,11 +130,13 @@ def check_checkpoint(path: Path | None, state: CheckpointState, plan: Plan, mani
     Raises:
         CheckpointMismatch: it was not.
     """
-    if state.plan_hash != plan.hash:
+    stage_index = state.progress.stage_index
+    expected = plan.hash_until(min(stage_index, plan.num_stages))
+    if state.plan_hash != expected:
         raise CheckpointMismatch(
-            f"{path} belongs to plan {state.plan_hash}, not to this run's plan {plan.hash}. "
-            "Use another output_dir for the new plan.",
-            plan_hash=plan.hash,
+            f"{path} belongs to plan {state.plan_hash}, not to this run's plan, which is {expected} up to stage "
+            f"{stage_index}. Use another output_dir for the new plan.",
+            plan_hash=expected,
         )
     if state.data_fingerprint != manifest.fingerprint:
         raise CheckpointMismatch(
@@ -141,11 +146,11 @@ def check_checkpoint(path: Path | None, state: CheckpointState, plan: Plan, mani
         )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as ``section.key``; the free-form ``model.extra`` stays one value."""
-    flat: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         nested = isinstance(value, dict) and name != "model.extra"
-        flat.update(_flat(value, f"{name}.") if nested else {name: value})
-    return flat
+        keys.update(flat(value, f"{name}.") if nested else {name: value})
+    return keys

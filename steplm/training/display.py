@@ -88,11 +88,14 @@ class Display:
         self.console.print(table)
 
     def _stage_title(self, stage: Stage) -> str:
-        new = f"{stage.num_new_layers} new" if stage.layer_map is not None else "all trained"
-        adapters = (
-            f", LoRA rank {stage.adapters.rank} on the other {len(stage.adapters.layers)}" if stage.adapters else ""
-        )
-        return f"stage {self._of(stage)}: {stage.num_hidden_layers} layers, {new}{adapters}"
+        parts = [f"{stage.num_hidden_layers} layers"]
+        if stage.grows:
+            parts.append(f"{stage.num_new_layers} new")
+        if stage.whole_layers:
+            parts.append(f"{len(stage.whole_layers)} trained" if stage.frozen_layers else "all trained")
+        if stage.adapters:
+            parts.append(f"LoRA rank {stage.adapters.rank} on {len(stage.adapters.layers)}")
+        return f"stage {self._of(stage)}: {', '.join(parts)}"
 
     def _of(self, stage: Stage) -> str:
         return f"{stage.index}/{self._plan.num_stages}" if self._plan else str(stage.index)
@@ -132,6 +135,10 @@ class Display:
             f"{', '.join(str(i) for i in layer_map.new_layers)})  loss {merged:.4f} -> {grown:.4f}",
             highlight=False,
         )
+
+    def restart(self, stage: Stage, before: float | None, merged: float) -> None:
+        loss = f"loss {merged:.4f}" if before is None else f"loss {before:.4f} -> {merged:.4f}"
+        self.console.print(f"merge   {loss}; stage {self._of(stage)} begins fresh adapters", highlight=False)
 
     def packing(self, stage: Stage, fmt: str, error: float, before: float | None, after: float) -> None:
         loss = f"loss {after:.4f}" if before is None else f"loss {before:.4f} -> {after:.4f}"

@@ -129,7 +129,7 @@ def _steps(
         yield
         highest[name] = max(gauge.peak(), highest.get(name, {}), key=on_device)
 
-    fused, learning_rate = config.memory.fused_backward, config.learning_rate(stage.index)
+    fused, learning_rate = config.memory.fused_backward, config.learning_rate(stage.num_growths)
     # A half stands for any clip coefficient: to scale a gradient may take memory.
     grad_scale = 1.0 if config.optim.max_grad_norm is None else 0.5
     with gauge:

@@ -26,7 +26,8 @@ from steplm.memory.measure import check_against_plan, comparable, measure_model_
 from steplm.models.build import DTYPES, config_values, fresh_layers, hf_config, initial_state, plain_state
 from steplm.models.folder import load_config_and_state
 from steplm.models.forward import mean_loss
-from steplm.optim.adamw import AdamW
+from steplm.optim.adamw import AdamW, carry_state
+from steplm.optim.restart import kept_moments
 from steplm.optim.schedules import learning_rate
 from steplm.pet.adapters import adapter_state, merge_state
 from steplm.pet.frozen import unpacked_state
@@ -43,7 +44,7 @@ PROBE_WINDOWS = 32  # validation windows on which the loss around merge and grow
 
 
 def enter_stage(run: Run, stage: Stage, checkpoint_path: Path | None) -> StageStart:
-    """Fresh or given weights (stage 1), the checkpoint's (resume), or the grown ones (a later stage)."""
+    """Fresh or given weights (stage 1), the checkpoint's (resume), or the merged and grown ones (a later stage)."""
     reset_peak(run.device)
     if checkpoint_path is None:
         return _first_start(run, stage)
@@ -60,7 +61,7 @@ def enter_stage(run: Run, stage: Stage, checkpoint_path: Path | None) -> StageSt
             unlogged_losses=checkpoint.state.unlogged_losses,
             trained_names=checkpoint.state.trained_names,
         )
-    return _grown_start(run, stage, checkpoint)
+    return _later_start(run, stage, checkpoint)
 
 
 def _first_start(run: Run, stage: Stage) -> StageStart:
@@ -75,8 +76,8 @@ def _first_start(run: Run, stage: Stage) -> StageStart:
     return StageStart(config, weights, origins, TrainState(stage.index, 0, 0, 0))
 
 
-def _grown_start(run: Run, stage: Stage, checkpoint: Checkpoint) -> StageStart:
-    """Merge, then grow; the loss before and after each is logged."""
+def _later_start(run: Run, stage: Stage, checkpoint: Checkpoint) -> StageStart:
+    """Merge, then grow if the stage does; the loss before and after each is logged."""
     assert stage.layer_map is not None
     state = checkpoint.state
     tokens_seen = state.progress.tokens_seen
@@ -92,15 +93,25 @@ def _grown_start(run: Run, stage: Stage, checkpoint: Checkpoint) -> StageStart:
         loss_before=state.probe_loss,
         loss_after=loss_merged,
     )
+    optimizer, steps = _kept_optimizer(run, stage, checkpoint, renamed(weights, stage.layer_map))
+    progress = TrainState(stage.index, 0, 0, tokens_seen)
+    if not stage.grows:
+        run.display.restart(stage, state.probe_loss, loss_merged)
+        return StageStart(
+            hf_config=checkpoint.config,
+            weights=weights,
+            provenance=state.provenance,
+            progress=progress,
+            optimizer=optimizer,
+            optimizer_steps=steps,
+            probe_loss=loss_merged,
+        )
     grown_config = hf_config(grow_config(config_values(checkpoint.config), stage.layer_map))
-    grown = grow(
-        weights,
-        stage.layer_map,
-        operator,
-        fresh_layer=fresh_layers(
-            grown_config, seed=run.config.seed + stage.index, dtype=DTYPES[run.config.train.precision]
-        ),
+    # The index among growths, not among stages: restarts must not change what is drawn.
+    fresh = fresh_layers(
+        grown_config, seed=run.config.seed + stage.num_growths + 1, dtype=DTYPES[run.config.train.precision]
     )
+    grown = grow(weights, stage.layer_map, operator, fresh_layer=fresh)
     loss_grown = probe_loss(run, probe_model(run.config, grown_config, grown, run.device))
     run.metrics.write(
         "growth",
@@ -116,12 +127,27 @@ def _grown_start(run: Run, stage: Stage, checkpoint: Checkpoint) -> StageStart:
         hf_config=grown_config,
         weights=grown,
         provenance=provenance(state.provenance, stage.layer_map, stage.index, operator),
-        progress=TrainState(stage.index, 0, 0, tokens_seen),
-        optimizer=checkpoint.optimizer if run.config.optim.keep_state_at_growth else {},
-        optimizer_steps=state.optimizer_steps,
-        renamed=renamed(weights, stage.layer_map),
+        progress=progress,
+        optimizer=optimizer,
+        optimizer_steps=steps,
         probe_loss=loss_grown,
     )
+
+
+def _kept_optimizer(
+    run: Run, stage: Stage, checkpoint: Checkpoint, names_after: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """What outlives the beginning of a stage: states of weights that may go on being trained, and of adapters."""
+    saved, steps, config = checkpoint.optimizer, checkpoint.state.optimizer_steps, run.config
+    kept: dict[str, Tensor] = {}
+    kept_steps: dict[str, int] = {}
+    if config.optim.keep_state_at_growth or not stage.grows:
+        kept, kept_steps = carry_state(saved, steps, names_after)
+    if not stage.grows and config.pet.restart_keep:
+        names = [name for name in steps if name in checkpoint.adapters]
+        kept |= kept_moments(saved, names, config.pet.restart_keep)
+        kept_steps |= {name: steps[name] for name in names}
+    return kept, kept_steps
 
 
 def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembled) -> None:
@@ -226,10 +252,10 @@ def train_stage(run: Run, stage: Stage, start: StageStart, assembled: Assembled)
     config = run.config
     model, optimizer, how = assembled.model, assembled.optimizer, way_of_passing(config)
     train, optim = config.train, config.optim
-    num_sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    step_tokens = num_sequences * train.sequence_length
+    num_sequences, step_tokens = config.step_tokens // train.sequence_length, config.step_tokens
     num_steps = stage.tokens // step_tokens
-    scheduled_steps = max(stage.scheduled_tokens // step_tokens, num_steps)
+    start_step = stage.schedule_start_tokens // step_tokens
+    scheduled_steps = max(stage.scheduled_tokens // step_tokens, start_step + num_steps)
     save_steps = train.save_steps or max(num_steps // 5, 1)
     eval_steps = config.eval.eval_steps or max(num_steps // 10, 1)
     progress = start.progress
@@ -241,9 +267,11 @@ def train_stage(run: Run, stage: Stage, start: StageStart, assembled: Assembled)
         rate = learning_rate(
             progress.step,
             num_steps=scheduled_steps,
-            warmup_steps=round(optim.warmup_ratio * scheduled_steps),
+            warmup_steps=round(optim.warmup_ratio * (num_steps if start_step else scheduled_steps)),
+            base_warmup_steps=round(optim.warmup_ratio * scheduled_steps),
             decay_steps=round(optim.decay_ratio * scheduled_steps),
-            peak=config.learning_rate(stage.index),
+            peak=config.learning_rate(stage.num_growths),
+            start=start_step,
             min_ratio=optim.min_lr_ratio,
             kind=optim.lr_scheduler_type,
         )
@@ -309,10 +337,10 @@ def save(
     run.metrics.sync()
     state = CheckpointState(
         progress=progress,
-        plan_hash=run.plan.hash,
+        plan_hash=run.plan.hash_until(stage.index),
         data_fingerprint=run.manifest.fingerprint,
         provenance=start.provenance,
-        trained_names=tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+        trained_names=tuple(optimizer.parameters),
         adapters=stage.adapters,
         optimizer_steps=steps,
         metrics_bytes=run.metrics.num_bytes,

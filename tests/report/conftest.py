@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from steplm.config import RunConfig
+from steplm.config import RunConfig, dump_config, load_config
+from steplm.planner.plan import plan as make_real_plan
 from steplm.report.runs import RunRecord
-from steplm.types import LinearShape, MemoryEstimate, MemoryTerm, ModelShape, Plan, Stage
+from steplm.report.suite import EntryRecord, Question, RunEntry, SuiteRecord, save_suite
+from steplm.types import LinearShape, MemoryEstimate, MemoryTerm, ModelShape, Plan, Stage, to_json
 
 P_LAYER, P_ADAPTER, P_EMBEDDING = 12_600_000, 2_700_000, 65_500_000
 BYTES = {"weights": 2, "gradients": 2, "optimizer": 12}
@@ -41,7 +45,7 @@ def make_plan(layers: Sequence[int], tokens: Sequence[int]) -> Plan:
     )
     depths = [sum(layers[: i + 1]) for i in range(len(layers))]
     stages = tuple(
-        Stage(i + 1, n, depth, None, ("*",), None, round(t / 0.75), t, estimate(n, depth - n))
+        Stage(i + 1, n, depth, None, (), ("*",), None, round(t / 0.75), t, estimate(n, depth - n))
         for i, (n, depth, t) in enumerate(zip(layers, depths, tokens, strict=True))
     )
     return Plan(shape, "bf16", stages, True, estimate(sum(layers), 0).total_bytes)
@@ -98,5 +102,155 @@ def make_record() -> Callable[..., RunRecord]:
         plan = make_plan(layers, tokens)
         summary = {"validation_perplexity": 20.0, "elapsed_seconds": 200_000.0} if until >= 1 else None
         return RunRecord(label, RunConfig(), plan, tuple(make_events(plan, until, advantage)), summary)
+
+    return make
+
+
+# --- suites -----------------------------------------------------------------------------------------------
+
+# name -> label, overrides, loss above vanilla's at the end
+METHODS: dict[str, tuple[str, tuple[str, ...], float]] = {
+    "vanilla": ("Vanilla", ("plan.num_stages=1",), 0.0),
+    "step_2": ("STEP, 2 stages", ("plan.num_stages=2",), 0.004),
+    "step_3": ("STEP, 3 stages", ("plan.num_stages=3",), 0.012),
+    "step_4": ("STEP, 4 stages", ("plan.num_stages=4",), 0.05),
+    "rank_32": ("STEP, rank 32", ("plan.num_stages=2", "pet.rank=32"), 0.06),
+    "growth": ("Growth alone", ("plan.num_stages=2", "plan.freeze_old_layers=false"), -0.02),
+    "frozen": ("No adapters", ("plan.num_stages=2", "pet.method=none"), 0.16),
+    "first": ("Embeddings frozen", ("plan.num_stages=2", "plan.train_embeddings=first_stage"), 0.11),
+    "eight_bit": ("8-bit Adam", ("plan.num_stages=1", "memory.optimizer_states=8bit"), 0.01),
+    "no_master": ("No master weights", ("plan.num_stages=1", "memory.master_weights=false"), 0.03),
+    "int8": ("STEP, int8 frozen", ("plan.num_stages=2", "memory.frozen_weights=int8"), 0.015),
+    "nf4": ("STEP, NF4 frozen", ("plan.num_stages=2", "memory.frozen_weights=nf4"), 0.03),
+}
+GRID = (0.001, 0.002, 0.004)
+
+
+def suite_config(name: str, seed: int, rate: float) -> RunConfig:
+    values = {
+        "name": name,
+        "seed": seed,
+        "model": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 12, "num_attention_heads": 8},
+        "plan": {"total_tokens": "20M", "objective": "model_state"},
+        "pet": {"rank": 64},
+        "optim": {"learning_rate": rate},
+        "train": {"sequence_length": 256, "per_device_train_batch_size": 8},
+    }
+    return load_config(values, METHODS[name][1])
+
+
+def suite_events(plan: Plan, seed: int, advantage: float, until: float = 1.0) -> list[dict[str, Any]]:
+    """A plausible run: a fall, a bump at each growth, and noise that runs of one seed share."""
+    shared, own = random.Random(seed), random.Random(repr((seed, advantage)))
+    offset = shared.gauss(0, 0.02) + own.gauss(0, 0.004)
+    total, position, events = plan.total_tokens, 0, []
+    elapsed = 0.0
+
+    def level(share: float) -> float:
+        return 3.3 + advantage + offset + 4.2 * math.exp(-share * 30) + 1.6 * math.exp(-share * 4)
+
+    for stage in plan.stages:
+        start, bump = position, 0.0
+        if stage.index > 1:
+            bump, before = 0.25, level(position / total)
+            place = {"tokens_seen": position}
+            events.append(
+                {"event": "merge", "stage": stage.index - 1, **place, "loss_before": before, "loss_after": before}
+            )
+            growth = {"loss_before": before, "loss_after": before + 0.3, "operator": "interpolation_mean"}
+            events.append({"event": "growth", "stage": stage.index, **place, **growth})
+        dry = stage.memory.total_bytes + 300_000_000
+        events.append(
+            {
+                "event": "stage_start", "stage": stage.index, "num_hidden_layers": stage.num_hidden_layers,
+                "planned_bytes": stage.memory.by_kind(), "measured_bytes": stage.memory.by_kind(),
+                "planned_dry_run_bytes": dry, "measured_dry_run_bytes": round(1.01 * dry),
+            }
+        )  # fmt: skip
+        speed = 9000.0 / (stage.num_hidden_layers / 12) * (1 + own.gauss(0, 0.02))
+        for step in range(1, 101):
+            position = start + stage.tokens * step // 100
+            if position > until * total:
+                return events
+            elapsed += stage.tokens / 100 / speed
+            loss = level(position / total) + bump * math.exp(-step / 6)
+            common = {"stage": stage.index, "step": step, "tokens_seen": position}
+            events.append(
+                {
+                    "event": "train", **common, "loss": loss + own.gauss(0, 0.03), "learning_rate": 1e-3,
+                    "tokens_per_second": speed, "elapsed_seconds": elapsed, "peak_allocated_bytes": None,
+                }
+            )  # fmt: skip
+            if step % 10 == 0:
+                loss += 0.02
+                events.append({"event": "eval", **common, "loss": loss, "perplexity": math.exp(loss)})
+        events.append({"event": "stage_end", "stage": stage.index, "step": 100, "tokens_seen": position})
+    events.append({"event": "run_end", "tokens_seen": position, "elapsed_seconds": elapsed})
+    return events
+
+
+def write_suite_run(folder: Path, name: str, seed: int, rate: float, until: float = 1.0) -> None:
+    """A run directory with all that a report reads."""
+    config = suite_config(name, seed, rate)
+    plan = make_real_plan(config)
+    penalty = METHODS[name][2] + 0.05 * math.log2(rate / 0.002) ** 2
+    events = suite_events(plan, seed, penalty, until)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "plan.json").write_text(json.dumps(to_json(plan)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    versions = {"steplm": "0.1.0", "torch": "2.13.0", "transformers": "5.17.0", "python": "3.12.3"}
+    environment = {"device": "An example of a processor", "num_devices": 0, "num_cpus": 8, "versions": versions}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    if until < 1:
+        return
+    loss = [event for event in events if event["event"] == "eval"][-1]["loss"]
+    summary = {
+        "tokens_seen": plan.total_tokens,
+        "elapsed_seconds": events[-1]["elapsed_seconds"],
+        "validation_loss": loss,
+        "validation_perplexity": math.exp(loss),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    other = loss + 0.4
+    result = {"loss": other, "perplexity": math.exp(other), "bits_per_byte": other / 2.9, "num_tokens": 250_000}
+    (folder / "evaluations.json").write_text(json.dumps({"wikitext2": result}))
+
+
+@pytest.fixture(scope="session")
+def make_suite() -> Callable[..., Path]:
+    """``make_suite(folder, names, seeds, unfinished)``: a suite directory whose best rate is always 0.002.
+
+    ``unfinished`` says (name, seed) -> status, for runs at the chosen rate.
+    """
+
+    def make(
+        directory: Path,
+        names: Sequence[str] = ("vanilla", "step_2"),
+        seeds: Sequence[int] = (0, 1, 2),
+        unfinished: Mapping[tuple[str, int], str] | None = None,
+    ) -> Path:
+        unfinished = unfinished or {}
+        runs = []
+        for name in names:
+            for seed, rate in [(seeds[0], r) for r in GRID] + [(s, 0.002) for s in seeds[1:]]:
+                status = unfinished.get((name, seed), "finished") if rate == 0.002 else "finished"
+                folder = f"runs/{name}/lr{rate:g}-seed{seed}"
+                if status != "waiting":
+                    write_suite_run(directory / folder, name, seed, rate, 1.0 if status == "finished" else 0.6)
+                error = "loss nan in stage 2" if status == "diverged" else None
+                runs.append(RunEntry(name, seed, rate, folder, cast(Any, status), error))
+        entries = [EntryRecord(n, METHODS[n][0], n, tuned=True, learning_rate=0.002) for n in names]
+        question = Question(
+            "STEP against ordinary pre-training",
+            tuple(names),
+            "vanilla",
+            "Does a model that grows in stages end where an ordinary one does, in less memory?",
+        )
+        record = SuiteRecord(
+            "example", "tokens", tuple(seeds), tuple(entries), tuple(runs), (question,), GRID, seeds[0], "vanilla"
+        )
+        save_suite(record, directory)
+        return directory
 
     return make

@@ -10,16 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from steplm.checkpoint import folder as folder_module
 from steplm.config import RunConfig
-from steplm.models.folder import load_state
 from steplm.training import stage as stage_module
 from steplm.training.metrics import read_metrics
 from steplm.training.run import train
 
 Configure = Callable[..., RunConfig]
+EqualRuns = Callable[[Path, Path], None]
 
 # Logged every third step and saved every second: a resume falls between two log lines.
 OVERRIDES = (
@@ -27,34 +26,11 @@ OVERRIDES = (
 )  # fmt: skip
 
 
-def _history(run_dir: Path) -> list[tuple]:
-    """Everything in the log that does not depend on the clock."""
-    keys = (
-        "event",
-        "stage",
-        "step",
-        "tokens_seen",
-        "loss",
-        "grad_norm",
-        "learning_rate",
-        "loss_before",
-        "loss_after",
-    )
-    return [tuple(entry.get(key) for key in keys) for entry in read_metrics(run_dir / "metrics.jsonl")]
-
-
 @pytest.fixture(scope="module")
 def unbroken(tiny_run: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("unbroken")
     train(tiny_run(run_dir, *OVERRIDES))
     return run_dir
-
-
-def assert_equal_runs(run_dir: Path, unbroken: Path) -> None:
-    assert _history(run_dir) == _history(unbroken)
-    ours, theirs = load_state(run_dir / "export"), load_state(unbroken / "export")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def _in_child(action: Callable[[], object]) -> int:
@@ -75,7 +51,7 @@ def _wait(pid: int) -> int:
 
 
 def test_killed_at_twenty_random_instants_a_run_equals_the_unbroken_one(
-    tiny_run: Configure, unbroken: Path, tmp_path: Path
+    tiny_run: Configure, unbroken: Path, tmp_path: Path, assert_equal_runs: EqualRuns
 ) -> None:
     started = time.monotonic()
     assert _wait(_in_child(lambda: train(tiny_run(tmp_path / "timing", *OVERRIDES)))) == 0
@@ -119,6 +95,7 @@ def test_killed_at_a_chosen_instant_a_run_equals_the_unbroken_one(
     module: object,
     function: str,
     call: int,
+    assert_equal_runs: EqualRuns,
 ) -> None:
     config = tiny_run(tmp_path, *OVERRIDES)
     original, calls = getattr(module, function), 0
@@ -138,7 +115,7 @@ def test_killed_at_a_chosen_instant_a_run_equals_the_unbroken_one(
 
 
 def test_sigterm_saves_and_ends_in_order_and_the_run_resumes(
-    tiny_run: Configure, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Configure, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_equal_runs: EqualRuns
 ) -> None:
     config = tiny_run(tmp_path, *OVERRIDES)
     original, steps = stage_module.train_step, 0
@@ -161,7 +138,7 @@ def test_sigterm_saves_and_ends_in_order_and_the_run_resumes(
 
 
 def test_a_model_with_dropout_resumes_exactly_too(
-    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_equal_runs: EqualRuns
 ) -> None:
     overrides = (*OVERRIDES, "model.extra={attention_dropout: 0.5}", "plan.total_tokens=512")
     train(tiny_run(tmp_path / "unbroken", *overrides))

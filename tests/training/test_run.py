@@ -19,7 +19,7 @@ from steplm.config import RunConfig
 from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError, MemoryMismatch, TrainingDiverged
 from steplm.models.build import build_model
 from steplm.pet.adapters import attach, load_adapter_state
-from steplm.training import assemble as assemble_module
+from steplm.optim import build as build_module
 from steplm.training import run as run_module
 from steplm.training import stage as stage_module
 from steplm.training.export import export
@@ -113,13 +113,13 @@ def test_measured_bytes_equal_planned_bytes_at_every_stage(
 def test_a_difference_from_the_plan_stops_the_run(
     tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Wasteful(assemble_module.AdamW):
+    class Wasteful(build_module.AdamW):
         def state_tensors(self) -> dict:
             first = next(iter(self.parameters))
             states = super().state_tensors()
             return {**states, first: {**states[first], "extra": torch.zeros(7)}}
 
-    monkeypatch.setattr(assemble_module, "AdamW", Wasteful)
+    monkeypatch.setattr(build_module, "AdamW", Wasteful)
     with pytest.raises(MemoryMismatch, match="28"):
         train(tiny_run(tmp_path))
 

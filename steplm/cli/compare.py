@@ -1,0 +1,117 @@
+"""``steplm compare``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from steplm.compare.check import check_folders, check_plans, check_texts, prepare_data
+from steplm.compare.display import SuiteDisplay, make_display
+from steplm.compare.entries import RunKey, Suite
+from steplm.compare.sharing import num_shared
+from steplm.compare.suite import read_suite
+from steplm.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from steplm.config import RunConfig
+    from steplm.report.suite import SuiteRecord
+
+
+def run_compare(
+    source: str, overrides: list[str], *, jobs: int | None = None, dry_run: bool = False, report: bool = True
+) -> int:
+    """Check everything, run what is not finished, make the report; the exit code."""
+    suite = Suite(read_suite(source, overrides))
+    runs = check_plans(suite)
+    if dry_run:
+        _print_runs(suite, runs)
+        return 0
+    display = make_display(suite.run_config(runs[0]).log.progress)
+    check_texts(suite)
+    configs = prepare_data(suite, runs)
+    check_folders(suite, configs)
+    record, stop_signal = _run(suite, configs, display, jobs)
+    if stop_signal is not None:
+        display.note("stopped; run the same command again to resume")
+        return 128 + stop_signal
+    if report:
+        from steplm.cli.report import show_report
+
+        show_report(suite.directory, None)
+    return _conclude(suite, record, display)
+
+
+def _run(
+    suite: Suite, configs: dict[RunKey, RunConfig], display: SuiteDisplay, jobs: int | None
+) -> tuple[SuiteRecord, int | None]:
+    from steplm.compare.runner import Runner
+
+    runner = Runner(suite, configs, display, jobs=jobs)
+    return runner.run(), runner.stop_signal
+
+
+def _conclude(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
+    from steplm.compare.runner import problems_of
+
+    counts = Counter(run.status for run in record.runs)
+    listing = ", ".join(f"{count} {status}" for status, count in counts.items())
+    display.note(f"suite {record.name!r} in {suite.directory}: {listing}")
+    problems = problems_of(record)
+    for problem in problems:
+        display.note(f"  {problem}", "red")
+    return 1 if problems else 0
+
+
+def _print_runs(suite: Suite, runs: list[RunKey]) -> None:
+    """One line an entry: its runs, and what each of them costs."""
+    from steplm.compare.runner import all_stage_keys
+
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("entry", overflow="fold")
+    for heading in ("method", "rates", "seeds", "layers", "tokens", "FLOPs", "model state", "shares with"):
+        table.add_column(heading, justify="left" if heading in ("method", "shares with") else "right")
+    shared = _shared_with(all_stage_keys(suite, {run: _with_any_data(suite.run_config(run)) for run in runs}))
+    for entry in suite.entries.values():
+        plan = suite.plan(next(run for run in runs if run.entry == entry.name))
+        rates = ", ".join(f"{rate:g}" for rate in suite.possible_rates(entry, {}))
+        table.add_row(
+            Text(entry.name),
+            entry.method,
+            rates if entry.rate_of is None else f"of {entry.rate_of}",
+            ", ".join(map(str, entry.seeds)),
+            "+".join(map(str, plan.layers)),
+            format_count(plan.total_tokens),
+            format_count(plan.training_flops),
+            format_bytes(plan.peak_model_state_bytes),
+            Text(shared.get(entry.name, "")),
+        )
+    console = Console()
+    console.print(table)
+    expected = [run for entry in suite.entries.values() for run in suite.expected_runs(entry, {})]
+    flops = sum(suite.plan(run).training_flops for run in expected)
+    console.print(
+        f"{len(expected)} runs, {format_count(flops)} FLOPs in all, matched on {suite.config.match} "
+        f"with {suite.config.baseline}",
+        highlight=False,
+    )
+
+
+def _with_any_data(config: RunConfig) -> RunConfig:
+    """Where the data are prepared to changes no plan, and the text need not be here yet."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": "prepared"})})
+
+
+def _shared_with(keys: dict[RunKey, tuple[str, ...]]) -> dict[str, str]:
+    """For each entry the first one above it whose runs begin with the same stages, and how many."""
+    shared: dict[str, str] = {}
+    for run, ours in keys.items():
+        for other, theirs in keys.items():
+            if other.entry == run.entry or run.entry in shared:
+                break
+            if number := num_shared(ours, theirs):
+                shared[run.entry] = f"{other.entry}: {number} of {len(ours)} stages"
+    return shared

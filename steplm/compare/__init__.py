@@ -1,0 +1,1 @@
+"""Suites: many runs over methods, seeds and learning rates, matched, tuned, resumable."""

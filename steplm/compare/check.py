@@ -1,0 +1,74 @@
+"""All that can fail early, before the first run starts: configurations, plans, matches, data, texts, folders."""
+
+from __future__ import annotations
+
+from steplm.compare.entries import RunKey, Suite
+from steplm.compare.matching import check_match
+from steplm.config import RunConfig
+from steplm.data.prepare import OnProgress, prepare, with_prepared_dir
+from steplm.data.sources import find_sources
+from steplm.errors import CheckpointMismatch, ConfigError, SteplmError
+
+
+def check_plans(suite: Suite) -> list[RunKey]:
+    """Make the plan of every run that the suite can lead to, and compare it with the baseline's.
+
+    Raises:
+        ConfigError: what is wrong, of all entries at once.
+    """
+    problems: dict[str, None] = {}
+    runs: list[RunKey] = []
+    for entry in suite.entries.values():
+        try:
+            for run in suite.possible_runs(entry, {}):
+                check_match(suite, run)
+                runs.append(run)
+        except SteplmError as error:
+            text = str(error)
+            problems[text if text.startswith("entry ") else f"entry {entry.name!r}: {text}"] = None
+    if len(problems) > 1:
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise ConfigError(f"{len(problems)} problems in the suite:\n{listing}", problems=list(problems))
+    for problem in problems:
+        raise ConfigError(problem, problems=[problem])
+    return runs
+
+
+def check_texts(suite: Suite) -> None:
+    """Raises DataError if a text of ``evaluate`` is not there."""
+    for text in suite.config.evaluate.values():
+        find_sources(text.data)
+
+
+def prepare_data(suite: Suite, runs: list[RunKey], on_progress: OnProgress | None = None) -> dict[RunKey, RunConfig]:
+    """The configuration of every run with the folder of its token shards, which are made where they are not there."""
+    folders: dict[tuple[str, int], str] = {}
+    configs = {}
+    for run in runs:
+        config = suite.run_config(run)
+        inputs = (config.data.model_dump_json(), config.model.vocab_size)
+        if inputs not in folders:
+            resolved = with_prepared_dir(config)
+            prepare(resolved, on_progress)
+            folders[inputs] = str(resolved.prepared_dir)
+        data = config.data.model_copy(update={"prepared_dir": folders[inputs]})
+        configs[run] = config.model_copy(update={"data": data})
+    return configs
+
+
+def check_folders(suite: Suite, configs: dict[RunKey, RunConfig]) -> None:
+    """Every run directory that is there already holds the run that the suite means.
+
+    Raises:
+        CheckpointMismatch: another run, by any key that changes what is computed.
+    """
+    from steplm.training.checks import check_same_run
+
+    for run, config in configs.items():
+        changed = check_same_run(config, suite.plan(run))
+        if changed:
+            raise CheckpointMismatch(
+                f"{config.run_dir} holds a run of another configuration ({', '.join(changed)}). Undo the change, "
+                "remove the folder, or give the suite another output_dir.",
+                changed=changed,
+            )

@@ -1,0 +1,138 @@
+"""What a person sees of a suite: lines for a log, and on a terminal a table that stays below them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from steplm.compare.tuning import Choice
+from steplm.report.suite import RunEntry
+from steplm.types import Plan
+from steplm.units import format_count, format_seconds
+
+LINE_EVERY_SECONDS = 60.0
+
+# A running run: its directory, its latest training event, its plan.
+Row = tuple[str, dict[str, Any] | None, Plan]
+
+
+class SuiteDisplay:
+    """Prints events as they come, and once a minute how far the suite is."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._status = ""
+        self._last_line_at = time.monotonic()
+
+    def __enter__(self) -> SuiteDisplay:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        pass
+
+    def note(self, text: str, style: str = "") -> None:
+        self.console.print(text, style=style, highlight=False, markup=False)
+
+    def waiting_for_runs(self) -> None:
+        self.note("waiting for the runs of a suite that was killed: they save and stop", "dim")
+
+    def started(self, run: str, shared_from: str | None) -> None:
+        begins = f", begins where {shared_from} was" if shared_from else ""
+        self.note(f"start     {run}{begins}", "dim")
+
+    def ended(self, run: RunEntry, directory: Path) -> None:
+        if run.status == "waiting":
+            self.note(f"stopped   {run.dir}", "dim")
+            return
+        style = {"finished": "green", "diverged": "yellow", "failed": "red"}[run.status]
+        result = _result(directory / run.dir) if run.status == "finished" else run.error or ""
+        log = f"  (log: {directory / run.dir / 'log.txt'})" if run.status == "failed" else ""
+        self.note(f"{run.status:<9} {run.dir}  {result}{log}", style)
+
+    def chosen(self, entry: str, losses: Mapping[float, float | None], choice: Choice | None) -> None:
+        tried = ", ".join(f"{rate:g}: {'diverged' if x is None else f'{x:.4f}'}" for rate, x in losses.items())
+        if choice is None:
+            self.note(f"tuning    {entry}: every run diverged ({tried})", "red")
+            return
+        edge = ", at the edge of the grid" if choice.at_edge else ""
+        self.note(f"tuning    {entry}: learning rate {choice.learning_rate:g}{edge} ({tried})", "bold")
+
+    def stopping(self, num_running: int) -> None:
+        self.note(f"stopping: {num_running} run{'s' * (num_running != 1)} will save and end; again to kill", "yellow")
+
+    def update(self, runs: Sequence[RunEntry], num_expected: int, rows: Sequence[Row], left: float | None) -> None:
+        """Called several times a second."""
+        self._status = _status(runs, num_expected, left)
+        if time.monotonic() - self._last_line_at >= LINE_EVERY_SECONDS:
+            self._last_line_at = time.monotonic()
+            self.note("  ".join([self._status, *(" ".join(_cells(row)) for row in rows)]))
+
+
+class LiveDisplay(SuiteDisplay):
+    """Lines for events, and a table of the running runs with the time that is left."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> LiveDisplay:
+        self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._live.stop()
+
+    def update(self, runs: Sequence[RunEntry], num_expected: int, rows: Sequence[Row], left: float | None) -> None:
+        table = Table(title=_status(runs, num_expected, left), title_justify="left", box=None, show_header=False)
+        table.add_column(overflow="fold")
+        for _ in range(4):
+            table.add_column(justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*map(Text, _cells(row)))
+        self._live.update(table)
+
+
+def make_display(kind: str) -> SuiteDisplay:
+    """``rich``, ``lines``, ``none``, or ``auto``: rich where the output is a terminal."""
+    if kind == "auto":
+        kind = "rich" if sys.stdout.isatty() else "lines"
+    console = Console(quiet=kind == "none", soft_wrap=kind == "lines")
+    return LiveDisplay(console) if kind == "rich" else SuiteDisplay(console)
+
+
+def _status(runs: Sequence[RunEntry], num_expected: int, left: float | None) -> str:
+    counts = {status: sum(run.status == status for run in runs) for status in ("finished", "diverged", "failed")}
+    others = "".join(f", {count} {status}" for status, count in counts.items() if count and status != "finished")
+    time_left = "" if left is None else f", left {format_seconds(left)}"
+    return f"{counts['finished']}/{num_expected} runs finished{others}{time_left}"
+
+
+def _cells(row: Row) -> list[str]:
+    run, event, plan = row
+    if event is None:
+        return [run, "starting", "", "", ""]
+    return [
+        run,
+        f"stage {event['stage']}/{plan.num_stages} step {event['step']:,}/{event['num_steps']:,}",
+        f"{event['tokens_seen'] / plan.total_tokens:.0%}",
+        f"loss {event['loss']:.3f}",
+        f"{format_count(event['tokens_per_second'])} tok/s",
+    ]
+
+
+def _result(run_dir: Path) -> str:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    return (
+        f"validation loss {summary['validation_loss']:.4f}, perplexity {summary['validation_perplexity']:.2f}, "
+        f"{format_seconds(summary['elapsed_seconds'])}"
+    )

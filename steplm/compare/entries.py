@@ -1,0 +1,221 @@
+"""``SuiteConfig`` -> entries, and the configuration and plan of every run that they can lead to."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from steplm.compare.methods import METHODS
+from steplm.compare.suite import EntryConfig, SuiteConfig, _nearest
+from steplm.config import PlanConfig, RunConfig, load_config
+from steplm.errors import ConfigError
+from steplm.planner.plan import plan as make_plan
+from steplm.report.suite import EntryRecord, Question
+from steplm.types import Plan
+
+BUDGETS = ("tokens_per_stage", "total_tokens", "tokens_per_parameter", "total_flops")
+assert set(BUDGETS) <= set(PlanConfig.model_fields)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method with its settings: a curve in a figure, a row in a table."""
+
+    name: str
+    label: str
+    method: str
+    like: str | None
+    match: str
+    settings: Mapping[str, Any]  # beside the method's own
+    seeds: tuple[int, ...]
+    grid: tuple[float, ...]  # (): not tuned
+    rate_of: str | None  # the entry whose learning rate it takes
+
+    @property
+    def record(self) -> EntryRecord:
+        """Before any choice of a learning rate."""
+        return EntryRecord(
+            name=self.name,
+            label=self.label,
+            method=self.method,
+            like=self.like,
+            match=self.match,
+            settings=dict(self.settings),
+            tuned=bool(self.grid),
+        )
+
+
+class RunKey(NamedTuple):
+    """One run of a suite."""
+
+    entry: str
+    seed: int
+    learning_rate: float
+
+    @property
+    def dir(self) -> str:
+        """Its run directory, below the suite's."""
+        return f"runs/{self.entry}/lr{self.learning_rate:g}-seed{self.seed}"
+
+
+class Suite:
+    """The entries of a suite, and what their runs are."""
+
+    def __init__(self, config: SuiteConfig) -> None:
+        self.config = config
+        self.directory = config.directory
+        self.entries = {entry.name: entry for entry in _expand(config)}
+        if config.baseline not in self.entries:
+            raise ConfigError(f"baseline: no entry {config.baseline!r}.{_nearest(config.baseline, self.entries)}")
+        self.questions = tuple(_questions(config, list(self.entries)))
+        self.tune_seed = config.tune.seed if config.tune else 0
+        self.run_config, self.plan = cache(self._run_config), cache(self._plan)
+
+    def fixed_rate(self, entry: Entry) -> float:
+        """The learning rate of an entry that is not tuned, as its configuration has it.
+
+        Raises:
+            ConfigError: it has one for each stage, and a suite sets entries side by side by one.
+        """
+        rate = _configured(entry, self._base, {}).optim.learning_rate
+        if isinstance(rate, list):
+            raise ConfigError(
+                f"optim.learning_rate is {rate}: a suite compares runs at one learning rate each. Give one number."
+            )
+        return rate
+
+    @property
+    def _base(self) -> dict[str, Any]:
+        assert isinstance(self.config.run, dict), "read_suite puts the base's sections here"
+        return self.config.run
+
+    def possible_rates(self, entry: Entry, chosen: Mapping[str, float | None]) -> tuple[float, ...]:
+        """Learning rates that the seeds of an entry are run at: one, once it is chosen."""
+        rate = chosen.get(entry.name)
+        if rate is not None:
+            return (rate,)
+        if entry.rate_of is not None:
+            return self.possible_rates(self.entries[entry.rate_of], chosen)
+        return entry.grid or (self.fixed_rate(entry),)
+
+    def possible_runs(self, entry: Entry, chosen: Mapping[str, float | None]) -> Iterator[RunKey]:
+        """Every run that an entry can lead to, given the rates that are chosen already."""
+        runs = [RunKey(entry.name, self.tune_seed, rate) for rate in entry.grid]
+        rates = self.possible_rates(entry, chosen)
+        runs += [RunKey(entry.name, seed, rate) for seed in entry.seeds for rate in rates]
+        yield from dict.fromkeys(runs)
+
+    def expected_runs(self, entry: Entry, chosen: Mapping[str, float | None]) -> Iterator[RunKey]:
+        """As many runs as an entry will have, at some rate where it is not chosen yet."""
+        runs = [RunKey(entry.name, self.tune_seed, rate) for rate in entry.grid]
+        rate = self.possible_rates(entry, chosen)[0]
+        yield from dict.fromkeys([*runs, *(RunKey(entry.name, seed, rate) for seed in entry.seeds)])
+
+    def _run_config(self, run: RunKey) -> RunConfig:
+        entry = self.entries[run.entry]
+        values: dict[str, Any] = {
+            "name": re.sub(r"[^\w.\-]", "-", f"{run.entry}-{Path(run.dir).name}"),
+            "output_dir": str(self.directory / run.dir),
+            "seed": run.seed,
+            "optim.learning_rate": run.learning_rate,
+        }
+        if entry.match == "flops" and entry.name != self.config.baseline:
+            values |= {f"plan.{budget}": None for budget in BUDGETS}
+            values["plan.total_flops"] = self.plan(self.baseline_run(run.seed)).training_flops
+        return _configured(entry, self._base, values)
+
+    def _plan(self, run: RunKey) -> Plan:
+        config = self.run_config(run)
+        from steplm.models.shape import shape_of
+
+        return make_plan(config, shape_of(config.model.hf_config()))
+
+    def baseline_run(self, seed: int) -> RunKey:
+        """What the other runs are matched with; its plan is the same for every learning rate."""
+        baseline = self.entries[self.config.baseline]
+        return RunKey(baseline.name, seed, self.possible_rates(baseline, {})[0])
+
+
+def _configured(entry: Entry, base: Mapping[str, Any], values: Mapping[str, Any]) -> RunConfig:
+    settings = {**METHODS[entry.method].settings, **entry.settings, **values}
+    try:
+        return load_config(base, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    except ConfigError as error:
+        raise ConfigError(f"entry {entry.name!r}: {error}", entry=entry.name, **error.details) from None
+
+
+def _expand(config: SuiteConfig) -> Iterator[Entry]:
+    known: dict[str, Entry] = {}
+    for written in config.entries:
+        for name, varied in _combinations(written):
+            if name in known:
+                raise ConfigError(f"two entries are called {name!r}. Names are folders: give each its own.", name=name)
+            known[name] = _entry(config, written, name, varied, known)
+            yield known[name]
+
+
+def _combinations(written: EntryConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and settings of each combination of the varied values."""
+    for values in product(*written.vary.values()):
+        suffix = ",".join(re.sub(r"[^\w.]+", "-", str(value)).strip("-") for value in values)
+        yield f"{written.name}={suffix}" if values else written.name, dict(zip(written.vary, values, strict=True))
+
+
+def _entry(
+    config: SuiteConfig, written: EntryConfig, name: str, varied: dict[str, Any], known: Mapping[str, Entry]
+) -> Entry:
+    like = None
+    if written.like is not None:
+        if written.like not in known:
+            raise ConfigError(
+                f"entry {name!r}: like: no entry {written.like!r} above it.{_nearest(written.like, known)}", entry=name
+            )
+        like = known[written.like]
+    method = written.method or (like.method if like else "")
+    own = {**written.set, **varied}
+    tuned = bool(config.tune and like is None) if written.tune is None else written.tune
+    grid = written.learning_rates or (config.tune.learning_rates if config.tune else [])
+    if tuned and not grid:
+        raise ConfigError(f"entry {name!r} is to be tuned, but neither it nor `tune` has learning_rates", entry=name)
+    if tuned and "optim.learning_rate" in own:
+        raise ConfigError(
+            f"entry {name!r} sets optim.learning_rate and is tuned as well. Leave one out: with `tune: false` it is "
+            "run at the rate that it sets.",
+            entry=name,
+        )
+    label = written.label or (like.label if like else METHODS[method].label)
+    if varied:
+        label += ", " + ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in varied.items())
+    takes_rate = like is not None and not tuned and "optim.learning_rate" not in own
+    return Entry(
+        name=name,
+        label=label,
+        method=method,
+        like=written.like,
+        match=written.match or config.match,
+        settings={**(like.settings if like else {}), **own},
+        seeds=tuple(dict.fromkeys(written.seeds or config.seeds)),
+        grid=tuple(sorted(set(grid))) if tuned else (),
+        rate_of=written.like if takes_rate else None,
+    )
+
+
+def _questions(config: SuiteConfig, names: list[str]) -> Iterator[Question]:
+    for question in config.questions:
+        entries: dict[str, None] = {}
+        for pattern in question.entries:
+            found = [name for name in names if fnmatchcase(name, pattern)]
+            if not found:
+                raise ConfigError(f"question {question.title!r}: no entry {pattern!r}.{_nearest(pattern, names)}")
+            entries |= dict.fromkeys(found)
+        baseline = question.baseline or (config.baseline if config.baseline in entries else None)
+        if baseline is not None and baseline not in names:
+            raise ConfigError(f"question {question.title!r}: no entry {baseline!r}.{_nearest(baseline, names)}")
+        yield Question(question.title, tuple(entries), baseline, question.text)

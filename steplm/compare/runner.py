@@ -1,0 +1,346 @@
+"""All runs of a suite: which is next, in processes of their own, a few at a time, restartable."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from multiprocessing import connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from types import FrameType
+
+from steplm.checkpoint.folder import complete_checkpoints
+from steplm.compare.display import SuiteDisplay
+from steplm.compare.entries import Entry, RunKey, Suite
+from steplm.compare.lock import RUNS_LOCK, exclusive
+from steplm.compare.progress import Clock, LogTail
+from steplm.compare.scores import evaluations, is_scored
+from steplm.compare.sharing import Start, is_needed, next_start
+from steplm.compare.suite import dump_suite
+from steplm.compare.tuning import choose
+from steplm.config import RunConfig
+from steplm.files import write_atomically
+from steplm.report.suite import RunEntry, SuiteRecord, is_suite, load_suite, save_suite
+from steplm.training.branch import stage_keys
+
+TICK_SECONDS = 0.25
+SETTLED = ("finished", "diverged", "failed")
+
+
+@dataclass
+class Job:
+    """A run that is going on."""
+
+    run: RunKey
+    process: ForkServerProcess
+    answer: connection.Connection
+    tail: LogTail
+
+
+class Runner:
+    """A suite being run. ``record`` is what ``suite.json`` holds at every moment."""
+
+    def __init__(
+        self, suite: Suite, configs: Mapping[RunKey, RunConfig], display: SuiteDisplay, *, jobs: int | None = None
+    ) -> None:
+        """Args:
+        configs: of every run that the suite can lead to, with the folder of its data.
+        """
+        self.suite, self.configs, self.display = suite, configs, display
+        self.directory = suite.directory
+        self.num_jobs = jobs or suite.config.jobs
+        self.jobs: dict[RunKey, Job] = {}
+        self.runs: dict[RunKey, RunEntry] = {}
+        self.choices: dict[str, tuple[float | None, bool]] = {}  # learning rate, and whether at the grid's edge
+        self.stop_signal: int | None = None
+        self._asked_twice = False
+        self._clock = Clock()
+
+    def run(self) -> SuiteRecord:
+        """Run all that is not finished yet; return at the end, or when a signal has stopped every run."""
+        with exclusive(self.directory, self.display.waiting_for_runs), self._stopping_on_signals():
+            self._before = self._earlier_runs()
+            write_atomically(self.directory / "suite.yaml", dump_suite(self.suite.config))
+            self._update()
+            with self.display:
+                while self._start_runs() or self.jobs:
+                    connection.wait([job.process.sentinel for job in self.jobs.values()], TICK_SECONDS)
+                    self._pass_on_signal()
+                    for job in [job for job in self.jobs.values() if not job.process.is_alive()]:
+                        self._end(job)
+                    self._show()
+        return self.record
+
+    @property
+    def record(self) -> SuiteRecord:
+        config = self.suite.config
+        entries = []
+        for entry in self.suite.entries.values():
+            rate, at_edge = self.choices.get(entry.name, (None, False))
+            entries.append(replace(entry.record, learning_rate=rate, at_edge=at_edge))
+        return SuiteRecord(
+            name=config.name,
+            match=config.match,
+            seeds=tuple(config.seeds),
+            entries=tuple(entries),
+            runs=tuple(self.runs.values()),
+            questions=self.suite.questions,
+            grid=tuple(sorted(config.tune.learning_rates)) if config.tune else (),
+            tune_seed=self.suite.tune_seed,
+            baseline=config.baseline,
+        )
+
+    # Which runs there are
+
+    def _earlier_runs(self) -> dict[str, RunEntry]:
+        if not is_suite(self.directory):
+            return {}
+        return {run.dir: run for run in load_suite(self.directory).runs}
+
+    def _update(self) -> None:
+        """Choose what can be chosen, list the runs that follow from it, and write it all down."""
+        for entry in self.suite.entries.values():
+            self._choose_rate(entry)
+        listed = {run: None for entry in self.suite.entries.values() for run in self._runs_of(entry)}
+        self.runs = {run: self.runs.get(run) or self._first_record(run) for run in listed}
+        save_suite(self.record, self.directory)
+
+    def _runs_of(self, entry: Entry) -> Iterator[RunKey]:
+        for rate in entry.grid:
+            yield RunKey(entry.name, self.suite.tune_seed, rate)
+        chosen, _ = self.choices.get(entry.name, (None, False))
+        if chosen is not None:
+            for seed in entry.seeds:
+                yield RunKey(entry.name, seed, chosen)
+
+    def _choose_rate(self, entry: Entry) -> None:
+        if entry.name in self.choices:
+            return
+        if entry.rate_of is not None:
+            if entry.rate_of in self.choices:
+                self.choices[entry.name] = (self.choices[entry.rate_of][0], False)
+            return
+        if not entry.grid:
+            self.choices[entry.name] = (self.suite.fixed_rate(entry), False)
+            return
+        tried = {rate: self.runs.get(RunKey(entry.name, self.suite.tune_seed, rate)) for rate in entry.grid}
+        if any(run is None or run.status not in ("finished", "diverged") for run in tried.values()):
+            return
+        losses = {rate: self._final_loss(run) for rate, run in tried.items() if run is not None}
+        choice = choose(losses)
+        self.choices[entry.name] = (None, False) if choice is None else (choice.learning_rate, choice.at_edge)
+        self.display.chosen(entry.name, losses, choice)
+
+    def _final_loss(self, run: RunEntry) -> float | None:
+        if run.status == "diverged":
+            return None
+        return json.loads((self.directory / run.dir / "summary.json").read_text())["validation_loss"]
+
+    def _first_record(self, run: RunKey) -> RunEntry:
+        """As the disk has it: finished and diverged runs stay so, all others are run or gone on with."""
+        before = self._before.get(run.dir)
+        run_dir = self.directory / run.dir
+        status, error = "waiting", None
+        if self._is_finished(run):
+            status = "finished"
+        elif before is not None and before.status == "diverged" and run_dir.is_dir():
+            status, error = "diverged", before.error
+        shared_from = before.shared_from if before is not None and run_dir.is_dir() else None
+        return RunEntry(run.entry, run.seed, run.learning_rate, run.dir, status, error, shared_from)  # type: ignore[arg-type]
+
+    def _is_finished(self, run: RunKey) -> bool:
+        run_dir = self.directory / run.dir
+        if not (run_dir / "summary.json").is_file():
+            return False
+        done = evaluations(run_dir)
+        return all(is_scored(done, name, text) for name, text in self.suite.config.evaluate.items())
+
+    # Processes
+
+    def _start_runs(self) -> bool:
+        """Start as many as may run; whether any was started."""
+        started = False
+        while len(self.jobs) < self.num_jobs and self.stop_signal is None:
+            start = self._next_start()
+            if start is None:
+                break
+            self._start(start)
+            started = True
+        return started
+
+    def _next_start(self) -> Start[RunKey] | None:
+        waiting = [run for run, entry in self.runs.items() if entry.status == "waiting"]
+        return next_start(waiting, self.jobs, self.stage_keys, self._stage_ends(), lambda run: bool(self._ends(run)))
+
+    def _start(self, start: Start[RunKey]) -> None:
+        from steplm.compare.worker import Task, work
+
+        run = start.run
+        branch_from = None
+        if start.source is not None:
+            branch_from = (self.directory / start.source.dir, start.stage_index)
+            self._set(run, shared_from=start.source.dir)
+        task = Task(
+            self._with_threads(self.configs[run]), self.suite.config.evaluate, self.directory / RUNS_LOCK, branch_from
+        )
+        receiver, sender = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=work, args=(task, sender), name=run.dir)
+        process.start()
+        sender.close()
+        self.jobs[run] = Job(run, process, receiver, LogTail(self.directory / run.dir / "metrics.jsonl"))
+        self._set(run, status="running", error=None)
+        self.display.started(run.dir, self.runs[run].shared_from)
+
+    @cached_property
+    def _context(self) -> multiprocessing.context.ForkServerContext:
+        """Processes are forked from one that has imported everything, and nothing else: no threads, no device."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["steplm.compare.worker"])
+        return context
+
+    def _with_threads(self, config: RunConfig) -> RunConfig:
+        """Runs side by side divide the cores."""
+        if config.train.num_threads is not None or "OMP_NUM_THREADS" in os.environ:
+            return config
+        share = max(1, (os.cpu_count() or 1) // self.num_jobs)
+        return config.model_copy(update={"train": config.train.model_copy(update={"num_threads": share})})
+
+    def _end(self, job: Job) -> None:
+        job.process.join()
+        outcome = None
+        try:
+            if job.answer.poll():
+                outcome = job.answer.recv()
+        except EOFError:
+            pass
+        job.answer.close()
+        del self.jobs[job.run]
+        status, error = ("failed", _cause(job.process.exitcode)) if outcome is None else (outcome.status, outcome.error)
+        if self.stop_signal is not None and (outcome is None or status == "stopped"):
+            status, error = "waiting", None
+        elif status == "stopped":
+            status, error = "failed", "stopped from outside"
+        self._set(job.run, status=status, error=error)
+        self.display.ended(self.runs[job.run], self.directory)
+        self._update()
+        self._remove_checkpoints()
+
+    def _set(self, run: RunKey, **changes: object) -> None:
+        self.runs[run] = replace(self.runs[run], **changes)  # type: ignore[arg-type]
+        save_suite(self.record, self.directory)
+
+    # Stages that several runs share
+
+    @cached_property
+    def stage_keys(self) -> dict[RunKey, tuple[str, ...]]:
+        return all_stage_keys(self.suite, self.configs)
+
+    def _ends(self, run: RunKey) -> list[Path]:
+        return complete_checkpoints(self.directory / run.dir / "checkpoints")
+
+    def _stage_ends(self) -> dict[RunKey, int]:
+        ends = {}
+        for run in self.runs:
+            done = [path for path in self._ends(run) if path.name.endswith("-end")]
+            if done:
+                ends[run] = len(done)
+        return ends
+
+    def _still_to_come(self) -> Iterator[RunKey]:
+        chosen = {name: rate for name, (rate, _) in self.choices.items()}
+        for entry in self.suite.entries.values():
+            for run in self.suite.possible_runs(entry, chosen):
+                if run not in self.runs or self.runs[run].status not in SETTLED:
+                    yield run
+
+    def _remove_checkpoints(self) -> None:
+        """Of finished and diverged runs that no run to come can branch off from."""
+        if self.suite.config.keep_checkpoints:
+            return
+        to_come = list(self._still_to_come())
+        for run, entry in self.runs.items():
+            folder = self.directory / run.dir / "checkpoints"
+            if entry.status in ("finished", "diverged") and folder.is_dir():
+                if is_needed(run, to_come, self.stage_keys):
+                    continue
+                gone = folder.with_name(".checkpoints.gone")  # renamed at once: half a checkpoint is never read
+                shutil.rmtree(gone, ignore_errors=True)
+                os.replace(folder, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+    # Signals and display
+
+    @contextmanager
+    def _stopping_on_signals(self) -> Iterator[None]:
+        """The first asks every run to save and stop; a second one kills them."""
+
+        def ask(signum: int, frame: FrameType | None) -> None:
+            self._asked_twice = self.stop_signal is not None
+            self.stop_signal = signum
+
+        before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            for job in self.jobs.values():  # an error of our own leaves no run behind
+                job.process.terminate()
+
+    _passed_on = False
+
+    def _pass_on_signal(self) -> None:
+        if self.stop_signal is None:
+            return
+        if self._asked_twice:
+            for job in self.jobs.values():
+                job.process.kill()
+        elif not self._passed_on:
+            self._passed_on = True
+            self.display.stopping(len(self.jobs))
+            for job in self.jobs.values():
+                job.process.terminate()
+
+    def _show(self) -> None:
+        done = 0.0
+        rows = []
+        for run, job in self.jobs.items():
+            event = job.tail.read()
+            plan = self.suite.plan(run)
+            if event is not None:
+                done += plan.training_flops * event["tokens_seen"] / plan.total_tokens
+            rows.append((run.dir, event, plan))
+        done += sum(self.suite.plan(run).training_flops for run, e in self.runs.items() if e.status in SETTLED)
+        chosen = {name: rate for name, (rate, _) in self.choices.items()}
+        expected = [run for entry in self.suite.entries.values() for run in self.suite.expected_runs(entry, chosen)]
+        total = sum(self.suite.plan(run).training_flops for run in expected)
+        self.display.update(list(self.runs.values()), len(expected), rows, self._clock.seconds_left(done, total))
+
+
+def _cause(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        name = signal.Signals(-exit_code).name
+        hint = ": out of memory, perhaps" if -exit_code == signal.SIGKILL else ""
+        return f"its process was killed by {name}{hint}"
+    return f"its process ended with exit code {exit_code} and no word"
+
+
+def problems_of(record: SuiteRecord) -> list[str]:
+    """What a finished suite still lacks: runs that failed, and entries of which no run tells the learning rate."""
+    lines = [f"{run.dir}: {run.error}" for run in record.runs if run.status == "failed"]
+    for entry in record.entries:
+        if entry.learning_rate is None:
+            lines.append(f"entry {entry.name!r} has no learning rate: every run of its grid diverged, or one failed")
+    return lines
+
+
+def all_stage_keys(suite: Suite, configs: Mapping[RunKey, RunConfig]) -> dict[RunKey, tuple[str, ...]]:
+    """Keys of the ends of every run's stages: where two are equal, so are the checkpoints."""
+    return {run: stage_keys(config, suite.plan(run)) for run, config in configs.items()}

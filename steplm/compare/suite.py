@@ -1,0 +1,168 @@
+"""``suite.yaml`` -> ``SuiteConfig``: what the user wrote, checked; nothing computed.
+
+Environment variables are replaced as in ``run.yaml``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from steplm.compare.methods import METHODS
+from steplm.config import Count, Section, Texts, _read_yaml, find_config, load_config, recipes_dir
+from steplm.errors import ConfigError
+
+Match = Literal["tokens", "flops"]
+Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+SET_BY_THE_SUITE = ("name", "output_dir", "seed")
+
+
+class TuneConfig(Section):
+    """The grid that every tuned entry is run over, at one seed."""
+
+    learning_rates: Rates
+    seed: int = Field(0, ge=0)
+
+
+class TextConfig(Section):
+    """A text that every finished model is scored on."""
+
+    data: Texts
+    max_tokens: Count | None = None
+    text_field: str = "text"
+
+
+class EntryConfig(Section):
+    """One method with its settings, or several where ``vary`` is given."""
+
+    name: str = Field(pattern=r"^[\w.\-]+$")
+    method: str | None = Field(None, description=f"one of {', '.join(METHODS)}")
+    like: str | None = Field(None, description="an entry above, whose settings and learning rate this one takes")
+    label: str | None = None
+    match: Match | None = Field(None, description="default: the suite's")
+    set: dict[str, Any] = Field(default_factory=dict, description="configuration keys and their values")
+    vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict, description="keys and lists of values: one entry NAME=VALUE for each combination"
+    )
+    tune: bool | None = Field(None, description="default: true if the suite has a grid and there is no `like`")
+    seeds: Seeds | None = None
+    learning_rates: Rates | None = Field(None, description="this entry's own grid")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EntryConfig:
+        if (self.method is None) == (self.like is None):
+            raise ValueError("give either a method or, with `like`, the name of an entry above")
+        if self.method is not None and self.method not in METHODS:
+            raise ValueError(f"no method {self.method!r}.{_nearest(self.method, METHODS)}")
+        for key in (*self.set, *self.vary):
+            if key in SET_BY_THE_SUITE:
+                raise ValueError(f"{key!r} is set by the suite, for each run")
+        twice = sorted(self.set.keys() & self.vary.keys())
+        if twice:
+            raise ValueError(f"both `set` and `vary` have {', '.join(twice)}")
+        return self
+
+
+class QuestionConfig(Section):
+    """What the report sets side by side. Entries may be shell patterns: ``position=*``."""
+
+    title: str
+    text: str = ""
+    entries: Annotated[list[str], Field(min_length=1)]
+    baseline: str | None = Field(None, description="default: the suite's, where it is among the entries")
+
+
+class SuiteConfig(Section):
+    """A whole suite."""
+
+    name: str = Field(pattern=r"^[\w.\-]+$")
+    run: str | dict[str, Any] = Field(description="recipe, path or sections: the configuration that all runs share")
+    output_dir: str | None = Field(None, description="default: runs/suites/NAME")
+    match: Match = Field("tokens", description="what every run has as much of as the baseline: tokens or flops")
+    baseline: str
+    seeds: Seeds = Field([0])
+    tune: TuneConfig | None = None
+    jobs: int = Field(1, gt=0, description="runs side by side")
+    evaluate: dict[str, TextConfig] = Field(default_factory=dict)
+    keep_checkpoints: bool = Field(False, description="false: they go when no run that is to come needs them")
+    entries: Annotated[list[EntryConfig], Field(min_length=1)]
+    questions: list[QuestionConfig] = Field(default_factory=list)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.output_dir or f"runs/suites/{self.name}")
+
+
+def read_suite(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> SuiteConfig:
+    """Read a suite and the run that it is based on, which then stands in ``run`` with all its keys.
+
+    Args:
+        source: path of a YAML file, name of a shipped suite, or nested mappings.
+        overrides: ``section.key=value`` strings, for the base.
+
+    Raises:
+        ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
+    """
+    values = dict(source) if isinstance(source, Mapping) else _read_yaml(_find_suite(source))
+    try:
+        suite = SuiteConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors(include_url=False)]
+        raise ConfigError(_listing(problems), errors=error.errors(include_url=False)) from None
+    base = load_config(suite.run, overrides)
+    return suite.model_copy(update={"run": base.model_dump(mode="json")})
+
+
+def dump_suite(suite: SuiteConfig) -> str:
+    """YAML text that ``read_suite`` reads back to an equal suite."""
+    return yaml.safe_dump(suite.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def _find_suite(source: str | Path) -> Path:
+    shipped = recipes_dir() / "suites" / f"{source}.yaml"
+    return shipped if shipped.is_file() and not Path(source).is_file() else find_config(source)
+
+
+def _listing(problems: list[str]) -> str:
+    unique = list(dict.fromkeys(problems))
+    if len(unique) == 1:
+        return unique[0]
+    return f"{len(unique)} problems in the suite:\n" + "\n".join(f"  - {line}" for line in unique)
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *path, name = problem["loc"]
+        section = _section_at(path)
+        return f"{'.'.join(map(str, path)) or 'the suite'} has no key {name!r}.{_nearest(name, section.model_fields)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+    return f"{where}: {message}{given}" if where else message
+
+
+def _section_at(path: Iterable[Any]) -> type[BaseModel]:
+    """The section that a path such as ``entries.2`` leads to."""
+    section: type[BaseModel] = SuiteConfig
+    for part in path:
+        if part in section.model_fields:
+            section = next(_sections_in(section.model_fields[part].annotation), section)
+    return section
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."

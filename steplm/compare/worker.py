@@ -1,0 +1,118 @@
+"""One run of a suite, in a process of its own: train, score the texts, say how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import connection, parent_process
+from pathlib import Path
+
+from steplm.compare.lock import shared_lock
+from steplm.compare.scores import EVALUATIONS, evaluations, is_scored
+from steplm.compare.suite import TextConfig
+from steplm.config import RunConfig
+from steplm.errors import SteplmError, TrainingDiverged
+from steplm.eval.perplexity import evaluate_folder
+from steplm.files import write_atomically
+from steplm.training.branch import branch
+from steplm.training.display import make_display
+from steplm.training.run import train
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process has to do."""
+
+    config: RunConfig
+    texts: Mapping[str, TextConfig]
+    lock_file: Path  # held while the process lives
+    branch_from: tuple[Path, int] | None = None  # a run directory and the stage whose end is the start
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended. A stopped run goes on when it is started again."""
+
+    status: str  # "finished", "diverged", "failed" or "stopped"
+    error: str | None = None
+
+
+def work(task: Task, answer: connection.Connection) -> None:
+    """The whole life of the process; what it prints goes to ``log.txt`` of the run."""
+    os.setsid()  # a key pressed in the terminal reaches the suite alone, which passes it on once
+    run_dir = task.config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _print_to(run_dir / "log.txt")
+    threading.Thread(target=_stop_with_the_suite, daemon=True).start()
+    with shared_lock(task.lock_file):
+        outcome = _outcome(task)
+    with suppress(OSError):  # the suite may be gone
+        answer.send(outcome)
+
+
+def _outcome(task: Task) -> Outcome:
+    try:
+        if task.branch_from is not None:
+            branch(*task.branch_from, task.config)
+        result = train(task.config, display=make_display("lines"))
+        if result.export_dir is None:
+            return Outcome("stopped")
+        score(task.config, result.export_dir, task.texts)
+        return Outcome("finished")
+    except TrainingDiverged as error:
+        return Outcome("diverged", str(error))
+    except SteplmError as error:
+        return Outcome("failed", f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        return Outcome("stopped")
+    except Exception as error:
+        traceback.print_exc()
+        return Outcome("failed", f"{type(error).__name__}: {error}")
+
+
+def score(config: RunConfig, model: Path, texts: Mapping[str, TextConfig]) -> None:
+    """Add the texts that have not been scored yet to ``evaluations.json``."""
+    done = evaluations(config.run_dir)
+    for name, text in texts.items():
+        if is_scored(done, name, text):
+            continue
+        result = evaluate_folder(
+            model,
+            text.data,
+            text_field=text.text_field,
+            max_tokens=text.max_tokens,
+            batch_size=config.eval.per_device_eval_batch_size or config.train.per_device_train_batch_size,
+            device=config.train.device,
+        )
+        done[name] = {
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            "num_tokens": result.num_tokens,
+            "text": text.model_dump(mode="json"),
+        }
+        write_atomically(config.run_dir / EVALUATIONS, json.dumps(done, indent=1) + "\n")
+
+
+def _print_to(log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+    for text in (sys.stdout, sys.stderr):
+        text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _stop_with_the_suite() -> None:
+    """A suite that is killed takes its runs with it: they save and stop, as they do at its signal."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,71 @@
+"""ReLoRA's partial reset: what is left of the adapters' moments when fresh adapters take their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from steplm.errors import ConfigError
+from steplm.memory.formats import STATE_BLOCK
+from steplm.optim.quantized import dynamic_tree
+
+
+def kept_moments(tensors: Mapping[str, Tensor], names: Iterable[str], keep: float) -> dict[str, Tensor]:
+    """Saved moments of adapters with all but the largest set to zero, for the fresh adapters of the same names.
+
+    Of each tensor the ``keep`` share of largest magnitude stays, rounded down; of ``exp_avg`` only where
+    ``exp_avg_sq`` stays too. Adam divides one by the root of the other, and the first gradient of a fresh ``lora_A``
+    is zero, as ``lora_B`` is: a first moment alone would be divided by ``eps``.
+
+    A ``master`` is never carried, as the factors are fresh: the new optimizer has its own. Adam's step counts are
+    no part of this: ReLoRA lets them run on, so that moments which are nearly empty get no bias correction, and the
+    learning rate must rise again. A full reset (``keep=0``) is that of a new parameter if its count is 0.
+
+    Source: ReLoRA (arXiv 2307.05695), section 3, which sets 99% to zero (``keep=0.01``), tensor by tensor, in both
+    moments of ``lora_A`` and ``lora_B``, each by its own magnitude. That ``exp_avg`` needs ``exp_avg_sq`` is ours.
+
+    Args:
+        tensors: what ``AdamW.state_dict`` gave, moments in fp32 or in 8 bits; left as they are.
+        names: of the adapters' parameters.
+        keep: share of the elements, 0 to 1.
+
+    Returns:
+        New tensors under ``NAME.exp_avg`` and ``NAME.exp_avg_sq``, and the scales of those in 8 bits.
+
+    Raises:
+        ConfigError: ``keep`` is not between 0 and 1.
+        KeyError: no moments of a name were saved.
+    """
+    if not 0 <= keep <= 1:
+        raise ConfigError(f"a share of {keep} of the moments cannot be kept: set pet.restart_keep to 0 … 1.", keep=keep)
+    kept: dict[str, Tensor] = {}
+    for name in names:
+        first, second = f"{name}.exp_avg", f"{name}.exp_avg_sq"
+        in_second = _largest(_magnitude(tensors, second), keep)
+        in_first = _largest(_magnitude(tensors, first), keep) & in_second
+        for key, mask, signed in ((first, in_first, True), (second, in_second, False)):
+            is_code = tensors[key].dtype == torch.uint8
+            zero = dynamic_tree(signed).index(0.0) if is_code else 0.0
+            kept[key] = tensors[key].masked_fill(~mask.view_as(tensors[key]), zero)
+            if is_code:
+                kept[f"{key}_scale"] = tensors[f"{key}_scale"].clone()
+    return kept
+
+
+def _magnitude(tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    """Of every element, flat, in fp32."""
+    values = tensors[key].flatten()
+    if values.dtype != torch.uint8:
+        return values.abs()
+    tree = torch.tensor(dynamic_tree(signed=key.endswith(".exp_avg")), device=values.device).abs()
+    scales = tensors[f"{key}_scale"].repeat_interleave(STATE_BLOCK)[: len(values)]
+    return tree[values.int()] * scales
+
+
+def _largest(magnitude: Tensor, keep: float) -> Tensor:
+    """Where the ``keep`` share of the elements is that no other exceeds; of equals, some."""
+    mask = torch.zeros_like(magnitude, dtype=torch.bool)
+    mask[magnitude.topk(int(keep * len(magnitude)), sorted=False).indices] = True
+    return mask

@@ -1,0 +1,229 @@
+"""What the charts draw: the validation loss of an entry over tokens, FLOPs and time, and its instants of growth."""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from steplm.report.runs import RunRecord
+from steplm.report.style import INK, RUN_COLOURS
+from steplm.report.summary import EntrySummary, Suite, SuiteRun
+from steplm.types import Stage
+
+AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "wall time"}
+DASHES = ("solid", "dash", "dot")  # one for each round through the colours
+MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star")
+GROWTH_WINDOW = 0.04  # of a run's tokens, to each side of a growth
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an entry is drawn, in every chart of a suite. ``colour`` is ``None`` for the ink of the text."""
+
+    colour: str | None
+    dash: str
+    marker: str
+
+    @property
+    def ink(self) -> str:
+        return self.colour or INK
+
+
+def looks(suite: Suite) -> dict[str, Look]:
+    """By entry: the baseline in ink, the others each in a colour and dash of its own."""
+    result = {}
+    others = [name for name in suite.entries if name != suite.record.baseline]
+    for index, name in enumerate(others):
+        turn, colour = divmod(index, len(RUN_COLOURS))
+        result[name] = Look(RUN_COLOURS[colour], DASHES[turn % len(DASHES)], MARKERS[(turn + colour) % len(MARKERS)])
+    if suite.record.baseline is not None:
+        result[suite.record.baseline] = Look(None, "solid", "circle")
+    return result
+
+
+@dataclass(frozen=True)
+class Series:
+    """Losses at positions of each of ``AXES``; ``low`` and ``high`` are the extreme seeds."""
+
+    tokens: tuple[float, ...]
+    flops: tuple[float, ...]
+    seconds: tuple[float, ...]
+    loss: tuple[float, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+
+    def on(self, axis: str) -> tuple[float, ...]:
+        return {"tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}[axis]
+
+
+@dataclass(frozen=True)
+class GrowthPoint:
+    """A growth on the curve: what grew, and the loss before and after on the same few windows."""
+
+    label: str  # "8→12 layers"
+    tokens: float
+    loss_before_merge: float | None
+    loss_merged: float | None
+    loss_grown: float | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One entry: the mean over its seeds, and the training loss of its first one."""
+
+    entry: EntrySummary
+    validation: Series
+    training: Series
+    growths: tuple[GrowthPoint, ...]
+    num_seeds: int
+
+
+def curve(entry: EntrySummary) -> Curve | None:
+    """The curve of an entry's finished seeds; of the running ones where none has finished; else ``None``."""
+    runs = list(entry.finished) or [run for run in entry.runs if run.entry.status == "running"]
+    runs = [run for run in runs if run.record is not None and run.record.events_of("train")]
+    if not runs:
+        return None
+    first = runs[0]
+    assert first.record is not None
+    return Curve(
+        entry=entry,
+        validation=_mean_series([_series(run, "eval") for run in runs]),
+        training=_series(first, "train"),
+        growths=growth_points(first.record),
+        num_seeds=len(runs),
+    )
+
+
+def _series(run: SuiteRun, event: str) -> Series:
+    assert run.record is not None
+    events = run.record.events_of(event)
+    tokens = tuple(float(e["tokens_seen"]) for e in events)
+    flops, seconds = flops_at(run), seconds_at(run.record)
+    return Series(
+        tokens, tuple(map(flops, tokens)), tuple(map(seconds, tokens)), tuple(float(e["loss"]) for e in events)
+    )
+
+
+def _mean_series(seeds: Sequence[Series]) -> Series:
+    """Mean over seeds at the tokens that all of them were evaluated at."""
+    shared = sorted(set.intersection(*(set(series.tokens) for series in seeds)))
+    at = [{tokens: index for index, tokens in enumerate(series.tokens)} for series in seeds]
+
+    def over_seeds(name: str, reduce: Callable[[Sequence[float]], float]) -> tuple[float, ...]:
+        return tuple(
+            reduce([getattr(series, name)[where[tokens]] for series, where in zip(seeds, at, strict=True)])
+            for tokens in shared
+        )
+
+    mean = statistics.fmean
+    return Series(
+        tokens=tuple(shared),
+        flops=over_seeds("flops", mean),
+        seconds=over_seeds("seconds", mean),
+        loss=over_seeds("loss", mean),
+        low=over_seeds("loss", min),
+        high=over_seeds("loss", max),
+    )
+
+
+def flops_at(run: SuiteRun) -> Callable[[float], float]:
+    """Tokens seen -> FLOPs spent: linear in each stage, with the slope of its FLOPs a token."""
+    assert run.record is not None
+    stages, costs = run.record.plan.stages, run.stage_flops_per_token
+    starts = [0, *accumulate(stage.tokens for stage in stages)]
+    spent = [0, *accumulate(stage.tokens * cost for stage, cost in zip(stages, costs, strict=True))]
+
+    def at(tokens: float) -> float:
+        index = min(bisect_right(starts, tokens), len(stages)) - 1
+        return spent[index] + (tokens - starts[index]) * costs[index]
+
+    return at
+
+
+def seconds_at(record: RunRecord) -> Callable[[float], float]:
+    """Tokens seen -> seconds since the start, between the logged steps in proportion."""
+    train = [e for e in record.events_of("train") if "elapsed_seconds" in e]
+    tokens = [0.0, *(e["tokens_seen"] for e in train)]
+    seconds = [0.0, *(e["elapsed_seconds"] for e in train)]
+
+    def at(position: float) -> float:
+        index = min(max(bisect_right(tokens, position), 1), len(tokens) - 1)
+        if index == 0 or tokens[index] == tokens[index - 1]:
+            return seconds[index]
+        share = min((position - tokens[index - 1]) / (tokens[index] - tokens[index - 1]), 1.0)
+        return seconds[index - 1] + share * (seconds[index] - seconds[index - 1])
+
+    return at
+
+
+def growth_points(record: RunRecord) -> tuple[GrowthPoint, ...]:
+    """Every growth of a run, with the merge just before it."""
+    points = []
+    merge: dict[str, float] = {}
+    for event in record.events:
+        if event["event"] == "merge":
+            merge = event
+        elif event["event"] == "growth":
+            before, after = (_stage(record, event["stage"] - offset).num_hidden_layers for offset in (1, 0))
+            points.append(
+                GrowthPoint(
+                    f"{before}→{after} layers",
+                    event["tokens_seen"],
+                    merge.get("loss_before"),
+                    event.get("loss_before"),
+                    event.get("loss_after"),
+                )
+            )
+    return tuple(points)
+
+
+def _stage(record: RunRecord, index: int) -> Stage:
+    return record.plan.stages[index - 1]
+
+
+@dataclass(frozen=True)
+class GrowthWindow:
+    """The training loss around one growth, a loss for each logged step."""
+
+    curve: Curve
+    point: GrowthPoint
+    before: tuple[tuple[float, float], ...]  # (tokens, loss)
+    after: tuple[tuple[float, float], ...]
+
+
+def growth_windows(curve: Curve) -> list[GrowthWindow]:
+    """A window of the training loss to both sides of each growth."""
+    training = list(zip(curve.training.tokens, curve.training.loss, strict=True))
+    reach = GROWTH_WINDOW * max(curve.training.tokens, default=0.0)
+    windows = []
+    for point in curve.growths:
+        near = [(tokens, loss) for tokens, loss in training if abs(tokens - point.tokens) <= reach]
+        before = tuple((tokens, loss) for tokens, loss in near if tokens <= point.tokens)
+        windows.append(GrowthWindow(curve, point, before, tuple(near[len(before) :])))
+    return windows
+
+
+def loss_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
+    """The losses worth seeing: the first fall, from log(vocabulary size), would flatten all the rest."""
+    shown = []
+    for drawn in curves:
+        series = drawn.validation
+        start = (0.1 if len(curves) <= 4 else 0.25) * max(series.tokens, default=0.0)
+        shown += [loss for tokens, loss in zip(series.tokens, series.loss, strict=True) if tokens > start]
+    if not shown:
+        return None
+    margin = 0.06 * max(max(shown) - min(shown), 0.05)
+    return min(shown) - margin, max(shown) + margin
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those (memory, perplexity) that no other point beats in both, from the least memory on."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best

@@ -1,0 +1,206 @@
+"""One HTML page of a suite that works from a file, without a network: tables, interactive charts, and what was run."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import steplm
+from steplm.report.charts import facts, question_charts, rates_chart
+from steplm.report.curves import Look, looks
+from steplm.report.style import RUN_COLOURS, RUN_COLOURS_ON_DARK
+from steplm.report.suite import Question
+from steplm.report.summary import Suite
+from steplm.report.tables import Cell, Table, details_table, problems, question_table, stages_table, tuning_table
+
+WITHOUT_PLOTLY = "For interactive charts: pip install 'steplm[report]', and make the report again."
+AXIS_BUTTONS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "time"}
+MOST_STAGE_TABLES = 6  # runs whose stages are shown where runs are all there is
+LONG_CELL = 18  # characters, from which on a cell may be broken into lines
+
+# Charts that a page without Plotly shows as pictures: kind -> name of the figure, after the section's
+PICTURES = {
+    "loss": "loss_tokens",
+    "tradeoff": "perplexity_memory",
+    "memory": "memory",
+    "growth": "growth",
+    "rates": "learning_rate",
+}
+
+
+def write_page(suite: Suite, path: Path, figures: Mapping[str, Path]) -> Path:
+    """Write the page; ``figures`` are shown in it where Plotly is not installed."""
+    plotly = plotly_script()
+    page = PageParts(suite, looks(suite), {} if plotly else figures)
+    body = page.body()
+    if not plotly:
+        body += f'<p class="caption">{escape(WITHOUT_PLOTLY)}</p>'
+    template = Template(_file("page.html"))
+    text = template.substitute(
+        title=escape(suite.record.name),
+        css=_file("page.css"),
+        body=body,
+        version=steplm.__version__,
+        data=_embedded(page.data() if plotly else {"charts": [], "labels": {}, "looks": {}}),
+        plotly=f"<script>{plotly}</script>" if plotly else "",
+        js=_file("page.js"),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def plotly_script() -> str | None:
+    """The JavaScript of the installed Plotly; ``None`` where it is not installed."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        return None
+    return get_plotlyjs()
+
+
+def _file(name: str) -> str:
+    return (files("steplm.report") / "page_files" / name).read_text(encoding="utf-8")
+
+
+def _embedded(value: Any) -> str:
+    """JSON that cannot end the script element which holds it."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+class PageParts:
+    """The sections of one page and the charts that they name."""
+
+    def __init__(self, suite: Suite, look: dict[str, Look], pictures: Mapping[str, Path]) -> None:
+        self.suite = suite
+        self.look = look
+        self.pictures = pictures
+        self.charts: list[dict[str, Any]] = []
+
+    def body(self) -> str:
+        questions = self.suite.record.questions
+        parts = [self._head()]
+        parts += [self._question(question, number) for number, question in enumerate(questions, start=1)]
+        parts += [self._stages(), self._tuning(), self._problems()]
+        return "\n".join(part for part in parts if part)
+
+    def data(self) -> dict[str, Any]:
+        """What the script needs; after ``body``."""
+        on_dark = dict(zip(RUN_COLOURS, RUN_COLOURS_ON_DARK, strict=True))
+        return {
+            "charts": self.charts,
+            "labels": {name: escape(entry.label) for name, entry in self.suite.entries.items()},
+            "looks": {
+                name: {"colour": look.colour and [look.colour, on_dark[look.colour]], "dash": look.dash}
+                for name, look in self.look.items()
+            },
+        }
+
+    def _head(self) -> str:
+        items = "".join(f"<div><dt>{escape(n)}</dt><dd>{escape(v)}</dd></div>" for n, v in facts(self.suite))
+        questions = self.suite.record.questions
+        links = "".join(f'<li><a href="#q{i}">{escape(q.title)}</a></li>' for i, q in enumerate(questions, start=1))
+        nav = f'<nav aria-label="Questions"><ol>{links}</ol></nav>' if len(questions) > 1 else ""
+        return f'<header><h1>{escape(self.suite.record.name)}</h1><dl class="facts">{items}</dl>{nav}</header>'
+
+    def _question(self, question: Question, number: int) -> str:
+        section = f"q{number}"
+        entries = self.suite.of(question)
+        charts = {chart["kind"]: chart for chart in question_charts(self.suite, question, number, self.look)}
+        text = f"<p>{escape(question.text)}</p>" if question.text else ""
+        details = details_table(self.suite, question)
+        return f"""<section id="{section}" aria-labelledby="{section}-title">
+<h2 id="{section}-title">{escape(question.title)}</h2>{text}
+{table_html(question_table(self.suite, question))}
+{self._chips([entry.entry.name for entry in entries]) if len(entries) > 1 else ""}
+{self._chart(charts.get("loss"), section)}
+{self._chart(charts.get("tradeoff"), section)}
+<div class="pair">{self._chart(charts.get("memory"), section)}{self._chart(charts.get("growth"), section)}</div>
+<details><summary>Further numbers</summary>{table_html(details)}</details>
+</section>"""
+
+    def _chips(self, names: list[str]) -> str:
+        if self.pictures:
+            return ""
+        buttons = "".join(
+            f'<button type="button" aria-pressed="true" data-entry="{escape(name)}">'
+            f"{escape(self.suite.entries[name].label)}</button>"
+            for name in names
+        )
+        return f'<div class="chips" role="group" aria-label="Methods shown in the charts">{buttons}</div>'
+
+    def _chart(self, chart: dict[str, Any] | None, section: str) -> str:
+        if chart is None:
+            return ""
+        self.charts.append({**chart, "section": section})
+        label = escape(f"{chart['title']}. {chart['about']} The numbers are in the tables.")
+        name = PICTURES[chart["kind"]]
+        picture = self.pictures.get(f"{section}_{name}", self.pictures.get(name))
+        inside = f'<img alt="{label}" src="{_data_uri(picture)}">' if picture else ""
+        style = ' style="height:auto"' if picture else ""
+        return f"""<figure>
+<figcaption><h3>{escape(chart["title"])}</h3>{self._tabs(chart)}<p>{escape(chart["about"])}</p></figcaption>
+<div class="chart" id="{chart["id"]}" role="img" aria-label="{label}"{style}>{inside}</div>
+</figure>"""
+
+    def _tabs(self, chart: dict[str, Any]) -> str:
+        if "x_titles" not in chart or self.pictures:
+            return ""
+        radios = "".join(
+            f'<label><input type="radio" name="{chart["id"]}-axis" value="{axis}" data-chart="{chart["id"]}"'
+            f"{' checked' if axis == 'tokens' else ''}>{name}</label>"
+            for axis, name in AXIS_BUTTONS.items()
+        )
+        log = f'<label><input type="checkbox" data-chart="{chart["id"]}">log</label>'
+        return f'<fieldset class="tabs" aria-label="Horizontal axis and scale">{radios}{log}</fieldset>'
+
+    def _stages(self) -> str:
+        """The stages of each run, where there is no comparison."""
+        if self.suite.record.baseline is not None or len(self.suite.entries) > MOST_STAGE_TABLES:
+            return ""
+        tables = [table for entry in self.suite.entries.values() if (table := stages_table(entry)) is not None]
+        return f"<section><h2>Stages</h2>{''.join(map(table_html, tables))}</section>" if tables else ""
+
+    def _tuning(self) -> str:
+        table, chart = tuning_table(self.suite), rates_chart(self.suite)
+        if table is None:
+            return ""
+        names = [trace["entry"] for trace in chart["traces"]] if chart else []
+        return f"""<section id="rates-section"><h2>Learning rates</h2>
+{table_html(table)}{self._chips(names)}{self._chart(chart, "rates-section")}</section>"""
+
+    def _problems(self) -> str:
+        lines = "".join(f"<li>{escape(line)}</li>" for line in problems(self.suite))
+        return f"<section><h2>Runs without a result</h2><ul>{lines}</ul></section>" if lines else ""
+
+
+def table_html(table: Table) -> str:
+    """A table whose headings sort it, in a box that scrolls sideways."""
+    heads = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in table.columns)
+    rows = "".join(
+        "<tr>" + "".join(_cell_html(cell, is_name=i == 0) for i, cell in enumerate(row)) + "</tr>" for row in table.rows
+    )
+    title, caption = escape(table.title), f'<p class="caption">{escape(table.caption)}</p>' if table.caption else ""
+    return f"""<div class="table"><div class="scroll" role="region" tabindex="0" aria-label="{title}">
+<table aria-label="{title}"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>{caption}</div>"""
+
+
+def _cell_html(cell: Cell, *, is_name: bool) -> str:
+    classes = " ".join(
+        filter(None, ["strong" if cell.strong else "", cell.tone, "wrap" if len(cell.text) > LONG_CELL else ""])
+    )
+    attributes = f' class="{classes}"' if classes else ""
+    if cell.value is not None:
+        attributes += f' data-value="{escape(str(cell.value))}"'
+    tag = 'th scope="row"' if is_name else "td"
+    return f"<{tag}{attributes}>{escape(cell.text)}</{tag.split()[0]}>"
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,159 @@
+"""``suite.json``: which runs a suite consists of, how they stand, and what is asked of them.
+
+``steplm compare`` writes it after every event, ``steplm report`` reads it. A suite directory:
+
+    suite.json               this document
+    suite.yaml               the suite as the user wrote it
+    runs/ENTRY/lr0.004-seed0/    run directories, each with evaluations.json:
+                             {"wikitext2": {"loss", "perplexity", "bits_per_byte", "num_tokens"}, ...}
+    report/                  tables, figures and the page
+
+All paths in it are relative to the directory, which can therefore be copied.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from steplm.errors import SteplmError
+from steplm.files import write_atomically
+from steplm.types import from_json, to_json
+
+SCHEMA_VERSION = 1
+SUITE_FILE = "suite.json"
+
+Status = Literal["waiting", "running", "finished", "diverged", "failed"]
+
+
+@dataclass(frozen=True)
+class EntryRecord:
+    """One method of a suite. The learning rate is ``None`` until the tuning has chosen one."""
+
+    name: str
+    label: str
+    method: str
+    like: str | None = None
+    match: str = "tokens"
+    settings: dict[str, Any] = field(default_factory=dict)
+    tuned: bool = False
+    learning_rate: float | None = None
+    at_edge: bool = False  # the best rate is the lowest or the highest of the grid
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """One run of a suite; ``shared_from`` is the directory of the run whose result it shares."""
+
+    entry: str
+    seed: int
+    learning_rate: float
+    dir: str
+    status: Status = "waiting"
+    error: str | None = None
+    shared_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """Some entries, most often beside a baseline: one table and its figures."""
+
+    title: str
+    entries: tuple[str, ...]
+    baseline: str | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class SuiteRecord:
+    """The whole of ``suite.json``."""
+
+    name: str
+    match: str  # what is equal among the entries: "tokens" or "flops"
+    seeds: tuple[int, ...]
+    entries: tuple[EntryRecord, ...]
+    runs: tuple[RunEntry, ...] = ()
+    questions: tuple[Question, ...] = ()
+    grid: tuple[float, ...] = ()  # learning rates that were tried
+    tune_seed: int = 0
+    baseline: str | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def entry(self, name: str) -> EntryRecord:
+        """The entry of this name; ``KeyError`` if there is none."""
+        return {entry.name: entry for entry in self.entries}[name]
+
+    def runs_of(self, name: str, *, chosen: bool = True) -> tuple[RunEntry, ...]:
+        """Runs of an entry by seed: those at its chosen learning rate, which count, or all of them.
+
+        The tuning run at the chosen rate is also the run of its seed.
+        """
+        rate = self.entry(name).learning_rate
+        runs = [run for run in self.runs if run.entry == name and (not chosen or run.learning_rate == rate)]
+        return tuple(sorted(runs, key=lambda run: (run.learning_rate, run.seed)))
+
+    def with_run(self, changed: RunEntry) -> SuiteRecord:
+        """A copy in which the run of the same entry, seed and rate is ``changed``; added if there is none."""
+
+        def key(run: RunEntry) -> tuple[str, int, float]:
+            return run.entry, run.seed, run.learning_rate
+
+        if all(key(run) != key(changed) for run in self.runs):
+            return replace(self, runs=(*self.runs, changed))
+        return replace(self, runs=tuple(changed if key(run) == key(changed) else run for run in self.runs))
+
+
+def is_suite(directory: str | Path) -> bool:
+    """Whether the directory holds a suite."""
+    return (Path(directory) / SUITE_FILE).is_file()
+
+
+def save_suite(record: SuiteRecord, directory: str | Path) -> Path:
+    """Write ``suite.json`` so that a reader finds the old document or the new one, never half of it."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / SUITE_FILE
+    write_atomically(path, json.dumps(to_json(record), indent=1) + "\n")
+    return path
+
+
+def load_suite(directory: str | Path) -> SuiteRecord:
+    """Read ``suite.json``.
+
+    Raises:
+        SteplmError: there is none, it is of a later version, or it says what cannot be.
+    """
+    path = Path(directory) / SUITE_FILE
+    if not path.is_file():
+        raise SteplmError(f"{directory} is no suite directory: it has no {SUITE_FILE}", path=str(directory))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise SteplmError(
+                f"{path} has schema version {version}, this steplm reads {SCHEMA_VERSION}. "
+                "Use the version of steplm that wrote it.",
+                path=str(path),
+                schema_version=version,
+            )
+        record = from_json(SuiteRecord, values)
+    except ValueError as error:
+        raise SteplmError(f"{path} cannot be read: {error}", path=str(path)) from None
+    _check_names(record, path)
+    return record
+
+
+def _check_names(record: SuiteRecord, path: Path) -> None:
+    known = {entry.name for entry in record.entries}
+    named = {record.baseline, *(run.entry for run in record.runs)}
+    for question in record.questions:
+        named |= {question.baseline, *question.entries}
+    unknown = sorted(name for name in named - known if name is not None)
+    if unknown:
+        raise SteplmError(
+            f"{path} names entries that it does not have: {', '.join(unknown)}. It has: {', '.join(sorted(known))}.",
+            path=str(path),
+            unknown=unknown,
+        )

@@ -1,0 +1,372 @@
+"""The numbers of a suite: of each run, of each entry over its seeds, and of an entry against a baseline.
+
+A number comes from finished runs only. Losses are nats a token, memory is bytes, and an interval is the 95% interval
+of the mean over seeds by Student's t; one run alone has none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from steplm.errors import SteplmError
+from steplm.report.runs import RunRecord, load_run
+from steplm.report.suite import EntryRecord, Question, RunEntry, SuiteRecord, is_suite, load_suite
+from steplm.types import Plan
+
+CONFIDENCE = 0.95
+SEARCH_DEPTH = 3  # folders below the given one in which runs are looked for
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over ``n`` seeds and its interval; ``low`` and ``high`` are ``None`` for one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def half_width(self) -> float | None:
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+    def exp(self) -> Estimate:
+        """The perplexity of a loss: both ends of the interval follow the mean."""
+        ends = [None if end is None else math.exp(min(end, 700.0)) for end in (self.low, self.high)]
+        return Estimate(math.exp(min(self.mean, 700.0)), *ends, self.n)
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Mean and 95% t-interval: ``mean ± t(n - 1) s / √n``; ``None`` of no values."""
+    if not values:
+        return None
+    mean, n = statistics.fmean(values), len(values)
+    if n == 1:
+        return Estimate(mean, None, None, 1)
+    from scipy.stats import t
+
+    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+@dataclass(frozen=True)
+class SuiteRun:
+    """One run: its line in ``suite.json`` and what its directory holds, if it has begun."""
+
+    entry: RunEntry
+    counts: bool  # at the learning rate that its entry has chosen
+    record: RunRecord | None = None
+    evaluations: dict[str, dict[str, Any]] | None = None
+    environment: dict[str, Any] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.entry.status == "finished" and self.record is not None and self.record.summary is not None
+
+    @property
+    def plan(self) -> Plan | None:
+        return None if self.record is None else self.record.plan
+
+    @property
+    def validation_loss(self) -> float | None:
+        """Of the exported model."""
+        if not self.finished or self.record is None or self.record.summary is None:
+            return None
+        return self.record.summary["validation_loss"]
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """By text, ``evaluations.json``."""
+        return {name: result["loss"] for name, result in (self.evaluations or {}).items()} if self.finished else {}
+
+    @cached_property
+    def stage_flops_per_token(self) -> tuple[int, ...]:
+        from steplm.planner.flops import stage_flops_per_token
+
+        return () if self.record is None else stage_flops_per_token(self.record.config, self.record.plan)
+
+    @property
+    def training_flops(self) -> int | None:
+        from steplm.planner.flops import plan_flops
+
+        return None if self.record is None else plan_flops(self.record.config, self.record.plan)
+
+    def largest(self, event: str, key: str) -> int | None:
+        """The largest value of a key in the events of one kind; ``None`` where no event has it."""
+        if not self.finished or self.record is None:
+            return None
+        return max((e[key] for e in self.record.events_of(event) if e.get(key) is not None), default=None)
+
+    @property
+    def measured_model_state_bytes(self) -> int | None:
+        return self.record.measured_model_state_bytes if self.finished and self.record else None
+
+    @property
+    def median_tokens_per_second(self) -> float | None:
+        return self.record.median_tokens_per_second if self.finished and self.record else None
+
+    @property
+    def elapsed_seconds(self) -> float | None:
+        return self.record.elapsed_seconds if self.finished and self.record else None
+
+    @cached_property
+    def row(self) -> dict[str, Any]:
+        """Every number of the run by a plain name with its unit: a line of ``runs.csv``."""
+        plan, texts = self.plan, (self.evaluations or {}) if self.finished else {}
+        loss = self.validation_loss
+        return {
+            "entry": self.entry.entry,
+            "seed": self.entry.seed,
+            "learning_rate": self.entry.learning_rate,
+            "counts": self.counts,
+            "status": self.entry.status,
+            "error": self.entry.error,
+            "directory": self.entry.dir,
+            "shared_from": self.entry.shared_from,
+            "layers": None if plan is None else "+".join(map(str, plan.layers)),
+            "parameters": None if plan is None else plan.shape.num_parameters(),
+            "tokens": self.record.tokens_seen if self.finished and self.record else None,
+            "training_flops": self.training_flops if self.finished else None,
+            "validation_loss_nats_per_token": loss,
+            "validation_perplexity": None if loss is None else math.exp(min(loss, 700.0)),
+            **{f"{text}_{key}": value for text, result in texts.items() for key, value in result.items()},
+            "planned_peak_model_state_bytes": None if plan is None else plan.peak_model_state_bytes,
+            "measured_peak_model_state_bytes": self.measured_model_state_bytes,
+            "planned_peak_bytes": None if plan is None else plan.peak_bytes,
+            "measured_peak_allocated_bytes": self.largest("train", "peak_allocated_bytes"),
+            "planned_dry_run_peak_bytes": self.largest("stage_start", "planned_dry_run_bytes"),
+            "measured_dry_run_peak_bytes": self.largest("stage_start", "measured_dry_run_bytes"),
+            "median_tokens_per_second": self.median_tokens_per_second,
+            "elapsed_seconds": self.elapsed_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class EntrySummary:
+    """One method over its seeds, at its chosen learning rate."""
+
+    entry: EntryRecord
+    runs: tuple[SuiteRun, ...]  # those that count, by seed
+
+    @property
+    def label(self) -> str:
+        return self.entry.label
+
+    @property
+    def finished(self) -> tuple[SuiteRun, ...]:
+        return tuple(run for run in self.runs if run.finished)
+
+    @property
+    def record(self) -> RunRecord | None:
+        """Of a finished run, or else of any that has a plan: the plan does not depend on the seed."""
+        records = [run.record for run in (*self.finished, *self.runs) if run.record is not None]
+        return records[0] if records else None
+
+    @property
+    def plan(self) -> Plan | None:
+        return None if self.record is None else self.record.plan
+
+    @cached_property
+    def validation_loss(self) -> Estimate | None:
+        return estimate([run.validation_loss for run in self.finished if run.validation_loss is not None])
+
+    @cached_property
+    def losses(self) -> dict[str, Estimate]:
+        """By text, over the seeds that have it."""
+        names = {name: None for run in self.finished for name in run.losses}
+        estimates = {name: estimate([run.losses[name] for run in self.finished if name in run.losses]) for name in names}
+        return {name: value for name, value in estimates.items() if value is not None}
+
+    def bits_per_byte(self, text: str) -> Estimate | None:
+        results = [(run.evaluations or {}).get(text, {}).get("bits_per_byte") for run in self.finished]
+        return estimate([value for value in results if value is not None])
+
+    def largest(self, name: str) -> int | None:
+        """The largest value of a column of ``runs.csv`` over the finished seeds."""
+        return max((value for run in self.finished if (value := run.row[name]) is not None), default=None)
+
+    def median(self, name: str) -> float | None:
+        """The median of a column of ``runs.csv`` over the finished seeds."""
+        values = [value for run in self.finished if (value := run.row[name]) is not None]
+        return statistics.median(values) if values else None
+
+    @property
+    def state(self) -> str:
+        """``"3"`` finished seeds, or ``"2 of 3: seed 2 diverged"``."""
+        if not self.runs:
+            return "not begun" if self.entry.learning_rate is not None else "no learning rate yet"
+        if len(self.finished) == len(self.runs):
+            return str(len(self.runs))
+        others = [f"seed {run.entry.seed} {_why_not(run)}" for run in self.runs if not run.finished]
+        return f"{len(self.finished)} of {len(self.runs)}: {', '.join(others)}"
+
+    @cached_property
+    def row(self) -> dict[str, Any]:
+        """Every number of the entry by a plain name with its unit: a line of ``summary.csv``."""
+        plan, loss = self.plan, self.validation_loss
+        return {
+            "entry": self.entry.name,
+            "label": self.entry.label,
+            "method": self.entry.method,
+            "learning_rate": self.entry.learning_rate,
+            "learning_rate_at_edge": self.entry.at_edge,
+            "finished_seeds": len(self.finished),
+            "seeds": len(self.runs),
+            "state": self.state,
+            **_columns("validation_loss_nats_per_token", loss),
+            **_columns("validation_perplexity", None if loss is None else loss.exp()),
+            **{
+                key: value
+                for text, estimated in self.losses.items()
+                for key, value in {
+                    **_columns(f"{text}_loss_nats_per_token", estimated),
+                    **_columns(f"{text}_perplexity", estimated.exp()),
+                    **_columns(f"{text}_bits_per_byte", self.bits_per_byte(text)),
+                }.items()
+            },
+            "planned_peak_model_state_bytes": None if plan is None else plan.peak_model_state_bytes,
+            "measured_peak_model_state_bytes": self.largest("measured_peak_model_state_bytes"),
+            "planned_peak_bytes": None if plan is None else plan.peak_bytes,
+            "measured_peak_allocated_bytes": self.largest("measured_peak_allocated_bytes"),
+            "planned_dry_run_peak_bytes": self.largest("planned_dry_run_peak_bytes"),
+            "measured_dry_run_peak_bytes": self.largest("measured_dry_run_peak_bytes"),
+            "tokens": self.largest("tokens"),
+            "training_flops": self.largest("training_flops"),
+            "median_tokens_per_second": self.median("median_tokens_per_second"),
+            "median_elapsed_seconds": self.median("elapsed_seconds"),
+        }
+
+
+def _columns(name: str, value: Estimate | None) -> dict[str, float | None]:
+    parts = (None, None, None) if value is None else (value.mean, value.low, value.high)
+    return dict(zip((f"{name}_mean", f"{name}_ci95_low", f"{name}_ci95_high"), parts, strict=True))
+
+
+def _why_not(run: SuiteRun) -> str:
+    return "has no results" if run.entry.status == "finished" else run.entry.status
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The loss of an entry less the baseline's, seed by seed: same seed, same order of the data."""
+
+    estimate: Estimate
+    verdict: str  # "better", "worse", "no difference seen", or "one seed: no verdict"
+
+
+def difference(entry: EntrySummary, baseline: EntrySummary) -> Difference | None:
+    """Paired difference in validation loss, nats a token; ``None`` where no seed has finished in both."""
+    losses = {run.entry.seed: run.validation_loss for run in baseline.finished}
+    gaps = [
+        run.validation_loss - reference
+        for run in entry.finished
+        if (reference := losses.get(run.entry.seed)) is not None and run.validation_loss is not None
+    ]
+    gap = estimate(gaps)
+    if gap is None:
+        return None
+    if gap.low is None or gap.high is None:
+        return Difference(gap, "one seed: no verdict")
+    if gap.high < 0:
+        return Difference(gap, "better")
+    return Difference(gap, "worse" if gap.low > 0 else "no difference seen")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite as read from its directory."""
+
+    record: SuiteRecord
+    runs: tuple[SuiteRun, ...]
+
+    @cached_property
+    def entries(self) -> dict[str, EntrySummary]:
+        """By name, in the order of the suite."""
+        return {
+            entry.name: EntrySummary(
+                entry,
+                tuple(
+                    sorted(
+                        (run for run in self.runs if run.counts and run.entry.entry == entry.name),
+                        key=lambda run: run.entry.seed,
+                    )
+                ),
+            )
+            for entry in self.record.entries
+        }
+
+    @property
+    def texts(self) -> list[str]:
+        """Names of all texts that a run was evaluated on."""
+        return list({name: None for entry in self.entries.values() for name in entry.losses})
+
+    def of(self, question: Question) -> list[EntrySummary]:
+        """The entries of a question, the baseline first."""
+        names = dict.fromkeys([*([question.baseline] if question.baseline else []), *question.entries])
+        return [self.entries[name] for name in names]
+
+    @property
+    def any_run(self) -> SuiteRun | None:
+        """One that says on what the suite ran."""
+        runs = [run for run in self.runs if run.record is not None]
+        return next((run for run in runs if run.finished), runs[0] if runs else None)
+
+
+def read_suite(directory: str | Path) -> Suite:
+    """A suite directory, or a run directory, or a folder of run directories, each of which is then an entry.
+
+    Raises:
+        SteplmError: none of the three.
+    """
+    directory = Path(directory)
+    record = load_suite(directory) if is_suite(directory) else _suite_of_runs(directory)
+    rates = {entry.name: entry.learning_rate for entry in record.entries}
+    return Suite(record, tuple(_read_run(directory, run, rates[run.entry]) for run in record.runs))
+
+
+def _read_run(directory: Path, run: RunEntry, chosen_rate: float | None) -> SuiteRun:
+    folder = directory / run.dir
+    if run.shared_from is not None and not (folder / "plan.json").is_file():
+        folder = directory / run.shared_from
+    counts = run.learning_rate == chosen_rate
+    if not (folder / "plan.json").is_file() or not (folder / "config.yaml").is_file():
+        return SuiteRun(run, counts)
+    evaluations, environment = _json(folder / "evaluations.json"), _json(folder / "environment.json")
+    return SuiteRun(run, counts, load_run(folder, label=run.entry), evaluations, environment)
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _suite_of_runs(directory: Path) -> SuiteRecord:
+    """Every run below a folder as an entry of its own, and one question that sets them side by side."""
+    patterns = ["/".join(["*"] * depth + ["plan.json"]) for depth in range(SEARCH_DEPTH + 1)]
+    folders = sorted(path.parent for pattern in patterns for path in directory.glob(pattern))
+    if not folders:
+        raise SteplmError(
+            f"{directory} holds neither a suite (suite.json) nor a run (plan.json). "
+            "Give the directory of `steplm compare` or of `steplm train`.",
+            path=str(directory),
+        )
+    entries, runs = [], []
+    for folder in folders:
+        record = load_run(folder)
+        name = str(folder.relative_to(directory))
+        label = record.label if name == "." else name
+        rate = record.config.learning_rate(0)
+        status = "running" if record.summary is None else "finished"
+        entries.append(EntryRecord(name, label, record.label, learning_rate=rate))
+        runs.append(RunEntry(name, record.config.seed, rate, name, status))
+    names = tuple(entry.name for entry in entries)
+    title = entries[0].label if len(entries) == 1 else directory.resolve().name
+    seeds = tuple(sorted({run.seed for run in runs}))
+    question = Question("The run" if len(entries) == 1 else "The runs", names)
+    return SuiteRecord(title, "nothing", seeds, tuple(entries), tuple(runs), (question,))

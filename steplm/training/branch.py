@@ -1,0 +1,103 @@
+"""Branching: a run that begins as another one did goes on from that one's checkpoint at a stage's end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from steplm.checkpoint import checkpoint_name, verify_checkpoint
+from steplm.checkpoint.folder import complete_checkpoints, load_checkpoint_state
+from steplm.config import RunConfig, load_config
+from steplm.data.prepare import with_prepared_dir
+from steplm.errors import CheckpointMismatch
+from steplm.files import sync
+from steplm.models.shape import shape_of
+from steplm.planner.plan import plan as make_plan
+from steplm.training.checks import flat
+from steplm.types import Plan, TrainState, from_json
+
+# Keys that leave a stage's weights as they are, to the last bit, or that the plan's stages tell of.
+NOT_COMPARED = (
+    "name", "output_dir", "eval", "log", "train.dry_run", "train.save_steps", "train.save_total_limit",
+    "data.num_workers", "memory.reserve", "memory.correction",
+    "plan.", "pet.", "growth.", "model.num_hidden_layers", "optim.schedule_over",
+    "optim.learning_rate", "optim.keep_state_at_growth",
+)  # fmt: skip
+
+
+def stage_keys(config: RunConfig, plan: Plan) -> tuple[str, ...]:
+    """One key for the end of each stage: runs with equal keys have equal checkpoints there, to the last bit.
+
+    A key covers the stage and those before it, and every configuration key that they read.
+    """
+    values = flat(with_prepared_dir(config).model_dump(mode="json"))
+    common = {key: value for key, value in values.items() if not key.startswith(NOT_COMPARED)}
+    keys = []
+    for stage in plan.stages:
+        own: dict[str, Any] = {"stages": plan.hash_until(stage.index)}
+        own["learning_rates"] = [config.learning_rate(earlier.num_growths) for earlier in plan.stages[: stage.index]]
+        if stage.index > 1:
+            own["begin"] = [config.growth.operator, config.optim.keep_state_at_growth, config.pet.restart_keep]
+        text = json.dumps({**common, **own}, sort_keys=True)
+        keys.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+    return tuple(keys)
+
+
+def branch(source_run_dir: str | Path, stage_index: int, config: RunConfig) -> Path:
+    """Give a run that has not begun the checkpoint and the log of another one, at the end of a stage.
+
+    ``train(config)`` then goes on from there, as if it had trained those stages itself. Files are linked where the
+    file system can, else copied.
+
+    Args:
+        source_run_dir: a run directory in which the stage is done, with the same ``stage_keys`` up to it.
+        stage_index: from 1.
+
+    Returns:
+        The checkpoint in ``config.run_dir``.
+
+    Raises:
+        CheckpointMismatch: the run has begun already, or its ``stage_keys`` are others.
+        CheckpointError: the source's checkpoint is missing or damaged.
+    """
+    name = checkpoint_name(TrainState(stage_index, 0, 0, 0, stage_done=True))
+    source, target = Path(source_run_dir) / "checkpoints" / name, config.run_dir / "checkpoints" / name
+    if complete_checkpoints(target.parent):
+        raise CheckpointMismatch(f"{config.run_dir} has begun already, and cannot branch off", path=str(config.run_dir))
+    verify_checkpoint(source)
+    _check_same_beginning(Path(source_run_dir), stage_index, config)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    metrics_bytes = load_checkpoint_state(source).metrics_bytes
+    with (Path(source_run_dir) / "metrics.jsonl").open("rb") as file:
+        (config.run_dir / "metrics.jsonl").write_bytes(file.read(metrics_bytes))
+    unfinished = target.with_name(f".writing-{name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(source, unfinished, copy_function=_link_or_copy)
+    os.replace(unfinished, target)
+    sync(target.parent)
+    return target
+
+
+def _check_same_beginning(source_run_dir: Path, stage_index: int, config: RunConfig) -> None:
+    theirs_config = load_config(source_run_dir / "config.yaml")
+    theirs = stage_keys(theirs_config, from_json(Plan, json.loads((source_run_dir / "plan.json").read_text())))
+    ours = stage_keys(config, make_plan(config, shape_of(config.model.hf_config())))
+    if ours[:stage_index] != theirs[:stage_index]:
+        raise CheckpointMismatch(
+            f"{config.run_dir} cannot branch off from {source_run_dir} after stage {stage_index}: their configurations "
+            "differ in what trains the stages before it.",
+            source=str(source_run_dir),
+            stage=stage_index,
+        )
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    # No checkpoint file is ever written into after its folder is complete.
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

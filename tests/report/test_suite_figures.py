@@ -1,0 +1,108 @@
+"""What the figures of a suite draw: axes, curves over seeds, frontier, windows, places of labels."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steplm.report.curves import curve, flops_at, frontier, growth_windows, looks, seconds_at
+from steplm.report.labels import HEIGHT, WIDTH, anchor, place_labels
+from steplm.report.summary import Suite, read_suite
+
+
+@pytest.fixture(scope="module")
+def suite(make_suite: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    return read_suite(make_suite(tmp_path_factory.mktemp("figures") / "suite", ("vanilla", "step_3"), (0, 1)))
+
+
+def test_flops_over_a_run_end_at_the_plans(suite: Suite) -> None:
+    for run in suite.runs:
+        assert run.plan is not None
+        at = flops_at(run)
+        assert at(0) == 0
+        assert at(run.plan.total_tokens) == pytest.approx(run.training_flops)
+        first = run.plan.stages[0]
+        assert at(first.tokens / 2) == pytest.approx(first.tokens / 2 * run.stage_flops_per_token[0])
+
+
+def test_time_between_two_logged_steps_is_in_proportion(suite: Suite) -> None:
+    record = suite.runs[0].record
+    assert record is not None
+    events = [
+        {"event": "train", "tokens_seen": 100, "elapsed_seconds": 10.0},
+        {"event": "train", "tokens_seen": 200, "elapsed_seconds": 40.0},
+    ]
+    at = seconds_at(replace(record, events=tuple(events)))
+    assert [at(t) for t in (0, 50, 100, 150, 200, 300)] == pytest.approx([0, 5, 10, 25, 40, 40])
+    assert seconds_at(replace(record, events=()))(5.0) == 0.0
+
+
+def test_a_curve_is_the_mean_of_its_seeds_within_their_extremes(suite: Suite) -> None:
+    entry = suite.entries["step_3"]
+    drawn = curve(entry)
+    assert drawn is not None
+    losses = [[e["loss"] for e in run.record.events_of("eval")] for run in entry.runs if run.record is not None]
+    assert drawn.validation.loss == pytest.approx([sum(pair) / 2 for pair in zip(*losses, strict=True)])
+    series = drawn.validation
+    assert all(a <= b <= c for a, b, c in zip(series.low, series.loss, series.high, strict=True))
+    assert drawn.num_seeds == 2
+
+
+def test_growths_stand_on_the_curve_where_a_stage_ends(suite: Suite) -> None:
+    drawn = curve(suite.entries["step_3"])
+    assert drawn is not None
+    plan = suite.entries["step_3"].plan
+    assert plan is not None
+    ends = [plan.stages[0].tokens, plan.stages[0].tokens + plan.stages[1].tokens]
+    assert [point.tokens for point in drawn.growths] == ends
+    assert set(ends) <= set(drawn.validation.tokens)
+    depths = [stage.num_hidden_layers for stage in plan.stages]
+    assert drawn.growths[0].label == f"{depths[0]}→{depths[1]} layers"
+    assert drawn.growths[0].loss_grown == pytest.approx(drawn.growths[0].loss_merged + 0.3)
+
+
+def test_a_window_is_cut_at_the_growth(suite: Suite) -> None:
+    drawn = curve(suite.entries["step_3"])
+    assert drawn is not None
+    for window in growth_windows(drawn):
+        assert window.before and window.after
+        assert max(tokens for tokens, _ in window.before) <= window.point.tokens
+        assert min(tokens for tokens, _ in window.after) > window.point.tokens
+
+
+def test_the_baseline_is_ink_and_no_two_entries_look_alike(suite: Suite) -> None:
+    names = [f"m{i}" for i in range(18)]
+    base = suite.record.entries[0]
+    entries = (base, *(replace(base, name=name, label=name) for name in names))
+    look = looks(Suite(replace(suite.record, entries=entries), ()))
+    assert look["vanilla"].colour is None
+    assert len({(style.colour, style.dash) for style in look.values()}) == 19
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=12))
+def test_the_frontier_is_what_nothing_beats_in_both(points: list[tuple[int, int]]) -> None:
+    unbeaten = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    assert frontier(points) == sorted(unbeaten)
+
+
+def test_labels_cover_neither_each_other_nor_points() -> None:
+    generator = random.Random(1)
+    points = [(generator.uniform(100, 700), generator.uniform(80, 320)) for _ in range(12)]
+    points[1] = points[0]
+    texts = [f"method {i}" for i in range(12)]
+    offsets = place_labels(points, texts, (800, 400), font_size=10)
+    boxes = []
+    for (x, y), (dx, dy), text in zip(points, offsets, texts, strict=True):
+        width, height = WIDTH * 10 * len(text), HEIGHT * 10
+        left = x + dx - {"left": 0.0, "center": width / 2, "right": width}[anchor(dx)]
+        boxes.append((left, y + dy - height / 2, left + width, y + dy + height / 2))
+    assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a, b in combinations(boxes, 2))
+    assert not any(a[0] < x < a[2] and a[1] < y < a[3] for a in boxes for x, y in points)
+    assert all(0 <= a[0] and a[2] <= 800 and 0 <= a[1] and a[3] <= 400 for a in boxes)
