@@ -237,6 +237,11 @@ class OptimConfig(Section):
         """Whether the layers' matrices have low-rank states."""
         return self.name not in ("adamw", "badam")
 
+    @property
+    def state_rank(self) -> int:
+        """Of low-rank states."""
+        return 1 if self.name == "apollo_mini" else self.rank
+
     @field_validator("learning_rate")
     @classmethod
     def _positive(cls, value: float | list[float]) -> float | list[float]:

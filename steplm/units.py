@@ -61,6 +61,12 @@ def format_bytes(num_bytes: int | float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def binary_unit(num_bytes: int) -> tuple[str, int]:
+    """The largest unit that ``num_bytes`` has one of, and its bytes: ``('GiB', 2**30)``. For tables of one unit."""
+    units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+    return next(((unit, size) for unit, size in units if num_bytes >= size), ("B", 1))
+
+
 def format_count(count: int | float) -> str:
     """``12_300_000 -> '12.3M'``."""
     for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):

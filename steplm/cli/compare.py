@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ def _conclude(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
     display.note(f"suite {record.name!r} in {suite.directory}: {listing}")
     problems = problems_of(record)
     for problem in problems:
-        display.note(f"  {problem}", "red")
+        print(problem, file=sys.stderr)
     return 1 if problems else 0
 
 

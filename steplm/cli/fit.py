@@ -13,16 +13,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from steplm.config import RunConfig, load_config
+from steplm.cli.plan import counted_shape
+from steplm.config import load_config
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.fit import Alternative, FitResult, fit, suggestions
 from steplm.planner.ladder import LADDER
-from steplm.planner.shape import FAMILIES
 from steplm.planner.ways import VARY
-from steplm.types import ModelShape
-from steplm.units import format_bytes, format_count, parse_bytes
-
-BYTE_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+from steplm.units import binary_unit, format_bytes, format_count, parse_bytes
 
 
 def show_fit(
@@ -41,7 +38,7 @@ def show_fit(
         raise ConfigError(f"--budget: {error}") from None
     names = [name.strip() for name in vary.split(",") if name.strip()]
     config = load_config(run, overrides)
-    result = fit(config, budget_bytes, maximize=maximize, vary=names, shape=_shape(config))
+    result = fit(config, budget_bytes, maximize=maximize, vary=names, shape=counted_shape(config))
     if as_json:
         print(json.dumps(fit_to_json(result), indent=2))
     else:
@@ -51,7 +48,7 @@ def show_fit(
 def explained(error: PlanInfeasible, run: str, overrides: Sequence[str]) -> PlanInfeasible:
     """The error of a plan that does not fit ``plan.budget``, with the changes that would make it fit."""
     config = load_config(run, overrides)
-    more = suggestions(config, error.budget_bytes, _shape(config))
+    more = suggestions(config, error.budget_bytes, counted_shape(config))
     return PlanInfeasible(f"{error}\n{more}", **error.details)
 
 
@@ -92,7 +89,7 @@ def _answer(result: FitResult) -> tuple[str, str]:
 def _table(result: FitResult, *, gap: int) -> Table:
     numbers = _numbers(result.alternatives)
     largest = max(row.peak_bytes for row in result.alternatives)
-    unit, size = next((unit, size) for unit, size in BYTE_UNITS if largest >= size)
+    unit, size = binary_unit(largest)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0), pad_edge=False)
     if result.maximize is not None:
         table.add_column(result.maximize, justify="right", no_wrap=True)
@@ -164,11 +161,3 @@ def _command(run: str, overrides: Sequence[str], best: Alternative, budget: str,
         else:
             lines[-1] += " " + quoted
     return lines
-
-
-def _shape(config: RunConfig) -> ModelShape | None:
-    if config.model.model_type in FAMILIES:
-        return None
-    from steplm.models.shape import shape_of
-
-    return shape_of(config.model.hf_config())

@@ -16,10 +16,8 @@ from steplm.memory.terms import OUTER_COMPONENTS
 from steplm.planner.plan import StageCosts, as_vanilla
 from steplm.planner.plan import plan as make_plan
 from steplm.planner.shape import FAMILIES
-from steplm.types import HOST, MemoryEstimate, MemoryTerm, Plan, Stage, to_json
-from steplm.units import format_bytes, format_count
-
-_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+from steplm.types import HOST, MemoryEstimate, MemoryTerm, ModelShape, Plan, Stage, to_json
+from steplm.units import binary_unit, format_bytes, format_count
 
 
 def show_plan(
@@ -33,12 +31,7 @@ def show_plan(
 ) -> None:
     """Plan a run and print it; simulate or measure its steps where that is asked for."""
     config = load_config(run, overrides)
-    shape = None
-    if config.model.model_type not in FAMILIES:
-        from steplm.models.shape import shape_of
-
-        shape = shape_of(config.model.hf_config())
-    plan = make_plan(config, shape)
+    plan = make_plan(config, counted_shape(config))
     console = Console(stderr=as_json)
     document = plan_to_json(plan) if as_json else {}
     if not as_json:
@@ -53,6 +46,15 @@ def show_plan(
         document["calibration"] = show_calibration(config, plan, console)
     if as_json:
         print(json.dumps(document, indent=2))
+
+
+def counted_shape(config: RunConfig) -> ModelShape | None:
+    """The shape of a model that the planner does not know by formula; None, and no torch, where it does."""
+    if config.model.model_type in FAMILIES:
+        return None
+    from steplm.models.shape import shape_of
+
+    return shape_of(config.model.hf_config())
 
 
 def _show(plan: Plan, console: Console, config: RunConfig, *, explain: bool) -> None:
@@ -110,7 +112,7 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
     vanilla = StageCosts(as_vanilla(config), shape)
     vanilla_state = vanilla.model_state(shape.num_hidden_layers, 0)
     largest = plan.peak_bytes or plan.peak_model_state_bytes
-    unit, size = next((unit, size) for unit, size in _UNITS if largest >= size)
+    unit, size = binary_unit(largest)
     gap = 1 if console.width >= 90 else 0
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0), pad_edge=False)
     table.add_column("stage", no_wrap=True)

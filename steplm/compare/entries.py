@@ -190,16 +190,19 @@ def _entry(
             "run at the rate that it sets.",
             entry=name,
         )
+    match = written.match or config.match
     label = written.label or (like.label if like else METHODS[method].label)
-    if varied:
-        label += ", " + ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in varied.items())
+    told = varied if written.label or not like else own  # what the label does not say yet
+    label += "".join(f", {key.rpartition('.')[2]} {value}" for key, value in told.items())
+    if match != config.match and not written.label:
+        label += f", equal {'FLOPs' if match == 'flops' else match}"
     takes_rate = like is not None and not tuned and "optim.learning_rate" not in own
     return Entry(
         name=name,
         label=label,
         method=method,
         like=written.like,
-        match=written.match or config.match,
+        match=match,
         settings={**(like.settings if like else {}), **own},
         seeds=tuple(dict.fromkeys(written.seeds or config.seeds)),
         grid=tuple(sorted(set(grid))) if tuned else (),

@@ -106,10 +106,13 @@ class Runner:
 
     def _update(self) -> None:
         """Choose what can be chosen, list the runs that follow from it, and write it all down."""
-        for entry in self.suite.entries.values():
-            self._choose_rate(entry)
-        listed = {run: None for entry in self.suite.entries.values() for run in self._runs_of(entry)}
-        self.runs = {run: self.runs.get(run) or self._first_record(run) for run in listed}
+        entries, before = self.suite.entries.values(), (-1, -1)
+        # Again while there is more: on a restart, the runs that a choice leads to may be finished, and lead to another.
+        while before != (before := (len(self.choices), len(self.runs))):
+            for entry in entries:
+                self._choose_rate(entry)
+            listed = {run: None for entry in entries for run in self._runs_of(entry)}
+            self.runs = {run: self.runs.get(run) or self._first_record(run) for run in listed}
         save_suite(self.record, self.directory)
 
     def _runs_of(self, entry: Entry) -> Iterator[RunKey]:

@@ -84,9 +84,8 @@ class ByteCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is DEVICE and isinstance(
-            args[0], FakeTensor
-        ):  # two of three calls; asked of the mode below, it is slow
+        if func is DEVICE and isinstance(args[0], FakeTensor):
+            # Two of three calls are this one; asked of the mode below, it is slow.
             return args[0].fake_device
         kwargs = kwargs or {}
         result = func(*args, **kwargs)

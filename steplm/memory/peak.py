@@ -19,7 +19,9 @@ from steplm.memory.formats import (
     CODE_BOOK_BYTES,
     MIN_OFFLOADED_BYTES,
     STEP_CHUNK,
+    is_low_rank,
     largest_bucket,
+    low_rank_step_bytes,
     step_bytes,
     unpack_bytes,
 )
@@ -201,8 +203,9 @@ class _Moments:
     def update(self) -> Instant:
         """The optimizer's step."""
         sizes = [min(size, STEP_CHUNK) for size in self._trained_matrices()]
-        workspace = 0 if self.memory.fused_backward else self._step_bytes(largest_bucket(sizes), max(sizes))
-        terms = [_term("optimizer", "workspace", workspace, self._step_formula())]
+        workspace = max(self._step_bytes(largest_bucket(sizes), max(sizes, default=0)), self._low_rank_step_bytes())
+        held = 0 if self.memory.fused_backward else workspace
+        terms = [_term("optimizer", "workspace", held, self._step_formula())]
         return self._instant("optimizer step", 0, terms, self._all_gradients(), in_pass=False)
 
     def evaluation(self, batch_size: int) -> Instant:
@@ -217,6 +220,8 @@ class _Moments:
         layer, gradient = self.activations[kind], self.activations[kind].first_gradient
         backward, recomputed = layer.backward, layer.saved if self.recomputes[kind] else 0
         update = self._fused_update(gradient // self.work.width)
+        if kind == "new_layers" and self.memory.fused_backward:
+            update = max(update, self._low_rank_step_bytes())
         if self.memory.offload_activations:  # what the layer saved, or its input, is back
             if recomputed:
                 backward = layer.backward + self.work.stream_bytes
@@ -252,7 +257,8 @@ class _Moments:
         """Weights and states, activations of the lowest ``num_below`` layers, and what else there is."""
         held = [term for term in self.state.terms if term.kind != "gradients"]
         if self.memory.optimizer_states == "8bit":
-            held.append(_term("optimizer", "workspace", CODE_BOOK_BYTES, "tables of the 8-bit code"))
+            tables = CODE_BOOK_BYTES * (2 if self.optim.name == "badam" else 1)  # of the layer, and of all else
+            held.append(_term("optimizer", "workspace", tables, "tables of the 8-bit code"))
         where = HOST if self.memory.offload_activations else "activations"
         for kind in KINDS_OF_LAYERS:
             count = self._saving(kind, num_below)
@@ -330,7 +336,7 @@ class _Moments:
         shape, rank = self.shape, self.work.adapter_rank
         outer_adapter = (rank * shape.hidden_size, shape.vocab_size * rank)
         outer = {"trained": (self.matrix,), "adapters": outer_adapter, "frozen": ()}[self.outer]
-        in_new = shape.layer_matrices
+        in_new = shape.other_layer_matrices if self._low_rank_maps() else shape.layer_matrices
         adapted = [linear for linear in shape.linears if linear.name.rpartition(".")[2] in self.work.adapter_targets]
         in_frozen = [rank * side for linear in adapted for side in (linear.in_features, linear.out_features)]
         yield from outer
@@ -341,6 +347,23 @@ class _Moments:
     def _step_bytes(self, bucket: int, piece: int) -> int:
         has_master = self.train.precision == "fp32" or self.memory.master_weights
         return step_bytes(bucket, piece, states=self.memory.optimizer_states, has_master=has_master)
+
+    def _low_rank_maps(self) -> list[tuple[int, int]]:
+        """Rows and columns of the linear maps of a layer that have low-rank states."""
+        if not self.optim.is_low_rank or not any(self.is_new):
+            return []
+        sides = [(linear.out_features, linear.in_features) for linear in self.shape.linears]
+        return [(rows, columns) for rows, columns in sides if is_low_rank(rows, columns, self.optim.state_rank)]
+
+    def _low_rank_step_bytes(self) -> int:
+        """Workspace of the update of the largest of them; they are updated one after the other."""
+        has_master = self.train.precision == "fp32" or self.memory.master_weights
+        width, rank = self.work.width, self.optim.state_rank
+        steps = [
+            low_rank_step_bytes(self.optim.name, rows, columns, rank, width=width, has_master=has_master)
+            for rows, columns in self._low_rank_maps()
+        ]
+        return max(steps, default=0)
 
     def _step_formula(self) -> str:
         return f"{self._step_bytes(1, 1)} B at most × {STEP_CHUNK:,} elements at once at most"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from steplm.config import MemoryConfig, OptimConfig
-from steplm.memory.formats import FROZEN_FORMATS, low_rank_state_bytes, state_bytes
+from steplm.memory.formats import FROZEN_FORMATS, is_low_rank, low_rank_state_bytes, state_bytes
 from steplm.types import HOST, MemoryTerm, ModelShape
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}  # of a weight, and of its gradient
@@ -135,8 +135,8 @@ def optimizer(counts: StageCounts, tensors: Tensors) -> tuple[int, str]:
 
 def _low_rank_optimizer(optim: OptimConfig, tensors: Tensors, master: int) -> tuple[int, str]:
     """Low-rank states where a map's smaller side is larger than the rank; AdamW's for all else."""
-    rank = 1 if optim.name == "apollo_mini" else optim.rank
-    projected = [(rows, columns) for rows, columns in tensors.linears if min(rows, columns) > rank]
+    rank = optim.state_rank
+    projected = [(rows, columns) for rows, columns in tensors.linears if is_low_rank(rows, columns, rank)]
     in_full = sum(tensors.matrices) + tensors.num_in_vectors - sum(rows * columns for rows, columns in projected)
     states = 8 * in_full + sum(low_rank_state_bytes(optim.name, *shape, rank) for shape in projected)
     note = f"(states of {optim.name}, rank {rank}{f' + {master}' if master else ''}) B, vectors {8 + master} B"

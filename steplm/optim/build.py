@@ -5,7 +5,8 @@ The bytes of its states are a term of the plan: ``steplm.memory.terms.optimizer`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,40 +15,50 @@ from torch import nn
 from steplm.config import RunConfig
 from steplm.optim.adamw import AdamW
 from steplm.optim.block import BlockAdamW
+from steplm.optim.low_rank import LowRankAdamW
 
 
-def _adamw(config: RunConfig, layer_prefix: str, step: int) -> Callable[..., Any]:
-    return partial(AdamW, states=config.memory.optimizer_states)
+@dataclass(frozen=True)
+class Context:
+    """What an optimizer may need to know beside its parameters."""
+
+    config: RunConfig
+    layer_prefix: str  # name of the list of layers, such as ``model.layers``
+    linears: frozenset[str]  # names, below a layer, of its linear maps
+    step: int  # optimizer steps of the stage that are done
 
 
-def _badam(config: RunConfig, layer_prefix: str, step: int) -> Callable[..., Any]:
+def _adamw(context: Context) -> Callable[..., Any]:
+    return partial(AdamW, states=context.config.memory.optimizer_states)
+
+
+def _badam(context: Context) -> Callable[..., Any]:
     return partial(
         BlockAdamW,
-        states=config.memory.optimizer_states,
-        layer_prefix=layer_prefix,
-        seed=config.seed,
-        switch_steps=config.optim.switch_steps,
-        step=step,
+        states=context.config.memory.optimizer_states,
+        layer_prefix=context.layer_prefix,
+        seed=context.config.seed,
+        switch_steps=context.config.optim.switch_steps,
+        step=context.step,
     )
 
 
-def _low_rank(config: RunConfig, layer_prefix: str, step: int) -> Callable[..., Any]:
-    from steplm.optim.low_rank import LowRankAdamW
-
-    optim = config.optim
+def _low_rank(context: Context) -> Callable[..., Any]:
+    optim = context.config.optim
     return partial(
         LowRankAdamW,
         method=optim.name,
         rank=optim.rank,
         update_proj_gap=optim.update_proj_gap,
         scale=optim.scale,
-        seed=config.seed,
-        layer_prefix=layer_prefix,
+        seed=context.config.seed,
+        layer_prefix=context.layer_prefix,
+        linears=context.linears,
     )
 
 
 # Each gives the optimizer's class with the arguments that are its own.
-OPTIMIZERS: dict[str, Callable[[RunConfig, str, int], Callable[..., Any]]] = {
+OPTIMIZERS: dict[str, Callable[[Context], Callable[..., Any]]] = {
     "adamw": _adamw,
     "badam": _badam,
     "galore": _low_rank,
@@ -56,20 +67,21 @@ OPTIMIZERS: dict[str, Callable[[RunConfig, str, int], Callable[..., Any]]] = {
 }
 
 
-def build_optimizer(
-    config: RunConfig, parameters: Mapping[str, nn.Parameter], *, layer_prefix: str, step: int = 0
-) -> Any:
-    """The optimizer of a stage, its states allocated; all have the interface of ``AdamW``.
+def build_optimizer(config: RunConfig, model: nn.Module, *, layer_prefix: str, step: int = 0) -> Any:
+    """The optimizer of a stage over the trained parameters of ``model``, its states allocated.
+
+    Every one has the interface of ``AdamW``.
 
     Args:
-        parameters: the trained ones by name.
         layer_prefix: name of the list of layers, such as ``model.layers``.
         step: optimizer steps of the stage that are done.
     """
+    layers = model.get_submodule(layer_prefix).named_modules()
+    linears = frozenset(name.partition(".")[2] for name, module in layers if isinstance(module, nn.Linear))
+    make = OPTIMIZERS[config.optim.name](Context(config, layer_prefix, linears, step))
     optim = config.optim
-    make = OPTIMIZERS[optim.name](config, layer_prefix, step)
     return make(
-        parameters,
+        {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
         betas=(optim.adam_beta1, optim.adam_beta2),
         eps=optim.adam_epsilon,
         weight_decay=optim.weight_decay,

@@ -200,7 +200,7 @@ class _Search:
             tokens = stage_tokens(
                 costs.config.plan,
                 layers,
-                step_tokens=_step_tokens(costs.config),
+                step_tokens=costs.config.step_tokens,
                 num_parameters=costs.shape.num_parameters(depth),
                 flops_per_token=[costs.mean_flops_per_token(*stage) for stage in _stages(layers)],
             )
@@ -252,7 +252,7 @@ class _Search:
 
     def _alternative(self, way: Way, index: int | None, trial: _Trial) -> Alternative:
         costs, stages = trial.costs, _stages(trial.layers)
-        flops = [costs.mean_flops_per_token(*stage) + recomputed_flops_per_token(costs, *stage) for stage in stages]
+        flops = [costs.mean_flops_per_token(*stage) + costs.recomputed_flops_per_token(*stage) for stage in stages]
         needed_bytes = self.config.memory.needed_bytes(trial.peak_bytes)
         return Alternative(
             overrides=tuple(f"{key}={_as_yaml(value)}" for key, value in self._changes(way, index).items()),
@@ -282,19 +282,6 @@ class _Search:
         return {key: value for key, value in changes.items() if written(self.config, key) != value}
 
 
-def recomputed_flops_per_token(costs: StageCosts, num_new: int, num_old: int) -> int:
-    """Of the second forward pass of the layers that ``train.gradient_checkpointing`` names."""
-    config, shape = costs.config, costs.shape
-    frozen = num_old if config.plan.freeze_old_layers else 0
-    new = num_new + num_old - frozen
-    choice = config.train.gradient_checkpointing
-    layers = new * (choice in (True, "new")) + frozen * (choice in (True, "frozen"))
-    matrices = sum(linear.in_features * linear.out_features for linear in shape.linears)
-    attention = 4 * config.train.sequence_length * (shape.attention_size or shape.hidden_size)
-    adapters = 2 * frozen * sum(costs.adapter_matrices) * (choice in (True, "frozen"))
-    return layers * (2 * matrices + attention) + adapters
-
-
 def _nothing_fits(search: _Search) -> PlanInfeasible:
     smallest, reserve = search.smallest(), search.config.memory.reserve
     how = f" with {' '.join(smallest.overrides)}" if smallest.overrides else ""
@@ -319,11 +306,6 @@ def _spread(rows: Sequence[Alternative]) -> list[Alternative]:
 def _stages(layers: Sequence[int]) -> list[tuple[int, int]]:
     """New and old layers of every stage."""
     return [(new, depth - new) for new, depth in zip(layers, accumulate(layers), strict=True)]
-
-
-def _step_tokens(config: RunConfig) -> int:
-    train = config.train
-    return train.sequence_length * train.per_device_train_batch_size * train.gradient_accumulation_steps
 
 
 def _as_yaml(value: Any) -> str:

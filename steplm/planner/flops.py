@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from steplm.config import RunConfig
-from steplm.types import ModelShape, Plan
+from steplm.types import ModelShape
 
 
 def training_flops_per_token(
@@ -51,11 +50,3 @@ def training_flops_per_token(
     )
     backward_weights = 2 * (num_new_layers * layer_matrices + adapters + (head if train_outer else 0))
     return forward + backward_activations + backward_weights
-
-
-def stage_flops_per_token(config: RunConfig, plan: Plan) -> tuple[int, ...]:
-    return tuple(stage.flops_per_token for stage in plan.stages)
-
-
-def plan_flops(config: RunConfig, plan: Plan) -> int:
-    return plan.training_flops

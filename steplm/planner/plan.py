@@ -114,13 +114,14 @@ def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
     needed = memory.needed_bytes(stage.device_bytes)
     if needed <= budget_bytes:
         return
-    at_peak = stage.memory if stage.peak is None else stage.peak.highest.memory
+    assert stage.peak is not None  # or the plan's were not known
+    at_peak = stage.peak.highest.memory
     kinds = ("weights", "gradients", "optimizer", "activations", "workspace")
     parts = ", ".join(
         f"{kind} {format_bytes(at_peak.bytes_of(kind=kind))}" for kind in kinds if at_peak.bytes_of(kind=kind)
     )
     is_least = plan.proved_optimal and config.plan.objective == "peak"
-    fact = f"no {plan.num_stages}-stage plan fits" if is_least else f"layers {list(plan.layers)} do not fit"
+    fact = f"no {config.plan.num_stages}-stage plan fits" if is_least else f"layers {list(plan.layers)} do not fit"
     raise PlanInfeasible(
         f"{fact} plan.budget={format_bytes(budget_bytes)}: the {'smallest ' if is_least else ''}peak is "
         f"{format_bytes(stage.device_bytes)}, in stage {stage.index} ({parts}), and with memory.reserve="
@@ -297,6 +298,16 @@ class StageCosts:
             head_rank=self.config.pet.rank if outer == "adapters" else 0,
             num_layers_without_backward=no_backward,
         )
+
+    def recomputed_flops_per_token(self, num_new: int, num_old: int) -> int:
+        """Of the second forward pass of the layers that ``train.gradient_checkpointing`` names."""
+        whole, frozen = self._whole_and_frozen(num_new, num_old)
+        choice = self.config.train.gradient_checkpointing
+        layers = whole * (choice in (True, "new")) + frozen * (choice in (True, "frozen"))
+        matrices = sum(linear.in_features * linear.out_features for linear in self.shape.linears)
+        attention = 4 * self.config.train.sequence_length * (self.shape.attention_size or self.shape.hidden_size)
+        adapters = 2 * frozen * sum(self.adapter_matrices) * (choice in (True, "frozen"))
+        return layers * (2 * matrices + attention) + adapters
 
     def _whole_and_frozen(self, num_new: int, num_old: int) -> tuple[int, int]:
         """Layers trained as a whole at any one time, and the others."""

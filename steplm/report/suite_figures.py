@@ -21,7 +21,7 @@ from steplm.report.curves import (
 )
 from steplm.report.figure import OUTSIDE, measured_spans, run_figure
 from steplm.report.labels import RADII, anchor, place_labels
-from steplm.report.style import FAINT, INK, MUTED, RC, clean, spread
+from steplm.report.style import FAINT, MUTED, RC, clean, spread
 from steplm.report.summary import EntrySummary, Estimate, Suite
 from steplm.report.tables import tuning_run
 from steplm.units import format_bytes, format_count, format_seconds

@@ -88,15 +88,11 @@ class SuiteRun:
 
     @cached_property
     def stage_flops_per_token(self) -> tuple[int, ...]:
-        from steplm.planner.flops import stage_flops_per_token
-
-        return () if self.record is None else stage_flops_per_token(self.record.config, self.record.plan)
+        return () if self.record is None else tuple(stage.flops_per_token for stage in self.record.plan.stages)
 
     @property
     def training_flops(self) -> int | None:
-        from steplm.planner.flops import plan_flops
-
-        return None if self.record is None else plan_flops(self.record.config, self.record.plan)
+        return None if self.record is None else self.record.plan.training_flops
 
     def largest(self, event: str, key: str) -> int | None:
         """The largest value of a key in the events of one kind; ``None`` where no event has it."""

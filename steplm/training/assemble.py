@@ -97,8 +97,7 @@ def assemble(
     if train.compile:
         for layer in model.get_submodule(prefix):
             layer.compile()
-    trained_parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = build_optimizer(config, trained_parameters, layer_prefix=prefix, step=start.progress.step)
+    optimizer = build_optimizer(config, model, layer_prefix=prefix, step=start.progress.step)
     if start.trained_names is not None:
         optimizer.load_state_dict(start.optimizer, start.optimizer_steps)
     elif start.optimizer:

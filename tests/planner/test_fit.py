@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from steplm.config import RunConfig, load_config
 from steplm.errors import ConfigError, PlanInfeasible
-from steplm.planner.fit import MAX_ALTERNATIVES, Alternative, fit, recomputed_flops_per_token, suggestions
+from steplm.planner.fit import MAX_ALTERNATIVES, Alternative, fit, suggestions
 from steplm.planner.ladder import AXES, LADDER
 from steplm.planner.plan import StageCosts, plan
 from steplm.planner.shape import shape_from_hf_config
@@ -242,11 +242,11 @@ def test_recomputing_every_layer_costs_one_more_forward_pass() -> None:
     config = tiny("plan.num_stages=1", "train.gradient_checkpointing=true")
     shape = shape_from_hf_config(config.model.hf_config())
     matrices = 8 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176)
-    assert recomputed_flops_per_token(StageCosts(config, shape), 8, 0) == 2 * matrices + 8 * 4 * 64 * 64
+    assert StageCosts(config, shape).recomputed_flops_per_token(8, 0) == 2 * matrices + 8 * 4 * 64 * 64
     frozen = tiny("train.gradient_checkpointing=frozen", "pet.target_modules=[q_proj]")
-    assert recomputed_flops_per_token(StageCosts(frozen, shape), 8, 0) == 0
+    assert StageCosts(frozen, shape).recomputed_flops_per_token(8, 0) == 0
     one_layer = matrices // 8 + 16 * (64 + 64)  # a frozen one with its adapters
-    assert recomputed_flops_per_token(StageCosts(frozen, shape), 5, 3) == 3 * (2 * one_layer + 4 * 64 * 64)
+    assert StageCosts(frozen, shape).recomputed_flops_per_token(5, 3) == 3 * (2 * one_layer + 4 * 64 * 64)
 
 
 def test_flops_are_those_of_all_tokens() -> None:

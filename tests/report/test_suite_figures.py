@@ -105,4 +105,4 @@ def test_labels_cover_neither_each_other_nor_points() -> None:
         boxes.append((left, y + dy - height / 2, left + width, y + dy + height / 2))
     assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a, b in combinations(boxes, 2))
     assert not any(a[0] < x < a[2] and a[1] < y < a[3] for a in boxes for x, y in points)
-    assert all(0 <= a[0] and a[2] <= 800 and 0 <= a[1] and a[3] <= 400 for a in boxes)
+    assert all(a[0] >= 0 and a[2] <= 800 and a[1] >= 0 and a[3] <= 400 for a in boxes)

@@ -18,8 +18,8 @@ from steplm.checkpoint.folder import complete_checkpoints
 from steplm.config import RunConfig
 from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError, MemoryMismatch, TrainingDiverged
 from steplm.models.build import build_model
-from steplm.pet.adapters import attach, load_adapter_state
 from steplm.optim import build as build_module
+from steplm.pet.adapters import attach, load_adapter_state
 from steplm.training import run as run_module
 from steplm.training import stage as stage_module
 from steplm.training.export import export

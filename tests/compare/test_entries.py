@@ -1,0 +1,172 @@
+"""A suite's YAML becomes runs: methods, settings, learning rates, seeds, and the match with the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from steplm.compare.check import check_plans
+from steplm.compare.entries import RunKey, Suite
+from steplm.compare.methods import METHODS
+from steplm.compare.suite import dump_suite, read_suite
+from steplm.config import OptimConfig
+from steplm.errors import ConfigError
+
+Values = Callable[..., dict[str, Any]]
+GRID = {"learning_rates": [1e-3, 1e-2], "seed": 3}
+
+
+def _suite(values: dict[str, Any], *overrides: str) -> Suite:
+    return Suite(read_suite(values, overrides))
+
+
+def test_varied_keys_make_one_entry_for_each_combination(suite_values: Values, tmp_path: Path) -> None:
+    varied = {"growth.position": ["lower", "random"], "pet.rank": [2, 4]}
+    entries = [
+        {"name": "vanilla", "method": "vanilla"},
+        {"name": "step_2", "method": "step", "set": {"pet.alpha": 8}, "label": "S"},
+        {"name": "grid", "like": "step_2", "vary": varied},
+    ]
+    questions = [{"title": "where", "entries": ["step_2", "grid=*,2"], "baseline": "step_2"}]
+    suite = _suite(suite_values(tmp_path, entries=entries, questions=questions))
+    assert list(suite.entries) == [
+        "vanilla",
+        "step_2",
+        "grid=lower,2",
+        "grid=lower,4",
+        "grid=random,2",
+        "grid=random,4",
+    ]
+    entry = suite.entries["grid=random,2"]
+    assert dict(entry.settings) == {"pet.alpha": 8, "growth.position": "random", "pet.rank": 2}
+    assert entry.label == "S, position random, rank 2"
+    assert suite.questions[0].entries == ("step_2", "grid=lower,2", "grid=random,2")
+    config = suite.run_config(RunKey(entry.name, 5, 2e-3))
+    assert (config.growth.position, config.pet.rank, config.pet.alpha) == ("random", 2, 8)
+    assert (config.seed, config.optim.learning_rate) == (5, 2e-3)
+    assert config.run_dir == tmp_path / "runs/grid=random,2/lr0.002-seed5"
+
+
+def test_tuned_entries_run_the_grid_at_one_seed_and_the_seeds_at_one_rate(suite_values: Values, tmp_path: Path) -> None:
+    entries = [
+        {"name": "vanilla", "method": "vanilla"},
+        {"name": "own", "method": "step", "learning_rates": [0.5]},
+        {"name": "alike", "like": "vanilla", "seeds": [7]},
+        {"name": "fixed", "method": "step", "tune": False},
+        {"name": "set", "like": "own", "set": {"optim.learning_rate": 0.25}, "seeds": [1]},
+    ]
+    suite = _suite(suite_values(tmp_path, entries=entries, tune=GRID, seeds=[0, 1]))
+
+    def runs(name: str, chosen: dict[str, float | None]) -> set[tuple[int, float]]:
+        return {(run.seed, run.learning_rate) for run in suite.possible_runs(suite.entries[name], chosen)}
+
+    grid = {(3, 1e-3), (3, 1e-2)}
+    assert runs("vanilla", {}) == grid | {(0, 1e-3), (1, 1e-3), (0, 1e-2), (1, 1e-2)}
+    assert runs("vanilla", {"vanilla": 1e-2}) == grid | {(0, 1e-2), (1, 1e-2)}
+    assert len(list(suite.expected_runs(suite.entries["vanilla"], {}))) == 4
+    assert runs("own", {}) == {(3, 0.5), (0, 0.5), (1, 0.5)}
+    assert runs("alike", {}) == {(7, 1e-3), (7, 1e-2)}
+    assert runs("alike", {"vanilla": 1e-3}) == {(7, 1e-3)}
+    assert runs("fixed", {}) == {(0, 1e-2), (1, 1e-2)}
+    assert runs("set", {}) == {(1, 0.25)}
+
+
+def test_every_method_makes_a_plan_of_the_same_tokens(suite_values: Values, tmp_path: Path) -> None:
+    entries = [{"name": name, "method": name} for name in METHODS]
+    suite = _suite(suite_values(tmp_path, entries=entries), "plan.layers=[3,1]", "pet.rank=4", "optim.rank=4")
+    runs = check_plans(suite)
+    assert {run.entry for run in runs} == set(METHODS)
+    assert {suite.plan(run).total_tokens for run in runs} == {512}
+    optimizers = {suite.run_config(run).optim.name for run in runs}
+    assert optimizers == set(get_args(OptimConfig.model_fields["name"].annotation))
+
+
+def test_an_entry_matched_on_flops_has_the_baselines_to_one_step(suite_values: Values, tmp_path: Path) -> None:
+    entries = [
+        {"name": "vanilla", "method": "vanilla"},
+        {"name": "step_2", "method": "step"},
+        {"name": "equal", "like": "step_2", "match": "flops"},
+    ]
+    suite = _suite(suite_values(tmp_path, entries=entries), "plan.total_tokens=8k")
+    runs = {run.entry: run for run in check_plans(suite)}
+    flops = {name: suite.plan(run).training_flops for name, run in runs.items()}
+    one_step = 64 * max(stage.flops_per_token for stage in suite.plan(runs["equal"]).stages)
+    assert flops["step_2"] < flops["vanilla"] - one_step
+    assert abs(flops["equal"] - flops["vanilla"]) <= one_step
+    assert suite.plan(runs["equal"]).total_tokens > suite.plan(runs["step_2"]).total_tokens
+
+
+@pytest.mark.parametrize(
+    ("match", "settings", "words"),
+    [
+        ("tokens", {"plan.total_tokens": 1024}, "1.02k tokens and the baseline 'vanilla' on 512: +100.00%, 8.0 optim"),
+        ("tokens", {"plan.total_tokens": None, "plan.total_flops": 10**9}, "The suite is matched on tokens"),
+        ("flops", {"plan.freeze_old_layers": True}, None),
+    ],
+)
+def test_what_is_not_matched_is_refused_with_the_difference(
+    suite_values: Values, tmp_path: Path, match: str, settings: dict[str, Any], words: str | None
+) -> None:
+    entries = [{"name": "vanilla", "method": "vanilla"}, {"name": "other", "method": "step", "set": settings}]
+    suite = _suite(suite_values(tmp_path, entries=entries, match=match))
+    if words is None:
+        assert len(check_plans(suite)) == 2
+        return
+    with pytest.raises(ConfigError, match="entry 'other' trains on") as caught:
+        check_plans(suite)
+    assert words in str(caught.value)
+
+
+def test_all_entries_that_are_wrong_are_named_at_once(suite_values: Values, tmp_path: Path) -> None:
+    entries = [
+        {"name": "vanilla", "method": "vanilla"},
+        {"name": "one", "method": "step", "set": {"plan.num_stage": 2}},
+        {"name": "two", "method": "step", "set": {"plan.num_stages": 9}},
+    ]
+    with pytest.raises(ConfigError) as caught:
+        check_plans(_suite(suite_values(tmp_path, entries=entries)))
+    text = str(caught.value)
+    assert text.startswith("2 problems in the suite:")
+    assert "entry 'one': plan has no key 'num_stage'. Did you mean 'num_stages'?" in text
+    assert "entry 'two': plan.num_stages=9 is more than" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"sedes": [0]}, "the suite has no key 'sedes'. Did you mean 'seeds'?"),
+        ({"entries": [{"name": "a", "method": "step", "setting": {}}]}, "entries.0 has no key 'setting'"),
+        ({"tune": {"learning_rate": [1]}}, "tune has no key 'learning_rate'. Did you mean 'learning_rates'?"),
+        ({"entries": [{"name": "a", "method": "relore"}]}, "Did you mean 'relora'?"),
+        ({"entries": [{"name": "a"}]}, "give either a method or"),
+        ({"entries": [{"name": "a", "method": "step", "set": {"seed": 1}}]}, "'seed' is set by the suite"),
+        ({"entries": [{"name": "vanilla", "method": "vanilla"}] * 2}, "two entries are called 'vanilla'"),
+        ({"entries": [{"name": "a", "like": "b"}]}, "no entry 'b' above it"),
+        ({"baseline": "vanila"}, "baseline: no entry 'vanila'. Did you mean 'vanilla'?"),
+        ({"questions": [{"title": "t", "entries": ["stp*"]}]}, "question 't': no entry 'stp*'"),
+        (
+            {"tune": GRID, "entries": [{"name": "a", "method": "step", "set": {"optim.learning_rate": 1.0}}]},
+            "sets optim.learning_rate and is tuned",
+        ),
+        ({"entries": [{"name": "a", "method": "step", "tune": True}]}, "to be tuned, but"),
+    ],
+)
+def test_a_suite_that_cannot_be_meant_is_refused(
+    suite_values: Values, tmp_path: Path, keys: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _suite(suite_values(tmp_path, **keys))
+    assert words in str(caught.value)
+
+
+def test_a_written_suite_is_read_back_the_same_with_its_base(suite_values: Values, tmp_path: Path) -> None:
+    keys = {"tune": GRID, "evaluate": {"wiki": {"data": "a.txt", "max_tokens": "100k"}}}
+    suite = read_suite(suite_values(tmp_path, **keys), ["pet.rank=2"])
+    (tmp_path / "suite.yaml").write_text(dump_suite(suite))
+    again = read_suite(tmp_path / "suite.yaml")
+    assert again == suite
+    assert again.run["pet"]["rank"] == 2
+    assert again.evaluate["wiki"].max_tokens == 100_000
