@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from steplm.report.curves import AXES, Curve, Look, curve, frontier, growth_windows, loss_range
@@ -92,7 +93,9 @@ def _time_unit(longest: float) -> tuple[float, str]:
 
 def tradeoff_chart(entries: Sequence[EntrySummary], look: dict[str, Look]) -> dict[str, Any] | None:
     """Perplexity against the planned peak of the model state, with intervals and the frontier."""
-    found = [(e, e.plan.peak_model_state_bytes, e.validation_loss.exp()) for e in entries if e.plan and e.validation_loss]
+    found = [
+        (e, e.plan.peak_model_state_bytes, e.validation_loss.exp()) for e in entries if e.plan and e.validation_loss
+    ]
     if len(found) < 2:
         return None
     unit, name = _unit([num_bytes for _, num_bytes, _ in found])
@@ -109,7 +112,13 @@ def tradeoff_chart(entries: Sequence[EntrySummary], look: dict[str, Look]) -> di
             "entry": entry.entry.name,
             "x": [num_bytes / unit],
             "y": [value.mean],
-            "label": {"text": escape(entry.label), "dx": dx, "dy": -dy, "anchor": anchor(dx), "far": dx**2 + dy**2 > 121},
+            "label": {
+                "text": escape(entry.label),
+                "dx": dx,
+                "dy": -dy,
+                "anchor": anchor(dx),
+                "far": dx**2 + dy**2 > 121,
+            },
             "marker": look[entry.entry.name].marker,
             "hollow": len(entry.finished) < len(entry.runs),
             "hover": [f"{format_bytes(num_bytes)}<br>perplexity {value.mean:.2f}<br>seeds: {entry.state}"],
@@ -246,7 +255,9 @@ def rates_chart(suite: Suite) -> dict[str, Any] | None:
     traces: list[dict[str, Any]] = []
     for entry in suite.record.entries:
         tried = [(rate, tuning_run(suite, entry.name, rate)) for rate in suite.record.grid] if entry.tuned else []
-        done = [(rate, run.validation_loss) for rate, run in tried if run is not None and run.validation_loss is not None]
+        done = [
+            (rate, run.validation_loss) for rate, run in tried if run is not None and run.validation_loss is not None
+        ]
         if not done:
             continue
         hover = [f"learning rate {rate:g}<br>loss {loss:.4f}" for rate, loss in done]
@@ -291,7 +302,7 @@ def facts(suite: Suite) -> list[tuple[str, str]]:
                 f"vocabulary {plan.shape.vocab_size}",
             ),
             ("Tokens", f"{format_count(plan.total_tokens)} a run, in sequences of {config.train.sequence_length}"),
-            *([("Data", ", ".join(config.data.train))] if config.data.train else []),
+            *([("Data", ", ".join(map(_short, config.data.train)))] if config.data.train else []),
             ("Precision", plan.precision),
         ]
         environment = run.environment or {}
@@ -315,6 +326,11 @@ def facts(suite: Suite) -> list[tuple[str, str]]:
     if elapsed:
         result.append(("Time", format_seconds(elapsed) + (", all runs together" if len(suite.runs) > 1 else "")))
     return result
+
+
+def _short(source: str) -> str:
+    """The end of a path, which says what was read, without the folders of the machine it was read on."""
+    return source if "://" in source else "/".join(Path(source).parts[-2:])
 
 
 MATCHED = {"tokens": "training tokens", "flops": "training FLOPs"}

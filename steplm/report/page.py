@@ -22,7 +22,7 @@ from steplm.report.tables import Cell, Table, details_table, problems, question_
 WITHOUT_PLOTLY = "For interactive charts: pip install 'steplm[report]', and make the report again."
 AXIS_BUTTONS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "time"}
 MOST_STAGE_TABLES = 6  # runs whose stages are shown where runs are all there is
-LONG_CELL = 18  # characters, from which on a cell may be broken into lines
+LONG_CELL = 18  # characters, from which on a cell of words may be broken into lines
 
 # Charts that a page without Plotly shows as pictures: kind -> name of the figure, after the section's
 PICTURES = {
@@ -193,13 +193,17 @@ def table_html(table: Table) -> str:
 
 def _cell_html(cell: Cell, *, is_name: bool) -> str:
     classes = " ".join(
-        filter(None, ["strong" if cell.strong else "", cell.tone, "wrap" if len(cell.text) > LONG_CELL else ""])
+        filter(None, ["strong" if cell.strong else "", cell.tone, "wrap" if _has_long_words(cell) else ""])
     )
     attributes = f' class="{classes}"' if classes else ""
     if cell.value is not None:
         attributes += f' data-value="{escape(str(cell.value))}"'
     tag = 'th scope="row"' if is_name else "td"
     return f"<{tag}{attributes}>{escape(cell.text)}</{tag.split()[0]}>"
+
+
+def _has_long_words(cell: Cell) -> bool:
+    return len(cell.text) > LONG_CELL and any(character.isalpha() for character in cell.text)
 
 
 def _data_uri(path: Path) -> str:

@@ -146,14 +146,6 @@ def comparison_table(records: Iterable[RunRecord]) -> list[ComparisonRow]:
     ]
 
 
-def render_markdown(records: Iterable[RunRecord]) -> str:
-    """``comparison_table`` as a GitHub table, numbers to the right."""
-    header, *body = _cells(comparison_table(records))
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    lines = ["| " + " | ".join(line) + " |" for line in [header, rule, *body]]
-    return "\n".join([*lines, "", CAPTION]) + "\n"
-
-
 def render_rich(records: Iterable[RunRecord], console: Console) -> None:
     """``comparison_table`` on a terminal."""
     from rich.table import Table

@@ -49,14 +49,11 @@ def write_figures(suite: Suite, directory: Path) -> dict[str, Path]:
     for number, question in enumerate(suite.record.questions, start=1):
         entries = suite.of(question)
         curves = [c for entry in entries if (c := curve(entry)) is not None]
-        figures: dict[str, Callable[[], Figure | None]] = {
-            **{f"loss_{axis}": (lambda axis=axis: loss_figure(curves, look, axis)) for axis in AXES},
-            "perplexity_memory": lambda: pareto_figure(entries, look),
-            "growth": lambda: growth_figure(curves, look),
-            "memory": lambda: memory_figure(entries, look),
-        }
-        for name, draw in figures.items():
-            _save(drawn, directory, f"q{number}_{name}", draw())
+        for axis in AXES:
+            _save(drawn, directory, f"q{number}_loss_{axis}", loss_figure(curves, look, axis))
+        _save(drawn, directory, f"q{number}_perplexity_memory", pareto_figure(entries, look))
+        _save(drawn, directory, f"q{number}_growth", growth_figure(curves, look))
+        _save(drawn, directory, f"q{number}_memory", memory_figure(entries, look))
     _save(drawn, directory, "learning_rate", learning_rate_figure(suite, look))
     if len(suite.runs) == 1 and (record := suite.runs[0].record) is not None and record.events_of("train"):
         drawn["run"] = run_figure([record], directory / "run.png")
@@ -96,7 +93,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, Look]], size: float
     gap = 1.45 * size / 72 / inches
     wanted = [(value - low) / (high - low) for value, *_ in ends]
     heights = spread([min(max(h, 0.0), 1.0) for h in wanted], gap, 0.0, max(1.0, gap * (len(ends) - 1)))
-    inner = {"xycoords": "axes fraction", "annotation_clip": False}
+    inner: dict[str, Any] = {"xycoords": "axes fraction", "annotation_clip": False}
     for height, at, (_, text, look) in zip(heights, wanted, ends, strict=True):
         if abs(height - at) > 0.4 * gap:
             link = {"arrowstyle": "-", "color": look.ink, "linewidth": 0.5, "alpha": 0.5, "shrinkA": 0, "shrinkB": 0}
@@ -149,9 +146,7 @@ def _numbers(axes: Axes, axis: str) -> None:
     axes.set_xlim(0, axes.dataLim.x1)
     if axis == "seconds":
         longest = axes.get_xlim()[1]
-        axes.xaxis.set_major_locator(
-            MultipleLocator(next((t for t in TIME_TICKS if longest / t <= 8), TIME_TICKS[-1]))
-        )
+        axes.xaxis.set_major_locator(MultipleLocator(next((t for t in TIME_TICKS if longest / t <= 8), TIME_TICKS[-1])))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(8))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: AXIS_FORMATS[axis](value)))
@@ -235,7 +230,7 @@ def _unit(num_bytes: Sequence[float]) -> tuple[int, str]:
 
 
 def growth_figure(curves: Sequence[Curve], look: dict[str, Look]) -> Figure | None:
-    """The training loss around each growth, and what merge and growth did to the loss of the same validation windows."""
+    """The training loss around each growth, and the loss just before and after it on the same validation windows."""
     windows = [window for drawn in curves for window in growth_windows(drawn)]
     windows = [window for window in windows if window.before and window.after][:MOST_WINDOWS]
     if not windows:

@@ -17,7 +17,7 @@ from typing import Any
 
 from steplm.errors import SteplmError
 from steplm.report.runs import RunRecord, load_run
-from steplm.report.suite import EntryRecord, Question, RunEntry, SuiteRecord, is_suite, load_suite
+from steplm.report.suite import EntryRecord, Question, RunEntry, Status, SuiteRecord, is_suite, load_suite
 from steplm.types import Plan
 
 CONFIDENCE = 0.95
@@ -39,8 +39,8 @@ class Estimate:
 
     def exp(self) -> Estimate:
         """The perplexity of a loss: both ends of the interval follow the mean."""
-        ends = [None if end is None else math.exp(min(end, 700.0)) for end in (self.low, self.high)]
-        return Estimate(math.exp(min(self.mean, 700.0)), *ends, self.n)
+        low, high = (None if end is None else math.exp(min(end, 700.0)) for end in (self.low, self.high))
+        return Estimate(math.exp(min(self.mean, 700.0)), low, high, self.n)
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
@@ -177,7 +177,9 @@ class EntrySummary:
     def losses(self) -> dict[str, Estimate]:
         """By text, over the seeds that have it."""
         names = {name: None for run in self.finished for name in run.losses}
-        estimates = {name: estimate([run.losses[name] for run in self.finished if name in run.losses]) for name in names}
+        estimates = {
+            name: estimate([run.losses[name] for run in self.finished if name in run.losses]) for name in names
+        }
         return {name: value for name, value in estimates.items() if value is not None}
 
     def bits_per_byte(self, text: str) -> Estimate | None:
@@ -358,7 +360,7 @@ def _suite_of_runs(directory: Path) -> SuiteRecord:
         name = str(folder.relative_to(directory))
         label = record.label if name == "." else name
         rate = record.config.learning_rate(0)
-        status = "running" if record.summary is None else "finished"
+        status: Status = "running" if record.summary is None else "finished"
         entries.append(EntryRecord(name, label, record.label, learning_rate=rate))
         runs.append(RunEntry(name, record.config.seed, rate, name, status))
     names = tuple(entry.name for entry in entries)

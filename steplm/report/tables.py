@@ -121,7 +121,9 @@ def _difference_cells(entry: EntrySummary, baseline: EntrySummary | None) -> tup
     text = f"{gap.estimate.mean:+.4f}".replace("-", "−") + ("" if half is None else f" ± {half:.4f}")
     diverged = sum(run.entry.status == "diverged" for run in entry.runs)
     if diverged:  # a mean over the seeds that survived would flatter the method
-        return Cell(text, gap.estimate.mean), Cell(f"{diverged} of {len(entry.runs)} diverged", "diverged", tone="worse")
+        return Cell(text, gap.estimate.mean), Cell(
+            f"{diverged} of {len(entry.runs)} diverged", "diverged", tone="worse"
+        )
     verdict = gap.verdict if gap.estimate.n == 1 else f"{gap.verdict}, n = {gap.estimate.n}"
     tone = gap.verdict if gap.verdict in ("better", "worse") else ""
     return Cell(text, gap.estimate.mean), Cell(verdict, gap.verdict, tone=tone)
@@ -190,7 +192,7 @@ def details_table(suite: Suite, question: Question) -> Table:
             [
                 Cell(entry.label, entry.label),
                 Cell(NOT_YET) if plan is None else Cell("+".join(map(str, plan.layers)), plan.num_stages),
-                _cell(rate, lambda rate, entry=entry: f"{rate:g}" + (" (edge)" if entry.entry.at_edge else "")),
+                _cell(rate, ("{:g} (edge)" if entry.entry.at_edge else "{:g}").format),
                 *(_perplexity_cell(entry.losses.get(text)) for text in texts),
                 *(_estimate_cell(entry.bits_per_byte(text), 4) for text in texts),
                 *(_cell(entry.row[name], format_bytes) for name in peaks.values()),

@@ -14,7 +14,7 @@ from rich.console import Console
 from steplm.config import RunConfig, dump_config
 from steplm.errors import SteplmError
 from steplm.report.figure import measured_spans, run_figure
-from steplm.report.runs import RunRecord, comparison_table, load_run, render_markdown, render_rich
+from steplm.report.runs import COLUMNS, RunRecord, comparison_table, load_run, render_rich
 from steplm.training.run import train
 from steplm.types import to_json
 
@@ -84,16 +84,19 @@ def test_measured_bytes_are_the_largest_stage_not_the_last(make_record: Callable
     assert replace(record, events=tuple(events)).measured_model_state_bytes == 30
 
 
-def test_markdown_has_one_line_a_run_and_dashes_for_what_is_absent(
-    make_record: Callable[..., RunRecord],
-) -> None:
+def test_a_row_has_dashes_for_what_is_absent(make_record: Callable[..., RunRecord]) -> None:
     fresh = replace(make_record("vanilla", layers=(10,), tokens=(100_000_000,), until=0.0), events=())
-    header, rule, step, vanilla, _, caption = render_markdown([make_record("STEP"), fresh]).splitlines()
-    assert header.startswith("| method | layers |")
-    assert rule.count("---:") == header.count("|") - 2
-    assert step.startswith("| STEP | 6+4 | 2.11 GiB | 2.11 GiB | −26.1% | 20.00 | 100M |")
-    assert vanilla == "| vanilla | 10 | 2.85 GiB | – | – | – | 0 | – | – |"
-    assert all(f"{heading}" in caption for heading in ("planned", "measured", "saved", "ppl", "tok/s", "time"))
+    (row,) = comparison_table([fresh])
+    assert [write(row) for write in COLUMNS.values()] == ["vanilla", "10", "2.85 GiB", *"–––", "0", *"––"]
+
+
+def test_a_plan_of_another_version_is_an_error_that_names_the_file(
+    make_record: Callable[..., RunRecord], tmp_path: Path
+) -> None:
+    run_dir = write_run(make_record(), tmp_path / "run")
+    (run_dir / "plan.json").write_text('{"stages": []}')
+    with pytest.raises(SteplmError, match=r"plan\.json cannot be read"):
+        load_run(run_dir)
 
 
 def test_the_terminal_table_shows_labels_as_they_are(make_record: Callable[..., RunRecord]) -> None:
