@@ -1,42 +1,90 @@
-"""Keep what is small of a finished run: plan, metrics, environment, figure, perplexities. Weights stay where they are.
+"""Keep what is small of a finished run or suite, to be committed: no weights, no paths of this machine.
 
-    python benchmarks/keep_results.py runs/corpus_10m results/corpus_10m \\
+    python benchmarks/keep_results.py runs/corpus_10m results/corpus_10m --command "steplm train corpus_10m" \\
         --text "corpus validation=$STEPLM_DATA/corpus/validation-000.jsonl.gz" \\
         --text "WikiText-2 test=$STEPLM_DATA/wikitext-2/wiki.test.raw"
+    python benchmarks/keep_results.py runs/suites/cpu results/cpu --command "steplm compare cpu"
+
+``steplm report`` then makes the page of what was kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
 from pathlib import Path
 
 from steplm.config import load_config
 from steplm.eval.perplexity import evaluate_folder
 from steplm.report.figure import run_figure
-from steplm.report.runs import load_run, render_markdown
+from steplm.report.runs import load_run
+from steplm.report.suite import is_suite
+from steplm.report.suite_figures import write_figures
+from steplm.report.summary import read_suite
+from steplm.report.tables import write_tables
 
-KEPT = ("plan.json", "metrics.jsonl", "environment.json", "summary.json", "config.yaml")
+KEPT = ("config.yaml", "plan.json", "metrics.jsonl", "environment.json", "summary.json", "evaluations.json")
+KEPT_OF_A_SUITE = ("suite.json", "suite.yaml")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="repeatable")
+    parser.add_argument("source", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--command", required=True, help="what a reader would type")
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="of a run; repeatable")
     arguments = parser.parse_args()
-    run_dir, output = arguments.run_dir, arguments.output_dir
-
-    output.mkdir(parents=True, exist_ok=True)
-    for name in KEPT:
-        shutil.copy(run_dir / name, output / name)
-    record = load_run(run_dir)
+    source, output = arguments.source, arguments.output
+    if is_suite(source):
+        _copy(source, output, KEPT_OF_A_SUITE, arguments.command)
+        for summary in sorted(source.glob("runs/*/*/plan.json")):
+            _copy(summary.parent, output / summary.parent.relative_to(source), KEPT, arguments.command)
+        suite = read_suite(output)
+        tables = write_tables(suite, output)[0]
+        figures = write_figures(suite, output / "figures")
+        environment = next(iter(sorted(output.glob("runs/*/*/environment.json"))))
+        pictures = "\n".join(f"![{name}](figures/{path.name})\n" for name, path in figures.items())
+        head = f"# {suite.record.name}\n\n{_made_by(environment, arguments.command)}\n"
+        body = tables.read_text(encoding="utf-8").partition("\n")[2]
+        (output / "README.md").write_text(f"{head}{body}\n{pictures}", encoding="utf-8")
+        tables.unlink()  # the same as the README
+        return
+    _copy(source, output, KEPT, arguments.command)
+    record = load_run(output)
     run_figure([record], output / "loss_and_memory.png")
+    perplexities = _perplexities(source, arguments.text)
+    (output / "perplexity.json").write_text(json.dumps(perplexities, indent=1) + "\n")
+    lines = [f"# {record.label}", "", _made_by(output / "environment.json", arguments.command), ""]
+    lines += ["![loss and memory over tokens](loss_and_memory.png)", ""]
+    lines += ["| text | perplexity | bits per byte | tokens |", "| --- | ---: | ---: | ---: |"]
+    lines += [
+        f"| {name} | {values['perplexity']:.2f} | {values['bits_per_byte']:.3f} | {values['num_tokens']:,} |"
+        for name, values in perplexities.items()
+    ]
+    (output / "README.md").write_text("\n".join(lines) + "\n")
 
+
+def _copy(source: Path, target: Path, names: tuple[str, ...], command: str) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    data = os.environ.get("STEPLM_DATA")
+    for name in names:
+        if not (source / name).is_file():
+            continue
+        text = (source / name).read_text(encoding="utf-8")
+        if data:
+            text = text.replace(data, "${STEPLM_DATA:-data}")
+        if name == "environment.json":
+            text = json.dumps(json.loads(text) | {"command": command}, indent=1) + "\n"
+        if name == "plan.json":
+            text = json.dumps(json.loads(text), separators=(",", ":")) + "\n"
+        (target / name).write_text(text, encoding="utf-8")
+
+
+def _perplexities(run_dir: Path, texts: list[str]) -> dict[str, dict[str, float]]:
     sequence_length = load_config(run_dir / "config.yaml").train.sequence_length
     perplexities = {}
-    for text in arguments.text:
+    for text in texts:
         name, _, file = text.partition("=")
         result = evaluate_folder(run_dir / "export", [file], sequence_length=sequence_length)
         perplexities[name] = {
@@ -45,23 +93,13 @@ def main() -> None:
             "num_tokens": result.num_tokens,
             "sequence_length": sequence_length,
         }
-    (output / "perplexity.json").write_text(json.dumps(perplexities, indent=1) + "\n")
-
-    environment = json.loads((output / "environment.json").read_text())
-    lines = [f"# {record.label}", "", f"    {environment['command']}", "", _machine(environment), ""]
-    lines += [render_markdown([record]), "![loss and memory over tokens](loss_and_memory.png)", ""]
-    lines += ["| text | perplexity | bits per byte | tokens |", "| --- | ---: | ---: | ---: |"]
-    lines += [
-        f"| {name} | {values['perplexity']:.2f} | {values['bits_per_byte']:.3f} | {values['num_tokens']:,} |"
-        for name, values in perplexities.items()
-    ]
-    (output / "README.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return perplexities
 
 
-def _machine(environment: dict) -> str:
+def _made_by(environment_file: Path, command: str) -> str:
+    environment = json.loads(environment_file.read_text())
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    return f"{environment['device']}, {environment['num_threads']} threads; {versions}."
+    return f"    {command}\n\n{environment['device']}, {environment['num_threads']} threads a run; {versions}."
 
 
 if __name__ == "__main__":

@@ -477,7 +477,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     Raises:
         ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
     """
-    values = dict(source) if isinstance(source, Mapping) else _read_yaml(find_config(source))
+    values = dict(source) if isinstance(source, Mapping) else read_yaml(find_config(source))
     for override in overrides:
         _apply_override(values, override)
     return validated(RunConfig, values)
@@ -539,7 +539,12 @@ def _load_yaml(text: str) -> Any:
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a file, environment variables replaced.
+
+    Raises:
+        ConfigError: no file, no YAML, no mapping, or a variable that is not set.
+    """
     try:
         values = _load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

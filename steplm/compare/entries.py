@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steplm.compare.methods import METHODS
-from steplm.compare.suite import EntryConfig, SuiteConfig, _nearest
+from steplm.compare.suite import EntryConfig, SuiteConfig, nearest
+from steplm.compare.tuning import reachable
 from steplm.config import PlanConfig, RunConfig, load_config
 from steplm.errors import ConfigError
 from steplm.planner.plan import plan as make_plan
@@ -36,6 +37,7 @@ class Entry:
     settings: Mapping[str, Any]  # beside the method's own
     seeds: tuple[int, ...]
     grid: tuple[float, ...]  # (): not tuned
+    extend: int  # times that the grid grows where its best is at an edge
     rate_of: str | None  # the entry whose learning rate it takes
 
     @property
@@ -73,7 +75,7 @@ class Suite:
         self.directory = config.directory
         self.entries = {entry.name: entry for entry in _expand(config)}
         if config.baseline not in self.entries:
-            raise ConfigError(f"baseline: no entry {config.baseline!r}.{_nearest(config.baseline, self.entries)}")
+            raise ConfigError(f"baseline: no entry {config.baseline!r}.{nearest(config.baseline, self.entries)}")
         self.questions = tuple(_questions(config, list(self.entries)))
         self.tune_seed = config.tune.seed if config.tune else 0
         self.run_config, self.plan = cache(self._run_config), cache(self._plan)
@@ -103,11 +105,11 @@ class Suite:
             return (rate,)
         if entry.rate_of is not None:
             return self.possible_rates(self.entries[entry.rate_of], chosen)
-        return entry.grid or (self.fixed_rate(entry),)
+        return reachable(entry.grid, entry.extend) or (self.fixed_rate(entry),)
 
     def possible_runs(self, entry: Entry, chosen: Mapping[str, float | None]) -> Iterator[RunKey]:
         """Every run that an entry can lead to, given the rates that are chosen already."""
-        runs = [RunKey(entry.name, self.tune_seed, rate) for rate in entry.grid]
+        runs = [RunKey(entry.name, self.tune_seed, rate) for rate in reachable(entry.grid, entry.extend)]
         rates = self.possible_rates(entry, chosen)
         runs += [RunKey(entry.name, seed, rate) for seed in entry.seeds for rate in rates]
         yield from dict.fromkeys(runs)
@@ -115,7 +117,7 @@ class Suite:
     def expected_runs(self, entry: Entry, chosen: Mapping[str, float | None]) -> Iterator[RunKey]:
         """As many runs as an entry will have, at some rate where it is not chosen yet."""
         runs = [RunKey(entry.name, self.tune_seed, rate) for rate in entry.grid]
-        rate = self.possible_rates(entry, chosen)[0]
+        rate = entry.grid[0] if entry.grid and chosen.get(entry.name) is None else self.possible_rates(entry, chosen)[0]
         yield from dict.fromkeys([*runs, *(RunKey(entry.name, seed, rate) for seed in entry.seeds)])
 
     def _run_config(self, run: RunKey) -> RunConfig:
@@ -175,7 +177,7 @@ def _entry(
     if written.like is not None:
         if written.like not in known:
             raise ConfigError(
-                f"entry {name!r}: like: no entry {written.like!r} above it.{_nearest(written.like, known)}", entry=name
+                f"entry {name!r}: like: no entry {written.like!r} above it.{nearest(written.like, known)}", entry=name
             )
         like = known[written.like]
     method = written.method or (like.method if like else "")
@@ -206,6 +208,7 @@ def _entry(
         settings={**(like.settings if like else {}), **own},
         seeds=tuple(dict.fromkeys(written.seeds or config.seeds)),
         grid=tuple(sorted(set(grid))) if tuned else (),
+        extend=config.tune.extend if tuned and config.tune else 0,
         rate_of=written.like if takes_rate else None,
     )
 
@@ -216,9 +219,9 @@ def _questions(config: SuiteConfig, names: list[str]) -> Iterator[Question]:
         for pattern in question.entries:
             found = [name for name in names if fnmatchcase(name, pattern)]
             if not found:
-                raise ConfigError(f"question {question.title!r}: no entry {pattern!r}.{_nearest(pattern, names)}")
+                raise ConfigError(f"question {question.title!r}: no entry {pattern!r}.{nearest(pattern, names)}")
             entries |= dict.fromkeys(found)
         baseline = question.baseline or (config.baseline if config.baseline in entries else None)
         if baseline is not None and baseline not in names:
-            raise ConfigError(f"question {question.title!r}: no entry {baseline!r}.{_nearest(baseline, names)}")
+            raise ConfigError(f"question {question.title!r}: no entry {baseline!r}.{nearest(baseline, names)}")
         yield Question(question.title, tuple(entries), baseline, question.text)

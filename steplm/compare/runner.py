@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +24,7 @@ from steplm.compare.progress import Clock, LogTail
 from steplm.compare.scores import evaluations, is_scored
 from steplm.compare.sharing import Start, is_needed, next_start
 from steplm.compare.suite import dump_suite
-from steplm.compare.tuning import choose
+from steplm.compare.tuning import beyond, choose
 from steplm.config import RunConfig
 from steplm.files import write_atomically
 from steplm.report.suite import RunEntry, SuiteRecord, is_suite, load_suite, save_suite
@@ -92,7 +92,7 @@ class Runner:
             entries=tuple(entries),
             runs=tuple(self.runs.values()),
             questions=self.suite.questions,
-            grid=tuple(sorted(config.tune.learning_rates)) if config.tune else (),
+            grid=tuple(sorted({rate for entry in self.suite.entries.values() for rate in self._grid(entry)})),
             tune_seed=self.suite.tune_seed,
             baseline=config.baseline,
         )
@@ -116,7 +116,7 @@ class Runner:
         save_suite(self.record, self.directory)
 
     def _runs_of(self, entry: Entry) -> Iterator[RunKey]:
-        for rate in entry.grid:
+        for rate in self._grid(entry):
             yield RunKey(entry.name, self.suite.tune_seed, rate)
         chosen, _ = self.choices.get(entry.name, (None, False))
         if chosen is not None:
@@ -133,13 +133,30 @@ class Runner:
         if not entry.grid:
             self.choices[entry.name] = (self.suite.fixed_rate(entry), False)
             return
-        tried = {rate: self.runs.get(RunKey(entry.name, self.suite.tune_seed, rate)) for rate in entry.grid}
-        if any(run is None or run.status not in ("finished", "diverged") for run in tried.values()):
+        losses = self._losses(entry, self._grid(entry))
+        if losses is None:
             return
-        losses = {rate: self._final_loss(run) for rate, run in tried.items() if run is not None}
         choice = choose(losses)
         self.choices[entry.name] = (None, False) if choice is None else (choice.learning_rate, choice.at_edge)
         self.display.chosen(entry.name, losses, choice)
+
+    def _grid(self, entry: Entry) -> tuple[float, ...]:
+        """The grid with the rates beyond an edge that the results so far ask for."""
+        grid = entry.grid
+        for _ in range(entry.extend):
+            losses = self._losses(entry, grid)
+            further = None if losses is None else beyond(losses)
+            if further is None:
+                break
+            grid = (*grid, further)
+        return grid
+
+    def _losses(self, entry: Entry, grid: Iterable[float]) -> dict[float, float | None] | None:
+        """Final losses by rate, None where a run diverged; None instead where one is still to come."""
+        tried = {rate: self.runs.get(RunKey(entry.name, self.suite.tune_seed, rate)) for rate in grid}
+        if any(run is None or run.status not in ("finished", "diverged") for run in tried.values()):
+            return None
+        return {rate: self._final_loss(run) for rate, run in tried.items() if run is not None}
 
     def _final_loss(self, run: RunEntry) -> float | None:
         if run.status == "diverged":

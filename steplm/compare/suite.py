@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from steplm.compare.methods import METHODS
-from steplm.config import Count, Section, Texts, _read_yaml, find_config, load_config, recipes_dir
+from steplm.config import Count, Section, Texts, find_config, load_config, read_yaml, recipes_dir
 from steplm.errors import ConfigError
 
 Match = Literal["tokens", "flops"]
@@ -27,6 +27,9 @@ class TuneConfig(Section):
     """The grid that every tuned entry is run over, at one seed."""
 
     learning_rates: Rates
+    extend: int = Field(
+        0, ge=0, description="where the best is at an edge: times that the rate beyond it is tried, by the grid's ratio"
+    )
     seed: int = Field(0, ge=0)
 
 
@@ -59,7 +62,7 @@ class EntryConfig(Section):
         if (self.method is None) == (self.like is None):
             raise ValueError("give either a method or, with `like`, the name of an entry above")
         if self.method is not None and self.method not in METHODS:
-            raise ValueError(f"no method {self.method!r}.{_nearest(self.method, METHODS)}")
+            raise ValueError(f"no method {self.method!r}.{nearest(self.method, METHODS)}")
         for key in (*self.set, *self.vary):
             if key in SET_BY_THE_SUITE:
                 raise ValueError(f"{key!r} is set by the suite, for each run")
@@ -109,7 +112,7 @@ def read_suite(source: str | Path | Mapping[str, Any], overrides: Iterable[str] 
     Raises:
         ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
     """
-    values = dict(source) if isinstance(source, Mapping) else _read_yaml(_find_suite(source))
+    values = dict(source) if isinstance(source, Mapping) else read_yaml(_find_suite(source))
     try:
         suite = SuiteConfig.model_validate(values)
     except ValidationError as error:
@@ -141,7 +144,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         *path, name = problem["loc"]
         section = _section_at(path)
-        return f"{'.'.join(map(str, path)) or 'the suite'} has no key {name!r}.{_nearest(name, section.model_fields)}"
+        return f"{'.'.join(map(str, path)) or 'the suite'} has no key {name!r}.{nearest(name, section.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")
     given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
     return f"{where}: {message}{given}" if where else message
@@ -163,6 +166,6 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections_in(argument)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."

@@ -1,9 +1,9 @@
-"""Which learning rate of a grid is the best."""
+"""Which learning rate of a grid is the best, and which to try next."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -13,6 +13,31 @@ class Choice:
 
     learning_rate: float
     at_edge: bool
+
+
+def beyond(losses: Mapping[float, float | None]) -> float | None:
+    """The rate to try next where the best is at an edge, further by the ratio of the two rates there; else None."""
+    choice, rates = choose(losses), sorted(losses)
+    if choice is None or not choice.at_edge or len(rates) < 2:
+        return None
+    edge, inner = (rates[0], rates[1]) if choice.learning_rate == rates[0] else (rates[-1], rates[-2])
+    return _further(edge, inner)
+
+
+def reachable(grid: Sequence[float], extend: int) -> tuple[float, ...]:
+    """All rates that a grid can lead to, extended so many times, in rising order."""
+    rates = sorted(grid)
+    if len(rates) < 2:
+        return tuple(rates)
+    lower, higher = rates[:2][::-1], rates[-2:]
+    for _ in range(extend):
+        lower.append(_further(lower[-1], lower[-2]))
+        higher.append(_further(higher[-1], higher[-2]))
+    return tuple(sorted({*rates, *lower, *higher}))
+
+
+def _further(edge: float, inner: float) -> float:
+    return float(f"{edge * edge / inner:.6g}")  # as one would write it: 0.0005, not 0.0005000000000000001
 
 
 def choose(losses: Mapping[float, float | None]) -> Choice | None:

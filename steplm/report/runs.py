@@ -83,7 +83,8 @@ def load_run(run_dir: str | Path, label: str | None = None) -> RunRecord:
         plan = from_json(Plan, json.loads(plan_file.read_text()))
     except ValueError as error:
         raise SteplmError(
-            f"{plan_file} cannot be read: {error}. Use the version of steplm that wrote it.", path=str(plan_file)
+            f"{plan_file} cannot be read ({str(error).splitlines()[0]}): another version of steplm wrote it.",
+            path=str(plan_file),
         ) from None
     return RunRecord(
         label=label or config.name,

@@ -23,6 +23,7 @@ from steplm.compare.display import SuiteDisplay
 from steplm.compare.entries import RunKey, Suite
 from steplm.compare.lock import exclusive
 from steplm.compare.runner import Runner, problems_of
+from steplm.compare.sharing import Start
 from steplm.compare.suite import read_suite
 from steplm.errors import CheckpointMismatch, SteplmError
 from steplm.models.folder import load_state
@@ -119,6 +120,18 @@ def test_the_rate_with_the_lowest_loss_is_chosen_and_taken_over_and_divergence_i
     assert run(values) == record, "what has diverged is not tried again"
 
 
+def test_the_grid_grows_beyond_an_edge_that_is_best(suite_values: Values, tmp_path: Path) -> None:
+    entries = [{"name": "vanilla", "method": "vanilla"}]
+    tune = {"learning_rates": [1e-5, 1e-4], "extend": 2}
+    record = run(suite_values(tmp_path, entries=entries, tune=tune, seeds=[0, 1]))
+    assert [(entry.seed, entry.learning_rate) for entry in record.runs] == [
+        (0, 1e-5), (0, 1e-4), (0, 1e-3), (0, 1e-2), (1, 1e-2),
+    ]  # fmt: skip
+    assert record.grid == (1e-5, 1e-4, 1e-3, 1e-2)
+    assert record.entry("vanilla").learning_rate == 1e-2
+    assert record.entry("vanilla").at_edge
+
+
 def test_a_failed_run_is_named_the_others_are_done_and_it_is_tried_again(suite_values: Values, tmp_path: Path) -> None:
     values = suite_values(tmp_path)
     log = tmp_path / RunKey("vanilla", 0, 1e-2).dir / "metrics.jsonl"
@@ -133,6 +146,22 @@ def test_a_failed_run_is_named_the_others_are_done_and_it_is_tried_again(suite_v
     written_at = (tmp_path / done.dir / "summary.json").stat().st_mtime_ns
     assert [entry.status for entry in run(values).runs] == ["finished", "finished"]
     assert (tmp_path / done.dir / "summary.json").stat().st_mtime_ns == written_at
+
+
+def test_a_killed_process_fails_its_run_alone(
+    suite_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Runner._start
+
+    def start_and_kill_the_first(self: Runner, start: Start[RunKey]) -> None:
+        original(self, start)
+        if start.run.entry == "vanilla":
+            self.jobs[start.run].process.kill()
+
+    monkeypatch.setattr(Runner, "_start", start_and_kill_the_first)
+    killed, done = run(suite_values(tmp_path)).runs
+    assert (killed.status, done.status) == ("failed", "finished")
+    assert killed.error == "its process was killed by SIGKILL: out of memory, perhaps"
 
 
 def _started(values: dict[str, Any], tmp_path: Path, num_events: int) -> subprocess.Popen[bytes]:

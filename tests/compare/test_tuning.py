@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from steplm.compare.tuning import Choice, choose
+from steplm.compare.tuning import Choice, beyond, choose, reachable
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,33 @@ from steplm.compare.tuning import Choice, choose
 )
 def test_the_lowest_finite_loss_is_chosen(losses: dict[float, float | None], choice: Choice | None) -> None:
     assert choose(losses) == choice
+
+
+@pytest.mark.parametrize(
+    ("losses", "rate"),
+    [
+        ({1e-3: 2.4, 2e-3: 2.5, 4e-3: 2.8}, 5e-4),
+        ({1e-3: 2.9, 2e-3: 2.5, 4e-3: 2.3}, 8e-3),
+        ({1e-3: 2.9, 2e-3: 2.5, 6e-3: 2.3}, 1.8e-2),
+        ({1e-3: 2.9, 2e-3: 2.5, 4e-3: 2.8}, None),
+        ({1e-3: 2.9, 2e-3: 2.5, 4e-3: None}, None),
+        ({1e-3: None, 2e-3: None}, None),
+        ({1e-3: 2.9}, None),
+    ],
+)
+def test_the_next_rate_lies_beyond_the_edge_that_is_best(losses: dict[float, float | None], rate: float | None) -> None:
+    assert beyond(losses) == rate
+
+
+def test_every_extension_is_among_the_reachable_rates() -> None:
+    assert reachable((1e-3, 2e-3, 4e-3), 0) == (1e-3, 2e-3, 4e-3)
+    assert reachable((1e-3, 2e-3, 4e-3), 2) == (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+    assert reachable((1e-3,), 2) == (1e-3,)
+    assert reachable((), 2) == ()
+    for falls in (True, False):
+        losses: dict[float, float | None] = {1e-3: 2.0, 3e-3: 2.0}
+        for step in range(4):
+            losses = {rate: rate if falls else -rate for rate in losses}
+            further = beyond(losses)
+            assert further in reachable((1e-3, 3e-3), step + 1)
+            losses[further] = 0.0
