@@ -78,7 +78,8 @@ def _print_runs(suite: Suite, runs: list[RunKey]) -> None:
     shared = _shared_with(all_stage_keys(suite, {run: _with_any_data(suite.run_config(run)) for run in runs}))
     for entry in suite.entries.values():
         plan = suite.plan(next(run for run in runs if run.entry == entry.name))
-        rates = ", ".join(f"{rate:g}" for rate in suite.possible_rates(entry, {}))
+        rates = ", ".join(f"{rate:g}" for rate in entry.grid or suite.possible_rates(entry, {}))
+        rates += f" (+{entry.extend})" if entry.extend else ""
         table.add_row(
             Text(entry.name),
             entry.method,
