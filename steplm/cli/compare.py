@@ -79,7 +79,7 @@ def _print_runs(suite: Suite, runs: list[RunKey]) -> None:
     for entry in suite.entries.values():
         plan = suite.plan(next(run for run in runs if run.entry == entry.name))
         rates = ", ".join(f"{rate:g}" for rate in entry.grid or suite.possible_rates(entry, {}))
-        rates += f" (+{entry.extend})" if entry.extend else ""
+        rates += " …" if len(entry.reachable_rates) > len(entry.grid) else ""
         table.add_row(
             Text(entry.name),
             entry.method,

@@ -38,7 +38,13 @@ class Entry:
     seeds: tuple[int, ...]
     grid: tuple[float, ...]  # (): not tuned
     extend: int  # times that the grid grows where its best is at an edge
+    refine: int  # times that it grows between the best and its neighbours
     rate_of: str | None  # the entry whose learning rate it takes
+
+    @property
+    def reachable_rates(self) -> tuple[float, ...]:
+        """Every rate that its tuning can try."""
+        return reachable(self.grid, self.extend, self.refine)
 
     @property
     def record(self) -> EntryRecord:
@@ -78,7 +84,7 @@ class Suite:
             raise ConfigError(f"baseline: no entry {config.baseline!r}.{nearest(config.baseline, self.entries)}")
         self.questions = tuple(_questions(config, list(self.entries)))
         self.tune_seed = config.tune.seed if config.tune else 0
-        self.run_config, self.plan = cache(self._run_config), cache(self._plan)
+        self.run_config, self._plan_of = cache(self._run_config), cache(self._plan)
 
     def fixed_rate(self, entry: Entry) -> float:
         """The learning rate of an entry that is not tuned, as its configuration has it.
@@ -105,11 +111,11 @@ class Suite:
             return (rate,)
         if entry.rate_of is not None:
             return self.possible_rates(self.entries[entry.rate_of], chosen)
-        return reachable(entry.grid, entry.extend) or (self.fixed_rate(entry),)
+        return entry.reachable_rates or (self.fixed_rate(entry),)
 
     def possible_runs(self, entry: Entry, chosen: Mapping[str, float | None]) -> Iterator[RunKey]:
         """Every run that an entry can lead to, given the rates that are chosen already."""
-        runs = [RunKey(entry.name, self.tune_seed, rate) for rate in reachable(entry.grid, entry.extend)]
+        runs = [RunKey(entry.name, self.tune_seed, rate) for rate in entry.reachable_rates]
         rates = self.possible_rates(entry, chosen)
         runs += [RunKey(entry.name, seed, rate) for seed in entry.seeds for rate in rates]
         yield from dict.fromkeys(runs)
@@ -133,8 +139,12 @@ class Suite:
             values["plan.total_flops"] = self.plan(self.baseline_run(run.seed)).training_flops
         return _configured(entry, self._base, values)
 
-    def _plan(self, run: RunKey) -> Plan:
-        config = self.run_config(run)
+    def plan(self, run: RunKey) -> Plan:
+        """The plan of a run, which its learning rate does not change."""
+        return self._plan_of(run.entry, run.seed)
+
+    def _plan(self, entry: str, seed: int) -> Plan:
+        config = self.run_config(RunKey(entry, seed, self.possible_rates(self.entries[entry], {})[0]))
         from steplm.models.shape import shape_of
 
         return make_plan(config, shape_of(config.model.hf_config()))
@@ -209,6 +219,7 @@ def _entry(
         seeds=tuple(dict.fromkeys(written.seeds or config.seeds)),
         grid=tuple(sorted(set(grid))) if tuned else (),
         extend=config.tune.extend if tuned and config.tune else 0,
+        refine=config.tune.refine if tuned and config.tune else 0,
         rate_of=written.like if takes_rate else None,
     )
 

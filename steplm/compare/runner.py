@@ -24,7 +24,7 @@ from steplm.compare.progress import Clock, LogTail
 from steplm.compare.scores import evaluations, is_scored
 from steplm.compare.sharing import Start, is_needed, next_start
 from steplm.compare.suite import dump_suite
-from steplm.compare.tuning import beyond, choose
+from steplm.compare.tuning import between, beyond, choose
 from steplm.config import RunConfig
 from steplm.files import write_atomically
 from steplm.report.suite import RunEntry, SuiteRecord, is_suite, load_suite, save_suite
@@ -141,7 +141,7 @@ class Runner:
         self.display.chosen(entry.name, losses, choice)
 
     def _grid(self, entry: Entry) -> tuple[float, ...]:
-        """The grid with the rates beyond an edge that the results so far ask for."""
+        """The grid with the rates beyond an edge, and around the best, that the results so far ask for."""
         grid = entry.grid
         for _ in range(entry.extend):
             losses = self._losses(entry, grid)
@@ -149,6 +149,11 @@ class Runner:
             if further is None:
                 break
             grid = (*grid, further)
+        for _ in range(entry.refine):
+            losses = self._losses(entry, grid)
+            if losses is None:
+                break
+            grid = (*grid, *between(losses))
         return grid
 
     def _losses(self, entry: Entry, grid: Iterable[float]) -> dict[float, float | None] | None:

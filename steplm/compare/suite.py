@@ -30,6 +30,7 @@ class TuneConfig(Section):
     extend: int = Field(
         0, ge=0, description="where the best is at an edge: times that the rate beyond it is tried, by the grid's ratio"
     )
+    refine: int = Field(0, ge=0, description="then: times that the rates halfway to the best's neighbours are tried")
     seed: int = Field(0, ge=0)
 
 

@@ -24,8 +24,18 @@ def beyond(losses: Mapping[float, float | None]) -> float | None:
     return _further(edge, inner)
 
 
-def reachable(grid: Sequence[float], extend: int) -> tuple[float, ...]:
-    """All rates that a grid can lead to, extended so many times, in rising order."""
+def between(losses: Mapping[float, float | None]) -> tuple[float, ...]:
+    """The rates halfway, by ratio, from the best to its neighbours."""
+    choice, rates = choose(losses), sorted(losses)
+    if choice is None:
+        return ()
+    best = rates.index(choice.learning_rate)
+    neighbours = (*rates[max(best - 1, 0) : best], *rates[best + 1 : best + 2])
+    return tuple(_halfway(choice.learning_rate, neighbour) for neighbour in neighbours)
+
+
+def reachable(grid: Sequence[float], extend: int, refine: int = 0) -> tuple[float, ...]:
+    """All rates that a grid can lead to, extended and then refined so many times, in rising order."""
     rates = sorted(grid)
     if len(rates) < 2:
         return tuple(rates)
@@ -33,11 +43,21 @@ def reachable(grid: Sequence[float], extend: int) -> tuple[float, ...]:
     for _ in range(extend):
         lower.append(_further(lower[-1], lower[-2]))
         higher.append(_further(higher[-1], higher[-2]))
-    return tuple(sorted({*rates, *lower, *higher}))
+    rates = sorted({*rates, *lower, *higher})
+    for _ in range(refine):
+        rates = sorted({*rates, *(_halfway(one, other) for one, other in zip(rates, rates[1:], strict=False))})
+    return tuple(rates)
+
+
+# Rates as one would write them: 0.0005, not 0.0005000000000000001.
 
 
 def _further(edge: float, inner: float) -> float:
-    return float(f"{edge * edge / inner:.6g}")  # as one would write it: 0.0005, not 0.0005000000000000001
+    return float(f"{edge * edge / inner:.3g}")
+
+
+def _halfway(one: float, other: float) -> float:
+    return float(f"{math.sqrt(one * other):.3g}")
 
 
 def choose(losses: Mapping[float, float | None]) -> Choice | None:

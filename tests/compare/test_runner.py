@@ -120,14 +120,14 @@ def test_the_rate_with_the_lowest_loss_is_chosen_and_taken_over_and_divergence_i
     assert run(values) == record, "what has diverged is not tried again"
 
 
-def test_the_grid_grows_beyond_an_edge_that_is_best(suite_values: Values, tmp_path: Path) -> None:
+def test_the_grid_grows_beyond_an_edge_and_around_the_best(suite_values: Values, tmp_path: Path) -> None:
     entries = [{"name": "vanilla", "method": "vanilla"}]
-    tune = {"learning_rates": [1e-5, 1e-4], "extend": 2}
+    tune = {"learning_rates": [1e-5, 1e-4], "extend": 2, "refine": 1}
     record = run(suite_values(tmp_path, entries=entries, tune=tune, seeds=[0, 1]))
     assert [(entry.seed, entry.learning_rate) for entry in record.runs] == [
-        (0, 1e-5), (0, 1e-4), (0, 1e-3), (0, 1e-2), (1, 1e-2),
+        (0, 1e-5), (0, 1e-4), (0, 1e-3), (0, 1e-2), (0, 3.16e-3), (1, 1e-2),
     ]  # fmt: skip
-    assert record.grid == (1e-5, 1e-4, 1e-3, 1e-2)
+    assert record.grid == (1e-5, 1e-4, 1e-3, 3.16e-3, 1e-2)
     assert record.entry("vanilla").learning_rate == 1e-2
     assert record.entry("vanilla").at_edge
 

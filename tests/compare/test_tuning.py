@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from steplm.compare.tuning import Choice, beyond, choose, reachable
+from steplm.compare.tuning import Choice, between, beyond, choose, reachable
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,15 @@ def test_the_lowest_finite_loss_is_chosen(losses: dict[float, float | None], cho
 )
 def test_the_next_rate_lies_beyond_the_edge_that_is_best(losses: dict[float, float | None], rate: float | None) -> None:
     assert beyond(losses) == rate
+
+
+def test_refinement_goes_halfway_to_the_neighbours_of_the_best() -> None:
+    assert between({1e-3: 3.0, 4e-3: 2.0, 1.6e-2: 3.0}) == (2e-3, 8e-3)
+    assert between({1e-3: 3.0, 2e-3: 2.0}) == (1.41e-3,)
+    assert between({1e-3: 3.0, 4e-3: 2.0, 1.6e-2: None}) == (2e-3, 8e-3)
+    assert between({1e-3: 3.0}) == ()
+    assert between({1e-3: None, 2e-3: None}) == ()
+    assert reachable((1e-3, 4e-3), 1, 1) == (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 def test_every_extension_is_among_the_reachable_rates() -> None:
