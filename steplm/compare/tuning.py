@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def reachable(grid: Sequence[float], extend: int, refine: int = 0) -> tuple[floa
         higher.append(_further(higher[-1], higher[-2]))
     rates = sorted({*rates, *lower, *higher})
     for _ in range(refine):
-        rates = sorted({*rates, *(_halfway(one, other) for one, other in zip(rates, rates[1:], strict=False))})
+        rates = sorted({*rates, *(_halfway(one, other) for one, other in pairwise(rates))})
     return tuple(rates)
 
 
