@@ -1,4 +1,4 @@
-"""What docs/memory.md says, checked: its tables against the planner, its commands by running them."""
+"""What the pages of docs say, checked: its tables against the planner, its commands by running them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,26 @@ PAGE = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "results/memory_table"
 
 
-@pytest.fixture(scope="module")
-def memory_table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("memory_table", ROOT / "benchmarks/memory_table.py")
+def _benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def memory_table() -> ModuleType:
+    return _benchmark("memory_table")
+
+
+@pytest.mark.parametrize("name", ["results.md", "comparing.md"])
+def test_the_tables_of_a_page_are_made_of_plans_and_kept_runs(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    made = _benchmark("results_tables").filled(page)
+    assert "<!-- / -->" in page
+    assert made == page, "run: python benchmarks/results_tables.py"
 
 
 def _kept(name: str) -> dict[str, Any]:

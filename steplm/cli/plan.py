@@ -133,7 +133,7 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
         is_peak = stage is by_peak and plan.num_stages > 1
         add_row(
             f"{stage.index}{' ◀' if is_peak else ''}",
-            f"{old}+{stage.num_new_layers}" if old else str(stage.num_new_layers),
+            f"{old}+{stage.num_new_layers}" if stage.grows else str(stage.num_hidden_layers),
             format_count(stage.tokens),
             stage.memory,
             None if stage.peak is None else stage.peak.total_bytes,

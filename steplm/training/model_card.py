@@ -63,7 +63,7 @@ def _front_matter(config: RunConfig) -> str:
 def _introduction(config: RunConfig, plan: Plan, state: CheckpointState) -> str:
     progress = state.progress
     depth = plan.stages[progress.stage_index - 1].num_hidden_layers
-    kind = "in one stage" if plan.num_stages == 1 else f"in {plan.num_stages} stages of growing depth"
+    kind = "in one stage" if len(plan.layers) == 1 else f"in {len(plan.layers)} stages of growing depth"
     text = (
         f"A plain `{config.model.model_type}` language model of {depth} layers and "
         f"{format_count(plan.shape.num_parameters(depth))} parameters, pre-trained {kind} on "
@@ -117,18 +117,23 @@ def _plan_table(stages: Sequence[Stage]) -> str:
 
 
 def _trained_components(stage: Stage) -> list[str]:
-    return [words for name, words in COMPONENTS.items() if stage.memory.bytes_of(name, "gradients")]
+    return [words for name, words in COMPONENTS.items() if stage.memory.bytes_of(name, "optimizer")]
 
 
 def _pet_and_growth(config: RunConfig, plan: Plan) -> str:
-    if plan.num_stages == 1:
-        return ""
-    lines = [f"- growth: `{config.growth.operator}`, new layers placed `{config.growth.resolved_position}`"]
+    lines = []
+    if len(plan.layers) > 1:
+        lines.append(f"- growth: `{config.growth.operator}`, new layers placed `{config.growth.resolved_position}`")
+    if config.optim.name != "adamw":
+        rank = f", rank {config.optim.state_rank}" if config.optim.is_low_rank else ""
+        lines.append(f"- optimizer: `{config.optim.name}`{rank}")
     adapters = next((stage.adapters for stage in plan.stages if stage.adapters is not None), None)
     if adapters is not None:
         targets = ", ".join(f"`{name}`" for name in adapters.target_modules)
         size = f"rank {adapters.rank}, alpha {adapters.alpha:g}"
-        lines.append(f"- adapters on frozen layers: {adapters.method}, {size}, on {targets}")
+        restarts = sum(stage.adapters is not None and not stage.num_new_layers for stage in plan.stages)
+        times = f", merged and begun anew {restarts} times" if restarts else ""
+        lines.append(f"- adapters on frozen layers: {adapters.method}, {size}, on {targets}{times}")
     return "\n".join(lines)
 
 
