@@ -25,7 +25,7 @@ quickstart: install  ## train a small LLaMA grown in stages, beside an ordinary 
 	@$(BIN)/steplm quickstart
 
 test: lint types  ## ruff, mypy and pytest
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 test-slow: install  ## the tests that take minutes
 	$(BIN)/pytest -m slow

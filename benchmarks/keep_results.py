@@ -1,4 +1,4 @@
-"""Keep what is small of a finished run or suite, to be committed: no weights, no paths of this machine.
+"""Keep what is small of a finished run, suite or folder of runs, to be committed: no weights, no paths.
 
     python benchmarks/keep_results.py runs/corpus_10m results/corpus_10m --command "steplm train corpus_10m" \\
         --text "corpus validation=$STEPLM_DATA/corpus/validation-000.jsonl.gz" \\
@@ -36,19 +36,11 @@ def main() -> None:
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="of a run; repeatable")
     arguments = parser.parse_args()
     source, output = arguments.source, arguments.output
-    if is_suite(source):
+    if is_suite(source) or not (source / "plan.json").is_file():
         _copy(source, output, KEPT_OF_A_SUITE, arguments.command)
-        for summary in sorted(source.glob("runs/*/*/plan.json")):
-            _copy(summary.parent, output / summary.parent.relative_to(source), KEPT, arguments.command)
-        suite = read_suite(output)
-        tables = write_tables(suite, output)[0]
-        figures = write_figures(suite, output / "figures")
-        environment = next(iter(sorted(output.glob("runs/*/*/environment.json"))))
-        pictures = "\n".join(f"![{name}](figures/{path.name})\n" for name, path in figures.items())
-        head = f"# {suite.record.name}\n\n{_made_by(environment, arguments.command)}\n"
-        body = tables.read_text(encoding="utf-8").partition("\n")[2]
-        (output / "README.md").write_text(f"{head}{body}\n{pictures}", encoding="utf-8")
-        tables.unlink()  # the same as the README
+        for plan in sorted(source.glob("**/plan.json")):
+            _copy(plan.parent, output / plan.parent.relative_to(source), KEPT, arguments.command)
+        _write_report(output, arguments.command)
         return
     _copy(source, output, KEPT, arguments.command)
     record = load_run(output)
@@ -63,6 +55,19 @@ def main() -> None:
         for name, values in perplexities.items()
     ]
     (output / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _write_report(output: Path, command: str) -> None:
+    """Tables and figures of a suite, or of a folder of runs, as a page."""
+    suite = read_suite(output)
+    tables = write_tables(suite, output)[0]
+    figures = write_figures(suite, output / "figures")
+    environment = next(iter(sorted(output.glob("**/environment.json"))))
+    pictures = "\n".join(f"![{name}](figures/{path.name})\n" for name, path in figures.items())
+    head = f"# {suite.record.name}\n\n{_made_by(environment, command)}\n"
+    body = tables.read_text(encoding="utf-8").partition("\n")[2]
+    (output / "README.md").write_text(f"{head}{body}\n{pictures}", encoding="utf-8")
+    tables.unlink()  # the same as the README
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...], command: str) -> None:

@@ -56,9 +56,7 @@ def block(source: str, title: str) -> str:
 
 def filled(page: str) -> str:
     """The page with every table as the kept runs, or the planner, have it."""
-    return BLOCK.sub(
-        lambda match: f"<!-- {match[1]}: {match[2]} -->\n{block(match[1], match[2])}\n<!-- / -->", page
-    )
+    return BLOCK.sub(lambda match: f"<!-- {match[1]}: {match[2]} -->\n{block(match[1], match[2])}\n<!-- / -->", page)
 
 
 if __name__ == "__main__":
