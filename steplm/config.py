@@ -438,6 +438,13 @@ class RunConfig(Section):
                 "optim.name=badam trains one layer at a time and leaves none frozen: it goes with plan.num_stages=1 "
                 "and pet.layers=old"
             )
+        by_layer = self.train.gradient_checkpointing in ("frozen", "new")
+        if optim.name == "badam" and (memory.packs_frozen or by_layer):
+            raise ValueError(
+                "optim.name=badam leaves no layer frozen for long: memory.frozen_weights, memory.offload_frozen and "
+                "train.gradient_checkpointing by kind of layer are for frozen ones. Leave them out, or recompute all: "
+                "train.gradient_checkpointing=true"
+            )
         if optim.is_low_rank and memory.optimizer_states != "fp32":
             raise ValueError(
                 f"optim.name={optim.name} has low-rank states in fp32: leave memory.optimizer_states out, "

@@ -115,14 +115,16 @@ class PageParts:
         charts = {chart["kind"]: chart for chart in question_charts(self.suite, question, number, self.look)}
         text = f"<p>{escape(question.text)}</p>" if question.text else ""
         details = details_table(self.suite, question)
+        further = f"<details><summary>Further numbers</summary>{table_html(details)}</details>"
+        has_results = any(entry.finished for entry in entries)
         return f"""<section id="{section}" aria-labelledby="{section}-title">
 <h2 id="{section}-title">{escape(question.title)}</h2>{text}
 {table_html(question_table(self.suite, question))}
-{self._chips([entry.entry.name for entry in entries]) if len(entries) > 1 else ""}
+{self._chips([entry.entry.name for entry in entries]) if has_results and len(entries) > 1 else ""}
 {self._chart(charts.get("loss"), section)}
 {self._chart(charts.get("tradeoff"), section)}
 <div class="pair">{self._chart(charts.get("memory"), section)}{self._chart(charts.get("growth"), section)}</div>
-<details><summary>Further numbers</summary>{table_html(details)}</details>
+{further if has_results else ""}
 </section>"""
 
     def _chips(self, names: list[str]) -> str:

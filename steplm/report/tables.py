@@ -141,10 +141,12 @@ def _reduction_cell(entry: EntrySummary, baseline: EntrySummary | None) -> Cell:
 def _caption(suite: Suite, question: Question, baseline: EntrySummary | None) -> str:
     """What the columns stand for, and what a reader must not overlook."""
     several = any(len(entry.finished) > 1 for entry in suite.of(question))
+    if not any(entry.finished for entry in suite.of(question)):
+        return "No run has finished yet."
     parts = ["Loss: nats a token, of the exported model on the validation text."]
     if several:
         parts.append("±, ranges in brackets: 95% t-interval of the mean over seeds.")
-    elif any(entry.finished for entry in suite.of(question)):
+    else:
         parts.append("One seed: no interval can be given.")
     if baseline is not None:
         parts.append(f"Δ loss: less that of {baseline.label}, paired by seed; below 0 is better.")
@@ -293,7 +295,7 @@ def all_tables(suite: Suite) -> list[Table]:
     """Of every question its table and its further numbers, then the learning rates."""
     tables = [make(suite, question) for question in suite.record.questions for make in (question_table, details_table)]
     tuning = tuning_table(suite)
-    return tables if tuning is None else [*tables, tuning]
+    return [table for table in (*tables, tuning) if table is not None and len(table.columns) > 1]
 
 
 def problems(suite: Suite) -> list[str]:

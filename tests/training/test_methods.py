@@ -121,6 +121,8 @@ def test_badam_holds_one_layer_of_states_at_a_time(tiny_run: Configure, tmp_path
         (("plan.num_stages=1", "pet.restarts=1"), "this run has none"),
         (("pet.method=none", "pet.restarts=1"), "this run has none"),
         (("optim.name=badam",), "plan.num_stages=1"),
+        (("plan.num_stages=1", "optim.name=badam", "memory.frozen_weights=nf4"), "leaves no layer frozen"),
+        (("plan.num_stages=1", "optim.name=badam", "train.gradient_checkpointing=frozen"), "leaves no layer frozen"),
         (("optim.name=galore", "memory.optimizer_states=8bit"), "optimizer_states"),
         (("pet.restarts=100",), "too few"),
     ],
