@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 
 from steplm.config import load_config
@@ -38,8 +39,8 @@ def main() -> None:
     source, output = arguments.source, arguments.output
     if is_suite(source) or not (source / "plan.json").is_file():
         _copy(source, output, KEPT_OF_A_SUITE, arguments.command)
-        for plan in sorted(source.glob("**/plan.json")):
-            _copy(plan.parent, output / plan.parent.relative_to(source), KEPT, arguments.command)
+        for config in sorted(source.glob("**/config.yaml")):
+            _copy(config.parent, output / config.parent.relative_to(source), KEPT, arguments.command)
         _write_report(output, arguments.command)
         return
     _copy(source, output, KEPT, arguments.command)
@@ -79,6 +80,8 @@ def _copy(source: Path, target: Path, names: tuple[str, ...], command: str) -> N
         text = (source / name).read_text(encoding="utf-8")
         if data:
             text = text.replace(data, "${STEPLM_DATA:-data}")
+        if name == "config.yaml":  # where it was run is of no interest
+            text = re.sub(r"^(\s*(?:output_dir|prepared_dir)): .*$", r"\1: null", text, flags=re.MULTILINE)
         if name == "environment.json":
             text = json.dumps(json.loads(text) | {"command": command}, indent=1) + "\n"
         if name == "plan.json":

@@ -67,7 +67,7 @@ def _save(drawn: dict[str, Path], directory: Path, name: str, figure: Figure | N
 
     drawn[name] = directory / f"{name}.png"
     with rc_context(RC):
-        figure.savefig(drawn[name])
+        figure.savefig(drawn[name], bbox_inches="tight", pad_inches=0.15)  # however long the labels are
 
 
 @contextmanager

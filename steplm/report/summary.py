@@ -347,7 +347,8 @@ def _json(path: Path) -> Any:
 def _suite_of_runs(directory: Path) -> SuiteRecord:
     """Every run below a folder as an entry of its own, and one question that sets them side by side."""
     patterns = ["/".join(["*"] * depth + ["plan.json"]) for depth in range(SEARCH_DEPTH + 1)]
-    folders = sorted(path.parent for pattern in patterns for path in directory.glob(pattern))
+    plans = (path.parent for pattern in patterns for path in directory.glob(pattern))
+    folders = sorted(folder for folder in plans if (folder / "config.yaml").is_file())  # an export has a plan too
     if not folders:
         raise SteplmError(
             f"{directory} holds neither a suite (suite.json) nor a run (plan.json). "

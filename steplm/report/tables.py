@@ -131,7 +131,7 @@ def _difference_cells(entry: EntrySummary, baseline: EntrySummary | None) -> tup
 
 def _reduction_cell(entry: EntrySummary, baseline: EntrySummary | None) -> Cell:
     if baseline is None:  # then against vanilla, as the plan has it
-        return _cell(entry.plan.reduction if entry.plan else None, lambda share: percent(-share))
+        return _cell((entry.plan.reduction or None) if entry.plan else None, lambda share: percent(-share))
     if baseline is entry or entry.plan is None or baseline.plan is None:
         return Cell(NOT_YET)
     share = entry.plan.peak_model_state_bytes / baseline.plan.peak_model_state_bytes - 1

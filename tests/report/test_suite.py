@@ -285,6 +285,9 @@ def test_a_run_directory_is_an_entry_of_its_own(suite_dir: Path) -> None:
 
 
 def test_a_folder_of_runs_sets_them_side_by_side(suite_dir: Path) -> None:
+    run_dir = suite_dir / "runs/step_2/lr0.001-seed0"
+    (run_dir / "export").mkdir()
+    (run_dir / "export/plan.json").write_text((run_dir / "plan.json").read_text())  # as every finished run has it
     suite = read_suite(suite_dir / "runs/step_2")
     assert list(suite.entries) == [f"lr{tail}" for tail in ("0.001-seed0", "0.002-seed0", "0.002-seed1",
                                                             "0.002-seed2", "0.004-seed0")]  # fmt: skip
