@@ -31,9 +31,14 @@ def run_compare(
     if dry_run:
         _print_runs(suite, runs)
         return 0
-    display = make_display(suite.run_config(runs[0]).log.progress)
+    from steplm.training.display import make_display as make_run_display
+
+    progress = suite.run_config(runs[0]).log.progress
+    display = make_display(progress)
+    expected = [run for entry in suite.entries.values() for run in suite.expected_runs(entry, {})]
+    display.note(f"suite     {suite.config.name}: {len(expected)} runs or more, every plan checked", "dim")
     check_texts(suite)
-    configs = prepare_data(suite, runs)
+    configs = prepare_data(suite, runs, make_run_display(progress).prepare)
     check_folders(suite, configs)
     record, stop_signal = _run(suite, configs, display, jobs)
     if stop_signal is not None:
