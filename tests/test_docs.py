@@ -1,4 +1,4 @@
-"""What the pages of docs say, checked: its tables against the planner, its commands by running them."""
+"""What the pages of docs say, checked: tables against planner and kept runs, commands by running them."""
 
 from __future__ import annotations
 

@@ -35,8 +35,9 @@ def run_compare(
 
     progress = suite.run_config(runs[0]).log.progress
     display = make_display(progress)
-    expected = [run for entry in suite.entries.values() for run in suite.expected_runs(entry, {})]
-    display.note(f"suite     {suite.config.name}: {len(expected)} runs or more, every plan checked", "dim")
+    display.note(
+        f"suite     {suite.config.name}: {len(suite.expected_runs({}))} runs or more, every plan checked", "dim"
+    )
     check_texts(suite)
     configs = prepare_data(suite, runs, make_run_display(progress).prepare)
     check_folders(suite, configs)
@@ -98,7 +99,7 @@ def _print_runs(suite: Suite, runs: list[RunKey]) -> None:
         )
     console = Console()
     console.print(table)
-    expected = [run for entry in suite.entries.values() for run in suite.expected_runs(entry, {})]
+    expected = suite.expected_runs({})
     flops = sum(suite.plan(run).training_flops for run in expected)
     console.print(
         f"{len(expected)} runs, {format_count(flops)} FLOPs in all, matched on {suite.config.match} "

@@ -120,8 +120,11 @@ class Suite:
         runs += [RunKey(entry.name, seed, rate) for seed in entry.seeds for rate in rates]
         yield from dict.fromkeys(runs)
 
-    def expected_runs(self, entry: Entry, chosen: Mapping[str, float | None]) -> Iterator[RunKey]:
-        """As many runs as an entry will have, at some rate where it is not chosen yet."""
+    def expected_runs(self, chosen: Mapping[str, float | None]) -> list[RunKey]:
+        """As many runs as the suite will have at least, at some rate where it is not chosen yet."""
+        return [run for entry in self.entries.values() for run in self._expected_runs_of(entry, chosen)]
+
+    def _expected_runs_of(self, entry: Entry, chosen: Mapping[str, float | None]) -> Iterator[RunKey]:
         runs = [RunKey(entry.name, self.tune_seed, rate) for rate in entry.grid]
         rate = entry.grid[0] if entry.grid and chosen.get(entry.name) is None else self.possible_rates(entry, chosen)[0]
         yield from dict.fromkeys([*runs, *(RunKey(entry.name, seed, rate) for seed in entry.seeds)])

@@ -344,7 +344,7 @@ class Runner:
             rows.append((run.dir, event, plan))
         done += sum(self.suite.plan(run).training_flops for run, e in self.runs.items() if e.status in SETTLED)
         chosen = {name: rate for name, (rate, _) in self.choices.items()}
-        expected = [run for entry in self.suite.entries.values() for run in self.suite.expected_runs(entry, chosen)]
+        expected = self.suite.expected_runs(chosen)
         total = sum(self.suite.plan(run).training_flops for run in expected)
         self.display.update(list(self.runs.values()), len(expected), rows, self._clock.seconds_left(done, total))
 
