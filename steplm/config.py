@@ -259,6 +259,11 @@ class TrainConfig(Section):
     sequence_length: int = Field(1024, gt=1, description="tokens")
     per_device_train_batch_size: int = Field(8, gt=0, description="sequences in one forward pass")
     gradient_accumulation_steps: int = Field(1, gt=0)
+    global_batch_size: int | None = Field(
+        None,
+        gt=0,
+        description="sequences of one step over all devices; default: the product of the two above and the world size",
+    )
     gradient_checkpointing: bool | Literal["frozen", "new"] = Field(
         False, description="recompute activations in the backward pass: of all layers, or of frozen or new ones alone"
     )
@@ -305,6 +310,21 @@ class MemoryConfig(Section):
         return math.ceil(peak_bytes * self.correction) + self.reserve
 
 
+class DistributedConfig(Section):
+    """Several devices that train one model. ``torchrun`` starts their processes."""
+
+    world_size: int = Field(1, gt=0, description="devices; a run takes it from torchrun, `steplm plan` from here")
+    shard_size: int | None = Field(
+        None, gt=0, description="devices that share one copy of the model states; default: all; 1: data parallel alone"
+    )
+    timeout: float = Field(10.0, gt=0, description="minutes without an answer after which a rank counts as hanging")
+
+    @property
+    def num_shards(self) -> int:
+        """Devices that share one copy of the model states."""
+        return self.world_size if self.shard_size is None else self.shard_size
+
+
 class EvalConfig(Section):
     """Validation loss inside the loop and at the end."""
 
@@ -339,6 +359,7 @@ class RunConfig(Section):
     optim: OptimConfig = Field(default_factory=OptimConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     log: LogConfig = Field(default_factory=LogConfig)
 
@@ -366,6 +387,7 @@ class RunConfig(Section):
         rates = self.optim.learning_rate
         if isinstance(rates, list) and len(rates) != self.plan.num_stages:
             raise ValueError(f"optim.learning_rate has {len(rates)} entries for plan.num_stages={self.plan.num_stages}")
+        self._check_distributed()
         self._check_memory()
         self._check_method()
         if self.train.sequence_length > self.model.max_position_embeddings:
@@ -375,13 +397,47 @@ class RunConfig(Section):
             )
         return self
 
+    def _check_distributed(self) -> None:
+        """Refuse numbers of devices that divide nothing evenly, and what a sharded tensor cannot have."""
+        train, world_size, num_shards = self.train, self.distributed.world_size, self.distributed.num_shards
+        if train.global_batch_size is not None and train.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"train.global_batch_size={train.global_batch_size} says how many micro-batches a step has: leave "
+                f"train.gradient_accumulation_steps={train.gradient_accumulation_steps} out"
+            )
+        if self.global_batch_size % world_size:
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} sequences cannot be divided evenly among "
+                f"{world_size} devices: choose a number of devices that divides it"
+            )
+        if world_size % num_shards:
+            raise ValueError(
+                f"distributed.shard_size={num_shards} does not divide the {world_size} devices: each copy of the model "
+                "states needs as many"
+            )
+        if num_shards == 1:
+            return
+        whole = {
+            f"optim.name={self.optim.name} works on whole matrices": self.optim.name != "adamw",
+            f"memory.optimizer_states={self.memory.optimizer_states} has blocks across shards": (
+                self.memory.optimizer_states != "fp32"
+            ),
+            "memory.frozen_weights and memory.offload_frozen keep whole matrices": self.memory.packs_frozen,
+        }
+        for fact, is_set in whole.items():
+            if is_set:
+                raise ValueError(
+                    f"{fact}, and distributed.shard_size={num_shards} divides them: "
+                    "leave it out, or set distributed.shard_size=1"
+                )
+
     def _check_memory(self) -> None:
         """Refuse options that cannot go together."""
         memory, train = self.memory, self.train
-        if memory.fused_backward and train.gradient_accumulation_steps > 1:
+        if memory.fused_backward and self.micro_batches > 1:
             raise ValueError(
                 f"memory.fused_backward updates after every micro-batch, and so cannot sum the gradients of "
-                f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}: set it to 1, "
+                f"train.gradient_accumulation_steps={self.micro_batches}: set it to 1, "
                 "or memory.fused_backward=false"
             )
         if memory.fused_backward and self.optim.max_grad_norm is not None:
@@ -463,10 +519,26 @@ class RunConfig(Section):
         return Path(self.data.prepared_dir)
 
     @property
-    def step_tokens(self) -> int:
-        """Tokens of one optimizer step."""
+    def global_batch_size(self) -> int:
+        """Sequences of one optimizer step, over all devices."""
         train = self.train
-        return train.sequence_length * train.per_device_train_batch_size * train.gradient_accumulation_steps
+        product = train.per_device_train_batch_size * train.gradient_accumulation_steps * self.distributed.world_size
+        return train.global_batch_size or product
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step, over all devices."""
+        return self.global_batch_size * self.train.sequence_length
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes that each device makes in one step."""
+        return -(-self.global_batch_size // (self.distributed.world_size * self.train.per_device_train_batch_size))
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of the largest micro-batch of a device."""
+        return min(self.train.per_device_train_batch_size, self.global_batch_size // self.distributed.world_size)
 
     def learning_rate(self, num_growths: int) -> float:
         """Highest learning rate after so many growths."""
