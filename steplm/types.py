@@ -8,12 +8,23 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
+from math import prod
 from typing import Any, TypeVar
 
 SCHEMA_VERSION = 2
 
 T = TypeVar("T")
+
+TensorShape = tuple[int, ...]
+
+
+def local_size(shape: TensorShape, num_shards: int) -> int:
+    """Parameters of a tensor on the first of the ranks that share it: ``⌈rows / num_shards⌉`` rows; no rank has more.
+
+    Source: ``torch.distributed.fsdp.fully_shard``, which cuts along dimension 0 as ``torch.chunk`` does.
+    """
+    return -(-shape[0] // num_shards) * prod(shape[1:])
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,11 @@ class LinearShape:
     @property
     def num_parameters(self) -> int:
         return self.out_features * self.in_features + (self.out_features if self.bias else 0)
+
+    @property
+    def shapes(self) -> tuple[TensorShape, ...]:
+        """Of the weight and, where there is one, the bias."""
+        return ((self.out_features, self.in_features), *(((self.out_features,),) if self.bias else ()))
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,8 @@ class ModelShape:
     attention_size: int | None = None  # num_attention_heads * head_dim; None: hidden_size
     num_key_value_heads: int | None = None  # None: num_attention_heads
     other_layer_matrices: tuple[int, ...] = ()  # parameters of each matrix of a layer that is no linear map
-    embedding_sizes: tuple[int, ...] = ()  # parameters of each embedding matrix; (): there is one
+    # What is no linear map of a layer: its component ("layer", "embeddings", "final_norm", "head") and its shape.
+    other_tensors: tuple[tuple[str, TensorShape], ...] = ()  # (): an older version's, which divided nothing
 
     @property
     def outer_patterns(self) -> tuple[str, ...]:
@@ -72,10 +89,14 @@ class ModelShape:
         """Parameters of all norms and biases of one layer."""
         return self.other_layer_parameters + sum(linear.out_features for linear in self.linears if linear.bias)
 
-    @property
-    def embedding_matrices(self) -> tuple[int, ...]:
-        """Parameters of each embedding matrix."""
-        return self.embedding_sizes or (self.embedding_parameters,)
+    @cached_property
+    def layer_shapes(self) -> tuple[TensorShape, ...]:
+        """Shape of every tensor of one layer."""
+        return (*(shape for linear in self.linears for shape in linear.shapes), *self.other_shapes("layer"))
+
+    def other_shapes(self, component: str) -> tuple[TensorShape, ...]:
+        """Shapes of the tensors of a component of ``other_tensors``."""
+        return tuple(shape for name, shape in self.other_tensors if name == component)
 
     @property
     def layer_parameters(self) -> int:
@@ -151,13 +172,13 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class MemoryTerm:
-    """Bytes of one kind of tensor of one component."""
+    """Bytes of one kind of tensor of one component, on one rank."""
 
     component: str  # "new_layers", "frozen_layers", "adapters", "embeddings", "final_norm", "head", ...
     kind: str  # model state: "weights", "gradients", "optimizer"; beside it: "activations", "workspace", HOST
     num_bytes: int
     formula: str
-    num_parameters: int = 0  # 0 where the bytes are not those of parameters
+    num_parameters: int = 0  # on all ranks together; 0 where the bytes are not those of parameters
 
 
 HOST = "host"  # the kind of a term in the host's memory, no part of any total
@@ -305,16 +326,14 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """Sixteen hexadecimal digits of all that training obeys: neither the formulas' words nor the peak."""
+        """Sixteen hexadecimal digits of all that training obeys; bytes are not among it: they follow the devices."""
         return self.hash_until(self.num_stages)
 
     def hash_until(self, stage_index: int) -> str:
         """The same of the stages up to this one, as if the run ended there: plans that begin alike share it."""
         stages = [to_json(stage) for stage in self.stages[:stage_index]]
         for stage in stages:
-            del stage["peak"]  # it depends on the micro-batch, which may change at a resume
-            for term in stage["memory"]["terms"]:
-                del term["formula"]
+            del stage["memory"], stage["peak"]  # they depend on devices and micro-batch, which may change at a resume
         shape = to_json(replace(self.shape, num_hidden_layers=self.stages[stage_index - 1].num_hidden_layers))
         text = json.dumps({"shape": shape, "precision": self.precision, "stages": stages}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ import steplm
 PACKAGE = Path(steplm.__file__).parent
 
 # Each room with what it may import, besides itself. A lower room never names a higher one.
-BASE = {"types", "errors", "units", "files", "config"}
+BASE = {"types", "errors", "units", "files", "config", "rows"}
 PLANNING = BASE | {"memory", "planner"}
 SIBLINGS = PLANNING | {"steplm"}  # `import steplm` for the version
 ALLOWED = {
@@ -22,6 +22,7 @@ ALLOWED = {
     "errors": set(),
     "units": set(),
     "files": set(),
+    "rows": set(),
     "config": {"errors", "units"},
     "memory": BASE,
     "planner": PLANNING,
@@ -30,8 +31,9 @@ ALLOWED = {
     "optim": SIBLINGS,
     "models": SIBLINGS | {"growth"},  # the names of layers are growth's knowledge
     "checkpoint": SIBLINGS | {"models"},
+    "distributed": SIBLINGS,
     "data": SIBLINGS,
-    "training": SIBLINGS | {"growth", "pet", "optim", "models", "checkpoint", "data"},
+    "training": SIBLINGS | {"growth", "pet", "optim", "models", "checkpoint", "distributed", "data"},
     "eval": SIBLINGS | {"models", "checkpoint", "data"},
     "report": SIBLINGS | {"training", "eval"},
     "compare": SIBLINGS | {"training", "eval", "report", "data", "models", "checkpoint"},

@@ -9,7 +9,9 @@ from steplm.checkpoint.folder import (
     mark_damaged,
     prune_checkpoints,
     save_checkpoint,
+    save_shards,
     verify_checkpoint,
+    wait_for_shards,
 )
 
 __all__ = [
@@ -21,5 +23,7 @@ __all__ = [
     "mark_damaged",
     "prune_checkpoints",
     "save_checkpoint",
+    "save_shards",
     "verify_checkpoint",
+    "wait_for_shards",
 ]

@@ -7,6 +7,9 @@
       state.json                          progress, plan hash, provenance, trained names, versions
       COMPLETE                            size and sha256 of every file, written last
 
+One that several ranks wrote has ``shards/`` in place of the three kinds of tensor files: each rank's rows of
+``weights/NAME``, ``adapters/NAME`` and ``optimizer/NAME``, in safetensors; see ``shards``.
+
 A folder is written under a temporary name, renamed, and only then marked. Readers ignore a folder
 without the marker, so a process killed at any instant leaves the previous checkpoint in force.
 Nothing is pickled: safetensors and JSON only.
@@ -15,12 +18,13 @@ Nothing is pickled: safetensors and JSON only.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import platform
 import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,14 +36,17 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 import steplm
+from steplm.checkpoint.shards import BackgroundWriter, Fingerprints, TensorFiles, fingerprint
 from steplm.errors import CheckpointError
 from steplm.files import sync, write_atomically
 from steplm.models.folder import load_hf_config, load_state, load_tensors, save_folder
+from steplm.rows import WHOLE, Rows
 from steplm.types import AdapterSpec, LayerProvenance, TrainState, from_json, to_json
 
 MARKER = "COMPLETE"
 ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer/state.safetensors"
+SHARDS = "shards"
 TEMPORARY = ".writing-"
 _NAME = re.compile(r"stage(\d+)-(?:step(\d+)|end)$")
 
@@ -64,7 +71,7 @@ class CheckpointState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint in memory: plain named tensors on the CPU."""
+    """A checkpoint in memory: plain named tensors on the CPU; a rank has its rows of all but adapters."""
 
     path: Path
     config: PretrainedConfig
@@ -94,43 +101,119 @@ def save_checkpoint(
         CheckpointError: it cannot be written (a full disk); checkpoints written before stay whole.
     """
     final = root / checkpoint_name(state.progress)
-    temporary = root / f"{TEMPORARY}{final.name}"
-    try:
-        _remove(temporary)
+    with _written_whole(final) as temporary:
         temporary.mkdir(parents=True)
         save_folder(temporary, config, weights)
         if adapters:
             save_file(adapters, temporary / ADAPTERS)
         (temporary / OPTIMIZER).parent.mkdir()
         save_file(optimizer, temporary / OPTIMIZER)
-        document = to_json(state) | {"versions": _versions()}
-        (temporary / "state.json").write_text(json.dumps(document, indent=1))
-        marker = json.dumps(_fingerprints(temporary), indent=1)
-        _discard(final)
-        os.replace(temporary, final)
-        sync(root)  # before older checkpoints are pruned
-        write_atomically(final / MARKER, marker)
-    # safetensors and huggingface_hub wrap a failed write in errors of their own.
-    except Exception as error:
-        _remove(temporary)
-        if _is_disk_full(error):
-            free = shutil.disk_usage(root).free
-            raise CheckpointError(
-                f"no space left while writing {final} ({free:,} bytes are free). The checkpoints before it are whole: "
-                "free some space, or lower train.save_total_limit, and run the same command again to resume.",
-                path=str(final),
-                free_bytes=free,
-            ) from None
-        if isinstance(error, OSError):
-            raise CheckpointError(f"cannot write {final}: {error.strerror or error}", path=str(final)) from None
-        raise
+        _complete(temporary, final, state)
     return final
 
 
-def load_checkpoint(path: Path, *, verify: bool = True, with_optimizer: bool = True) -> Checkpoint:
+def save_shards(
+    root: Path,
+    writer: BackgroundWriter,
+    *,
+    config: PretrainedConfig,
+    weights: Mapping[str, Tensor],
+    adapters: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: CheckpointState,
+    then: Callable[[], None],
+) -> Path:
+    """The same by all ranks together, in the background: returns at once, and ``writer.wait()`` waits for the end.
+
+    Args:
+        weights, adapters, optimizer: sharded tensors as ``DTensor``; any other is the same on every rank.
+        then: called on rank 0 when the checkpoint is whole.
+    """
+    final = root / checkpoint_name(state.progress)
+    temporary = _temporary(final)
+
+    def prepare() -> None:
+        _remove(temporary)
+        (temporary / SHARDS).mkdir(parents=True)
+
+    def finish(shards: Fingerprints) -> None:
+        with _written_whole(final, keep=True):
+            config.dtype = next(iter(weights.values())).dtype
+            config.save_pretrained(temporary)
+            _complete(temporary, final, state, {f"{SHARDS}/{name}": value for name, value in shards.items()})
+        then()
+
+    tensors = {
+        f"{kind}/{name}": tensor
+        for kind, named in (("weights", weights), ("adapters", adapters), ("optimizer", optimizer))
+        for name, tensor in named.items()
+    }
+    writer.start(temporary / SHARDS, tensors, prepare=prepare, finish=finish)
+    return final
+
+
+def wait_for_shards(writer: BackgroundWriter, root: Path) -> None:
+    """Until the checkpoint that was begun is whole.
+
+    Raises:
+        CheckpointError: it could not be written, on any rank.
+    """
+    try:
+        writer.wait()
+    except Exception as error:
+        raise _explained(error, root) from None
+
+
+@contextmanager
+def _written_whole(final: Path, *, keep: bool = False) -> Iterator[Path]:
+    """A temporary folder to write into, which is gone if that fails; ``keep`` what other ranks have written there."""
+    temporary = _temporary(final)
+    try:
+        if not keep:
+            _remove(temporary)
+        yield temporary
+    # safetensors and huggingface_hub wrap a failed write in errors of their own.
+    except Exception as error:
+        _remove(temporary)
+        raise _explained(error, final) from None
+
+
+def _temporary(final: Path) -> Path:
+    return final.with_name(f"{TEMPORARY}{final.name}")
+
+
+def _complete(temporary: Path, final: Path, state: CheckpointState, known: Fingerprints | None = None) -> None:
+    """State, hashes, the rename, and the marker last. Files whose hash is ``known`` are not read again."""
+    document = to_json(state) | {"versions": _versions()}
+    (temporary / "state.json").write_text(json.dumps(document, indent=1))
+    marker = json.dumps(_fingerprints(temporary, known or {}), indent=1)
+    _discard(final)
+    os.replace(temporary, final)
+    sync(final.parent)  # before older checkpoints are pruned
+    write_atomically(final / MARKER, marker)
+
+
+def _explained(error: Exception, path: Path) -> Exception:
+    """What a user can do about a failed write; any other error as it is."""
+    if _is_disk_full(error):
+        free = shutil.disk_usage(path if path.is_dir() else path.parent).free
+        return CheckpointError(
+            f"no space left while writing {path} ({free:,} bytes are free). The checkpoints before it are whole: "
+            "free some space, or lower train.save_total_limit, and run the same command again to resume.",
+            path=str(path),
+            free_bytes=free,
+        )
+    if isinstance(error, OSError):
+        return CheckpointError(f"cannot write {path}: {error.strerror or error}", path=str(path))
+    return error
+
+
+def load_checkpoint(path: Path, *, rows: Rows = WHOLE, verify: bool = True, with_optimizer: bool = True) -> Checkpoint:
     """Read a checkpoint; with ``verify``, the size and sha256 of every file that is read first.
 
-    Without ``with_optimizer`` the optimizer's tensors, most of the bytes, stay unread.
+    Args:
+        rows: which of every weight and optimizer state to read, however many ranks wrote them. Adapters are read whole.
+        with_optimizer: if not, the optimizer's tensors, most of the bytes, stay unread.
 
     Raises:
         CheckpointError: incomplete, damaged, or of another format.
@@ -138,14 +221,24 @@ def load_checkpoint(path: Path, *, verify: bool = True, with_optimizer: bool = T
     if verify:
         verify_checkpoint(path, with_optimizer=with_optimizer)
     state = load_checkpoint_state(path)
-    return Checkpoint(
-        path=path,
-        config=load_hf_config(path),
-        weights=load_state(path),
-        adapters=load_tensors(path / ADAPTERS) if (path / ADAPTERS).is_file() else {},
-        optimizer=load_tensors(path / OPTIMIZER) if with_optimizer else {},
-        state=state,
-    )
+    optimizer: dict[str, Tensor] = {}
+    if (path / SHARDS).is_dir():
+        files = TensorFiles(path / SHARDS)
+        weights, adapters = files.below("weights/", rows), files.below("adapters/")
+        optimizer = files.below("optimizer/", rows) if with_optimizer else {}
+    elif rows.is_whole:
+        weights = load_state(path)
+        adapters = load_tensors(path / ADAPTERS) if (path / ADAPTERS).is_file() else {}
+        optimizer = load_tensors(path / OPTIMIZER) if with_optimizer else {}
+    else:
+        files = TensorFiles(path)
+        in_adapters = [name for name in files.shapes if files.file_of(name) == ADAPTERS]
+        weights = files.read_all(files.shapes.keys() - set(in_adapters), rows)
+        adapters = files.read_all(in_adapters)
+        if with_optimizer:
+            states = TensorFiles((path / OPTIMIZER).parent)
+            optimizer = states.read_all(states.shapes, rows)
+    return Checkpoint(path, load_hf_config(path), weights, adapters, optimizer, state)
 
 
 def load_checkpoint_state(path: Path) -> CheckpointState:
@@ -179,7 +272,7 @@ def verify_checkpoint(path: Path, *, with_optimizer: bool = True) -> None:
                 f"{file} is damaged: {file.stat().st_size:,} bytes where {wanted['bytes']:,} were written",
                 path=str(file),
             )
-        if _sha256(file) != wanted["sha256"]:
+        if fingerprint(file)["sha256"] != wanted["sha256"]:
             raise CheckpointError(f"{file} is damaged: its sha256 is not the one that was written", path=str(file))
 
 
@@ -223,19 +316,11 @@ def _age(path: Path) -> tuple[int, float]:
     return int(match.group(1)), float(match.group(2) or "inf")
 
 
-def _fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+def _fingerprints(folder: Path, known: Fingerprints) -> Fingerprints:
     for path in (folder, *folder.rglob("*")):
         sync(path)
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: known.get(name) or fingerprint(file) for name, file in files.items()}
 
 
 def _discard(path: Path) -> None:

@@ -7,7 +7,7 @@ whose labels are the tokens that follow, and the windows visited in a second shu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -162,6 +162,8 @@ def validation_windows(
     *,
     batch_size: int = 1,
     within_documents: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
     """Windows side by side, in the documents' order: every token but the first is a label exactly once.
 
@@ -170,6 +172,8 @@ def validation_windows(
 
     Args:
         max_tokens: labels at most, from the front; ``None``: all.
+        rank, world_size: this rank's share, every so many batches. Each rank gets as many, the last ones of which
+            may have no label.
 
     Raises:
         DataError: fewer than two tokens.
@@ -178,14 +182,20 @@ def validation_windows(
         raise DataError(f"{dataset.prepared_dir} has {dataset.num_tokens} {dataset.split} tokens; two are needed.")
     end = dataset.num_tokens if max_tokens is None else min(dataset.num_tokens, max_tokens + 1)
     offsets = dataset.document_offsets
-    windows = []
-    for start in range(0, end - 1, sequence_length):
+
+    def window(start: int) -> _Window:
         stop = min(start + sequence_length + 1, end)
         starts = offsets[np.searchsorted(offsets, start) : np.searchsorted(offsets, stop)] - start
-        windows.append(_Window(dataset.read(start, stop).astype(np.int64), starts))
-        if len(windows) == batch_size or stop == end:
-            yield _to_batch(windows, sequence_length, within_documents)
-            windows = []
+        return _Window(dataset.read(start, stop).astype(np.int64), starts)
+
+    batch_tokens = batch_size * sequence_length
+    num_batches = -(-(end - 1) // batch_tokens)
+    for index in range(rank, -(-num_batches // world_size) * world_size, world_size):
+        # Past the end there is nothing to predict, but every rank takes part in every forward pass.
+        first = min(index, num_batches - 1) * batch_tokens
+        starts = range(first, min(first + batch_tokens, end - 1), sequence_length)
+        batch = _to_batch([window(start) for start in starts], sequence_length, within_documents)
+        yield batch if index < num_batches else replace(batch, labels=torch.full_like(batch.labels, IGNORED))
 
 
 def _to_batch(windows: list[_Window], sequence_length: int, within_documents: bool) -> Batch:

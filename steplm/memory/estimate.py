@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from steplm.config import MemoryConfig, OptimConfig
 from steplm.errors import ConfigError
 from steplm.memory.terms import OUTER_COMPONENTS, WEIGHT_BYTES, StageCounts, model_state_terms
-from steplm.types import MemoryEstimate, ModelShape
+from steplm.types import MemoryEstimate, ModelShape, TensorShape
 
 
 def estimate_stage(
@@ -17,14 +17,15 @@ def estimate_stage(
     precision: str,
     num_new_layers: int,
     num_frozen_layers: int = 0,
-    adapter_matrices: Sequence[int] = (),
+    adapter_shapes: Sequence[TensorShape] = (),
     outer: str = "trained",
     outer_rank: int = 0,
     count_outer: bool = True,
     memory: MemoryConfig | None = None,
     optim: OptimConfig | None = None,
+    num_shards: int = 1,
 ) -> MemoryEstimate:
-    """Model-state bytes of one stage, per rank, unsharded; terms without bytes are left out.
+    """Model-state bytes of one stage on the rank that has the most, which is the first; without terms of no bytes.
 
     Leaves out activations, logits, workspace and the device's own context: see ``steplm.memory.peak``.
 
@@ -32,12 +33,13 @@ def estimate_stage(
         precision: "bf16" (2 + 2 + 12 bytes a trained parameter, 2 a frozen one) or "fp32" (4 + 4 + 8, 4).
         num_new_layers: layers trained as a whole.
         num_frozen_layers: layers of which at most the adapters are trained.
-        adapter_matrices: parameters of each factor in one frozen layer; see ``adapter_matrices_per_layer``.
+        adapter_shapes: of each factor in one frozen layer; see ``adapter_shapes_per_layer``.
         outer: embeddings, final norm and head are "trained", "frozen", or frozen under "adapters" of ``outer_rank``.
         count_outer: whether they are counted; without them this is the bare formula of the source.
         memory: the formats of what is held; default: as the source.
         optim: the optimizer, whose states differ; default: AdamW. ``badam`` holds what AdamW does, of the few
             layers that it trains at a time: those are the ``num_new_layers``.
+        num_shards: ranks that share one copy: each tensor is cut along dimension 0.
 
     Source: STEP (arXiv 2504.04151), section 2.2.
     """
@@ -50,9 +52,10 @@ def estimate_stage(
         optim=optim or OptimConfig(),
         num_new_layers=num_new_layers,
         num_frozen_layers=num_frozen_layers,
-        adapter_matrices=tuple(adapter_matrices),
+        adapter_shapes=tuple(adapter_shapes),
         outer=outer if count_outer else "frozen",
         outer_rank=outer_rank,
+        num_shards=num_shards,
     )
     terms = model_state_terms(counts)
     return MemoryEstimate(tuple(term for term in terms if count_outer or term.component not in OUTER_COMPONENTS))
@@ -79,10 +82,12 @@ def resolve_target_modules(shape: ModelShape, target_modules: str | Sequence[str
     return tuple(name for name in known if name in target_modules)
 
 
-def adapter_matrices_per_layer(shape: ModelShape, rank: int, target_modules: str | Sequence[str]) -> tuple[int, ...]:
-    """Parameters of each LoRA factor of one layer: ``rank × in_features`` and ``out_features × rank`` a target.
+def adapter_shapes_per_layer(
+    shape: ModelShape, rank: int, target_modules: str | Sequence[str]
+) -> tuple[TensorShape, ...]:
+    """Shapes of the LoRA factors of one layer: ``rank × in_features`` and ``out_features × rank`` a target.
 
-    E is their sum.
+    E is the sum of their sizes.
 
     Source: LoRA (arXiv 2106.09685), section 4.1.
 
@@ -90,7 +95,7 @@ def adapter_matrices_per_layer(shape: ModelShape, rank: int, target_modules: str
         ConfigError: unknown target, or a rank that is larger than a side of a target's matrix.
     """
     targets = resolve_target_modules(shape, target_modules)
-    matrices: list[int] = []
+    factors: list[TensorShape] = []
     for linear in shape.linears:
         if _last_part(linear.name) not in targets:
             continue
@@ -104,8 +109,8 @@ def adapter_matrices_per_layer(shape: ModelShape, rank: int, target_modules: str
                 largest_rank=smaller_side,
                 target=linear.name,
             )
-        matrices += [rank * linear.in_features, linear.out_features * rank]
-    return tuple(matrices)
+        factors += [(rank, linear.in_features), (linear.out_features, rank)]
+    return tuple(factors)
 
 
 def _last_part(name: str) -> str:

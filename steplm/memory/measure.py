@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from steplm.errors import ConfigError, MemoryMismatch
 from steplm.memory.terms import COMPONENTS, OUTER_COMPONENTS
+from steplm.rows import on_this_rank
 from steplm.types import MemoryEstimate, MemoryTerm, Stage
 from steplm.units import format_bytes
 
@@ -53,7 +54,7 @@ def measure_model_state(
     seen: set[int] = set()
 
     def add(component: str, kind: str, tensor: Tensor) -> None:
-        local = _on_this_rank(tensor)
+        local = on_this_rank(tensor)
         storage = local.untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
@@ -62,11 +63,12 @@ def measure_model_state(
     for name, parameter in model.named_parameters():
         component = components[name]
         add(component, "weights", parameter.detach())
-        if parameter.grad is not None:
+        if parameter.grad is not None and hasattr(parameter.grad, "to_local"):
+            held[component, "gradients"] += _own_bytes(parameter.grad)  # views of one storage, of all their layer's
+        elif parameter.grad is not None:
             add(component, "gradients", parameter.grad)
         elif expect_gradients and parameter.requires_grad:
-            local = _on_this_rank(parameter)
-            held[component, "gradients"] += local.numel() * local.element_size()
+            held[component, "gradients"] += _own_bytes(parameter)
     for name, states in optimizer.state_tensors().items():
         for state in states.values():
             add(components[name], "optimizer", state)
@@ -193,9 +195,10 @@ def outer_component(name: str, parameter: Tensor, head_name: str | None) -> str:
     return "final_norm" if parameter.dim() == 1 else "embeddings"
 
 
-def _on_this_rank(tensor: Any) -> Tensor:
-    """A sharded tensor's own part; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def _own_bytes(tensor: Tensor) -> int:
+    """Of the elements on this rank."""
+    local = on_this_rank(tensor)
+    return int(local.numel() * local.element_size())
 
 
 def _component(name: str, parameter: Tensor, prefix: str, head_name: str | None) -> str:

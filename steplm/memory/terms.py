@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 from steplm.config import MemoryConfig, OptimConfig
 from steplm.memory.formats import FROZEN_FORMATS, is_low_rank, low_rank_state_bytes, state_bytes
-from steplm.types import HOST, MemoryTerm, ModelShape
+from steplm.types import HOST, MemoryTerm, ModelShape, TensorShape, local_size
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}  # of a weight, and of its gradient
 OUTER_COMPONENTS = ("embeddings", "final_norm", "head")
@@ -30,68 +31,83 @@ class StageCounts:
     optim: OptimConfig
     num_new_layers: int  # n_i; every layer that is trained as a whole
     num_frozen_layers: int  # N_{i-1}
-    adapter_matrices: tuple[int, ...]  # parameters of each factor in one frozen layer; E is their sum
+    adapter_shapes: tuple[TensorShape, ...]  # of each factor in one frozen layer; E is the sum of their sizes
     outer: str  # embeddings, final norm and head: "trained", "frozen" or "adapters"
     outer_rank: int  # of the adapters on embeddings and head
+    num_shards: int = 1  # ranks that share one copy
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of a component: ``count`` copies of these linear maps, other matrices and vectors."""
+    """The tensors of a component: ``count`` copies of those of these shapes."""
 
     formula: str
-    matrices: tuple[int, ...]  # parameters of each, the linear maps' among them
-    num_in_vectors: int = 0  # parameters of all norms and biases
+    shapes: tuple[TensorShape, ...]
     linears: tuple[tuple[int, int], ...] = ()  # rows and columns of each map that can have low-rank states
     count: int = 1
     trained: bool = True
 
     @property
     def num_parameters(self) -> int:
-        return self.count * (sum(self.matrices) + self.num_in_vectors)
+        return self.local_parameters(1)
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """Parameters of each."""
+        return tuple(prod(shape) for shape in self.shapes if len(shape) > 1)
+
+    @property
+    def num_in_vectors(self) -> int:
+        """Parameters of all norms and biases."""
+        return sum(prod(shape) for shape in self.shapes if len(shape) == 1)
+
+    def local_parameters(self, num_shards: int) -> int:
+        """On the first of the ranks that share them; see ``local_size``."""
+        return self.count * sum(local_size(shape, num_shards) for shape in self.shapes)
 
 
 def new_layers(counts: StageCounts) -> Tensors:
     """``n_i P_layer``, trained as a whole. STEP, section 2.2."""
     shape = counts.shape
     linears = tuple((linear.out_features, linear.in_features) for linear in shape.linears)
-    return Tensors("n_i × P_layer", shape.layer_matrices, shape.layer_vectors, linears, counts.num_new_layers)
+    return Tensors("n_i × P_layer", shape.layer_shapes, linears, counts.num_new_layers)
 
 
 def frozen_layers(counts: StageCounts) -> Tensors:
     """``N_{i-1} P_layer``, without gradient or state. STEP, section 2.2."""
-    matrices, vectors = counts.shape.layer_matrices, counts.shape.layer_vectors
-    return Tensors("N_{i-1} × P_layer", matrices, vectors, count=counts.num_frozen_layers, trained=False)
+    return Tensors("N_{i-1} × P_layer", counts.shape.layer_shapes, count=counts.num_frozen_layers, trained=False)
 
 
 def adapters(counts: StageCounts) -> Tensors:
     """``N_{i-1} E``; LoRA (arXiv 2106.09685) has ``E = Σ rank (in + out)``. STEP, section 2.2."""
-    return Tensors("N_{i-1} × E", counts.adapter_matrices, count=counts.num_frozen_layers)
+    return Tensors("N_{i-1} × E", counts.adapter_shapes, count=counts.num_frozen_layers)
 
 
 def outer_adapters(counts: StageCounts) -> Tensors:
     """``rank (vocab_size + hidden_size)`` for the embeddings, and again for an untied head."""
     shape, rank = counts.shape, counts.outer_rank
     count = (1 + (shape.head_parameters > 0)) if counts.outer == "adapters" else 0
-    return Tensors("rank × (vocab + hidden)", (rank * shape.vocab_size, rank * shape.hidden_size), count=count)
+    return Tensors("rank × (vocab + hidden)", outer_adapter_shapes(shape, rank), count=count)
+
+
+def outer_adapter_shapes(shape: ModelShape, rank: int) -> tuple[TensorShape, ...]:
+    """Both factors of the adapter of the embeddings, or of the head."""
+    return (rank, shape.hidden_size), (shape.vocab_size, rank)
 
 
 def embeddings(counts: StageCounts) -> Tensors:
     """``vocab_size × hidden_size``; a head that shares them counts here, once."""
-    return Tensors("P_embeddings", counts.shape.embedding_matrices, trained=counts.outer == "trained")
+    return Tensors("P_embeddings", counts.shape.other_shapes("embeddings"), trained=counts.outer == "trained")
 
 
 def final_norm(counts: StageCounts) -> Tensors:
     """``hidden_size`` weights of the norm above the last layer."""
-    return Tensors("P_final_norm", (), counts.shape.final_norm_parameters, trained=counts.outer != "frozen")
+    return Tensors("P_final_norm", counts.shape.other_shapes("final_norm"), trained=counts.outer != "frozen")
 
 
 def head(counts: StageCounts) -> Tensors:
     """``hidden_size × vocab_size`` weights of an untied head, and its bias where it has one."""
-    matrix = counts.shape.vocab_size * counts.shape.hidden_size
-    size = counts.shape.head_parameters
-    matrices, bias = ((matrix,), size - matrix) if size >= matrix else ((), size)
-    return Tensors("P_head", matrices, bias, trained=counts.outer == "trained")
+    return Tensors("P_head", counts.shape.other_shapes("head"), trained=counts.outer == "trained")
 
 
 # To add a component, write a function and add a line; the measurement names its tensors the same.
@@ -108,7 +124,7 @@ COMPONENTS: dict[str, tuple[Callable[[StageCounts], Tensors], ...]] = {
 def weights(counts: StageCounts, tensors: Tensors) -> tuple[int, str]:
     """Bytes and their formula: in the precision of the forward pass."""
     width = WEIGHT_BYTES[counts.precision]
-    return tensors.num_parameters * width, f"{width} B"
+    return tensors.local_parameters(counts.num_shards) * width, f"{width} B"
 
 
 def gradients(counts: StageCounts, tensors: Tensors) -> tuple[int, str]:
@@ -116,7 +132,7 @@ def gradients(counts: StageCounts, tensors: Tensors) -> tuple[int, str]:
     width = WEIGHT_BYTES[counts.precision]
     if not tensors.trained or counts.memory.fused_backward:
         return 0, "0 B"
-    return tensors.num_parameters * width, f"{width} B"
+    return tensors.local_parameters(counts.num_shards) * width, f"{width} B"
 
 
 def optimizer(counts: StageCounts, tensors: Tensors) -> tuple[int, str]:
@@ -127,7 +143,7 @@ def optimizer(counts: StageCounts, tensors: Tensors) -> tuple[int, str]:
     if counts.optim.is_low_rank and tensors.linears:
         return _low_rank_optimizer(counts.optim, tensors, master)
     if counts.memory.optimizer_states == "fp32":
-        return tensors.num_parameters * (8 + master), f"{8 + master} B"
+        return tensors.local_parameters(counts.num_shards) * (8 + master), f"{8 + master} B"
     moments = 2 * sum(state_bytes(matrix) for matrix in tensors.matrices) + 8 * tensors.num_in_vectors
     note = f"(2 × (1 + 4/256){f' + {master}' if master else ''}) B, vectors {8 + master} B"
     return tensors.count * moments + tensors.num_parameters * master, note
@@ -161,8 +177,12 @@ def model_state_terms(counts: StageCounts) -> Iterator[MemoryTerm]:
                     continue
                 num_bytes, per_parameter = bytes_of(counts, tensors)
                 if num_bytes:
-                    formula = f"{tensors.formula} × {per_parameter}"
+                    formula = f"{tensors.formula} × {per_parameter}{_divided(counts)}"
                     yield MemoryTerm(component, kind, num_bytes, formula, tensors.num_parameters)
+
+
+def _divided(counts: StageCounts) -> str:
+    return f" ÷ {counts.num_shards}, rows rounded up" if counts.num_shards > 1 else ""
 
 
 def packed_layer_bytes(shape: ModelShape, memory: MemoryConfig, precision: str) -> int:
@@ -178,7 +198,8 @@ def _frozen_weights(counts: StageCounts, tensors: Tensors) -> Iterator[MemoryTer
     if not size:
         return
     if not memory.packs_frozen:
-        yield MemoryTerm(name, "weights", size * width, f"{tensors.formula} × {width} B", size)
+        local = tensors.local_parameters(counts.num_shards)
+        yield MemoryTerm(name, "weights", local * width, f"{tensors.formula} × {width} B{_divided(counts)}", size)
         return
     matrices = counts.num_frozen_layers * sum(x.in_features * x.out_features for x in counts.shape.linears)
     packed = packed_layer_bytes(counts.shape, memory, counts.precision)

@@ -93,6 +93,14 @@ def build_model(
     return model
 
 
+def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal language model whose parameters are on the meta device; buffers have their values."""
+    with _parameters_on_meta():
+        model = _from_config(config, dtype)
+    model.tie_weights()
+    return model
+
+
 def initial_state(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Fresh weights by the model's own initialisation: drawn on the CPU in fp32, then rounded to ``dtype``."""
     with torch.random.fork_rng(devices=[]):

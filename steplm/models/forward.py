@@ -52,21 +52,27 @@ def batch_loss(
         chunk_size: rows of logits that exist at once.
         offload_activations: keep in host memory what the layers save for the backward pass.
     """
-    with offloaded_activations(model) if offload_activations else nullcontext():
-        output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    hidden = output.last_hidden_state.flatten(0, 1)
-    head = model.get_output_embeddings()
-    return chunked_cross_entropy(
-        hidden,
-        head.weight,
-        labels.flatten(),
-        num_valid=num_valid,
-        chunk_size=chunk_size,
-        bias=head.bias,
-        low_rank=_low_rank(head, hidden),
-        logit_scale=_logit_scale(model),
-        softcap=getattr(model.config, "final_logit_softcapping", None),
-    )
+
+    def loss() -> Tensor:
+        with offloaded_activations(model) if offload_activations else nullcontext():
+            output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1)
+        head = model.get_output_embeddings()
+        return chunked_cross_entropy(
+            hidden,
+            head.weight,
+            labels.flatten(),
+            num_valid=num_valid,
+            chunk_size=chunk_size,
+            bias=head.bias,
+            low_rank=_low_rank(head, hidden),
+            logit_scale=_logit_scale(model),
+            softcap=getattr(model.config, "final_logit_softcapping", None),
+        )
+
+    # A sharded model gathers the head's matrix for a call of its own.
+    as_forward: Any = getattr(model, "as_forward", None)
+    return loss() if as_forward is None else as_forward(loss)
 
 
 def _low_rank(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -84,9 +90,15 @@ def _logit_scale(model: PreTrainedModel) -> float:
     return (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor)
 
 
-@torch.no_grad()
 def mean_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_size: int) -> tuple[float, int]:
     """Token-weighted mean negative log-likelihood (nats) and the number of tokens it was taken over."""
+    total, count = summed_loss(model, batches, chunk_size=chunk_size)
+    return total / max(count, 1), count
+
+
+@torch.no_grad()
+def summed_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_size: int) -> tuple[float, int]:
+    """Negative log-likelihood (nats) over all tokens, and their number."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
@@ -98,7 +110,7 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_si
         )
         count += valid
     model.train(was_training)
-    return total / max(count, 1), count
+    return total, count
 
 
 @torch.no_grad()

@@ -59,15 +59,14 @@ def shape_from_model(model: PreTrainedModel) -> ModelShape:
     head = model.get_output_embeddings()
     head_name = name_of_head(model)
     counts = {"embeddings": 0, "final_norm": 0, "head": 0}
-    sizes: list[int] = []
+    tensors = [("layer", tuple(parameter.shape)) for parameter in others]
     modules: dict[str, dict[str, None]] = {component: {} for component in counts}  # ordered sets
     for name, parameter in model.named_parameters():
         if name.startswith(f"{prefix}."):
             continue
         component = outer_component(name, parameter, head_name)
         counts[component] += parameter.numel()
-        if component == "embeddings":
-            sizes.append(parameter.numel())
+        tensors.append((component, tuple(parameter.shape)))
         modules[component][name.rpartition(".")[0]] = None
 
     heads = config.num_attention_heads
@@ -88,9 +87,9 @@ def shape_from_model(model: PreTrainedModel) -> ModelShape:
         final_norm_modules=tuple(modules["final_norm"]),
         head_modules=tuple(modules["head"]),
         other_layer_matrices=tuple(parameter.numel() for parameter in others if parameter.dim() >= 2),
-        embedding_sizes=tuple(sizes) if len(sizes) > 1 else (),
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         attention_size=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
+        other_tensors=tuple(sorted(tensors)),
     )
 
 

@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 from steplm.errors import CheckpointMismatch, ConfigError, SteplmError
 from steplm.memory.formats import STATE_BLOCK, STEP_CHUNK
 from steplm.optim.quantized import CodeBook, round_stochastically_
+from steplm.rows import on_this_rank
 
 STATES = ("fp32", "8bit")
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether it has a sign
@@ -61,6 +62,8 @@ class AdamW:
     rounded. An fp32 parameter is its own master. All states exist from construction, and each parameter
     counts its own steps, so that one that is new begins its bias correction at 0 while others go on.
 
+    Of a parameter that is sharded over ranks, weight, gradient and states are those of the rows on this one.
+
     No step sees more than ``STEP_CHUNK`` elements at once: small parameters are updated together, large ones
     in pieces. The workspace of a step, in bytes per element of such a chunk of bf16 parameters (of fp32 ones
     no more):
@@ -104,12 +107,12 @@ class AdamW:
         self._states: dict[str, dict[str, Tensor]] = {}
         self._books: dict[tuple[str, torch.device], CodeBook] = {}
         for name, parameter in self.parameters.items():
-            weight = parameter.detach()
+            weight = on_this_rank(parameter.detach())
             held = self._new_moments(name, weight, quantized=states == "8bit" and weight.ndim >= 2)
             if weight.dtype != torch.float32 and master_weights:
                 held["master"] = weight.float()
             self._states[name] = held
-        self._pieces = {name: self._cut(name, parameter) for name, parameter in self.parameters.items()}
+        self._pieces = {name: self._cut(name, on_this_rank(p.detach())) for name, p in self.parameters.items()}
         self._buckets = self._make_buckets()
 
     @torch.no_grad()
@@ -225,7 +228,7 @@ class AdamW:
                 name=name,
             )
         done.add(name)
-        norm.add(parameter.grad)
+        norm.add(on_this_rank(parameter.grad))
         if learning_rate is not None:
             self._update_alone(name, learning_rate)
         parameter.grad = None
@@ -248,16 +251,16 @@ class AdamW:
                     self._books[moment, weight.device] = CodeBook(signed=signed, device=weight.device)
         return held
 
-    def _cut(self, name: str, parameter: Tensor) -> list[Piece]:
+    def _cut(self, name: str, weight: Tensor) -> list[Piece]:
         """The pieces that a parameter is updated in; none where a subclass updates it as a whole."""
-        starts = range(0, parameter.numel(), STEP_CHUNK)
-        return [Piece(name, start, min(start + STEP_CHUNK, parameter.numel())) for start in starts]
+        starts = range(0, weight.numel(), STEP_CHUNK)
+        return [Piece(name, start, min(start + STEP_CHUNK, weight.numel())) for start in starts]
 
     def _update(self, pieces: list[Piece], learning_rate: float, grad_scale: float) -> None:
         """Pieces of one device and one weight decay. What is made here is gone before the next pieces' is made."""
         if not pieces:
             return
-        weights = [piece.of(self.parameters[piece.name].detach()) for piece in pieces]
+        weights = [piece.of(on_this_rank(self.parameters[piece.name].detach())) for piece in pieces]
         moments = {key: [self._read_moment(piece, key) for piece in pieces] for key in MOMENTS}
         masters = [self._read_master(piece, weight) for piece, weight in zip(pieces, weights, strict=True)]
         self._kernel(
@@ -332,7 +335,7 @@ class AdamW:
     def _gradient(self, piece: Piece, scale: float) -> Tensor:
         gradient = self.parameters[piece.name].grad
         assert gradient is not None
-        gradient = gradient.reshape(-1)[piece.start : piece.stop]
+        gradient = on_this_rank(gradient).reshape(-1)[piece.start : piece.stop]
         if gradient.dtype != torch.float32:
             gradient = gradient.float()
             return gradient if scale == 1.0 else gradient.mul_(scale)
@@ -377,8 +380,8 @@ def carry_state(
 
 @torch.no_grad()
 def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm over all gradients, an fp32 scalar; bf16 gradients are summed in fp32."""
-    norms = [_grad_norm(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    """The 2-norm over all gradients on this rank, an fp32 scalar; bf16 gradients are summed in fp32."""
+    norms = [_grad_norm(on_this_rank(parameter.grad)) for parameter in parameters if parameter.grad is not None]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 

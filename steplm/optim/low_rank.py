@@ -14,6 +14,7 @@ from steplm.memory.measure import ADAPTER_TENSORS
 from steplm.optim.adamw import MOMENTS, AdamW, Piece, decays
 from steplm.optim.projection import leading_vectors, random_projector
 from steplm.optim.quantized import round_stochastically_
+from steplm.rows import on_this_rank
 
 SCALES = {"galore": 0.25, "apollo": 1.0, "apollo_mini": math.sqrt(128)}  # each method, and its paper's default
 MAX_NORM_GROWTH = 1.01  # of APOLLO's update, from one step to the next
@@ -126,14 +127,14 @@ class LowRankAdamW(AdamW):
             {"projector": zeros(small, self.rank)} if self.method == "galore" else {"update_norm": zeros()}
         )
 
-    def _cut(self, name: str, parameter: Tensor) -> list[Piece]:
-        return [] if name in self.low_rank else super()._cut(name, parameter)
+    def _cut(self, name: str, weight: Tensor) -> list[Piece]:
+        return [] if name in self.low_rank else super()._cut(name, weight)
 
     def _update_matrix(self, name: str, learning_rate: float, grad_scale: float) -> None:
         """One update of one matrix with low-rank states."""
         parameter = self.parameters[name]
         assert parameter.grad is not None
-        gradient = _wide(parameter.grad)
+        gradient = _wide(on_this_rank(parameter.grad))
         decay = 1.0 - learning_rate * (self.weight_decay if decays(name, parameter) else 0.0)
         if self.method != "galore":
             self._update_apollo(name, gradient, learning_rate, grad_scale, decay)
@@ -198,10 +199,10 @@ class LowRankAdamW(AdamW):
 
     def _read_weight(self, name: str) -> Tensor:
         """Fp32: the master weight, the weight itself if it is fp32, or else a copy."""
-        return self._states[name].get("master", self.parameters[name].detach()).float()
+        return self._states[name].get("master", on_this_rank(self.parameters[name].detach())).float()
 
     def _write_weight(self, name: str, weight: Tensor) -> None:
-        parameter = self.parameters[name].detach()
+        parameter = on_this_rank(self.parameters[name].detach())
         if "master" in self._states[name]:
             parameter.copy_(weight)
         elif parameter.dtype != torch.float32:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from steplm.errors import CheckpointMismatch, ConfigError
 from steplm.pet.embedding import TiedLoRAHead, adapt_embedding, check_embedding
 from steplm.pet.lora import LoRALinear
+from steplm.rows import WHOLE, Rows
 from steplm.types import AdapterSpec
 
 METHODS: dict[str, type[LoRALinear]] = {
@@ -49,16 +50,23 @@ def attach(model: nn.Module, spec: AdapterSpec, layer_prefix: str, seed: int) ->
         else:
             adapter = METHODS[spec.method](module, spec.rank, spec.scaling)
             model.set_submodule(name, adapter)
-        adapter.reset_adapter(seed, name)
+        with torch.no_grad():
+            for key, factor in adapter.fresh_factors(seed, name).items():
+                getattr(adapter, key).copy_(factor)
     if spec.embeddings:
         _adapt_tied_head(model)
 
 
-def merge_state(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], spec: AdapterSpec) -> dict[str, Tensor]:
+def merge_state(
+    weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], spec: AdapterSpec, rows: Rows = WHOLE
+) -> dict[str, Tensor]:
     """The plain weights with the adapters added.
 
     Reads one tensor after the other, so that over a mapping that loads on access only one matrix exists
     beside the result. Weights without an adapter are passed through, not copied.
+
+    Args:
+        rows: which of their rows the weights are; the adapters are whole.
 
     Raises:
         CheckpointMismatch: an adapter without its weight, or of another shape than ``spec`` says.
@@ -74,6 +82,8 @@ def merge_state(weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], s
         weight = weights[name]
         if parameter == "weight" and module in factors:
             of_module = factors.pop(module)
+            if method.row_factor in of_module:
+                of_module[method.row_factor] = rows.cut(of_module[method.row_factor])
             expected = method.factor_shapes(weight.shape, spec.rank)
             found = {key: tuple(tensor.shape) for key, tensor in of_module.items()}
             if found != expected:
@@ -98,6 +108,15 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{key}": getattr(adapter, key).detach()
         for name, adapter in _adapters(model)
         for key in adapter.factor_names
+    }
+
+
+def fresh_adapter_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """What ``attach`` gives the adapters' tensors as values, by full name, in fp32 on the CPU."""
+    return {
+        f"{name}.{key}": factor
+        for name, adapter in _adapters(model)
+        for key, factor in adapter.fresh_factors(seed, name).items()
     }
 
 

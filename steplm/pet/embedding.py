@@ -28,7 +28,7 @@ class LoRAEmbedding(nn.Embedding):
     lora_B: nn.Parameter  # noqa: N815
     rank: int
     scaling: float
-    reset_adapter = LoRALinear.reset_adapter
+    fresh_factors = LoRALinear.fresh_factors
 
     def forward(self, input: Tensor) -> Tensor:
         output = super().forward(input)

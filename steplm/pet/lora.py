@@ -27,6 +27,7 @@ class LoRALinear(FrozenLinear):
     """
 
     factor_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    row_factor: ClassVar[str] = "lora_B"  # its rows are those of the weight
     lora_A: nn.Parameter  # noqa: N815  (the field's names)
     lora_B: nn.Parameter  # noqa: N815
 
@@ -36,18 +37,16 @@ class LoRALinear(FrozenLinear):
         for name, shape in self.factor_shapes(linear.weight.shape, rank).items():
             self.register_parameter(name, nn.Parameter(linear.weight.new_zeros(shape)))
 
-    def reset_adapter(self, seed: int, name: str) -> None:
-        """Kaiming-uniform A and zero B, a function of the seed and the module's name alone."""
+    def fresh_factors(self, seed: int, name: str) -> dict[str, Tensor]:
+        """Kaiming-uniform A and zero B in fp32 on the CPU, a function of the seed and the module's name alone."""
         # B starts at zero so that training starts from the frozen model. A must not: with both at
         # zero neither factor ever gets a gradient.
         digest = hashlib.sha256(f"{seed}:{name}.lora_A".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         # Drawn in fp32 on the CPU, so that the device and the dtype change nothing but the rounding.
-        fresh = torch.empty(self.lora_A.shape, dtype=torch.float32, device="cpu")
-        nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
-        with torch.no_grad():
-            self.lora_A.copy_(fresh)
-            self.lora_B.zero_()
+        fresh = {key: torch.zeros(getattr(self, key).shape, device="cpu") for key in self.factor_names}
+        nn.init.kaiming_uniform_(fresh["lora_A"], a=math.sqrt(5), generator=generator)
+        return fresh
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, self.in_features)

@@ -258,7 +258,7 @@ class _Search:
             overrides=tuple(f"{key}={_as_yaml(value)}" for key, value in self._changes(way, index).items()),
             num_stages=way.num_stages,
             layers=trial.layers,
-            rank=costs.config.pet.rank if costs.adapter_matrices else None,
+            rank=costs.config.pet.rank if costs.adapter_shapes else None,
             options=way.options,
             value=None if self.axis is None or index is None else self.axis.value(self.config, index),
             num_parameters=costs.shape.num_parameters(self._depth(index)),

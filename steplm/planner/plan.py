@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
+from math import prod
 
 from steplm.config import MemoryConfig, RunConfig
 from steplm.errors import ConfigError, PlanInfeasible
-from steplm.memory.estimate import adapter_matrices_per_layer, estimate_stage, resolve_target_modules
+from steplm.memory.estimate import adapter_shapes_per_layer, estimate_stage, resolve_target_modules
 from steplm.memory.peak import estimate_peak
 from steplm.planner.flops import training_flops_per_token
 from steplm.planner.positions import make_layer_map
 from steplm.planner.shape import shape_from_hf_config
 from steplm.planner.solve import SOLVERS, equal_parts_if_as_good, peak_cost
 from steplm.planner.tokens import divide, stage_tokens
-from steplm.types import AdapterSpec, LayerMap, MemoryEstimate, ModelShape, PeakEstimate, Plan, Stage
+from steplm.types import AdapterSpec, LayerMap, MemoryEstimate, ModelShape, PeakEstimate, Plan, Stage, TensorShape
 from steplm.units import format_bytes
 
 
@@ -154,11 +155,16 @@ class StageCosts:
         grows = config.plan.num_stages > 1
         has_adapters = config.pet.method != "none" and (self.freezes_all or (grows and config.plan.freeze_old_layers))
         self.device_bytes, self.objective_bytes = cache(self._device_bytes), cache(self._objective_bytes)
-        self.adapter_matrices: tuple[int, ...] = ()
+        self.adapter_shapes: tuple[TensorShape, ...] = ()
         self.targets: tuple[str, ...] = ()
         if has_adapters:
             self.targets = resolve_target_modules(shape, config.pet.target_modules)
-            self.adapter_matrices = adapter_matrices_per_layer(shape, config.pet.rank, self.targets)
+            self.adapter_shapes = adapter_shapes_per_layer(shape, config.pet.rank, self.targets)
+
+    @property
+    def adapter_parameters(self) -> int:
+        """E: of one frozen layer."""
+        return sum(prod(shape) for shape in self.adapter_shapes)
 
     def parts(self, num_new: int, num_old: int, num_steps: int) -> list[Part]:
         """The stretches of a stage: one, and one more for each restart of its adapters and for a warm start.
@@ -193,7 +199,7 @@ class StageCosts:
         return [(depth, 0), (0, depth)] if self.config.pet.warm_start else [(0, depth)]
 
     def has_adapters(self, num_new: int, num_old: int) -> bool:
-        return bool(self.adapter_matrices) and num_old > 0
+        return bool(self.adapter_shapes) and num_old > 0
 
     def mean_flops_per_token(self, num_new: int, num_old: int) -> int:
         """Training FLOPs per token, over the phases of a stage."""
@@ -210,12 +216,13 @@ class StageCosts:
             precision=self.config.train.precision,
             num_new_layers=whole,
             num_frozen_layers=frozen,
-            adapter_matrices=self.adapter_matrices,
+            adapter_shapes=self.adapter_shapes,
             outer=self.outer(num_old),
             outer_rank=self.config.pet.rank,
             count_outer=self.config.plan.count_embeddings if count_outer is None else count_outer,
             memory=self.config.memory,
             optim=self.config.optim,
+            num_shards=self.config.distributed.num_shards,
         )
 
     def peak(self, num_new: int, num_old: int, *, grows: bool | None = None) -> PeakEstimate | None:
@@ -231,18 +238,23 @@ class StageCosts:
         return max((peak for peak in peaks if peak), key=lambda peak: peak.total_bytes, default=None)
 
     def _peak(self, num_new: int, num_old: int, whole_layers: tuple[int, ...], grows: bool) -> PeakEstimate | None:
+        train = self.config.train
         return estimate_peak(
             self.shape,
             self.model_state(num_new, num_old, count_outer=True),
-            train=self.config.train,
+            train=train,
             memory=self.config.memory,
             optim=self.config.optim,
             num_layers=num_new + num_old,
             new_layers=whole_layers,
+            micro_batch_size=self.config.micro_batch_size,
+            micro_batches=self.config.micro_batches,
+            distributed=self.config.distributed,
             adapter_rank=self.config.pet.rank if self.has_adapters(num_new, num_old) else 0,
             adapter_targets=self.targets,
+            adapter_shapes=self.adapter_shapes,
             outer=self.outer(num_old),
-            eval_batch_size=self.config.eval.per_device_eval_batch_size,
+            eval_batch_size=self.config.eval.per_device_eval_batch_size or train.per_device_train_batch_size,
             within_documents=self.config.data.within_documents,
             grows=grows,
         )
@@ -286,14 +298,14 @@ class StageCosts:
         whole, frozen = self._whole_and_frozen(num_new, num_old)
         outer = self.outer(num_old)
         no_backward = 0
-        if frozen and outer == "frozen" and not self.adapter_matrices:
+        if frozen and outer == "frozen" and not self.adapter_shapes:
             no_backward = min(set(range(num_new + num_old)) - set(self._frozen_layers(num_new, num_old)))
         return training_flops_per_token(
             self.shape,
             sequence_length=self.config.train.sequence_length,
             num_new_layers=whole,
             num_frozen_layers=frozen,
-            adapter_parameters=sum(self.adapter_matrices),
+            adapter_parameters=self.adapter_parameters,
             train_outer=outer == "trained",
             head_rank=self.config.pet.rank if outer == "adapters" else 0,
             num_layers_without_backward=no_backward,
@@ -306,7 +318,7 @@ class StageCosts:
         layers = whole * (choice in (True, "new")) + frozen * (choice in (True, "frozen"))
         matrices = sum(linear.in_features * linear.out_features for linear in self.shape.linears)
         attention = 4 * self.config.train.sequence_length * (self.shape.attention_size or self.shape.hidden_size)
-        adapters = 2 * frozen * sum(self.adapter_matrices) * (choice in (True, "frozen"))
+        adapters = 2 * frozen * self.adapter_parameters * (choice in (True, "frozen"))
         return layers * (2 * matrices + attention) + adapters
 
     def _whole_and_frozen(self, num_new: int, num_old: int) -> tuple[int, int]:

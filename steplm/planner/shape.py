@@ -126,8 +126,12 @@ def shape_from_hf_config(values: Mapping[str, Any]) -> ModelShape:
         )
 
     query_size, kv_size = heads * head_dim, kv_heads * head_dim
-    qk_norm = {"none": 0, "head": 2 * head_dim, "all": query_size + kv_size}[family.qk_norm]
-    embeddings, tied = known["vocab_size"] * hidden, bool(known["tie_word_embeddings"])
+    qk_norm = {"none": (), "head": (head_dim, head_dim), "all": (query_size, kv_size)}[family.qk_norm]
+    norms = (*[hidden] * family.norms_per_layer, *qk_norm)
+    matrix, tied = (known["vocab_size"], hidden), bool(known["tie_word_embeddings"])
+    embeddings = known["vocab_size"] * hidden
+    others = [*(("layer", (size,)) for size in norms), ("embeddings", matrix)]
+    others += [("final_norm", (hidden,))] * family.final_norm + [("head", matrix)] * (not tied)
     return ModelShape(
         model_type=str(model_type),
         vocab_size=known["vocab_size"],
@@ -136,7 +140,7 @@ def shape_from_hf_config(values: Mapping[str, Any]) -> ModelShape:
         num_attention_heads=heads,
         tie_word_embeddings=tied,
         linears=_linears(family, known, query_size, kv_size),
-        other_layer_parameters=family.norms_per_layer * hidden + qk_norm,
+        other_layer_parameters=sum(norms),
         embedding_parameters=embeddings,
         final_norm_parameters=hidden if family.final_norm else 0,
         head_parameters=0 if tied else embeddings,
@@ -144,6 +148,7 @@ def shape_from_hf_config(values: Mapping[str, Any]) -> ModelShape:
         head_modules=() if tied else ("lm_head",),
         attention_size=query_size,
         num_key_value_heads=kv_heads,
+        other_tensors=tuple(sorted(others)),
     )
 
 

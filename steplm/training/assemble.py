@@ -1,7 +1,8 @@
 """A stage's model and optimizer from plain tensors.
 
-One order, everywhere: weights -> adapters -> freeze -> pack -> device -> activation checkpointing -> compile ->
-(shard) -> optimizer.
+One order, everywhere: weights -> adapters -> freeze -> pack -> device -> activation checkpointing -> shard ->
+compile -> optimizer. Where tensors are cut over ranks, the model is made without values, and filled when it is
+sharded: no rank ever holds all of it.
 """
 
 from __future__ import annotations
@@ -9,20 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from steplm.config import RunConfig
+from steplm.distributed.shard import fill, shard
+from steplm.distributed.world import World
 from steplm.errors import CheckpointMismatch
 from steplm.growth.grow import layer_prefix_of
 from steplm.models.activations import checkpoint_layers, layers_to_checkpoint
-from steplm.models.build import build_model
+from steplm.models.build import build_model, empty_model
 from steplm.models.device import move
 from steplm.models.forward import check_loss
 from steplm.optim.adamw import AdamW
 from steplm.optim.build import build_optimizer
-from steplm.pet.adapters import attach, load_adapter_state
+from steplm.pet.adapters import attach, fresh_adapter_state, load_adapter_state
 from steplm.pet.frozen import PackReport, frozen_tensors, pack_frozen
 from steplm.pet.trainable import apply_trainable
 from steplm.types import HOST, LayerProvenance, Stage, TrainState
@@ -30,7 +32,10 @@ from steplm.types import HOST, LayerProvenance, Stage, TrainState
 
 @dataclass
 class StageStart:
-    """Plain tensors and progress with which a stage begins, or goes on after a resume."""
+    """Plain tensors and progress with which a stage begins, or goes on after a resume.
+
+    Of weights and optimizer states a rank has its rows, of adapters all.
+    """
 
     hf_config: PretrainedConfig
     weights: dict[str, Tensor]
@@ -57,19 +62,17 @@ class Assembled:
     packing: PackReport
 
 
-def assemble(
-    config: RunConfig, stage: Stage, start: StageStart, device: torch.device, *, check: bool = True
-) -> Assembled:
+def assemble(config: RunConfig, stage: Stage, start: StageStart, world: World, *, check: bool = True) -> Assembled:
     """The stage's model on the device and its optimizer, states allocated.
 
     ``check`` compares the loss with the model's own logits; it needs real numbers.
     """
     train, memory = config.train, config.memory
     prefix = layer_prefix_of(start.weights)
-    model = build_model(start.hf_config, start.weights)
+    model = _model(start.hf_config, start.weights, world)
     if stage.adapters is not None:
         attach(model, stage.adapters, prefix, config.seed + stage.index)
-        if start.adapters:
+        if start.adapters and world.rows.is_whole:
             load_adapter_state(model, start.adapters)
     trained = apply_trainable(model, stage.trained_patterns)
     if start.trained_names is not None and set(trained) != set(start.trained_names):
@@ -85,15 +88,20 @@ def assemble(
         stage.frozen_layers,
         fmt=memory.frozen_weights,
         offload=memory.offload_frozen,
-        device=device,
+        device=world.device,
     )
-    move(model, device)
+    if world.rows.is_whole:
+        move(model, world.device)
     model.train()
-    if check:
-        check_loss(model, train.sequence_length)  # before compile: it would compile for one short row
     if train.gradient_checkpointing:
         layers = layers_to_checkpoint(train.gradient_checkpointing, stage.num_hidden_layers, stage.whole_layers)
         checkpoint_layers(model, layers, prefix)
+    shard(model, world, prefix)
+    if not world.rows.is_whole:
+        adapters = start.adapters or fresh_adapter_state(model, config.seed + stage.index)
+        fill(model, start.weights | {name: world.rows.cut(tensor) for name, tensor in adapters.items()})
+    if check:
+        check_loss(model, train.sequence_length)  # before compile: it would compile for one short row
     if train.compile:
         for layer in model.get_submodule(prefix):
             layer.compile()
@@ -114,19 +122,30 @@ def packed_rows(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
         yield "fetched_layers" if is_staging else "frozen_layers", HOST if on_host else "weights", tensor
 
 
+def _model(hf_config: PretrainedConfig, weights: dict[str, Tensor], world: World) -> PreTrainedModel:
+    """With these weights; on the meta device where they are a rank's rows."""
+    if world.rows.is_whole:
+        return build_model(hf_config, weights)
+    return empty_model(hf_config, next(iter(weights.values())).dtype)
+
+
 def probe_model(
-    config: RunConfig, hf_config: PretrainedConfig, weights: dict[str, Tensor], device: torch.device
+    config: RunConfig, hf_config: PretrainedConfig, weights: dict[str, Tensor], world: World
 ) -> PreTrainedModel:
-    """A model of plain weights, for a loss without training.
+    """A model of plain weights, of which a rank has its rows, for a loss without training.
 
     Where frozen weights are packed, the whole model may be too large for the device: its layers then stay in host
     memory and are fetched one after the other.
     """
-    model = build_model(hf_config, weights)
+    model = _model(hf_config, weights, world)
+    if not world.rows.is_whole:
+        shard(model, world, layer_prefix_of(weights))
+        fill(model, weights)
+        return model
     if config.memory.packs_frozen:
         model.requires_grad_(False)
         layers = range(hf_config.get_text_config().num_hidden_layers)
         # Not pinned: the pinned allocator keeps what is freed, and a probe is short.
-        pack_frozen(model, layer_prefix_of(weights), layers, fmt="full", offload=True, device=device, pin=False)
-    move(model, device)
+        pack_frozen(model, layer_prefix_of(weights), layers, fmt="full", offload=True, device=world.device, pin=False)
+    move(model, world.device)
     return model

@@ -26,10 +26,12 @@ FREE_AT_RESUME = (
     "data.prepared_dir",
     "train.device",
     "train.num_threads",
+    "distributed",
     "train.dry_run",
     # How a step is computed, not what: at a constant product of the two sizes, which the plan's steps need.
     "train.per_device_train_batch_size",
     "train.gradient_accumulation_steps",
+    "train.global_batch_size",
     "train.gradient_checkpointing",
     "train.loss_chunk_size",
     "train.compile",

@@ -67,6 +67,20 @@ class MetricsLog:
             sink.close()
 
 
+class NoLog(MetricsLog):
+    """Of a rank that is not the first: nothing is written."""
+
+    num_bytes = 0
+
+    def __init__(self) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def write(self, event: str, **values: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_metrics(path: Path, event: str | None = None) -> list[dict[str, Any]]:
     """The events of a ``metrics.jsonl``, all or of one kind."""
     if not path.is_file():

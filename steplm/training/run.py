@@ -20,18 +20,20 @@ from typing import IO
 import torch
 from transformers import PreTrainedModel
 
-from steplm.checkpoint import CheckpointState, latest_checkpoint, verify_checkpoint
+from steplm.checkpoint import CheckpointState, latest_checkpoint, prune_checkpoints, verify_checkpoint
 from steplm.checkpoint.folder import complete_checkpoints, load_checkpoint_state, mark_damaged
+from steplm.checkpoint.shards import BackgroundWriter, TensorFiles
 from steplm.config import RunConfig, dump_config, load_config
-from steplm.data.loader import BatchLoader, validation_windows
+from steplm.data.loader import Batch, BatchLoader, validation_windows
 from steplm.data.prepare import prepare, with_prepared_dir
 from steplm.data.tokens import MANIFEST, Manifest, TokenDataset
+from steplm.distributed.world import World, joined, with_world_size
 from steplm.errors import CheckpointError, ConfigError
 from steplm.files import write_atomically
 from steplm.models.build import DTYPES, hf_config
 from steplm.models.device import resolve_device
-from steplm.models.folder import load_config_and_state
-from steplm.models.forward import mean_loss
+from steplm.models.folder import load_config_and_state, load_hf_config
+from steplm.models.forward import summed_loss
 from steplm.models.shape import shape_of
 from steplm.planner.plan import plan as make_plan
 from steplm.training.assemble import assemble, probe_model
@@ -39,7 +41,7 @@ from steplm.training.checks import check_checkpoint, check_init_from, check_same
 from steplm.training.display import Display, make_display
 from steplm.training.environment import environment
 from steplm.training.export import export
-from steplm.training.metrics import SINKS, MetricsLog, Sink, require_sinks
+from steplm.training.metrics import SINKS, MetricsLog, NoLog, Sink, require_sinks
 from steplm.training.stage import (
     check_entrance,
     enter_stage,
@@ -79,10 +81,15 @@ class Run:
     validation: TokenDataset
     metrics: MetricsLog
     display: Display
-    device: torch.device
+    world: World
+    writer: BackgroundWriter | None = None  # of checkpoints, where there are several ranks
     seconds_before: float = 0.0  # trained before this process
     started_at: float = field(default_factory=time.monotonic)
     stop_signal: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -116,16 +123,33 @@ class Run:
         self.display.evaluation(stage, progress, loss, perplexity)
         return loss
 
-    def validation_loss(self, model: PreTrainedModel) -> float:
+    def validation_loss(self, model: PreTrainedModel, max_tokens: int | None = None) -> float:
+        """Mean over so many validation tokens, by default those of an evaluation; each rank computes its share."""
         batches = validation_windows(
             self.validation,
             self.config.train.sequence_length,
-            self.config.eval.max_tokens,
+            max_tokens or self.config.eval.max_tokens,
             batch_size=self.eval_batch_size,
             within_documents=self.config.data.within_documents,
+            rank=self.world.rank,
+            world_size=self.world.size,
         )
-        loss, _ = mean_loss(model, batches, chunk_size=self.config.train.loss_chunk_size)
-        return loss
+        chunk_size = self.config.train.loss_chunk_size
+        total, count = self.world.sum(*summed_loss(model, self._showing_life(batches), chunk_size=chunk_size))
+        return total / max(count, 1)
+
+    def _showing_life(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.world.alive()
+            yield batch
+
+    def agree_to_stop(self) -> None:
+        """A signal to one rank stops all of them at the same step."""
+        if self.world.any(self.stop_signal) and self.stop_signal is None:
+            self.stop_signal = signal.SIGTERM
+
+    def prune_checkpoints(self) -> None:
+        prune_checkpoints(self.checkpoints_dir, self.config.train.save_total_limit)
 
     def log_step(self, report: StepReport) -> None:
         self.metrics.write(
@@ -158,65 +182,104 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
     """
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
-    display = display or make_display(config.log.progress)
-    run_dir = config.run_dir
-    with _exclusive(run_dir):
-        config = _with_prepared_dir(config)
-        plan = make_plan(_with_layers_of_before(config), shape_of(config.model.hf_config()))
-        # All that can fail at once, before the data, which can take hours.
-        hf_config(config.model.hf_config())
-        device = resolve_device(config.train.device)
-        require_sinks(config.log.report_to)
-        check_init_from(config, plan)
-        changed = check_same_run(config, plan)
-        summary = run_dir / "summary.json"
-        if summary.is_file():
-            display.note(f"{run_dir} is finished already")
-            return _result_of(run_dir, plan)
-        _write_documents(config, plan, device)
-        display.plan(plan)
-        checkpoint = _usable_checkpoint(run_dir / "checkpoints", display)
-        # A resumed run needs its shards, which the checkpoint names by their hash, but not the text any more.
-        manifest = prepare(config, display.prepare) if checkpoint is None else Manifest.load(config.prepared_dir)
-        state = None if checkpoint is None else load_checkpoint_state(checkpoint)
-        if state is not None:
-            check_checkpoint(checkpoint, state, plan, manifest)
-        run = Run(
-            config=config,
-            plan=plan,
-            manifest=manifest,
-            loader=BatchLoader(
-                TokenDataset(config.prepared_dir, "train"),
-                seed=config.seed,
-                sequence_length=config.train.sequence_length,
-                within_documents=config.data.within_documents,
-            ),
-            validation=TokenDataset(config.prepared_dir, "validation"),
-            metrics=_open_metrics(config, state),
-            display=display,
-            device=device,
-            seconds_before=0.0 if state is None else state.elapsed_seconds,
-        )
-        if changed and state is not None:
-            display.note(f"resumed with {', '.join(changed)} changed")
-            run.metrics.write("changed", tokens_seen=state.progress.tokens_seen, keys=changed)
+    config = _on_these_devices(config)
+    with joined(config.distributed, resolve_device(config.train.device)) as world:
+        if not world.is_first:
+            return _train(config, world, make_display("none"))
+        with _exclusive(config.run_dir):
+            return _train(config, world, display or make_display(config.log.progress))
+
+
+def _train(config: RunConfig, world: World, display: Display) -> RunResult:
+    with world.first_goes_ahead():
+        run, checkpoint = _set_up(config, world, display)
+    if run is None:
+        return _result_of(config.run_dir)
+    try:
+        with _stopping_on_signals(run), display:
+            checkpoint = _run_stages(run, checkpoint)
+            if run.stop_signal:
+                display.note(f"stopped by signal {run.stop_signal}; run the same command again to resume")
+                return RunResult(config.run_dir, run.plan, finished=False, stop_signal=run.stop_signal)
+            return _finish(run)
+    finally:
+        run.metrics.close()
+
+
+def _set_up(config: RunConfig, world: World, display: Display) -> tuple[Run | None, Path | None]:
+    """The run, and the checkpoint that it goes on from; no run if it is finished. The first rank writes and checks."""
+    run_dir, first = config.run_dir, world.is_first
+    config = _with_prepared_dir(config)
+    plan = make_plan(_with_layers_of_before(config), shape_of(config.model.hf_config()))
+    # All that can fail at once, before the data, which can take hours.
+    hf_config(config.model.hf_config())
+    require_sinks(config.log.report_to)
+    check_init_from(config, plan)
+    changed = check_same_run(config, plan) if first else []
+    if (run_dir / "summary.json").is_file():
+        display.note(f"{run_dir} is finished already")
+        return None, None
+    checkpoints = run_dir / "checkpoints"
+    if first:
+        _write_documents(config, plan, world)
+    display.plan(plan)
+    checkpoint = _usable_checkpoint(checkpoints, display) if first else latest_checkpoint(checkpoints)
+    # A resumed run needs its shards, which the checkpoint names by their hash, but not the text any more.
+    prepares = first and checkpoint is None
+    manifest = prepare(config, display.prepare) if prepares else Manifest.load(config.prepared_dir)
+    state = None if checkpoint is None else load_checkpoint_state(checkpoint)
+    if checkpoint is not None and state is not None:
+        check_checkpoint(checkpoint, state, plan, manifest)
+    run = Run(
+        config=config,
+        plan=plan,
+        manifest=manifest,
+        loader=BatchLoader(
+            TokenDataset(config.prepared_dir, "train"),
+            seed=config.seed,
+            sequence_length=config.train.sequence_length,
+            within_documents=config.data.within_documents,
+        ),
+        validation=TokenDataset(config.prepared_dir, "validation"),
+        metrics=_open_metrics(config, state) if first else NoLog(),
+        display=display,
+        world=world,
+        writer=None if world.is_alone else BackgroundWriter(world.rank, world.checkpoint_group),
+        seconds_before=0.0 if state is None else state.elapsed_seconds,
+    )
+    if changed and state is not None:
+        display.note(f"resumed with {', '.join(changed)} changed")
+        run.metrics.write("changed", tokens_seen=state.progress.tokens_seen, keys=changed)
+    if first:
         _keep_tokenizer(config)
-        try:
-            with _stopping_on_signals(run), display:
-                checkpoint = _run_stages(run, checkpoint)
-                if run.stop_signal:
-                    display.note(f"stopped by signal {run.stop_signal}; run the same command again to resume")
-                    return RunResult(run_dir, plan, finished=False, stop_signal=run.stop_signal)
-                return _finish(run)
-        finally:
-            run.metrics.close()
+    return run, checkpoint
+
+
+def _on_these_devices(config: RunConfig) -> RunConfig:
+    """With the number of processes that there are, and the batch of before, if there were more or fewer then.
+
+    Raises:
+        ConfigError: another number is written, or it divides something unevenly.
+    """
+    distributed = with_world_size(config.distributed)
+    train, written = config.train, config.run_dir / "config.yaml"
+    if written.is_file() and complete_checkpoints(config.run_dir / "checkpoints"):
+        before = load_config(written)
+        if before.distributed.world_size != distributed.world_size and train.global_batch_size is None:
+            sequences = {"global_batch_size": before.global_batch_size, "gradient_accumulation_steps": 1}
+            train = train.model_copy(update=sequences)
+    if (distributed, train) == (config.distributed, config.train):
+        return config
+    values = config.model_dump(mode="json")
+    parts = {"distributed": distributed.model_dump(mode="json"), "train": train.model_dump(mode="json")}
+    return load_config(values | parts)
 
 
 def _run_stages(run: Run, checkpoint: Path | None) -> Path | None:
     for stage in _remaining_stages(run.plan, checkpoint):
         with memory_errors(run, stage):
             start = enter_stage(run, stage, checkpoint)
-            assembled = assemble(run.config, stage, start, run.device)
+            assembled = assemble(run.config, stage, start, run.world)
             start.forget_tensors()  # the model holds what it needs
             check_entrance(run, stage, start, assembled)
             checkpoint = train_stage(run, stage, start, assembled)
@@ -241,11 +304,11 @@ def _remaining_stages(plan: Plan, checkpoint: Path | None) -> list[Stage]:
 def _finish(run: Run) -> RunResult:
     """Export, evaluate the exported model, write the summary."""
     run_dir = run.config.run_dir
-    export_dir = export(run_dir)
-    exported_config, weights = load_config_and_state(export_dir, dtype=DTYPES[run.config.train.precision])
-    exported_config.use_cache = False
-    model = probe_model(run.config, exported_config, weights, run.device)
-    del weights
+    export_dir = run_dir / "export"
+    with run.world.first_goes_ahead():
+        if run.world.is_first:
+            export(run_dir)
+    model = _exported_model(run, export_dir)
     tokens_seen = run.plan.total_tokens
     last = latest_checkpoint(run.checkpoints_dir)
     assert last is not None
@@ -266,16 +329,29 @@ def _finish(run: Run) -> RunResult:
         "validation_perplexity": math.exp(min(loss, 700.0)),
         "export_dir": export_dir.name,
     }
-    write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    with run.world.first_goes_ahead():
+        if run.world.is_first:
+            write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     run.display.finished(run_dir, export_dir, loss)
-    return _result_of(run_dir, run.plan)
+    return _result_of(run_dir)
 
 
-def _result_of(run_dir: Path, plan: Plan) -> RunResult:
+def _exported_model(run: Run, export_dir: Path) -> PreTrainedModel:
+    """The exported model, to be evaluated; of several ranks each reads its rows."""
+    if run.world.rows.is_whole:
+        exported_config, weights = load_config_and_state(export_dir, dtype=DTYPES[run.config.train.precision])
+    else:
+        exported_config, files = load_hf_config(export_dir), TensorFiles(export_dir)
+        weights = files.read_all(files.shapes, run.world.rows)
+    exported_config.use_cache = False
+    return probe_model(run.config, exported_config, weights, run.world)
+
+
+def _result_of(run_dir: Path) -> RunResult:
     summary = json.loads((run_dir / "summary.json").read_text())
     return RunResult(
         run_dir,
-        plan,
+        from_json(Plan, json.loads((run_dir / "plan.json").read_text())),
         finished=True,
         validation_loss=summary["validation_loss"],
         export_dir=run_dir / summary["export_dir"],
@@ -336,11 +412,11 @@ def _keep_tokenizer(config: RunConfig) -> None:
         os.replace(unfinished, target)
 
 
-def _write_documents(config: RunConfig, plan: Plan, device: torch.device) -> None:
+def _write_documents(config: RunConfig, plan: Plan, world: World) -> None:
     run_dir = config.run_dir
     write_atomically(run_dir / "config.yaml", dump_config(config))
     write_atomically(run_dir / "plan.json", json.dumps(to_json(plan), indent=1) + "\n")
-    write_atomically(run_dir / "environment.json", json.dumps(environment(device), indent=1) + "\n")
+    write_atomically(run_dir / "environment.json", json.dumps(environment(world.device), indent=1) + "\n")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from steplm.config import RunConfig
+from steplm.distributed.world import World
 from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.forward import batch_loss
 from steplm.optim.adamw import global_grad_norm
@@ -98,7 +99,7 @@ def _growth(
     with counter:
         on_part(GROWN_WEIGHTS)
         start = _constant_start(config, stage, shapes)
-        model = probe_model(config, start.hf_config, start.weights, CPU)
+        model = probe_model(config, start.hf_config, start.weights, World(CPU))
         start.forget_tensors()
         counter.watch(model)
         on_part(GROWTH)
@@ -136,14 +137,14 @@ def _steps(
         on_part(STAGE_WEIGHTS)
         start = _constant_start(config, stage, shapes)
         on_part(ASSEMBLY)
-        assembled = assemble(config, stage, start, device, check=check)
+        assembled = assemble(config, stage, start, World(device), check=check)
         start.forget_tensors()
         model, optimizer = assembled.model, assembled.optimizer
         gauge.watch(model, optimizer)
         with part(AT_REST):
             pass
         # The second step meets what the first has left behind, the second micro-batch the gradients of the first.
-        for num_micro_batches in (1, min(2, config.train.gradient_accumulation_steps)):
+        for num_micro_batches in (1, min(2, config.micro_batches)):
             for _ in range(num_micro_batches):
                 with part(FORWARD):
                     inputs, loss = _forward(config, model, device)
@@ -163,7 +164,7 @@ def _forward(
 ) -> tuple[tuple[Tensor | None, ...], Tensor]:
     """The inputs of a micro-batch, which live until its backward pass is done, and its loss."""
     sequence_length = config.train.sequence_length
-    shape = (batch_size or config.train.per_device_train_batch_size, sequence_length)
+    shape = (batch_size or config.micro_batch_size, sequence_length)
     input_ids = torch.randint(config.model.vocab_size, shape, device=device)
     labels = torch.randint(config.model.vocab_size, shape, device=device)
     positions = None

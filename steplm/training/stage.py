@@ -17,15 +17,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steplm.checkpoint import Checkpoint, CheckpointState, load_checkpoint, prune_checkpoints, save_checkpoint
-from steplm.config import RunConfig
-from steplm.data.loader import validation_windows
+from steplm.checkpoint import (
+    Checkpoint,
+    CheckpointState,
+    load_checkpoint,
+    save_checkpoint,
+    save_shards,
+    wait_for_shards,
+)
+from steplm.distributed.shard import as_global
 from steplm.errors import SteplmError, TrainingDiverged
 from steplm.growth.grow import grow, grow_config, provenance, renamed
 from steplm.memory.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
 from steplm.models.build import DTYPES, config_values, fresh_layers, hf_config, initial_state, plain_state
 from steplm.models.folder import load_config_and_state
-from steplm.models.forward import mean_loss
 from steplm.optim.adamw import AdamW, carry_state
 from steplm.optim.restart import kept_moments
 from steplm.optim.schedules import learning_rate
@@ -48,7 +53,7 @@ def enter_stage(run: Run, stage: Stage, checkpoint_path: Path | None) -> StageSt
     reset_peak(run.device)
     if checkpoint_path is None:
         return _first_start(run, stage)
-    checkpoint = load_checkpoint(checkpoint_path, verify=False)  # verified when it was chosen
+    checkpoint = load_checkpoint(checkpoint_path, rows=run.world.rows, verify=False)  # verified when it was chosen
     if checkpoint.state.progress.stage_index == stage.index:
         return StageStart(
             hf_config=checkpoint.config,
@@ -72,6 +77,7 @@ def _first_start(run: Run, stage: Stage) -> StageStart:
     else:
         config, weights = load_config_and_state(run.config.init_from, dtype=dtype)
         config.use_cache = False
+    weights = {name: run.world.rows.cut(tensor) for name, tensor in weights.items()}
     origins = tuple(LayerProvenance(1, (), None) for _ in range(stage.num_hidden_layers))
     return StageStart(config, weights, origins, TrainState(stage.index, 0, 0, 0))
 
@@ -84,8 +90,8 @@ def _later_start(run: Run, stage: Stage, checkpoint: Checkpoint) -> StageStart:
     operator = run.config.growth.operator
     weights = checkpoint.weights
     if state.adapters is not None:
-        weights = merge_state(weights, checkpoint.adapters, state.adapters)
-    loss_merged = probe_loss(run, probe_model(run.config, checkpoint.config, weights, run.device))
+        weights = merge_state(weights, checkpoint.adapters, state.adapters, run.world.rows)
+    loss_merged = probe_loss(run, probe_model(run.config, checkpoint.config, weights, run.world))
     run.metrics.write(
         "merge",
         stage=state.progress.stage_index,
@@ -111,8 +117,14 @@ def _later_start(run: Run, stage: Stage, checkpoint: Checkpoint) -> StageStart:
     fresh = fresh_layers(
         grown_config, seed=run.config.seed + stage.num_growths + 1, dtype=DTYPES[run.config.train.precision]
     )
-    grown = grow(weights, stage.layer_map, operator, fresh_layer=fresh)
-    loss_grown = probe_loss(run, probe_model(run.config, grown_config, grown, run.device))
+    cut = run.world.rows.cut  # no operator mixes rows: what grows out of a rank's rows are the rows of the whole
+    grown = grow(
+        weights,
+        stage.layer_map,
+        operator,
+        fresh_layer=lambda index: {name: cut(tensor) for name, tensor in fresh(index).items()},
+    )
+    loss_grown = probe_loss(run, probe_model(run.config, grown_config, grown, run.world))
     run.metrics.write(
         "growth",
         stage=stage.index,
@@ -162,14 +174,16 @@ def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembl
     is_new = start.progress.step == 0
     entrance_peak = measure_peak(run.device)  # of merge, growth and assembly
     reset_peak(run.device)
-    how = way_of_passing(run.config)
+    how = way_of_passing(run)
     measured_peak = _dry_run(run, model, optimizer, how) if train.dry_run else None
     everything = measure_model_state(
         model, optimizer, stage, packed=packed_rows(model), expect_gradients=not (train.dry_run or how.fused_backward)
     )
     optimizer.zero_grad()
-    check_against_plan(everything, stage.memory)
     measured = comparable(everything, stage.memory)
+    bytes_of_ranks = run.world.gather(measured.total_bytes)
+    if run.world.rows.index == 0:  # it has the most rows of every tensor; others may have fewer
+        check_against_plan(everything, stage.memory)
     if is_new:
         _report_packing(run, stage, start, assembled)
         run.metrics.write(
@@ -181,6 +195,7 @@ def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembl
             planned_peak_bytes=None if stage.peak is None else stage.peak.total_bytes,
             planned_dry_run_bytes=None if stage.peak is None else stage.peak.highest_in_a_pass.memory.total_bytes,
             measured_dry_run_bytes=measured_peak,
+            **({} if run.world.is_alone else {"measured_bytes_of_ranks": [round(count) for count in bytes_of_ranks]}),
             **{f"entrance_{name}": value for name, value in to_json(entrance_peak).items()},
         )
     # A dry run updates nothing, so that where updates are a part of the pass its peak is another.
@@ -191,9 +206,10 @@ def _dry_run(run: Run, model: PreTrainedModel, optimizer: AdamW, how: Pass) -> i
     """A step without its update, gradients left; the most bytes that the device held, if that can be told."""
     train = run.config.train
     # Two micro-batches where there are as many: the second meets the gradients of the first.
-    num_sequences = train.per_device_train_batch_size * min(2, train.gradient_accumulation_steps)
+    num_sequences = run.config.micro_batch_size * min(2, run.config.micro_batches)
     batch = run.loader.batch(0, num_sequences)
-    counts = run.device.type == "cuda" or not train.compile  # a compiled layer hides its tensors from a count
+    # A compiled layer hides its tensors from a count, and a sharded one keeps what it gathers in storages of its own.
+    counts = run.device.type == "cuda" or (run.world.is_alone and not train.compile)
     with gauge_for(run.device) if counts else nullcontext() as gauge:
         if gauge is not None:
             gauge.watch(model, optimizer)
@@ -250,9 +266,9 @@ def memory_errors(run: Run, stage: Stage) -> Iterator[None]:
 def train_stage(run: Run, stage: Stage, start: StageStart, assembled: Assembled) -> Path:
     """Steps until the stage's tokens are seen, or a signal asks to stop; returns the last checkpoint."""
     config = run.config
-    model, optimizer, how = assembled.model, assembled.optimizer, way_of_passing(config)
-    train, optim = config.train, config.optim
-    num_sequences, step_tokens = config.step_tokens // train.sequence_length, config.step_tokens
+    model, optimizer, how = assembled.model, assembled.optimizer, way_of_passing(run)
+    train, optim, world = config.train, config.optim, run.world
+    step_tokens = config.step_tokens
     num_steps = stage.tokens // step_tokens
     start_step = stage.schedule_start_tokens // step_tokens
     scheduled_steps = max(stage.scheduled_tokens // step_tokens, start_step + num_steps)
@@ -275,12 +291,13 @@ def train_stage(run: Run, stage: Stage, start: StageStart, assembled: Assembled)
             min_ratio=optim.min_lr_ratio,
             kind=optim.lr_scheduler_type,
         )
-        # Dropout, where a model has it, is a function of the position too: a resumed run draws the same.
-        torch.manual_seed(config.seed * 1_000_003 + progress.tokens_seen)
+        # Dropout, where a model has it, is a function of the position too: a resumed run draws the same. Replicas draw
+        # alike, as stochastic rounding must give them the same weights.
+        torch.manual_seed(config.seed * 1_000_003 + progress.tokens_seen + world.rows.index)
         result = train_step(
             model,
             optimizer,
-            run.loader.batch(progress.tokens_seen, num_sequences),
+            run.loader.batch(progress.tokens_seen, config.global_batch_size, world.rank, world.size),
             how,
             learning_rate=rate,
             max_grad_norm=optim.max_grad_norm,
@@ -307,6 +324,7 @@ def train_stage(run: Run, stage: Stage, start: StageStart, assembled: Assembled)
             run.evaluate(stage, progress, model)
         if at_end:
             progress = replace(progress, stage_done=True)
+        run.agree_to_stop()
         if progress.step % save_steps == 0 or at_end or run.stop_signal:
             # The loss of a step says nothing about the weights that its update makes: before they are saved as
             # good, they are tried on the sequence that comes next.
@@ -319,6 +337,9 @@ def train_stage(run: Run, stage: Stage, start: StageStart, assembled: Assembled)
         if run.stop_signal:
             break
     assert path is not None
+    if run.writer is not None:
+        with world.patiently():
+            wait_for_shards(run.writer, run.checkpoints_dir)
     return path
 
 
@@ -331,7 +352,7 @@ def save(
     progress: TrainState,
     unlogged_losses: tuple[float, ...] = (),
 ) -> Path:
-    """Write a checkpoint of this instant and prune the older ones."""
+    """Write a checkpoint of this instant and prune the older ones; with several ranks, while training goes on."""
     adapters = adapter_state(model)
     tensors, steps = optimizer.state_dict()
     run.metrics.sync()
@@ -348,45 +369,52 @@ def save(
         unlogged_losses=unlogged_losses,
         probe_loss=probe_loss(run, model) if progress.stage_done else None,
     )
-    path = save_checkpoint(
+    weights = {name: tensor for name, tensor in plain_state(model).items() if name not in adapters}
+    if run.writer is None:
+        path = save_checkpoint(
+            run.checkpoints_dir,
+            config=start.hf_config,
+            # Packed weights are saved whole: packed again, they give the same codes.
+            weights=_on_cpu(weights) | dict(unpacked_state(model)),
+            adapters=_on_cpu(adapters),
+            optimizer=_on_cpu(tensors),
+            state=state,
+        )
+        run.prune_checkpoints()
+        return path
+    with run.world.patiently():  # the one before may still be on its way to the disk
+        wait_for_shards(run.writer, run.checkpoints_dir)
+    num_rows = {name: len(parameter) for name, parameter in optimizer.parameters.items() if parameter.ndim}
+    return save_shards(
         run.checkpoints_dir,
+        run.writer,
         config=start.hf_config,
-        # Packed weights are saved whole: packed again, they give the same codes.
-        weights=_on_cpu({name: t for name, t in plain_state(model).items() if name not in adapters})
-        | dict(unpacked_state(model)),
-        adapters=_on_cpu(adapters),
-        optimizer=_on_cpu(tensors),
+        weights=weights | dict(unpacked_state(model)),
+        adapters=adapters,
+        optimizer={key: as_global(t, run.world, num_rows[key.rpartition(".")[0]]) for key, t in tensors.items()},
         state=state,
+        then=run.prune_checkpoints,
     )
-    prune_checkpoints(run.checkpoints_dir, run.config.train.save_total_limit)
-    return path
 
 
 def probe_loss(run: Run, model: PreTrainedModel) -> float:
     """Mean loss on the same few validation windows at every call."""
-    sequence_length = run.config.train.sequence_length
-    batches = validation_windows(
-        run.validation,
-        sequence_length,
-        PROBE_WINDOWS * sequence_length,
-        batch_size=run.eval_batch_size,
-        within_documents=run.config.data.within_documents,
-    )
-    loss, _ = mean_loss(model, batches, chunk_size=run.config.train.loss_chunk_size)
-    return loss
+    return run.validation_loss(model, PROBE_WINDOWS * run.config.train.sequence_length)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
-def way_of_passing(config: RunConfig) -> Pass:
+def way_of_passing(run: Run) -> Pass:
     """How every forward and backward pass of a run is computed."""
+    config = run.config
     return Pass(
         micro_batch_size=config.train.per_device_train_batch_size,
         chunk_size=config.train.loss_chunk_size,
         offload_activations=config.memory.offload_activations,
         fused_backward=config.memory.fused_backward,
+        world=run.world,
     )
 
 

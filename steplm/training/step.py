@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
 from steplm.data.loader import Batch
+from steplm.distributed.world import World
 from steplm.memory.measure import PeakMemory
 from steplm.models.forward import batch_loss
 from steplm.models.loss import IGNORE_INDEX
@@ -48,13 +49,14 @@ class Pass:
     chunk_size: int  # rows of logits at once
     offload_activations: bool = False
     fused_backward: bool = False  # each parameter is updated as soon as its gradient is there
+    world: World = field(default_factory=lambda: World(torch.device("cpu")))  # batches are a rank's part
 
 
 def forward_backward(model: PreTrainedModel, batch: Batch, how: Pass) -> torch.Tensor:
-    """Gradients of the mean loss over all valid tokens of ``batch``, accumulated over its micro-batches.
+    """Gradients of the mean loss over all valid tokens of all ranks' batches, accumulated over micro-batches.
 
     Returns:
-        The loss, a detached fp32 scalar on the model's device.
+        This rank's share of the loss, a detached fp32 scalar on the model's device.
     """
     total = torch.zeros((), device=model.device)
     for loss in _micro_losses(model, batch, how):
@@ -87,10 +89,9 @@ def train_step(
     loss = forward_backward(model, batch, how)
     norm = global_grad_norm(optimizer.parameters.values())
     # One transfer for both numbers: on an accelerator each is a wait for the device.
-    loss_value, norm_value = torch.stack((loss, norm.to(loss))).tolist()
-    result = StepResult(loss_value, norm_value)
+    result = _over_ranks(how.world, *torch.stack((loss, norm.to(loss))).tolist())
     if result.is_finite:
-        optimizer.step(learning_rate, grad_scale=clip_coefficient(norm_value, max_grad_norm))
+        optimizer.step(learning_rate, grad_scale=clip_coefficient(result.grad_norm, max_grad_norm))
     optimizer.zero_grad()
     return result
 
@@ -107,12 +108,21 @@ def trial(model: PreTrainedModel, optimizer: AdamW, batch: Batch, how: Pass) -> 
     loss = forward_backward(model, batch, how)
     norm = global_grad_norm(optimizer.parameters.values())
     optimizer.zero_grad()
-    return float(loss), float(norm)
+    result = _over_ranks(how.world, float(loss), float(norm))
+    return result.loss, result.grad_norm
+
+
+def _over_ranks(world: World, loss: float, norm: float) -> StepResult:
+    """The loss of which each rank has a share, and the norm of the gradients of which each has some rows."""
+    if world.is_alone:
+        return StepResult(loss, norm)
+    loss, square = world.sum(loss, norm * norm)
+    return StepResult(loss, math.sqrt(square / world.num_replicas))  # replicas have the same gradients
 
 
 def _micro_losses(model: PreTrainedModel, batch: Batch, how: Pass) -> Iterator[torch.Tensor]:
-    """Each micro-batch's share of the mean loss over all valid tokens of ``batch``; they sum to it."""
-    num_valid = max(int((batch.labels != IGNORE_INDEX).sum()), 1)
+    """Each micro-batch's share of the mean loss over all valid tokens of all ranks' batches; they sum to it."""
+    (num_valid,) = how.world.sum((batch.labels != IGNORE_INDEX).sum().item())
     for micro_batch in batch.split(how.micro_batch_size):
         on_device = micro_batch.to(model.device)
         yield batch_loss(
@@ -120,7 +130,7 @@ def _micro_losses(model: PreTrainedModel, batch: Batch, how: Pass) -> Iterator[t
             on_device.input_ids,
             on_device.labels,
             on_device.position_ids,
-            num_valid=num_valid,
+            num_valid=max(int(num_valid), 1),
             chunk_size=how.chunk_size,
             offload_activations=how.offload_activations,
         )
@@ -135,9 +145,9 @@ def _fused_step(
             "fused_backward frees the gradients that accumulation would add to"
         )
     (loss,) = _micro_losses(model, batch, how)
-    loss_value = loss.item()
+    (loss_value,) = how.world.sum(loss.item())
     if not math.isfinite(loss_value):
         return StepResult(loss_value, math.nan)
     with optimizer.in_backward(learning_rate) as norm:
         loss.backward()
-    return StepResult(loss_value, norm.total().item())
+    return StepResult(loss_value, _over_ranks(how.world, 0.0, norm.total().item()).grad_norm)

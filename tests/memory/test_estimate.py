@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from steplm.config import MemoryConfig
 from steplm.errors import ConfigError
-from steplm.memory.estimate import adapter_matrices_per_layer, estimate_stage, resolve_target_modules
+from steplm.memory.estimate import adapter_shapes_per_layer, estimate_stage, resolve_target_modules
 from steplm.memory.terms import COMPONENTS, KINDS, OUTER_COMPONENTS, WEIGHT_BYTES
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
 from steplm.types import HOST, MemoryEstimate, ModelShape
@@ -39,7 +41,7 @@ def test_bf16_takes_sixteen_bytes_trained_and_two_frozen(
     counts = {
         "num_new_layers": num_new_layers,
         "num_frozen_layers": num_frozen_layers,
-        "adapter_matrices": [e],
+        "adapter_shapes": [(e, 1)],
     }
     p, outer = shape.layer_parameters, shape.outer_parameters
     bare = 16 * num_new_layers * p + 2 * num_frozen_layers * p + 16 * num_frozen_layers * e
@@ -57,7 +59,7 @@ def test_fp32_takes_sixteen_bytes_trained_and_four_frozen(
         precision="fp32",
         num_new_layers=num_new_layers,
         num_frozen_layers=num_frozen_layers,
-        adapter_matrices=[e],
+        adapter_shapes=[(e, 1)],
     )
     p, outer = shape.layer_parameters, shape.outer_parameters
     trained = num_new_layers * p + num_frozen_layers * e + outer
@@ -75,7 +77,7 @@ def test_bytes_grow_with_every_count_and_no_term_is_negative(
             precision=precision,
             num_new_layers=new,
             num_frozen_layers=frozen,
-            adapter_matrices=[adapters],
+            adapter_shapes=[(adapters, 1)],
         )
         assert all(term.num_bytes > 0 for term in estimate.terms)
         assert estimate.total_bytes == sum(estimate.bytes_of(kind=kind) for kind in KINDS)
@@ -89,7 +91,7 @@ def test_bytes_grow_with_every_count_and_no_term_is_negative(
 
 def test_every_term_appears_where_everything_is_there() -> None:
     shape = shape_from_hf_config({"model_type": "llama"})
-    estimate = estimate_stage(shape, precision="bf16", num_new_layers=1, num_frozen_layers=1, adapter_matrices=[1])
+    estimate = estimate_stage(shape, precision="bf16", num_new_layers=1, num_frozen_layers=1, adapter_shapes=[(1, 1)])
     expected = [(component, kind) for component in COMPONENTS for kind in KINDS]
     for kind in ("gradients", "optimizer"):
         expected.remove(("frozen_layers", kind))
@@ -98,7 +100,7 @@ def test_every_term_appears_where_everything_is_there() -> None:
 
 def test_every_term_names_its_formula_with_the_unit_and_tells_its_source() -> None:
     shape = shape_from_hf_config({"model_type": "llama"})
-    estimate = estimate_stage(shape, precision="bf16", num_new_layers=1, num_frozen_layers=1, adapter_matrices=[1])
+    estimate = estimate_stage(shape, precision="bf16", num_new_layers=1, num_frozen_layers=1, adapter_shapes=[(1, 1)])
     for term in estimate.terms:
         assert term.formula.endswith(f"× {term.num_bytes // term.num_parameters} B")
     assert all(group.__doc__ for groups in COMPONENTS.values() for group in groups)
@@ -119,22 +121,26 @@ def test_outer_components_can_be_left_out() -> None:
     assert not {term.component for term in estimate.terms} & set(OUTER_COMPONENTS)
 
 
+def adapter_parameters(shape: ModelShape, rank: int, targets: str | list[str]) -> int:
+    return sum(prod(factor) for factor in adapter_shapes_per_layer(shape, rank, targets))
+
+
 def test_lora_of_rank_128_on_a_368m_layer_has_the_known_number_of_parameters() -> None:
     shape = shape_from_hf_config(
         {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 2736, "num_attention_heads": 16}
     )
     assert shape.layer_parameters == 12_601_344
-    assert sum(adapter_matrices_per_layer(shape, 128, "all-linear")) == 2_492_416
-    assert sum(adapter_matrices_per_layer(shape, 8, ["q_proj", "down_proj"])) == 8 * (1024 + 1024 + 2736 + 1024)
+    assert adapter_parameters(shape, 128, "all-linear") == 2_492_416
+    assert adapter_parameters(shape, 8, ["q_proj", "down_proj"]) == 8 * (1024 + 1024 + 2736 + 1024)
 
 
 def test_the_rank_is_checked_against_the_chosen_targets_only() -> None:
     shape = shape_from_hf_config(
         {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
     )
-    assert sum(adapter_matrices_per_layer(shape, 64, ["q_proj"])) == 64 * 128
+    assert adapter_parameters(shape, 64, ["q_proj"]) == 64 * 128
     with pytest.raises(ConfigError, match=r"pet\.rank=17 .* 16, of self_attn\.k_proj \(16 x 64\)"):
-        adapter_matrices_per_layer(shape, 17, ["q_proj", "k_proj"])
+        adapter_shapes_per_layer(shape, 17, ["q_proj", "k_proj"])
 
 
 def test_targets_come_in_the_layers_order_and_fused_maps_are_known() -> None:
@@ -168,7 +174,7 @@ ALL_OPTIONS = MemoryConfig(
 
 def by_hand(memory: MemoryConfig | None = None, **options: object) -> MemoryEstimate:
     """Two trained layers on three frozen ones with adapters of rank 2 on the query."""
-    counts: dict = {"precision": "bf16", "num_new_layers": 2, "num_frozen_layers": 3, "adapter_matrices": (16, 16)}
+    counts: dict = {"precision": "bf16", "num_new_layers": 2, "num_frozen_layers": 3, "adapter_shapes": ((2, 8), (8, 2))}
     return estimate_stage(HAND, **{**counts, **options}, memory=memory)
 
 
@@ -287,7 +293,7 @@ def test_no_option_adds_to_the_model_state(
             precision=precision,
             num_new_layers=num_new_layers,
             num_frozen_layers=num_frozen_layers,
-            adapter_matrices=[e],
+            adapter_shapes=[(e, 1)],
             memory=MemoryConfig(**{"optimizer_states": "8bit" if eight_bit else "fp32", **options}),
         )
         assert all(term.num_bytes > 0 for term in estimate.terms)
@@ -297,7 +303,7 @@ def test_no_option_adds_to_the_model_state(
     assert total(master_weights=False) <= base
     assert total(fused_backward=True) < base
     assert total(offload_frozen=True) <= base
-    if min(shape.layer_matrices) >= 2 and min(shape.embedding_matrices) >= 2 and e != 1:
+    if min(shape.layer_matrices) >= 2 and shape.embedding_parameters >= 2 and e != 1:
         assert total(optimizer_states="8bit") <= total(optimizer_states="fp32")
     if min(linear.in_features for linear in shape.linears) >= 4:  # a row's scale is four bytes
         assert total(frozen_weights="int8") <= base

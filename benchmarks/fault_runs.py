@@ -1,0 +1,482 @@
+"""A tiny run as its user sees it: a command that is started, watched, killed, started again, and what it leaves.
+
+Nothing is asked of a run but exit codes, output and files. On one process it is forked from this one, which has
+imported everything; on several it is ``torch.distributed.run``. Linux only: it reads ``/proc``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import steplm.training.run  # noqa: F401  so that no child has to
+from steplm.checkpoint.folder import MARKER, complete_checkpoints
+from steplm.cli.app import main as steplm_main
+from steplm.training.metrics import read_metrics
+
+# A fork takes one thread along; those of a pool would be missing in the child.
+torch.set_num_threads(1)
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TIMEOUT_SECONDS = 180  # a run takes one or two, or ten under torchrun: what takes longer hangs
+TOLERANCE = 1e-5  # on several processes, where sums may have another order
+
+WORDS = ("the", "model", "grows", "new", "layers", "between", "old", "ones", "while", "memory", "stays", "small")
+CONFIG: dict[str, dict[str, Any]] = {
+    "model": {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 300,
+        "max_position_embeddings": 16,
+    },
+    "data": {"validation_fraction": 0.1, "shard_tokens": 4000, "num_workers": 1},
+    "plan": {"num_stages": 2, "layers": [3, 1], "total_tokens": 18 * 64},
+    "pet": {"rank": 2},
+    "optim": {"learning_rate": 1e-2},
+    # As many sequences a step at any world size; saved every second step and logged every third.
+    "train": {
+        "precision": "fp32",
+        "device": "cpu",
+        "sequence_length": 16,
+        "per_device_train_batch_size": 2,
+        "global_batch_size": 4,
+        "loss_chunk_size": 32,
+        "save_steps": 2,
+    },
+    "eval": {"eval_steps": 4, "max_tokens": 256},
+    "log": {"progress": "lines", "logging_steps": 3},
+}
+
+
+class Wrong(Exception):
+    """A run did not do what it must."""
+
+
+def require(fact: bool, message: str) -> None:
+    if not fact:
+        raise Wrong(message)
+
+
+# One process, or torchrun and its ranks.
+
+
+class Attempt:
+    """The command, once: started, watched, and perhaps killed."""
+
+    def __init__(self, arguments: list[str], log: Path, world_size: int, *, obey_permissions: bool = False) -> None:
+        self.log, self.world_size = log, world_size
+        self.exit_code: int | None = None
+        self.deadline = time.monotonic() + TIMEOUT_SECONDS
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _be_the_command(arguments, log, world_size, obey_permissions)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def poll(self) -> int | None:
+        """The exit code, or minus the signal that ended it; ``None`` while it runs."""
+        if self.exit_code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.exit_code = os.waitstatus_to_exitcode(status)
+        return self.exit_code
+
+    def wait(self) -> int:
+        """The exit code, when every process has ended."""
+        while self.poll() is None or self.ranks():
+            if time.monotonic() > self.deadline:
+                self.kill_all()
+                raise Wrong(f"no end after {TIMEOUT_SECONDS} seconds")
+            time.sleep(0.002)
+        assert self.exit_code is not None
+        return self.exit_code
+
+    def ranks(self) -> list[int]:
+        """Processes beside the first, whoever their parent is by now."""
+        if self.world_size == 1:
+            return []
+        mark = f"{MARK}={self.log}".encode()
+        found = []
+        for folder in Path("/proc").iterdir():
+            with suppress(OSError):
+                if folder.name.isdigit() and mark in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return [pid for pid in found if pid != self.pid]
+
+    def kill(self, generator: random.Random) -> None:
+        """SIGKILL: of the one process, of one rank, or of all."""
+        ranks = self.ranks()
+        if ranks and generator.random() < 0.5:
+            with suppress(ProcessLookupError):
+                os.kill(generator.choice(ranks), signal.SIGKILL)
+        else:
+            self.kill_all()
+
+    def kill_all(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)  # first: it must start no more of them
+        while ranks := self.ranks():
+            for pid in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+
+
+MARK = "STEPLM_FAULTS_ATTEMPT"  # in the environment of torchrun and its ranks, to find them by
+
+
+def _be_the_command(arguments: list[str], log: Path, world_size: int, obey_permissions: bool) -> None:
+    """The forked child becomes ``steplm ...`` and never returns."""
+    code = 1
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
+        os.environ["COLUMNS"] = "1000"  # a path is not broken into lines
+        if obey_permissions:
+            _obey_permissions()
+        if world_size > 1:
+            os.environ[MARK] = str(log)
+            launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size), "-m", "steplm"]
+            os.execv(sys.executable, [sys.executable, "-m", *launcher, *arguments])
+        sys.argv = ["steplm", *arguments]
+        steplm_main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+        os._exit(code)
+
+
+def _obey_permissions() -> None:
+    """Root reads what it may not; without two of its capabilities it is like anyone."""
+    if os.geteuid() != 0:
+        return
+    libc = ctypes.CDLL(None)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP, for what is executed later
+    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, data)
+    for index in range(3):  # effective, permitted, inheritable
+        data[index] &= ~0b110
+    libc.capset(header, data)
+
+
+# One run directory.
+
+
+@dataclass
+class Subject:
+    """A run that is to be broken: its files, what was done to it, and what came of it."""
+
+    root: Path
+    text: Path
+    world_size: int
+    generator: random.Random
+    seconds: float = 0.0  # that the unbroken run took
+    num_bytes: int = 0  # that it wrote
+    max_faults: int = 3
+    faults: int = 0
+    resumed: int = 0  # faults after which a checkpoint was there to go on from
+    landed: Counter[str] = field(default_factory=Counter)
+    attempts: list[Attempt] = field(default_factory=list)
+    _before: dict[str, int] = field(default_factory=dict)  # when files were last changed before this attempt
+    _unfinished_before: frozenset[tuple[str, int]] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.disk.mkdir(parents=True)
+        self.configure()
+
+    @property
+    def disk(self) -> Path:
+        """All that the run writes."""
+        return self.root / "disk"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.disk / "run"
+
+    @property
+    def prepared_dir(self) -> Path:
+        return self.disk / "prepared"
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        return complete_checkpoints(self.run_dir / "checkpoints")
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.run_dir / "summary.json").is_file()
+
+    def configure(self, **changes: Any) -> None:
+        """Write ``run.yaml``; ``changes`` are of ``section.key``."""
+        values: dict[str, Any] = {
+            "name": "faults",
+            "output_dir": str(self.run_dir),
+            **{section: dict(keys) for section, keys in CONFIG.items()},
+        }
+        values["data"] |= {"train": str(self.text), "prepared_dir": str(self.prepared_dir)}
+        for name, value in changes.items():
+            section, _, key = name.rpartition(".")
+            (values.setdefault(section, {}) if section else values)[key] = value
+        (self.root / "run.yaml").write_text(yaml.safe_dump(values))
+
+    def start(self, verb: str = "train", **options: Any) -> Attempt:
+        self._before = {name: _changed_at(self.run_dir / name) for name in (".lock", "metrics.jsonl")}
+        self._unfinished_before = frozenset(self._unfinished())
+        world_size = self.world_size if verb == "train" else 1
+        log = self.root / f"attempt-{len(self.attempts) + 1}.log"
+        self.attempts.append(Attempt([verb, str(self.root / "run.yaml")], log, world_size, **options))
+        return self.attempts[-1]
+
+    def end(self) -> None:
+        """Nothing runs on, nothing stays mounted; what the run wrote stays."""
+        for attempt in self.attempts:
+            attempt.kill_all()
+            attempt.wait()
+        if self.disk.is_mount():
+            shutil.copytree(self.disk, self.root / "was_mounted")
+            unmount(self.disk)
+
+    # What can be seen of a run from outside, while it runs and after it died.
+
+    def _unfinished(self) -> Iterator[tuple[str, int]]:
+        """Checkpoints that are being written, each with the time of its last change."""
+        with suppress(OSError):
+            for path in (self.run_dir / "checkpoints").iterdir():
+                if not (path / MARKER).exists() and not path.name.endswith(".damaged"):
+                    yield path.name, _changed_at(path)
+
+    def last_event(self) -> str | None:
+        """Of ``metrics.jsonl``, if the last attempt has opened it."""
+        log = self.run_dir / "metrics.jsonl"
+        if _changed_at(log) == self._before["metrics.jsonl"]:
+            return None
+        with log.open("rb") as stream:
+            stream.seek(max(stream.seek(0, os.SEEK_END) - 4096, 0))
+            found = re.findall(rb'\{"event":"(\w+)"', stream.read())
+        return found[-1].decode() if found else None
+
+    def _has_ended(self, stage: int) -> bool:
+        checkpoints = self.checkpoints
+        return bool(checkpoints) and checkpoints[-1].name == f"stage{stage}-end"
+
+    def is_preparing(self) -> bool:
+        return self.prepared_dir.is_dir() and not (self.prepared_dir / "manifest.json").is_file()
+
+    def is_saving(self) -> bool:
+        return bool(set(self._unfinished()) - self._unfinished_before)
+
+    def is_growing(self) -> bool:
+        """From the checkpoint at the end of stage 1 to the first event of stage 2."""
+        return self.last_event() in ("stage_end", "merge", "growth") and self._has_ended(1)
+
+    def is_exporting(self) -> bool:
+        return self.last_event() in ("stage_end", "merge", "run_end") and self._has_ended(2)
+
+    def is_training(self) -> bool:
+        return self.last_event() in ("stage_start", "train", "eval")
+
+    def where(self) -> str:
+        """The moment at which the last attempt died."""
+        return next((name for name, moment in MOMENTS.items() if moment.is_now(self)), "starting")
+
+    def wait_for(self, attempt: Attempt, is_now: Callable[[], bool]) -> bool:
+        """Wait until ``is_now()``; false if the attempt ended before."""
+        while not is_now():
+            if attempt.poll() is not None:
+                return False
+            require(time.monotonic() < attempt.deadline, f"no end after {TIMEOUT_SECONDS} seconds")
+            time.sleep(0.0005)
+        return True
+
+    def wait_until_begun(self, attempt: Attempt) -> bool:
+        """Wait until the run directory is locked: imports are no part of a run's life."""
+        return self.wait_for(attempt, lambda: _changed_at(self.run_dir / ".lock") != self._before[".lock"])
+
+    def sleep(self, share: float) -> None:
+        """Up to this share of the life of the unbroken run."""
+        time.sleep(self.generator.uniform(0, share) * self.seconds)
+
+    # What was done, and whether it is made good.
+
+    def note_fault(self, where: str) -> None:
+        self.faults += 1
+        self.landed[where] += 1
+        self.resumed += bool(self.checkpoints)
+
+    def stop_after(self, num_checkpoints: int) -> bool:
+        """Run until so many checkpoints are complete, and a little on; then kill. False if the run was quicker."""
+        attempt = self.start()
+        if self.wait_for(attempt, lambda: len(self.checkpoints) >= num_checkpoints):
+            self.sleep(0.4)
+            attempt.kill_all()
+        return attempt.wait() != 0
+
+    def refused(self, attempt: Attempt, *words: str, exit_code: int = 1) -> None:
+        """The attempt ends with this exit code and one message that has these words."""
+        code = attempt.wait()
+        require(code != 0, f"it was accepted: {' '.join(words)}\n{attempt.output}")
+        for word in words:
+            require(word.lower() in attempt.output.lower(), f"the message does not say {word!r}:\n{attempt.output}")
+        self.check_speech(attempt)
+        if self.world_size == 1:
+            require(code == exit_code, f"exit code {code}, not {exit_code}:\n{attempt.output}")
+
+    def check_speech(self, attempt: Attempt) -> None:
+        # torchrun shows tracebacks of its own.
+        if self.world_size == 1:
+            require("Traceback" not in attempt.output, f"a traceback:\n{attempt.output}")
+
+    def finish(self) -> Attempt:
+        """Start the same command again; it must go on from the last checkpoint and come to its end."""
+        checkpoints = self.checkpoints
+        attempt = self.start()
+        code = attempt.wait()
+        require(code == 0, f"started again it ended with exit code {code}:\n{attempt.output}")
+        require(self.is_finished, f"exit code 0 without an end:\n{attempt.output}")
+        self.check_speech(attempt)
+        # A checkpoint that was damaged is not one to go on from.
+        good = [path for path in checkpoints if f"passing over {path.name}" not in attempt.output]
+        first = STEP.search(attempt.output)
+        if good and first:
+            goes_on = (int(first[1]), int(first[2])) > progress_of(good[-1])
+            require(goes_on, f"it began again before {good[-1].name}:\n{attempt.output}")
+        return attempt
+
+    def difference(self, other: Subject) -> str | None:
+        """The first thing in which two finished runs differ."""
+        histories = self._history(), other._history()
+        if len(histories[0]) != len(histories[1]):
+            return f"{len(histories[0])} events in the log, not {len(histories[1])}"
+        for number, (event, expected) in enumerate(zip(*histories, strict=True), 1):
+            if not _equal(event, expected, exact=self.world_size == 1):
+                return f"line {number} of the log is {event}, not {expected}"
+        losses = [json.loads((run.run_dir / "summary.json").read_text())["validation_loss"] for run in (self, other)]
+        if not _equal(*losses, exact=self.world_size == 1):
+            return f"validation loss {losses[0]}, not {losses[1]}"
+        ours, theirs = (_weights(run.run_dir / "export") for run in (self, other))
+        return "other exported weights" if self.world_size == 1 and ours != theirs else None
+
+    def _history(self) -> list[dict[str, Any]]:
+        return [
+            {key: value for key, value in event.items() if not OF_THE_PROCESS.search(key)}
+            for event in read_metrics(self.run_dir / "metrics.jsonl")
+        ]
+
+
+STEP = re.compile(r"^stage (\d)/\d  step (\d+)", re.MULTILINE)  # in the output
+
+# Times and speeds, and the memory of the process, which has been through something else.
+OF_THE_PROCESS = re.compile(r"_seconds$|_per_second$|_(allocated|reserved|resident)_bytes$")
+
+
+def _changed_at(path: Path) -> int:
+    """Nanoseconds; 0 where there is nothing."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def progress_of(checkpoint: Path) -> tuple[int, float]:
+    """Stage and step, of its name; the end of a stage is after all its steps."""
+    stage, _, step = checkpoint.name.removeprefix("stage").partition("-")
+    return int(stage), math.inf if step == "end" else int(step.removeprefix("step"))
+
+
+def _weights(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+
+
+def _equal(one: Any, other: Any, *, exact: bool) -> bool:
+    if exact or not isinstance(one, dict | float):
+        return one == other
+    if isinstance(one, float):
+        return isinstance(other, float) and math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    return one.keys() == other.keys() and all(_equal(one[key], other[key], exact=False) for key in one)
+
+
+# Moments to aim at. What is there to be seen, how long it lasts as a share of a run's life, and the share of a life
+# to wait before the first is looked for, where there are many.
+
+
+@dataclass(frozen=True)
+class Moment:
+    is_now: Callable[[Subject], bool]
+    share: float
+    later: float = 0.0
+
+
+MOMENTS = {
+    "preparing": Moment(Subject.is_preparing, 0.1),
+    "saving": Moment(Subject.is_saving, 0.02, later=0.6),
+    "growing": Moment(Subject.is_growing, 0.1),
+    "exporting": Moment(Subject.is_exporting, 0.2),
+    "training": Moment(Subject.is_training, 0.05, later=0.6),
+}
+
+
+def mount(folder: Path, num_bytes: int, *options: str) -> None:
+    """A file system of this size, in memory."""
+    size = f"size={max(num_bytes, 4096)}"
+    command = ["mount", "-t", "tmpfs", "-o", ",".join([size, *options]), "tmpfs", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def unmount(folder: Path) -> None:
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def can_mount() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            mount(Path(folder), 4096)
+        except (OSError, subprocess.CalledProcessError):
+            return False
+        unmount(Path(folder))
+        return True
+
+
+def write_text(path: Path) -> None:
+    generator = random.Random(0)
+    documents = (
+        f"{number}: " + " ".join(generator.choices(WORDS, k=generator.randint(10, 60))) for number in range(300)
+    )
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))

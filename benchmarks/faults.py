@@ -1,0 +1,411 @@
+"""Break tiny runs in every way we know, start the same command again, and compare with a run that nothing broke.
+
+    python benchmarks/faults.py --kills 200 --output results/faults/faults.json
+    python benchmarks/faults.py --kills 20 --world-size 2 --kinds kill,terminate,flip
+
+A run is ``steplm train RUN.yaml``: two stages, LoRA, a model of 7,000 parameters, a checkpoint every second step, its
+own text and token shards. The seed decides what is broken and where; the clock has a part in when.
+
+In the end every run must have the exported weights, the validation loss and the log, but for times and speeds, of the
+unbroken one: bit by bit on one process; on several, every number of the log within 1e-5. Else the exit code is 1, and
+the directory of the run is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from fault_runs import (
+    MOMENTS,
+    STEP,
+    Attempt,
+    Moment,
+    Subject,
+    Wrong,
+    can_mount,
+    contents,
+    mount,
+    progress_of,
+    require,
+    write_text,
+)
+from rich.console import Console
+from rich.table import Table
+
+from steplm.checkpoint.folder import MARKER
+from steplm.training.environment import environment
+from steplm.training.metrics import read_metrics
+
+# The kinds of fault. Each leaves a run that the same command must be able to end.
+
+
+def _reach(subject: Subject, attempt: Attempt, moment: Moment | None) -> bool:
+    """Wait for an instant of the moment, or for any instant; false if the run ended before."""
+    if not subject.wait_until_begun(attempt):
+        return False
+    if moment is None:
+        subject.sleep(1.0)
+    else:
+        subject.sleep(moment.later)
+        if not subject.wait_for(attempt, lambda: moment.is_now(subject)):
+            return False
+        subject.sleep(moment.share)
+    return attempt.poll() is None
+
+
+def _killing(moment: Moment | None) -> Callable[[Subject], None]:
+    def kill(subject: Subject) -> None:
+        for _ in range(subject.generator.randint(1, subject.max_faults)):
+            attempt = subject.start()
+            if not _reach(subject, attempt, moment):
+                attempt.wait()
+                break
+            attempt.kill(subject.generator)
+            if attempt.wait() == 0:  # it was quicker
+                break
+            subject.note_fault(subject.where())
+
+    return kill
+
+
+def terminate(subject: Subject) -> None:
+    """SIGTERM: a checkpoint of the step in progress, and exit code 143; none where nothing is trained yet."""
+    for _ in range(subject.generator.randint(1, subject.max_faults)):
+        attempt = subject.start()
+        if not _reach(subject, attempt, subject.generator.choice([None, *MOMENTS.values()])):
+            attempt.wait()
+            return
+        os.kill(attempt.pid, signal.SIGTERM)
+        code = attempt.wait()
+        if code == 0:
+            return
+        subject.note_fault(subject.where())
+        subject.check_speech(attempt)
+        if subject.world_size == 1:
+            require(code in (-signal.SIGTERM, 128 + signal.SIGTERM), f"exit code {code} after SIGTERM")
+            require(code > 0 or not STEP.search(attempt.output), f"it trained and did not save:\n{attempt.output}")
+        for event in read_metrics(subject.run_dir / "metrics.jsonl", "train")[-1:]:
+            last = event["stage"], event["step"]
+            is_saved = bool(subject.checkpoints) and progress_of(subject.checkpoints[-1]) >= last
+            require(is_saved, f"it stopped after stage {last[0]}, step {last[1]}, and did not save:\n{attempt.output}")
+
+
+def fill_disk(subject: Subject) -> None:
+    """Less space than the run needs, once or more: each time one message, and what is saved stays."""
+    mount(subject.disk, 0)
+    for share in sorted(subject.generator.uniform(0.02, 0.95) for _ in range(subject.max_faults)):
+        mount(subject.disk, int(share * subject.num_bytes), "remount")
+        subject.refused(subject.start(), "no space left")
+        subject.note_fault(subject.where())
+    mount(subject.disk, 100 * subject.num_bytes, "remount")
+
+
+def _damaging(how: str) -> Callable[[Subject], None]:
+    def damage(subject: Subject) -> None:
+        """One file of the newest checkpoint; it must be named, and the checkpoint before it used."""
+        if not subject.stop_after(2):
+            return
+        newest = subject.checkpoints[-1]
+        file = subject.generator.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
+        content = bytearray(file.read_bytes())
+        where = subject.generator.randrange(len(content))
+        if how == "truncate":
+            del content[where:]
+        else:
+            content[where] ^= 1 << subject.generator.randrange(8)
+        file.write_bytes(content)
+        subject.note_fault(f"{file.name} of a checkpoint")
+        output = subject.finish().output
+        require(f"passing over {newest.name}" in output, f"{how} of {file} at byte {where} was not found:\n{output}")
+        # What a damaged marker says of the files is not known.
+        require(file.name == MARKER or str(file) in output, f"the message does not name {file}:\n{output}")
+
+    return damage
+
+
+REFUSED_CHANGES: dict[str, Any] = {
+    "seed": 1,
+    "model.hidden_size": 16,
+    "data.validation_fraction": 0.2,
+    "data.shard_tokens": 5000,
+    "plan.total_tokens": 30 * 64,
+    "growth.operator": "stack",
+    "pet.rank": 4,
+    "pet.alpha": 3.0,
+    "optim.name": "galore",
+    "train.precision": "bf16",
+    "train.sequence_length": 8,
+    "train.save_stepz": 3,
+}
+ALLOWED_CHANGES: dict[str, Any] = {
+    "data.num_workers": 2,
+    "plan.budget": "8GiB",
+    "train.save_steps": 3,
+    "train.save_total_limit": 1,
+    "memory.reserve": "1MiB",
+    "log.progress": "none",
+}
+
+
+def change_refused(subject: Subject) -> None:
+    """Another configuration in the directory of a begun run: refused by its key, nothing written."""
+    if not subject.stop_after(subject.generator.randint(1, 2)):
+        return
+    before = contents(subject.disk)
+    for key in subject.generator.sample(sorted(REFUSED_CHANGES), subject.max_faults):
+        subject.configure(**{key: REFUSED_CHANGES[key]})
+        subject.refused(subject.start(), key.rpartition(".")[2], exit_code=2 if key == "train.save_stepz" else 1)
+        require(contents(subject.disk) == before, f"the refused change of {key} changed the run directory")
+        subject.note_fault(key)
+    subject.configure()
+
+
+def change_allowed(subject: Subject) -> None:
+    """Keys that say how, not what: accepted, and the numbers stay."""
+    if not subject.stop_after(subject.generator.randint(1, 2)):
+        return
+    keys = subject.generator.sample(sorted(ALLOWED_CHANGES), subject.max_faults)
+    subject.configure(**{key: ALLOWED_CHANGES[key] for key in keys})
+    subject.note_fault(", ".join(keys))
+
+
+def delete_shard(subject: Subject) -> None:
+    """A file of a token shard is gone: named. Prepared anew, as the message says, the run goes on."""
+    if not subject.stop_after(subject.generator.randint(1, 2)):
+        return
+    files = [file for suffix in ("bin", "npy") for file in subject.prepared_dir.glob(f"*/shard-*.{suffix}")]
+    file = subject.generator.choice(sorted(files))
+    file.unlink()
+    subject.refused(subject.start(), f"{file} is missing", "steplm prepare")
+    subject.note_fault(f"{file.parent.name} shard")
+    shutil.rmtree(subject.prepared_dir)
+    require(subject.start("prepare").wait() == 0, "the data could not be prepared again")
+
+
+def forbid(subject: Subject) -> None:
+    """A folder that must not be read: named, and no checkpoint is lost."""
+    if not subject.stop_after(subject.generator.randint(1, 2)):
+        return
+    checkpoints = subject.checkpoints
+    folder = subject.generator.choice(
+        [subject.run_dir, checkpoints[-1].parent, checkpoints[-1], subject.prepared_dir, subject.prepared_dir / "train"]
+    )
+    mode = folder.stat().st_mode
+    folder.chmod(0)
+    try:
+        attempt = subject.start(obey_permissions=True)
+        code = 2 if folder == subject.run_dir else 1
+        subject.refused(attempt, "permission denied", str(folder), exit_code=code)
+    finally:
+        folder.chmod(mode)
+    require(subject.checkpoints == checkpoints, "checkpoints were lost")
+    subject.note_fault(str(folder.relative_to(subject.disk)))
+
+
+def start_twice(subject: Subject) -> None:
+    """Two processes in one directory: one trains undisturbed, the other is refused."""
+    first = subject.start()
+    if subject.generator.random() < 0.5:
+        subject.wait_until_begun(first)
+        subject.sleep(0.5)
+    where = subject.where()
+    if first.poll() is not None:  # too late
+        return
+    second = subject.start()
+    refused, done = sorted((first, second), key=lambda attempt: attempt.wait() == 0)
+    require(done.wait() == 0, f"both were refused:\n{first.output}\n{second.output}")
+    subject.refused(refused, "another process trains in", str(subject.run_dir))
+    subject.note_fault(where)
+
+
+KILLS: dict[str, Callable[[Subject], None]] = {
+    "kill": _killing(None),
+    **{f"kill {name}": _killing(moment) for name, moment in MOMENTS.items()},
+}
+OTHERS: dict[str, Callable[[Subject], None]] = {
+    "terminate": terminate,
+    "full disk": fill_disk,
+    "truncate": _damaging("truncate"),
+    "flip": _damaging("flip"),
+    "change refused": change_refused,
+    "change allowed": change_allowed,
+    "delete shard": delete_shard,
+    "forbid": forbid,
+    "twice": start_twice,
+}
+KINDS = KILLS | OTHERS
+
+
+# The command.
+
+
+@dataclass
+class Outcome:
+    """Of one kind."""
+
+    tries: int = 0  # faults that hit a run
+    resumed: int = 0  # of them, those after which there was a checkpoint to go on from
+    runs: int = 0  # a run may be broken up to three times
+    equal: int = 0  # of them, those that ended as the unbroken one
+    seconds: float = 0.0
+    landed: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+
+
+class Workshop:
+    """A directory in which runs are broken, and the unbroken one."""
+
+    def __init__(self, root: Path, world_size: int, seed: int) -> None:
+        self.root, self.world_size, self.seed = root, world_size, seed
+        self.text = root / "text.jsonl"
+        write_text(self.text)
+        gc.freeze()  # what is imported is no garbage, in no child
+        self.unbroken = self.subject("unbroken", 0)
+        attempt = self.unbroken.start()
+        self.unbroken.wait_until_begun(attempt)
+        started = time.monotonic()
+        require(attempt.wait() == 0, f"the unbroken run failed:\n{attempt.output}")
+        self.unbroken.seconds = time.monotonic() - started
+        # Whole pages, as the file system counts them.
+        files = (path for path in self.unbroken.disk.rglob("*") if path.is_file())
+        self.unbroken.num_bytes = sum(-(-file.stat().st_size // 4096) * 4096 for file in files)
+
+    def subject(self, kind: str, number: int, **options: Any) -> Subject:
+        generator = random.Random(f"{self.seed} {kind} {number}")
+        return Subject(
+            self.root / f"{kind}-{number}".replace(" ", "_"), self.text, self.world_size, generator, **options
+        )
+
+    def break_runs(
+        self, kind: str, *, tries: int | None = None, runs: int | None = None, on_progress: Callable[[Outcome], None]
+    ) -> Outcome:
+        """Break runs in one way until there were so many tries, or runs; end each, and compare."""
+        outcome = Outcome()
+        started = time.monotonic()
+        while outcome.runs < (3 * tries + 3 if runs is None else runs) and (tries is None or outcome.tries < tries):
+            left = 3 if tries is None else min(3, tries - outcome.tries)
+            unbroken = self.unbroken
+            subject = self.subject(
+                kind, outcome.runs, seconds=unbroken.seconds, num_bytes=unbroken.num_bytes, max_faults=left
+            )
+            problem = self._problem(kind, subject)
+            outcome.runs += 1
+            outcome.tries += subject.faults
+            outcome.resumed += subject.resumed
+            outcome.landed += subject.landed
+            outcome.seconds = time.monotonic() - started
+            if problem is None:
+                outcome.equal += 1
+                shutil.rmtree(subject.root)
+            else:
+                outcome.problems.append(f"{kind}, run {outcome.runs - 1}: {problem}")
+            on_progress(outcome)
+        return outcome
+
+    def _problem(self, kind: str, subject: Subject) -> str | None:
+        try:
+            KINDS[kind](subject)
+            if not subject.is_finished:
+                subject.finish()
+            return subject.difference(self.unbroken)
+        except Wrong as error:
+            return str(error)
+        finally:
+            subject.end()
+
+
+def shares(kinds: Iterable[str], kills: int) -> Counter[str]:
+    """Every second kill at any instant, the others at the moments by turns."""
+    anywhere = [kind for kind in kinds if kind == "kill"]
+    aimed = [kind for kind in kinds if kind in KILLS and kind != "kill"]
+    turns = [anywhere, aimed] if anywhere and aimed else [anywhere or aimed]
+    order = (turns[number % len(turns)] for number in range(kills))
+    return Counter(kinds[number // len(turns) % len(kinds)] for number, kinds in enumerate(order) if kinds)
+
+
+def table(outcomes: dict[str, Outcome]) -> Table:
+    made = Table("fault", "tries", "resumed", "runs", "equal", "seconds")
+    for column in made.columns[1:]:
+        column.justify = "right"
+    for kind, outcome in outcomes.items():
+        equal = f"{outcome.equal}" if outcome.equal == outcome.runs else f"[red]{outcome.equal}[/red]"
+        numbers = outcome.tries, outcome.resumed, outcome.runs, equal, f"{outcome.seconds:.0f}"
+        made.add_row(kind, *map(str, numbers))
+    return made
+
+
+def document(outcomes: dict[str, Outcome], workshop: Workshop, skipped: dict[str, str]) -> dict[str, Any]:
+    totals = {name: sum(getattr(outcome, name) for outcome in outcomes.values()) for name in ("tries", "runs", "equal")}
+    return {
+        "seed": workshop.seed,
+        "world_size": workshop.world_size,
+        "kills": sum(outcome.tries for kind, outcome in outcomes.items() if kind in KILLS),
+        **totals,
+        "unbroken_seconds": workshop.unbroken.seconds,
+        "kinds": {kind: vars(outcome) for kind, outcome in outcomes.items()},
+        "skipped": skipped,
+        "environment": environment(torch.device("cpu")),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="SIGKILLs: half at any instant, half at a chosen moment")
+    parser.add_argument("--runs", type=int, default=10, help="of every other kind of fault")
+    parser.add_argument("--kinds", default=",".join(KINDS), help=f"of: {', '.join(KINDS)}")
+    parser.add_argument("--world-size", type=int, default=1, help="processes, under torchrun")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="a JSON file")
+    arguments = parser.parse_args()
+    kinds = arguments.kinds.split(",")
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        parser.error(f"no such kind: {', '.join(unknown)}. There are: {', '.join(KINDS)}")
+    skipped = {} if can_mount() else {"full disk": "a small file system cannot be mounted here"}
+
+    console = Console()
+    root = Path(tempfile.mkdtemp(prefix="steplm-faults-"))
+    workshop = Workshop(root, arguments.world_size, arguments.seed)
+    console.print(f"an unbroken run takes {workshop.unbroken.seconds:.1f} s")
+    kills, outcomes = shares(kinds, arguments.kills), {}
+    for kind in kinds:
+        if kind in skipped or (kind in KILLS and not kills[kind]):
+            continue
+
+        def show(outcome: Outcome, kind: str = kind) -> None:
+            if console.is_terminal:
+                console.print(f"{kind}: {outcome.tries} tries, {outcome.equal} of {outcome.runs} runs equal ", end="\r")
+
+        goal = {"tries": kills[kind]} if kind in KILLS else {"runs": arguments.runs}
+        outcomes[kind] = workshop.break_runs(kind, on_progress=show, **goal)
+        for problem in outcomes[kind].problems:
+            console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
+    console.print(table(outcomes))
+    for kind, reason in skipped.items():
+        console.print(f"left out: {kind}: {reason}")
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(document(outcomes, workshop, skipped), indent=1) + "\n")
+    if any(outcome.problems for outcome in outcomes.values()):
+        console.print(f"the runs that are not equal are kept in {root}")
+        return 1
+    shutil.rmtree(root)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Checkpoints of several ranks: each writes its rows, in the background, and each reads the rows that it needs.
+
+PyTorch's distributed checkpointing (DCP) writes and describes the files, in its safetensors format: nothing is
+pickled, and any other number of ranks can read them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from steplm.errors import CheckpointError
+from steplm.files import sync
+from steplm.rows import WHOLE, Rows
+
+Fingerprints = dict[str, dict[str, Any]]  # size and sha256 of files, by name
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows ``start`` to ``stop`` of a tensor, in one file."""
+
+    file: str
+    start: int
+    stop: int
+
+
+class TensorFiles:
+    """The tensors in a folder of safetensors files, whole or in pieces; their values are read when asked for.
+
+    Raises:
+        CheckpointError: a file that cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"the tensors in {folder} cannot be read: {error}", path=str(folder)) from None
+        self.folder = folder
+        self.shapes: dict[str, torch.Size] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._pieces: dict[str, list[Piece]] = {}
+        for name, entry in metadata.state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata)
+            self.shapes[name], self._dtypes[name] = entry.size, entry.properties.dtype
+            pieces = []
+            for chunk in entry.chunks:
+                file = metadata.storage_data[MetadataIndex(name, chunk.offsets)].relative_path
+                start = chunk.offsets[0] if chunk.offsets else 0
+                pieces.append(Piece(file, start, start + (chunk.sizes[0] if chunk.sizes else 1)))
+            self._pieces[name] = pieces
+
+    def file_of(self, name: str) -> str:
+        """Name of the first file that holds a part of this tensor."""
+        return Path(self._pieces[name][0].file).name
+
+    def read(self, name: str, rows: Rows = WHOLE) -> Tensor:
+        """These rows of a tensor, on the CPU."""
+        shape = self.shapes[name]
+        if not shape:
+            return self._slice(self._pieces[name][0], name, None)
+        wanted = rows.of(shape[0])
+        if rows.is_whole and len(self._pieces[name]) == 1:
+            return self._slice(self._pieces[name][0], name, slice(0, shape[0]))
+        result = torch.empty((wanted.stop - wanted.start, *shape[1:]), dtype=self._dtypes[name])
+        for piece in self._pieces[name]:
+            start, stop = max(piece.start, wanted.start), min(piece.stop, wanted.stop)
+            if start < stop:
+                part = self._slice(piece, name, slice(start - piece.start, stop - piece.start))
+                result[start - wanted.start : stop - wanted.start] = part
+        return result
+
+    def read_all(self, names: Iterable[str], rows: Rows = WHOLE) -> dict[str, Tensor]:
+        return {name: self.read(name, rows) for name in names}
+
+    def below(self, prefix: str, rows: Rows = WHOLE) -> dict[str, Tensor]:
+        """Those rows of every tensor whose name begins so, by the rest of the name."""
+        return {name.removeprefix(prefix): self.read(name, rows) for name in self.shapes if name.startswith(prefix)}
+
+    def _slice(self, piece: Piece, name: str, rows: slice | None) -> Tensor:
+        try:
+            with safe_open(piece.file, framework="pt") as file:
+                return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{piece.file} is damaged: {error}", path=piece.file) from None
+
+
+class BackgroundWriter:
+    """Writes checkpoints of several ranks while training goes on; one at a time.
+
+    Every rank has one, and calls its methods at the same points.
+
+    Args:
+        rank: this process's.
+        group: a gloo process group of its own, as its thread's collectives must not meet those of training.
+    """
+
+    def __init__(self, rank: int, group: Any) -> None:
+        self.rank, self.group = rank, group
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Tensor],
+        *,
+        prepare: Callable[[], None],
+        finish: Callable[[Fingerprints], None],
+    ) -> None:
+        """Copy the tensors to host memory, and write them into ``folder`` beside what comes next.
+
+        Args:
+            tensors: sharded ones as ``DTensor``; any other is the same on every rank.
+            prepare: called on rank 0: makes the folder.
+            finish: called on rank 0 when all ranks have written, with size and sha256 of every file.
+        """
+        self.wait()
+        staged = {name: _on_host(tensor) for name, tensor in tensors.items()}
+        self._thread = threading.Thread(target=self._run, args=(folder, staged, prepare, finish), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is written.
+
+        Raises:
+            The error that stopped the writing, on every rank.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _run(self, *arguments: Any) -> None:
+        try:
+            self._write(*arguments)
+        except BaseException as error:
+            self._error = error
+
+    def _write(
+        self,
+        folder: Path,
+        staged: dict[str, Tensor],
+        prepare: Callable[[], None],
+        finish: Callable[[Fingerprints], None],
+    ) -> None:
+        self._on_first_rank(prepare)
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(staged, storage_writer=writer, process_group=self.group)
+        own = sorted(folder.glob(f"shard-{self.rank + 1:05d}-*.safetensors"))
+        found: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(found, {file.name: _synced(file) for file in own}, group=self.group)
+        self._on_first_rank(lambda: finish({name: value for part in found for name, value in part.items()}))
+
+    def _on_first_rank(self, function: Callable[[], None]) -> None:
+        """What fails there is raised on every rank."""
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                function()
+            except Exception as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[0] is not None:
+            raise outcome[0]
+
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    """Size and sha256 of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return {"bytes": os.stat(file).st_size, "sha256": digest.hexdigest()}
+
+
+def _synced(file: Path) -> dict[str, Any]:
+    sync(file)
+    return fingerprint(file)
+
+
+def _on_host(tensor: Any) -> Any:
+    """A copy in host memory, of a sharded tensor the rows that are here."""
+    if not hasattr(tensor, "to_local"):
+        return tensor.detach().to("cpu", copy=True)
+    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()

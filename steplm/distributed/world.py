@@ -1,0 +1,194 @@
+"""The processes of a run: which one this is, what all of them agree on, and an end to waiting for one that hangs."""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from steplm.config import DistributedConfig
+from steplm.errors import ConfigError
+from steplm.rows import WHOLE, Rows
+
+LONG = datetime.timedelta(days=7)  # others wait so long for the first rank to prepare data
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks, from the place of one of them. As it is by default, a process is alone: no collective is called."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    rows: Rows = WHOLE  # of every sharded tensor, those on this rank
+    mesh: DeviceMesh | None = None  # (replicate, shard); None: alone
+    patient_group: Any = None  # for what may take hours
+    checkpoint_group: Any = None  # for collectives of the thread that writes
+    watchdog: Watchdog | None = field(default=None, repr=False)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        return self.mesh is None
+
+    @property
+    def num_replicas(self) -> int:
+        return self.size // self.rows.count
+
+    def sum(self, *values: float) -> list[float]:
+        """The sum over all ranks of each value, in fp64; every rank gets the same bits."""
+        self.alive()
+        if self.is_alone:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        self.alive()
+        return total.tolist()
+
+    def any(self, flag: object) -> bool:
+        """Whether it is so on any rank."""
+        return self.sum(float(bool(flag)))[0] > 0
+
+    def gather(self, value: float) -> list[float]:
+        """The value of every rank, in their order."""
+        return self.sum(*(value if rank == self.rank else 0.0 for rank in range(self.size)))
+
+    def wait(self) -> None:
+        """Go on when every rank is here."""
+        self.sum(0.0)
+
+    @contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """The first rank runs the block alone, then the others do: what it has written is there, and may take hours."""
+        if self.is_alone:
+            yield
+            return
+        with self.patiently():
+            if not self.is_first:
+                dist.barrier(self.patient_group)
+            yield
+            if self.is_first:
+                dist.barrier(self.patient_group)
+
+    def alive(self) -> None:
+        """Tell the watchdog that this rank gets on."""
+        if self.watchdog is not None:
+            self.watchdog.last_sign_at = time.monotonic()
+
+    @contextmanager
+    def patiently(self) -> Iterator[None]:
+        """Inside, the watchdog does not bark: for what may take long."""
+        if self.watchdog is not None:
+            self.watchdog.last_sign_at = math.inf
+        yield
+        self.alive()
+
+
+class Watchdog(threading.Thread):
+    """Ends a process that gives no sign for too long, and shows where each of its threads stands."""
+
+    def __init__(self, rank: int, limit_seconds: float) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self.rank, self.limit_seconds = rank, limit_seconds
+        self.last_sign_at = time.monotonic()
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(min(1.0, self.limit_seconds / 4)):
+            if time.monotonic() - self.last_sign_at > self.limit_seconds:
+                print(
+                    f"rank {self.rank}: no progress for {self.limit_seconds / 60:g} minutes (distributed.timeout). "
+                    "Another rank may have died or hang. Here this one stands:",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(1)
+
+    def stop(self) -> None:
+        self._done.set()
+
+
+def is_launched() -> bool:
+    """Whether ``torchrun``, or what does as it does, has started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launched_rank() -> int | None:
+    """This process's rank, before anything is set up; None where it is alone."""
+    return int(os.environ["RANK"]) if is_launched() else None
+
+
+def with_world_size(distributed: DistributedConfig) -> DistributedConfig:
+    """What is written, with the number of processes that there are.
+
+    Raises:
+        ConfigError: another number is written.
+    """
+    size = int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+    if distributed.world_size not in (1, size):
+        raise ConfigError(
+            f"distributed.world_size={distributed.world_size}, but there are {size} processes. Start "
+            f"`torchrun --nproc-per-node {distributed.world_size} -m steplm train ...`, or leave the key out: "
+            "a run takes its number from torchrun.",
+            world_size=distributed.world_size,
+            num_processes=size,
+        )
+    return distributed.model_copy(update={"world_size": size})
+
+
+@contextmanager
+def joined(distributed: DistributedConfig, device: torch.device) -> Iterator[World]:
+    """Join the other processes that ``torchrun`` started; alone, nothing is set up.
+
+    Args:
+        distributed: with the true ``world_size``.
+        device: of this run; of several CUDA devices a rank takes that of its ``LOCAL_RANK``.
+    """
+    if not is_launched():
+        yield World(device)
+        return
+    rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    seconds = distributed.timeout * 60
+    # A group's own timeout comes later than the watchdog's, which tells more.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=2 * seconds)
+    )
+    num_shards = distributed.num_shards
+    mesh = init_device_mesh(device.type, (size // num_shards, num_shards), mesh_dim_names=("replicate", "shard"))
+    watchdog = Watchdog(rank, seconds)
+    watchdog.start()
+    world = World(
+        device,
+        rank,
+        size,
+        Rows(rank % num_shards, num_shards),
+        mesh,
+        patient_group=dist.new_group(backend="gloo", timeout=LONG),
+        checkpoint_group=dist.new_group(backend="gloo"),
+        watchdog=watchdog,
+    )
+    try:
+        yield world
+        world.wait()  # nobody leaves while another one still talks
+    finally:
+        watchdog.stop()
+        dist.destroy_process_group()

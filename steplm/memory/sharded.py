@@ -1,0 +1,304 @@
+"""The same moments where PyTorch's FSDP2 cuts the model over ranks: its shards, what it gathers, what it reduces.
+
+A group of tensors is gathered and reduced together: each layer, and all that is outside the layers, which stays
+gathered between the forward and the backward pass. With n ranks that share one copy, P the parameters of a group, the
+rows of each tensor rounded up to a multiple of n, T those of them that are trained, and w bytes of a number:
+
+    gathered                    w P        while a group computes
+    all-gather                  w P        what arrives, before it is copied to where the group computes: of the group
+                                           itself in a forward pass, of the one that is next in a backward pass
+    gradients                   w T        whole, until they are reduced
+    reduce-scatter, in          4 T        in fp32, until the next group's begins
+    reduce-scatter, out         4 T / n    and w T / n where it is rounded
+    all-reduce                  4 T / n    between copies of the model, of every group until the backward pass ends
+
+Read from ``torch/distributed/fsdp/_fully_shard`` of PyTorch 2.13, and counted tensor by tensor on a CPU, where no
+data are sent (``tests/memory/test_sharded.py``). No accelerator has confirmed it: its allocator may hold more for
+its streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from steplm.config import DistributedConfig
+from steplm.memory.activations import norm_backward, norm_saved
+from steplm.memory.moments import KINDS_OF_LAYERS, Moments, Pass, term
+from steplm.memory.terms import outer_adapter_shapes
+from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm, ModelShape, TensorShape, local_size
+
+REDUCED_BYTES = 4  # of a gradient on its way: fp32
+GATHERED, COMMUNICATION = "gathered", "communication"  # components
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are gathered together; see the table above."""
+
+    shapes: tuple[TensorShape, ...]
+    trained: tuple[TensorShape, ...]  # those of them that get gradients, in the model's order
+    num_shards: int
+    num_replicas: int
+    width: int  # bytes of a parameter, and of its gradient
+
+    @property
+    def local_parameters(self) -> int:
+        """``P / n``."""
+        return sum(local_size(shape, self.num_shards) for shape in self.shapes)
+
+    @property
+    def local_trained(self) -> int:
+        """``T / n``."""
+        return sum(local_size(shape, self.num_shards) for shape in self.trained)
+
+    @property
+    def gathered_bytes(self) -> int:
+        """``w P``. A copy even where no other rank has a part."""
+        return self.width * self.num_shards * self.local_parameters
+
+    @property
+    def all_gather_bytes(self) -> int:
+        """``w P``; none where no other rank has a part."""
+        return self.gathered_bytes if self.num_shards > 1 else 0
+
+    @property
+    def gradient_bytes(self) -> int:
+        """``w T``, without the rows that fill up."""
+        return self.width * sum(prod(shape) for shape in self.trained)
+
+    @property
+    def reduce_input_bytes(self) -> int:
+        """``4 T``."""
+        return REDUCED_BYTES * self.num_shards * self.local_trained
+
+    @property
+    def reduction_bytes(self) -> int:
+        """At most at once: ``4 T`` and either ``w T``, or what comes out and, as PyTorch lets it go late, one gradient."""
+        out = REDUCED_BYTES * self.local_trained
+        if self.width < REDUCED_BYTES:
+            out += self.width * self.local_trained
+        if self.num_shards > 1 and self.trained:
+            out += self.width * prod(self.trained[-1])
+        return self.reduce_input_bytes + max(self.gradient_bytes, out)
+
+    @property
+    def all_reduce_bytes(self) -> int:
+        """``4 T / n``; none where there is one copy of the model."""
+        return REDUCED_BYTES * self.local_trained if self.num_replicas > 1 else 0
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All groups of a model in one stage."""
+
+    layers: dict[str, Group]  # by kind: "new_layers", "frozen_layers"
+    outer: Group
+    plain_outer: Group  # without adapters
+
+    @classmethod
+    def of(
+        cls,
+        shape: ModelShape,
+        distributed: DistributedConfig,
+        width: int,
+        *,
+        adapter_shapes: tuple[TensorShape, ...] = (),
+        outer: str = "trained",
+        outer_rank: int = 0,
+        packs_frozen: bool = False,
+    ) -> Groups:
+        """As ``steplm.memory.peak.estimate_peak`` has the arguments; ``packs_frozen``: matrices are no parameters."""
+
+        def group(shapes: tuple[TensorShape, ...], trained: tuple[TensorShape, ...]) -> Group:
+            n = distributed.num_shards
+            return Group(shapes, trained, n, distributed.world_size // n, width)
+
+        layer, frozen = shape.layer_shapes, shape.layer_shapes
+        if packs_frozen:
+            biases = tuple((linear.out_features,) for linear in shape.linears if linear.bias)
+            frozen = (*biases, *shape.other_shapes("layer"))
+        embeddings, norm, head = (shape.other_shapes(name) for name in ("embeddings", "final_norm", "head"))
+        factors = outer_adapter_shapes(shape, outer_rank) if outer == "adapters" else ()
+        head_factors = factors if head else ()
+        plain = (*embeddings, *norm, *head)
+        trained = {"trained": plain, "adapters": (*factors, *norm, *head_factors), "frozen": ()}[outer]
+        return cls(
+            {"new_layers": group(layer, layer), "frozen_layers": group((*frozen, *adapter_shapes), adapter_shapes)},
+            group((*plain, *factors, *head_factors), trained),
+            group(plain, ()),
+        )
+
+
+class ShardedMoments(Moments):
+    """The moments of one rank: those of one device, on shards, and what is gathered and reduced beside them."""
+
+    def __init__(self, of: Pass, groups: Groups) -> None:
+        super().__init__(of)
+        self.groups = groups
+        self.frees_gradients = False  # they are whole until they are reduced
+
+    def in_order(self, *, grows: bool) -> tuple[Instant, ...]:
+        growth = (self.growth(),) if grows else ()
+        backward = (self.final_norm(), self.highest_layer(), self.embeddings(), self.outer_reduction())
+        return (*growth, self.gathering(), self.loss(), *backward, self.update(), self.evaluation())
+
+    def growth(self) -> Instant:
+        """The grown model's plain weights, cut too, on which the loss is probed."""
+        outer, layer = self.groups.plain_outer, self.groups.layers["new_layers"]
+        return _with(super().growth(), [_gathered("P_outer", outer), _gathered("P_layer", layer), _arriving(layer)])
+
+    def gathering(self) -> Instant:
+        """The begin of the forward pass: the embeddings look up, and the first layer arrives."""
+        outer, layer = self.groups.outer, self._group(0)
+        terms = [self._outer, _arriving(outer, "P_outer"), _arriving(layer)]
+        terms.append(term("embeddings", "workspace", self.work.stream_bytes, "hidden states: w N d"))
+        return self._instant("first all-gather", 0, terms, self._all_gradients() if self.sums_gradients else [])
+
+    def loss(self) -> Instant:
+        """What arrived for the last layer goes with the end of the forward pass, to which the loss belongs."""
+        return _with(super().loss(), [self._outer, _arriving(self._group(self.num_layers - 1))])
+
+    def final_norm(self) -> Instant:
+        """The last layer arrives for its backward pass."""
+        return _with(super().final_norm(), [self._outer, _arriving(self._group(self.num_layers - 1))])
+
+    def highest_layer(self) -> Instant:
+        """Of all layers: inside the backward pass, at its end, or when the gradients are reduced."""
+        reached = [index for index in self._candidates() if index >= self.silent]
+        instants = [instant for index in reached for instant in self._around(index)]
+        return max(instants, key=lambda instant: instant.memory.total_bytes)
+
+    def embeddings(self) -> Instant:
+        """The end of the backward pass: the gradients of all that is outside the layers are whole."""
+        width, tied = self.work.width, self.shape.tie_word_embeddings
+        terms = [
+            self._outer,
+            self._left_over,
+            _being_reduced(self._group(self.silent)),
+            term("embeddings", "workspace", self.work.stream_bytes, "gradient of the hidden states: w N d"),
+            term("outer", "gradients", self.groups.outer.gradient_bytes, "whole: w T_outer"),
+        ]
+        if tied and self.outer == "trained":
+            terms.append(term("embeddings", "gradients", self.matrix * width, "the head's part: w V d"))
+        return self._instant("backward of the embeddings", 0, terms, self._reduced_above(0))
+
+    def outer_reduction(self) -> Instant:
+        """The gradients of all that is outside the layers are reduced, the last of all."""
+        terms = [self._left_over, *self._reduction(self.groups.outer)]
+        return self._instant("reduction of the embeddings", 0, terms, self._reduced_above(0))
+
+    def evaluation(self) -> Instant:
+        """A forward pass that keeps nothing."""
+        kinds = [kind for kind in KINDS_OF_LAYERS if self._count(kind)]
+        largest = max((self.groups.layers[kind] for kind in kinds), key=lambda group: group.gathered_bytes)
+        return _with(super().evaluation(), [self._outer, _gathered("P_layer", largest), _arriving(largest)])
+
+    def _around(self, index: int) -> Iterator[Instant]:
+        """The moments of a layer's backward pass."""
+        group, kind, above = self._group(index), self._kind(index), self._gradients_above(index + 1)
+        arriving = [_arriving(self._group(index - 1))] if index else []
+        reducing = [_being_reduced(self._group(index + 1))] if index + 1 < self.num_layers else []
+        whole = [self._outer, _gathered("P_layer", group), *arriving, *reducing]
+        yield self._instant(f"backward of layer {index}", index + 1, [*whole, *self._inside(index)], above)
+
+        stream = self.work.stream_bytes
+        saved = norm_saved(self.work, trained=kind == "new_layers") + stream * self.recomputes[kind]
+        at_end = [
+            *whole,
+            term(kind, "activations", saved, "first norm: 4 N d + w N d"),
+            term(kind, "workspace", norm_backward(self.work) + stream, "16 N d + 2 w N d"),
+            term(kind, "gradients", group.gradient_bytes, f"of layer {index}, whole: w T"),
+        ]
+        yield self._instant(f"end of the backward of layer {index}", index, at_end, above)
+
+        reduction = [self._outer, *arriving, *self._reduction(group)]
+        reduction.append(term(kind, "workspace", stream, "gradient of the hidden states: w N d"))
+        yield self._instant(f"reduction of layer {index}", index, reduction, above)
+
+    @property
+    def _outer(self) -> MemoryTerm:
+        return _gathered("P_outer", self.groups.outer)
+
+    @property
+    def _left_over(self) -> MemoryTerm:
+        """A layer that the backward pass does not reach has been sent for all the same."""
+        group = self._group(self.silent - 1) if self.silent else self.groups.outer
+        return _arriving(group) if self.silent else term(COMMUNICATION, "workspace", 0, "")
+
+    def _group(self, index: int) -> Group:
+        return self.groups.layers[self._kind(index)]
+
+    def _reduction(self, group: Group) -> list[MemoryTerm]:
+        num_bytes, formula = group.reduction_bytes, "reduce-scatter: 4 T, and w T or 4 T / n + w T / n + one gradient"
+        if self.memory.fused_backward:
+            piece = max((local_size(shape, group.num_shards) for shape in group.trained), default=0)
+            local = group.reduce_input_bytes + self.work.width * group.local_trained
+            num_bytes = max(num_bytes, local + self._fused_update(piece))
+            formula += ", or w T / n and the update"
+        return [term(COMMUNICATION, "workspace", num_bytes, formula)]
+
+    def _trained_in(self, kind: str) -> int:
+        local = self.work.width * self.groups.layers[kind].local_trained * self._count(kind)
+        return 0 if self.memory.fused_backward else local
+
+    def _gradients_inside(self, kind: str) -> int:
+        return self.groups.layers[kind].gradient_bytes
+
+    def _gradients_above(self, index: int) -> list[MemoryTerm]:
+        return [*self._head_gradients(), *self._reduced_above(index)]
+
+    def _reduced_above(self, index: int) -> list[MemoryTerm]:
+        """Gradients that have been reduced, and what their all-reduces still hold."""
+        terms = self._all_gradients() if self.sums_gradients else list(self._gradients_of_layers_above(index))
+        # An fp32 gradient is what came out of its all-reduce; a sum of several is not.
+        if self.work.width < REDUCED_BYTES or self.sums_gradients:
+            held = sum(
+                group.all_reduce_bytes * (self._count(kind) - self._count(kind, index))
+                for kind, group in self.groups.layers.items()
+            )
+            terms.append(term(COMMUNICATION, "workspace", held, "all-reduce of the layers above: 4 T / n each"))
+        return terms
+
+    def _trained_matrices(self) -> Iterator[int]:
+        if self.groups.outer.num_shards == 1:
+            yield from super()._trained_matrices()
+            return
+        outer = _local_matrices(self.groups.outer)
+        in_embeddings = len(outer) if self.shape.tie_word_embeddings else len(outer) // 2
+        layers = {kind: _local_matrices(group) for kind, group in self.groups.layers.items()}
+        yield from outer[:in_embeddings]
+        for index in range(self.num_layers):
+            yield from layers[self._kind(index)]
+        yield from outer[in_embeddings:]
+
+    def _plain_weights(self) -> MemoryTerm:
+        layer, outer = self.groups.layers["new_layers"], self.groups.plain_outer
+        if layer.num_shards == 1:
+            return super()._plain_weights()
+        size = self.num_layers * layer.local_parameters + outer.local_parameters
+        formula = f"(N_i × P_layer + P_outer) × {self.work.width} B ÷ {layer.num_shards}, rows rounded up"
+        whole = self.shape.num_parameters(self.num_layers)
+        return MemoryTerm("plain_weights", "weights", size * self.work.width, formula, whole)
+
+
+def _gathered(name: str, group: Group) -> MemoryTerm:
+    return term(GATHERED, "weights", group.gathered_bytes, f"made whole: w {name}")
+
+
+def _arriving(group: Group, name: str = "P_layer") -> MemoryTerm:
+    return term(COMMUNICATION, "workspace", group.all_gather_bytes, f"all-gather: w {name}")
+
+
+def _being_reduced(group: Group) -> MemoryTerm:
+    return term(COMMUNICATION, "workspace", group.reduce_input_bytes, "reduce-scatter of the layer above: 4 T")
+
+
+def _local_matrices(group: Group) -> list[int]:
+    return [local_size(shape, group.num_shards) for shape in group.trained if len(shape) > 1]
+
+
+def _with(instant: Instant, terms: list[MemoryTerm]) -> Instant:
+    added = tuple(term for term in terms if term.num_bytes)
+    return replace(instant, memory=MemoryEstimate((*instant.memory.terms, *added)))

@@ -1,0 +1,139 @@
+"""Planned bytes of a rank are those that FSDP2 itself holds, counted in one process: nobody is at the other end.
+
+A fake process group sends nothing and leaves buffers as they are; all is allocated and freed as on a real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from steplm.config import RunConfig, load_config
+from steplm.distributed.world import World
+from steplm.memory.count import ByteCounter
+from steplm.memory.measure import check_against_plan, measure_model_state
+from steplm.models.build import DTYPES, hf_config, initial_state
+from steplm.models.forward import batch_loss
+from steplm.optim.adamw import global_grad_norm
+from steplm.planner.plan import plan
+from steplm.rows import Rows, on_this_rank
+from steplm.training.assemble import Assembled, StageStart, assemble
+from steplm.types import Stage, TrainState
+
+LOW, HIGH = -0.001, 0.03
+RECOMPUTED = "train.gradient_checkpointing=true"
+
+
+def configure(*overrides: str) -> RunConfig:
+    values: dict[str, Any] = {
+        "model": {
+            "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6, "num_attention_heads": 4,
+            "vocab_size": 500, "max_position_embeddings": 4096,
+            "extra": {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None},
+        },
+        "plan": {"num_stages": 2, "layers": [4, 2], "total_tokens": 10**8},
+        "pet": {"rank": 8},
+        "train": {"device": "cpu", "sequence_length": 64, "per_device_train_batch_size": 1, "loss_chunk_size": 64},
+    }  # fmt: skip
+    return load_config(values, overrides)
+
+
+@contextmanager
+def fake_world(num_shards: int, num_replicas: int, rank: int = 0) -> Iterator[World]:
+    """One rank of many, alone in truth."""
+    size = num_shards * num_replicas
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        mesh = init_device_mesh("cpu", (num_replicas, num_shards), mesh_dim_names=("replicate", "shard"))
+        yield World(torch.device("cpu"), rank, size, Rows(rank % num_shards, num_shards), mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def assembled(config: RunConfig, stage: Stage, world: World) -> Assembled:
+    shape_config = hf_config(config.model.hf_config(), stage.num_hidden_layers)
+    weights = initial_state(shape_config, seed=0, dtype=DTYPES[config.train.precision])
+    cut = {name: world.rows.cut(weight).clone() for name, weight in weights.items()}
+    return assemble(config, stage, StageStart(shape_config, cut, (), TrainState(stage.index, 0, 0, 0)), world, check=False)
+
+
+class Counter(ByteCounter):
+    """Sees storages that are resized outside of operations, too."""
+
+    def __enter__(self) -> Any:
+        self._resize = (_fsdp_param.alloc_storage, _fsdp_param.free_storage)
+        alloc, free = map(self._counting, self._resize)
+        _fsdp_param.alloc_storage = _fsdp_param_group.alloc_storage = alloc
+        _fsdp_param.free_storage = free
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        _fsdp_param.alloc_storage, _fsdp_param.free_storage = self._resize
+        _fsdp_param_group.alloc_storage = self._resize[0]
+        super().__exit__(*exception)
+
+    def _counting(self, resize: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        def counted(tensor: Tensor) -> None:
+            resize(tensor)
+            self.track(tensor, "gathered")
+
+        return counted
+
+
+def counted(config: RunConfig, stage: Stage) -> dict[str, int]:
+    """The most bytes in each part of the second step, and between two steps."""
+    distributed = config.distributed
+    num_replicas = distributed.world_size // distributed.num_shards
+    highest: dict[str, int] = {}
+    with fake_world(distributed.num_shards, num_replicas) as world, Counter() as counter:
+        made = assembled(config, stage, world)
+        for parameter in made.model.parameters():
+            counter.track(on_this_rank(parameter.detach()), "weights")
+        for states in made.optimizer.state_tensors().values():
+            for state in states.values():
+                counter.track(state, "optimizer")
+
+        @contextmanager
+        def part(name: str) -> Iterator[None]:
+            counter.reset_peak()
+            yield
+            highest[name] = max(highest.get(name, 0), counter.peak_bytes)
+
+        for _ in range(2):
+            for _ in range(min(config.micro_batches, 2)):
+                with part("forward"):
+                    tokens = torch.zeros(config.micro_batch_size, config.train.sequence_length, dtype=torch.long)
+                    labels = torch.zeros_like(tokens)
+                    loss = batch_loss(
+                        made.model, tokens, labels, num_valid=labels.numel(), chunk_size=config.train.loss_chunk_size
+                    )
+                with part("backward"):
+                    loss.backward()
+                del loss, tokens, labels
+            with part("step"):
+                global_grad_norm(made.optimizer.parameters.values())
+                made.optimizer.step(1e-3, 0.5)
+                made.optimizer.zero_grad()
+            with part("rest"):
+                pass
+    return highest
+
+
+if __name__ == "__main__":
+    import sys
+    config = configure(*sys.argv[2:])
+    stage = plan(config).stages[int(sys.argv[1]) - 1]
+    print(stage.memory.by_kind())
+    for instant in stage.peak.instants:
+        print(f"{instant.name:34} {instant.memory.total_bytes:12,}", {k: instant.memory.bytes_of(k) for k in ("gathered", "communication")})
+    print({k: f"{v:,}" for k, v in counted(config, stage).items()})
