@@ -7,6 +7,7 @@ imported everything; on several it is ``torch.distributed.run``. Linux only: it 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import math
 import os
@@ -54,7 +55,7 @@ CONFIG: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 16,
     },
     "data": {"validation_fraction": 0.1, "shard_tokens": 4000, "num_workers": 1},
-    "plan": {"num_stages": 2, "layers": [3, 1], "total_tokens": 18 * 64},
+    "plan": {"num_stages": 2, "layers": [3, 1], "total_tokens": 14 * 64},
     "pet": {"rank": 2},
     "optim": {"learning_rate": 1e-2},
     # As many sequences a step at any world size; saved every second step and logged every third.
@@ -161,6 +162,7 @@ def _be_the_command(arguments: list[str], log: Path, world_size: int, obey_permi
         os.dup2(descriptor, 2)
         sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
         os.environ["COLUMNS"] = "1000"  # a path is not broken into lines
+        gc.freeze()  # what was imported is no garbage
         if obey_permissions:
             _obey_permissions()
         if world_size > 1:
@@ -292,25 +294,32 @@ class Subject:
         checkpoints = self.checkpoints
         return bool(checkpoints) and checkpoints[-1].name == f"stage{stage}-end"
 
-    def is_preparing(self) -> bool:
-        return self.prepared_dir.is_dir() and not (self.prepared_dir / "manifest.json").is_file()
+    def sight_of_preparing(self) -> object:
+        if (self.prepared_dir / "manifest.json").is_file():
+            return None
+        return _num_files(self.prepared_dir) or None
 
-    def is_saving(self) -> bool:
-        return bool(set(self._unfinished()) - self._unfinished_before)
+    def sight_of_saving(self) -> object:
+        names = {name for name, _ in set(self._unfinished()) - self._unfinished_before}
+        return min(names, default=None)
 
-    def is_growing(self) -> bool:
+    def sight_of_growing(self) -> object:
         """From the checkpoint at the end of stage 1 to the first event of stage 2."""
-        return self.last_event() in ("stage_end", "merge", "growth") and self._has_ended(1)
+        event = self.last_event()
+        return event if event in ("stage_end", "merge", "growth") and self._has_ended(1) else None
 
-    def is_exporting(self) -> bool:
-        return self.last_event() in ("stage_end", "merge", "run_end") and self._has_ended(2)
+    def sight_of_exporting(self) -> object:
+        event = self.last_event()
+        is_now = event in ("stage_end", "merge", "run_end") and self._has_ended(2)
+        return (event, _num_files(self.run_dir / ".export.writing")) if is_now else None
 
-    def is_training(self) -> bool:
-        return self.last_event() in ("stage_start", "train", "eval")
+    def sight_of_training(self) -> object:
+        event = self.last_event()
+        return (self.run_dir / "metrics.jsonl").stat().st_size if event in ("stage_start", "train", "eval") else None
 
     def where(self) -> str:
         """The moment at which the last attempt died."""
-        return next((name for name, moment in MOMENTS.items() if moment.is_now(self)), "starting")
+        return next((name for name, moment in MOMENTS.items() if moment.sight(self) is not None), "starting")
 
     def wait_for(self, attempt: Attempt, is_now: Callable[[], bool]) -> bool:
         """Wait until ``is_now()``; false if the attempt ended before."""
@@ -367,13 +376,16 @@ class Subject:
         require(code == 0, f"started again it ended with exit code {code}:\n{attempt.output}")
         require(self.is_finished, f"exit code 0 without an end:\n{attempt.output}")
         self.check_speech(attempt)
-        # A checkpoint that was damaged is not one to go on from.
+        self.check_goes_on(attempt, checkpoints)
+        return attempt
+
+    def check_goes_on(self, attempt: Attempt, checkpoints: list[Path]) -> None:
+        """The first step that was logged is after the last of the checkpoints that it had and did not find damaged."""
         good = [path for path in checkpoints if f"passing over {path.name}" not in attempt.output]
         first = STEP.search(attempt.output)
         if good and first:
             goes_on = (int(first[1]), int(first[2])) > progress_of(good[-1])
             require(goes_on, f"it began again before {good[-1].name}:\n{attempt.output}")
-        return attempt
 
     def difference(self, other: Subject) -> str | None:
         """The first thing in which two finished runs differ."""
@@ -410,6 +422,10 @@ def _changed_at(path: Path) -> int:
         return 0
 
 
+def _num_files(folder: Path) -> int:
+    return sum(1 for path in folder.rglob("*") if path.is_file())
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
@@ -433,23 +449,21 @@ def _equal(one: Any, other: Any, *, exact: bool) -> bool:
     return one.keys() == other.keys() and all(_equal(one[key], other[key], exact=False) for key in one)
 
 
-# Moments to aim at. What is there to be seen, how long it lasts as a share of a run's life, and the share of a life
-# to wait before the first is looked for, where there are many.
-
-
 @dataclass(frozen=True)
 class Moment:
-    is_now: Callable[[Subject], bool]
-    share: float
-    later: float = 0.0
+    """A part of a run's life that can be aimed at."""
+
+    sight: Callable[[Subject], object]  # what can be seen of it: another thing as it goes on; None before and after
+    num_sights: int  # up to so many in one life
+    share: float  # of a life that passes from one to the next
 
 
 MOMENTS = {
-    "preparing": Moment(Subject.is_preparing, 0.1),
-    "saving": Moment(Subject.is_saving, 0.02, later=0.6),
-    "growing": Moment(Subject.is_growing, 0.1),
-    "exporting": Moment(Subject.is_exporting, 0.2),
-    "training": Moment(Subject.is_training, 0.05, later=0.6),
+    "preparing": Moment(Subject.sight_of_preparing, 8, 0.01),
+    "saving": Moment(Subject.sight_of_saving, 5, 0.01),
+    "growing": Moment(Subject.sight_of_growing, 3, 0.05),
+    "exporting": Moment(Subject.sight_of_exporting, 5, 0.05),
+    "training": Moment(Subject.sight_of_training, 6, 0.05),
 }
 
 

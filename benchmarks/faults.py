@@ -14,7 +14,6 @@ the directory of the run is kept.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import random
@@ -59,10 +58,15 @@ def _reach(subject: Subject, attempt: Attempt, moment: Moment | None) -> bool:
     if not subject.wait_until_begun(attempt):
         return False
     if moment is None:
-        subject.sleep(1.0)
+        subject.sleep(0.95)
     else:
-        subject.sleep(moment.later)
-        if not subject.wait_for(attempt, lambda: moment.is_now(subject)):
+        wanted, seen = subject.generator.randint(1, moment.num_sights), set()
+
+        def is_reached() -> bool:
+            seen.add(moment.sight(subject))
+            return len(seen - {None}) >= wanted
+
+        if not subject.wait_for(attempt, is_reached):
             return False
         subject.sleep(moment.share)
     return attempt.poll() is None
@@ -98,7 +102,8 @@ def terminate(subject: Subject) -> None:
         subject.check_speech(attempt)
         if subject.world_size == 1:
             require(code in (-signal.SIGTERM, 128 + signal.SIGTERM), f"exit code {code} after SIGTERM")
-            require(code > 0 or not STEP.search(attempt.output), f"it trained and did not save:\n{attempt.output}")
+            is_said = "run the same command again to resume" in attempt.output
+            require(is_said if code > 0 else not STEP.search(attempt.output), f"it did not save:\n{attempt.output}")
         for event in read_metrics(subject.run_dir / "metrics.jsonl", "train")[-1:]:
             last = event["stage"], event["step"]
             is_saved = bool(subject.checkpoints) and progress_of(subject.checkpoints[-1]) >= last
@@ -110,7 +115,7 @@ def fill_disk(subject: Subject) -> None:
     mount(subject.disk, 0)
     for share in sorted(subject.generator.uniform(0.02, 0.95) for _ in range(subject.max_faults)):
         mount(subject.disk, int(share * subject.num_bytes), "remount")
-        subject.refused(subject.start(), "no space left")
+        subject.refused(subject.start(), "no space left", str(subject.disk), "free some space")
         subject.note_fault(subject.where())
     mount(subject.disk, 100 * subject.num_bytes, "remount")
 
@@ -266,6 +271,14 @@ class Outcome:
     landed: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
+    def add(self, subject: Subject, problem: str | None) -> None:
+        self.tries += subject.faults
+        self.resumed += subject.resumed
+        self.runs += 1
+        self.equal += problem is None
+        self.landed += subject.landed
+        self.problems += [] if problem is None else [problem]
+
 
 class Workshop:
     """A directory in which runs are broken, and the unbroken one."""
@@ -274,46 +287,41 @@ class Workshop:
         self.root, self.world_size, self.seed = root, world_size, seed
         self.text = root / "text.jsonl"
         write_text(self.text)
-        gc.freeze()  # what is imported is no garbage, in no child
         self.unbroken = self.subject("unbroken", 0)
         attempt = self.unbroken.start()
         self.unbroken.wait_until_begun(attempt)
         started = time.monotonic()
         require(attempt.wait() == 0, f"the unbroken run failed:\n{attempt.output}")
         self.unbroken.seconds = time.monotonic() - started
-        # Whole pages, as the file system counts them.
-        files = (path for path in self.unbroken.disk.rglob("*") if path.is_file())
-        self.unbroken.num_bytes = sum(-(-file.stat().st_size // 4096) * 4096 for file in files)
+        sizes = (len(content) for content in contents(self.unbroken.disk).values())
+        self.unbroken.num_bytes = sum(-(-size // 4096) * 4096 for size in sizes)  # in pages, as tmpfs counts
 
-    def subject(self, kind: str, number: int, **options: Any) -> Subject:
-        generator = random.Random(f"{self.seed} {kind} {number}")
+    def subject(self, kind: str, number: int, like: Subject | None = None, **options: Any) -> Subject:
+        if like is not None:
+            options |= {"seconds": like.seconds, "num_bytes": like.num_bytes}
+        name = f"{kind} {number}"
         return Subject(
-            self.root / f"{kind}-{number}".replace(" ", "_"), self.text, self.world_size, generator, **options
+            root=self.root / name.replace(" ", "-"),
+            text=self.text,
+            world_size=self.world_size,
+            generator=random.Random(f"{self.seed} {name}"),
+            **options,
         )
 
     def break_runs(
-        self, kind: str, *, tries: int | None = None, runs: int | None = None, on_progress: Callable[[Outcome], None]
+        self, kind: str, tries: int, *, first: int = 0, on_progress: Callable[[Outcome], None] = lambda outcome: None
     ) -> Outcome:
-        """Break runs in one way until there were so many tries, or runs; end each, and compare."""
+        """Break runs in one way until there were so many tries; end each run, and compare. ``first``: its number."""
         outcome = Outcome()
         started = time.monotonic()
-        while outcome.runs < (3 * tries + 3 if runs is None else runs) and (tries is None or outcome.tries < tries):
-            left = 3 if tries is None else min(3, tries - outcome.tries)
-            unbroken = self.unbroken
-            subject = self.subject(
-                kind, outcome.runs, seconds=unbroken.seconds, num_bytes=unbroken.num_bytes, max_faults=left
-            )
+        while outcome.tries < tries and outcome.runs < 2 * tries + 3:  # some runs are quicker than their faults
+            number = first + outcome.runs
+            subject = self.subject(kind, number, self.unbroken, max_faults=min(3, tries - outcome.tries))
             problem = self._problem(kind, subject)
-            outcome.runs += 1
-            outcome.tries += subject.faults
-            outcome.resumed += subject.resumed
-            outcome.landed += subject.landed
+            outcome.add(subject, problem and f"{kind}, run {number}: {problem}")
             outcome.seconds = time.monotonic() - started
             if problem is None:
-                outcome.equal += 1
                 shutil.rmtree(subject.root)
-            else:
-                outcome.problems.append(f"{kind}, run {outcome.runs - 1}: {problem}")
             on_progress(outcome)
         return outcome
 
@@ -366,7 +374,7 @@ def document(outcomes: dict[str, Outcome], workshop: Workshop, skipped: dict[str
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="SIGKILLs: half at any instant, half at a chosen moment")
-    parser.add_argument("--runs", type=int, default=10, help="of every other kind of fault")
+    parser.add_argument("--others", type=int, default=10, help="tries of every other kind of fault")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of: {', '.join(KINDS)}")
     parser.add_argument("--world-size", type=int, default=1, help="processes, under torchrun")
     parser.add_argument("--seed", type=int, default=0)
@@ -390,8 +398,8 @@ def main() -> int:
             if console.is_terminal:
                 console.print(f"{kind}: {outcome.tries} tries, {outcome.equal} of {outcome.runs} runs equal ", end="\r")
 
-        goal = {"tries": kills[kind]} if kind in KILLS else {"runs": arguments.runs}
-        outcomes[kind] = workshop.break_runs(kind, on_progress=show, **goal)
+        tries = kills[kind] if kind in KILLS else arguments.others
+        outcomes[kind] = workshop.break_runs(kind, tries, on_progress=show)
         for problem in outcomes[kind].problems:
             console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
     console.print(table(outcomes))

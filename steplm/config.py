@@ -315,14 +315,14 @@ class DistributedConfig(Section):
 
     world_size: int = Field(1, gt=0, description="devices; a run takes it from torchrun, `steplm plan` from here")
     shard_size: int | None = Field(
-        None, gt=0, description="devices that share one copy of the model states; default: all; 1: data parallel alone"
+        None, gt=0, description="at most so many devices share one copy of the model states; default: all; 1: none does"
     )
     timeout: float = Field(10.0, gt=0, description="minutes without an answer after which a rank counts as hanging")
 
     @property
     def num_shards(self) -> int:
         """Devices that share one copy of the model states."""
-        return self.world_size if self.shard_size is None else self.shard_size
+        return min(self.shard_size or self.world_size, self.world_size)
 
 
 class EvalConfig(Section):
@@ -423,6 +423,7 @@ class RunConfig(Section):
                 self.memory.optimizer_states != "fp32"
             ),
             "memory.frozen_weights and memory.offload_frozen keep whole matrices": self.memory.packs_frozen,
+            f"pet.restart_keep={self.pet.restart_keep:g} compares all of a matrix": self.pet.restart_keep > 0,
         }
         for fact, is_set in whole.items():
             if is_set:

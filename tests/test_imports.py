@@ -14,7 +14,7 @@ import steplm
 PACKAGE = Path(steplm.__file__).parent
 
 # Each room with what it may import, besides itself. A lower room never names a higher one.
-BASE = {"types", "errors", "units", "files", "config", "rows"}
+BASE = {"types", "errors", "units", "files", "config", "rows", "launch"}
 PLANNING = BASE | {"memory", "planner"}
 SIBLINGS = PLANNING | {"steplm"}  # `import steplm` for the version
 ALLOWED = {
@@ -23,6 +23,7 @@ ALLOWED = {
     "units": set(),
     "files": set(),
     "rows": set(),
+    "launch": set(),
     "config": {"errors", "units"},
     "memory": BASE,
     "planner": PLANNING,

@@ -284,14 +284,16 @@ def schema() -> None:
 
 def main() -> None:
     """Entry point: errors of this package become one message and an exit code, never a traceback."""
+    from steplm.cli.ranks import failure_told_to_launcher, who
     from steplm.errors import SteplmError
 
     # Set before tokenizers is loaded: it warns, and can hang, where a process forks after it ran threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        with failure_told_to_launcher():
+            app()
     except SteplmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{who()}{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -16,6 +16,7 @@ from steplm.memory.terms import OUTER_COMPONENTS
 from steplm.planner.plan import StageCosts, as_vanilla
 from steplm.planner.plan import plan as make_plan
 from steplm.planner.shape import FAMILIES
+from steplm.planner.traffic import UTILIZATION
 from steplm.types import HOST, MemoryEstimate, MemoryTerm, ModelShape, Plan, Stage, to_json
 from steplm.units import binary_unit, format_bytes, format_count
 
@@ -28,14 +29,32 @@ def show_plan(
     explain: bool = False,
     simulate: bool = False,
     calibrate: bool = False,
+    world_size: int | None = None,
+    shard_size: int | None = None,
+    gpu: str = "h100",
+    utilization: float = UTILIZATION,
+    bandwidth: str | None = None,
 ) -> None:
-    """Plan a run and print it; simulate or measure its steps where that is asked for."""
-    config = load_config(run, overrides)
+    """Plan a run and print it; simulate or measure its steps where that is asked for.
+
+    Args:
+        world_size, shard_size: in place of ``distributed``.
+        gpu, utilization, bandwidth: see ``steplm.cli.scale.choose_gpu``.
+    """
+    sizes = {"world_size": world_size, "shard_size": shard_size}
+    given = [f"distributed.{name}={size}" for name, size in sizes.items() if size is not None]
+    config = load_config(run, [*overrides, *given])
     plan = make_plan(config, counted_shape(config))
     console = Console(stderr=as_json)
     document = plan_to_json(plan) if as_json else {}
     if not as_json:
         _show(plan, console, config, explain=explain)
+    if config.distributed.world_size > 1:
+        from steplm.cli.scale import show_scale
+
+        document["devices"] = show_scale(
+            config, plan, console, gpu_name=gpu, utilization=utilization, bandwidth=bandwidth
+        )
     if simulate:
         from steplm.cli.simulate import show_simulation
 
@@ -152,6 +171,8 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
         f"{plan.precision}, {format_count(plan.total_tokens)} tokens; memory in {unit}",
         highlight=False,
     )
+    if config.distributed.world_size > 1:
+        console.print(f"per device: {devices(config)}", highlight=False)
     console.print(table)
     for line in _summary(plan, config):
         console.print(line, highlight=False)
@@ -167,6 +188,14 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
         console.print(note, style="dim", highlight=False)
 
 
+def devices(config: RunConfig) -> str:
+    """How many there are, and how they hold the model."""
+    size, num_shards = config.distributed.world_size, config.distributed.num_shards
+    if num_shards == 1:
+        return f"{size} devices, a whole copy on each"
+    return f"{size} devices, {'all' if num_shards == size else num_shards} share one copy"
+
+
 def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
     """Every term of every stage: formula, unit, bytes; of the model state, and of the whole device at its highest."""
     shape, train = plan.shape, config.train
@@ -179,12 +208,13 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
         ("P_embeddings", "parameters of the embeddings", f"{shape.embedding_parameters:,}"),
         ("P_final_norm", "parameters of the final norm", f"{shape.final_norm_parameters:,}"),
         ("P_head", "parameters of the head (0: tied)", f"{shape.head_parameters:,}"),
-        ("B", "bytes per parameter, per rank, unsharded", ""),
-        ("N", "tokens of a micro-batch", f"{train.per_device_train_batch_size * train.sequence_length:,}"),
+        ("B", "bytes per parameter", ""),
+        ("N", "tokens of a micro-batch", f"{config.micro_batch_size * train.sequence_length:,}"),
         ("d", "hidden size", f"{shape.hidden_size:,}"),
         ("V", "vocabulary", f"{shape.vocab_size:,}"),
         ("C", "rows of logits at once", f"{train.loss_chunk_size:,}"),
         ("w", "bytes of a weight or an activation", "2" if plan.precision == "bf16" else "4"),
+        *(_symbols_of_devices(config) if config.distributed.world_size > 1 else ()),
     ):
         symbols.add_row(symbol, meaning, value)
     console.print(symbols)
@@ -224,6 +254,14 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
         f"({format_bytes(config.memory.reserve)}) stands in every budget",
         style="dim",
         highlight=False,
+    )
+
+
+def _symbols_of_devices(config: RunConfig) -> tuple[tuple[str, str, str], ...]:
+    return (
+        ("n", "devices that share one copy", str(config.distributed.num_shards)),
+        ("T", "trained parameters of what is gathered at once", ""),
+        ("P_outer", "all that is outside the layers", ""),
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from steplm.config import RunConfig, load_config
+from steplm.launch import is_launched, launched_size
 from steplm.planner.plan import plan
 from steplm.planner.shape import FAMILIES
 
 
 def run_train(run: str, overrides: list[str]) -> int:
+    if is_launched():
+        overrides = [*overrides, f"distributed.world_size={launched_size()}"]
     config = load_config(run, overrides)
     _refuse_early(config)
     from steplm.training.run import train

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from steplm.config import DistributedConfig
 from steplm.errors import ConfigError
+from steplm.launch import is_launched, launched_size
 from steplm.rows import WHOLE, Rows
 
 LONG = datetime.timedelta(days=7)  # others wait so long for the first rank to prepare data
@@ -32,6 +33,8 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    local_rank: int = 0  # among those of its host
+    local_size: int = 1
     rows: Rows = WHOLE  # of every sharded tensor, those on this rank
     mesh: DeviceMesh | None = None  # (replicate, shard); None: alone
     patient_group: Any = None  # for what may take hours
@@ -85,6 +88,16 @@ class World:
             if self.is_first:
                 dist.barrier(self.patient_group)
 
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The ranks of a host run the block one after the other: what it takes of host memory, it takes once."""
+        with self.patiently():
+            for turn in range(self.local_size):
+                if turn == self.local_rank:
+                    yield
+                if not self.is_alone:
+                    dist.barrier(self.patient_group)
+
     def alive(self) -> None:
         """Tell the watchdog that this rank gets on."""
         if self.watchdog is not None:
@@ -124,23 +137,13 @@ class Watchdog(threading.Thread):
         self._done.set()
 
 
-def is_launched() -> bool:
-    """Whether ``torchrun``, or what does as it does, has started this process as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def launched_rank() -> int | None:
-    """This process's rank, before anything is set up; None where it is alone."""
-    return int(os.environ["RANK"]) if is_launched() else None
-
-
 def with_world_size(distributed: DistributedConfig) -> DistributedConfig:
     """What is written, with the number of processes that there are.
 
     Raises:
         ConfigError: another number is written.
     """
-    size = int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+    size = launched_size()
     if distributed.world_size not in (1, size):
         raise ConfigError(
             f"distributed.world_size={distributed.world_size}, but there are {size} processes. Start "
@@ -164,6 +167,7 @@ def joined(distributed: DistributedConfig, device: torch.device) -> Iterator[Wor
         yield World(device)
         return
     rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -180,6 +184,8 @@ def joined(distributed: DistributedConfig, device: torch.device) -> Iterator[Wor
         device,
         rank,
         size,
+        local_rank,
+        local_size,
         Rows(rank % num_shards, num_shards),
         mesh,
         patient_group=dist.new_group(backend="gloo", timeout=LONG),

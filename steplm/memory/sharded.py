@@ -1,7 +1,7 @@
 """The same moments where PyTorch's FSDP2 cuts the model over ranks: its shards, what it gathers, what it reduces.
 
-A group of tensors is gathered and reduced together: each layer, and all that is outside the layers, which stays
-gathered between the forward and the backward pass. With n ranks that share one copy, P the parameters of a group, the
+A group of tensors is gathered and reduced together: each layer, and all that is outside the layers, which is gathered
+for a whole forward or backward pass. With n ranks that share one copy, P the parameters of a group, the
 rows of each tensor rounded up to a multiple of n, T those of them that are trained, and w bytes of a number:
 
     gathered                    w P        while a group computes
@@ -27,7 +27,7 @@ from steplm.config import DistributedConfig
 from steplm.memory.activations import norm_backward, norm_saved
 from steplm.memory.moments import KINDS_OF_LAYERS, Moments, Pass, term
 from steplm.memory.terms import outer_adapter_shapes
-from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm, ModelShape, TensorShape, local_size
+from steplm.types import Instant, MemoryEstimate, MemoryTerm, ModelShape, TensorShape, local_size
 
 REDUCED_BYTES = 4  # of a gradient on its way: fp32
 GATHERED, COMMUNICATION = "gathered", "communication"  # components
@@ -75,12 +75,16 @@ class Group:
 
     @property
     def reduction_bytes(self) -> int:
-        """At most at once: ``4 T`` and either ``w T``, or what comes out and, as PyTorch lets it go late, one gradient."""
-        out = REDUCED_BYTES * self.local_trained
-        if self.width < REDUCED_BYTES:
-            out += self.width * self.local_trained
-        if self.num_shards > 1 and self.trained:
-            out += self.width * prod(self.trained[-1])
+        """At most at once: ``4 T``, and either ``w T`` or what comes out.
+
+        Beside what comes out PyTorch holds the last gradient of the group or, where there is nobody to send to, the
+        quotient of what came in.
+        """
+        out, rounded = REDUCED_BYTES * self.local_trained, self.width * self.local_trained
+        if self.num_shards == 1:
+            out *= 2
+        elif self.trained:
+            out += self.width * prod(self.trained[-1]) + rounded * (self.width < REDUCED_BYTES)
         return self.reduce_input_bytes + max(self.gradient_bytes, out)
 
     @property
@@ -141,8 +145,9 @@ class ShardedMoments(Moments):
 
     def in_order(self, *, grows: bool) -> tuple[Instant, ...]:
         growth = (self.growth(),) if grows else ()
+        forward = (self.gathering(), self.loss(), self.gathering_again())
         backward = (self.final_norm(), self.highest_layer(), self.embeddings(), self.outer_reduction())
-        return (*growth, self.gathering(), self.loss(), *backward, self.update(), self.evaluation())
+        return (*growth, *forward, *backward, self.update(), self.evaluation())
 
     def growth(self) -> Instant:
         """The grown model's plain weights, cut too, on which the loss is probed."""
@@ -159,6 +164,18 @@ class ShardedMoments(Moments):
     def loss(self) -> Instant:
         """What arrived for the last layer goes with the end of the forward pass, to which the loss belongs."""
         return _with(super().loss(), [self._outer, _arriving(self._group(self.num_layers - 1))])
+
+    def gathering_again(self) -> Instant:
+        """The begin of the backward pass: what is outside the layers arrives for the second time."""
+        streams = 2 if self.outer == "adapters" else 1  # the head's adapter needs its input again
+        terms = [
+            self._outer,
+            _arriving(self.groups.outer, "P_outer"),
+            term("loss", "activations", self._final_norm_saved(), "final norm: 4 N d + w N d"),
+            term("loss", "workspace", streams * self.work.stream_bytes, "gradient of the hidden states: w N d"),
+        ]
+        top = self.num_layers
+        return self._instant("second all-gather", top, terms, self._gradients_above(top))
 
     def final_norm(self) -> Instant:
         """The last layer arrives for its backward pass."""
@@ -178,7 +195,7 @@ class ShardedMoments(Moments):
             self._left_over,
             _being_reduced(self._group(self.silent)),
             term("embeddings", "workspace", self.work.stream_bytes, "gradient of the hidden states: w N d"),
-            term("outer", "gradients", self.groups.outer.gradient_bytes, "whole: w T_outer"),
+            term("outer", "gradients", self.groups.outer.gradient_bytes, "whole: w T"),
         ]
         if tied and self.outer == "trained":
             terms.append(term("embeddings", "gradients", self.matrix * width, "the head's part: w V d"))

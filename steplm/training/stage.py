@@ -71,13 +71,14 @@ def enter_stage(run: Run, stage: Stage, checkpoint_path: Path | None) -> StageSt
 
 def _first_start(run: Run, stage: Stage) -> StageStart:
     dtype = DTYPES[run.config.train.precision]
-    if run.config.init_from is None:
-        config = hf_config(run.config.model.hf_config(), stage.num_hidden_layers)
-        weights = initial_state(config, seed=run.config.seed, dtype=dtype)
-    else:
-        config, weights = load_config_and_state(run.config.init_from, dtype=dtype)
-        config.use_cache = False
-    weights = {name: run.world.rows.cut(tensor) for name, tensor in weights.items()}
+    with run.world.in_turn():  # the whole model, in host memory, until it is cut
+        if run.config.init_from is None:
+            config = hf_config(run.config.model.hf_config(), stage.num_hidden_layers)
+            weights = initial_state(config, seed=run.config.seed, dtype=dtype)
+        else:
+            config, weights = load_config_and_state(run.config.init_from, dtype=dtype)
+            config.use_cache = False
+        weights = {name: run.world.rows.cut(tensor) for name, tensor in weights.items()}
     origins = tuple(LayerProvenance(1, (), None) for _ in range(stage.num_hidden_layers))
     return StageStart(config, weights, origins, TrainState(stage.index, 0, 0, 0))
 

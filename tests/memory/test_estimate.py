@@ -174,7 +174,12 @@ ALL_OPTIONS = MemoryConfig(
 
 def by_hand(memory: MemoryConfig | None = None, **options: object) -> MemoryEstimate:
     """Two trained layers on three frozen ones with adapters of rank 2 on the query."""
-    counts: dict = {"precision": "bf16", "num_new_layers": 2, "num_frozen_layers": 3, "adapter_shapes": ((2, 8), (8, 2))}
+    counts: dict = {
+        "precision": "bf16",
+        "num_new_layers": 2,
+        "num_frozen_layers": 3,
+        "adapter_shapes": ((2, 8), (8, 2)),
+    }
     return estimate_stage(HAND, **{**counts, **options}, memory=memory)
 
 

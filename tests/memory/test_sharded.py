@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -21,7 +21,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from steplm.config import RunConfig, load_config
 from steplm.distributed.world import World
 from steplm.memory.count import ByteCounter
-from steplm.memory.measure import check_against_plan, measure_model_state
 from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.forward import batch_loss
 from steplm.optim.adamw import global_grad_norm
@@ -37,11 +36,11 @@ RECOMPUTED = "train.gradient_checkpointing=true"
 def configure(*overrides: str) -> RunConfig:
     values: dict[str, Any] = {
         "model": {
-            "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6, "num_attention_heads": 4,
+            "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 5, "num_attention_heads": 4,
             "vocab_size": 500, "max_position_embeddings": 4096,
             "extra": {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None},
         },
-        "plan": {"num_stages": 2, "layers": [4, 2], "total_tokens": 10**8},
+        "plan": {"num_stages": 2, "layers": [3, 2], "total_tokens": 10**8},
         "pet": {"rank": 8},
         "train": {"device": "cpu", "sequence_length": 64, "per_device_train_batch_size": 1, "loss_chunk_size": 64},
     }  # fmt: skip
@@ -63,8 +62,9 @@ def fake_world(num_shards: int, num_replicas: int, rank: int = 0) -> Iterator[Wo
 def assembled(config: RunConfig, stage: Stage, world: World) -> Assembled:
     shape_config = hf_config(config.model.hf_config(), stage.num_hidden_layers)
     weights = initial_state(shape_config, seed=0, dtype=DTYPES[config.train.precision])
-    cut = {name: world.rows.cut(weight).clone() for name, weight in weights.items()}
-    return assemble(config, stage, StageStart(shape_config, cut, (), TrainState(stage.index, 0, 0, 0)), world, check=False)
+    cut = {name: world.rows.cut(weight) for name, weight in weights.items()}
+    start = StageStart(shape_config, cut, (), TrainState(stage.index, 0, 0, 0))
+    return assemble(config, stage, start, world, check=False)
 
 
 class Counter(ByteCounter):
@@ -90,9 +90,11 @@ class Counter(ByteCounter):
         return counted
 
 
-def counted(config: RunConfig, stage: Stage) -> dict[str, int]:
-    """The most bytes in each part of the second step, and between two steps."""
-    distributed = config.distributed
+@cache
+def counted(stage_index: int, *overrides: str) -> dict[str, int]:
+    """The most bytes in each part of a step, and after it."""
+    config = configure(*overrides)
+    stage, distributed = plan(config).stages[stage_index - 1], config.distributed
     num_replicas = distributed.world_size // distributed.num_shards
     highest: dict[str, int] = {}
     with fake_world(distributed.num_shards, num_replicas) as world, Counter() as counter:
@@ -109,31 +111,90 @@ def counted(config: RunConfig, stage: Stage) -> dict[str, int]:
             yield
             highest[name] = max(highest.get(name, 0), counter.peak_bytes)
 
-        for _ in range(2):
-            for _ in range(min(config.micro_batches, 2)):
-                with part("forward"):
-                    tokens = torch.zeros(config.micro_batch_size, config.train.sequence_length, dtype=torch.long)
-                    labels = torch.zeros_like(tokens)
-                    loss = batch_loss(
-                        made.model, tokens, labels, num_valid=labels.numel(), chunk_size=config.train.loss_chunk_size
-                    )
-                with part("backward"):
-                    loss.backward()
-                del loss, tokens, labels
-            with part("step"):
-                global_grad_norm(made.optimizer.parameters.values())
-                made.optimizer.step(1e-3, 0.5)
-                made.optimizer.zero_grad()
-            with part("rest"):
-                pass
+        for _ in range(min(config.micro_batches, 2)):
+            with part("forward"):
+                tokens = torch.zeros(config.micro_batch_size, config.train.sequence_length, dtype=torch.long)
+                labels = torch.zeros_like(tokens)
+                loss = batch_loss(
+                    made.model, tokens, labels, num_valid=labels.numel(), chunk_size=config.train.loss_chunk_size
+                )
+            with part("backward"):
+                loss.backward()
+            del loss, tokens, labels
+        with part("step"):
+            global_grad_norm(made.optimizer.parameters.values())
+            made.optimizer.step(1e-3, 0.5)
+            made.optimizer.zero_grad()
+        with part("rest"):
+            pass
     return highest
 
 
-if __name__ == "__main__":
-    import sys
-    config = configure(*sys.argv[2:])
-    stage = plan(config).stages[int(sys.argv[1]) - 1]
-    print(stage.memory.by_kind())
-    for instant in stage.peak.instants:
-        print(f"{instant.name:34} {instant.memory.total_bytes:12,}", {k: instant.memory.bytes_of(k) for k in ("gathered", "communication")})
-    print({k: f"{v:,}" for k, v in counted(config, stage).items()})
+def difference(stage_index: int, *overrides: str) -> float:
+    """Planned / counted peak - 1; a growth and an evaluation are no part of what is counted."""
+    config = configure(*overrides)
+    stage = plan(config).stages[stage_index - 1]
+    assert stage.peak is not None
+    of_steps = [instant for instant in stage.peak.instants if instant.name not in ("growth", "evaluation")]
+    planned = max(instant.memory.total_bytes for instant in of_steps)
+    return planned / max(counted(stage_index, *overrides).values()) - 1
+
+
+WORLDS = {
+    "all share one copy": ("distributed.world_size=4",),
+    "a number that divides nothing": ("distributed.world_size=7",),
+    "more devices than adapters have rows": ("distributed.world_size=16",),
+    "two copies": ("distributed.world_size=8", "distributed.shard_size=4"),
+    "two devices share a copy": ("distributed.world_size=4", "distributed.shard_size=2"),
+    "a copy each": ("distributed.world_size=4", "distributed.shard_size=1"),
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_between_two_steps_a_rank_holds_its_rows_of_weights_and_states(world: str) -> None:
+    config = configure(*WORLDS[world])
+    for stage in plan(config).stages:
+        held = stage.memory.total_bytes - stage.memory.bytes_of(kind="gradients")
+        rotary_frequencies = 2 * 4 * 16
+        assert counted(stage.index, *WORLDS[world])["rest"] == held + rotary_frequencies
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("world", WORLDS)
+def test_planned_and_counted_peak_of_a_rank_agree(world: str, stage: int) -> None:
+    assert LOW <= difference(stage, *WORLDS[world]) <= HIGH
+
+
+FP32, SUMMED = "train.precision=fp32", "train.gradient_accumulation_steps=2"
+RUNS: dict[str, tuple[str, ...]] = {
+    "recomputed": (RECOMPUTED,),
+    "several micro-batches": (SUMMED,),
+    "fp32": (FP32,),
+    "fp32, several micro-batches": (FP32, SUMMED),
+    "a tied head": ("model.tie_word_embeddings=true", "model.vocab_size=4000"),
+    "many embeddings": ("model.vocab_size=8000", RECOMPUTED),
+    "adapted embeddings": ("plan.train_embeddings=adapters", "model.vocab_size=4000"),
+    "adapted tied embeddings": ("plan.train_embeddings=adapters", "model.tie_word_embeddings=true"),
+    "frozen embeddings": ("plan.train_embeddings=first_stage",),
+    "no adapters": ("pet.method=none",),
+    "few adapters": ("pet.target_modules=[down_proj]", RECOMPUTED),
+    "no freezing": ("plan.freeze_old_layers=false",),
+    "qwen2, which has biases": ("model.model_type=qwen2",),
+    "qwen3, which normalises heads": ("model.model_type=qwen3", "model.extra={head_dim: 32, pad_token_id: 0}"),
+    "new layers in between": ("growth.position=even", SUMMED),
+    "new layers below": ("growth.position=lower",),
+    "long sequences": ("train.sequence_length=1024",),
+    "no master weights": ("memory.master_weights=false",),
+    "a share of a global batch": ("train.global_batch_size=16", "train.per_device_train_batch_size=2"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_so_they_do_in_every_run(name: str) -> None:
+    assert LOW <= difference(2, "distributed.world_size=4", *RUNS[name]) <= HIGH
+
+
+@pytest.mark.parametrize("name", ["several micro-batches", "fp32, several micro-batches", "many embeddings"])
+@pytest.mark.parametrize("world", ["two copies", "a copy each"])
+def test_so_they_do_between_copies(world: str, name: str) -> None:
+    assert LOW <= difference(2, *WORLDS[world], *RUNS[name]) <= HIGH

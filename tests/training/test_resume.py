@@ -13,6 +13,7 @@ import pytest
 
 from steplm.checkpoint import folder as folder_module
 from steplm.config import RunConfig
+from steplm.training import run as run_module
 from steplm.training import stage as stage_module
 from steplm.training.metrics import read_metrics
 from steplm.training.run import train
@@ -84,7 +85,7 @@ def test_killed_at_twenty_random_instants_a_run_equals_the_unbroken_one(
         (folder_module, "_fingerprints", 1),
         (folder_module, "write_atomically", 1),
         (folder_module, "write_atomically", 4),
-        (stage_module, "prune_checkpoints", 3),
+        (run_module, "prune_checkpoints", 3),
     ],
 )
 def test_killed_at_a_chosen_instant_a_run_equals_the_unbroken_one(

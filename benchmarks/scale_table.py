@@ -1,0 +1,221 @@
+"""LLaMA of 7B, 13B and 70B on 8 to 1,024 GPUs, planned: memory of a rank by term, FLOPs, traffic, time of a step.
+
+    python benchmarks/scale_table.py    # a minute, no PyTorch and no GPU
+
+Writes results/scale_table/table.json, and the tables between the markers of docs/scale.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import steplm
+from steplm.config import RunConfig, load_config
+from steplm.memory.sharded import COMMUNICATION, GATHERED
+from steplm.planner.plan import plan
+from steplm.planner.traffic import GPUS, LINK_SHARE, UTILIZATION, estimate_steps
+from steplm.types import MemoryEstimate
+
+ROOT = Path(__file__).parents[1]
+TABLE, PAGE = ROOT / "results/scale_table/table.json", ROOT / "docs/scale.md"
+
+# As published: hidden size, feed-forward size, layers, heads, heads of keys and values.
+MODELS = {
+    "7B": (4096, 11008, 32, 32, 32),
+    "13B": (5120, 13824, 40, 40, 40),
+    "70B": (8192, 28672, 80, 64, 8),
+}
+WORLD_SIZES = (8, 64, 256, 1024)
+SHARD_SIZES = (8, 64, 1024)  # of 1,024 devices
+WAYS = {"vanilla": {"num_stages": 1}, "STEP, K=3": {"num_stages": 3}}
+GPU = "h100"
+
+
+def configure(model: str, way: str, world_size: int, shard_size: int | None = None) -> RunConfig:
+    hidden, feed_forward, layers, heads, key_value_heads = MODELS[model]
+    return load_config(
+        {
+            "model": {
+                "hidden_size": hidden,
+                "intermediate_size": feed_forward,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": key_value_heads,
+                "vocab_size": 32000,
+                "max_position_embeddings": 4096,
+            },
+            "plan": {**WAYS[way], "tokens_per_parameter": 20},
+            "pet": {"rank": 128},
+            "train": {
+                "precision": "bf16",
+                "sequence_length": 4096,
+                "per_device_train_batch_size": 1,
+                "global_batch_size": 1024,
+                "gradient_checkpointing": True,
+            },
+            "distributed": {"world_size": world_size, "shard_size": shard_size},
+        }
+    )
+
+
+def terms_of(memory: MemoryEstimate) -> dict[str, int]:
+    """Bytes of one moment; they add up to its total."""
+    gathered, communication = memory.bytes_of(GATHERED), memory.bytes_of(COMMUNICATION)
+    return {
+        "shards": memory.bytes_of(kind="weights") - gathered + memory.bytes_of(kind="optimizer"),
+        "gradients": memory.bytes_of(kind="gradients"),
+        "gathered": gathered,
+        "communication": communication,
+        "activations": memory.bytes_of(kind="activations"),
+        "workspace": memory.bytes_of(kind="workspace") - communication,
+    }
+
+
+def row_of(model: str, way: str, world_size: int, shard_size: int | None = None) -> dict[str, Any]:
+    config = configure(model, way, world_size, shard_size)
+    made = plan(config)
+    steps = estimate_steps(config, made, GPUS[GPU])
+    highest = max(made.stages, key=lambda stage: stage.device_bytes)
+    assert highest.peak is not None
+    moment = highest.peak.highest
+    num_steps = sum(step.num_steps for step in steps)
+
+    def mean(values: Iterator[float]) -> float:
+        return sum(step.num_steps * value for step, value in zip(steps, values, strict=True)) / num_steps
+
+    return {
+        "model": model,
+        "way": way,
+        "world_size": world_size,
+        "num_shards": config.distributed.num_shards,
+        "layers": list(made.layers),
+        "model_state_bytes": made.peak_model_state_bytes,
+        "peak_bytes": moment.memory.total_bytes,
+        "peak_stage": highest.index,
+        "peak_moment": moment.name,
+        "peak_terms": terms_of(moment.memory),
+        "training_flops": made.training_flops,
+        "micro_batches": config.micro_batches,
+        "num_steps": num_steps,
+        # Means over all steps of the run.
+        "sent_bytes": round(mean(step.traffic.total for step in steps)),
+        "compute_seconds": mean(step.compute_seconds for step in steps),
+        "communication_seconds": mean(step.communication_seconds for step in steps),
+        "least_seconds": mean(step.least_seconds for step in steps),
+        "most_seconds": mean(step.most_seconds for step in steps),
+    }
+
+
+def planned() -> dict[str, Any]:
+    return {
+        "version": steplm.__version__,
+        "gpu": GPU,
+        "utilization": UTILIZATION,
+        "link_share": LINK_SHARE,
+        "rows": [row_of(model, way, size) for model in MODELS for size in WORLD_SIZES for way in WAYS],
+        "hybrid": [row_of(model, "STEP, K=3", 1024, size) for model in MODELS for size in SHARD_SIZES],
+    }
+
+
+def blocks(table: dict[str, Any]) -> dict[str, str]:
+    """The Markdown between each pair of markers."""
+    return {
+        "memory": _memory([row for row in table["rows"]]),
+        "time": _time(table["rows"]),
+        "hybrid": _hybrid(table["hybrid"]),
+        "assumed": _assumed(table),
+    }
+
+
+def _memory(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | GPUs | | state | shards | gradients | gathered | buffers | activations | workspace | peak | |",
+        "| --- | ---: | --- |" + " ---: |" * 9,
+    ]
+    vanilla = {(row["model"], row["world_size"]): row["peak_bytes"] for row in rows if row["way"] == "vanilla"}
+    for row in rows:
+        saved = row["peak_bytes"] / vanilla[row["model"], row["world_size"]] - 1
+        terms = " | ".join(_gib(count) for count in row["peak_terms"].values())
+        peak = f"**{_gib(row['peak_bytes'])}** | {f'{saved:+.0%}'.replace('-', '−') if saved else ''}"
+        lines.append(f"{_head(row)} | {_gib(row['model_state_bytes'])} | {terms} | {peak} |")
+    return "\n".join(lines)
+
+
+def _time(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | GPUs | | FLOPs | micro-batches | sent, GiB | compute, s | sending, s | a step, s | the run, days |",
+        "| --- | ---: | --- |" + " ---: |" * 7,
+    ]
+    for row in rows:
+        days = [row["num_steps"] * row[name] / 86400 for name in ("least_seconds", "most_seconds")]
+        cells = (
+            f"{row['training_flops']:.2e}",
+            str(row["micro_batches"]),
+            _gib(row["sent_bytes"]),
+            f"{row['compute_seconds']:.3g}",
+            f"{row['communication_seconds']:.3g}",
+            f"{row['least_seconds']:.3g} – {row['most_seconds']:.3g}",
+            f"{days[0]:.3g} – {days[1]:.3g}",
+        )
+        lines.append(f"{_head(row)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _hybrid(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | devices that share a copy | state, GiB | peak, GiB | sent, GiB | sending, s | a step, s |",
+        "| --- |" + " ---: |" * 6,
+    ]
+    for row in rows:
+        cells = (
+            str(row["num_shards"]),
+            *(_gib(row[name]) for name in ("model_state_bytes", "peak_bytes", "sent_bytes")),
+            f"{row['communication_seconds']:.3g}",
+            f"{row['least_seconds']:.3g} – {row['most_seconds']:.3g}",
+        )
+        lines.append(f"| {row['model']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _assumed(table: dict[str, Any]) -> str:
+    gpu = GPUS[table["gpu"]]
+    return "\n".join(
+        [
+            f"- An H100 SXM does {gpu.flops['bf16'] / 1e12:g} TFLOP/s in bf16 at most, and "
+            f"{table['utilization']:.0%} of that on average while it computes, operations done again included.",
+            f"- It sends {gpu.node_bandwidth / 1e9:g} GB/s to the others of its node of {gpu.per_node}, and "
+            f"{gpu.network_bandwidth / 1e9:g} GB/s to other nodes by a network card of its own; collectives reach "
+            f"{table['link_share']:.0%} of that.",
+        ]
+    )
+
+
+def _head(row: dict[str, Any]) -> str:
+    return f"| {row['model']} | {row['world_size']:,} | {row['way']}"
+
+
+def _gib(num_bytes: int) -> str:
+    size = num_bytes / 2**30
+    return f"{size:,.0f}" if size >= 1000 else f"{size:.1f}" if size >= 100 else f"{size:.2f}"
+
+
+def filled(page: str, table: dict[str, Any]) -> str:
+    """The page with all blocks as the table has them."""
+    for marker, text in blocks(table).items():
+        page, count = re.subn(
+            rf"(<!-- {marker} -->\n).*?(\n<!-- /{marker} -->)", lambda m: f"{m[1]}{text}{m[2]}", page, flags=re.DOTALL
+        )
+        if count != 1:
+            raise SystemExit(f"the page has {count} times <!-- {marker} --> … <!-- /{marker} -->")
+    return page
+
+
+if __name__ == "__main__":
+    made = planned()
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    TABLE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), made), encoding="utf-8")

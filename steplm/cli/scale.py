@@ -1,0 +1,104 @@
+"""What ``steplm plan`` says of several devices: operations, traffic and time of a step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from steplm.config import RunConfig
+from steplm.errors import ConfigError
+from steplm.planner.traffic import GPUS, LINK_SHARE, Gpu, StepEstimate, estimate_steps
+from steplm.planner.ways import require_known
+from steplm.types import Plan
+from steplm.units import binary_unit, format_count, format_seconds, parse_bytes
+
+
+def show_scale(
+    config: RunConfig, plan: Plan, console: Console, *, gpu_name: str, utilization: float, bandwidth: str | None
+) -> dict[str, Any]:
+    """Print the estimate, unless the console is that of the errors, and return it for programs."""
+    gpu = choose_gpu(gpu_name, bandwidth)
+    if not 0 < utilization <= 1:
+        raise ConfigError(f"--utilization={utilization:g} is a share of the peak: give a number from 0 to 1.")
+    steps = estimate_steps(config, plan, gpu, utilization=utilization)
+    if not console.stderr:
+        _render(plan, console, gpu_name, gpu, utilization, steps)
+    return {
+        "world_size": config.distributed.world_size,
+        "num_shards": config.distributed.num_shards,
+        "gpu": {"name": gpu_name, **asdict(gpu), "utilization": utilization, "link_share": LINK_SHARE},
+        "training_flops": plan.training_flops,
+        "stages": [
+            {
+                **asdict(step),
+                "sent_bytes": step.traffic.total,
+                "least_seconds": step.least_seconds,
+                "most_seconds": step.most_seconds,
+            }
+            for step in steps
+        ],
+        "least_seconds": sum(step.num_steps * step.least_seconds for step in steps),
+        "most_seconds": sum(step.num_steps * step.most_seconds for step in steps),
+    }
+
+
+def choose_gpu(name: str, bandwidth: str | None = None) -> Gpu:
+    """A device by name, with another rate to other nodes where one is given, such as ``25GB`` a second.
+
+    Raises:
+        ConfigError: unknown name, or a rate that cannot be read.
+    """
+    require_known("--gpu", name, GPUS)
+    if bandwidth is None:
+        return GPUS[name]
+    try:
+        return replace(GPUS[name], network_bandwidth=float(parse_bytes(bandwidth.removesuffix("/s"))))
+    except ValueError as error:
+        raise ConfigError(f"--bandwidth: {error}, in bytes per second") from None
+
+
+def _render(
+    plan: Plan, console: Console, gpu_name: str, gpu: Gpu, utilization: float, steps: list[StepEstimate]
+) -> None:
+    unit, size = binary_unit(max(step.traffic.total for step in steps))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("stage", "steps", "FLOPs", "all-gather", "reduce", "all-reduce", "compute", "sending", "a step"):
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    for stage, step in zip(plan.stages, steps, strict=True):
+        sent = step.traffic
+        table.add_row(
+            str(stage.index),
+            format_count(step.num_steps),
+            format_count(step.flops),
+            *(
+                f"{count / size:.2f}" if count else ""
+                for count in (sent.all_gather, sent.reduce_scatter, sent.all_reduce)
+            ),
+            *(_seconds(seconds) for seconds in (step.compute_seconds, step.communication_seconds)),
+            f"{_seconds(step.least_seconds)}-{_seconds(step.most_seconds)}",
+        )
+    least = sum(step.num_steps * step.least_seconds for step in steps)
+    most = sum(step.num_steps * step.most_seconds for step in steps)
+    console.print()
+    console.print(f"a step of each device: FLOPs, {unit} that it sends, seconds", highlight=False)
+    console.print(table)
+    console.print(
+        f"run   {plan.training_flops:.3g} FLOPs; {format_seconds(least)} if sending is hidden behind computing, "
+        f"{format_seconds(most)} if not",
+        highlight=False,
+    )
+    console.print(
+        f"assumed of {gpu_name}: {utilization:.0%} of {gpu.flops[plan.precision] / 1e12:g} TFLOP/s; {LINK_SHARE:.0%} of "
+        f"{gpu.node_bandwidth / 1e9:g} GB/s in a node of {gpu.per_node} and of {gpu.network_bandwidth / 1e9:g} GB/s "
+        "from each device to others",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:.0f}"

@@ -1,0 +1,159 @@
+"""What each device sends in a step, and how long the step takes at least and at most, where several train one model.
+
+A ring of n ranks sends (n - 1) / n of what is gathered or reduced from every rank, and twice that for an all-reduce
+(Patarasuk and Yuan, doi:10.1016/j.jpdc.2008.09.002). Ranks are numbered through each node, and those that share one
+copy of the model follow each other. Left out: the time until the first byte arrives, which grows with the ring; the
+optimizer's update; evaluation and checkpoints; waiting for data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from steplm.config import RunConfig
+from steplm.memory.sharded import Group, Groups
+from steplm.memory.terms import WEIGHT_BYTES
+from steplm.planner.plan import StageCosts
+from steplm.types import Plan, Stage
+
+UTILIZATION = 0.4  # of the peak while computing, computed-again operations included
+LINK_SHARE = 0.8  # of a link's rate that a collective reaches
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates of a device, as its maker tells them: operations and bytes per second, in one direction."""
+
+    flops: dict[str, float]  # dense matrix products, by precision
+    node_bandwidth: float  # to the others of its node
+    network_bandwidth: float  # to other nodes, by a network card of its own
+    memory_bytes: float
+    per_node: int = 8
+
+
+# NVIDIA's data sheets: A100 80GB SXM in DGX A100 (HDR InfiniBand), H100 SXM in DGX H100 and B200 in DGX B200 (NDR).
+# NVLink's rate is told there for both directions together.
+GPUS = {
+    "a100": Gpu({"bf16": 312e12, "fp32": 19.5e12}, 300e9, 25e9, 80e9),
+    "h100": Gpu({"bf16": 989e12, "fp32": 67e12}, 450e9, 50e9, 80e9),
+    "b200": Gpu({"bf16": 2250e12, "fp32": 75e12}, 900e9, 50e9, 180e9),
+}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that each device sends in one step."""
+
+    all_gather: int  # weights, among the ranks that share a copy
+    reduce_scatter: int  # gradients, among the same
+    all_reduce: int  # gradients, between copies
+
+    @property
+    def total(self) -> int:
+        return self.all_gather + self.reduce_scatter + self.all_reduce
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """One step of a stage."""
+
+    flops: int  # of each device, what is computed again included
+    traffic: Traffic
+    compute_seconds: float
+    communication_seconds: float
+    num_steps: int  # of the stage
+
+    @property
+    def least_seconds(self) -> float:
+        """If all communication is hidden behind computing, or the other way round."""
+        return max(self.compute_seconds, self.communication_seconds)
+
+    @property
+    def most_seconds(self) -> float:
+        """If none is."""
+        return self.compute_seconds + self.communication_seconds
+
+
+def estimate_steps(config: RunConfig, plan: Plan, gpu: Gpu, *, utilization: float = UTILIZATION) -> list[StepEstimate]:
+    """A step of every stage of ``plan``, on ``config.distributed.world_size`` devices."""
+    costs, distributed = StageCosts(config, plan.shape), config.distributed
+    estimates = []
+    for stage in plan.stages:
+        again = costs.recomputed_flops_per_token(len(stage.whole_layers), len(stage.frozen_layers))
+        flops = (stage.flops_per_token + again) * config.step_tokens // distributed.world_size
+        traffic = step_traffic(config, plan, stage)
+        within = _ring_bandwidth(gpu, distributed.num_shards, stride=1)
+        between = _ring_bandwidth(gpu, distributed.world_size // distributed.num_shards, stride=distributed.num_shards)
+        seconds = (traffic.all_gather + traffic.reduce_scatter) / within + traffic.all_reduce / between
+        estimates.append(
+            StepEstimate(
+                flops=flops,
+                traffic=traffic,
+                compute_seconds=flops / (gpu.flops[config.train.precision] * utilization),
+                communication_seconds=seconds / LINK_SHARE,
+                num_steps=stage.tokens // config.step_tokens,
+            )
+        )
+    return estimates
+
+
+def step_traffic(config: RunConfig, plan: Plan, stage: Stage) -> Traffic:
+    """Of one step: FSDP2 gathers all for the forward pass and again for the backward pass, and reduces gradients in
+    fp32 after each micro-batch.
+
+    Of the lowest layers that the backward pass does not reach, only the first is sent for again.
+    """
+    groups = stage_groups(config, plan, stage)
+    new, old = groups.layers["new_layers"], groups.layers["frozen_layers"]
+    num_new, num_old = len(stage.whole_layers), len(stage.frozen_layers)
+    all_groups = [(new, num_new), (old, num_old), (groups.outer, 1)]
+    unreached = 0 if groups.outer.trained or old.trained else min(stage.whole_layers, default=0)
+    gathered = sum(2 * count * _gathered(group) for group, count in all_groups)
+    gathered -= max(0, unreached - 1) * _gathered(old)
+    reduced = sum(count * _reduced(group) for group, count in all_groups)
+    between = sum(count * _reduced_between(group) for group, count in all_groups)
+    times = config.micro_batches
+    return Traffic(times * gathered, times * reduced, times * between)
+
+
+def stage_groups(config: RunConfig, plan: Plan, stage: Stage) -> Groups:
+    """What is gathered and reduced together in a stage."""
+    costs, spec = StageCosts(config, plan.shape), stage.adapters
+    embeddings = f"{plan.shape.embedding_modules[0]}.weight"
+    trains_outer = any(fnmatchcase(embeddings, pattern) for pattern in stage.trained_patterns)
+    return Groups.of(
+        plan.shape,
+        config.distributed,
+        WEIGHT_BYTES[plan.precision],
+        adapter_shapes=costs.adapter_shapes if spec else (),
+        outer="trained" if trains_outer else "adapters" if spec and spec.embeddings else "frozen",
+        outer_rank=spec.rank if spec else 0,
+        packs_frozen=config.memory.packs_frozen,
+    )
+
+
+def _gathered(group: Group) -> int:
+    """Sent by a rank for an all-gather: ``(n - 1) / n × w P``."""
+    return (group.num_shards - 1) * group.width * group.local_parameters
+
+
+def _reduced(group: Group) -> int:
+    """Sent by a rank for a reduce-scatter: ``(n - 1) / n × 4 T``."""
+    return group.reduce_input_bytes - group.reduce_input_bytes // group.num_shards
+
+
+def _reduced_between(group: Group) -> int:
+    """Sent by a rank for an all-reduce among R copies: ``2 (R - 1) / R × 4 T / n``."""
+    return 2 * (group.num_replicas - 1) * group.all_reduce_bytes // group.num_replicas
+
+
+def _ring_bandwidth(gpu: Gpu, num_ranks: int, stride: int) -> float:
+    """Bytes per second that each rank of a ring can send.
+
+    Across nodes each rank lends the ring its network card, so that a ring with k ranks in a node leaves it at k times
+    one card's rate.
+    """
+    if num_ranks * stride <= gpu.per_node:
+        return gpu.node_bandwidth
+    return min(gpu.node_bandwidth, max(1, gpu.per_node // stride) * gpu.network_bandwidth)

@@ -1,0 +1,149 @@
+"""A rank that dies or hangs, a shard that is damaged, a disk that is full: told, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from steplm.checkpoint import folder as folder_module
+from steplm.checkpoint.folder import complete_checkpoints
+from steplm.config import RunConfig, dump_config
+from steplm.training import run as run_module
+from steplm.training.metrics import read_metrics
+from steplm.training.run import Run, train
+from steplm.training.step import StepReport
+
+Configure = Callable[..., RunConfig]
+RunRanks = Callable[..., None]
+SameLosses = Callable[..., None]
+
+OVERRIDES = ("train.per_device_train_batch_size=1", "train.global_batch_size=4", "train.save_steps=2")
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_run: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("one")
+    train(tiny_run(run_dir, *OVERRIDES))
+    return run_dir
+
+
+def _at_step(stage: int, step: int, rank: int, event: Callable[[], object]) -> None:
+    """In this process: ``event`` happens on that rank after that step."""
+    log = run_module.Run.log_step
+
+    def log_step(run: Run, report: StepReport) -> None:
+        log(run, report)
+        if (report.stage.index, report.progress.step, run.world.rank) == (stage, step, rank):
+            event()
+
+    run_module.Run.log_step = log_step
+
+
+def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(
+    tiny_run: Configure,
+    tmp_path: Path,
+    start_ranks: Callable,
+    run_ranks: RunRanks,
+    one_process: Path,
+    assert_same_losses: SameLosses,
+) -> None:
+    def dying() -> None:
+        _at_step(2, 3, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        train(tiny_run(tmp_path, *OVERRIDES))
+
+    survivor, dead = start_ranks(dying, 2).wait()
+    assert dead == -signal.SIGKILL
+    assert survivor == 1
+    assert complete_checkpoints(tmp_path / "checkpoints")[-1].name == "stage2-step000002"
+    run_ranks(lambda: train(tiny_run(tmp_path, *OVERRIDES)), 2)
+    assert_same_losses(tmp_path, one_process)
+
+
+def test_a_rank_that_hangs_ends_the_run_and_every_rank_shows_where_it_stands(
+    tiny_run: Configure, tmp_path: Path, start_ranks: Callable
+) -> None:
+    def never_done() -> None:
+        time.sleep(300)
+
+    def hanging() -> None:
+        _at_step(1, 3, 1, never_done)
+        train(tiny_run(tmp_path, *OVERRIDES, "distributed.timeout=0.08"))
+
+    ranks = start_ranks(hanging, 2)
+    assert ranks.wait(60) == [1, 1]
+    log = ranks.log.read_text()
+    assert "rank 0: no progress for 0.08 minutes" in log
+    assert "rank 1: no progress for 0.08 minutes" in log
+    assert "in never_done" in log
+
+
+def test_a_damaged_shard_is_found_and_the_checkpoint_before_it_is_used(
+    tiny_run: Configure, tmp_path: Path, run_ranks: RunRanks, one_process: Path, assert_same_losses: SameLosses
+) -> None:
+    def stopping() -> None:
+        _at_step(2, 5, 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(tiny_run(tmp_path, *OVERRIDES))
+
+    run_ranks(stopping, 2)
+    *_, before, last = complete_checkpoints(tmp_path / "checkpoints")
+    shard = sorted((last / "shards").iterdir())[1]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    run_ranks(lambda: train(tiny_run(tmp_path, *OVERRIDES)), 2)
+    assert last.with_name(f"{last.name}.damaged").is_dir()
+    assert before.name == "stage2-step000004"
+    assert_same_losses(tmp_path, one_process)
+
+
+def test_a_full_disk_is_told_by_every_rank_and_leaves_whole_checkpoints(
+    tiny_run: Configure, tmp_path: Path, start_ranks: Callable
+) -> None:
+    complete = folder_module._complete
+
+    def full_disk(temporary: Path, final: Path, *others: object) -> None:
+        if final.name == "stage1-step000004":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        complete(temporary, final, *others)
+
+    def filling() -> None:
+        folder_module._complete = full_disk
+        train(tiny_run(tmp_path, *OVERRIDES))
+
+    ranks = start_ranks(filling, 2)
+    assert ranks.wait() == [1, 1]
+    assert ranks.log.read_text().count("CheckpointError: no space left") == 2
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["stage1-step000002"]
+
+
+def test_torchrun_starts_again_by_itself_when_a_rank_is_killed(
+    tiny_run: Configure, tmp_path: Path, one_process: Path, assert_same_losses: SameLosses
+) -> None:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(dump_config(tiny_run(tmp_path / "run", *OVERRIDES)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(run_module.__file__).parents[2])}
+    with subprocess.Popen(
+        [*torchrun, "-m", "steplm", "train", str(run_file)], env=environment, cwd=tmp_path
+    ) as process:
+        killed = False
+        until = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < until:
+            if not killed and len(read_metrics(tmp_path / "run" / "metrics.jsonl", "train")) >= 4:
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                os.kill(int(children[-1]), signal.SIGKILL)
+                killed = True
+            time.sleep(0.01)
+        if process.poll() is None:
+            process.kill()
+    assert killed
+    assert process.returncode == 0
+    assert_same_losses(tmp_path / "run", one_process)

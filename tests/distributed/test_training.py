@@ -1,0 +1,136 @@
+"""Several ranks train as one process does: the same losses, whatever is cut or copied."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from steplm.checkpoint.folder import load_checkpoint
+from steplm.config import RunConfig
+from steplm.models.folder import load_state
+from steplm.training import run as run_module
+from steplm.training import stage as stage_module
+from steplm.training.assemble import StageStart
+from steplm.training.export import export
+from steplm.training.metrics import read_metrics
+from steplm.training.run import Run, train
+from steplm.training.step import StepReport
+
+Configure = Callable[..., RunConfig]
+RunRanks = Callable[..., None]
+SameLosses = Callable[..., None]
+
+# One process takes four micro-batches a step, two ranks two, four ranks one. The layers are given: what has the least
+# peak depends on the number of devices. At a high learning rate a run of few parameters makes much of a rounding.
+BATCH = (
+    "train.per_device_train_batch_size=1", "train.global_batch_size=4", "plan.layers=[2,2]", "optim.learning_rate=3e-3",
+)  # fmt: skip
+
+CASES = {
+    "vanilla": (2, "plan.num_stages=1", "plan.layers=[4]"),
+    "three stages": (4, "plan.num_stages=3", "plan.layers=[2,1,1]"),
+    "hybrid": (4, "distributed.shard_size=2", "train.gradient_checkpointing=true"),
+    "data parallel": (2, "distributed.shard_size=1", "memory.offload_frozen=true"),
+    "rows that do not divide": (3, "train.global_batch_size=3", "train.per_device_train_batch_size=1"),
+    "tied embeddings under adapters": (2, "model.tie_word_embeddings=true", "plan.train_embeddings=adapters"),
+    "fused backward": (
+        2, "train.global_batch_size=2", "memory.fused_backward=true", "optim.max_grad_norm=null",
+        "train.per_device_train_batch_size=2",
+    ),
+    "within documents, clipped": (2, "data.within_documents=true", "optim.max_grad_norm=0.3"),
+    "fresh new layers, moments kept": (2, "growth.operator=random", "optim.keep_state_at_growth=true"),
+    "GaLore on whole matrices": (2, "distributed.shard_size=1", "optim.name=galore", "optim.rank=4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_train_as_one_process_does(
+    case: str, tiny_run: Configure, tmp_path: Path, run_ranks: RunRanks, assert_same_losses: SameLosses
+) -> None:
+    size, *overrides = CASES[case]
+    train(tiny_run(tmp_path / "one", *BATCH, *(key for key in overrides if not key.startswith("distributed"))))
+    run_ranks(lambda: train(tiny_run(tmp_path / "many", *BATCH, *overrides)), size)
+    assert_same_losses(tmp_path / "many", tmp_path / "one")
+    ours, theirs = load_state(tmp_path / "many" / "export"), load_state(tmp_path / "one" / "export")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_every_rank_holds_the_planned_bytes(tiny_run: Configure, tmp_path: Path, run_ranks: RunRanks) -> None:
+    run_ranks(lambda: train(tiny_run(tmp_path, *BATCH, "train.precision=bf16")), 4)
+    entrances = read_metrics(tmp_path / "metrics.jsonl", "stage_start")
+    assert len(entrances) == 2
+    for entrance in entrances:
+        assert entrance["measured_bytes"] == entrance["planned_bytes"]
+        assert entrance["measured_bytes_of_ranks"] == [entrance["planned_bytes"]["total"]] * 4
+
+
+def test_at_growth_no_rank_holds_more_than_its_rows(tiny_run: Configure, tmp_path: Path, run_ranks: RunRanks) -> None:
+    enter = stage_module.enter_stage
+
+    def entered(*arguments: object) -> StageStart:
+        start = enter(*arguments)
+        held = sum(tensor.untyped_storage().nbytes() for tensor in start.weights.values())
+        hidden_size, layers = start.hf_config.hidden_size, start.hf_config.num_hidden_layers
+        whole = 4 * (layers * (32 * (32 + 2 * 16 + 32) + 3 * 32 * 48 + 2 * 32) + hidden_size)
+        whole += 4 * 2 * start.hf_config.vocab_size * hidden_size
+        assert held == whole // 4
+        return start
+
+    def action() -> None:
+        run_module.enter_stage = entered
+        train(tiny_run(tmp_path, *BATCH))
+
+    run_ranks(action, 4)
+
+
+def _until(config: Callable[[], RunConfig], stage: int, step: int) -> Callable[[], None]:
+    """An action that is asked to stop, by a signal, after so many steps of a stage."""
+
+    def action() -> None:
+        log = run_module.Run.log_step
+
+        def log_step(run: Run, report: StepReport) -> None:
+            log(run, report)
+            if (report.stage.index, report.progress.step) == (stage, step) and run.world.is_first:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        run_module.Run.log_step = log_step
+        assert train(config()).stop_signal == signal.SIGTERM
+
+    return action
+
+
+def test_a_run_goes_on_with_other_numbers_of_ranks_within_stages_and_across_growth(
+    tiny_run: Configure, tmp_path: Path, run_ranks: RunRanks, assert_same_losses: SameLosses
+) -> None:
+    overrides = ("train.per_device_train_batch_size=2", "train.save_steps=3")
+    train(tiny_run(tmp_path / "one", "train.per_device_train_batch_size=4", "train.save_steps=3"))
+
+    def config() -> RunConfig:
+        return tiny_run(tmp_path / "many", *overrides)
+
+    run_ranks(_until(config, stage=1, step=2), 2)
+    run_ranks(_until(config, stage=1, step=4), 1)
+    run_ranks(_until(config, stage=2, step=2), 4)
+    run_ranks(lambda: train(config()), 2)
+    assert_same_losses(tmp_path / "many", tmp_path / "one")
+
+
+def test_shards_of_any_number_of_ranks_load_as_whole_tensors_and_export_without_ranks(
+    tiny_run: Configure, tmp_path: Path, run_ranks: RunRanks
+) -> None:
+    run_ranks(lambda: train(tiny_run(tmp_path, *BATCH)), 4)
+    checkpoint = load_checkpoint(tmp_path / "checkpoints" / "stage2-end")
+    assert checkpoint.weights["model.embed_tokens.weight"].shape[1] == 32
+    assert checkpoint.optimizer["lm_head.weight.exp_avg"].shape == checkpoint.weights["lm_head.weight"].shape
+    again = export(tmp_path, tmp_path / "again")
+    ours, theirs = load_state(again), load_state(tmp_path / "export")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
