@@ -214,8 +214,7 @@ def forbid(subject: Subject) -> None:
     folder.chmod(0)
     try:
         attempt = subject.start(obey_permissions=True)
-        code = 2 if folder == subject.run_dir else 1
-        subject.refused(attempt, "permission denied", str(folder), exit_code=code)
+        subject.refused(attempt, "permission denied", str(folder))
     finally:
         folder.chmod(mode)
     require(subject.checkpoints == checkpoints, "checkpoints were lost")

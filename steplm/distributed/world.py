@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -172,9 +173,13 @@ def joined(distributed: DistributedConfig, device: torch.device) -> Iterator[Wor
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     seconds = distributed.timeout * 60
-    # A group's own timeout comes later than the watchdog's, which tells more.
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=2 * seconds)
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=_store_of_this_attempt(),
+        rank=rank,
+        world_size=size,
+        # A group's own timeout comes later than the watchdog's, which tells more.
+        timeout=datetime.timedelta(seconds=2 * seconds),
     )
     num_shards = distributed.num_shards
     mesh = init_device_mesh(device.type, (size // num_shards, num_shards), mesh_dim_names=("replicate", "shard"))
@@ -198,3 +203,29 @@ def joined(distributed: DistributedConfig, device: torch.device) -> Iterator[Wor
     finally:
         watchdog.stop()
         dist.destroy_process_group()
+
+
+def _store_of_this_attempt() -> dist.Store:
+    """The launcher's store, under a name that the ranks agree on now.
+
+    torchrun keeps one store over restarts, in which the addresses of dead processes stay (pytorch#135712), and its
+    count of restarts is each machine's own. So the first rank makes up a name, and gives it to every rank that asks:
+    under a question of its own, which no process before has asked.
+    """
+    store, rank, size = next(dist.rendezvous("env://"))
+    if rank:
+        question = uuid.uuid4().hex
+        store.set(f"question/{rank}", question)
+        name = store.get(f"answer/{question}").decode()
+        store.set(f"heard/{name}/{rank}", "")
+        return dist.PrefixStore(name, store)
+    name = uuid.uuid4().hex
+    silent = set(range(1, size))
+    while silent:
+        for other in sorted(silent):
+            if store.check([f"heard/{name}/{other}"]):
+                silent.discard(other)
+            elif store.check([f"question/{other}"]):  # it may be a dead one's; then another will come
+                store.set(f"answer/{store.get(f'question/{other}').decode()}", name)
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
