@@ -82,7 +82,7 @@ def make_dataset(tmp_path: Path) -> Callable[..., TokenDataset]:
         manifest = Manifest(
             fingerprint="by hand",
             dtype=dtype,
-            tokenizer=TokenizerManifest("by hand", 2**16, 0, hashlib.sha256(b"{}").hexdigest()),
+            tokenizer=TokenizerManifest("by hand", int(np.iinfo(dtype).max) + 1, 0, hashlib.sha256(b"{}").hexdigest()),
             splits={split: SplitManifest(tuple(writer.shards)) for split, writer in writers.items()},
             num_records=len(documents),
             num_bad_records=0,

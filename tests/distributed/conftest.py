@@ -101,7 +101,7 @@ def _numbers(run_dir: Path) -> dict[tuple, dict[str, float]]:
 
 @pytest.fixture(scope="session")
 def assert_same_losses() -> Callable[..., None]:
-    """Two run directories hold the same events, with losses within 1e-5 nats, and gradient norms within 1e-4 of theirs."""
+    """Two run directories hold the same events, with losses within 1e-5 nats, and norms within 1e-4 of theirs."""
 
     def check(run_dir: Path, one_process: Path) -> None:
         ours, theirs = _numbers(run_dir), _numbers(one_process)

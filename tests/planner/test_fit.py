@@ -70,22 +70,39 @@ def one_more(row: Alternative, axis: str) -> list[str]:
         ["memory.offload_frozen=true", "memory.frozen_weights=nf4", "pet.method=none", "pet.rank=8"]
     ),
     batch=st.integers(1, 40),
+    devices=st.sampled_from([1, 1, 3, 8]),
 )
 def test_the_depth_is_divided_as_the_plan_divides_it(
-    num_layers: int, num_stages: int, checkpointing: str, position: str, objective: str, option: str, batch: int
+    num_layers: int,
+    num_stages: int,
+    checkpointing: str,
+    position: str,
+    objective: str,
+    option: str,
+    batch: int,
+    devices: int,
 ) -> None:
     assume(num_stages <= num_layers)
+    assume(devices == 1 or option.startswith("pet."))
     settings_of_run = (
         f"model.num_hidden_layers={num_layers}", f"plan.num_stages={num_stages}", f"growth.position={position}",
         f"train.gradient_checkpointing={checkpointing}", f"plan.objective={objective}", option,
-        f"train.per_device_train_batch_size={batch}",
+        f"train.per_device_train_batch_size={batch}", f"distributed.world_size={devices}",
     )  # fmt: skip
     made, best = plan(tiny(*settings_of_run)), fit(tiny(*settings_of_run), 10**12, vary=()).best
     assert (made.layers, made.peak_bytes) == (best.layers, best.peak_bytes)
 
 
 @pytest.mark.parametrize("maximize", [None, *AXES])
-@pytest.mark.parametrize("more", [(), ("plan.objective=model_state",), ("plan.freeze_old_layers=false",)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("plan.objective=model_state",),
+        ("plan.freeze_old_layers=false",),
+        ("distributed.world_size=4", "train.global_batch_size=16"),
+    ],
+)
 def test_every_row_is_the_plan_of_its_overrides_and_fits(maximize: str | None, more: tuple[str, ...]) -> None:
     config = tiny(*more)
     budget = written_bytes(*more) * 3 // 2

@@ -1,0 +1,106 @@
+"""``steplm plan`` of several devices: one table of a device, one of a step, the same numbers for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from steplm.cli.plan import render_explain, render_plan, show_plan
+from steplm.cli.scale import choose_gpu, show_scale
+from steplm.config import load_config
+from steplm.errors import ConfigError
+from steplm.planner.plan import plan
+from steplm.planner.traffic import GPUS, UTILIZATION
+
+VALUES: dict[str, Any] = {
+    "model": {"hidden_size": 1024, "intermediate_size": 2736, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "plan": {"num_stages": 3, "objective": "model_state"},
+}
+
+
+def text_of(*overrides: str, width: int = 80) -> str:
+    stream = io.StringIO()
+    config = load_config(VALUES, overrides)
+    made, console = plan(config), Console(file=stream, width=width)
+    render_plan(made, console, config)
+    show_scale(config, made, console, gpu_name="h100", utilization=UTILIZATION, bandwidth=None)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["distributed.world_size=8"],
+        ["distributed.world_size=64", "distributed.shard_size=8", "train.gradient_accumulation_steps=8"],
+        ["distributed.world_size=4", "distributed.shard_size=1"],
+        ["distributed.world_size=1024", "model.hidden_size=8192", "model.intermediate_size=28672", "plan.num_stages=6"],
+    ],
+)
+def test_the_tables_fit_eighty_columns(overrides: list[str]) -> None:
+    text = text_of(*overrides)
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_it_says_how_the_devices_hold_the_model_and_what_each_holds() -> None:
+    assert "per device: 64 devices, 8 share one copy" in text_of(
+        "distributed.world_size=64", "distributed.shard_size=8"
+    )
+    assert "per device: 8 devices, all share one copy" in text_of("distributed.world_size=8")
+    assert "per device: 4 devices, a whole copy on each" in text_of(
+        "distributed.world_size=4", "distributed.shard_size=1"
+    )
+    assert "per device" not in text_of().split("a step of each device")[0]
+
+
+def test_explain_shows_what_is_gathered_and_sent_with_their_formulas() -> None:
+    stream = io.StringIO()
+    config = load_config(VALUES, ["distributed.world_size=8"])
+    made = plan(config)
+    render_explain(made, Console(file=stream, width=120), config)
+    text = stream.getvalue()
+    for words in ("÷ 8, rows rounded up", "gathered weights", "made whole: w P_outer", "all-gather: w P_layer"):
+        assert words in text
+    for stage in made.stages:
+        assert stage.peak is not None
+        for term in stage.peak.highest.memory.terms:
+            assert f"{term.num_bytes:,}" in text
+
+
+def test_world_size_on_the_command_line_is_the_key(capsys: pytest.CaptureFixture[str]) -> None:
+    def document(*overrides: str, **options: Any) -> dict[str, Any]:
+        show_plan("llama_368m", overrides, as_json=True, **options)
+        return json.loads(capsys.readouterr().out)
+
+    by_option = document(world_size=16, shard_size=4)
+    assert by_option == document("distributed.world_size=16", "distributed.shard_size=4")
+    devices = by_option["devices"]
+    assert (devices["world_size"], devices["num_shards"], devices["gpu"]["name"]) == (16, 4, "h100")
+    for stage in devices["stages"]:
+        assert stage["sent_bytes"] == sum(stage["traffic"].values())
+        assert stage["least_seconds"] <= stage["most_seconds"]
+    assert "devices" not in document()
+
+
+def test_a_slower_network_and_a_lower_share_take_longer(capsys: pytest.CaptureFixture[str]) -> None:
+    def most_seconds(**options: Any) -> float:
+        show_plan("llama_368m", ["distributed.world_size=16"], as_json=True, **options)
+        return json.loads(capsys.readouterr().out)["devices"]["most_seconds"]
+
+    assert most_seconds() < most_seconds(bandwidth="1GB") < most_seconds(bandwidth="1GB/s", utilization=0.1)
+    assert most_seconds() < most_seconds(gpu="a100")
+
+
+def test_what_cannot_be_read_is_refused_with_the_way_out() -> None:
+    assert choose_gpu("h100", "12.5GB/s").network_bandwidth == 12.5e9
+    assert choose_gpu("h100") is GPUS["h100"]
+    with pytest.raises(ConfigError, match=r"--gpu has no 'h10'\. Did you mean 'h100'"):
+        choose_gpu("h10")
+    with pytest.raises(ConfigError, match=r"--bandwidth: cannot read 'fast'.*in bytes per second"):
+        choose_gpu("h100", "fast")
+    with pytest.raises(ConfigError, match="--utilization=40 is a share"):
+        show_plan("llama_368m", ["distributed.world_size=2"], as_json=True, utilization=40)
