@@ -68,7 +68,7 @@ CONFIG: dict[str, dict[str, Any]] = {
         "loss_chunk_size": 32,
         "save_steps": 2,
     },
-    "eval": {"eval_steps": 4, "max_tokens": 256},
+    "eval": {"eval_steps": 4, "max_tokens": 256, "per_device_eval_batch_size": 32},
     "log": {"progress": "lines", "logging_steps": 3},
 }
 
@@ -351,7 +351,7 @@ class Subject:
         if self.wait_for(attempt, lambda: len(self.checkpoints) >= num_checkpoints):
             self.sleep(0.4)
             attempt.kill_all()
-        return attempt.wait() != 0
+        return attempt.wait() != 0 and not self.is_finished
 
     def refused(self, attempt: Attempt, *words: str, exit_code: int = 1) -> None:
         """The attempt ends with this exit code and one message that has these words."""

@@ -232,6 +232,8 @@ def start_twice(subject: Subject) -> None:
         return
     second = subject.start()
     refused, done = sorted((first, second), key=lambda attempt: attempt.wait() == 0)
+    if refused.wait() == 0 and "is finished already" in second.output:  # too late
+        return
     require(done.wait() == 0, f"both were refused:\n{first.output}\n{second.output}")
     subject.refused(refused, "another process trains in", str(subject.run_dir))
     subject.note_fault(where)

@@ -48,7 +48,7 @@ def configure(model: str, way: str, world_size: int, shard_size: int | None = No
                 "vocab_size": 32000,
                 "max_position_embeddings": 4096,
             },
-            "plan": {**WAYS[way], "tokens_per_parameter": 20},
+            "plan": {**WAYS[way], "tokens_per_parameter": 20, "objective": "model_state"},
             "pet": {"rank": 128},
             "train": {
                 "precision": "bf16",
@@ -124,7 +124,7 @@ def planned() -> dict[str, Any]:
 def blocks(table: dict[str, Any]) -> dict[str, str]:
     """The Markdown between each pair of markers."""
     return {
-        "memory": _memory([row for row in table["rows"]]),
+        "memory": _memory(table["rows"]),
         "time": _time(table["rows"]),
         "hybrid": _hybrid(table["hybrid"]),
         "assumed": _assumed(table),
@@ -156,10 +156,10 @@ def _time(rows: list[dict[str, Any]]) -> str:
             f"{row['training_flops']:.2e}",
             str(row["micro_batches"]),
             _gib(row["sent_bytes"]),
-            f"{row['compute_seconds']:.3g}",
-            f"{row['communication_seconds']:.3g}",
-            f"{row['least_seconds']:.3g} – {row['most_seconds']:.3g}",
-            f"{days[0]:.3g} – {days[1]:.3g}",
+            _three(row["compute_seconds"]),
+            _three(row["communication_seconds"]),
+            f"{_three(row['least_seconds'])} – {_three(row['most_seconds'])}",
+            f"{_three(days[0])} – {_three(days[1])}",
         )
         lines.append(f"{_head(row)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -172,10 +172,10 @@ def _hybrid(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         cells = (
-            str(row["num_shards"]),
+            f"{row['num_shards']:,}",
             *(_gib(row[name]) for name in ("model_state_bytes", "peak_bytes", "sent_bytes")),
-            f"{row['communication_seconds']:.3g}",
-            f"{row['least_seconds']:.3g} – {row['most_seconds']:.3g}",
+            _three(row["communication_seconds"]),
+            f"{_three(row['least_seconds'])} – {_three(row['most_seconds'])}",
         )
         lines.append(f"| {row['model']} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -203,15 +203,18 @@ def _gib(num_bytes: int) -> str:
     return f"{size:,.0f}" if size >= 1000 else f"{size:.1f}" if size >= 100 else f"{size:.2f}"
 
 
+def _three(value: float) -> str:
+    """At least three digits, no exponent."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+BLOCK = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)
+
+
 def filled(page: str, table: dict[str, Any]) -> str:
-    """The page with all blocks as the table has them."""
-    for marker, text in blocks(table).items():
-        page, count = re.subn(
-            rf"(<!-- {marker} -->\n).*?(\n<!-- /{marker} -->)", lambda m: f"{m[1]}{text}{m[2]}", page, flags=re.DOTALL
-        )
-        if count != 1:
-            raise SystemExit(f"the page has {count} times <!-- {marker} --> … <!-- /{marker} -->")
-    return page
+    """The page with every block as the table has it."""
+    text = blocks(table)
+    return BLOCK.sub(lambda match: f"<!-- {match[1]} -->\n{text[match[1]]}\n<!-- /{match[1]} -->", page)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Numbers as people write them: ``"24GiB"``, ``"10B"`` tokens, and back again."""
+"""Numbers as people write them, ``"24GiB"``, ``"10B"`` tokens, and back again; values and reasons in a message."""
 
 from __future__ import annotations
 
+import math
 import re
+from typing import Any
 
 _BYTE_UNITS = {
     "": 1, "b": 1,
@@ -14,24 +16,20 @@ _NUMBER_AND_UNIT = re.compile(r"^\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?
 
 
 def _parse(value: str | int | float, units: dict[str, int], example: str) -> int:
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number such as {example}, got {value}")
-    if isinstance(value, int | float):
-        number, factor = float(value), 1
-        if isinstance(value, int):
-            return value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"expected a number such as {example}")
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float):
+        result = value
     else:
         match = _NUMBER_AND_UNIT.match(value)
         if match is None or match.group(2).lower() not in units:
             known = ", ".join(unit for unit in units if unit)
-            raise ValueError(f"cannot read {value!r}: expected a number such as {example} (units: {known})")
-        number, factor = (
-            float(match.group(1).replace("_", "").replace(",", "")),
-            units[match.group(2).lower()],
-        )
-    result = number * factor
-    if result != int(result):
-        raise ValueError(f"{value!r} is {result}, not a whole number")
+            raise ValueError(f"cannot read {shortened(value)}: expected a number such as {example} (units: {known})")
+        result = float(match.group(1).replace("_", "").replace(",", "")) * units[match.group(2).lower()]
+    if not math.isfinite(result) or result != int(result):
+        raise ValueError(f"{shortened(value)} is {result}, not a whole number")
     return int(result)
 
 
@@ -51,6 +49,23 @@ def parse_count(value: str | int | float) -> int:
         ValueError: the text is not a whole number with a known unit.
     """
     return _parse(value, _COUNT_UNITS, "'10B'")
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """``repr`` for a message: the beginning and the end of what is longer than so many characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most * 3 // 4]}…{text[len(text) - most // 4 :]}"
+
+
+def reason(error: BaseException) -> str:
+    """What an error of a parser says, in one line; of pydantic's, the first problem and where it is."""
+    problems = error.errors(include_url=False) if hasattr(error, "errors") else []
+    if not problems:
+        first_line = str(error).strip().partition("\n")[0]
+        return first_line[:300] or type(error).__name__
+    where = ".".join(str(part)[:40] for part in problems[0]["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{where or 'the whole'}: {problems[0]['msg']}, not {shortened(problems[0]['input'])}{more}"
 
 
 def format_bytes(num_bytes: int | float) -> str:

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -161,7 +160,7 @@ def wait_for_shards(writer: BackgroundWriter, root: Path) -> None:
     try:
         writer.wait()
     except Exception as error:
-        raise _explained(error, root) from None
+        raise explained(error, root) from None
 
 
 @contextmanager
@@ -175,7 +174,7 @@ def _written_whole(final: Path, *, keep: bool = False) -> Iterator[Path]:
     # safetensors and huggingface_hub wrap a failed write in errors of their own.
     except Exception as error:
         _remove(temporary)
-        raise _explained(error, final) from None
+        raise explained(error, final) from None
 
 
 def _temporary(final: Path) -> Path:
@@ -193,9 +192,9 @@ def _complete(temporary: Path, final: Path, state: CheckpointState, known: Finge
     write_atomically(final / MARKER, marker)
 
 
-def _explained(error: Exception, path: Path) -> Exception:
+def explained(error: Exception, path: Path) -> Exception:
     """What a user can do about a failed write; any other error as it is."""
-    if _is_disk_full(error):
+    if is_disk_full(error):
         free = shutil.disk_usage(path if path.is_dir() else path.parent).free
         return CheckpointError(
             f"no space left while writing {path} ({free:,} bytes are free). The checkpoints before it are whole: "
@@ -256,23 +255,24 @@ def verify_checkpoint(path: Path, *, with_optimizer: bool = True) -> None:
         CheckpointError: the marker is missing, or a file is missing, truncated or altered.
     """
     try:
-        expected: dict[str, dict[str, Any]] = json.loads((path / MARKER).read_text())
+        marker = json.loads((path / MARKER).read_text())
+        expected = {name: (int(wanted["bytes"]), str(wanted["sha256"])) for name, wanted in marker.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {MARKER} file", path=str(path)) from None
-    except ValueError:
+    except (ValueError, AttributeError, KeyError, TypeError):
         raise CheckpointError(f"{path / MARKER} is damaged", path=str(path)) from None
-    for name, wanted in expected.items():
+    for name, (num_bytes, sha256) in expected.items():
         if name == OPTIMIZER and not with_optimizer:
             continue
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing from the checkpoint", path=str(file))
-        if file.stat().st_size != wanted["bytes"]:
+        if file.stat().st_size != num_bytes:
             raise CheckpointError(
-                f"{file} is damaged: {file.stat().st_size:,} bytes where {wanted['bytes']:,} were written",
+                f"{file} is damaged: {file.stat().st_size:,} bytes where {num_bytes:,} were written",
                 path=str(file),
             )
-        if fingerprint(file)["sha256"] != wanted["sha256"]:
+        if fingerprint(file)["sha256"] != sha256:
             raise CheckpointError(f"{file} is damaged: its sha256 is not the one that was written", path=str(file))
 
 
@@ -333,8 +333,10 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+def is_disk_full(error: BaseException) -> bool:
+    """Also where a library has wrapped it in an error of its own."""
+    numbers = errno.ENOSPC, errno.EDQUOT
+    return getattr(error, "errno", None) in numbers or any(os.strerror(number) in str(error) for number in numbers)
 
 
 def _versions() -> dict[str, str]:

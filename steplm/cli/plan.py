@@ -141,7 +141,7 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
     def add_row(
         name: str, layers: str, tokens: str, memory: MemoryEstimate, peak: int | None, style: str | None = None
     ) -> None:
-        peak_cell = "" if peak is None else _five_digits(peak / size)
+        peak_cell = "" if peak is None else five_digits(peak / size)
         cells = (*_parameter_cells(memory), tokens, *_byte_cells(memory, size), peak_cell)
         table.add_row(name, layers, *cells, style=style)
 
@@ -356,9 +356,9 @@ def _parameter_cells(memory: MemoryEstimate) -> list[str]:
 
 def _byte_cells(memory: MemoryEstimate, size: int) -> list[str]:
     kinds = [memory.bytes_of(kind=kind) for kind in ("weights", "gradients", "optimizer")]
-    return [_five_digits(num_bytes / size) for num_bytes in (*kinds, memory.total_bytes)]
+    return [five_digits(num_bytes / size) for num_bytes in (*kinds, memory.total_bytes)]
 
 
-def _five_digits(value: float) -> str:
+def five_digits(value: float) -> str:
     """At most five characters below 100,000, so that the table stays narrow."""
     return f"{value:.2f}" if value < 99.995 else f"{value:.1f}" if value < 999.95 else f"{value:.0f}"

@@ -9,12 +9,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from steplm.cli.plan import five_digits
 from steplm.config import RunConfig
 from steplm.errors import ConfigError
 from steplm.planner.traffic import GPUS, LINK_SHARE, Gpu, StepEstimate, estimate_steps
 from steplm.planner.ways import require_known
 from steplm.types import Plan
 from steplm.units import binary_unit, format_count, format_seconds, parse_bytes
+
+COLUMNS = ("stage", "steps", "FLOPs", "gather", "reduce", "copies", "compute", "sending", "least", "most")
 
 
 def show_scale(
@@ -66,20 +69,17 @@ def _render(
 ) -> None:
     unit, size = binary_unit(max(step.traffic.total for step in steps))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("stage", "steps", "FLOPs", "all-gather", "reduce", "all-reduce", "compute", "sending", "a step"):
+    for name in COLUMNS:
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for stage, step in zip(plan.stages, steps, strict=True):
-        sent = step.traffic
+        sent = (step.traffic.all_gather, step.traffic.reduce_scatter, step.traffic.all_reduce)
+        seconds = (step.compute_seconds, step.communication_seconds, step.least_seconds, step.most_seconds)
         table.add_row(
             str(stage.index),
             format_count(step.num_steps),
             format_count(step.flops),
-            *(
-                f"{count / size:.2f}" if count else ""
-                for count in (sent.all_gather, sent.reduce_scatter, sent.all_reduce)
-            ),
-            *(_seconds(seconds) for seconds in (step.compute_seconds, step.communication_seconds)),
-            f"{_seconds(step.least_seconds)}-{_seconds(step.most_seconds)}",
+            *(five_digits(count / size) if count else "" for count in sent),
+            *map(_seconds, seconds),
         )
     least = sum(step.num_steps * step.least_seconds for step in steps)
     most = sum(step.num_steps * step.most_seconds for step in steps)
@@ -87,13 +87,13 @@ def _render(
     console.print(f"a step of each device: FLOPs, {unit} that it sends, seconds", highlight=False)
     console.print(table)
     console.print(
-        f"run   {plan.training_flops:.3g} FLOPs; {format_seconds(least)} if sending is hidden behind computing, "
-        f"{format_seconds(most)} if not",
+        f"run   {plan.training_flops:.3g} FLOPs; {format_seconds(least)} if sending is hidden, {format_seconds(most)} "
+        "if none is",
         highlight=False,
     )
     console.print(
-        f"assumed of {gpu_name}: {utilization:.0%} of {gpu.flops[plan.precision] / 1e12:g} TFLOP/s; {LINK_SHARE:.0%} of "
-        f"{gpu.node_bandwidth / 1e9:g} GB/s in a node of {gpu.per_node} and of {gpu.network_bandwidth / 1e9:g} GB/s "
+        f"assumed of {gpu_name}: {utilization:.0%} of {gpu.flops[plan.precision] / 1e12:g} TFLOP/s; {LINK_SHARE:.0%} "
+        f"of {gpu.node_bandwidth / 1e9:g} GB/s in a node of {gpu.per_node} and of {gpu.network_bandwidth / 1e9:g} GB/s "
         "from each device to others",
         style="dim",
         highlight=False,

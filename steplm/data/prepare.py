@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -114,7 +114,7 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
         tokenizer = _make_tokenizer(folder, config, sources, progress)
         vocab_size = _vocab_size(tokenizer)
         _check_vocabulary(vocab_size, config)
-        dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+        dtype: Literal["uint16", "uint32"] = "uint16" if vocab_size <= 2**16 else "uint32"
         writers = {split: ShardWriter(folder / split, dtype=dtype, shard_tokens=data.shard_tokens) for split in SPLITS}
         try:
             counts = _write_shards(config, sources, tokenizer, writers, progress)
@@ -212,15 +212,16 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
         if isinstance(old, list) and isinstance(new, list):
             old, new = [x for x in old if x not in new], [x for x in new if x not in old]
         if before.get(key) != now.get(key):
-            lines.append(f"  {key}: was {old}, is {new}")
+            lines.append(f"  {key}: was {str(old)[:300]}, is {str(new)[:300]}")
     return "\n".join(lines) or "  (inputs.json is missing)"
 
 
 def _read_inputs(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / INPUTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        inputs = json.loads((folder / INPUTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return inputs if isinstance(inputs, dict) else {}
 
 
 def _discard_other_work(folder: Path, inputs: dict[str, Any]) -> None:

@@ -110,11 +110,11 @@ def _whole_shards(folder: Path, itemsize: int) -> list[Shard]:
     while (path := folder / f"shard-{len(shards):05d}.json").is_file():
         try:
             shard = from_json(Shard, json.loads(path.read_text(encoding="utf-8")))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         sizes = {".bin": shard.num_tokens * itemsize, ".offsets.npy": offsets_file_bytes(shard.num_documents)}
         files = {path.with_suffix(suffix): size for suffix, size in sizes.items()}
-        if any(not file.is_file() or file.stat().st_size != size for file, size in files.items()):
+        if shard.name != path.stem or any(not f.is_file() or f.stat().st_size != size for f, size in files.items()):
             break
         shards.append(shard)
     return shards

@@ -13,15 +13,17 @@ import hashlib
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, urlsplit
 
 from steplm.data.builtin import describe_python_docs, python_docs
 from steplm.errors import DataError, HubUnavailable
+from steplm.units import reason, shortened
 
 NUM_EXAMPLES = 10
 TEXT_PIECE_BYTES = 32 * 2**10
@@ -150,8 +152,22 @@ def _remote(entry: str) -> Source:
     return Source(entry)
 
 
+def local_path(text: str | Path) -> Path:
+    """The path that a user wrote, with ``~`` resolved; there need not be anything.
+
+    Raises:
+        DataError: no file system can have it.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{shortened(str(text))} is no path: {reason(error)}", path=str(text)) from None
+    return path
+
+
 def _matching_files(entry: str) -> list[Path]:
-    path = Path(entry).expanduser()
+    path = local_path(entry)
     matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     files: list[Path] = []
     for match in matches:
@@ -221,7 +237,7 @@ def _why_unusable(value: Any, text: Any, text_field: str) -> str | None:
     if isinstance(value, Exception):
         return str(value)
     if text is None:
-        return f"no field {text_field!r}; fields are {', '.join(map(repr, value))}" if value else "an empty record"
+        return f"no field {text_field!r}; fields are {_listed(value)}" if value else "an empty record"
     if not isinstance(text, str):
         what = f"field {text_field!r}" if isinstance(value, dict) else "the record"
         return f"{what} is {type(text).__name__}, not text"
@@ -232,6 +248,11 @@ def _why_unusable(value: Any, text: Any, text_field: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"text that is not Unicode: a lone surrogate at character {error.start}"
     return None
+
+
+def _listed(names: Iterable[str], most: int = 10) -> str:
+    first = [shortened(name, 40) for name in islice(names, most + 1)]
+    return ", ".join([*first[:most], *(["..."] if len(first) > most else [])])
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -312,7 +333,7 @@ def _read_parquet(stream: BinaryIO, text_field: str) -> Iterator[Record]:
         table = parquet.ParquetFile(stream)
         columns = table.schema_arrow.names
         if text_field not in columns:
-            yield 1, ValueError(f"no column {text_field!r}; columns are {', '.join(map(repr, columns))}")
+            yield 1, ValueError(f"no column {text_field!r}; columns are {_listed(columns)}")
             return
         row = 0
         for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
@@ -324,7 +345,10 @@ def _read_parquet(stream: BinaryIO, text_field: str) -> Iterator[Record]:
 
 
 def _hub_arguments(entry: str) -> tuple[str, dict[str, str]]:
-    parts = urlsplit(entry)
+    try:
+        parts = urlsplit(entry)
+    except ValueError as error:
+        raise DataError(f"{entry!r} is no address of a data set: {error}", entry=entry) from None
     keys = dict(parse_qsl(parts.query))
     for key in keys:
         if key not in HUB_KEYS:

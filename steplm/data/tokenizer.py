@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steplm.data.sentencepiece import read_sentencepiece
+from steplm.data.sources import local_path
 from steplm.errors import ConfigError, DataError, HubUnavailable
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
         DataError: nothing usable there, or no end-of-text token.
         HubUnavailable: the hub cannot be reached.
     """
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     tokenizer = _from_path(path) if path.exists() else _from_hub(str(spec))
     if tokenizer.eos_token_id is None:
         raise DataError(
@@ -96,7 +97,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def tokenizer_files(spec: str | Path) -> list[Path]:
     """The local files that ``load_tokenizer`` would read; none for a name on the hub."""
-    path = Path(spec).expanduser()
+    path = local_path(spec)
     files = list(_locate(path)[0]) if path.exists() else []
     if files and files[0].name == "tokenizer.json":
         files += [file for file in (files[0].with_name("tokenizer_config.json"),) if file.is_file()]

@@ -17,27 +17,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from steplm.data.sources import BadRecord
 from steplm.errors import DataError
 from steplm.types import from_json
+from steplm.units import reason, shortened
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 
 
+Count = Annotated[int, Field(ge=0)]
+
+
 @dataclass(frozen=True)
 class Shard:
-    name: str  # "shard-00000"
-    num_tokens: int
-    num_documents: int
-    num_text_bytes: int  # UTF-8
-    last_document: int  # position in the stream of distinct documents, from 0
+    name: Annotated[str, Field(pattern=r"^shard-\d{5,}$")]  # "shard-00000"
+    num_tokens: Annotated[int, Field(gt=0)]
+    num_documents: Annotated[int, Field(gt=0)]
+    num_text_bytes: Count  # UTF-8
+    last_document: Count  # position in the stream of distinct documents, from 0
     tokens_sha256: str
     offsets_sha256: str
 
@@ -62,8 +67,8 @@ class SplitManifest:
 @dataclass(frozen=True)
 class TokenizerManifest:
     name: str  # data.tokenizer as the user wrote it
-    vocab_size: int
-    eos_token_id: int
+    vocab_size: Annotated[int, Field(gt=0)]
+    eos_token_id: Count
     sha256: str  # of tokenizer/tokenizer.json
 
 
@@ -72,12 +77,12 @@ class Manifest:
     """What a prepared folder holds, and of what it was made."""
 
     fingerprint: str  # of inputs.json
-    dtype: str  # "uint16" or "uint32"
+    dtype: Literal["uint16", "uint32"]
     tokenizer: TokenizerManifest
     splits: dict[str, SplitManifest]  # "train" and "validation"
-    num_records: int
-    num_bad_records: int
-    num_duplicates: int  # dropped, exact
+    num_records: Count
+    num_bad_records: Count
+    num_duplicates: Count  # dropped, exact
     bad_records: tuple[BadRecord, ...]  # the first few
     schema_version: int = SCHEMA_VERSION
 
@@ -104,11 +109,14 @@ class Manifest:
             values = json.loads(path.read_text(encoding="utf-8"))
             version = values.get("schema_version")
             manifest = from_json(cls, values) if version == SCHEMA_VERSION else None
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"{path} is damaged: {error}. {_start_over(prepared_dir)}", path=str(path)) from None
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise DataError(
+                f"{path} is damaged: {reason(error)}. {_start_over(prepared_dir)}", path=str(path)
+            ) from None
         if manifest is None:
             raise DataError(
-                f"{path} has version {version}, this steplm reads {SCHEMA_VERSION}. {_start_over(prepared_dir)}",
+                f"{path} has version {shortened(version)}, this steplm reads {SCHEMA_VERSION}. "
+                f"{_start_over(prepared_dir)}",
                 path=str(path),
                 version=version,
             )
@@ -156,7 +164,7 @@ class TokenDataset:
         """(num_documents + 1,): where each document starts; the last entry is ``num_tokens``."""
         parts = [np.zeros(1, np.int64)]
         for shard, start in zip(self.shards, self._shard_starts, strict=False):
-            parts.append(start + _load_offsets(self.prepared_dir / self.split / f"{shard.name}.offsets.npy")[1:])
+            parts.append(start + _load_offsets(self.prepared_dir, self.split, shard)[1:])
         return np.concatenate(parts)
 
     @property
@@ -178,7 +186,16 @@ class TokenDataset:
             first += 1
         if not parts:
             return np.empty(0, _dtype(self.manifest))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        # On a device an id beyond the embeddings is no error that says where it comes from.
+        if (largest := int(tokens.max())) >= self.manifest.tokenizer.vocab_size:
+            raise DataError(
+                f"{self.prepared_dir / self.split} has the token {largest:,}, and the tokenizer has "
+                f"{self.manifest.tokenizer.vocab_size:,}: a shard is damaged. {_start_over(self.prepared_dir)}",
+                token=largest,
+                vocab_size=self.manifest.tokenizer.vocab_size,
+            )
+        return tokens
 
     def document(self, index: int) -> npt.NDArray[np.unsignedinteger]:
         """The tokens of one document, its end-of-text token included."""
@@ -257,11 +274,20 @@ def _files(prepared_dir: Path, manifest: Manifest, splits: tuple[str, ...]) -> I
             )
 
 
-def _load_offsets(path: Path) -> npt.NDArray[np.int64]:
+def _load_offsets(prepared_dir: Path, split: str, shard: Shard) -> npt.NDArray[np.int64]:
+    path = prepared_dir / split / f"{shard.name}.offsets.npy"
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {error}", path=str(path)) from None
+        offsets = np.load(path, allow_pickle=False)
+    except Exception as error:  # the header is a Python literal: damaged, it can be any error of the parser
+        raise DataError(f"{path} is damaged: {reason(error)}. {_start_over(prepared_dir)}", path=str(path)) from None
+    is_whole = offsets.dtype == np.dtype("<i8") and offsets.shape == (shard.num_documents + 1,)
+    if not is_whole or offsets[0] != 0 or offsets[-1] != shard.num_tokens or np.any(np.diff(offsets) < 1):
+        raise DataError(
+            f"{path} is damaged: not the rising starts of {shard.num_documents:,} documents of {shard.num_tokens:,} "
+            f"tokens. {_start_over(prepared_dir)}",
+            path=str(path),
+        )
+    return offsets
 
 
 def _dtype(manifest: Manifest) -> np.dtype[Any]:

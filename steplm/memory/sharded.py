@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from itertools import product
 from math import prod
 
 from steplm.config import DistributedConfig
@@ -43,12 +45,12 @@ class Group:
     num_replicas: int
     width: int  # bytes of a parameter, and of its gradient
 
-    @property
+    @cached_property
     def local_parameters(self) -> int:
         """``P / n``."""
         return sum(local_size(shape, self.num_shards) for shape in self.shapes)
 
-    @property
+    @cached_property
     def local_trained(self) -> int:
         """``T / n``."""
         return sum(local_size(shape, self.num_shards) for shape in self.trained)
@@ -63,7 +65,7 @@ class Group:
         """``w P``; none where no other rank has a part."""
         return self.gathered_bytes if self.num_shards > 1 else 0
 
-    @property
+    @cached_property
     def gradient_bytes(self) -> int:
         """``w T``, without the rows that fill up."""
         return self.width * sum(prod(shape) for shape in self.trained)
@@ -183,9 +185,26 @@ class ShardedMoments(Moments):
 
     def highest_layer(self) -> Instant:
         """Of all layers: inside the backward pass, at its end, or when the gradients are reduced."""
+        around = (self._layer, self._end_of_layer, self._reduction_of_layer)
+        # What a layer and its neighbours hold depends on their kinds alone.
+        inside = cache(lambda moment, index: sum(term.num_bytes for term in around[moment](index)[2]))
+        alike: dict[tuple[str | None, ...], int] = {}
+        kept = {kind: 0 if self.memory.offload_activations else self.kept[kind] for kind in KINDS_OF_LAYERS}
+        left = {kind: self._gradients_of_one(kind) + self._held_of_one(kind) for kind in KINDS_OF_LAYERS}
+
+        def held(index: int, moment: int) -> int:
+            near = (index, index - 1, index + 1)
+            kinds = tuple(self._kind(i) if 0 <= i < self.num_layers else None for i in near)
+            num_bytes = inside(moment, alike.setdefault(kinds, index))
+            for kind in KINDS_OF_LAYERS:
+                num_bytes += kept[kind] * self._saving(kind, index if moment else index + 1)
+                num_bytes += left[kind] * (self._count(kind) - self._count(kind, index + 1))
+            return num_bytes
+
         reached = [index for index in self._candidates() if index >= self.silent]
-        instants = [instant for index in reached for instant in self._around(index)]
-        return max(instants, key=lambda instant: instant.memory.total_bytes)
+        index, moment = max(product(reached, range(len(around))), key=lambda found: held(*found))
+        name, num_below, terms = around[moment](index)
+        return self._instant(name, num_below, terms, self._gradients_above(index + 1))
 
     def embeddings(self) -> Instant:
         """The end of the backward pass: the gradients of all that is outside the layers are whole."""
@@ -203,7 +222,7 @@ class ShardedMoments(Moments):
 
     def outer_reduction(self) -> Instant:
         """The gradients of all that is outside the layers are reduced, the last of all."""
-        terms = [self._left_over, *self._reduction(self.groups.outer)]
+        terms = [self._left_over, self._reduction(self.groups.outer)]
         return self._instant("reduction of the embeddings", 0, terms, self._reduced_above(0))
 
     def evaluation(self) -> Instant:
@@ -212,27 +231,37 @@ class ShardedMoments(Moments):
         largest = max((self.groups.layers[kind] for kind in kinds), key=lambda group: group.gathered_bytes)
         return _with(super().evaluation(), [self._outer, _gathered("P_layer", largest), _arriving(largest)])
 
-    def _around(self, index: int) -> Iterator[Instant]:
-        """The moments of a layer's backward pass."""
-        group, kind, above = self._group(index), self._kind(index), self._gradients_above(index + 1)
-        arriving = [_arriving(self._group(index - 1))] if index else []
-        reducing = [_being_reduced(self._group(index + 1))] if index + 1 < self.num_layers else []
-        whole = [self._outer, _gathered("P_layer", group), *arriving, *reducing]
-        yield self._instant(f"backward of layer {index}", index + 1, [*whole, *self._inside(index)], above)
+    def _layer(self, index: int) -> tuple[str, int, list[MemoryTerm]]:
+        """Inside the backward pass of a layer: its name, the layers whose activations wait, what else there is."""
+        return f"backward of layer {index}", index + 1, [*self._whole(index), *self._inside(index)]
 
-        stream = self.work.stream_bytes
+    def _end_of_layer(self, index: int) -> tuple[str, int, list[MemoryTerm]]:
+        """The first norm of the layer: its last operation backward, when all of its gradients exist."""
+        kind, stream = self._kind(index), self.work.stream_bytes
         saved = norm_saved(self.work, trained=kind == "new_layers") + stream * self.recomputes[kind]
-        at_end = [
-            *whole,
+        terms = [
+            *self._whole(index),
             term(kind, "activations", saved, "first norm: 4 N d + w N d"),
             term(kind, "workspace", norm_backward(self.work) + stream, "16 N d + 2 w N d"),
-            term(kind, "gradients", group.gradient_bytes, f"of layer {index}, whole: w T"),
+            term(kind, "gradients", self._gradients_inside(kind), f"of layer {index}, whole: w T"),
         ]
-        yield self._instant(f"end of the backward of layer {index}", index, at_end, above)
+        return f"end of the backward of layer {index}", index, terms
 
-        reduction = [self._outer, *arriving, *self._reduction(group)]
-        reduction.append(term(kind, "workspace", stream, "gradient of the hidden states: w N d"))
-        yield self._instant(f"reduction of layer {index}", index, reduction, above)
+    def _reduction_of_layer(self, index: int) -> tuple[str, int, list[MemoryTerm]]:
+        """The layer's weights are let go, and its gradients go out."""
+        terms = [self._outer, *self._next(index), self._reduction(self._group(index))]
+        terms.append(
+            term(self._kind(index), "workspace", self.work.stream_bytes, "gradient of the hidden states: w N d")
+        )
+        return f"reduction of layer {index}", index, terms
+
+    def _whole(self, index: int) -> list[MemoryTerm]:
+        """A layer made whole, the next one on its way here, and the gradients of the one before on their way out."""
+        reducing = [_being_reduced(self._group(index + 1))] if index + 1 < self.num_layers else []
+        return [self._outer, _gathered("P_layer", self._group(index)), *self._next(index), *reducing]
+
+    def _next(self, index: int) -> list[MemoryTerm]:
+        return [_arriving(self._group(index - 1))] if index else []
 
     @property
     def _outer(self) -> MemoryTerm:
@@ -247,14 +276,14 @@ class ShardedMoments(Moments):
     def _group(self, index: int) -> Group:
         return self.groups.layers[self._kind(index)]
 
-    def _reduction(self, group: Group) -> list[MemoryTerm]:
+    def _reduction(self, group: Group) -> MemoryTerm:
         num_bytes, formula = group.reduction_bytes, "reduce-scatter: 4 T, and w T or 4 T / n + w T / n + one gradient"
         if self.memory.fused_backward:
             piece = max((local_size(shape, group.num_shards) for shape in group.trained), default=0)
             local = group.reduce_input_bytes + self.work.width * group.local_trained
             num_bytes = max(num_bytes, local + self._fused_update(piece))
             formula += ", or w T / n and the update"
-        return [term(COMMUNICATION, "workspace", num_bytes, formula)]
+        return term(COMMUNICATION, "workspace", num_bytes, formula)
 
     def _trained_in(self, kind: str) -> int:
         local = self.work.width * self.groups.layers[kind].local_trained * self._count(kind)
@@ -269,14 +298,19 @@ class ShardedMoments(Moments):
     def _reduced_above(self, index: int) -> list[MemoryTerm]:
         """Gradients that have been reduced, and what their all-reduces still hold."""
         terms = self._all_gradients() if self.sums_gradients else list(self._gradients_of_layers_above(index))
-        # An fp32 gradient is what came out of its all-reduce; a sum of several is not.
-        if self.work.width < REDUCED_BYTES or self.sums_gradients:
-            held = sum(
-                group.all_reduce_bytes * (self._count(kind) - self._count(kind, index))
-                for kind, group in self.groups.layers.items()
-            )
-            terms.append(term(COMMUNICATION, "workspace", held, "all-reduce of the layers above: 4 T / n each"))
-        return terms
+        above = {kind: self._count(kind) - self._count(kind, index) for kind in KINDS_OF_LAYERS}
+        held = sum(count * self._held_of_one(kind) for kind, count in above.items())
+        return [*terms, term(COMMUNICATION, "workspace", held, "all-reduce of the layers above: 4 T / n each")]
+
+    def _gradients_of_one(self, kind: str) -> int:
+        """Bytes of the gradients that come to exist when one layer's have been reduced."""
+        exist = self.memory.fused_backward or self.sums_gradients
+        return 0 if exist else self.work.width * self.groups.layers[kind].local_trained
+
+    def _held_of_one(self, kind: str) -> int:
+        """An fp32 gradient is what came out of its all-reduce; a rounded one, or a sum of several, is not."""
+        is_apart = self.work.width < REDUCED_BYTES or self.sums_gradients
+        return self.groups.layers[kind].all_reduce_bytes if is_apart else 0
 
     def _trained_matrices(self) -> Iterator[int]:
         if self.groups.outer.num_shards == 1:

@@ -163,6 +163,12 @@ def _width_changes(config: RunConfig, index: int) -> Changes:
 
 def _batch_changes(config: RunConfig, index: int) -> Changes:
     train = config.train
+    if train.global_batch_size is not None:
+        if index == train.per_device_train_batch_size:
+            return {}
+        together = index * config.distributed.world_size
+        global_batch_size = together * max(1, round(train.global_batch_size / together))
+        return {"train.per_device_train_batch_size": index, "train.global_batch_size": global_batch_size}
     micro_batches = train.per_device_train_batch_size * train.gradient_accumulation_steps / index
     return {
         "train.per_device_train_batch_size": index,

@@ -151,8 +151,10 @@ def equal_parts_if_as_good(cost: StageCost, layers: tuple[int, ...]) -> tuple[in
 
 def _new_layers_cost_most(cost: StageCost, num_layers: int) -> bool:
     """Whether a new layer costs at least as much as an old one, at few depths: costs are all but linear."""
-    depths = [depth for depth in (num_layers, num_layers // 2 + 1, 3) if 3 <= depth <= num_layers]
-    return all(cost(1, depth - 1) <= cost(2, depth - 2) for depth in depths)
+    depths = {depth for depth in (num_layers, num_layers // 2 + 1, 3) if 3 <= depth <= num_layers}
+    return all(
+        cost(new, depth - new) <= cost(new + 1, depth - new - 1) for depth in depths for new in range(1, depth - 1)
+    )
 
 
 def _deepest_within(

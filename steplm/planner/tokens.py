@@ -53,7 +53,7 @@ def stage_tokens(
             raise ConfigError(
                 f"the budget of {total:,.0f} tokens is less than one optimizer step ({step_tokens:,} tokens) "
                 f"for each of {len(layers)} stages. Raise the budget, or lower train.sequence_length, "
-                "train.per_device_train_batch_size or train.gradient_accumulation_steps.",
+                "train.per_device_train_batch_size, train.gradient_accumulation_steps or train.global_batch_size.",
                 total_tokens=total,
                 step_tokens=step_tokens,
             )

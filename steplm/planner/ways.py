@@ -88,7 +88,7 @@ def _combined(config: RunConfig, rungs: Sequence[Rung], counts: Collection[int],
             if taken:
                 price += taken[-1].price
             if taken and taken[-1].needs:  # it ends accumulation, and steps become smaller
-                price += round(math.log2(config.train.gradient_accumulation_steps))
+                price += round(math.log2(config.micro_batches))
             options, changes = _together(taken)
             yield Way(price, num_stages, options, {"pet.rank": rank, **changes})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from steplm.config import RunConfig, load_config
 from steplm.errors import SteplmError
-from steplm.training.metrics import read_metrics
-from steplm.types import Plan, from_json
+from steplm.report.documents import Summary, read_document, read_events, read_plan
+from steplm.types import Plan
 from steplm.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -75,23 +74,16 @@ def load_run(run_dir: str | Path, label: str | None = None) -> RunRecord:
         SteplmError: the folder holds no run, or one that cannot be read.
     """
     run_dir = Path(run_dir)
-    plan_file, summary_file = run_dir / "plan.json", run_dir / "summary.json"
-    if not plan_file.is_file():
+    if not (run_dir / "plan.json").is_file():
         raise SteplmError(f"{run_dir} is no run directory: it has no plan.json", path=str(run_dir))
     config = load_config(run_dir / "config.yaml")
-    try:
-        plan = from_json(Plan, json.loads(plan_file.read_text()))
-    except ValueError as error:
-        raise SteplmError(
-            f"{plan_file} cannot be read ({str(error).splitlines()[0]}): another version of steplm wrote it.",
-            path=str(plan_file),
-        ) from None
+    plan = read_plan(run_dir / "plan.json")
     return RunRecord(
         label=label or config.name,
         config=config,
         plan=plan,
-        events=tuple(read_metrics(run_dir / "metrics.jsonl")),
-        summary=json.loads(summary_file.read_text()) if summary_file.is_file() else None,
+        events=tuple(read_events(run_dir / "metrics.jsonl", plan.num_stages)),
+        summary=read_document(Summary, run_dir / "summary.json"),
     )
 
 

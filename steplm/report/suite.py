@@ -14,6 +14,7 @@ All paths in it are relative to the directory, which can therefore be copied.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from typing import Any, Literal
 from steplm.errors import SteplmError
 from steplm.files import write_atomically
 from steplm.types import from_json, to_json
+from steplm.units import reason, shortened
 
 SCHEMA_VERSION = 1
 SUITE_FILE = "suite.json"
@@ -130,19 +132,27 @@ def load_suite(directory: str | Path) -> SuiteRecord:
         raise SteplmError(f"{directory} is no suite directory: it has no {SUITE_FILE}", path=str(directory))
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        version = values.get("schema_version")
+        version = values["schema_version"]
         if version != SCHEMA_VERSION:
             raise SteplmError(
-                f"{path} has schema version {version}, this steplm reads {SCHEMA_VERSION}. "
+                f"{path} has schema version {shortened(version)}, this steplm reads {SCHEMA_VERSION}. "
                 "Use the version of steplm that wrote it.",
                 path=str(path),
                 schema_version=version,
             )
         record = from_json(SuiteRecord, values)
-    except ValueError as error:
-        raise SteplmError(f"{path} cannot be read: {error}", path=str(path)) from None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise SteplmError(f"{path} cannot be read: {reason(error)}", path=str(path)) from None
     _check_names(record, path)
+    _check_numbers(record, path)
     return record
+
+
+def _check_numbers(record: SuiteRecord, path: Path) -> None:
+    chosen = [entry.learning_rate for entry in record.entries if entry.learning_rate is not None]
+    rates = [*chosen, *record.grid, *(run.learning_rate for run in record.runs)]
+    if not all(0 < rate < math.inf for rate in rates):
+        raise SteplmError(f"{path} has a learning rate that is none: {min(rates)} to {max(rates)}", path=str(path))
 
 
 def _check_names(record: SuiteRecord, path: Path) -> None:
@@ -153,7 +163,7 @@ def _check_names(record: SuiteRecord, path: Path) -> None:
     unknown = sorted(name for name in named - known if name is not None)
     if unknown:
         raise SteplmError(
-            f"{path} names entries that it does not have: {', '.join(unknown)}. It has: {', '.join(sorted(known))}.",
+            f"{path} names entries that it does not have: {shortened(unknown)}. It has: {', '.join(sorted(known))}.",
             path=str(path),
             unknown=unknown,
         )

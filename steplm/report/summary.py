@@ -6,7 +6,6 @@ of the mean over seeds by Student's t; one run alone has none.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from steplm.errors import SteplmError
+from steplm.report.documents import Environment, Evaluations, read_document
 from steplm.report.runs import RunRecord, load_run
 from steplm.report.suite import EntryRecord, Question, RunEntry, Status, SuiteRecord, is_suite, load_suite
 from steplm.types import Plan
@@ -336,12 +336,9 @@ def _read_run(directory: Path, run: RunEntry, chosen_rate: float | None) -> Suit
     counts = run.learning_rate == chosen_rate
     if not (folder / "plan.json").is_file() or not (folder / "config.yaml").is_file():
         return SuiteRun(run, counts)
-    evaluations, environment = _json(folder / "evaluations.json"), _json(folder / "environment.json")
+    evaluations = read_document(Evaluations, folder / "evaluations.json")
+    environment = read_document(Environment, folder / "environment.json")
     return SuiteRun(run, counts, load_run(folder, label=run.entry), evaluations, environment)
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _suite_of_runs(directory: Path) -> SuiteRecord:

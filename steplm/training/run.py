@@ -21,14 +21,14 @@ import torch
 from transformers import PreTrainedModel
 
 from steplm.checkpoint import CheckpointState, latest_checkpoint, prune_checkpoints, verify_checkpoint
-from steplm.checkpoint.folder import complete_checkpoints, load_checkpoint_state, mark_damaged
+from steplm.checkpoint.folder import complete_checkpoints, explained, is_disk_full, load_checkpoint_state, mark_damaged
 from steplm.checkpoint.shards import BackgroundWriter, TensorFiles
 from steplm.config import RunConfig, dump_config, load_config
 from steplm.data.loader import Batch, BatchLoader, validation_windows
 from steplm.data.prepare import prepare, with_prepared_dir
 from steplm.data.tokens import MANIFEST, Manifest, TokenDataset
 from steplm.distributed.world import World, joined, with_world_size
-from steplm.errors import CheckpointError, ConfigError
+from steplm.errors import CheckpointError, ConfigError, SteplmError
 from steplm.files import write_atomically
 from steplm.models.build import DTYPES, hf_config
 from steplm.models.device import resolve_device
@@ -183,7 +183,7 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
     config = _on_these_devices(config)
-    with joined(config.distributed, resolve_device(config.train.device)) as world:
+    with _disk_errors(config.run_dir), joined(config.distributed, resolve_device(config.train.device)) as world:
         if not world.is_first:
             return _train(config, world, make_display("none"))
         with _exclusive(config.run_dir):
@@ -391,8 +391,12 @@ def _usable_checkpoint(root: Path, display: Display) -> Path | None:
         except CheckpointError as error:
             display.note(f"passing over {path.name}: {error}")
             mark_damaged(path)
-    if complete:
-        raise CheckpointError(f"none of the {len(complete)} checkpoints in {root} is usable", path=str(root))
+    if damaged := sorted(root.glob("*.damaged")):
+        raise CheckpointError(
+            f"no checkpoint in {root} is usable: {len(damaged)} are damaged, {damaged[-1].name} the last. "
+            f"Remove {root} to begin the run anew.",
+            path=str(root),
+        )
     return None
 
 
@@ -435,6 +439,17 @@ def _exclusive(run_dir: Path) -> Iterator[None]:
                 f"another process trains in {run_dir}. Wait for it, stop it, or use another output_dir."
             ) from None
         yield
+
+
+@contextmanager
+def _disk_errors(run_dir: Path) -> Iterator[None]:
+    """A full disk, wherever it is met: in the log, in the export, in the tokenizer's copy."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SteplmError) or not is_disk_full(error):
+            raise
+        raise explained(error, run_dir) from None
 
 
 @contextmanager

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from steplm.checkpoint import folder as folder_module
+from steplm.checkpoint.folder import complete_checkpoints
 from steplm.config import RunConfig
+from steplm.errors import CheckpointError
 from steplm.training import run as run_module
 from steplm.training import stage as stage_module
 from steplm.training.metrics import read_metrics
@@ -51,26 +51,15 @@ def _wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_killed_at_twenty_random_instants_a_run_equals_the_unbroken_one(
-    tiny_run: Configure, unbroken: Path, tmp_path: Path, assert_equal_runs: EqualRuns
-) -> None:
-    started = time.monotonic()
-    assert _wait(_in_child(lambda: train(tiny_run(tmp_path / "timing", *OVERRIDES)))) == 0
-    duration = time.monotonic() - started
-    instants = random.Random(0)
-    kills, runs = 0, 0
-    while kills < 20:
-        config = tiny_run(tmp_path / str(runs), *OVERRIDES)
-        runs += 1
-        finished = False
-        while not finished and kills < 20:
-            pid = _in_child(lambda: train(config))  # noqa: B023  called before config changes
-            time.sleep(instants.uniform(0.05, 0.8) * duration)
-            os.kill(pid, signal.SIGKILL)
-            finished = _wait(pid) == 0  # it was quicker than the kill
-            kills += not finished
-        train(config)
-        assert_equal_runs(config.run_dir, unbroken)
+def test_where_every_checkpoint_is_damaged_no_start_begins_anew(tiny_run: Configure, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, *OVERRIDES)
+    train(config)
+    (tmp_path / "summary.json").unlink()
+    for checkpoint in complete_checkpoints(tmp_path / "checkpoints"):
+        (checkpoint / "model.safetensors").write_bytes(b"gone")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"no checkpoint in .* is usable: \d are damaged"):
+            train(config)
 
 
 @pytest.mark.parametrize(

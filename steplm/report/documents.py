@@ -1,0 +1,169 @@
+"""The documents of a run directory, checked: what a report computes with is there, and is a number where it must be.
+
+A disk, another version or a hand can have changed any of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel
+
+from steplm.errors import SteplmError
+from steplm.types import Plan, from_json
+from steplm.units import reason
+
+MOST = 1e18  # of any number in a document: a plan's sums and products then stay far below what a float can hold
+Amount = Annotated[float, Field(ge=0, le=MOST)]
+Loss = Annotated[float, Field(ge=-MOST, le=MOST)]
+Perplexity = Annotated[float, Field(ge=0)]
+Size = Annotated[int, Field(ge=0, le=int(MOST))]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class Event(_Document):
+    """A line of ``metrics.jsonl``: see ``steplm.training.metrics``."""
+
+    event: str
+    stage: Annotated[int, Field(ge=1)] | None = None
+    tokens_seen: Size | None = None
+    elapsed_seconds: Amount | None = None
+    tokens_per_second: Amount | None = None
+    loss: Loss | None = None
+    loss_before: Loss | None = None
+    loss_after: Loss | None = None
+    perplexity: Perplexity | None = None
+    measured_bytes: dict[str, Size] | None = None
+    planned_dry_run_bytes: Size | None = None
+    measured_dry_run_bytes: Size | None = None
+    peak_allocated_bytes: Size | None = None
+
+
+NEEDED = {
+    "train": ("stage", "tokens_seen", "elapsed_seconds", "tokens_per_second", "loss"),
+    "eval": ("stage", "tokens_seen", "loss", "perplexity"),
+    "growth": ("stage", "tokens_seen"),
+    "stage_start": ("stage", "measured_bytes"),
+    "stage_end": ("stage", "tokens_seen"),
+}
+
+
+class Summary(_Document):
+    """``summary.json``."""
+
+    validation_loss: Loss
+    validation_perplexity: Perplexity
+    elapsed_seconds: Amount
+
+
+class Scores(_Document):
+    """Of one text in ``evaluations.json``."""
+
+    loss: Loss
+    bits_per_byte: Loss | None = None
+    perplexity: Perplexity | None = None
+    num_tokens: Size | None = None
+
+
+class Evaluations(RootModel[dict[str, Scores]]):
+    """``evaluations.json``."""
+
+
+class Environment(_Document):
+    """``environment.json``."""
+
+    device: str | None = None
+    num_devices: Size | None = None
+    versions: dict[str, str] = {}
+
+
+D = TypeVar("D", bound=BaseModel)
+
+
+def read_document(kind: type[D], path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, as it stands, once it is known to be one of this kind; ``None`` where no file is.
+
+    Raises:
+        SteplmError: it is not.
+    """
+    if not path.is_file():
+        return None
+    try:
+        values = _json(path.read_bytes())
+        kind.model_validate(values)
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error) from None
+    return values
+
+
+def read_plan(path: Path) -> Plan:
+    """``plan.json``.
+
+    Raises:
+        SteplmError: it is none, or of another version.
+    """
+    try:
+        values = _json(path.read_bytes())
+        plan = from_json(Plan, values)
+        if any(not 0 <= number <= MOST for number in _numbers(values)):
+            raise ValueError("a number below 0 or beyond measure")
+        if [stage.index for stage in plan.stages] != [*range(1, plan.num_stages + 1)] or not plan.stages:
+            raise ValueError("its stages are not numbered from 1")
+        if not plan.layers or 0 in (plan.vanilla_model_state_bytes, plan.peak_model_state_bytes, plan.total_tokens):
+            raise ValueError("a plan without layers, bytes or tokens")
+    except (OSError, ValueError) as error:
+        raise _unusable(path, error) from None
+    return plan
+
+
+def read_events(path: Path, num_stages: int) -> Iterator[dict[str, Any]]:
+    """The events of a ``metrics.jsonl``, none where there is no file.
+
+    Raises:
+        SteplmError: the first line that is none.
+    """
+    if not path.is_file():
+        return
+    # A process killed while it wrote may leave half a line at the end.
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            values = _json(line)
+            event = Event.model_validate(values)
+            if event.stage is not None and event.stage > num_stages:
+                raise ValueError(f"stage {event.stage} of {num_stages}")
+            if missing := [key for key in NEEDED.get(event.event, ()) if getattr(event, key) is None]:
+                raise ValueError(f"a {event.event!r} event without {', '.join(missing)}")
+        except ValueError as error:
+            raise _unusable(path, error, line=number) from None
+        yield values
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict | list):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(child)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def _unusable(path: Path, error: Exception, *, line: int | None = None) -> SteplmError:
+    where = str(path) if line is None else f"line {line} of {path}"
+    return SteplmError(
+        f"{where} cannot be used: {reason(error)}. It is damaged, or another version of steplm wrote it.",
+        path=str(path),
+        line=line,
+    )
