@@ -68,12 +68,38 @@ def plan(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure two real steps of the largest stage on your device.")
     ] = False,
+    world_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Devices, e.g. 64: distributed.world_size=64."),
+    ] = None,
+    shard_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Devices that share one copy of the model; default: all."),
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="Whose rates a step's time is estimated with: a100, h100 or b200.")] = "h100",
+    utilization: Annotated[float, typer.Option(help="Share of its peak that it reaches while computing.")] = 0.4,
+    bandwidth: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Bytes per second from each device to other nodes, e.g. 25GB; default: the GPU's."),
+    ] = None,
 ) -> None:
     """Show the stages and all their bytes; needs no GPU and no data."""
     from steplm.cli.plan import show_plan
 
     with _suggesting(run, overrides or []):
-        show_plan(run, overrides or [], as_json=json, explain=explain, simulate=simulate, calibrate=calibrate)
+        show_plan(
+            run,
+            overrides or [],
+            as_json=json,
+            explain=explain,
+            simulate=simulate,
+            calibrate=calibrate,
+            world_size=world_size,
+            shard_size=shard_size,
+            gpu=gpu,
+            utilization=utilization,
+            bandwidth=bandwidth,
+        )
 
 
 @app.command()

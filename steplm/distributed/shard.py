@@ -53,9 +53,13 @@ def fill(model: PreTrainedModel, rows: Mapping[str, Tensor]) -> None:
     Args:
         rows: of every parameter, by name, those on this rank. A tied parameter goes by its first name.
     """
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    tied = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name}
     state = {name: _as_sharded(model.get_parameter(name), tensor) for name, tensor in rows.items()}
     model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
+    for name, its_first in tied.items():  # tie_weights knows the head's matrix, not the factors of its adapter
+        module, _, key = name.rpartition(".")
+        setattr(model.get_submodule(module), key, model.get_parameter(its_first))
 
 
 def _as_sharded(parameter: Any, rows: Tensor) -> DTensor:

@@ -54,7 +54,7 @@ def fake_world(num_shards: int, num_replicas: int, rank: int = 0) -> Iterator[Wo
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         mesh = init_device_mesh("cpu", (num_replicas, num_shards), mesh_dim_names=("replicate", "shard"))
-        yield World(torch.device("cpu"), rank, size, Rows(rank % num_shards, num_shards), mesh)
+        yield World(torch.device("cpu"), rank, size, rows=Rows(rank % num_shards, num_shards), mesh=mesh)
     finally:
         dist.destroy_process_group()
 
