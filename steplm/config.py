@@ -194,7 +194,7 @@ class PetConfig(Section):
         0.0, ge=0, le=1, description="share of the adapters' moments, the largest, that outlives a restart"
     )
     rank: int = Field(128, gt=0)
-    alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank; default: alpha = rank")
+    alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank; default: 4 × rank")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="all-linear, or last parts of module names: [q_proj, v_proj]"
     )

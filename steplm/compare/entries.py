@@ -39,6 +39,7 @@ class Entry:
     grid: tuple[float, ...]  # (): not tuned
     extend: int  # times that the grid grows where its best is at an edge
     refine: int  # times that it grows between the best and its neighbours
+    finalists: int  # rates of it that all seeds are run at
     rate_of: str | None  # the entry whose learning rate it takes
 
     @property
@@ -126,8 +127,9 @@ class Suite:
 
     def _expected_runs_of(self, entry: Entry, chosen: Mapping[str, float | None]) -> Iterator[RunKey]:
         runs = [RunKey(entry.name, self.tune_seed, rate) for rate in entry.grid]
-        rate = entry.grid[0] if entry.grid and chosen.get(entry.name) is None else self.possible_rates(entry, chosen)[0]
-        yield from dict.fromkeys([*runs, *(RunKey(entry.name, seed, rate) for seed in entry.seeds)])
+        to_choose = entry.grid and chosen.get(entry.name) is None
+        rates = entry.grid[: entry.finalists] if to_choose else self.possible_rates(entry, chosen)[:1]
+        yield from dict.fromkeys([*runs, *(RunKey(entry.name, seed, rate) for rate in rates for seed in entry.seeds)])
 
     def _run_config(self, run: RunKey) -> RunConfig:
         entry = self.entries[run.entry]
@@ -223,6 +225,7 @@ def _entry(
         grid=tuple(sorted(set(grid))) if tuned else (),
         extend=config.tune.extend if tuned and config.tune else 0,
         refine=config.tune.refine if tuned and config.tune else 0,
+        finalists=config.tune.finalists if tuned and config.tune else 1,
         rate_of=written.like if takes_rate else None,
     )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
 import signal
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,7 +26,7 @@ from steplm.compare.progress import Clock, LogTail
 from steplm.compare.scores import evaluations, is_scored
 from steplm.compare.sharing import Start, is_needed, next_start
 from steplm.compare.suite import dump_suite
-from steplm.compare.tuning import between, beyond, choose
+from steplm.compare.tuning import best, between, beyond, choose
 from steplm.config import RunConfig
 from steplm.files import write_atomically
 from steplm.report.suite import RunEntry, SuiteRecord, is_suite, load_suite, save_suite
@@ -94,6 +96,7 @@ class Runner:
             questions=self.suite.questions,
             grid=tuple(sorted({rate for entry in self.suite.entries.values() for rate in self._grid(entry)})),
             tune_seed=self.suite.tune_seed,
+            finalists=max((entry.finalists for entry in self.suite.entries.values()), default=1),
             baseline=config.baseline,
         )
 
@@ -116,8 +119,13 @@ class Runner:
         save_suite(self.record, self.directory)
 
     def _runs_of(self, entry: Entry) -> Iterator[RunKey]:
-        for rate in self._grid(entry):
+        grid = self._grid(entry)
+        for rate in grid:
             yield RunKey(entry.name, self.suite.tune_seed, rate)
+        if entry.finalists > 1:
+            for rate in best(self._losses(entry, grid) or {}, entry.finalists):
+                for seed in entry.seeds:
+                    yield RunKey(entry.name, seed, rate)
         chosen, _ = self.choices.get(entry.name, (None, False))
         if chosen is not None:
             for seed in entry.seeds:
@@ -136,7 +144,13 @@ class Runner:
         losses = self._losses(entry, self._grid(entry))
         if losses is None:
             return
-        choice = choose(losses)
+        means = None
+        if entry.finalists > 1:
+            of_rates = {rate: self._mean_loss(entry, rate) for rate in best(losses, entry.finalists)}
+            if any(mean is None for mean in of_rates.values()):
+                return
+            means = {rate: mean for rate, mean in of_rates.items() if mean is not None}
+        choice = choose(losses, means)
         self.choices[entry.name] = (None, False) if choice is None else (choice.learning_rate, choice.at_edge)
         self.display.chosen(entry.name, losses, choice)
 
@@ -162,6 +176,14 @@ class Runner:
         if any(run is None or run.status not in ("finished", "diverged") for run in tried.values()):
             return None
         return {rate: self._final_loss(run) for rate, run in tried.items() if run is not None}
+
+    def _mean_loss(self, entry: Entry, rate: float) -> float | None:
+        """Over all seeds; infinite where one diverged, None where one is still to come."""
+        runs = [self.runs.get(RunKey(entry.name, seed, rate)) for seed in entry.seeds]
+        if any(run is None or run.status not in ("finished", "diverged") for run in runs):
+            return None
+        losses = [self._final_loss(run) for run in runs if run is not None]
+        return math.inf if None in losses else statistics.fmean(loss for loss in losses if loss is not None)
 
     def _final_loss(self, run: RunEntry) -> float | None:
         if run.status == "diverged":

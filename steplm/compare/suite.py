@@ -24,13 +24,16 @@ SET_BY_THE_SUITE = ("name", "output_dir", "seed")
 
 
 class TuneConfig(Section):
-    """The grid that every tuned entry is run over, at one seed."""
+    """The grid that every tuned entry is run over, at one seed, and how the choice is made."""
 
     learning_rates: Rates
     extend: int = Field(
         0, ge=0, description="where the best is at an edge: times that the rate beyond it is tried, by the grid's ratio"
     )
     refine: int = Field(0, ge=0, description="then: times that the rates halfway to the best's neighbours are tried")
+    finalists: int = Field(
+        1, gt=0, description="best rates that all seeds are run at, of which the one with the best mean is chosen"
+    )
     seed: int = Field(0, ge=0)
 
 

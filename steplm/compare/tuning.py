@@ -30,8 +30,8 @@ def between(losses: Mapping[float, float | None]) -> tuple[float, ...]:
     choice, rates = choose(losses), sorted(losses)
     if choice is None:
         return ()
-    best = rates.index(choice.learning_rate)
-    neighbours = (*rates[max(best - 1, 0) : best], *rates[best + 1 : best + 2])
+    place = rates.index(choice.learning_rate)
+    neighbours = (*rates[max(place - 1, 0) : place], *rates[place + 1 : place + 2])
     return tuple(_halfway(choice.learning_rate, neighbour) for neighbour in neighbours)
 
 
@@ -50,6 +50,12 @@ def reachable(grid: Sequence[float], extend: int, refine: int = 0) -> tuple[floa
     return tuple(rates)
 
 
+def best(losses: Mapping[float, float | None], count: int) -> tuple[float, ...]:
+    """The rates with the lowest losses, at most so many, the best first; of two that are equal the lower one."""
+    finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return tuple(sorted(finite, key=lambda rate: (finite[rate], rate))[:count])
+
+
 # Rates as one would write them: 0.0005, not 0.0005000000000000001.
 
 
@@ -61,17 +67,17 @@ def _halfway(one: float, other: float) -> float:
     return float(f"{math.sqrt(one * other):.3g}")
 
 
-def choose(losses: Mapping[float, float | None]) -> Choice | None:
+def choose(
+    losses: Mapping[float, float | None], means: Mapping[float, float | None] | None = None
+) -> Choice | None:
     """The rate with the lowest final validation loss; the lower of two that are equal.
 
     Args:
         losses: nats a token by learning rate; ``None`` where the run diverged, which is worse than any loss.
+        means: of the rates to choose from, over several seeds; by default the losses decide.
 
     Returns:
         ``None`` where every run diverged.
     """
-    finite = {rate: loss for rate, loss in sorted(losses.items()) if loss is not None and math.isfinite(loss)}
-    if not finite:
-        return None
-    best = min(finite, key=lambda rate: finite[rate])
-    return Choice(best, at_edge=best in (min(losses), max(losses)))
+    lowest = best(losses if means is None else means, 1)
+    return Choice(lowest[0], at_edge=lowest[0] in (min(losses), max(losses))) if lowest else None

@@ -134,6 +134,10 @@ def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
     )
 
 
+# Of 1, 2, 4, 8 and 16 the best lie here, and it costs no byte: docs/results.md.
+ALPHA_OF_RANK = 4.0
+
+
 @dataclass(frozen=True)
 class Part:
     """A stretch of a stage with one set of trained parameters and one set of adapters."""
@@ -288,7 +292,7 @@ class StageCosts:
         return AdapterSpec(
             method=pet.method,
             rank=pet.rank,
-            alpha=float(pet.rank) if pet.alpha is None else pet.alpha,
+            alpha=ALPHA_OF_RANK * pet.rank if pet.alpha is None else pet.alpha,
             target_modules=self.targets,
             layers=part.frozen_layers,
             embeddings=self.config.plan.train_embeddings == "adapters",

@@ -318,7 +318,8 @@ def facts(suite: Suite) -> list[tuple[str, str]]:
         result.append(("Matched on", MATCHED[suite.record.match]))
     if suite.record.grid:
         grid = ", ".join(f"{rate:g}" for rate in suite.record.grid)
-        result.append(("Learning rates", f"{grid}, chosen for each method on seed {suite.record.tune_seed}"))
+        on = f"seed {suite.record.tune_seed}" if suite.record.finalists == 1 else "the mean over all seeds"
+        result.append(("Learning rates", f"{grid}, chosen for each method on {on}"))
     states = [run.entry.status for run in suite.runs]
     counts = {status: states.count(status) for status in dict.fromkeys(states)}
     result.append(("Runs", ", ".join(f"{count} {status}" for status, count in counts.items())))

@@ -82,6 +82,7 @@ class SuiteRecord:
     tune_seed: int = 0
     baseline: str | None = None
     schema_version: int = SCHEMA_VERSION
+    finalists: int = 1  # rates of each method that all seeds were run at, before the choice
 
     def entry(self, name: str) -> EntryRecord:
         """The entry of this name; ``KeyError`` if there is none."""

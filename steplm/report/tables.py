@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steplm.report.runs import NOT_YET, percent
-from steplm.report.suite import Question
+from steplm.report.suite import Question, SuiteRecord
 from steplm.report.summary import EntrySummary, Estimate, Suite, SuiteRun, difference
 from steplm.types import Stage
 from steplm.units import format_bytes, format_count, format_seconds
@@ -224,10 +224,17 @@ def tuning_table(suite: Suite) -> Table | None:
             chosen = rate == entry.learning_rate
             cells.append(_tuning_cell(run, chosen, edge=chosen and entry.at_edge))
         rows.append(tuple(cells))
-    caption = f"Validation loss of seed {record.tune_seed}, nats a token. Bold: the choice, which all seeds then take."
+    caption = f"Validation loss of seed {record.tune_seed}, nats a token. Bold: the choice, {how_chosen(record)}."
     if any(entry.at_edge for entry in tried):
         caption += " Edge: the best rate is the lowest or the highest that was tried; a better one may lie beyond."
     return Table("Learning rates", ("method", *(f"{rate:g}" for rate in record.grid)), tuple(rows), caption)
+
+
+def how_chosen(record: SuiteRecord) -> str:
+    """A learning rate of the grid."""
+    if record.finalists == 1:
+        return "which all seeds then take"
+    return f"of the {record.finalists} best the one with the lowest mean over all seeds"
 
 
 def tuning_run(suite: Suite, entry: str, rate: float) -> SuiteRun | None:

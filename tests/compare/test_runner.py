@@ -132,6 +132,25 @@ def test_the_grid_grows_beyond_an_edge_and_around_the_best(suite_values: Values,
     assert record.entry("vanilla").at_edge
 
 
+def test_of_the_finalists_the_rate_with_the_best_mean_over_all_seeds_is_chosen(
+    suite_values: Values, tmp_path: Path
+) -> None:
+    entries = [{"name": "vanilla", "method": "vanilla"}, {"name": "alike", "like": "vanilla"}]
+    tune = {"learning_rates": [1e-5, 3e-3, 1e-2, 1e30], "finalists": 2}
+    record = run(suite_values(tmp_path, entries=entries, tune=tune, seeds=[0, 1]))
+    tried = [(entry.seed, entry.learning_rate) for entry in record.runs_of("vanilla", chosen=False)]
+    assert sorted(tried) == [(0, 1e-5), (0, 3e-3), (0, 1e-2), (0, 1e30), (1, 3e-3), (1, 1e-2)]
+    losses: dict[float, list[float]] = {3e-3: [], 1e-2: []}
+    for entry in record.runs_of("vanilla", chosen=False):
+        if entry.learning_rate in losses:
+            summary = json.loads((tmp_path / entry.dir / "summary.json").read_text())
+            losses[entry.learning_rate].append(summary["validation_loss"])
+    assert all(len(of_seeds) == 2 for of_seeds in losses.values())
+    chosen = min(losses, key=lambda rate: sum(losses[rate]))
+    assert record.entry("vanilla").learning_rate == record.entry("alike").learning_rate == chosen
+    assert record.finalists == 2
+
+
 def test_a_failed_run_is_named_the_others_are_done_and_it_is_tried_again(suite_values: Values, tmp_path: Path) -> None:
     values = suite_values(tmp_path)
     log = tmp_path / RunKey("vanilla", 0, 1e-2).dir / "metrics.jsonl"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from steplm.compare.tuning import Choice, between, beyond, choose, reachable
+from steplm.compare.tuning import Choice, best, between, beyond, choose, reachable
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,11 @@ def test_every_extension_is_among_the_reachable_rates() -> None:
             further = beyond(losses)
             assert further in reachable((1e-3, 3e-3), step + 1)
             losses[further] = 0.0
+
+
+def test_means_over_seeds_decide_among_the_best_where_they_are_given() -> None:
+    losses = {1e-3: 4.0, 2e-3: 3.5, 4e-3: 3.4, 8e-3: None}
+    assert best(losses, 2) == (4e-3, 2e-3)
+    assert choose(losses, {4e-3: 3.9, 2e-3: 3.6}) == Choice(2e-3, at_edge=False)
+    assert choose(losses, {4e-3: float("inf"), 2e-3: float("inf")}) is None
+    assert best({1e-3: None}, 2) == ()

@@ -232,10 +232,10 @@ def test_first_stage_embeddings_without_freezing_train_every_layer_and_nothing_o
     assert stage.memory.bytes_of("frozen_layers") == 0
 
 
-def test_adapters_have_alpha_equal_to_rank_and_every_linear_map_by_default() -> None:
+def test_adapters_have_alpha_four_times_the_rank_and_every_linear_map_by_default() -> None:
     adapters = plan_of(TINY).stages[1].adapters
     assert adapters is not None
-    assert (adapters.method, adapters.rank, adapters.alpha, adapters.scaling) == ("lora", 4, 4.0, 1.0)
+    assert (adapters.method, adapters.rank, adapters.alpha, adapters.scaling) == ("lora", 4, 16.0, 4.0)
     assert adapters.target_modules == (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip

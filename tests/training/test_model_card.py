@@ -76,7 +76,7 @@ def test_the_plan_is_a_table_of_stages(plan: Plan) -> None:
     assert "| 3M | new layers, embeddings, final norm, head |" in rows[0]
     assert "new layers, adapters, embeddings" in rows[1]
     assert f"{plan.reduction:.1%} less" in body
-    assert "lora, rank 8, alpha 8" in body
+    assert "lora, rank 8, alpha 32" in body
 
 
 def test_each_layer_is_traced_to_its_parents(plan: Plan) -> None:
