@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steplm.units import format_bytes, format_count, format_seconds, parse_bytes, parse_count
+from steplm.types import TrainState, from_json
+from steplm.units import format_bytes, format_count, format_seconds, parse_bytes, parse_count, reason, shortened
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,27 @@ def test_numbers_are_shown_with_their_unit() -> None:
     assert format_bytes(12) == "12 B"
     assert format_count(12_300_000) == "12.3M"
     assert [format_seconds(s) for s in (4.21, 65, 3725)] == ["4.2s", "1m05s", "1h02m"]
+
+
+@pytest.mark.parametrize("value", ["1e999", float("inf"), float("nan"), [1], None, {}])
+def test_what_is_no_whole_number_is_a_value_error(value: object) -> None:
+    for parse in (parse_count, parse_bytes):
+        with pytest.raises(ValueError, match=r"whole number|a number such as"):
+            parse(value)  # type: ignore[arg-type]
+
+
+def test_a_long_value_is_shown_by_its_two_ends() -> None:
+    assert shortened("text") == "'text'"
+    shown = shortened("a" + "x" * 5000 + "b")
+    assert len(shown) == 81
+    assert (shown[:3], shown[-2:]) == ("'ax", "b'")
+
+
+def test_the_reason_of_an_error_is_one_line() -> None:
+    assert reason(ValueError("first\nsecond")) == "first"
+    assert reason(KeyError()) == "KeyError"
+    with pytest.raises(ValueError, match="TrainState") as caught:
+        from_json(TrainState, {"stage_index": "x" * 999})
+    assert reason(caught.value).startswith("stage_index: Input should be a valid integer")
+    assert reason(caught.value).endswith("(and 3 more)")
+    assert len(reason(caught.value)) < 250

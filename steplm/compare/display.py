@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steplm.compare.tuning import Choice
+from steplm.report.documents import Summary, read_document
 from steplm.report.suite import RunEntry
 from steplm.types import Plan
 from steplm.units import format_count, format_seconds
@@ -131,7 +131,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _result(run_dir: Path) -> str:
-    summary = json.loads((run_dir / "summary.json").read_text())
+    summary = read_document(Summary, run_dir / "summary.json") or {}
     return (
         f"validation loss {summary['validation_loss']:.4f}, perplexity {summary['validation_perplexity']:.2f}, "
         f"{format_seconds(summary['elapsed_seconds'])}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class LogTail:
         *lines, self._rest = text.split(b"\n")
         for line in lines:
             if line.startswith(b'{"event":"train"'):
-                self.latest = json.loads(line)
+                with suppress(ValueError):  # the report names a damaged line; a display goes on
+                    self.latest = json.loads(line)
         return self.latest
 
 

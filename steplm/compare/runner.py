@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ from steplm.compare.suite import dump_suite
 from steplm.compare.tuning import best, between, beyond, choose
 from steplm.config import RunConfig
 from steplm.files import write_atomically
+from steplm.report.documents import Summary, read_document
 from steplm.report.suite import RunEntry, SuiteRecord, is_suite, load_suite, save_suite
 from steplm.training.branch import stage_keys
 
@@ -188,7 +188,8 @@ class Runner:
     def _final_loss(self, run: RunEntry) -> float | None:
         if run.status == "diverged":
             return None
-        return json.loads((self.directory / run.dir / "summary.json").read_text())["validation_loss"]
+        summary = read_document(Summary, self.directory / run.dir / "summary.json")
+        return None if summary is None else summary["validation_loss"]
 
     def _first_record(self, run: RunKey) -> RunEntry:
         """As the disk has it: finished and diverged runs stay so, all others are run or gone on with."""

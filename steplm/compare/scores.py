@@ -13,9 +13,13 @@ EVALUATIONS = "evaluations.json"
 
 
 def evaluations(run_dir: Path) -> dict[str, Any]:
-    """Scores of a run by the name of the text; none before it is finished."""
-    file = run_dir / EVALUATIONS
-    return json.loads(file.read_text()) if file.is_file() else {}
+    """Scores of a run by the name of the text; none before it is finished, or where the file is damaged."""
+    try:
+        done = json.loads((run_dir / EVALUATIONS).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    is_whole = isinstance(done, dict) and all(isinstance(scores, dict) for scores in done.values())
+    return done if is_whole else {}
 
 
 def is_scored(done: Mapping[str, Any], name: str, text: TextConfig) -> bool:

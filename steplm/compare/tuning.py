@@ -60,16 +60,18 @@ def best(losses: Mapping[float, float | None], count: int) -> tuple[float, ...]:
 
 
 def _further(edge: float, inner: float) -> float:
-    return float(f"{edge * edge / inner:.3g}")
+    return _written(edge * edge / inner)
 
 
 def _halfway(one: float, other: float) -> float:
-    return float(f"{math.sqrt(one * other):.3g}")
+    return _written(math.sqrt(one * other))
 
 
-def choose(
-    losses: Mapping[float, float | None], means: Mapping[float, float | None] | None = None
-) -> Choice | None:
+def _written(rate: float) -> float:
+    return float(f"{min(max(rate, 1e-300), 1e300):.3g}")  # beyond, the next step would be zero or infinite
+
+
+def choose(losses: Mapping[float, float | None], means: Mapping[float, float | None] | None = None) -> Choice | None:
     """The rate with the lowest final validation loss; the lower of two that are equal.
 
     Args:

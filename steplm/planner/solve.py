@@ -162,22 +162,21 @@ def _deepest_within(
 ) -> tuple[tuple[int, ...] | None, int]:
     """The plan that takes, stage by stage, all layers that ``limit`` allows, or None; the least cost refused."""
     layers: list[int] = []
-    least_refused = 2**63
+    refused: list[int] = []
 
     def is_allowed(num_new: int) -> bool:
-        nonlocal least_refused
         found = cost(num_new, sum(layers))
         if found > limit:
-            least_refused = min(least_refused, found)
+            refused.append(found)
         return found <= limit
 
     for later_stages in reversed(range(num_stages)):
         most = num_layers - sum(layers) - later_stages
         least = 1 if later_stages else most  # the last stage takes the rest
         if not is_allowed(least):
-            return None, least_refused
+            return None, min(refused)
         layers.append(last_true(is_allowed, least, most))
-    return tuple(layers), least_refused
+    return tuple(layers), min(refused, default=0)
 
 
 def last_true(test: Callable[[int], bool], low: int, high: int) -> int:

@@ -163,7 +163,7 @@ def _numbers(value: Any) -> Iterator[float]:
 def _unusable(path: Path, error: Exception, *, line: int | None = None) -> SteplmError:
     where = str(path) if line is None else f"line {line} of {path}"
     return SteplmError(
-        f"{where} cannot be used: {reason(error)}. It is damaged, or another version of steplm wrote it.",
+        f"{where} cannot be read: {reason(error)}. It is damaged, or another version of steplm wrote it.",
         path=str(path),
         line=line,
     )

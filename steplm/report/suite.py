@@ -164,7 +164,8 @@ def _check_names(record: SuiteRecord, path: Path) -> None:
     unknown = sorted(name for name in named - known if name is not None)
     if unknown:
         raise SteplmError(
-            f"{path} names entries that it does not have: {shortened(unknown)}. It has: {', '.join(sorted(known))}.",
+            f"{path} names entries that it does not have: {', '.join(unknown)[:300]}. It has: "
+            f"{', '.join(sorted(known))}.",
             path=str(path),
             unknown=unknown,
         )

@@ -70,3 +70,8 @@ def test_means_over_seeds_decide_among_the_best_where_they_are_given() -> None:
     assert choose(losses, {4e-3: 3.9, 2e-3: 3.6}) == Choice(2e-3, at_edge=False)
     assert choose(losses, {4e-3: float("inf"), 2e-3: float("inf")}) is None
     assert best({1e-3: None}, 2) == ()
+
+
+def test_rates_stay_numbers_however_far_the_grid_is_extended() -> None:
+    rates = reachable([1e-320, 1e300], extend=8, refine=3)
+    assert all(0 < rate < math.inf for rate in rates)

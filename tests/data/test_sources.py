@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from steplm.data import sources
-from steplm.data.sources import BadRecords, Document, find_sources
+from steplm.data.sources import BadRecords, Document, Source, find_sources
 from steplm.errors import DataError, HubUnavailable
 
 RECORDS = [{"text": "one"}, {"text": "two"}, {"text": "three é"}]
@@ -269,3 +269,18 @@ def test_the_description_of_a_file_changes_with_its_content(jsonl: Callable[...,
     before = [source.describe() for source in find_sources([str(jsonl(["one"]))])]
     after = [source.describe() for source in find_sources([str(jsonl(["other"]))])]
     assert before != after
+
+
+@pytest.mark.parametrize("entry", ["hub://[", "~no-such-user/text.jsonl", "x" * 300 + ".txt", "a\0b.txt"])
+def test_an_entry_that_no_system_can_have_is_refused(entry: str) -> None:
+    with pytest.raises(DataError):
+        find_sources([entry])
+
+
+def test_a_record_of_many_fields_is_explained_by_a_few(tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text(json.dumps({"k" * 999: 1, **{f"key {number}": 1 for number in range(5000)}}))
+    bad = BadRecords()
+    assert list(Source(str(path), path).documents("text", bad)) == []
+    assert bad.examples[0].reason.endswith("'key 8', ...")
+    assert len(bad.examples[0].reason) < 250

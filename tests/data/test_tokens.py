@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from steplm.data.shards import ShardWriter
-from steplm.data.tokens import Manifest, TokenDataset, verify
+from steplm.data.tokens import MANIFEST, Manifest, TokenDataset, verify
 from steplm.errors import DataError
 
 DOCUMENTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12], [13, 14], [15]]
@@ -127,3 +127,56 @@ def test_shard_files_are_what_the_format_says(make_dataset: Callable[..., TokenD
     offsets = np.load(folder / "shard-00000.offsets.npy", allow_pickle=False)
     assert (offsets.dtype, offsets.tolist()) == (np.dtype("<i8"), [0, 2, 3])
     assert json.loads((folder / "shard-00000.json").read_text())["num_documents"] == 2
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda offsets: offsets[::-1],
+        lambda offsets: offsets + 1,
+        lambda offsets: offsets.astype(">i8"),
+        lambda offsets: offsets.astype("<f8"),
+        lambda offsets: offsets.reshape(1, -1),
+        lambda offsets: np.where(offsets == offsets[1], 2**62, offsets),
+    ],
+)
+def test_offsets_that_no_documents_have_are_refused(
+    make_dataset: Callable[..., TokenDataset], spoil: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    dataset = make_dataset([[1, 2, 3], [4, 5], [6, 7, 8]])
+    file = dataset.prepared_dir / "train" / f"{dataset.shards[0].name}.offsets.npy"
+    np.save(file, spoil(np.load(file)))
+    with pytest.raises(DataError, match=r"offsets\.npy is damaged"):
+        _ = dataset.document_offsets
+
+
+def test_a_token_that_the_tokenizer_does_not_have_is_refused(make_dataset: Callable[..., TokenDataset]) -> None:
+    dataset = make_dataset([[1, 2, 3], [4, 5]])
+    manifest = dataset.prepared_dir / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"vocab_size": 65536', '"vocab_size": 5'))
+    dataset = TokenDataset(dataset.prepared_dir, "train")
+    assert dataset.read(0, 4).tolist() == [1, 2, 3, 4]
+    with pytest.raises(DataError, match="token 5, and the tokenizer has 5"):
+        dataset.read(0, 5)
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [
+        ('"uint16"', '"O"'),
+        ('"shard-00000"', '"../shard-00000"'),
+        ('"num_tokens": 5', '"num_tokens": -5'),
+        ('"num_documents": 2', '"num_documents": 0'),
+        ('"num_records": 2', '"num_records": ' + "[" * 50_000),
+    ],
+)
+def test_a_manifest_that_says_what_cannot_be_is_damaged(
+    make_dataset: Callable[..., TokenDataset], was: str, becomes: str
+) -> None:
+    folder = make_dataset([[1, 2, 3], [4, 5]]).prepared_dir
+    text = (folder / MANIFEST).read_text()
+    assert was in text
+    (folder / MANIFEST).write_text(text.replace(was, becomes))
+    with pytest.raises(DataError, match=r"manifest\.json is damaged") as caught:
+        TokenDataset(folder, "train")
+    assert len(str(caught.value).splitlines()) == 1

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import steplm.training.run as run_module
 from steplm.checkpoint import CheckpointState, load_checkpoint, verify_checkpoint
-from steplm.checkpoint.folder import MARKER, complete_checkpoints, load_checkpoint_state
+from steplm.checkpoint.folder import MARKER, complete_checkpoints, load_checkpoint_state, save_shards
+from steplm.checkpoint.shards import BackgroundWriter
 from steplm.config import RunConfig, load_config
 from steplm.errors import CheckpointError
 from steplm.report.page import write_page
@@ -24,6 +26,7 @@ from steplm.report.suite import SUITE_FILE, EntryRecord, Question, RunEntry, Sui
 from steplm.report.suite_figures import write_figures
 from steplm.report.summary import read_suite
 from steplm.report.tables import problems, write_tables
+from steplm.rows import WHOLE, Rows
 from steplm.training.display import make_display
 from steplm.training.export import export
 from steplm.training.run import train
@@ -56,6 +59,27 @@ def checkpoint(finished: Path) -> Path:
     return next(path for path in complete_checkpoints(finished / "checkpoints") if path.name.startswith("stage2-step"))
 
 
+@pytest.fixture(scope="module")
+def sharded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as several ranks write it, here one alone."""
+    whole = load_checkpoint(checkpoint)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        writer = BackgroundWriter(0, dist.group.WORLD)
+        tensors = {"weights": whole.weights, "adapters": whole.adapters, "optimizer": whole.optimizer}
+        root = tmp_path_factory.mktemp("sharded")
+        path = save_shards(root, writer, config=whole.config, state=whole.state, then=lambda: None, **tensors)
+        writer.wait()
+    finally:
+        dist.destroy_process_group()
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoints(checkpoint: Path, sharded: Path) -> list[Path]:
+    return [checkpoint, sharded]
+
+
 def _files(folder: Path) -> list[str]:
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
@@ -71,8 +95,9 @@ def _mark(checkpoint: Path) -> None:
 @fuzz
 @given(data=st.data())
 def test_a_spoiled_checkpoint_is_always_found(
-    data: st.DataObject, claim: Claim, fresh_folder: Fresh, checkpoint: Path, spoil_file: SpoilFile
+    data: st.DataObject, claim: Claim, fresh_folder: Fresh, checkpoints: list[Path], spoil_file: SpoilFile
 ) -> None:
+    checkpoint = data.draw(st.sampled_from(checkpoints), label="checkpoint")
     name = data.draw(st.sampled_from([name for name in _files(checkpoint) if name != MARKER]), label="file")
     with fresh_folder() as folder:
         copy = shutil.copytree(checkpoint, folder / checkpoint.name)
@@ -88,8 +113,9 @@ def test_a_spoiled_checkpoint_is_always_found(
 @fuzz
 @given(data=st.data())
 def test_a_spoiled_marker_never_lets_an_unverified_checkpoint_through(
-    data: st.DataObject, claim: Claim, fresh_folder: Fresh, checkpoint: Path, spoil_file: SpoilFile
+    data: st.DataObject, claim: Claim, fresh_folder: Fresh, checkpoints: list[Path], spoil_file: SpoilFile
 ) -> None:
+    checkpoint = data.draw(st.sampled_from(checkpoints), label="checkpoint")
     with fresh_folder() as folder:
         copy = shutil.copytree(checkpoint, folder / checkpoint.name)
         spoil_file(data, copy / MARKER)
@@ -103,16 +129,18 @@ def test_a_spoiled_marker_never_lets_an_unverified_checkpoint_through(
 @fuzz
 @given(data=st.data())
 def test_a_checkpoint_of_spoiled_values_is_loaded_or_refused(
-    data: st.DataObject, claim: Claim, fresh_folder: Fresh, checkpoint: Path, spoil_file: SpoilFile
+    data: st.DataObject, claim: Claim, fresh_folder: Fresh, checkpoints: list[Path], spoil_file: SpoilFile
 ) -> None:
     """The hashes are right: another program wrote it, or the memory failed before the disk did."""
+    checkpoint = data.draw(st.sampled_from(checkpoints), label="checkpoint")
     name = data.draw(st.sampled_from([name for name in _files(checkpoint) if name != MARKER]), label="file")
     with fresh_folder() as folder:
         copy = shutil.copytree(checkpoint, folder / checkpoint.name)
         spoil_file(data, copy / name)
         _mark(copy)
+        rows = data.draw(st.sampled_from([WHOLE, Rows(1, 3)]), label="rows")
         with claim():
-            state = load_checkpoint(copy).state
+            state = load_checkpoint(copy, rows=rows).state
             assert isinstance(state, CheckpointState)
             assert state.progress.stage_index > 0
 

@@ -128,3 +128,8 @@ def test_no_exchange_of_one_layer_between_stages_lowers_the_peak() -> None:
             moved[taker] += 1
             if min(moved) > 0:
                 assert peak_cost(HALF_A_LAYER, tuple(moved)) >= peak_cost(HALF_A_LAYER, layers)
+
+
+def test_costs_beyond_64_bits_are_divided_like_any() -> None:
+    cost = linear(2**70, 2**69, 0, 0)
+    assert solve_within(cost, 9, 3) == solve_dynamic_programming(cost, 9, 3)

@@ -100,7 +100,11 @@ def make_record() -> Callable[..., RunRecord]:
         advantage: float = 0.0,
     ) -> RunRecord:
         plan = make_plan(layers, tokens)
-        summary = {"validation_perplexity": 20.0, "elapsed_seconds": 200_000.0} if until >= 1 else None
+        summary = (
+            {"validation_loss": 3.0, "validation_perplexity": 20.0, "elapsed_seconds": 200_000.0}
+            if until >= 1
+            else None
+        )
         return RunRecord(label, RunConfig(), plan, tuple(make_events(plan, until, advantage)), summary)
 
     return make

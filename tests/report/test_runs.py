@@ -119,3 +119,29 @@ def test_a_run_that_was_trained_can_be_read_and_drawn(tiny_run: Callable[..., Ru
     assert row.elapsed_seconds is not None
     assert [span.end for span in measured_spans(record)] == [result.plan.stages[0].tokens, row.tokens]
     assert run_figure([record], tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("plan.json", "[" * 50_000, "nested too deeply"),
+        ("plan.json", "{}", "shape: Field required"),
+        ("summary.json", '{"validation_loss": "low"}', "validation_loss: Input should be a valid number"),
+        (
+            "metrics.jsonl",
+            '{"event":"stage_end","stage":1,"tokens_seen":1}\n{"event":"train","stage":1}\n',
+            "line 2 of",
+        ),
+        ("metrics.jsonl", '{"event":"eval","stage":9,"tokens_seen":1,"loss":1,"perplexity":2}\n', "stage 9 of 2"),
+        ("metrics.jsonl", "\xff\n", "line 1 of"),
+    ],
+)
+def test_a_damaged_document_is_named(
+    make_record: Callable[..., RunRecord], tmp_path: Path, name: str, text: str, told: str
+) -> None:
+    run_dir = write_run(make_record(), tmp_path / "run")
+    (run_dir / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(SteplmError, match=name) as caught:
+        load_run(run_dir)
+    assert told in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
