@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from steplm.errors import ConfigError
-from steplm.units import parse_bytes, parse_count
+from steplm.units import parse_bytes, parse_count, shortened
 
 
 def _number_with_unit(units: str) -> dict[str, Any]:
@@ -55,11 +55,14 @@ SinkNames = Annotated[
     WithJsonSchema(_schema_of_one_or_many({"enum": ["tensorboard", "wandb"]})),
 ]
 Scheduler = Literal["cosine", "warmup_stable_decay", "constant_with_warmup"]
+FOLDER_NAME = r"^\.*[\w\-][\w.\-]*$"  # and not "..", which is another folder
 SHORT_SCHEDULER_NAMES = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
 
 
 class ModelConfig(Section):
@@ -347,7 +350,7 @@ class LogConfig(Section):
 class RunConfig(Section):
     """One run."""
 
-    name: str = Field("run", pattern=r"^[\w.\-]+$")
+    name: str = Field("run", pattern=FOLDER_NAME)
     seed: int = Field(0, ge=0)
     output_dir: str | None = Field(None, description="default: runs/NAME")
     init_from: str | None = Field(None, description="Hugging Face folder whose weights start stage 1")
@@ -580,21 +583,34 @@ def validated(section: type[S], values: Mapping[str, Any]) -> S:
 
 def dump_config(config: RunConfig) -> str:
     """YAML text that ``load_config`` reads back to an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """Text that ``read_yaml`` reads back to the same values."""
+    return yaml.dump(values, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
 
 
 def find_config(source: str | Path) -> Path:
     """The path of a YAML file, or of the shipped recipe of that name."""
     path = Path(source)
-    if path.is_file():
+    if is_file(path):
         return path
     recipes = recipes_dir()
-    if len(path.parts) == 1 and (recipes / f"{path.name}.yaml").is_file():
+    if len(path.parts) == 1 and is_file(recipes / f"{path.name}.yaml"):
         return recipes / f"{path.name}.yaml"
     names = sorted(recipe.stem for recipe in recipes.glob("*.yaml"))
     near = difflib.get_close_matches(path.stem, names, n=1)
     hint = f" Did you mean the recipe {near[0]!r}?" if near else f" Recipes: {', '.join(names)}."
-    raise ConfigError(f"no file {str(path)!r}.{hint}", path=str(path))
+    raise ConfigError(f"no file {shortened(str(path), 300)}.{hint}", path=str(path))
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; also of a name that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def recipes_dir() -> Path:
@@ -607,15 +623,60 @@ class _YamlLoader(yaml.SafeLoader):
     """Reads ``1e-5`` as a number, as YAML 1.2 does; PyYAML, which is of YAML 1.1, wants ``1.0e-5``."""
 
 
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _YamlDumper(yaml.SafeDumper):
+    """Quotes the text ``1e-5``, which would be read as a number."""
+
+
+for _reader_or_writer in (_YamlLoader, _YamlDumper):
+    _reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def _load_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_YamlLoader)  # a SafeLoader
+    """Mappings with text keys, lists, text, numbers, booleans and null.
+
+    Raises:
+        yaml.YAMLError: no YAML, or more than that.
+    """
+    try:
+        value = yaml.load(text, Loader=_YamlLoader)  # a SafeLoader
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # PyYAML lets those of its own code through: for "!!bool maybe" a KeyError
+        raise yaml.YAMLError(f"a value that cannot be read ({type(error).__name__}: {error})") from None
+    _require_plain(value)
+    return value
 
 
+def _require_plain(value: Any) -> None:
+    """Refuse what could not be written down and read back, and what aliases make without end of a short text."""
+    waiting, num_values = [value], 0
+    while waiting:
+        value = waiting.pop()
+        num_values += 1
+        if num_values > MOST_YAML_VALUES:
+            raise yaml.YAMLError(f"more than {MOST_YAML_VALUES:,} values, or one that contains itself")
+        if isinstance(value, dict):
+            if odd := next((key for key in value if not isinstance(key, str)), None):
+                raise yaml.YAMLError(f"the key {shortened(odd)} is no text: quote it")
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str):
+            if not value.isprintable() and _UNWRITABLE.search(value):
+                raise yaml.YAMLError(f"the text {shortened(value)} has a character that does not come back from a file")
+        elif isinstance(value, float) and math.isnan(value):
+            raise yaml.YAMLError("a number that is none: .nan")
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            raise yaml.YAMLError(f"a number of {value.bit_length()} bits; 64 with the sign are the most")
+        elif not isinstance(value, float | int | None):
+            raise yaml.YAMLError(f"the {type(value).__name__} {shortened(value)}: quote it if it is text")
+
+
+MOST_YAML_VALUES = 100_000
+_UNWRITABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
+MOST_PROBLEMS = 20  # in one message
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
@@ -628,7 +689,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = _load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}", path=str(path)) from None
+        raise ConfigError(f"{path} is not valid YAML: {str(error)[:1000]}", path=str(path)) from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", path=str(path)) from None
     if values is None:
@@ -675,20 +736,28 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors(include_url=False):
+        if problem["type"] == "extra_forbidden":
+            lines.append(_unknown_key([str(part) for part in problem["loc"]]))
+            continue
         # Union branches add names that are no keys ("list[float]"); a reader needs only the keys.
         path = [str(part) for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", str(part))]
         where = ".".join(path)
-        if problem["type"] == "extra_forbidden":
-            lines.append(_unknown_key(path))
-        else:
-            message = problem["msg"].removeprefix("Value error, ")
-            given = f" (got {problem['input']!r})" if where and not isinstance(problem["input"], dict) else ""
-            hint = _nearest_choice(problem) if problem["type"] == "literal_error" else ""
-            lines.append(f"{where}: {message}{given}{hint}" if where else message)
-    unique = list(dict.fromkeys(lines))
+        message = problem["msg"].removeprefix("Value error, ")
+        given = f" (got {shortened(problem['input'])})" if where and not isinstance(problem["input"], dict) else ""
+        hint = _nearest_choice(problem) if problem["type"] == "literal_error" else ""
+        lines.append(f"{where}: {message}{given}{hint}" if where else message)
+    return listing(lines, "the configuration")
+
+
+def listing(problems: Iterable[str], where: str) -> str:
+    """One problem as it is; several, each once, on a line each, the first few of them."""
+    unique = list(dict.fromkeys(problems))
     if len(unique) == 1:
         return unique[0]
-    return f"{len(unique)} problems in the configuration:\n" + "\n".join(f"  - {line}" for line in unique)
+    lines = [f"  - {line}" for line in unique[:MOST_PROBLEMS]]
+    if len(unique) > MOST_PROBLEMS:
+        lines.append(f"  … and {len(unique) - MOST_PROBLEMS} more")
+    return "\n".join([f"{len(unique)} problems in {where}:", *lines])
 
 
 def _nearest_choice(problem: Mapping[str, Any]) -> str:
@@ -703,7 +772,7 @@ def _unknown_key(path: list[str]) -> str:
     for section in sections:
         model = _section_type(model.model_fields[section].annotation) if section in model.model_fields else None
         if model is None:
-            return f"unknown key '{'.'.join(path)}'"
+            return f"unknown key {shortened('.'.join(path))}"
     owner = ".".join(sections) if sections else "the configuration"
     near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.6)
     elsewhere = [key for key in config_keys() if key.endswith(f".{name}")]
@@ -713,7 +782,7 @@ def _unknown_key(path: list[str]) -> str:
         hint = f" Did you mean '{elsewhere[0]}'?"
     else:
         hint = f" Known keys: {', '.join(model.model_fields)}."
-    return f"{owner} has no key '{name}'.{hint}"
+    return f"{owner} has no key {shortened(name)}.{hint}"
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:

@@ -41,6 +41,7 @@ from steplm.files import sync, write_atomically
 from steplm.models.folder import load_hf_config, load_state, load_tensors, save_folder
 from steplm.rows import WHOLE, Rows
 from steplm.types import AdapterSpec, LayerProvenance, TrainState, from_json, to_json
+from steplm.units import reason, shortened
 
 MARKER = "COMPLETE"
 ADAPTERS = "adapters.safetensors"
@@ -244,8 +245,8 @@ def load_checkpoint_state(path: Path) -> CheckpointState:
     """``state.json`` alone."""
     try:
         return from_json(CheckpointState, json.loads((path / "state.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / 'state.json'} cannot be used: {error}", path=str(path)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / 'state.json'} cannot be used: {reason(error)}", path=str(path)) from None
 
 
 def verify_checkpoint(path: Path, *, with_optimizer: bool = True) -> None:
@@ -254,13 +255,11 @@ def verify_checkpoint(path: Path, *, with_optimizer: bool = True) -> None:
     Raises:
         CheckpointError: the marker is missing, or a file is missing, truncated or altered.
     """
-    try:
-        marker = json.loads((path / MARKER).read_text())
-        expected = {name: (int(wanted["bytes"]), str(wanted["sha256"])) for name, wanted in marker.items()}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MARKER} file", path=str(path)) from None
-    except (ValueError, AttributeError, KeyError, TypeError):
-        raise CheckpointError(f"{path / MARKER} is damaged", path=str(path)) from None
+    expected = _read_marker(path)
+    # A file that is read, though nothing vouches for it; any other may lie there.
+    for file in sorted((*path.rglob("*.safetensors"), *path.rglob("*.json"))):
+        if str(file.relative_to(path)) not in expected:
+            raise CheckpointError(f"{path / MARKER} is damaged: it does not name {file.name}", path=str(file))
     for name, (num_bytes, sha256) in expected.items():
         if name == OPTIMIZER and not with_optimizer:
             continue
@@ -274,6 +273,24 @@ def verify_checkpoint(path: Path, *, with_optimizer: bool = True) -> None:
             )
         if fingerprint(file)["sha256"] != sha256:
             raise CheckpointError(f"{file} is damaged: its sha256 is not the one that was written", path=str(file))
+
+
+def _read_marker(path: Path) -> dict[str, tuple[int, str]]:
+    """Size and sha256 of every file, by its name below the checkpoint."""
+    try:
+        written = json.loads((path / MARKER).read_text())
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in written.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MARKER} file", path=str(path)) from None
+    except Exception as error:  # what stands in it can be anything
+        raise CheckpointError(f"{path / MARKER} is damaged: {reason(error)}", path=str(path)) from None
+    tensors = [] if any(name.startswith(f"{SHARDS}/") for name in expected) else [OPTIMIZER]
+    for name in ("config.json", "state.json", *tensors):
+        if name not in expected:
+            raise CheckpointError(f"{path / MARKER} is damaged: it does not name {name}", path=str(path))
+    if odd := [name for name in expected if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name]:
+        raise CheckpointError(f"{path / MARKER} is damaged: it names {shortened(odd[0])}", path=str(path))
+    return expected
 
 
 def complete_checkpoints(root: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from steplm.errors import CheckpointError
 from steplm.files import sync
 from steplm.rows import WHOLE, Rows
+from steplm.units import reason
 
 Fingerprints = dict[str, dict[str, Any]]  # size and sha256 of files, by name
 
@@ -48,8 +49,10 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         try:
             metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise CheckpointError(f"the tensors in {folder} cannot be read: {error}", path=str(folder)) from None
+        except Exception as error:  # of any kind: it trusts what a header says
+            raise CheckpointError(
+                f"the tensors in {folder} cannot be read: {reason(error)}", path=str(folder)
+            ) from None
         self.folder = folder
         self.shapes: dict[str, torch.Size] = {}
         self._dtypes: dict[str, torch.dtype] = {}
@@ -62,6 +65,9 @@ class TensorFiles:
                 file = metadata.storage_data[MetadataIndex(name, chunk.offsets)].relative_path
                 start = chunk.offsets[0] if chunk.offsets else 0
                 pieces.append(Piece(file, start, start + (chunk.sizes[0] if chunk.sizes else 1)))
+            num_rows = entry.size[0] if entry.size else 1
+            if sum(piece.stop - piece.start for piece in pieces) < num_rows:
+                raise CheckpointError(f"{folder} lacks some of the {num_rows:,} rows of {name}", path=str(folder))
             self._pieces[name] = pieces
 
     def file_of(self, name: str) -> str:
@@ -70,6 +76,14 @@ class TensorFiles:
 
     def read(self, name: str, rows: Rows = WHOLE) -> Tensor:
         """These rows of a tensor, on the CPU."""
+        try:
+            return self._read(name, rows)
+        except (RuntimeError, TypeError) as error:  # pieces that do not fit together
+            raise CheckpointError(
+                f"{name} in {self.folder} is damaged: {reason(error)}", path=str(self.folder)
+            ) from None
+
+    def _read(self, name: str, rows: Rows) -> Tensor:
         shape = self.shapes[name]
         if not shape:
             return self._slice(self._pieces[name][0], name, None)
@@ -96,7 +110,7 @@ class TensorFiles:
             with safe_open(piece.file, framework="pt") as file:
                 return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{piece.file} is damaged: {error}", path=piece.file) from None
+            raise CheckpointError(f"{piece.file} is damaged: {reason(error)}", path=piece.file) from None
 
 
 class BackgroundWriter:

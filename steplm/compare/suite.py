@@ -6,20 +6,35 @@ Environment variables are replaced as in ``run.yaml``.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from steplm.compare.methods import METHODS
-from steplm.config import Count, Section, Texts, find_config, load_config, read_yaml, recipes_dir
+from steplm.config import (
+    FOLDER_NAME,
+    Count,
+    Section,
+    Texts,
+    dump_yaml,
+    find_config,
+    is_file,
+    listing,
+    load_config,
+    read_yaml,
+    recipes_dir,
+)
 from steplm.errors import ConfigError
+from steplm.units import shortened
 
 Match = Literal["tokens", "flops"]
-Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=100)]
+Repeats = Annotated[int, Field(ge=0, le=8)]  # each of `refine` can double the grid
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+MOST_COMBINATIONS = 1000
 SET_BY_THE_SUITE = ("name", "output_dir", "seed")
 
 
@@ -27,10 +42,10 @@ class TuneConfig(Section):
     """The grid that every tuned entry is run over, at one seed, and how the choice is made."""
 
     learning_rates: Rates
-    extend: int = Field(
-        0, ge=0, description="where the best is at an edge: times that the rate beyond it is tried, by the grid's ratio"
+    extend: Repeats = Field(
+        0, description="where the best is at an edge: times that the rate beyond it is tried, by the grid's ratio"
     )
-    refine: int = Field(0, ge=0, description="then: times that the rates halfway to the best's neighbours are tried")
+    refine: Repeats = Field(0, description="then: times that the rates halfway to the best's neighbours are tried")
     finalists: int = Field(
         1, gt=0, description="best rates that all seeds are run at, of which the one with the best mean is chosen"
     )
@@ -48,7 +63,7 @@ class TextConfig(Section):
 class EntryConfig(Section):
     """One method with its settings, or several where ``vary`` is given."""
 
-    name: str = Field(pattern=r"^[\w.\-]+$")
+    name: str = Field(pattern=FOLDER_NAME)
     method: str | None = Field(None, description=f"one of {', '.join(METHODS)}")
     like: str | None = Field(None, description="an entry above, whose settings and learning rate this one takes")
     label: str | None = None
@@ -70,6 +85,8 @@ class EntryConfig(Section):
         for key in (*self.set, *self.vary):
             if key in SET_BY_THE_SUITE:
                 raise ValueError(f"{key!r} is set by the suite, for each run")
+        if (num_combinations := math.prod(map(len, self.vary.values()))) > MOST_COMBINATIONS:
+            raise ValueError(f"`vary` makes {num_combinations:,} entries; {MOST_COMBINATIONS:,} are the most")
         twice = sorted(self.set.keys() & self.vary.keys())
         if twice:
             raise ValueError(f"both `set` and `vary` have {', '.join(twice)}")
@@ -88,7 +105,7 @@ class QuestionConfig(Section):
 class SuiteConfig(Section):
     """A whole suite."""
 
-    name: str = Field(pattern=r"^[\w.\-]+$")
+    name: str = Field(pattern=FOLDER_NAME)
     run: str | dict[str, Any] = Field(description="recipe, path or sections: the configuration that all runs share")
     output_dir: str | None = Field(None, description="default: runs/suites/NAME")
     match: Match = Field("tokens", description="what every run has as much of as the baseline: tokens or flops")
@@ -121,26 +138,19 @@ def read_suite(source: str | Path | Mapping[str, Any], overrides: Iterable[str] 
         suite = SuiteConfig.model_validate(values)
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors(include_url=False)]
-        raise ConfigError(_listing(problems), errors=error.errors(include_url=False)) from None
+        raise ConfigError(listing(problems, "the suite"), errors=error.errors(include_url=False)) from None
     base = load_config(suite.run, overrides)
     return suite.model_copy(update={"run": base.model_dump(mode="json")})
 
 
 def dump_suite(suite: SuiteConfig) -> str:
     """YAML text that ``read_suite`` reads back to an equal suite."""
-    return yaml.safe_dump(suite.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    return dump_yaml(suite.model_dump(mode="json", exclude_none=True))
 
 
 def _find_suite(source: str | Path) -> Path:
     shipped = recipes_dir() / "suites" / f"{source}.yaml"
-    return shipped if shipped.is_file() and not Path(source).is_file() else find_config(source)
-
-
-def _listing(problems: list[str]) -> str:
-    unique = list(dict.fromkeys(problems))
-    if len(unique) == 1:
-        return unique[0]
-    return f"{len(unique)} problems in the suite:\n" + "\n".join(f"  - {line}" for line in unique)
+    return shipped if is_file(shipped) and not is_file(Path(source)) else find_config(source)
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
@@ -148,9 +158,10 @@ def _explain(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         *path, name = problem["loc"]
         section = _section_at(path)
-        return f"{'.'.join(map(str, path)) or 'the suite'} has no key {name!r}.{nearest(name, section.model_fields)}"
+        owner = ".".join(map(str, path)) or "the suite"
+        return f"{owner} has no key {shortened(name)}.{nearest(str(name), section.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+    given = "" if isinstance(problem["input"], dict) else f" (got {shortened(problem['input'])})"
     return f"{where}: {message}{given}" if where else message
 
 

@@ -108,9 +108,9 @@ def _from_path(path: Path) -> PreTrainedTokenizerFast:
     files, read = _locate(path)
     try:
         return read(*files)
-    except DataError:
+    except (DataError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+    except BaseException as error:  # for a broken file the tokenizers library raises bare Exception, or panics
         raise DataError(f"cannot read the tokenizer {path}: {_first_line(error)}", path=str(path)) from None
 
 

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from steplm.errors import ConfigError
 from steplm.models.device import move
+from steplm.units import reason
 
 # Keys of earlier transformers that its configurations still take, and turn into ``rope_parameters``.
 ACCEPTED_KEYS = ("rope_theta", "rope_scaling")
@@ -27,7 +27,7 @@ def hf_config(values: Mapping[str, Any], num_hidden_layers: int | None = None) -
         ConfigError: unknown model type, or a key that this type does not have.
     """
     values = dict(values)
-    model_type = values.pop("model_type")
+    model_type = str(values.pop("model_type"))
     try:
         default = AutoConfig.for_model(model_type)
     except (ValueError, KeyError):
@@ -51,8 +51,8 @@ def hf_config(values: Mapping[str, Any], num_hidden_layers: int | None = None) -
             values["layer_types"] = values["layer_types"][:num_hidden_layers]
     try:
         config = AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ConfigError(f"transformers refuses this configuration of {model_type!r}: {error}") from None
+    except Exception as error:  # of any kind: a key of the wrong type is found only where it is used
+        raise ConfigError(f"transformers refuses this configuration of {model_type!r}: {reason(error)}") from None
     config.use_cache = False
     return config
 
@@ -133,9 +133,9 @@ def plain_state(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[s
 def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    except ValueError as error:
+    except Exception as error:  # as above
         if "scaled_dot_product_attention" not in str(error):
-            raise ConfigError(f"transformers refuses this model configuration: {error}") from None
+            raise ConfigError(f"transformers refuses this model configuration: {reason(error)}") from None
         # A few families (Gemma 2) soft-cap their attention logits, which SDPA cannot.
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
 

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from steplm.errors import CheckpointError, HubUnavailable
 from steplm.models.build import plain_state
+from steplm.units import reason
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -35,7 +36,11 @@ def load_state(folder: Path, *, dtype: torch.dtype | None = None) -> dict[str, T
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            files = sorted(folder / Path(name).name for name in names)
+        except Exception as error:  # what stands in it can be anything
+            raise CheckpointError(f"{index} is damaged: {reason(error)}", path=str(index)) from None
     else:
         files = [folder / "model.safetensors"]
     state: dict[str, Tensor] = {}
@@ -51,8 +56,8 @@ def load_tensors(file: Path, *, dtype: torch.dtype | None = None) -> dict[str, T
     try:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged: {error}", path=str(file)) from None
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{file} is damaged: {reason(error)}", path=str(file)) from None
 
 
 def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -67,7 +72,7 @@ def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> P
     transformers_logging.disable_progress_bar()  # it would tear ours apart
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers checks little of what a config.json says before it uses it
         raise _cannot_load(name, error) from None
     finally:
         if shows_bars:
@@ -87,7 +92,7 @@ def load_hf_config(name: str | Path) -> PretrainedConfig:
     _require_model(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
         raise _cannot_load(name, error) from None
 
 
@@ -101,7 +106,7 @@ def _require_model(name: str | Path) -> None:
 
 
 def _cannot_load(name: str | Path, error: Exception) -> CheckpointError | HubUnavailable:
-    first_line = str(error).strip().splitlines()[0]
+    first_line = reason(error)
     if Path(name).is_dir():
         return CheckpointError(f"cannot load the model in {name}: {first_line}", path=str(name))
     return HubUnavailable(

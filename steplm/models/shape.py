@@ -13,6 +13,7 @@ from steplm.errors import ConfigError
 from steplm.memory.measure import find_layers, name_of_head, outer_component
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
 from steplm.types import LinearShape, ModelShape
+from steplm.units import reason
 
 
 def shape_of(values: Mapping[str, Any]) -> ModelShape:
@@ -21,7 +22,7 @@ def shape_of(values: Mapping[str, Any]) -> ModelShape:
     Raises:
         ConfigError: no such model, or its layers are not one list of equal layers.
     """
-    if values.get("model_type") in FAMILIES:
+    if str(values.get("model_type")) in FAMILIES:
         return shape_from_hf_config(values)
     from transformers import AutoModelForCausalLM
 
@@ -31,8 +32,10 @@ def shape_of(values: Mapping[str, Any]) -> ModelShape:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"transformers makes no causal language model of this configuration: {error}") from None
+    except Exception as error:  # of any kind: a key of the wrong type is found only where it is used
+        raise ConfigError(
+            f"transformers makes no causal language model of this configuration: {reason(error)}"
+        ) from None
     return shape_from_model(model)
 
 

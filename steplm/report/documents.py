@@ -27,6 +27,19 @@ class _Document(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
+class MeasuredBytes(_Document):
+    """As ``MemoryEstimate.by_kind`` gives them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weights: Size
+    gradients: Size
+    optimizer: Size
+    adapters: Size
+    total: Size
+    host: Size = 0
+
+
 class Event(_Document):
     """A line of ``metrics.jsonl``: see ``steplm.training.metrics``."""
 
@@ -39,7 +52,7 @@ class Event(_Document):
     loss_before: Loss | None = None
     loss_after: Loss | None = None
     perplexity: Perplexity | None = None
-    measured_bytes: dict[str, Size] | None = None
+    measured_bytes: MeasuredBytes | None = None
     planned_dry_run_bytes: Size | None = None
     measured_dry_run_bytes: Size | None = None
     peak_allocated_bytes: Size | None = None

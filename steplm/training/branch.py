@@ -17,8 +17,8 @@ from steplm.errors import CheckpointMismatch
 from steplm.files import sync
 from steplm.models.shape import shape_of
 from steplm.planner.plan import plan as make_plan
-from steplm.training.checks import flat
-from steplm.types import Plan, TrainState, from_json
+from steplm.training.checks import flat, written_plan
+from steplm.types import Plan, TrainState
 
 # Keys that leave a stage's weights as they are, to the last bit, or that the plan's stages tell of.
 NOT_COMPARED = (
@@ -84,7 +84,7 @@ def branch(source_run_dir: str | Path, stage_index: int, config: RunConfig) -> P
 
 def _check_same_beginning(source_run_dir: Path, stage_index: int, config: RunConfig) -> None:
     theirs_config = load_config(source_run_dir / "config.yaml")
-    theirs = stage_keys(theirs_config, from_json(Plan, json.loads((source_run_dir / "plan.json").read_text())))
+    theirs = stage_keys(theirs_config, written_plan(source_run_dir))
     ours = stage_keys(config, make_plan(config, shape_of(config.model.hf_config())))
     if ours[:stage_index] != theirs[:stage_index]:
         raise CheckpointMismatch(

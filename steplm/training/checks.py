@@ -10,10 +10,11 @@ from steplm.checkpoint import CheckpointState
 from steplm.checkpoint.folder import complete_checkpoints
 from steplm.config import ModelConfig, OptimConfig, RunConfig, load_config
 from steplm.data.tokens import Manifest
-from steplm.errors import CheckpointMismatch, ConfigError
+from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError
 from steplm.models.build import config_values, hf_config
 from steplm.models.folder import load_hf_config
 from steplm.types import Plan, from_json
+from steplm.units import reason
 
 # What the saved optimizer states depend on.
 OPTIMIZER_KEYS = ("name", "rank", "update_proj_gap", "scale", "switch_steps")
@@ -116,14 +117,32 @@ def check_same_run(config: RunConfig, plan: Plan) -> list[str]:
             "Undo the change to resume it, or give this run its own name or output_dir.",
             changed=changed,
         )
-    plan_file = config.run_dir / "plan.json"
-    if plan_file.is_file() and from_json(Plan, json.loads(plan_file.read_text())).hash != plan.hash:
+    if (run_dir / "plan.json").is_file() and written_plan(run_dir).hash != plan.hash:
         raise CheckpointMismatch(
-            f"{plan_file} is not the plan that this configuration gives now. "
+            f"{run_dir / 'plan.json'} is not the plan that this configuration gives now. "
             "It was edited, or made by another version: give this run its own output_dir.",
             plan_hash=plan.hash,
         )
     return [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key.startswith("optim.")]
+
+
+def written_plan(run_dir: Path) -> Plan:
+    """``plan.json`` of a run directory.
+
+    Raises:
+        CheckpointError: there is none that can be used.
+    """
+    try:
+        plan = from_json(Plan, json.loads((run_dir / "plan.json").read_text()))
+        if not plan.layers:
+            raise ValueError("a plan without layers")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{run_dir / 'plan.json'} cannot be used: {reason(error)}. It is damaged, or another version of steplm "
+            "wrote it.",
+            path=str(run_dir / "plan.json"),
+        ) from None
+    return plan
 
 
 def check_checkpoint(path: Path | None, state: CheckpointState, plan: Plan, manifest: Manifest) -> None:

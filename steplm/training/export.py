@@ -8,16 +8,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import AutoTokenizer, GenerationConfig
 
 from steplm.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
-from steplm.config import RunConfig, load_config
+from steplm.config import RunConfig, dump_yaml, load_config
 from steplm.errors import CheckpointError
 from steplm.models.folder import save_folder
 from steplm.pet.adapters import merge_state
+from steplm.training.checks import written_plan
 from steplm.training.model_card import model_card, public_name
-from steplm.types import Plan, from_json, to_json
+from steplm.types import Plan, to_json
+from steplm.units import reason
 
 
 def export(source: str | Path, output_dir: str | Path | None = None) -> Path:
@@ -43,7 +44,7 @@ def export(source: str | Path, output_dir: str | Path | None = None) -> Path:
         raise CheckpointError(f"{source} holds no complete checkpoint: is it a run directory?", path=str(source))
     checkpoint = load_checkpoint(checkpoint_path, with_optimizer=False)
     config = load_config(run_dir / "config.yaml")
-    plan = from_json(Plan, json.loads((run_dir / "plan.json").read_text()))
+    plan = written_plan(run_dir)
     output_dir = Path(output_dir) if output_dir is not None else run_dir / "export"
     final = output_dir.resolve()  # "." has no name of its own
     _require_replaceable(final)
@@ -105,7 +106,16 @@ def _write(folder: Path, checkpoint: Checkpoint, config: RunConfig, plan: Plan, 
         weights = merge_state(weights, checkpoint.adapters, checkpoint.state.adapters)
     hf_config = checkpoint.config
     hf_config.use_cache = True
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # for a broken file the tokenizers library raises bare Exception, or panics
+        raise CheckpointError(
+            f"the tokenizer in {tokenizer_dir} cannot be used: {reason(error)}. "
+            "Copy the folder 'tokenizer' of the run's prepared data in its place.",
+            path=str(tokenizer_dir),
+        ) from None
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -120,5 +130,5 @@ def _write(folder: Path, checkpoint: Checkpoint, config: RunConfig, plan: Plan, 
     provenance = [to_json(layer) for layer in checkpoint.state.provenance]
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
     (folder / "plan.json").write_text(json.dumps(to_json(plan), indent=1) + "\n")
-    (folder / "training_config.yaml").write_text(yaml.safe_dump(_public(config), sort_keys=False))
+    (folder / "training_config.yaml").write_text(dump_yaml(_public(config)), encoding="utf-8")
     (folder / "README.md").write_text(model_card(config, plan, checkpoint.state))

@@ -37,7 +37,7 @@ from steplm.models.forward import summed_loss
 from steplm.models.shape import shape_of
 from steplm.planner.plan import plan as make_plan
 from steplm.training.assemble import assemble, probe_model
-from steplm.training.checks import check_checkpoint, check_init_from, check_same_run
+from steplm.training.checks import check_checkpoint, check_init_from, check_same_run, written_plan
 from steplm.training.display import Display, make_display
 from steplm.training.environment import environment
 from steplm.training.export import export
@@ -51,7 +51,8 @@ from steplm.training.stage import (
     train_stage,
 )
 from steplm.training.step import StepReport
-from steplm.types import Plan, Stage, TrainState, from_json, to_json
+from steplm.types import Plan, Stage, TrainState, to_json
+from steplm.units import reason
 
 
 @dataclass(frozen=True)
@@ -348,13 +349,17 @@ def _exported_model(run: Run, export_dir: Path) -> PreTrainedModel:
 
 
 def _result_of(run_dir: Path) -> RunResult:
-    summary = json.loads((run_dir / "summary.json").read_text())
+    file = run_dir / "summary.json"
+    try:
+        summary = json.loads(file.read_text())
+        loss, export_dir = float(summary["validation_loss"]), Path(summary["export_dir"]).name
+    except Exception as error:  # what stands in it can be anything
+        raise CheckpointError(
+            f"{file} cannot be used: {reason(error)}. Remove it, and run the same command again to write it anew.",
+            path=str(file),
+        ) from None
     return RunResult(
-        run_dir,
-        from_json(Plan, json.loads((run_dir / "plan.json").read_text())),
-        finished=True,
-        validation_loss=summary["validation_loss"],
-        export_dir=run_dir / summary["export_dir"],
+        run_dir, written_plan(run_dir), finished=True, validation_loss=loss, export_dir=run_dir / export_dir
     )
 
 
@@ -370,12 +375,11 @@ def _with_prepared_dir(config: RunConfig) -> RunConfig:
 
 def _with_layers_of_before(config: RunConfig) -> RunConfig:
     """A run that has begun keeps its layers: at another micro-batch, others may have the least peak."""
-    plan_file = config.run_dir / "plan.json"
     if config.plan.layers is not None or not complete_checkpoints(config.run_dir / "checkpoints"):
         return config
-    if not plan_file.is_file():
+    if not (config.run_dir / "plan.json").is_file():
         return config
-    layers = from_json(Plan, json.loads(plan_file.read_text())).layers
+    layers = written_plan(config.run_dir).layers
     if len(layers) != config.plan.num_stages or sum(layers) != config.model.num_hidden_layers:
         return config  # another run: the comparison of keys will name the difference
     return config.model_copy(update={"plan": config.plan.model_copy(update={"layers": list(layers)})})

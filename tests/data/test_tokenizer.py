@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steplm.data import tokenizer as tokenizer_module
 from steplm.data.tokenizer import (
     END_OF_TEXT,
     load_tokenizer,
@@ -220,3 +221,17 @@ def test_a_tokenizer_of_the_llama_family_is_stripped_too(texts: list[str], tmp_p
     without_added_tokens(family).save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path)("ab a").input_ids == plain_ids
     assert load_tokenizer(tmp_path)("ab a").input_ids == plain_ids
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_unusable_tokenizer(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        """As of pyo3: no ``Exception``."""
+
+    def read(*files: Path) -> None:
+        raise Panic("range end index 46 out of range")
+
+    monkeypatch.setitem(tokenizer_module.FORMATS, ("tokenizer.json",), read)
+    with pytest.raises(DataError, match="range end index 46"):
+        load_tokenizer(tokenizer_dir)

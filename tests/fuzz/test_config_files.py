@@ -91,6 +91,8 @@ YAML_TRAPS = [
     "model: {extra: {a: .inf, b: -.inf}}",
     "model: {extra: {a: .nan}}",
     "model: {extra: {model_type: 5}}",
+    "model: {extra: {model_type: [[1]]}}",
+    f"name: x\nbaseline: a\nentries: [{{name: a, method: vanilla}}]\nrun: {'x' * 5000}",
     "model: {extra: {num_hidden_layers: 3, vocab_size: []}}",
     "train: {sequence_length: .inf}",
     "plan: {total_tokens: 1e999}",

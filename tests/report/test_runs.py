@@ -134,6 +134,7 @@ def test_a_run_that_was_trained_can_be_read_and_drawn(tiny_run: Callable[..., Ru
         ),
         ("metrics.jsonl", '{"event":"eval","stage":9,"tokens_seen":1,"loss":1,"perplexity":2}\n', "stage 9 of 2"),
         ("metrics.jsonl", "\xff\n", "line 1 of"),
+        ("metrics.jsonl", '{"event":"stage_start","stage":1,"measured_bytes":{}}\n', "measured_bytes.weights: Field"),
     ],
 )
 def test_a_damaged_document_is_named(
