@@ -7,6 +7,7 @@ import faulthandler
 import math
 import os
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -125,17 +126,23 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self._done.wait(min(1.0, self.limit_seconds / 4)):
             if time.monotonic() - self.last_sign_at > self.limit_seconds:
-                print(
+                told = (
                     f"rank {self.rank}: no progress for {self.limit_seconds / 60:g} minutes (distributed.timeout). "
-                    "Another rank may have died or hang. Here this one stands:",
-                    file=sys.stderr,
-                    flush=True,
+                    f"Another rank may have died or hang. Here this one stands:\n{_stacks()}"
                 )
-                faulthandler.dump_traceback(all_threads=True)
+                os.write(sys.stderr.fileno(), told.encode())  # at once: every rank speaks now
                 os._exit(1)
 
     def stop(self) -> None:
         self._done.set()
+
+
+def _stacks() -> str:
+    """Where each thread of this process stands."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
 
 
 def with_world_size(distributed: DistributedConfig) -> DistributedConfig:
