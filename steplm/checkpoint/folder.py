@@ -38,7 +38,7 @@ import steplm
 from steplm.checkpoint.shards import BackgroundWriter, Fingerprints, TensorFiles, fingerprint
 from steplm.errors import CheckpointError
 from steplm.files import sync, write_atomically
-from steplm.models.folder import load_hf_config, load_state, load_tensors, save_folder
+from steplm.models.folder import load_hf_config, load_state, load_tensors, save_folder, save_hf_config
 from steplm.rows import WHOLE, Rows
 from steplm.types import AdapterSpec, LayerProvenance, TrainState, from_json, to_json
 from steplm.units import reason, shortened
@@ -138,8 +138,7 @@ def save_shards(
 
     def finish(shards: Fingerprints) -> None:
         with _written_whole(final, keep=True):
-            config.dtype = next(iter(weights.values())).dtype
-            config.save_pretrained(temporary)
+            save_hf_config(temporary, config, next(iter(weights.values())).dtype)
             _complete(temporary, final, state, {f"{SHARDS}/{name}": value for name, value in shards.items()})
         then()
 

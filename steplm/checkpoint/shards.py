@@ -27,7 +27,6 @@ from steplm.files import sync
 from steplm.rows import WHOLE, Rows
 from steplm.units import reason
 
-PLAN_TRIES = 3  # to agree on who writes what
 Fingerprints = dict[str, dict[str, Any]]  # size and sha256 of files, by name
 
 
@@ -177,14 +176,7 @@ class BackgroundWriter:
     ) -> None:
         self._on_first_rank(prepare)
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        for tries_left in reversed(range(PLAN_TRIES)):
-            try:
-                dcp.save(staged, storage_writer=writer, process_group=self.group)
-                break
-            except dcp.api.CheckpointException as error:  # the same on every rank
-                # Seen once on a busy machine, and not the next time: shards of vectors taken for copies of each other.
-                if not tries_left or "Failed to validate global plan" not in str(error):
-                    raise
+        dcp.save(staged, storage_writer=writer, process_group=self.group)
         own = sorted(folder.glob(f"shard-{self.rank + 1:05d}-*.safetensors"))
         found: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(found, {file.name: _synced(file) for file in own}, group=self.group)

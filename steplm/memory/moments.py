@@ -245,11 +245,15 @@ class Moments:
         return Instant(name, MemoryEstimate(present), in_pass)
 
     def _candidates(self) -> list[int]:
-        """Layers of which one is the highest: between two of one kind the bytes rise or fall evenly."""
+        """Layers of which one is the highest: between two of one kind the bytes rise or fall evenly.
+
+        Not those that no gradient reaches.
+        """
         ends = (0, 1, self.num_layers - 2, self.num_layers - 1)
         return [
             index
             for index, new in enumerate(self.is_new)
+            if index >= self.silent
             if index in ends or not self.is_new[index - 1] == new == self.is_new[index + 1]
         ]
 

@@ -201,8 +201,7 @@ class ShardedMoments(Moments):
                 num_bytes += left[kind] * (self._count(kind) - self._count(kind, index + 1))
             return num_bytes
 
-        reached = [index for index in self._candidates() if index >= self.silent]
-        index, moment = max(product(reached, range(len(around))), key=lambda found: held(*found))
+        index, moment = max(product(self._candidates(), range(len(around))), key=lambda found: held(*found))
         name, num_below, terms = around[moment](index)
         return self._instant(name, num_below, terms, self._gradients_above(index + 1))
 

@@ -22,10 +22,15 @@ MAX_SHARD_SIZE = "5GB"
 
 def save_folder(folder: Path, config: PretrainedConfig, state: Mapping[str, Tensor]) -> None:
     """Write ``config.json`` and the weights, sharded above 5 GB. ``from_pretrained`` loads the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config.dtype = next(iter(state.values())).dtype
-    config.save_pretrained(folder)
+    save_hf_config(folder, config, next(iter(state.values())).dtype)
     save_torch_state_dict(dict(state), folder, max_shard_size=MAX_SHARD_SIZE)
+
+
+def save_hf_config(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Write ``config.json`` for weights of this type."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config.dtype = dtype
+    config.save_pretrained(folder)
 
 
 def load_state(folder: Path, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -17,7 +17,10 @@ from steplm.training.metrics import read_metrics
 
 
 class Ranks:
-    """Forked children, one for each rank: that spares them the imports."""
+    """Forked children, one for each rank: that spares them the imports.
+
+    This process must not use a ``DTensor`` itself: its caches would tell every child that it is the rank of this one.
+    """
 
     def __init__(self, action: Callable[[], object], size: int, log: Path) -> None:
         self.log, self.exit_codes = log, dict[int, int]()

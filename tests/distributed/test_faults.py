@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from steplm.checkpoint import folder as folder_module
-from steplm.checkpoint.folder import complete_checkpoints
+from steplm.checkpoint.folder import complete_checkpoints, latest_checkpoint
 from steplm.config import RunConfig, dump_config
 from steplm.training import run as run_module
 from steplm.training.metrics import read_metrics
@@ -47,6 +47,11 @@ def _at_step(stage: int, step: int, rank: int, event: Callable[[], object]) -> N
     run_module.Run.log_step = log_step
 
 
+def _latest_checkpoint(run_dir: Path) -> str | None:
+    latest = latest_checkpoint(run_dir / "checkpoints")
+    return latest and latest.name
+
+
 def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(
     tiny_run: Configure,
     tmp_path: Path,
@@ -55,14 +60,19 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(
     one_process: Path,
     assert_same_losses: SameLosses,
 ) -> None:
+    def killed() -> None:
+        while _latest_checkpoint(tmp_path) != "stage2-step000002":  # it is written beside the next step
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def dying() -> None:
-        _at_step(2, 3, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        _at_step(2, 3, 1, killed)
         train(tiny_run(tmp_path, *OVERRIDES))
 
     survivor, dead = start_ranks(dying, 2).wait()
     assert dead == -signal.SIGKILL
     assert survivor == 1
-    assert complete_checkpoints(tmp_path / "checkpoints")[-1].name == "stage2-step000002"
+    assert _latest_checkpoint(tmp_path) == "stage2-step000002"
     run_ranks(lambda: train(tiny_run(tmp_path, *OVERRIDES)), 2)
     assert_same_losses(tmp_path, one_process)
 
