@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from steplm.report.evaluations import find_evaluations
 from steplm.report.page import WITHOUT_PLOTLY, plotly_script, write_page
 from steplm.report.suite_figures import write_figures
 from steplm.report.summary import read_suite
@@ -25,9 +26,10 @@ def show_report(path: Path, output: Path | None) -> None:
     suite = read_suite(path)
     folder = output or path / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    tables = write_tables(suite, folder)
+    evaluations = find_evaluations(path)
+    tables = write_tables(suite, folder, evaluations=[part.markdown(folder) for part in evaluations])
     figures = write_figures(suite, folder / "figures")
-    page = write_page(suite, folder / "index.html", figures)
+    page = write_page(suite, folder / "index.html", figures, evaluations)
     for line in problems(suite):
         console.print(line, markup=False, style="dim")
     console.print(f"tables   {', '.join(str(table) for table in tables)}", soft_wrap=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
@@ -94,6 +94,34 @@ class Environment(_Document):
     device: str | None = None
     num_devices: Size | None = None
     versions: dict[str, str] = {}
+
+
+class SavedCell(_Document):
+    """As ``steplm.report.tables.Cell``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str
+    value: float | str | None = None
+    strong: bool = False
+    tone: Literal["", "better", "worse"] = ""
+
+
+class SavedTable(_Document):
+    """As ``steplm.report.tables.Table``."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[SavedCell]]
+    caption: str
+
+
+class SavedTables(_Document):
+    """A ``*.tables.json``: see ``steplm.report.evaluations``."""
+
+    title: str
+    tables: list[SavedTable]
+    figures: list[str]
 
 
 D = TypeVar("D", bound=BaseModel)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import steplm
 from steplm.report.charts import facts, question_charts, rates_chart
 from steplm.report.curves import Look, looks
+from steplm.report.evaluations import Evaluation
 from steplm.report.style import RUN_COLOURS, RUN_COLOURS_ON_DARK
 from steplm.report.suite import Question
 from steplm.report.summary import Suite
@@ -34,11 +35,11 @@ PICTURES = {
 }
 
 
-def write_page(suite: Suite, path: Path, figures: Mapping[str, Path]) -> Path:
-    """Write the page; ``figures`` are shown in it where Plotly is not installed."""
+def write_page(suite: Suite, path: Path, figures: Mapping[str, Path], evaluations: Sequence[Evaluation] = ()) -> Path:
+    """Write the page; ``figures`` are shown in it where Plotly is not installed, those of evaluations always."""
     plotly = plotly_script()
     page = PageParts(suite, looks(suite), {} if plotly else figures)
-    body = page.body()
+    body = "\n".join([page.body(), *map(_evaluation, evaluations)])
     if not plotly:
         body += f'<p class="caption">{escape(WITHOUT_PLOTLY)}</p>'
     template = Template(_file("page.html"))
@@ -180,6 +181,16 @@ class PageParts:
     def _problems(self) -> str:
         lines = "".join(f"<li>{escape(line)}</li>" for line in problems(self.suite))
         return f"<section><h2>Runs without a result</h2><ul>{lines}</ul></section>" if lines else ""
+
+
+def _evaluation(evaluation: Evaluation) -> str:
+    title = escape(evaluation.title)
+    pictures = "".join(
+        f'<figure><div class="chart" style="height:auto"><img alt="{title}. The numbers are in the tables." '
+        f'src="{_data_uri(figure)}"></div></figure>'
+        for figure in evaluation.figures
+    )
+    return f"<section><h2>{title}</h2>{''.join(map(table_html, evaluation.tables))}{pictures}</section>"
 
 
 def table_html(table: Table) -> str:

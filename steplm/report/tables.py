@@ -315,13 +315,17 @@ def problems(suite: Suite) -> list[str]:
     ]
 
 
-def write_tables(suite: Suite, directory: Path) -> list[Path]:
-    """``tables.md``, ``runs.csv``, ``summary.csv`` and ``summary.json``; returns their paths."""
+def write_tables(suite: Suite, directory: Path, evaluations: Sequence[str] = ()) -> list[Path]:
+    """``tables.md``, ``runs.csv``, ``summary.csv`` and ``summary.json``; returns their paths.
+
+    Args:
+        evaluations: further sections of ``tables.md``, as Markdown.
+    """
     parts = [f"# {suite.record.name}\n", *(table.markdown() for table in all_tables(suite))]
     if unfinished := problems(suite):
         parts.append("**Runs without a result**\n\n" + "".join(f"- {line}\n" for line in unfinished))
     tables = directory / "tables.md"
-    tables.write_text("\n".join(parts), encoding="utf-8")
+    tables.write_text("\n".join([*parts, *evaluations]), encoding="utf-8")
     runs = _write_csv(directory / "runs.csv", [run.row for run in suite.runs])
     entries = [entry.row for entry in suite.entries.values()]
     summary = _write_csv(directory / "summary.csv", entries)

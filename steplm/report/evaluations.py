@@ -1,0 +1,80 @@
+"""Evaluations of models, kept as tables and pictures, so that a report shows them beside training."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from steplm.files import write_atomically
+from steplm.report.documents import SavedTables, read_document
+from steplm.report.tables import Cell, Table
+
+SUFFIX = ".tables.json"
+SEARCH_DEPTH = 4  # folders below the given one: suites keep runs two deep, and their evaluations below them
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Tables and figures under one title, such as "Zero-shot tasks"."""
+
+    title: str
+    tables: tuple[Table, ...]
+    figures: tuple[Path, ...] = ()
+
+    def markdown(self, base: Path) -> str:
+        """All of it; figures are named as seen from the folder ``base``."""
+        pictures = [f"![{self.title}]({Path(os.path.relpath(figure, base)).as_posix()})\n" for figure in self.figures]
+        return "\n".join([f"## {self.title}\n", *(table.markdown() for table in self.tables), *pictures])
+
+
+def save_evaluation(folder: Path, name: str, evaluation: Evaluation) -> Path:
+    """Write ``<name>.tables.json``; its figures are files of the same folder."""
+    document = {
+        "schema": 1,
+        "title": evaluation.title,
+        "tables": [asdict(table) for table in evaluation.tables],
+        "figures": [figure.name for figure in evaluation.figures],
+    }
+    path = folder / f"{name}{SUFFIX}"
+    write_atomically(path, json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def find_evaluations(folder: Path) -> list[Evaluation]:
+    """What ``save_evaluation`` has left in a folder and below it, by title and place.
+
+    Raises:
+        SteplmError: a file that cannot be read.
+    """
+    found = [(path, read_document(SavedTables, path) or {}) for path in _files(folder)]
+    found.sort(key=lambda pair: (pair[1]["title"], str(pair[0])))
+    titles = [document["title"] for _, document in found]
+    return [_evaluation(path, document, folder, titles) for path, document in found]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for directory, folders, files in os.walk(folder):
+        depth = len(Path(directory).relative_to(folder).parts)
+        folders[:] = sorted(folders) if depth < SEARCH_DEPTH else []
+        yield from (Path(directory) / name for name in files if name.endswith(SUFFIX))
+
+
+def _evaluation(path: Path, document: dict[str, Any], folder: Path, titles: Sequence[str]) -> Evaluation:
+    title = document["title"]
+    if titles.count(title) > 1:  # of two models, each in a folder of its own
+        title += f", {path.parent.relative_to(folder).as_posix()}"
+    tables = [
+        Table(
+            values["title"],
+            tuple(values["columns"]),
+            tuple(tuple(Cell(**cell) for cell in row) for row in values["rows"]),
+            values["caption"],
+        )
+        for values in document["tables"]
+    ]
+    figures = [path.parent / Path(name).name for name in document["figures"]]
+    return Evaluation(title, tuple(tables), tuple(figure for figure in figures if figure.is_file()))
