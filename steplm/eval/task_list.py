@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def load_tasks(names: Sequence[str], folders: TaskFolders, num_fewshot: int | No
     managers = _local_managers(folders)
     known = {name for manager in managers for name in manager.all_tasks}
     if not set(names) <= known:
-        managers.append(_manager())
+        managers.append(_standard_manager())
     tasks: dict[str, Task] = {}
     for name in names:
         manager = next((m for m in managers if name in m.task_index), None)
@@ -74,13 +75,19 @@ def _local_managers(folders: TaskFolders) -> list[TaskManager]:
     return managers
 
 
-def _manager(path: Path | None = None, **metadata: Any) -> TaskManager:
+def _manager(path: Path, **metadata: Any) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     with quiet():
-        return TaskManager(
-            include_path=None if path is None else str(path), include_defaults=path is None, metadata=metadata
-        )
+        return TaskManager(include_path=str(path), include_defaults=False, metadata=metadata)
+
+
+@cache
+def _standard_manager() -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    with quiet():
+        return TaskManager()
 
 
 def _load(name: str, manager: TaskManager) -> dict[str, Task]:

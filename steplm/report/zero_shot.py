@@ -169,21 +169,33 @@ def _csv_rows(results: ZeroShotResults) -> list[dict[str, Any]]:
         for model, result in zip(results.models, results.of(task), strict=True):
             about = {"chance": result.chance, "num_items": result.num_items, "num_fewshot": result.num_fewshot}
             for name, metric in result.metrics.items():
-                row = {"model": model, "label": results.labels[model], "task": task, "metric": name}
-                row |= {"value": metric.value, "stderr": metric.stderr, **about}
-                rows.append(row | _gap_columns(results.difference(model, task, name)))
+                gap = results.difference(model, task, name)
+                rows.append(_csv_row(results, model, task, name, (metric.value, metric.stderr), gap) | about)
     for model in results.models if results.averaged else ():
-        value, stderr = results.average(model)
-        row = {"model": model, "label": results.labels[model], "task": "average", "metric": "accuracy"}
-        row |= {"value": value, "stderr": stderr}
-        rows.append(row | _gap_columns(results.average_difference(model)))
+        gap = results.average_difference(model)
+        rows.append(_csv_row(results, model, "average", "accuracy", results.average(model), gap))
     return rows
 
 
-def _gap_columns(gap: Difference | None) -> dict[str, float]:
-    if gap is None:
-        return {}
-    return {"difference": gap.value, "difference_ci95_low": gap.low, "difference_ci95_high": gap.high}
+def _csv_row(
+    results: ZeroShotResults,
+    model: str,
+    task: str,
+    metric: str,
+    score: tuple[float, float | None],
+    gap: Difference | None,
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "label": results.labels[model],
+        "task": task,
+        "metric": metric,
+        "value": score[0],
+        "stderr": score[1],
+        "difference": gap.value if gap else None,
+        "difference_ci95_low": gap.low if gap else None,
+        "difference_ci95_high": gap.high if gap else None,
+    }
 
 
 def _csv_texts(texts: Sequence[TextScore]) -> list[dict[str, Any]]:

@@ -82,13 +82,14 @@ def _draw_model(
             axes.annotate(
                 f"{100 * value:.1f}", (x, 100 * value + error), xytext=(0, 2), textcoords="offset points", ha="center",
                 color=MUTED, fontsize=7, zorder=5,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
             )  # fmt: skip
 
 
 def _draw_chance(axes: Axes, groups: list[tuple[str, str, float | None]]) -> None:
     shown = [(place, chance) for place, (_, _, chance) in enumerate(groups) if chance is not None]
     for number, (place, chance) in enumerate(shown):
-        ends = (place - 0.48, place + 0.48)
+        ends = (place - 0.45, place + 0.45)
         axes.plot(ends, [100 * chance] * 2, color=FAINT, linewidth=2.4, zorder=2.5)  # seen on dark bars too
         label = "guessing" if number == 0 else None
         axes.plot(ends, [100 * chance] * 2, color=INK, linewidth=1.0, linestyle=(0, (3, 2)), zorder=3, label=label)
