@@ -20,6 +20,7 @@ def test_the_wheel_plans_in_an_environment_without_torch(tmp_path: Path) -> None
     names = zipfile.ZipFile(wheel).namelist()
     assert "steplm/py.typed" in names
     assert "steplm/recipes/quickstart.yaml" in names
+    assert "steplm/eval/tasks/piqa.yaml" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "results"))]
 
     environment = tmp_path / "environment"

@@ -186,9 +186,42 @@ def export(
 @app.command("eval")
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Hugging Face folders or hub names.")],
+    tasks: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--tasks", "-t", help="Tasks of lm_eval, e.g. lambada_openai,piqa; repeatable."),
+    ] = None,
     data: Annotated[
-        list[str], typer.Option("--data", "-d", help="Files, globs, hub://OWNER/NAME?split=test; repeatable.")
-    ],
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--data",
+            "-d",
+            "--perplexity",
+            help="Texts: files, globs, hub://OWNER/NAME?split=test; NAME=FILES for a row of its own; repeatable.",
+        ),
+    ] = None,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Items of each task, the first ones; default: all."),
+    ] = None,
+    num_fewshot: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Solved examples before each item; default: the task's own number."),
+    ] = None,
+    tasks_data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(envvar="STEPLM_TASKS_DATA", help="Folder with local copies of sets, used instead of the hub."),
+    ] = None,
+    tasks_path: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(
+            envvar="STEPLM_TASKS_PATH",
+            help="Folder of your own lm_eval task files; Python functions that they name are run; repeatable.",
+        ),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Folder of tables, figure and item scores; what is there is reused."),
+    ] = None,
     text_field: Annotated[str, typer.Option(help="Field of a record that holds the text.")] = "text",
     sequence_length: Annotated[
         Optional[int],  # noqa: UP045
@@ -200,20 +233,26 @@ def evaluate(
         Optional[int],  # noqa: UP045
         typer.Option(help="Tokens scored per window (sliding window); default: all."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Windows, or requests of a task, per forward pass.")] = 8,
     max_tokens: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Stop after so many tokens, e.g. 1M; default: all, for hub data 10M."),
+        typer.Option(help="Stop a text after so many tokens, e.g. 1M; default: all, for hub data 10M."),
     ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Perplexity and bits per byte on text; several models give one table."""
+    """Zero-shot tasks by lm_eval, perplexity and bits per byte on text; several models give one table."""
     from steplm.cli.evaluate import run_eval
 
     run_eval(
         models,
-        data,
+        data or [],
+        tasks or [],
+        limit=limit,
+        num_fewshot=num_fewshot,
+        tasks_data=tasks_data,
+        tasks_path=tasks_path or [],
+        output=output,
         text_field=text_field,
         sequence_length=sequence_length,
         stride=stride,

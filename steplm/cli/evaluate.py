@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from steplm.errors import ConfigError
+from steplm.units import format_count, format_seconds, parse_count
 
-from steplm.eval.perplexity import PerplexityResult, evaluate_folder
-from steplm.units import format_count, parse_count
+if TYPE_CHECKING:
+    from steplm.eval.scores import TaskResult
+    from steplm.eval.zero_shot import ZeroShotResults
+    from steplm.report.tables import Table
+    from steplm.report.zero_shot import TextScore
 
 HUB_MAX_TOKENS = 10_000_000  # a data set on the hub may have no end in sight
+NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 
 def run_eval(
     models: list[str],
     data: list[str],
+    tasks: Sequence[str] = (),
     *,
     text_field: str = "text",
     sequence_length: int | None = None,
@@ -26,67 +34,173 @@ def run_eval(
     max_tokens: str | int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    tasks_path: Sequence[Path] = (),
+    tasks_data: Path | None = None,
+    output: Path | None = None,
     json_output: bool = False,
 ) -> None:
-    """Print perplexity and bits per byte of each model as a table, or as JSON objects in a list."""
+    """Print what each model scores on tasks and texts as tables, or as JSON; write both under ``output``.
+
+    Without tasks the JSON is a list, one object a model and text; with tasks it is the document of
+    ``steplm.eval.zero_shot``, with the same list under ``perplexity``.
+    """
+    names = [name.strip() for entry in tasks for name in entry.split(",") if name.strip()]
+    if not names and not data:
+        raise ConfigError("nothing to evaluate on: name tasks (--tasks piqa,arc_easy) or texts (--data FILE), or both")
+    if not names and (output or limit is not None or num_fewshot is not None):
+        raise ConfigError("--output, --limit and --num-fewshot are for tasks: name some with --tasks")
+    results = None
+    if names:
+        results = _score_tasks(
+            models,
+            names,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            tasks_path=tasks_path,
+            tasks_data=tasks_data,
+            output=output,
+            device=device,
+            dtype=dtype,
+        )
+    texts = _score_texts(
+        models,
+        data,
+        max_tokens,
+        text_field=text_field,
+        sequence_length=sequence_length,
+        stride=stride,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+    )
+    _print(results, texts, json_output)
+    if results is not None and output is not None:
+        from steplm.report.zero_shot import write_results
+
+        paths = write_results(results, texts, output)
+        print(f"written: {', '.join(map(str, paths))}", file=sys.stderr)
+
+
+# --- tasks ------------------------------------------------------------------------------------------------
+
+
+def _score_tasks(models: list[str], names: list[str], **how: Any) -> ZeroShotResults:
+    from steplm.eval.zero_shot import evaluate_tasks
+
+    with _TaskDisplay() as display:
+        return evaluate_tasks(models, names, progress=display, **how)
+
+
+class _TaskDisplay:
+    """A bar for what is being scored, on a terminal; a line for each model and task that is done."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        # The stream itself: while a library is kept quiet, sys.stderr is another.
+        self.console = Console(file=sys.stderr, highlight=False)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
+        self.bars = Progress(
+            *columns, TimeRemainingColumn(), console=self.console, transient=True, redirect_stdout=False,
+            redirect_stderr=False, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.bar = self.bars.add_task("preparing", total=None, done="")
+
+    def __enter__(self) -> _TaskDisplay:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def begin(self, model: str, task: str) -> None:
+        self.bars.reset(self.bar, total=None, description=f"{task}  {Path(model).name}", done="")
+
+    def advance(self, done: int, total: int) -> None:
+        self.bars.update(self.bar, completed=min(done, total), total=total, done=f"{min(done, total):,}/{total:,}")
+
+    def finish(self, result: TaskResult, reused: bool) -> None:
+        shown = [f"{name} {metric.value:.4g}" for name, metric in result.metrics.items()]
+        how = "as saved" if reused else format_seconds(result.seconds)
+        line = f"{result.task}  {result.model}  {', '.join(shown)}  {result.num_items:,} items  {how}"
+        self.console.print(line, markup=False, soft_wrap=True, style="dim")
+
+
+# --- texts ------------------------------------------------------------------------------------------------
+
+
+def _score_texts(models: list[str], data: list[str], max_tokens: str | int | None, **how: Any) -> list[TextScore]:
+    if not data:
+        return []
+    from steplm.eval.perplexity import evaluate_folder
+    from steplm.report.zero_shot import TextScore
+
     limit = None if max_tokens is None else _count(max_tokens)
-    if limit is None and any(entry.startswith("hub://") for entry in data):
+    if limit is None and any(entry.startswith("hub://") for entries in _by_name(data).values() for entry in entries):
         limit = HUB_MAX_TOKENS
         print(
             f"note: of hub data {format_count(limit)} tokens at most; --max-tokens sets another limit", file=sys.stderr
         )
-    results = {
-        model: evaluate_folder(
-            model,
-            data,
-            text_field=text_field,
-            sequence_length=sequence_length,
-            stride=stride,
-            batch_size=batch_size,
-            max_tokens=limit,
-            device=device,
-            dtype=dtype,
-        )
-        for model in models
-    }
-    if json_output:
-        print(json.dumps([_as_json(model, data, result) for model, result in results.items()], indent=1))
-    else:
-        _print_table(results)
+    return [
+        TextScore(model, name, tuple(entries), evaluate_folder(model, entries, max_tokens=limit, **how))
+        for model in dict.fromkeys(models)
+        for name, entries in _by_name(data).items()
+    ]
+
+
+def _by_name(data: list[str]) -> dict[str, list[str]]:
+    """``NAME=PATH`` entries by their name; those without one are one text together, of no name."""
+    texts: dict[str, list[str]] = {}
+    for entry in data:
+        named = None if Path(entry).exists() else NAMED.fullmatch(entry)
+        texts.setdefault(named[1] if named else "", []).append(named[2] if named else entry)
+    return texts
 
 
 def _count(value: str | int) -> int:
-    from steplm.errors import ConfigError
-
     try:
         return parse_count(value)
     except ValueError as error:
         raise ConfigError(f"max_tokens: {error}") from None
 
 
-def _as_json(model: str, data: list[str], result: PerplexityResult) -> dict[str, object]:
-    return {
-        "model": model,
-        "data": data,
-        "num_tokens": result.num_tokens,
-        "num_text_bytes": result.num_text_bytes,
-        "num_skipped_records": result.num_skipped_records,
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-    }
+# --- what comes out ---------------------------------------------------------------------------------------
 
 
-def _print_table(results: dict[str, PerplexityResult]) -> None:
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("model", overflow="fold")
-    for heading in ("tokens", "perplexity", "bits per byte"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for model, result in results.items():
-        bits = "–" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
-        table.add_row(Text(model), f"{result.num_tokens:,}", f"{result.perplexity:.3f}", bits)
-    console = Console()
-    console.print(table)
-    skipped = max(result.num_skipped_records for result in results.values())
+def _print(results: ZeroShotResults | None, texts: list[TextScore], json_output: bool) -> None:
+    from steplm.report.zero_shot import document, tasks_table, texts_table
+
+    if json_output:
+        found = [score.as_json() for score in texts] if results is None else document(results, texts)
+        print(json.dumps(found, indent=1))
+        return
+    for table in (None if results is None else tasks_table(results), texts_table(texts)):
+        if table is not None:
+            _print_table(table)
+    skipped = max((score.result.num_skipped_records for score in texts), default=0)
     if skipped:
-        console.print(f"{skipped:,} empty or unusable records were left out", style="yellow", highlight=False)
+        from rich.console import Console
+
+        Console().print(f"{skipped:,} empty or unusable records were left out", style="yellow", highlight=False)
+
+
+def _print_table(table: Table) -> None:
+    from rich import table as rich_table
+    from rich.console import Console
+    from rich.text import Text
+
+    shown = rich_table.Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for number, column in enumerate(table.columns):
+        is_name = number == 0 or column == "text"
+        shown.add_column(Text(column), justify="left" if is_name else "right", overflow="fold", min_width=6)
+    for row in table.rows:
+        tones = {"better": "green", "worse": "red"}
+        shown.add_row(*(Text(cell.text, style=tones.get(cell.tone, "bold" if cell.strong else "")) for cell in row))
+    console = Console(highlight=False)
+    console.print(shown)
+    if table.caption:
+        console.print(table.caption, style="dim", markup=False)

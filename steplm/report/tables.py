@@ -326,9 +326,9 @@ def write_tables(suite: Suite, directory: Path, evaluations: Sequence[str] = ())
         parts.append("**Runs without a result**\n\n" + "".join(f"- {line}\n" for line in unfinished))
     tables = directory / "tables.md"
     tables.write_text("\n".join([*parts, *evaluations]), encoding="utf-8")
-    runs = _write_csv(directory / "runs.csv", [run.row for run in suite.runs])
+    runs = write_csv(directory / "runs.csv", [run.row for run in suite.runs])
     entries = [entry.row for entry in suite.entries.values()]
-    summary = _write_csv(directory / "summary.csv", entries)
+    summary = write_csv(directory / "summary.csv", entries)
     document = directory / "summary.json"
     document.write_text(json.dumps(_summary(suite, entries), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return [tables, runs, summary, document]
@@ -359,7 +359,7 @@ def _summary(suite: Suite, entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {"name": suite.record.name, "match": suite.record.match, "entries": entries, "questions": questions}
 
 
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")

@@ -1,0 +1,137 @@
+"""What a model scored on a task, as values and as a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steplm.eval.bootstrap import Array, Difference, ItemScores, identity, paired_difference
+from steplm.files import write_atomically
+
+SCHEMA = 1  # of the files of one model and task
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number over all items.
+
+    Attributes:
+        stderr: its standard error, where the metric is a mean or a perplexity.
+        aggregation: what is made of the items' scores: ``mean``, ``perplexity`` (exp of minus the mean of
+            log-likelihoods) or ``other``.
+    """
+
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+    aggregation: str
+
+    @property
+    def is_share(self) -> bool:
+        """An accuracy, or what has its range."""
+        return self.aggregation == "mean" and 0 <= self.value <= 1
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One model on one task.
+
+    Attributes:
+        chance: accuracy of guessing, of a multiple-choice task.
+        num_truncated: requests that were cut at the left, as they are longer than the model's context.
+        item_ids: of what the model was asked, item by item.
+        item_scores: by metric, one number an item.
+        loglikelihoods: nats, of each item one a choice.
+        seconds: how long it took.
+    """
+
+    task: str
+    version: str
+    num_fewshot: int
+    limit: int | None
+    metrics: dict[str, Metric]
+    chance: float | None
+    num_truncated: int
+    item_ids: tuple[str, ...]
+    item_scores: dict[str, tuple[float, ...]]
+    loglikelihoods: tuple[tuple[float, ...], ...] = field(repr=False)
+    model: str = ""
+    seconds: float = 0.0
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    @property
+    def primary_metric(self) -> str | None:
+        """What stands for the task in averages and figures: ``acc_norm``, else ``acc``, else the first share."""
+        shares = [name for name, metric in self.metrics.items() if metric.is_share and metric.higher_is_better]
+        return next((name for name in ("acc_norm", "acc") if name in shares), shares[0] if shares else None)
+
+    def scores_of(self, metric: str) -> ItemScores:
+        """The items' scores of a metric."""
+        return ItemScores(self.item_ids, self.item_scores[metric])
+
+
+def difference(ours: TaskResult, theirs: TaskResult, metric: str) -> Difference | None:
+    """Ours less theirs, with a 95% interval over the same items; ``None`` where items have no score of their own.
+
+    Raises:
+        DataError: the items are not the same.
+    """
+    if metric not in ours.item_scores or metric not in theirs.item_scores:
+        return None
+    statistic = _exp_of_minus if ours.metrics[metric].aggregation == "perplexity" else identity
+    return paired_difference(ours.scores_of(metric), theirs.scores_of(metric), statistic=statistic, seed=ours.task)
+
+
+def _exp_of_minus(means: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return np.exp(-means)
+
+
+# --- one file a model and task ----------------------------------------------------------------------------
+
+
+def save(result: TaskResult, path: Path, fingerprint: str) -> None:
+    """Write a result whole or not at all; ``fingerprint`` says of what it is the result."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"schema": SCHEMA, "fingerprint": fingerprint, **asdict(result)}
+    write_atomically(path, json.dumps(document, ensure_ascii=False) + "\n")
+
+
+def load(path: Path, fingerprint: str) -> TaskResult | None:
+    """What ``save`` wrote; ``None`` if there is nothing, or something else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document.pop("schema") != SCHEMA or document.pop("fingerprint") != fingerprint:
+            return None
+        return _from_document(document)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # it is scored again
+
+
+def _from_document(document: dict[str, Any]) -> TaskResult:
+    metrics = {name: Metric(**metric) for name, metric in document.pop("metrics").items()}
+    item_ids = tuple(document.pop("item_ids"))
+    item_scores = {name: tuple(scores) for name, scores in document.pop("item_scores").items()}
+    if any(len(scores) != len(item_ids) for scores in item_scores.values()):
+        raise ValueError("scores and items differ in number")
+    loglikelihoods = tuple(tuple(row) for row in document.pop("loglikelihoods"))
+    return TaskResult(
+        **document, metrics=metrics, item_ids=item_ids, item_scores=item_scores, loglikelihoods=loglikelihoods
+    )
+
+
+def mean_of(values: list[tuple[float, float | None]]) -> tuple[float, float | None]:
+    """The mean of independent estimates (value, standard error), and its standard error."""
+    mean = math.fsum(value for value, _ in values) / len(values)
+    errors = [error for _, error in values]
+    if any(error is None for error in errors):
+        return mean, None
+    return mean, math.sqrt(math.fsum((error or 0.0) ** 2 for error in errors)) / len(errors)

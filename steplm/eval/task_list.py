@@ -1,0 +1,151 @@
+"""Tasks by name: from local copies, from a folder of the user's, or from lm_eval's own list."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steplm.errors import ConfigError, DataError, HubUnavailable, SteplmError
+from steplm.eval.local_sets import TASKS_FOLDER
+from steplm.eval.quiet import quiet
+from steplm.units import reason
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+# Builders of ``datasets`` that read local files; any other path is a name on the hub.
+FILE_BUILDERS = ("json", "csv", "text", "parquet", "arrow", "xml", "pandas")
+SHOWN_NAMES = 12
+
+
+@dataclass(frozen=True)
+class TaskFolders:
+    """Where tasks are looked for, before lm_eval's own list.
+
+    Attributes:
+        paths: folders of lm_eval task files (YAML). A file may name Python functions (``!function``): of the tasks
+            that are asked for, and only of those, they are run. Whose files are here decides what runs.
+        data: a folder with local copies of the sets that ``steplm/eval/tasks`` describes.
+    """
+
+    paths: tuple[Path, ...] = ()
+    data: Path | None = None
+
+
+def load_tasks(names: Sequence[str], folders: TaskFolders, num_fewshot: int | None = None) -> dict[str, Task]:
+    """The tasks by name, with their items; groups and tags become the tasks that they stand for.
+
+    lm_eval's own list takes seconds to read: only where a name is in none of the folders.
+
+    Raises:
+        ConfigError: no such folder, no such task (with near names), or a task file that makes no task.
+        DataError: items that are missing or unusable.
+        HubUnavailable: a set on the hub that cannot be had.
+    """
+    managers = _local_managers(folders)
+    known = {name for manager in managers for name in manager.all_tasks}
+    if not set(names) <= known:
+        managers.append(_standard_manager())
+    tasks: dict[str, Task] = {}
+    for name in names:
+        manager = next((m for m in managers if name in m.task_index), None)
+        if manager is None:
+            raise _unknown(name, managers, folders)
+        tasks.update(_load(name, manager))
+    for task in tasks.values():
+        _set_fewshot(task, num_fewshot)
+    return tasks
+
+
+def _local_managers(folders: TaskFolders) -> list[TaskManager]:
+    managers = []
+    for path in folders.paths:
+        if not path.is_dir():
+            raise ConfigError(f"no folder {path} of task files", path=str(path))
+        managers.append(_manager(path))
+    if folders.data is not None:
+        if not folders.data.is_dir():
+            raise ConfigError(f"no folder {folders.data} of evaluation sets", path=str(folders.data))
+        managers.append(_manager(TASKS_FOLDER, folder=str(folders.data)))
+    return managers
+
+
+def _manager(path: Path, **metadata: Any) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    with quiet():
+        return TaskManager(include_path=str(path), include_defaults=False, metadata=metadata)
+
+
+@cache
+def _standard_manager() -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    with quiet():
+        return TaskManager()
+
+
+def _load(name: str, manager: TaskManager) -> dict[str, Task]:
+    try:
+        with quiet():
+            return manager.load([name])["tasks"]
+    except SteplmError:
+        raise
+    except Exception as error:  # a task file can say anything, and its set can be anywhere
+        raise _cannot_load(name, manager.task_index[name], error) from None
+
+
+def _cannot_load(name: str, entry: Any, error: Exception) -> SteplmError:
+    config = entry.cfg or {}
+    dataset, where = config.get("dataset_path"), entry.yaml_path or "lm_eval"
+    library = type(error).__module__.partition(".")[0]
+    from_network = isinstance(error, OSError) or library in ("huggingface_hub", "datasets", "httpx", "requests")
+    if dataset in FILE_BUILDERS and from_network:
+        return DataError(f"cannot read the items of task {name!r} ({where}): {reason(error)}", task=name)
+    if from_network:
+        return HubUnavailable(
+            f"task {name!r} needs {dataset or 'a data set'} of the hub, which did not give it ({reason(error)}). "
+            "Check the network, or use a local copy: a folder of sets (--tasks-data), or a task file of your own "
+            "(--tasks-path).",
+            task=name,
+        )
+    return ConfigError(f"{where} makes no task {name!r}: {type(error).__name__}: {reason(error)}", task=name)
+
+
+def _unknown(name: str, managers: Sequence[TaskManager], folders: TaskFolders) -> ConfigError:
+    known = sorted({task for manager in managers for task in manager.all_tasks})
+    near = difflib.get_close_matches(name, known, n=3)
+    advice = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    local = sorted({task for manager in managers[:-1] for task in manager.all_tasks})
+    if local:
+        shown = ", ".join(local[:SHOWN_NAMES]) + (" …" if len(local) > SHOWN_NAMES else "")
+        advice += f" Tasks of the folders: {shown}."
+    broken = [line for path in folders.paths for line in _unreadable(path)]
+    if broken:
+        advice += " Task files that cannot be read: " + "; ".join(broken) + "."
+    return ConfigError(f"unknown task {name!r}.{advice}", task=name, near=near)
+
+
+def _unreadable(folder: Path) -> list[str]:
+    """The task files that lm_eval passes over without a word."""
+    from lm_eval.tasks._index import TaskIndex
+
+    lines = []
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            TaskIndex.entry_from_path(file)
+        except Exception as error:  # as above
+            lines.append(f"{file} ({reason(error)})")
+    return lines
+
+
+def _set_fewshot(task: Task, num_fewshot: int | None) -> None:
+    """As lm_eval does: a task that says 0 keeps it."""
+    own = task.get_config("num_fewshot")
+    if own is None or (num_fewshot is not None and own != 0):
+        task.set_config("num_fewshot", num_fewshot or 0)

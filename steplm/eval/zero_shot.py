@@ -1,0 +1,298 @@
+"""Zero-shot tasks: models × tasks by lm_eval, each pair saved as soon as it is scored, and reused.
+
+The JSON document of the results (``ZeroShotResults.as_json``), schema 1::
+
+    {"schema": 1, "kind": "zero_shot", "lm_eval": VERSION, "limit": N or null,
+     "models": [{"model": PATH, "label": SHORT NAME}, …],             the first is the one compared with
+     "tasks": [{"task", "version", "num_fewshot", "num_items", "chance": SHARE or null,
+                "num_truncated": [N a model], "primary_metric": NAME or null,
+                "metrics": {NAME: {"higher_is_better", "aggregation",
+                                   "scores": [{"value", "stderr"} a model],
+                                   "differences": [null, {"value", "low", "high"}, …]}}}, …],
+     "average": {"scores": […], "differences": […], "tasks": [NAMES]} or null}
+
+Shares are between 0 and 1; ``low`` and ``high`` bound a 95% interval; a number that is not finite is null.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from steplm.data.tokenizer import load_tokenizer, tokenizer_files
+from steplm.data.tokens import file_sha256
+from steplm.errors import ConfigError
+from steplm.eval.bootstrap import Difference, mean_difference
+from steplm.eval.scores import TaskResult, difference, load, mean_of, save
+from steplm.eval.task_list import TaskFolders, load_tasks
+from steplm.models.device import resolve_device
+from steplm.models.folder import load_hf_config, load_pretrained
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+    from steplm.eval.harness import Scorer
+
+SCHEMA = 1
+ITEMS_FOLDER = "items"
+
+
+class Progress(Protocol):
+    """Who wants to know how far an evaluation is."""
+
+    def begin(self, model: str, task: str) -> None: ...
+
+    def advance(self, done: int, total: int) -> None: ...
+
+    def finish(self, result: TaskResult, reused: bool) -> None: ...
+
+
+@dataclass(frozen=True)
+class ZeroShotResults:
+    """Every model on every task; the first model is what the others are compared with."""
+
+    models: tuple[str, ...]
+    tasks: tuple[str, ...]
+    by_model_and_task: dict[tuple[str, str], TaskResult]
+    lm_eval_version: str
+
+    def of(self, task: str) -> list[TaskResult]:
+        """The results on a task, in the order of the models."""
+        return [self.by_model_and_task[model, task] for model in self.models]
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """A short name of each model: the parts of its path that the others do not share."""
+        return dict(zip(self.models, short_names(self.models), strict=True))
+
+    @cached_property
+    def _differences(self) -> dict[tuple[str, str, str], Difference | None]:
+        return {
+            (model, task, metric): difference(
+                self.by_model_and_task[model, task], self.by_model_and_task[self.models[0], task], metric
+            )
+            for model in self.models[1:]
+            for task in self.tasks
+            for metric in self.by_model_and_task[model, task].metrics
+        }
+
+    def difference(self, model: str, task: str, metric: str) -> Difference | None:
+        """Of a model from the first one, over the same items; ``None`` for the first, and where there is none."""
+        return None if model == self.models[0] else self._differences[model, task, metric]
+
+    @cached_property
+    def averaged(self) -> dict[str, str]:
+        """The tasks that an average is of, with the metric of each; empty if there are fewer than two."""
+        primary = {task: self.of(task)[0].primary_metric for task in self.tasks}
+        chosen = {task: metric for task, metric in primary.items() if metric is not None}
+        return chosen if len(chosen) > 1 else {}
+
+    def average(self, model: str) -> tuple[float, float | None]:
+        """Mean and standard error over ``averaged``; each task counts the same, however many items it has."""
+        metrics = [self.by_model_and_task[model, task].metrics[name] for task, name in self.averaged.items()]
+        return mean_of([(metric.value, metric.stderr) for metric in metrics])
+
+    def average_difference(self, model: str) -> Difference | None:
+        """Of the average, from the first model's; ``None`` for the first."""
+        parts = [self.difference(model, task, metric) for task, metric in self.averaged.items()]
+        return mean_difference([p for p in parts if p is not None]) if parts and None not in parts else None
+
+    def as_json(self) -> dict[str, Any]:
+        """The document that the module describes."""
+        return {
+            "schema": SCHEMA,
+            "kind": "zero_shot",
+            "lm_eval": self.lm_eval_version,
+            "limit": self.of(self.tasks[0])[0].limit,
+            "models": [{"model": model, "label": self.labels[model]} for model in self.models],
+            "tasks": [self._task_as_json(task) for task in self.tasks],
+            "average": {
+                "scores": [_score(*self.average(model)) for model in self.models],
+                "differences": [_bounds(self.average_difference(model)) for model in self.models],
+                "tasks": list(self.averaged),
+            }
+            if self.averaged
+            else None,
+        }
+
+    def _task_as_json(self, task: str) -> dict[str, Any]:
+        results = self.of(task)
+        first = results[0]
+        return {
+            "task": task,
+            "version": first.version,
+            "num_fewshot": first.num_fewshot,
+            "num_items": first.num_items,
+            "chance": first.chance,
+            "num_truncated": [result.num_truncated for result in results],
+            "primary_metric": first.primary_metric,
+            "metrics": {
+                name: {
+                    "higher_is_better": metric.higher_is_better,
+                    "aggregation": metric.aggregation,
+                    "scores": [_score(r.metrics[name].value, r.metrics[name].stderr) for r in results],
+                    "differences": [_bounds(self.difference(model, task, name)) for model in self.models],
+                }
+                for name, metric in first.metrics.items()
+            },
+        }
+
+
+def evaluate_tasks(
+    models: Sequence[str | Path],
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    tasks_path: Sequence[str | Path] = (),
+    tasks_data: str | Path | None = None,
+    output: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> ZeroShotResults:
+    """Score models on tasks. No code of a model is ever run (``trust_remote_code`` stays off).
+
+    Args:
+        models: Hugging Face folders or hub names; the first is what the others are compared with.
+        tasks: names, as in lm_eval; groups and tags stand for their tasks.
+        limit: items of each task, the first ones; default: all.
+        num_fewshot: solved examples before each item; default: the task's own number.
+        batch_size: requests of one forward pass.
+        tasks_path: folders of lm_eval task files, before lm_eval's own. What Python functions the files of the
+            tasks asked for name (``!function``) is run.
+        tasks_data: folder with local copies of ``lambada_openai``, ``piqa``, ``arc_easy``, ``winogrande`` and
+            ``hellaswag``: those tasks then need no network.
+        output: folder where each pair of model and task is saved when it is scored. What is there, of the same
+            weights, tokenizer, items, examples and lm_eval, is reused.
+        device, dtype: as in ``evaluate_folder``.
+
+    Raises:
+        ConfigError: lm_eval is not there, unknown tasks, numbers out of range.
+        CheckpointError, DataError, HubUnavailable: no such model, tokenizer or set, or an unusable one.
+    """
+    names = [str(model) for model in models]
+    _check(names, tasks, limit, num_fewshot, batch_size)
+    _require_lm_eval()
+    resolve_device(device)
+    fingerprints = {name: model_fingerprint(name) for name in names}  # wrong names are found before minutes of work
+    folders = TaskFolders(tuple(map(Path, tasks_path)), None if tasks_data is None else Path(tasks_data))
+    loaded = load_tasks(list(dict.fromkeys(tasks)), folders, num_fewshot)
+
+    import lm_eval
+
+    from steplm.eval.harness import task_key
+
+    keys = {name: task_key(task, limit) for name, task in loaded.items()}
+    results: dict[tuple[str, str], TaskResult] = {}
+    for model in names:
+        lm: Scorer | None = None
+        for name, task in loaded.items():
+            fingerprint = hashlib.sha256(f"{fingerprints[model]} {keys[name]}".encode()).hexdigest()
+            file = None if output is None else Path(output) / ITEMS_FOLDER / _file_name(model, name, fingerprint)
+            if progress is not None:
+                progress.begin(model, name)
+            result = None if file is None else load(file, fingerprint)
+            reused = result is not None
+            if result is None:
+                lm = lm or _load_scorer(model, batch_size, device, dtype)
+                result = _score_task(lm, name, task, limit, progress)
+                if file is not None:
+                    save(replace(result, model=model), file, fingerprint)
+            results[model, name] = replace(result, model=model)
+            if progress is not None:
+                progress.finish(results[model, name], reused)
+    return ZeroShotResults(tuple(names), tuple(loaded), results, lm_eval.__version__)
+
+
+def _score_task(lm: Scorer, name: str, task: Task, limit: int | None, progress: Progress | None) -> TaskResult:
+    from steplm.eval.harness import score
+
+    if progress is not None:
+        lm.advance = progress.advance
+    started_at = time.monotonic()
+    result = score(lm, name, task, limit)
+    return replace(result, seconds=round(time.monotonic() - started_at, 3))
+
+
+def _load_scorer(model: str, batch_size: int, device: str, dtype: str) -> Scorer:
+    from steplm.eval.harness import scorer
+
+    return scorer(
+        load_pretrained(model, dtype=dtype).to(resolve_device(device)).eval(), load_tokenizer(model), batch_size
+    )
+
+
+def model_fingerprint(model: str) -> str:
+    """A hash of a folder's configuration, weights and tokenizer; of a hub model, its name and commit.
+
+    Raises:
+        CheckpointError, DataError, HubUnavailable: no model there, or no tokenizer.
+    """
+    config = load_hf_config(model)
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"{model}@{getattr(config, '_commit_hash', None)}"
+    load_tokenizer(model)
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.index.json")]
+    digest = hashlib.sha256()
+    for file in sorted({folder / "config.json", *weights, *tokenizer_files(model)}):
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """Of each path the parts from the first to the last that not all share; a single model's last part."""
+    parts = [Path(model).parts for model in models]
+    if len(models) == 1:
+        return [parts[0][-1] if parts[0] else models[0]]
+    shared = min(len(path) for path in parts)
+    start = next((i for i in range(shared) if len({path[i] for path in parts}) > 1), shared - 1)
+    end = next((i for i in range(shared) if len({path[-1 - i] for path in parts}) > 1), 0)
+    return ["/".join(path[start : len(path) - end]) or path[-1] for path in parts]
+
+
+def _file_name(model: str, task: str, fingerprint: str) -> str:
+    plain = re.sub(r"[^\w.-]+", "_", f"{task}-{Path(model).name}")
+    return f"{plain[:100]}-{fingerprint[:12]}.json"
+
+
+def _check(
+    models: Sequence[str], tasks: Sequence[str], limit: int | None, num_fewshot: int | None, batch_size: int
+) -> None:
+    if not models or not tasks:
+        raise ConfigError("an evaluation needs a model and a task at least")
+    if twice := [model for model in dict.fromkeys(models) if models.count(model) > 1]:
+        raise ConfigError(f"{twice[0]} is named twice: each model once", model=twice[0])
+    for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}, but must be {least} or more", **{name: value})
+
+
+def _require_lm_eval() -> None:
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"tasks are scored by lm_eval, which cannot be imported ({error}). Install it: pip install 'steplm[eval]'"
+        ) from None
+
+
+def _score(value: float, stderr: float | None) -> dict[str, float | None]:
+    return {"value": _finite(value), "stderr": _finite(stderr)}
+
+
+def _bounds(gap: Difference | None) -> dict[str, float | None] | None:
+    return None if gap is None else {"value": _finite(gap.value), "low": _finite(gap.low), "high": _finite(gap.high)}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,206 @@
+"""Zero-shot results as one table: Markdown, CSV and JSON. What is in the JSON: ``steplm.eval.zero_shot``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steplm.eval.bootstrap import Difference
+from steplm.eval.perplexity import PerplexityResult
+from steplm.eval.scores import Metric
+from steplm.eval.zero_shot import ZeroShotResults
+from steplm.files import write_atomically
+from steplm.report.runs import NOT_YET
+from steplm.report.tables import Cell, Table, write_csv
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """A model on a text: ``name`` is empty where the text has none."""
+
+    model: str
+    name: str
+    data: tuple[str, ...]
+    result: PerplexityResult
+
+    def as_json(self) -> dict[str, Any]:
+        """Sums, means and what they are of."""
+        return {
+            "model": self.model,
+            "name": self.name,
+            "data": list(self.data),
+            "num_tokens": self.result.num_tokens,
+            "num_text_bytes": self.result.num_text_bytes,
+            "num_skipped_records": self.result.num_skipped_records,
+            "loss": self.result.loss,
+            "perplexity": self.result.perplexity,
+            "bits_per_byte": self.result.bits_per_byte,
+        }
+
+
+def tasks_table(results: ZeroShotResults) -> Table:
+    """A row a task and metric, a column a model, and one for its difference from the first model."""
+    first, *others = results.models
+    labels = results.labels
+    columns = ["task", "items", "chance", labels[first]]
+    for model in others:
+        columns += [labels[model], f"Δ {labels[model]}" if len(others) > 1 else "Δ"]
+    rows = [
+        _row(results, task, name, metric)
+        for task in results.tasks
+        for name, metric in results.of(task)[0].metrics.items()
+    ]
+    if results.averaged:
+        cells = [Cell("average", strong=True), Cell(NOT_YET), Cell(NOT_YET)]
+        for model in results.models:
+            cells.append(Cell(_number(*results.average(model), is_share=True), results.average(model)[0]))
+            if model != first:
+                cells.append(_difference_cell(results.average_difference(model), is_share=True, higher_is_better=True))
+        rows.append(tuple(cells))
+    return Table("Zero-shot tasks", tuple(columns), tuple(rows), _caption(results))
+
+
+def _row(results: ZeroShotResults, task: str, name: str, metric: Metric) -> tuple[Cell, ...]:
+    scored = results.of(task)
+    chance = scored[0].chance if name.startswith("acc") else None
+    is_share = all(result.metrics[name].is_share for result in scored)
+    cells = [
+        Cell(f"{task}, {name}"),
+        Cell(f"{scored[0].num_items:,}", scored[0].num_items),
+        Cell(NOT_YET) if chance is None else Cell(f"{100 * chance:.1f}", chance),
+    ]
+    for model, result in zip(results.models, scored, strict=True):
+        value, stderr = result.metrics[name].value, result.metrics[name].stderr
+        cells.append(Cell(_number(value, stderr, is_share=is_share), value))
+        if model != results.models[0]:
+            gap = results.difference(model, task, name)
+            cells.append(_difference_cell(gap, is_share=is_share, higher_is_better=metric.higher_is_better))
+    return tuple(cells)
+
+
+def _number(value: float, stderr: float | None, *, is_share: bool) -> str:
+    return _written(value, is_share) + ("" if stderr is None else f" ± {_written(stderr, is_share)}")
+
+
+def _written(number: float, is_share: bool, sign: str = "") -> str:
+    if is_share:
+        return f"{100 * number:{sign}.1f}".replace("-", "−")
+    return f"{number:{sign}{'.2f' if abs(number) < 1000 else '.3g'}}".replace("-", "−")
+
+
+def _difference_cell(gap: Difference | None, *, is_share: bool, higher_is_better: bool) -> Cell:
+    if gap is None:
+        return Cell(NOT_YET)
+    value, low, high = (_written(number, is_share, "+") for number in (gap.value, gap.low, gap.high))
+    tone = ""
+    if gap.leaves_out_zero:
+        tone = "better" if (gap.value > 0) == higher_is_better else "worse"
+    return Cell(f"{value} [{low}, {high}]", gap.value, strong=gap.leaves_out_zero, tone=tone)
+
+
+def _caption(results: ZeroShotResults) -> str:
+    parts = ["Accuracies in percent, ± one standard error."]
+    if len(results.models) > 1:
+        parts.append(
+            f"Δ: less {results.labels[results.models[0]]}, with the 95% interval of a bootstrap over the same items; "
+            "bold where it leaves out 0."
+        )
+    if results.averaged:
+        metrics = ", ".join(f"{task} {metric}" for task, metric in results.averaged.items())
+        parts.append(f"Average: of {metrics}; each task counts the same.")
+    limit = results.of(results.tasks[0])[0].limit
+    if limit is not None:
+        parts.append(f"Only the first {limit:,} items of each task: not comparable with published numbers.")
+    shots = sorted({result.num_fewshot for task in results.tasks for result in results.of(task)} - {0})
+    if shots:
+        parts.append(f"With {', '.join(map(str, shots))} solved examples before each item.")
+    cut = [
+        f"{result.num_truncated:,} requests of {task}"
+        for task in results.tasks
+        if (result := max(results.of(task), key=lambda r: r.num_truncated)).num_truncated
+    ]
+    if cut:
+        parts.append(f"Longer than a model's context, and cut at the left: {', '.join(cut)}.")
+    return " ".join(parts)
+
+
+def texts_table(scores: Sequence[TextScore]) -> Table | None:
+    """Perplexity and bits per byte, a row a model and text; ``None`` without texts."""
+    if not scores:
+        return None
+    named = any(score.name for score in scores)
+    rows = []
+    for score in scores:
+        result = score.result
+        bits = Cell(NOT_YET) if result.bits_per_byte is None else Cell(f"{result.bits_per_byte:.4f}")
+        text = [Cell(score.name)] if named else []
+        numbers = [Cell(f"{result.num_tokens:,}"), Cell(f"{result.perplexity:.3f}"), bits]
+        rows.append((Cell(score.model), *text, *numbers))
+    columns = ("model", *(["text"] if named else []), "tokens", "perplexity", "bits per byte")
+    return Table("Perplexity", columns, tuple(rows))
+
+
+def document(results: ZeroShotResults, texts: Sequence[TextScore]) -> dict[str, Any]:
+    """The JSON document: the tasks, and the perplexities beside them."""
+    return {**results.as_json(), "perplexity": [score.as_json() for score in texts]}
+
+
+def write_results(results: ZeroShotResults, texts: Sequence[TextScore], folder: Path) -> list[Path]:
+    """``zero_shot.md``, ``.csv``, ``.json`` and, where there is an accuracy, ``.png``; returns their paths."""
+    from steplm.report.zero_shot_figure import accuracy_figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {suffix: folder / f"zero_shot.{suffix}" for suffix in ("md", "csv", "json", "png")}
+    tables = [table for table in (tasks_table(results), texts_table(texts)) if table is not None]
+    write_atomically(paths["md"], "\n".join(table.markdown() for table in tables))
+    write_csv(paths["csv"], [*_csv_rows(results), *_csv_texts(texts)])
+    write_atomically(paths["json"], json.dumps(document(results, texts), indent=1, allow_nan=False) + "\n")
+    if not accuracy_figure(results, paths["png"]):
+        del paths["png"]
+    return list(paths.values())
+
+
+def _csv_rows(results: ZeroShotResults) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for task in results.tasks:
+        for model, result in zip(results.models, results.of(task), strict=True):
+            about = {"chance": result.chance, "num_items": result.num_items, "num_fewshot": result.num_fewshot}
+            for name, metric in result.metrics.items():
+                gap = results.difference(model, task, name)
+                rows.append(_csv_row(results, model, task, name, (metric.value, metric.stderr), gap) | about)
+    for model in results.models if results.averaged else ():
+        gap = results.average_difference(model)
+        rows.append(_csv_row(results, model, "average", "accuracy", results.average(model), gap))
+    return rows
+
+
+def _csv_row(
+    results: ZeroShotResults,
+    model: str,
+    task: str,
+    metric: str,
+    score: tuple[float, float | None],
+    gap: Difference | None,
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "label": results.labels[model],
+        "task": task,
+        "metric": metric,
+        "value": score[0],
+        "stderr": score[1],
+        "difference": gap.value if gap else None,
+        "difference_ci95_low": gap.low if gap else None,
+        "difference_ci95_high": gap.high if gap else None,
+    }
+
+
+def _csv_texts(texts: Sequence[TextScore]) -> list[dict[str, Any]]:
+    return [
+        {"model": score.model, "task": score.name or "text", "metric": metric, "value": value}
+        for score in texts
+        for metric, value in (("perplexity", score.result.perplexity), ("bits_per_byte", score.result.bits_per_byte))
+    ]
