@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError
@@ -16,6 +17,9 @@ from steplm.eval.generate import sampling_arguments
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
 from steplm.units import reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Message = dict[str, str]
 
@@ -109,7 +113,7 @@ class ChatModel:
         Args:
             messages: ``{"role": …, "content": …}``, the user's last.
             temperature: 0 takes the likeliest token each time, whatever the seed.
-            on_text: given the text as it comes, word by word. Where it, or Ctrl-C, raises KeyboardInterrupt, the
+            on_text: given the text as it comes, token by token. Where it, or Ctrl-C, raises KeyboardInterrupt, the
                 answer ends with what there is.
 
         Raises:
@@ -136,26 +140,38 @@ class ChatModel:
             pass
         new_ids = streamer.token_ids
         ended = bool(new_ids) and new_ids[-1] in self.stop_ids
-        text = self.tokenizer.decode(new_ids, skip_special_tokens=True)
-        return Reply(text.strip(), len(new_ids), ended, num_left_out)
+        return Reply(streamer.text.rstrip(), len(new_ids), ended, num_left_out)
 
 
-class _Streamer(TextStreamer):
-    """Hands on words as they are finished, and keeps the tokens for whoever is interrupted."""
+class _Streamer(BaseStreamer):
+    """Hands on the text of each token, and keeps the tokens for whoever is interrupted."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None]) -> None:
+        self.tokenizer = tokenizer
         self.on_text = on_text
         self.token_ids: list[int] = []
+        self._is_prompt = True
+        self._told = ""
+
+    @property
+    def text(self) -> str:
+        """All of it, without the spaces that some tokenizers put before a first word."""
+        return self.tokenizer.decode(self.token_ids, skip_special_tokens=True).lstrip()
 
     def put(self, value: torch.Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self.token_ids += value.flatten().tolist()
-        super().put(value)
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self.token_ids += value.flatten().tolist()
+        # The bytes of one character can be several tokens; until the last of them there is no text to show.
+        if not self.text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self.end()
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.on_text(text)
+    def end(self) -> None:
+        text = self.text
+        if len(text) > len(self._told):
+            self.on_text(text[len(self._told) :])
+        self._told = text
 
 
 def _stop_ids(model: str | Path, eos_token_id: int) -> list[int]:

@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from steplm.data.sources import find_sources
@@ -126,7 +127,7 @@ def as_conversation(record: Any) -> Conversation:
             return Conversation(pair, num_given=1)
         prompt = _messages(record["prompt"], "prompt")
         return Conversation((*prompt, *_messages(record["completion"], "completion")), num_given=len(prompt))
-    found = shortened(", ".join(map(str, record)), 200) if record else "none"
+    found = ", ".join(shortened(name, 40).strip("'") for name in islice(record, 10)) if record else "none"
     raise ValueError(f"the columns are {found}; expected {'; or '.join(COLUMNS)}")
 
 
