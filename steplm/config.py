@@ -562,7 +562,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     """
     values = dict(source) if isinstance(source, Mapping) else read_yaml(find_config(source))
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return validated(RunConfig, values)
 
 
@@ -578,7 +578,7 @@ def validated(section: type[S], values: Mapping[str, Any]) -> S:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error), errors=error.errors(include_url=False)) from None
+        raise ConfigError(_explain(error, section), errors=error.errors(include_url=False)) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -716,7 +716,8 @@ def _with_environment(value: Any, path: Path) -> Any:
     return _VARIABLE.sub(replacement, value) if isinstance(value, str) else value
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set in ``values`` what ``section.key=value`` says; the value is read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"cannot read the override {override!r}: expected section.key=value", override=override)
@@ -733,11 +734,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target[name] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     lines = []
     for problem in error.errors(include_url=False):
         if problem["type"] == "extra_forbidden":
-            lines.append(_unknown_key([str(part) for part in problem["loc"]]))
+            lines.append(_unknown_key([str(part) for part in problem["loc"]], root))
             continue
         # Union branches add names that are no keys ("list[float]"); a reader needs only the keys.
         path = [str(part) for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", str(part))]
@@ -766,16 +767,16 @@ def _nearest_choice(problem: Mapping[str, Any]) -> str:
     return f". Did you mean {near[0]!r}?" if near else ""
 
 
-def _unknown_key(path: list[str]) -> str:
+def _unknown_key(path: list[str], root: type[BaseModel]) -> str:
     *sections, name = path
-    model: Any = RunConfig
+    model: Any = root
     for section in sections:
         model = _section_type(model.model_fields[section].annotation) if section in model.model_fields else None
         if model is None:
             return f"unknown key {shortened('.'.join(path))}"
     owner = ".".join(sections) if sections else "the configuration"
     near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.6)
-    elsewhere = [key for key in config_keys() if key.endswith(f".{name}")]
+    elsewhere = [key for key in config_keys(root) if key.endswith(f".{name}")]
     if near:
         hint = f" Did you mean '{near[0]}'?"
     elif elsewhere:
@@ -790,10 +791,10 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
-def config_keys() -> list[str]:
+def config_keys(root: type[BaseModel] = RunConfig) -> list[str]:
     """Every key there is, as ``section.key``."""
     keys = []
-    for name, field in RunConfig.model_fields.items():
+    for name, field in root.model_fields.items():
         section = _section_type(field.annotation)
         keys += [name] if section is None else [f"{name}.{key}" for key in section.model_fields]
     return keys

@@ -36,9 +36,10 @@ ALLOWED = {
     "data": SIBLINGS,
     "training": SIBLINGS | {"growth", "pet", "optim", "models", "checkpoint", "distributed", "data"},
     "eval": SIBLINGS | {"models", "checkpoint", "data"},
+    "sft": SIBLINGS | {"training", "models", "data"},
     "report": SIBLINGS | {"training", "eval"},
     "compare": SIBLINGS | {"training", "eval", "report", "data", "models", "checkpoint"},
-    "cli": SIBLINGS | {"training", "eval", "report", "compare", "data", "models"},
+    "cli": SIBLINGS | {"training", "eval", "sft", "report", "compare", "data", "models"},
 }
 
 

@@ -288,6 +288,62 @@ def generate(
 
 
 @app.command()
+def sft(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name of a decoder-only model.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            "-d",
+            help="json, jsonl, parquet: Alpaca's columns, messages, or prompt and completion; repeatable.",
+        ),
+    ],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[KEY=VALUE]...", help="E.g. lora_rank=8 num_train_epochs=1 packing=true."),
+    ] = None,
+    config: Annotated[Optional[Path], typer.Option("--config", help="YAML of keys.")] = None,  # noqa: UP045
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Folder of the run; default runs/NAME-sft."),
+    ] = None,
+) -> None:
+    """Tune a model on instructions, into a folder for `steplm chat`; started again, it resumes."""
+    from steplm.cli.sft import run_sft
+
+    raise typer.Exit(run_sft(model, data, overrides or [], config=config, output=output))
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name of a model with a chat template.")],
+    system: Annotated[Optional[str], typer.Option(help="Who the model is to be.")] = None,  # noqa: UP045
+    chat_template: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A Jinja file, in place of the model's own template."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling: share of probability kept.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed and messages give the same answers.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Talk with a model; reads lines from a pipe too."""
+    from steplm.cli.chat import run_chat
+
+    run_chat(
+        model,
+        system=system,
+        chat_template=chat_template,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        device=device,
+    )
+
+
+@app.command()
 def quickstart(
     overrides: Overrides = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of both runs.")] = Path("runs/quickstart"),

@@ -105,15 +105,29 @@ class Source:
         Raises:
             DataError: the source cannot be read at all.
         """
+        yield from _usable(self.name, self.records(text_field), text_field, bad)
+
+    def records(self, field: str | None = None) -> Iterator[Record]:
+        """Each record with its place; for one that cannot be read, an exception that says why.
+
+        Args:
+            field: the only one that is asked for, where the format can read it alone; default: all.
+
+        Raises:
+            DataError: the source cannot be read at all.
+        """
         if self.path is None:
-            scheme = self.name.partition("://")[0]
-            yield from _usable(self.name, STREAMS[scheme](self.name), text_field, bad)
+            yield from STREAMS[self.name.partition("://")[0]](self.name)
             return
+        place = 0
         with _errors_of(self.path), self.path.open("rb") as raw:
             is_gzip = self.path.suffix.lower() == ".gz"
             stream: Any = gzip.GzipFile(fileobj=raw) if is_gzip else raw
-            reader = READERS[_format(self.path)]
-            yield from _usable(self.name, reader(stream, text_field), text_field, bad)
+            try:
+                for place, value in READERS[_format(self.path)](stream, field):
+                    yield place, value
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                yield place + 1, ValueError(f"damaged or truncated gzip, the rest of the file is lost: {error}")
 
 
 def _digest_of_ends(path: Path, num_bytes: int = 2**16) -> str:
@@ -219,18 +233,14 @@ def _errors_of(path: Path) -> Iterator[None]:
 
 
 def _usable(name: str, records: Iterator[Record], text_field: str, bad: BadRecords) -> Iterator[Document]:
-    place = 0
-    try:
-        for place, value in records:
-            text = value.get(text_field) if isinstance(value, dict) else value
-            reason = _why_unusable(value, text, text_field)
-            if reason:
-                bad.add(f"{name}:{place}", reason)
-            else:
-                bad.num_records += 1
-                yield Document(str(text), f"{name}:{place}")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        bad.add(f"{name}:{place + 1}", f"damaged or truncated gzip, the rest of the file is lost: {error}")
+    for place, value in records:
+        text = value.get(text_field) if isinstance(value, dict) else value
+        reason = _why_unusable(value, text, text_field)
+        if reason:
+            bad.add(f"{name}:{place}", reason)
+        else:
+            bad.num_records += 1
+            yield Document(str(text), f"{name}:{place}")
 
 
 def _why_unusable(value: Any, text: Any, text_field: str) -> str | None:
@@ -276,13 +286,13 @@ def _as_record(value: Any) -> Any:
     return ValueError(f"a JSON {type(value).__name__}, not an object with fields")
 
 
-def _read_json_lines(stream: BinaryIO, text_field: str) -> Iterator[Record]:
+def _read_json_lines(stream: BinaryIO, field: str | None) -> Iterator[Record]:
     for number, line in _lines(stream):
         if line.strip():
             yield number, _as_record(_parse_json(line))
 
 
-def _read_json(stream: BinaryIO, text_field: str) -> Iterator[Record]:
+def _read_json(stream: BinaryIO, field: str | None) -> Iterator[Record]:
     """A list of objects, one object, or, as many data sets have it under this name, an object per line."""
     lines = _lines(stream)
     number, first = next(((n, line) for n, line in lines if line.strip()), (0, b""))
@@ -299,7 +309,7 @@ def _read_json(stream: BinaryIO, text_field: str) -> Iterator[Record]:
         yield place, _as_record(record)
 
 
-def _read_text(stream: BinaryIO, text_field: str) -> Iterator[Record]:
+def _read_text(stream: BinaryIO, field: str | None) -> Iterator[Record]:
     """Documents of 32 to 64 KiB, cut at blank lines (at any line where none comes); put together, the file.
 
     One document per file would leave nothing to split off for validation where there is one large file.
@@ -325,21 +335,21 @@ def _decode(data: bytes) -> str | ValueError:
         return ValueError(f"not UTF-8: {error.reason} at byte {error.start}")
 
 
-def _read_parquet(stream: BinaryIO, text_field: str) -> Iterator[Record]:
+def _read_parquet(stream: BinaryIO, field: str | None) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         table = parquet.ParquetFile(stream)
         columns = table.schema_arrow.names
-        if text_field not in columns:
-            yield 1, ValueError(f"no column {text_field!r}; columns are {_listed(columns)}")
+        if field is not None and field not in columns:
+            yield 1, ValueError(f"no column {field!r}; columns are {_listed(columns)}")
             return
         row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
+        for batch in table.iter_batches(batch_size=1024, columns=None if field is None else [field]):
+            for record in batch.to_pylist():
                 row += 1
-                yield row, {text_field: text}
+                yield row, record
     except pyarrow.ArrowException as error:
         yield 1, ValueError(f"damaged Parquet: {error}")
 
@@ -412,7 +422,7 @@ def _stream_builtin(entry: str) -> Iterator[Record]:
     yield from enumerate(python_docs(), 1)
 
 
-READERS: dict[str, Callable[[BinaryIO, str], Iterator[Record]]] = {
+READERS: dict[str, Callable[[BinaryIO, str | None], Iterator[Record]]] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".json": _read_json,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,31 +36,42 @@ def generate(
         ConfigError: a number out of range, or a prompt that leaves no room in the model's context.
         CheckpointError, DataError, HubUnavailable: no model or tokenizer there.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise ConfigError(
-            f"temperature={temperature:g} must be 0 or more, top_p={top_p:g} above 0 and at most 1, "
-            f"max_new_tokens={max_new_tokens} at least 1"
-        )
+    sampling = sampling_arguments(temperature, top_p, max_new_tokens)
     model = load_pretrained(folder).to(resolve_device(device)).eval()
     tokenizer = load_tokenizer(folder)
     prompt_ids = [opening_token(tokenizer), *tokenizer(prompt, add_special_tokens=False).input_ids]
     _check_room(model.config, len(prompt_ids), max_new_tokens)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = model.generate(
             torch.tensor([prompt_ids], device=model.device),
             attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=model.device),
-            max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
             use_cache=True,
-            **(sampling if temperature > 0 else greedy),
+            **sampling,
         )
     # Decoded alone, the new tokens would lose a space at the seam with some tokenizers.
     before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
     return tokenizer.decode(output[0], skip_special_tokens=True)[len(before) :]
+
+
+def sampling_arguments(temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:
+    """Of ``model.generate``: these numbers, none of the folder's own; temperature 0 takes the likeliest token.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ConfigError(
+            f"temperature={temperature:g} must be 0 or more, top_p={top_p:g} above 0 and at most 1, "
+            f"max_new_tokens={max_new_tokens} at least 1"
+        )
+    if temperature == 0:
+        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    else:
+        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return {**how, "max_new_tokens": max_new_tokens}
 
 
 def _check_room(config: object, num_prompt_tokens: int, max_new_tokens: int) -> None:

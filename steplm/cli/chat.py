@@ -1,0 +1,102 @@
+"""``steplm chat``: lines in, answers out, at a terminal or through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+
+from steplm.errors import ConfigError
+from steplm.eval.chat import ChatModel, Message
+from steplm.eval.generate import sampling_arguments
+
+HELP = """/system TEXT   say who the model is, and begin anew (without TEXT: nobody in particular)
+/reset         forget what was said
+/quit          end, as Ctrl-D does; Ctrl-C ends an answer
+/help          this"""
+
+
+def run_chat(
+    model: str,
+    *,
+    system: str | None = None,
+    chat_template: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Read messages until the input ends; answers go to standard output, remarks to standard error."""
+    sampling_arguments(temperature, top_p, max_new_tokens)
+    is_terminal = sys.stdin.isatty()
+    chat = ChatModel(model, chat_template=chat_template, device=device)
+    history = _begun(system)
+    if is_terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401  arrow keys in input()
+        _remark(f"{model}: {chat.context or 'no limit of'} tokens of context. /help tells the commands.")
+    num_replies = 0
+    while (line := _read_line(is_terminal)) is not None:
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/help":
+            _remark(HELP)
+        elif command == "/reset":
+            history = [message for message in history if message["role"] == "system"]
+            _remark("(forgotten)")
+        elif command == "/system":
+            history = _begun(rest.strip())
+            _remark("(a new conversation, with this system message)" if history else "(a new conversation)")
+        elif command.startswith("/"):
+            _remark(f"no command {command}\n{HELP}")
+        elif line:
+            try:
+                reply = chat.reply(
+                    [*history, {"role": "user", "content": line}],
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=seed + num_replies,
+                    on_text=lambda text: print(text, end="", flush=True),
+                )
+            except ConfigError as error:  # a message too long, or one that the template refuses
+                _remark(f"({error})")
+                continue
+            print(flush=True)
+            num_replies += 1
+            if reply.num_messages_left_out:
+                system_message = _system(history)
+                history = system_message + history[len(system_message) + reply.num_messages_left_out :]
+                _remark(
+                    f"(the context of {chat.context} tokens is full: the oldest {reply.num_messages_left_out} messages "
+                    "are forgotten)"
+                )
+            if not reply.ended:
+                _remark(f"(cut off after {reply.num_tokens} tokens)")
+            history += [{"role": "user", "content": line}, {"role": "assistant", "content": reply.text}]
+
+
+def _begun(system: str | None) -> list[Message]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _system(history: list[Message]) -> list[Message]:
+    return [message for message in history[:1] if message["role"] == "system"]
+
+
+def _read_line(is_terminal: bool) -> str | None:
+    """The next message without its line feed; None at the end of the input. Ctrl-C begins the line anew."""
+    while True:
+        try:
+            return input("> " if is_terminal else "").strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            print(file=sys.stderr)
+
+
+def _remark(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

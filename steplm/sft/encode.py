@@ -1,0 +1,117 @@
+"""Conversations -> token ids and labels. The labels are the tokens of the answers, and -100 everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
+from typing import TYPE_CHECKING, Any
+
+from steplm.data.loader import IGNORED
+from steplm.sft.records import Conversation
+from steplm.units import reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record; a label stands at the place of its own token, as Hugging Face models have it: unshifted."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(label != IGNORED for label in self.labels[1:])  # the first token is predicted by none
+
+    def cut(self, length: int) -> Example:
+        return Example(self.input_ids[:length], self.labels[:length])
+
+
+class Encoder:
+    """Encodes by the tokenizer's chat template, or, without one, prompt and completion as they stand.
+
+    The tokens before an answer are those that the model will be given when it is asked, and every last answer ends
+    with a token that ends generation, which has a label.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, uses_template: bool = True) -> None:
+        self.tokenizer = tokenizer
+        self.uses_template = uses_template
+        added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special = {**added, **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))}
+        self._special_texts, self._special = tuple(special), frozenset(special.values())
+
+    def encode(self, conversation: Conversation) -> Example:
+        """Token ids and labels.
+
+        Raises:
+            ValueError: the template refuses the conversation, or a message has a special token in its text, which
+                would end a turn in its midst.
+        """
+        pieces = self._rendered(conversation) if self.uses_template else self._as_it_stands(conversation)
+        ids = self._encoded([text for text, _ in pieces])
+        labels = [
+            [*part] if is_answer else [IGNORED] * len(part) for part, (_, is_answer) in zip(ids, pieces, strict=True)
+        ]
+        example = Example(list(chain(*ids)), list(chain(*labels)))
+        if example.labels[-1] not in self._special:
+            end = self.tokenizer.eos_token_id
+            example = Example([*example.input_ids, end], [*example.labels, end])
+        return example
+
+    def _rendered(self, conversation: Conversation) -> list[tuple[str, bool]]:
+        """Consecutive pieces of the text, each with whether it is an answer; the last one is."""
+        answers = conversation.answers()
+        messages = conversation.messages[: answers[-1] + 1]  # from what a user says last, nothing is learned
+        for message in messages:
+            if found := next((text for text in self._special_texts if text in message["content"]), None):
+                raise ValueError(f"the special token {found} in a message")
+        whole = self._render(messages)
+        pieces: list[tuple[str, bool]] = []
+        position = 0
+        for index in answers:
+            before = self._render(messages[:index], add_generation_prompt=True)
+            after = self._render(messages[: index + 1])
+            # What follows the token that ends a turn, often a line feed, is not the model's to say.
+            end = len(after.rstrip())
+            if whole.startswith(before) and whole[:end] == after[:end]:
+                pieces += [(whole[position : len(before)], False), (whole[len(before) : end], True)]
+                position = end
+            elif index == answers[-1]:
+                raise ValueError("the chat template does not continue its own prompt by the answer")
+            # else a template that shows earlier answers otherwise than they were given: no lesson
+        return pieces
+
+    def _render(self, messages: Sequence[Any], *, add_generation_prompt: bool = False) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template is a program: it can fail in any way
+            raise ValueError(f"the chat template refuses it: {reason(error)}") from None
+        return str(text)
+
+    def _as_it_stands(self, conversation: Conversation) -> list[tuple[str, bool]]:
+        if conversation.num_given != 1 or len(conversation.messages) != 2:
+            raise ValueError("chat_template=none is for prompt and completion in two texts")
+        prompt, completion = (message["content"] for message in conversation.messages)
+        begin = self.tokenizer.bos_token or ""
+        return [(prompt if prompt.startswith(begin) else begin + prompt, False), (completion, True)]
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each piece: of the whole text, cut where the pieces meet.
+
+        Where a token would reach over a seam, each piece is encoded by itself: whoever asks has the prompt alone.
+        """
+        until = [self._ids(text) for text in accumulate(texts)]
+        whole = until[-1]
+        if all(whole[: len(ids)] == ids for ids in until):
+            starts = [0, *map(len, until)]
+            return [whole[start:end] for start, end in pairwise(starts)]
+        return [self._ids(text) for text in texts]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids

@@ -1,0 +1,100 @@
+"""The result as a plain Hugging Face folder: weights, tokenizer with its chat template, generation defaults, a card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from steplm.models.build import plain_state
+from steplm.models.folder import save_folder
+from steplm.sft.config import SftConfig
+from steplm.training.model_card import public_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from steplm.sft.run import SftResult
+
+
+def export_model(
+    folder: Path,
+    model: PreTrainedModel,
+    *,
+    model_name: str,
+    hf_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    end_ids: Sequence[int],
+    data: Sequence[str],
+    config: SftConfig,
+    result: SftResult,
+    counts: Mapping[str, int],
+) -> None:
+    """Write ``folder`` whole, or leave it as it was.
+
+    Args:
+        model: plain, in the dtype of the file.
+        hf_config: of the model that was trained; training may have changed the model's own.
+        end_ids: tokens that end an answer, at which generation stops.
+    """
+    temporary = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    hf_config.use_cache = True
+    hf_config.pad_token_id = tokenizer.pad_token_id
+    if hf_config.eos_token_id is None:
+        hf_config.eos_token_id = tokenizer.eos_token_id
+    save_folder(temporary, hf_config, plain_state(model))
+    tokenizer.save_pretrained(temporary)
+    _generation_config(model_name, hf_config, tokenizer, end_ids).save_pretrained(temporary)
+    (temporary / "README.md").write_text(_card(model_name, data, config, result, counts), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def _generation_config(
+    model_name: str, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int]
+) -> GenerationConfig:
+    """The model's own, which now stops at every token that ends an answer too."""
+    try:
+        generation = GenerationConfig.from_pretrained(model_name)
+    except OSError:
+        generation = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95)
+    known = generation.eos_token_id if generation.eos_token_id is not None else hf_config.eos_token_id
+    known_ids = known if isinstance(known, list) else [] if known is None else [known]
+    stops = list(dict.fromkeys([*end_ids, *known_ids, tokenizer.eos_token_id]))
+    generation.eos_token_id = stops if len(stops) > 1 else stops[0]
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.bos_token_id = tokenizer.bos_token_id
+    return generation
+
+
+def _card(model_name: str, data: Sequence[str], config: SftConfig, result: SftResult, counts: Mapping[str, int]) -> str:
+    base = public_name(model_name, may_be_on_hub=True)
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["steplm", "sft"]}
+    how = "all parameters" if config.lora_rank is None else f"LoRA of rank {config.lora_rank}, merged"
+    losses = f"train loss {result.train_loss:.4f}"
+    if result.validation_loss is not None and result.validation_loss_before is not None:
+        losses += f", held-out loss {result.validation_loss_before:.4f} before and {result.validation_loss:.4f} after"
+    names = ", ".join(f"`{public_name(entry)}`" for entry in data)
+    kept = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+
+# Instruction-tuned {base}
+
+`{base}`, tuned on {names} by steplm: {how}, {result.num_steps:,} steps at a highest learning rate of
+{config.highest_learning_rate:g}, loss on the answers only. Records: {kept}.
+In nats a token of the answers: {losses}.
+
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", "PATH")
+print(chat([{{"role": "user", "content": "Name three colours."}}])[0]["generated_text"][-1]["content"])
+```
+"""

@@ -1,0 +1,96 @@
+"""The folder of a run: what was asked for, whether it may go on, and its complete checkpoints.
+
+config.yaml     what was asked for: model, data, every key
+metrics.jsonl   an object per step and per evaluation
+checkpoints/    what the trainer saves; complete if ``steplm.json`` is there, which is written last
+export/         the result
+result.json     the numbers of a finished run
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from steplm.config import dump_yaml, read_yaml
+from steplm.data.sources import Source, find_sources
+from steplm.errors import CheckpointMismatch
+from steplm.files import write_atomically
+from steplm.sft.config import FREE_AT_RESUME, SftConfig
+
+MARKER = "steplm.json"
+
+
+def default_output_dir(model: str) -> Path:
+    """``runs/NAME-sft``: NAME of the run that an export is of, of the folder, or on the hub."""
+    path = Path(model)
+    parts = [part for part in path.parts if part not in ("/", "..", ".", "export")]
+    return Path("runs") / f"{parts[-1] if parts else 'model'}-sft"
+
+
+def check_same_run(
+    folder: Path, model: str, data: Sequence[str], config: SftConfig, resolved: Mapping[str, Any]
+) -> None:
+    """Write ``config.yaml``, or compare with the one that is there.
+
+    Args:
+        resolved: what the defaults came to, such as the sequence length.
+
+    Raises:
+        CheckpointMismatch: the folder is of another run; names every difference.
+    """
+    path = folder / "config.yaml"
+    now = {
+        "model": model,
+        "data": list(data),
+        "inputs": {"model": _files_of_model(model), "data": [source.describe() for source in find_sources(data)]},
+        "config": {**config.model_dump(mode="json"), **resolved},
+    }
+    if path.is_file():
+        before, after = _compared(read_yaml(path)), _compared(now)
+        differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+        if differing:
+            lines = [f"  {key}: {before.get(key)} there, {after.get(key)} now" for key in differing]
+            raise CheckpointMismatch(
+                f"{folder} holds a run that differs from what is asked for now:\n"
+                + "\n".join(lines)
+                + "\nGo on as it was begun, or name another folder by --output.",
+                differing=differing,
+            )
+    write_atomically(path, dump_yaml(now))
+
+
+def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that must agree. A folder may have moved; its files may not have changed."""
+    config = {key: value for key, value in values.get("config", {}).items() if key not in FREE_AT_RESUME}
+    return {**values.get("inputs", {}), **config}
+
+
+def _files_of_model(model: str) -> str | list[str]:
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return model
+    names = ("config.json", "*.safetensors", "tokenizer*", "chat_template.jinja")
+    files = sorted(file for name in names for file in folder.glob(name) if file.is_file())
+    return [Source(str(file), file).describe() for file in files]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; incomplete ones, of a process that was killed, are removed."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    complete = [path for path in checkpoints if (path / MARKER).is_file()]
+    for path in checkpoints:
+        if path not in complete:
+            shutil.rmtree(path)
+    return complete[-1] if complete else None
+
+
+def mark_complete(checkpoint: Path, values: Mapping[str, Any]) -> None:
+    write_atomically(checkpoint / MARKER, json.dumps(values))
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / MARKER).read_text())

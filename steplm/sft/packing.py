@@ -1,0 +1,36 @@
+"""Whether a model keeps attention inside each of several records in one sequence."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from steplm.errors import ConfigError
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, length: int = 8) -> None:
+    """Compare a record's logits alone and behind another one, told apart by their position ids as ``trl`` packs them.
+
+    ``transformers`` makes of such position ids a mask of blocks for eager attention and SDPA, and flash attention is
+    given the lengths; but a family may do otherwise, and then every record would see the ones before it.
+
+    Raises:
+        ConfigError: the other record shows.
+    """
+    was_training = model.training
+    model.eval()
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(2 * length, device=model.device) * 7919 % vocab_size).unsqueeze(0)
+    positions = torch.arange(length, device=model.device).repeat(2).unsqueeze(0)
+    alone = model(input_ids=ids[:, length:], use_cache=False).logits.float()
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, length:].float()
+    model.train(was_training)
+    spread = float(alone.max() - alone.min())
+    difference = float((packed - alone).abs().max())
+    if not difference <= (1e-4 if model.dtype == torch.float32 else 5e-2) * spread + 1e-6:  # not >: NaN must not pass
+        raise ConfigError(
+            f"packing=true would let records see each other: in {type(model).__name__} the logits of a record change "
+            f"by {difference:.3g} (of a spread of {spread:.3g}) when another one stands before it. Set packing=false.",
+            difference=difference,
+        )

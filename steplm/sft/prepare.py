@@ -1,0 +1,125 @@
+"""Conversations -> examples of the right length, divided by hash into those to learn and those held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from steplm.data.loader import IGNORED, Batch
+from steplm.errors import DataError
+from steplm.sft.config import SftConfig
+from steplm.sft.encode import Encoder, Example
+from steplm.sft.records import Records, read_conversations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Examples, and the fate of every record."""
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    num_records: int
+    num_empty: int
+    num_unusable: int
+    num_truncated: int  # among those that are used
+    num_too_long: int  # dropped: no token of the answer would be left, or too_long=drop
+    end_ids: tuple[int, ...]  # tokens that end an answer
+
+    @property
+    def num_train_tokens(self) -> int:
+        return sum(len(example.input_ids) for example in self.train)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(example.num_answer_tokens for example in self.train)
+
+    def counts(self) -> dict[str, int]:
+        """For people and programs: what became of the records."""
+        return {
+            "records": self.num_records,
+            "train": len(self.train),
+            "validation": len(self.validation),
+            "empty answers, dropped": self.num_empty,
+            "too long, dropped": self.num_too_long,
+            "too long, cut at the end": self.num_truncated,
+            "unusable, dropped": self.num_unusable,
+        }
+
+
+def prepare_records(
+    entries: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: SftConfig, *, sequence_length: int
+) -> Prepared:
+    """Read, encode, cut, divide. Equal conversations come to the same side.
+
+    Args:
+        sequence_length: tokens of an example, at most.
+
+    Raises:
+        DataError: nothing to learn from, or more unusable records than ``config.max_bad_share``.
+    """
+    records = read_conversations(entries)
+    encoder = Encoder(tokenizer, uses_template=config.chat_template != "none")
+    sides: dict[bool, list[Example]] = {False: [], True: []}
+    end_ids: set[int] = set()
+    num_truncated = num_too_long = 0
+    for conversation in records.conversations:
+        try:
+            example = encoder.encode(conversation)
+        except ValueError as error:
+            records.add_unusable(str(error), conversation.place)
+            continue
+        end_ids.add(example.labels[-1])
+        is_long = len(example.input_ids) > sequence_length
+        if is_long:
+            example = example.cut(sequence_length)
+        if not example.num_answer_tokens or (is_long and config.too_long == "drop"):
+            num_too_long += 1
+            continue
+        num_truncated += is_long
+        sides[_is_held_out(conversation.key(), config.validation_fraction)].append(example)
+    records.check(config.max_bad_share)
+    if not sides[False]:
+        raise DataError(_nothing_left(records, num_too_long, sequence_length), num_records=records.num_records)
+    return Prepared(
+        tuple(sides[False]),
+        tuple(sides[True]),
+        num_records=records.num_records,
+        num_empty=records.num_empty,
+        num_unusable=records.num_unusable,
+        num_truncated=num_truncated,
+        num_too_long=num_too_long,
+        end_ids=tuple(sorted(end_ids)),
+    )
+
+
+def _is_held_out(key: bytes, fraction: float) -> bool:
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") < fraction * 2**64
+
+
+def _nothing_left(records: Records, num_too_long: int, sequence_length: int) -> str:
+    return (
+        f"nothing to learn from {records.num_records:,} records: {records.num_empty:,} have no answer, "
+        f"{num_too_long:,} no token of it within sequence_length={sequence_length}. "
+        "Name other data, or raise sequence_length; with few records also lower validation_fraction."
+    )
+
+
+def batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
+    """For the loss over held-out answers: padded at the right, where causal attention never looks; labels shifted."""
+    ordered = sorted(examples, key=lambda example: -len(example.input_ids))
+    for first in range(0, len(ordered), batch_size):
+        some = ordered[first : first + batch_size]
+        input_ids = torch.zeros(len(some), len(some[0].input_ids) - 1, dtype=torch.long)
+        labels = torch.full_like(input_ids, IGNORED)
+        for row, example in enumerate(some):
+            length = len(example.input_ids) - 1
+            input_ids[row, :length] = torch.tensor(example.input_ids[:-1])
+            labels[row, :length] = torch.tensor(example.labels[1:])
+        yield Batch(input_ids, labels)

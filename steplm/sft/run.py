@@ -1,0 +1,338 @@
+"""Instruction tuning by ``trl``: records and a Hugging Face folder -> a folder that answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from steplm.data.shards import locked
+from steplm.data.tokenizer import load_tokenizer
+from steplm.errors import ConfigError, DataError
+from steplm.files import write_atomically
+from steplm.launch import is_launched
+from steplm.models.build import DTYPES
+from steplm.models.device import resolve_device
+from steplm.models.folder import load_hf_config, load_pretrained
+from steplm.models.forward import mean_loss
+from steplm.sft.config import LONGEST_DEFAULT, SftConfig
+from steplm.sft.export import export_model
+from steplm.sft.folder import check_same_run, default_output_dir, last_checkpoint, read_marker
+from steplm.sft.memory import ModelState, model_state
+from steplm.sft.packing import check_packing
+from steplm.sft.prepare import Prepared, batches, prepare_records
+from steplm.sft.templates import set_chat_template
+from steplm.training.environment import environment
+from steplm.training.metrics import MetricsLog, read_metrics
+from steplm.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTTrainer
+
+LOSS_CHUNK_SIZE = 1024  # rows of logits that exist at once, of the held-out loss
+
+
+@dataclass(frozen=True)
+class SftResult:
+    """What a run left behind; losses in nats a token of the answers, None where nothing was held out."""
+
+    output_dir: Path
+    finished: bool
+    stop_signal: int | None = None
+    export_dir: Path | None = None
+    num_steps: int | None = None
+    train_loss: float | None = None  # mean over the steps of the last epoch
+    validation_loss_before: float | None = None
+    validation_loss: float | None = None  # of the exported model
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps a run takes, and what it saves when."""
+
+    num_steps: int
+    steps_per_epoch: int
+    save_steps: int
+
+    @staticmethod
+    def of(config: SftConfig, num_sequences: int) -> Schedule:
+        """As ``Trainer`` counts: the last step of an epoch may be a smaller one."""
+        micro_batches = math.ceil(num_sequences / config.per_device_train_batch_size)
+        steps_per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps)
+        num_steps = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
+        return Schedule(num_steps, steps_per_epoch, config.save_steps or math.ceil(num_steps / 5))
+
+
+def instruction_tune(
+    model: str | Path,
+    data: Sequence[str],
+    config: SftConfig | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    say: Callable[[str], None] = print,
+) -> SftResult:
+    """Train a model on answers to instructions, and write ``OUTPUT_DIR/export``; started again, it resumes.
+
+    Args:
+        model: Hugging Face folder or hub name of a decoder-only model.
+        data: json, jsonl or parquet files, folders, globs, ``hub://…``; see ``read_conversations`` for their columns.
+        output_dir: default ``runs/NAME-sft``; see ``folder.py`` for what is in it.
+        say: takes each line for people.
+
+    Raises:
+        ConfigError: no trl, or a combination that cannot run.
+        CheckpointMismatch: the folder holds another run.
+        DataError: nothing to learn from.
+        TrainingDiverged: the loss is not finite.
+    """
+    config = config or SftConfig()
+    _require_libraries(config)
+    if is_launched():
+        raise ConfigError("instruction tuning runs on one device: start it without torchrun")
+    device = resolve_device(config.device)
+    folder = Path(output_dir) if output_dir is not None else default_output_dir(str(model))
+    hf_config = load_hf_config(model)
+    tokenizer = load_tokenizer(model)
+    template = set_chat_template(tokenizer, config.chat_template)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # labels, not pad tokens, say what has a loss
+    sequence_length = _sequence_length(config, hf_config)
+    with locked(folder, lambda: say(f"waiting for another process that works in {folder}")):
+        check_same_run(folder, str(model), data, config, {"sequence_length": sequence_length})
+        if (folder / "result.json").is_file():
+            say(f"{folder} is finished already")
+            return _read_result(folder)
+        prepared = prepare_records(data, tokenizer, config, sequence_length=sequence_length)
+        say(f"data  {_listing(prepared.counts())}; template: {template}")
+        run = _Run(str(model), data, config, folder, device, hf_config, tokenizer, prepared, sequence_length, say)
+        with _without_bars():
+            return run.train()
+
+
+@dataclass
+class _Run:
+    model_name: str
+    data: Sequence[str]
+    config: SftConfig
+    folder: Path
+    device: torch.device
+    hf_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerFast
+    prepared: Prepared
+    sequence_length: int
+    say: Callable[[str], None]
+
+    def train(self) -> SftResult:
+        from steplm.sft.trainer import Journal, make_trainer, packed
+
+        config = self.config
+        model = self._load()
+        rows = packed(self.prepared.train, self.sequence_length, config)
+        schedule = Schedule.of(config, len(rows))
+        trainer = make_trainer(model, self.tokenizer, rows, config, schedule, self.folder, self.device)
+        state = model_state(trainer.model, config.precision)
+        self.say(self._plan(state, schedule, len(rows)))
+
+        checkpoint = last_checkpoint(self.folder / "checkpoints")
+        marker = {"log_bytes": 0, "tokens_seen": 0} if checkpoint is None else read_marker(checkpoint)
+        metrics = MetricsLog(self.folder / "metrics.jsonl", [], keep_bytes=marker["log_bytes"])
+        journal = Journal(metrics, schedule, config, state, lambda: self._held_out(model), self.say)
+        trainer.add_callback(journal)
+        try:
+            if checkpoint is None:
+                metrics.write("run_start", **self._facts(state, schedule, len(rows)))
+                journal.evaluate(0)
+            else:
+                self.say(f"resuming from {checkpoint.name}")
+            journal.tokens_before = marker["tokens_seen"]
+            with _stopping_on_signals(journal):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if journal.stop_signal is not None and trainer.state.global_step < schedule.num_steps:
+                self.say(f"stopped by signal {journal.stop_signal}; run the same command again to resume")
+                return SftResult(self.folder, finished=False, stop_signal=journal.stop_signal)
+            return self._finish(trainer, model, metrics, schedule)
+        finally:
+            metrics.close()
+
+    def _load(self) -> PreTrainedModel:
+        """In fp32 where its weights are trained, else, under adapters, in the run's precision."""
+        dtype = torch.float32 if self.config.lora_rank is None else DTYPES[self.config.precision]
+        model = load_pretrained(self.model_name, dtype=dtype).to(self.device)
+        largest = max(max(example.input_ids) for example in (*self.prepared.train, *self.prepared.validation))
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        if largest >= vocab_size:
+            raise DataError(
+                f"the records have token {largest}, but the model's vocabulary ends at {vocab_size - 1}: its tokenizer "
+                "has tokens that the model never had",
+                token=largest,
+                vocab_size=vocab_size,
+            )
+        if self.config.packing:
+            check_packing(model)
+        return model
+
+    def _held_out(self, model: PreTrainedModel) -> tuple[float, int] | None:
+        """Mean loss and number of the answers' tokens that are held out; adapters live inside ``model``."""
+        if not self.prepared.validation:
+            return None
+        some = batches(self.prepared.validation, self.config.per_device_train_batch_size)
+        return mean_loss(model, some, chunk_size=LOSS_CHUNK_SIZE)
+
+    def _facts(self, state: ModelState, schedule: Schedule, num_sequences: int) -> dict[str, Any]:
+        return {
+            "num_steps": schedule.num_steps,
+            "num_sequences": num_sequences,
+            "num_train_tokens": self.prepared.num_train_tokens,
+            "num_answer_tokens": self.prepared.num_answer_tokens,
+            "num_trained_parameters": state.num_trained,
+            "num_frozen_parameters": state.num_frozen,
+            "model_state_bytes": state.num_bytes,
+            "sequence_length": self.sequence_length,
+            "records": self.prepared.counts(),
+            "environment": environment(self.device),
+        }
+
+    def _plan(self, state: ModelState, schedule: Schedule, num_sequences: int) -> str:
+        prepared = self.prepared
+        in_rows = f" in {num_sequences:,} sequences" if self.config.packing else ""
+        return (
+            f"plan  {schedule.num_steps:,} steps ({schedule.steps_per_epoch:,} an epoch), "
+            f"{format_count(prepared.num_train_tokens)} tokens an epoch{in_rows}, "
+            f"{format_count(prepared.num_answer_tokens)} of answers; {self.sequence_length} tokens a record at most\n"
+            f"plan  {format_count(state.num_trained)} parameters trained, {format_count(state.num_frozen)} frozen: "
+            f"model state {format_bytes(state.num_bytes)}, activations not counted"
+        )
+
+    def _finish(
+        self, trainer: SFTTrainer, model: PreTrainedModel, metrics: MetricsLog, schedule: Schedule
+    ) -> SftResult:
+        from steplm.sft.trainer import merged
+
+        plain = merged(trainer, self.hf_config.dtype or torch.float32)
+        held_out = self._held_out(plain.to(self.device))
+        losses = [event["loss"] for event in read_metrics(self.folder / "metrics.jsonl", "train")]
+        before = next((event["loss"] for event in read_metrics(self.folder / "metrics.jsonl", "eval")), None)
+        result = SftResult(
+            self.folder,
+            finished=True,
+            export_dir=self.folder / "export",
+            num_steps=schedule.num_steps,
+            train_loss=math.fsum(losses[-schedule.steps_per_epoch :]) / len(losses[-schedule.steps_per_epoch :]),
+            validation_loss_before=before,
+            validation_loss=None if held_out is None else held_out[0],
+        )
+        export_model(
+            self.folder / "export",
+            plain,
+            model_name=self.model_name,
+            hf_config=self.hf_config,
+            tokenizer=self.tokenizer,
+            end_ids=self.prepared.end_ids,
+            data=self.data,
+            config=self.config,
+            result=result,
+            counts=self.prepared.counts(),
+        )
+        metrics.write("run_end", **_numbers(result))
+        values = asdict(result)
+        values.update(output_dir=None, export_dir=None)  # where it lies is known to whoever reads it
+        write_atomically(self.folder / "result.json", json.dumps(values, indent=1) + "\n")
+        self.say(summary(result))
+        return result
+
+
+def summary(result: SftResult) -> str:
+    """The last lines for people."""
+    held_out = "nothing held out"
+    if result.validation_loss is not None and result.validation_loss_before is not None:
+        held_out = f"held-out loss {result.validation_loss_before:.4f} -> {result.validation_loss:.4f}"
+    return (
+        f"done  {result.num_steps:,} steps, train loss {result.train_loss:.4f}, {held_out} (nats a token of the "
+        f"answers)\ntry   steplm chat {result.export_dir}"
+    )
+
+
+def _numbers(result: SftResult) -> dict[str, float]:
+    names = ("num_steps", "train_loss", "validation_loss_before", "validation_loss")
+    return {name: value for name in names if (value := getattr(result, name)) is not None}
+
+
+def _read_result(folder: Path) -> SftResult:
+    values = json.loads((folder / "result.json").read_text())
+    return SftResult(**{**values, "output_dir": folder, "export_dir": folder / "export"})
+
+
+def _sequence_length(config: SftConfig, hf_config: PretrainedConfig) -> int:
+    context = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    if config.sequence_length is None:
+        return min(context or LONGEST_DEFAULT, LONGEST_DEFAULT)
+    if context is not None and config.sequence_length > context:
+        raise ConfigError(
+            f"sequence_length={config.sequence_length} is more than the model's {context} positions. "
+            f"Use {context} or less.",
+            sequence_length=config.sequence_length,
+            max_position_embeddings=context,
+        )
+    return config.sequence_length
+
+
+def _require_libraries(config: SftConfig) -> None:
+    for name in ("trl", "peft") if config.lora_rank is not None else ("trl",):
+        try:
+            import_module(name)
+        except ImportError:
+            raise ConfigError(
+                f"instruction tuning needs {name}, which is not installed: pip install 'steplm[sft]'", package=name
+            ) from None
+
+
+def _listing(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count or name == "train")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars of the libraries between our lines."""
+    shown = datasets.utils.logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown[0]:
+            datasets.enable_progress_bars()
+        if shown[1]:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _stopping_on_signals(journal: Any) -> Iterator[None]:
+    """SIGTERM or Ctrl-C: save after this step, and end; a second Ctrl-C ends at once."""
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        if journal.stop_signal == signal.SIGINT == signum:
+            raise KeyboardInterrupt
+        journal.stop_signal = signum
+
+    try:
+        before = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread, which alone can have handlers
+        before = {}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

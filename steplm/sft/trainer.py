@@ -1,0 +1,221 @@
+"""What is given to ``trl``'s ``SFTTrainer``, and what is heard from it. The one file here that needs trl."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer, pack_dataset
+
+from steplm.errors import TrainingDiverged
+from steplm.sft.config import SftConfig
+from steplm.sft.encode import Example
+from steplm.sft.folder import mark_complete
+from steplm.sft.memory import ModelState, measured_bytes
+from steplm.training.metrics import MetricsLog
+from steplm.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from steplm.sft.run import Schedule
+
+
+def packed(examples: Sequence[Example], sequence_length: int, config: SftConfig) -> Dataset:
+    """The rows of training: ``input_ids`` and ``labels``, and with packing the lengths of the records in each."""
+    rows = Dataset.from_dict(
+        {
+            "input_ids": [example.input_ids for example in examples],
+            "labels": [example.labels for example in examples],
+        }
+    )
+    if not config.packing:
+        return rows
+    return pack_dataset(
+        rows.shuffle(seed=config.seed), sequence_length, "bfd"
+    )  # no record is cut: all are short enough
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Dataset,
+    config: SftConfig,
+    schedule: Schedule,
+    folder: Path,
+    device: torch.device,
+) -> SFTTrainer:
+    """``SFTTrainer`` on rows that are encoded already: their labels say what has a loss."""
+    with warnings.catch_warnings():
+        # transformers renames gradient_checkpointing; the new name is unknown to its older releases.
+        warnings.simplefilter("ignore", FutureWarning)
+        arguments = _arguments(config, schedule, folder, device)
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # of several, the first; trl refuses nn.DataParallel
+    adapters = None
+    if config.lora_rank is not None:
+        from peft import LoraConfig
+
+        adapters = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+    trainer = _Trainer(
+        model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=adapters
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(config: SftConfig, schedule: Schedule, folder: Path, device: torch.device) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(folder / "checkpoints"),
+        seed=config.seed,
+        data_seed=config.seed,
+        learning_rate=config.highest_learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=math.ceil(config.warmup_ratio * schedule.num_steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm or 0.0,
+        max_steps=schedule.num_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        bf16=config.precision == "bf16",
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        optim="adamw_torch",
+        max_length=None,  # the rows have their length
+        packing=config.packing,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log another loss than there was
+        save_strategy="steps",
+        save_steps=schedule.save_steps,
+        save_total_limit=config.save_total_limit,
+        eval_strategy="no",  # the trainer's is a mean of batches; ours is one of tokens
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+class _Trainer(SFTTrainer):
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Of a checkpoint: none. The export has its own."""
+
+
+def merged(trainer: SFTTrainer, dtype: torch.dtype) -> PreTrainedModel:
+    """The trained model on the CPU, adapters merged in fp32, then in ``dtype``."""
+    model = trainer.model.cpu().float()
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    return model.to(dtype)
+
+
+class Journal(TrainerCallback):
+    """Writes metrics, measures, marks checkpoints complete, and stops where a signal asked for it."""
+
+    def __init__(
+        self,
+        metrics: MetricsLog,
+        schedule: Schedule,
+        config: SftConfig,
+        state: ModelState,
+        held_out: Callable[[], tuple[float, int] | None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.metrics = metrics
+        self.schedule = schedule
+        self.config = config
+        self.planned = state
+        self.held_out = held_out
+        self.say = say
+        self.stop_signal: int | None = None
+        self.tokens_before = 0  # of the steps before this process
+        self.tokens_seen = 0
+        self._is_measured = False
+        self._started_at = self._told_at = time.monotonic()
+        self._first_step = self._told_tokens = 0
+
+    def evaluate(self, step: int) -> None:
+        """The held-out loss, where something is held out."""
+        if (result := self.held_out()) is None:
+            return
+        loss, num_tokens = result
+        self.metrics.write("eval", step=step, tokens_seen=self.tokens_seen, loss=loss, num_tokens=num_tokens)
+        self.say(f"step {step:,}/{self.schedule.num_steps:,}  held-out loss {loss:.4f} over {num_tokens:,} tokens")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.tokens_seen = self._told_tokens = self.tokens_before
+        self._first_step = state.global_step
+        self._started_at = self._told_at = time.monotonic()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_measured:
+            return
+        self._is_measured = True
+        measured, planned = measured_bytes(kwargs["model"], kwargs["optimizer"]), self.planned.num_bytes
+        self.metrics.write("memory", planned_bytes=planned, measured_bytes=measured)
+        self.say(f"model state {format_bytes(measured)} measured ({format_bytes(planned)} planned)")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop_signal is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        loss, grad_norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingDiverged(
+                f"the loss of step {state.global_step:,} is {loss}, its gradient norm {grad_norm}. Lower learning_rate "
+                f"(it is {self.config.highest_learning_rate:g}) or set precision=fp32, in another --output.",
+                step=state.global_step,
+                loss=loss,
+            )
+        self.tokens_seen = self.tokens_before + int(logs.get("num_tokens", 0))
+        values = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "tokens_seen": self.tokens_seen,
+            "loss": loss,
+            "learning_rate": float(logs["learning_rate"]),
+            "grad_norm": grad_norm,
+        }
+        self.metrics.write("train", **values)
+        if state.global_step % self.config.logging_steps == 0 or state.global_step == self.schedule.num_steps:
+            self._tell(values)
+        self._evaluate_if_due(state.global_step)
+
+    def _tell(self, values: dict[str, float]) -> None:
+        now = time.monotonic()
+        speed = (self.tokens_seen - self._told_tokens) / max(now - self._told_at, 1e-9)
+        self._told_at, self._told_tokens = now, self.tokens_seen
+        num_left = self.schedule.num_steps - values["step"]
+        left = num_left * (now - self._started_at) / (values["step"] - self._first_step)
+        self.say(
+            f"step {values['step']:,}/{self.schedule.num_steps:,}  loss {values['loss']:.3f}  "
+            f"lr {values['learning_rate']:.1e}  grad {values['grad_norm']:.2f}  {format_count(speed)} tok/s  "
+            f"left {format_seconds(left)}"
+        )
+
+    def _evaluate_if_due(self, step: int) -> None:
+        every = self.config.eval_steps or self.schedule.steps_per_epoch
+        if step % every == 0 and step < self.schedule.num_steps:  # the last is that of the exported model
+            self.evaluate(step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.metrics.sync()
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        mark_complete(checkpoint, {"log_bytes": self.metrics.num_bytes, "tokens_seen": self.tokens_seen})
