@@ -38,7 +38,8 @@ ALLOWED = {
     "eval": SIBLINGS | {"models", "checkpoint", "data"},
     "report": SIBLINGS | {"training", "eval"},
     "compare": SIBLINGS | {"training", "eval", "report", "data", "models", "checkpoint"},
-    "cli": SIBLINGS | {"training", "eval", "report", "compare", "data", "models"},
+    "mt_bench": SIBLINGS | {"report", "data", "models"},
+    "cli": SIBLINGS | {"training", "eval", "report", "compare", "mt_bench", "data", "models"},
 }
 
 
