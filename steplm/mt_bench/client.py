@@ -165,11 +165,13 @@ class JudgeClient:
             )
         except openai.APIStatusError as error:
             raise self._of_status(error) from None
-        except openai.APITimeoutError:
-            raise _Passing(f"no reply within {self.endpoint.timeout_seconds:g} s", reached=False) from None
-        except openai.APIConnectionError as error:
-            cause = self.endpoint.redacted(reason(error.__cause__ or error))
-            raise _Passing(f"the connection failed ({cause})", reached=False) from None
+        except openai.APIConnectionError as error:  # timeouts too
+            cause = error.__cause__ or error
+            said = f"the connection failed ({self.endpoint.redacted(reason(cause))})"
+            if isinstance(error, openai.APITimeoutError):
+                said = f"no reply within {self.endpoint.timeout_seconds:g} s"
+            # ConnectError and ConnectTimeout, and not a connection that broke: somebody was there.
+            raise _Passing(said, reached=not type(cause).__name__.startswith("Connect")) from None
         except (openai.APIError, ValueError, TypeError, AttributeError) as error:  # a body that is no JSON
             raise _Passing(f"a malformed reply ({self.endpoint.redacted(reason(error))})") from None
         return self._reply(completion)

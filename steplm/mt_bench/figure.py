@@ -8,7 +8,7 @@ from pathlib import Path
 
 from steplm.mt_bench.parse import HIGHEST
 from steplm.mt_bench.scores import ALL, Scores
-from steplm.report.style import FAINT, INK, MUTED, RC, RUN_COLOURS
+from steplm.report.style import FAINT, MUTED, RC, RUN_COLOURS
 
 LEAST_CATEGORIES = 3  # fewer make no polygon
 _RINGS = (2, 4, 6, 8, 10)
@@ -29,9 +29,9 @@ def radar_figure(scores: Scores, path: Path) -> Path | None:
         return None
     angles = [2 * math.pi * i / len(categories) for i in range(len(categories))]
     with rc_context(RC):
-        figure = Figure(figsize=(7.4, 5.4), dpi=200, facecolor="white")
+        figure = Figure(figsize=(8.2, 5.2), dpi=200, facecolor="white")
         FigureCanvasAgg(figure)
-        axes = figure.add_axes((0.06, 0.1, 0.62, 0.8), projection="polar")
+        axes = figure.add_axes((0.12, 0.09, 0.54, 0.82), projection="polar")
         axes.set_theta_offset(math.pi / 2)  # type: ignore[attr-defined]
         axes.set_theta_direction(-1)  # type: ignore[attr-defined]
         axes.set_ylim(0, HIGHEST)
@@ -39,12 +39,23 @@ def radar_figure(scores: Scores, path: Path) -> Path | None:
         axes.grid(False)
         for ring in _RINGS:
             _polygon(axes, angles, [ring] * len(angles), color=FAINT if ring < HIGHEST else "#b4bcc6", linewidth=0.8)
-            axes.annotate(str(ring), (0, ring), xytext=(3, 1), textcoords="offset points", color=MUTED, fontsize=7.5)
+            axes.annotate(
+                str(ring), (0, ring), xytext=(3, 1), textcoords="offset points", color=MUTED, fontsize=7.5, zorder=5
+            )
         for angle in angles:
             axes.plot([angle, angle], [0, HIGHEST], color=FAINT, linewidth=0.8, zorder=1)
         axes.set_yticks([])
-        axes.set_xticks(angles, categories, color=INK)
-        axes.tick_params(axis="x", pad=9)
+        axes.set_xticks([])
+        for angle, name in zip(angles, categories, strict=True):
+            right, up = math.sin(angle), math.cos(angle)
+            axes.annotate(
+                name,
+                (angle, HIGHEST),
+                xytext=(8 * right, 10 * up),
+                textcoords="offset points",
+                ha="center" if abs(right) < 0.1 else "left" if right > 0 else "right",
+                va="center",
+            )
         for number, model in enumerate(models):
             colour = RUN_COLOURS[number % len(RUN_COLOURS)]
             means = [scores.single(model, name).score for name in categories]
@@ -63,8 +74,8 @@ def radar_figure(scores: Scores, path: Path) -> Path | None:
                 result += f", {overall.judged} of {overall.expected} judged"
             top = 0.8 - 0.085 * number
             name = model if len(model) <= 26 else f"{model[:25]}…"
-            figure.text(0.75, top, name, color=colour, fontweight="bold", va="bottom")
-            figure.text(0.75, top - 0.008, result, color=MUTED, fontsize=8.5, va="top")
+            figure.text(0.79, top, name, color=colour, fontweight="bold", va="bottom")
+            figure.text(0.79, top - 0.008, result, color=MUTED, fontsize=8.5, va="top")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     return path

@@ -54,6 +54,45 @@ def answer_row(model: str, question_id: int, turns: Sequence[str]) -> dict[str, 
     return {"question_id": question_id, "model_id": model, "choices": [{"index": 0, "turns": list(turns)}]}
 
 
+# A role, what was said, and a line's end.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def make_model(folder: Path, *, seed: int = 0, context: int = 256, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+    """A model of random weights that says much of everything."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from steplm.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["user: Describe a pond.\nassistant: A small lake."] * 3, 300)
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=context,
+        initializer_range=0.5,  # far from uniform: a wrong context shows
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
 @pytest.fixture
 def bench_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "bench"

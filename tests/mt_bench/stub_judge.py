@@ -49,6 +49,7 @@ class StubJudge:
         model: the only model there is; default: any.
         reply: what is said to the messages; default: ``usual_reply``.
         seconds: that each reply takes.
+        refuse_max_tokens: a judge of the kind that calls it ``max_completion_tokens``.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class StubJudge:
         model: str | None = None,
         reply: Callable[[Messages], str] = usual_reply,
         seconds: float = 0.0,
+        refuse_max_tokens: bool = False,
         port: int = 0,
     ) -> None:
         self.faults, self.forever = list(faults), forever
         self.key, self.model, self.reply, self.seconds = key, model, reply, seconds
+        self.refuse_max_tokens = refuse_max_tokens
         self.requests: list[dict[str, Any]] = []  # bodies, in the order of arrival
         self.times: list[float] = []
         self.keys: set[str] = set()
@@ -132,6 +135,8 @@ class StubJudge:
                     return self._error(401, f"the key {key} is wrong", code="invalid_api_key")
                 if stub.model not in (None, body["model"]):
                     return self._error(404, f"the model {body['model']} does not exist", code="model_not_found")
+                if stub.refuse_max_tokens and "max_tokens" in body:
+                    return self._error(400, "Unsupported 'max_tokens'. Use 'max_completion_tokens' instead.")
                 words = fault.split()
                 if words and words[0].isdigit():
                     after = {"Retry-After": words[2]} if len(words) > 2 else {}
