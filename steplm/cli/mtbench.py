@@ -96,6 +96,7 @@ def run_mtbench(
             chat_template=chat_template,
             progress=_progress,
         )
+        _say_limits(benchmark, max_new_tokens)
     else:
         made = benchmark.saved_answers()
     outcome = judge_answers(
@@ -121,16 +122,26 @@ def _require_key(endpoint: Endpoint, *, named: bool) -> None:
 
 def _announcement(benchmark: Benchmark, endpoint: Endpoint, expected: Cost) -> str:
     lines = [f"{len(benchmark.names)} models, {benchmark.num_questions} questions: {', '.join(benchmark.names)}"]
-    at_most = ""
     if expected.num_answers:
         lines.append(f"{expected.num_answers:,} answers to generate")
-        at_most = "at most "
+    if_long = " (if every answer is as long as it may be)" if expected.num_answers else ""
     asked_before = f" ({expected.num_saved:,} have their reply)" if expected.num_saved else ""
     lines.append(
-        f"{expected.num_requests:,} requests to {endpoint.model} at {endpoint.shown_url}{asked_before}: about {at_most}"
-        f"{format_count(expected.prompt_tokens)} tokens sent, {format_count(expected.reply_tokens)} received"
+        f"{expected.num_requests:,} requests to {endpoint.model} at {endpoint.shown_url}{asked_before}: about "
+        f"{format_count(expected.prompt_tokens)} tokens sent{if_long}, {format_count(expected.reply_tokens)} received"
     )
     return "\n".join(lines)
+
+
+def _say_limits(benchmark: Benchmark, max_new_tokens: int) -> None:
+    for name, limits in benchmark.limits().items():
+        if limits.num_unended:
+            _say(
+                f"note: {limits.num_unended:,} of {limits.num_turns:,} turns of {name} ended at a limit "
+                f"({max_new_tokens:,} new tokens, or the model's context), not by themselves"
+            )
+        if limits.num_cut_prompts:
+            _say(f"note: {limits.num_cut_prompts:,} prompts of {name} lost their beginning to the model's context")
 
 
 def _show(outcome: Outcome, judge: str, json_output: bool) -> None:
@@ -175,11 +186,18 @@ def _say(text: str) -> None:
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    if not total:
-        yield lambda n: None
+    """A bar on a terminal; elsewhere a line at each tenth."""
+    if sys.stderr.isatty() and total:
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda n: progress.advance(task, n)
         return
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda n: progress.advance(task, n)
-    if not sys.stderr.isatty():
-        _say(f"{what}: {total:,} done")
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        if done * 10 // total > (done - n) * 10 // total:
+            _say(f"{what}: {done:,} of {total:,}")
+
+    yield advance

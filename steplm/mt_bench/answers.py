@@ -29,7 +29,7 @@ from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError, DataError
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
-from steplm.mt_bench.data import NUM_TURNS, Question, QuestionId, Turns, answer_turns
+from steplm.mt_bench.data import NUM_TURNS, Question, QuestionId, Turns, answer_turns, check_row
 from steplm.mt_bench.journal import Journal
 from steplm.units import reason
 
@@ -326,11 +326,8 @@ def _row(
 
 
 def _check_origin(file: Path, row: dict[str, Any], made_by: dict[str, Any], digests: dict[QuestionId, str]) -> None:
-    found = row.get("made_by")
-    if "question_id" not in row or "choices" not in row or not isinstance(found, dict):
-        raise DataError(
-            f"{file} has answers that were not made here. Judge them as they are with --answers {file}.", path=str(file)
-        )
+    check_row(file, row)
+    found = row["made_by"]
     wanted = {**made_by, "question": digests.get(row["question_id"], found.get("question"))}
     if different := [name for name, value in wanted.items() if found.get(name) != value]:
         name = different[0]

@@ -110,6 +110,18 @@ def answer_turns(row: Mapping[str, Any]) -> Turns:
     return tuple(map(_text, row["choices"][0]["turns"]))
 
 
+def check_row(file: Path, row: Mapping[str, Any]) -> None:
+    """Refuse a row of a model's own answers that was not written by ``answers.answer_questions``.
+
+    Raises:
+        DataError: it is of another origin.
+    """
+    if not {"question_id", "choices", "ended", "num_cut_tokens", "made_by"} <= set(row):
+        raise DataError(
+            f"{file} has answers that were not made here. Judge them as they are with --answers {file}.", path=str(file)
+        )
+
+
 def prompt_for(bench: Bench, kind: str, question: Question, turn: int) -> JudgePrompt:
     """The judge prompt of a question's turn, by whether it is judged against a reference.
 

@@ -40,7 +40,7 @@ def radar_figure(scores: Scores, path: Path) -> Path | None:
         for ring in _RINGS:
             _polygon(axes, angles, [ring] * len(angles), color=FAINT if ring < HIGHEST else "#b4bcc6", linewidth=0.8)
             axes.annotate(
-                str(ring), (0, ring), xytext=(3, 1), textcoords="offset points", color=MUTED, fontsize=7.5, zorder=5
+                str(ring), (0, ring), xytext=(3, -9), textcoords="offset points", color=MUTED, fontsize=7.5, zorder=5
             )
         for angle in angles:
             axes.plot([angle, angle], [0, HIGHEST], color=FAINT, linewidth=0.8, zorder=1)

@@ -12,14 +12,14 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from steplm.errors import ConfigError
 from steplm.files import write_atomically
 from steplm.mt_bench.client import Failure, JudgeClient, ask_all
-from steplm.mt_bench.data import Answers, Bench, QuestionId, Turns, answer_turns, load_answers, load_bench
+from steplm.mt_bench.data import Answers, Bench, QuestionId, Turns, answer_turns, check_row, load_answers, load_bench
 from steplm.mt_bench.figure import radar_figure
 from steplm.mt_bench.journal import Journal
 from steplm.mt_bench.judge import (
@@ -46,6 +46,15 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Of a model's answers, by turn: how many there are, ran into the limit of tokens, had their prompt cut."""
+
+    num_turns: int
+    num_unended: int
+    num_cut_prompts: int
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """What is judged: models to generate answers with, by name, and answers made elsewhere."""
 
@@ -69,14 +78,33 @@ class Benchmark:
     def saved_answers(self) -> dict[str, dict[QuestionId, Turns]]:
         """Those given, and those that an earlier run generated."""
         wanted = {question.question_id for question in self.bench.questions}
-        saved = {}
-        for name in self.models:
-            saved[name] = {}
-            if self.answer_file(name).is_file():
-                with Journal(self.answer_file(name)) as journal:
-                    rows = [row for row in journal.rows if row.get("question_id") in wanted]
-                saved[name] = {row["question_id"]: answer_turns(row) for row in rows}
-        return {**saved, **{name: dict(given) for name, given in self.given.items()}}
+        generated = {
+            name: {row["question_id"]: answer_turns(row) for row in self._rows(name) if row["question_id"] in wanted}
+            for name in self.models
+        }
+        return {**generated, **{name: dict(given) for name, given in self.given.items()}}
+
+    def limits(self) -> dict[str, Limits]:
+        """Where the generated answers met the end of the context or of ``max_new_tokens``."""
+        wanted = {question.question_id for question in self.bench.questions}
+        rows = {name: [r for r in self._rows(name) if r["question_id"] in wanted] for name in self.models}
+        return {
+            name: Limits(
+                sum(len(row["ended"]) for row in of_model),
+                sum(not ended for row in of_model for ended in row["ended"]),
+                sum(number > 0 for row in of_model for number in row["num_cut_tokens"]),
+            )
+            for name, of_model in rows.items()
+        }
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        if not self.answer_file(name).is_file():
+            return []
+        with Journal(self.answer_file(name)) as journal:
+            rows = journal.rows
+        for row in rows:
+            check_row(self.answer_file(name), row)
+        return rows
 
     def judgments(self, answers: Answers, judge: str) -> list[Grading | Comparison]:
         """All that there are to be, of these answers."""
@@ -240,6 +268,7 @@ def judge_answers(
         "modes": list(benchmark.modes),
         "num_questions": benchmark.num_questions,
         "categories": list(benchmark.bench.categories),
+        "answers": {name: asdict(limits) for name, limits in benchmark.limits().items()},
         "requests_without_reply": [
             {"key": f.request.key, "prompt": f.request.prompt_name, "reason": f.reason} for f in failures
         ],

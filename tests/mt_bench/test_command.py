@@ -52,6 +52,7 @@ def test_models_are_answered_judged_and_compared(
     assert "5 answers to generate" in result.stderr
     assert "40 requests to stub" in result.stderr  # 2 models x 10 turns, and 10 turns x 2 orders
     assert len(judge.requests) == 40
+    assert "turns of tiny ended at a limit (8 new tokens" in result.stderr
     assert "tiny against other" in result.stdout
     out = tmp_path / "out"
     assert {file.name for file in out.iterdir()} == {
@@ -185,7 +186,7 @@ def test_a_dry_run_tells_the_cost_and_asks_nothing(
     assert result.returncode == 0
     assert "5 answers to generate" in result.stderr
     assert "10 requests to stub" in result.stderr
-    assert "at most" in result.stderr
+    assert "if every answer is as long as it may be" in result.stderr
     assert judge.requests == []
 
 
