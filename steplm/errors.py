@@ -9,6 +9,7 @@
     ├── GrowthError              a growth that makes no model
     ├── CheckpointError          a checkpoint that cannot be used
     │   └── CheckpointMismatch   a checkpoint of another plan or trainable set
+    ├── JudgeError               the judge of an evaluation cannot be asked
     ├── MemoryMismatch           measured bytes differ from the planned bytes
     └── TrainingDiverged         the loss is NaN or infinite
 
@@ -69,6 +70,10 @@ class CheckpointError(SteplmError):
 
 class CheckpointMismatch(CheckpointError):
     """A checkpoint belongs to another plan, or trains other parameters than the plan says."""
+
+
+class JudgeError(SteplmError):
+    """The judge of an evaluation refuses the key, knows no such model, or is not there."""
 
 
 class MemoryMismatch(SteplmError):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -85,6 +87,19 @@ def tiny_run(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         return load_config(values, overrides)
 
     return configure
+
+
+@pytest.fixture
+def stub_judge() -> Iterator[Callable[..., Any]]:
+    """``stub_judge(faults=…, key=…)``: a running judge on loopback, see ``tests/mt_bench/stub_judge.py``."""
+    file = Path(__file__).parent / "mt_bench/stub_judge.py"
+    spec = importlib.util.spec_from_file_location("stub_judge", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with contextlib.ExitStack() as running:
+        yield lambda *arguments, **options: running.enter_context(module.StubJudge(*arguments, **options))
 
 
 class Result(NamedTuple):

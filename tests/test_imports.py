@@ -39,7 +39,8 @@ ALLOWED = {
     "sft": SIBLINGS | {"training", "models", "data"},
     "report": SIBLINGS | {"training", "eval"},
     "compare": SIBLINGS | {"training", "eval", "report", "data", "models", "checkpoint"},
-    "cli": SIBLINGS | {"training", "eval", "sft", "report", "compare", "data", "models"},
+    "mt_bench": SIBLINGS | {"report", "data", "models"},
+    "cli": SIBLINGS | {"training", "eval", "sft", "report", "compare", "mt_bench", "data", "models"},
 }
 
 

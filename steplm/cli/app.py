@@ -264,6 +264,99 @@ def evaluate(
 
 
 @app.command()
+def mtbench(
+    judge_model: Annotated[str, typer.Option(help="The judge's name at its endpoint, e.g. gpt-4.")],
+    data: Annotated[
+        Path, typer.Option("--data", "-d", help="Folder in FastChat's layout: question.jsonl, reference_answer/, …")
+    ],
+    models: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[MODEL]...", help="Hugging Face folders or hub names of chat models."),
+    ] = None,
+    base_url: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; default: OpenAI's."),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="single (each answer 1 to 10), pairwise (every two models) or both.")
+    ] = "single",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of answers, replies and tables.")] = Path(
+        "runs/mt_bench"
+    ),
+    name: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A model's name in tables and files, one for each; default: the end of its path."),
+    ] = None,
+    answers: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="Answers made elsewhere, FastChat's format; repeatable."),
+    ] = None,
+    categories: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Only these, e.g. writing,math; default: all."),
+    ] = None,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Questions of each category; default: all."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer's turn at most.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
+    chat_template: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Jinja file for models without a chat template."),
+    ] = None,
+    api_key_env: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Environment variable that holds the judge's key; default: OPENAI_API_KEY."),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 4,
+    requests_per_minute: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Requests a minute at most; default: no limit."),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a reply.")] = 120.0,
+    retries: Annotated[int, typer.Option(min=0, help="Further tries of a request that failed.")] = 6,
+    backoff: Annotated[float, typer.Option(help="Seconds before the first retry; doubled before each further.")] = 1.0,
+    ask_again: Annotated[int, typer.Option(min=0, help="Further questions where a reply cannot be read.")] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show requests and tokens; ask nothing.")] = False,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """MT-Bench: answers to two-turn questions, judged by a language model; started again, it resumes."""
+    from steplm.cli.mtbench import run_mtbench
+
+    raise typer.Exit(
+        run_mtbench(
+            models or [],
+            judge_model=judge_model,
+            data=data,
+            output=output,
+            base_url=base_url,
+            mode=mode,
+            names=name or [],
+            answers=answers or [],
+            categories=[part.strip() for part in (categories or "").split(",") if part.strip()],
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            chat_template=chat_template,
+            api_key_env=api_key_env,
+            concurrency=concurrency,
+            requests_per_minute=requests_per_minute,
+            timeout=timeout,
+            retries=retries,
+            backoff=backoff,
+            ask_again=ask_again,
+            dry_run=dry_run,
+            json_output=json,
+        )
+    )
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name.")],
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],

@@ -1,0 +1,203 @@
+"""``steplm mtbench``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from steplm.errors import ConfigError
+from steplm.mt_bench.client import Endpoint, JudgeClient
+from steplm.mt_bench.run import Benchmark, Cost, Outcome, cost, generate_answers, judge_answers, prepare
+from steplm.mt_bench.tables import all_tables, score_rows
+from steplm.report.tables import Table
+from steplm.units import format_count
+
+OPENAI_URL = "https://api.openai.com/v1"
+DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+def run_mtbench(
+    models: Sequence[str],
+    *,
+    judge_model: str,
+    data: Path,
+    output: Path,
+    base_url: str | None = None,
+    mode: str = "single",
+    names: Sequence[str] = (),
+    answers: Sequence[Path] = (),
+    categories: Sequence[str] = (),
+    limit: int | None = None,
+    max_new_tokens: int = 1024,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+    chat_template: Path | None = None,
+    api_key_env: str | None = None,
+    concurrency: int = 4,
+    requests_per_minute: float | None = None,
+    timeout: float = 120.0,
+    retries: int = 6,
+    backoff: float = 1.0,
+    ask_again: int = 2,
+    dry_run: bool = False,
+    json_output: bool = False,
+) -> int:
+    """Generate, judge, and print the tables; returns the exit code, 1 where judgments are missing."""
+    benchmark = prepare(
+        models,
+        data=data,
+        output=output,
+        mode=mode,
+        names=names,
+        answer_files=answers,
+        categories=categories,
+        limit=limit,
+    )
+    expected = cost(benchmark, judge_model, max_new_tokens=max_new_tokens, ask_again=ask_again)
+    url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    key_variable = api_key_env or DEFAULT_KEY_VARIABLE
+    endpoint = Endpoint(
+        judge_model,
+        url,
+        os.environ.get(key_variable, "").strip() or None,
+        key_variable,
+        timeout_seconds=timeout,
+        retries=retries,
+        backoff_seconds=backoff,
+        concurrency=concurrency,
+        requests_per_minute=requests_per_minute,
+    )
+    _say(_announcement(benchmark, endpoint, expected))
+    if dry_run:
+        return 0
+    client: JudgeClient | None = None
+    if expected.num_requests:
+        _require_key(endpoint, named=api_key_env is not None)
+        client = JudgeClient(endpoint)  # before hours of generation: without the library it ends here
+    if models:
+        from steplm.mt_bench.answers import AnswerSettings
+
+        made = generate_answers(
+            benchmark,
+            settings=AnswerSettings(max_new_tokens, seed),
+            batch_size=batch_size,
+            device=device,
+            chat_template=chat_template,
+            progress=_progress,
+        )
+        _say_limits(benchmark, max_new_tokens)
+    else:
+        made = benchmark.saved_answers()
+    outcome = judge_answers(
+        benchmark,
+        made,
+        judge_model,
+        lambda: client or JudgeClient(endpoint),
+        ask_again=ask_again,
+        progress=_progress,
+    )
+    _show(outcome, judge_model, json_output)
+    return 1 if outcome.failures else 0
+
+
+def _require_key(endpoint: Endpoint, *, named: bool) -> None:
+    """A local server may need none; OpenAI's does, and so does whoever names a variable."""
+    if endpoint.api_key is None and (named or urlsplit(endpoint.base_url).netloc == urlsplit(OPENAI_URL).netloc):
+        raise ConfigError(
+            f"no key for the judge at {endpoint.shown_url}: the environment variable {endpoint.api_key_env} is not "
+            "set. Export it, name another with --api-key-env, or name a local server with --base-url."
+        )
+
+
+def _announcement(benchmark: Benchmark, endpoint: Endpoint, expected: Cost) -> str:
+    lines = [f"{len(benchmark.names)} models, {benchmark.num_questions} questions: {', '.join(benchmark.names)}"]
+    if expected.num_answers:
+        lines.append(f"{expected.num_answers:,} answers to generate")
+    if_long = " (if every answer is as long as it may be)" if expected.num_answers else ""
+    asked_before = f" ({expected.num_saved:,} have their reply)" if expected.num_saved else ""
+    lines.append(
+        f"{expected.num_requests:,} requests to {endpoint.model} at {endpoint.shown_url}{asked_before}: about "
+        f"{format_count(expected.prompt_tokens)} tokens sent{if_long}, {format_count(expected.reply_tokens)} received"
+    )
+    return "\n".join(lines)
+
+
+def _say_limits(benchmark: Benchmark, max_new_tokens: int) -> None:
+    for name, limits in benchmark.limits().items():
+        if limits.num_unended:
+            _say(
+                f"note: {limits.num_unended:,} of {limits.num_turns:,} turns of {name} ended at a limit "
+                f"({max_new_tokens:,} new tokens, or the model's context), not by themselves"
+            )
+        if limits.num_cut_prompts:
+            _say(f"note: {limits.num_cut_prompts:,} prompts of {name} lost their beginning to the model's context")
+
+
+def _show(outcome: Outcome, judge: str, json_output: bool) -> None:
+    if json_output:
+        print(json.dumps(list(score_rows(outcome.scores)), indent=1))
+    else:
+        console = Console()
+        for table in all_tables(outcome.scores, judge):
+            _print_table(console, table)
+        for file in outcome.files:
+            console.print(str(file), style="dim", highlight=False, soft_wrap=True)
+    if outcome.num_asked:
+        tokens = (
+            f"{outcome.prompt_tokens:,} tokens sent, {outcome.completion_tokens:,} received"
+            if outcome.prompt_tokens
+            else "the server does not tell the tokens"
+        )
+        _say(f"{outcome.num_asked:,} replies: {tokens}")
+    for reason, count in _counted([failure.reason for failure in outcome.failures]).items():
+        _say(f"{count:,} requests got no reply: {reason}")
+    if outcome.failures:
+        _say("Start the same command again to ask only these.")
+
+
+def _print_table(console: Console, table: Table) -> None:
+    shown = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0), title=table.title, title_justify="left")
+    for number, column in enumerate(table.columns):
+        shown.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number == 0)
+    for row in table.rows:
+        shown.add_row(*(Text(cell.text, style="bold" if cell.strong else "") for cell in row))
+    console.print(shown)
+    console.print(f"{table.caption}\n", style="dim", highlight=False)
+
+
+def _counted(texts: Sequence[str]) -> dict[str, int]:
+    return {text: texts.count(text) for text in dict.fromkeys(texts)}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; elsewhere a line at each tenth."""
+    if sys.stderr.isatty() and total:
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task(what, total=total)
+            yield lambda n: progress.advance(task, n)
+        return
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        if done * 10 // total > (done - n) * 10 // total:
+            _say(f"{what}: {done:,} of {total:,}")
+
+    yield advance

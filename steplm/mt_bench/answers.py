@@ -1,0 +1,367 @@
+"""Answers of a model to the questions, by the generation of ``transformers``.
+
+B questions of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from steplm.data.tokenizer import load_tokenizer
+from steplm.errors import ConfigError, DataError
+from steplm.models.device import resolve_device
+from steplm.models.folder import load_pretrained
+from steplm.mt_bench.data import NUM_TURNS, Question, QuestionId, Turns, answer_turns, check_row
+from steplm.mt_bench.journal import Journal
+from steplm.units import reason
+
+# As published, by category of the question.
+TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+OTHER_TEMPERATURE = 0.7
+LEAST_ANSWER_SHARE = 0.25  # of the context that a long prompt must leave to its answer
+_SAMPLED_BYTES = 2**16  # of a file of weights, at each of a few places
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """What an answer depends on besides the model and the question."""
+
+    max_new_tokens: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}, but must be at least 1")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One turn of an answer."""
+
+    text: str
+    num_tokens: int
+    ended: bool  # by itself, not at the limit
+    num_cut_tokens: int  # of the prompt's beginning, where it left no room
+
+
+def load_chat_tokenizer(folder: str | Path, chat_template: Path | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model that can chat.
+
+    Args:
+        chat_template: a Jinja file; default: the template in the folder.
+
+    Raises:
+        ConfigError: there is no chat template.
+    """
+    tokenizer = load_tokenizer(folder)
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the chat template {chat_template}: {reason(error)}") from None
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"{folder} has no chat template, so it is not known how a question is put to it. Tune it on "
+            "instructions (steplm sft), which adds one, or give a Jinja file with --chat-template.",
+            path=str(folder),
+        )
+    return tokenizer
+
+
+def answer_questions(
+    folder: str | Path,
+    model_id: str,
+    questions: Sequence[Question],
+    file: Path,
+    *,
+    settings: AnswerSettings,
+    batch_size: int = 8,
+    device: str = "auto",
+    chat_template: Path | None = None,
+    on_answers: Callable[[int], None] = lambda n: None,
+) -> dict[QuestionId, Turns]:
+    """The model's answers to all questions; those in ``file`` are kept, the others generated and added to it.
+
+    The same seed gives the same answers, however often it is interrupted.
+
+    Args:
+        file: FastChat's ``model_answer`` format, with a key ``made_by`` that tells of what the answer depends on.
+        batch_size: questions that are answered at once.
+        on_answers: called with the number of answers that a batch has added.
+
+    Raises:
+        ConfigError: no chat template, or ``file`` has answers of another model or other settings.
+        CheckpointError, DataError, HubUnavailable: no model or tokenizer there.
+    """
+    with Journal(file) as journal:
+        tokenizer = load_chat_tokenizer(folder, chat_template)
+        made_by = {**asdict(settings), "model": fingerprint(folder, tokenizer)}
+        answers: dict[QuestionId, Turns] = {}
+        digests = {question.question_id: _digest(question.turns) for question in questions}
+        for row in journal.rows:
+            _check_origin(file, row, made_by, digests)
+            answers[row["question_id"]] = answer_turns(row)
+        missing = {q.question_id for q in questions} - set(answers)
+        model: PreTrainedModel | None = None
+        for first in range(0, len(questions), batch_size):
+            batch = questions[first : first + batch_size]
+            new = [question for question in batch if question.question_id in missing]
+            if not new:
+                continue
+            if model is None:
+                model = load_pretrained(folder).to(resolve_device(device)).eval()
+            # All of the batch, for the padding of a batch has a part in the last bits of its numbers.
+            completions = _answer_batch(model, tokenizer, batch, settings)
+            rows = [
+                _row(model_id, question, of_question, made_by)
+                for question, of_question in zip(batch, completions, strict=True)
+                if question.question_id in missing
+            ]
+            journal.append(*rows)
+            answers.update((row["question_id"], answer_turns(row)) for row in rows)
+            on_answers(len(rows))
+    return {question.question_id: answers[question.question_id] for question in questions}
+
+
+def _answer_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    batch: Sequence[Question],
+    settings: AnswerSettings,
+) -> list[list[Completion]]:
+    completions: list[list[Completion]] = [[] for _ in batch]
+    for turn in range(NUM_TURNS):
+        asked = [i for i, question in enumerate(batch) if len(question.turns) > turn]
+        made = complete(
+            model,
+            tokenizer,
+            [_prompt(tokenizer, batch[i], completions[i]) for i in asked],
+            temperatures=[TEMPERATURES.get(batch[i].category, OTHER_TEMPERATURE) for i in asked],
+            seeds=[_seed(settings.seed, batch[i].question_id, turn) for i in asked],
+            max_new_tokens=settings.max_new_tokens,
+        )
+        for i, completion in zip(asked, made, strict=True):
+            completions[i].append(completion)
+    return completions
+
+
+def _prompt(tokenizer: PreTrainedTokenizerFast, question: Question, so_far: Sequence[Completion]) -> list[int]:
+    messages = []
+    for number, said in enumerate(question.turns[: len(so_far) + 1]):
+        messages.append({"role": "user", "content": said})
+        if number < len(so_far):
+            messages.append({"role": "assistant", "content": so_far[number].text})
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template can raise anything
+        raise DataError(f"the chat template fails on question {question.question_id!r}: {reason(error)}") from None
+    return tokenizer(text, add_special_tokens=False).input_ids  # the template has put them in
+
+
+def _seed(seed: int, question_id: QuestionId, turn: int) -> int:
+    digest = hashlib.sha256(json.dumps([seed, question_id, turn]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # a generator takes 63 bits
+
+
+# --- generation -----------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Sequence[int]],
+    *,
+    temperatures: Sequence[float],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+) -> list[Completion]:
+    """Go on from B prompts of tokens at once, each with a temperature and a seed of its own.
+
+    Prompt and answer stay within the model's context: an answer ends there, and a prompt that leaves less than
+    ``LEAST_ANSWER_SHARE`` of the context to it loses its beginning.
+    """
+    if not prompts:
+        return []
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    kept, budgets = zip(*(_fitted(prompt, max_new_tokens, context) for prompt in prompts), strict=True)
+    width = max(map(len, kept))
+    ends = _end_tokens(model, tokenizer)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    input_ids = torch.full((len(kept), width), padding)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(kept):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, width - len(prompt) :] = 1
+    # The folder's own defaults (top-k, penalties) would be taken for whatever is not set here.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max(budgets), do_sample=False, eos_token_id=ends, pad_token_id=padding
+    )
+    clamp = model.register_forward_pre_hook(_positions_below(context), with_kwargs=True)
+    try:
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            logits_processor=LogitsProcessorList([SeededSampling(temperatures, seeds, model.device)]),
+            stopping_criteria=StoppingCriteriaList([_Budgets(width, budgets)]),
+            use_cache=True,
+        ).cpu()
+    finally:
+        clamp.remove()
+    completions = []
+    for row, prompt in enumerate(kept):
+        tokens = output[row, width : width + budgets[row]].tolist()
+        length = next((i for i, token in enumerate(tokens) if token in ends), None)
+        text = tokenizer.decode(tokens[:length], skip_special_tokens=True).strip()
+        num_tokens = len(tokens) if length is None else length
+        completions.append(Completion(text, num_tokens, length is not None, len(prompts[row]) - len(prompt)))
+    return completions
+
+
+class SeededSampling(LogitsProcessor):
+    """Sampling that does not depend on the other rows of a batch: greedy choice after seeded Gumbel noise.
+
+    The largest of ``logits / temperature + Gumbel noise`` is a draw from ``softmax(logits / temperature)``
+    (Gumbel 1954). A temperature of 0 leaves the logits as they are.
+    """
+
+    def __init__(self, temperatures: Sequence[float], seeds: Sequence[int], device: torch.device | str) -> None:
+        self._temperatures = temperatures
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, V) logits
+        rows = []
+        for logits, temperature, generator in zip(scores, self._temperatures, self._generators, strict=True):
+            if temperature > 0:
+                exponential = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
+                logits = logits.float() / temperature - exponential.clamp_min(1e-38).log()
+            rows.append(logits.float())
+        return torch.stack(rows)
+
+
+class _Budgets(StoppingCriteria):
+    """Each row ends after tokens of its own number."""
+
+    def __init__(self, width: int, budgets: Sequence[int]) -> None:
+        self._width = width
+        self._budgets = torch.tensor(budgets)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # (B,) bool
+        return (input_ids.shape[1] - self._width >= self._budgets).to(input_ids.device)
+
+
+def _fitted(prompt: Sequence[int], max_new_tokens: int, context: int | None) -> tuple[list[int], int]:
+    """What is kept of a prompt, and how many new tokens may follow."""
+    if context is None:
+        return list(prompt), max_new_tokens
+    room = max(1, min(max_new_tokens, int(context * LEAST_ANSWER_SHARE)))
+    kept = list(prompt)[-max(context - room, 1) :]
+    return kept, min(max_new_tokens, max(context - len(kept), 1))
+
+
+def _positions_below(context: int | None) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """A hook for rows that have ended: they are carried on by their batch, past what a table of positions holds."""
+
+    def clamp(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if context is not None and kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"].clamp(max=context - 1)
+        return args, kwargs
+
+    return clamp
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Those of the folder's generation (a chat model's end of turn), and the tokenizer's end of text."""
+    named = model.generation_config.eos_token_id
+    ends = named if isinstance(named, list) else [] if named is None else [named]
+    return list(dict.fromkeys([*ends, tokenizer.eos_token_id]))
+
+
+# --- the file -------------------------------------------------------------------------------------------
+
+
+def _row(
+    model_id: str, question: Question, completions: Sequence[Completion], made_by: dict[str, Any]
+) -> dict[str, Any]:
+    turns = [completion.text for completion in completions]
+    digest = hashlib.sha256(json.dumps([model_id, question.question_id, turns]).encode())
+    return {
+        "question_id": question.question_id,
+        "answer_id": digest.hexdigest()[:22],
+        "model_id": model_id,
+        "choices": [{"index": 0, "turns": turns}],
+        "tstamp": time.time(),
+        "num_tokens": [completion.num_tokens for completion in completions],
+        "ended": [completion.ended for completion in completions],
+        "num_cut_tokens": [completion.num_cut_tokens for completion in completions],
+        "made_by": {**made_by, "question": _digest(question.turns)},
+    }
+
+
+def _check_origin(file: Path, row: dict[str, Any], made_by: dict[str, Any], digests: dict[QuestionId, str]) -> None:
+    check_row(file, row)
+    found = row["made_by"]
+    wanted = {**made_by, "question": digests.get(row["question_id"], found.get("question"))}
+    if different := [name for name, value in wanted.items() if found.get(name) != value]:
+        name = different[0]
+        what = {"model": "by another model", "question": "to other questions"}.get(
+            name, f"with {name}={found.get(name)}"
+        )
+        raise ConfigError(
+            f"{file} has answers made {what}. Use another --output or --name, or remove the file.",
+            path=str(file),
+            different=different,
+        )
+
+
+def fingerprint(folder: str | Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """A short hash that another model, or another chat template, does not share.
+
+    Of each file of weights its size and a sample of its bytes: training changes nearly all of them. A hub model goes
+    by its name.
+    """
+    digest = hashlib.sha256(str(tokenizer.chat_template).encode())
+    path = Path(folder)
+    if not path.is_dir():
+        digest.update(str(folder).encode())
+        return digest.hexdigest()[:16]
+    for file in sorted((path / "config.json", *path.glob("*.safetensors"))):
+        if file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:
+                for place in range(8):
+                    stream.seek(size * place // 8)
+                    digest.update(stream.read(_SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _digest(turns: Turns) -> str:
+    return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:16]

@@ -1,0 +1,238 @@
+"""FastChat's files: questions, reference answers, judge prompts and answers of models."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from string import Formatter
+from typing import Any, Union
+
+from steplm.errors import ConfigError, DataError
+from steplm.mt_bench.journal import read_rows
+
+QuestionId = Union[int, str]  # noqa: UP007  an alias is read at run time, on Python 3.10 too
+Turns = tuple[str, ...]  # what one side said, turn by turn
+Answers = Mapping[str, Mapping[QuestionId, Turns]]  # by model and question
+
+NUM_TURNS = 2
+CATEGORIES_WITH_REFERENCE = ("math", "reasoning", "coding")  # as published; references to others are not shown
+# By kind of judgment, whether there is a reference, and turn.
+PROMPT_NAMES = {
+    ("single", False, 1): "single-v1",
+    ("single", True, 1): "single-math-v1",
+    ("single", False, 2): "single-v1-multi-turn",
+    ("single", True, 2): "single-math-v1-multi-turn",
+    ("pairwise", False, 1): "pair-v2",
+    ("pairwise", True, 1): "pair-math-v1",
+    ("pairwise", False, 2): "pair-v2-multi-turn",
+    ("pairwise", True, 2): "pair-math-v1-multi-turn",
+}
+WHERE_TO_GET = (
+    "The folder has FastChat's layout (github.com/lm-sys/FastChat, fastchat/llm_judge/data): question.jsonl, "
+    "reference_answer/gpt-4.jsonl and judge_prompts.jsonl, the last in the folder or beside it"
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    question_id: QuestionId
+    category: str
+    turns: Turns
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    name: str
+    system: str
+    template: str  # for ``str.format``
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is asked, and how it is judged."""
+
+    questions: tuple[Question, ...]
+    references: Mapping[QuestionId, Turns]  # of the categories that are judged against one
+    prompts: Mapping[str, JudgePrompt]
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(question.category for question in self.questions))
+
+
+def load_bench(folder: Path, *, categories: Sequence[str] = (), limit: int | None = None) -> Bench:
+    """Questions with the references and prompts that judging them takes.
+
+    Args:
+        folder: in FastChat's layout, see ``WHERE_TO_GET``.
+        categories: only these; default: all.
+        limit: the first so many questions of each category; default: all.
+
+    Raises:
+        DataError: a file is missing or damaged, a reference or a prompt is missing.
+        ConfigError: an unknown category, or nothing left.
+    """
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}. {WHERE_TO_GET}.", path=str(folder))
+    questions = _selected([_question(folder, row) for row in _rows(folder / "question.jsonl")], categories, limit)
+    references = _references(folder, questions)
+    prompt_file = next((p for p in (folder, folder.parent) if (p / "judge_prompts.jsonl").is_file()), folder)
+    prompts = {prompt.name: prompt for prompt in map(_prompt, _rows(prompt_file / "judge_prompts.jsonl"))}
+    return Bench(questions, references, prompts)
+
+
+def load_answers(path: Path) -> dict[str, dict[QuestionId, Turns]]:
+    """Answers by model and question from a file in FastChat's ``model_answer`` format; of several choices the first.
+
+    Raises:
+        DataError: no such file, or a row that is no answer.
+    """
+    answers: dict[str, dict[QuestionId, Turns]] = {}
+    for row in read_rows(path):
+        try:
+            answers.setdefault(_text(row["model_id"]), {})[_identity(row["question_id"])] = answer_turns(row)
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise DataError(
+                f"{path}: a row is no answer in FastChat's format (question_id, model_id, choices[0].turns): "
+                f"{str(row)[:120]}",
+                path=str(path),
+            ) from None
+    if not answers:
+        raise DataError(f"{path} holds no answers", path=str(path))
+    return answers
+
+
+def answer_turns(row: Mapping[str, Any]) -> Turns:
+    """What a row of the ``model_answer`` format says, turn by turn."""
+    return tuple(map(_text, row["choices"][0]["turns"]))
+
+
+def check_row(file: Path, row: Mapping[str, Any]) -> None:
+    """Refuse a row of a model's own answers that was not written by ``answers.answer_questions``.
+
+    Raises:
+        DataError: it is of another origin.
+    """
+    if not {"question_id", "choices", "ended", "num_cut_tokens", "made_by"} <= set(row):
+        raise DataError(
+            f"{file} has answers that were not made here. Judge them as they are with --answers {file}.", path=str(file)
+        )
+
+
+def prompt_for(bench: Bench, kind: str, question: Question, turn: int) -> JudgePrompt:
+    """The judge prompt of a question's turn, by whether it is judged against a reference.
+
+    Raises:
+        DataError: it is not in the file.
+    """
+    name = PROMPT_NAMES[kind, question.category in CATEGORIES_WITH_REFERENCE, turn]
+    if name not in bench.prompts:
+        raise DataError(f"judge_prompts.jsonl has no prompt {name!r}. {WHERE_TO_GET}.", name=name)
+    return bench.prompts[name]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"no file {path}. {WHERE_TO_GET}.", path=str(path))
+    return read_rows(path)
+
+
+def _question(folder: Path, row: Mapping[str, Any]) -> Question:
+    try:
+        question = Question(
+            _identity(row["question_id"]), _text(row["category"]), tuple(map(_text, row["turns"]))[:NUM_TURNS]
+        )
+    except (KeyError, TypeError, ValueError):
+        question = None
+    if question is None or not question.turns:
+        raise DataError(
+            f"{folder / 'question.jsonl'}: a row needs question_id, category and turns (a list of texts): "
+            f"{str(dict(row))[:120]}",
+            path=str(folder),
+        )
+    return question
+
+
+def _selected(questions: list[Question], categories: Sequence[str], limit: int | None) -> tuple[Question, ...]:
+    if twice := [identity for identity, n in Counter(q.question_id for q in questions).items() if n > 1]:
+        raise DataError(f"question.jsonl has several questions {twice[0]!r}", question_id=twice[0])
+    known = tuple(dict.fromkeys(question.category for question in questions))
+    for name in categories:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."
+            raise ConfigError(f"no question is of category {name!r}. {hint}", category=name)
+    seen: Counter[str] = Counter()
+    kept = []
+    for question in questions:
+        if categories and question.category not in categories:
+            continue
+        seen[question.category] += 1
+        if limit is None or seen[question.category] <= limit:
+            kept.append(question)
+    if not kept:
+        raise DataError("question.jsonl holds no questions")
+    return tuple(kept)
+
+
+def _references(folder: Path, questions: Sequence[Question]) -> dict[QuestionId, Turns]:
+    """Those of the questions that need one. Of several files GPT-4's, as published."""
+    needed = [question for question in questions if question.category in CATEGORIES_WITH_REFERENCE]
+    if not needed:
+        return {}
+    files = sorted((folder / "reference_answer").glob("*.jsonl"))
+    file = next((f for f in files if f.stem == "gpt-4"), files[0] if len(files) == 1 else None)
+    if file is None:
+        found = f"; found {', '.join(f.name for f in files)}" if files else ""
+        raise DataError(f"no {folder / 'reference_answer' / 'gpt-4.jsonl'}{found}. {WHERE_TO_GET}.", path=str(folder))
+    (answers, *others) = load_answers(file).values()
+    for other in others:
+        answers = {**answers, **other}
+    if missing := [q.question_id for q in needed if len(answers.get(q.question_id, ())) < len(q.turns)]:
+        raise DataError(
+            f"{file} has no reference for {len(missing)} of {len(needed)} questions of "
+            f"{', '.join(CATEGORIES_WITH_REFERENCE)}, the first is {missing[0]!r}. Add them, or choose other "
+            "--categories.",
+            question_id=missing[0],
+        )
+    return {question.question_id: answers[question.question_id] for question in needed}
+
+
+def _prompt(row: Mapping[str, Any]) -> JudgePrompt:
+    try:
+        prompt = JudgePrompt(_text(row["name"]), _text(row["system_prompt"]), _text(row["prompt_template"]))
+        fields = {name for _, name, _, _ in Formatter().parse(prompt.template) if name is not None}
+    except (KeyError, TypeError, ValueError):
+        raise DataError(
+            f"judge_prompts.jsonl: a row needs name, system_prompt and prompt_template: {str(dict(row))[:120]}"
+        ) from None
+    if prompt.name in PROMPT_NAMES.values() and (unknown := fields - _fields(prompt.name)):
+        raise DataError(
+            f"judge_prompts.jsonl: the template of {prompt.name!r} asks for {{{min(unknown)}}}, which is none of "
+            f"{', '.join(sorted(_fields(prompt.name)))}",
+            name=prompt.name,
+        )
+    return prompt
+
+
+def _fields(name: str) -> set[str]:
+    kind, has_reference, turn = next(key for key, value in PROMPT_NAMES.items() if value == name)
+    sides = ("answer",) if kind == "single" else ("answer_a", "answer_b")
+    numbers = ("_1", "_2") if turn == 2 else ("",)
+    fields = {f"{field}{number}" for field in ("question", *sides) for number in numbers}
+    return fields | ({"ref_answer_1", "ref_answer_2"} if has_reference else set())
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _identity(value: Any) -> QuestionId:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError
+    return value

@@ -1,0 +1,312 @@
+"""The whole benchmark: answers, judgments, scores. Every part goes on where it was stopped.
+
+DIR/model_answer/NAME.jsonl             answers, FastChat's format
+DIR/replies.jsonl                       every reply of a judge, as it came: what is here is not asked again
+DIR/model_judgment/JUDGE_single.jsonl   made of the replies, FastChat's format; also JUDGE_pair.jsonl
+DIR/tables.md scores.csv scores.json radar.png
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steplm.errors import ConfigError
+from steplm.files import write_atomically
+from steplm.mt_bench.client import Failure, JudgeClient, ask_all
+from steplm.mt_bench.data import Answers, Bench, QuestionId, Turns, answer_turns, check_row, load_answers, load_bench
+from steplm.mt_bench.figure import radar_figure
+from steplm.mt_bench.journal import Journal
+from steplm.mt_bench.judge import (
+    CHARACTERS_PER_TOKEN,
+    Comparison,
+    Grading,
+    Judged,
+    Replies,
+    comparisons,
+    estimated_tokens,
+    fastchat_row,
+    gradings,
+    judged,
+    open_requests,
+)
+from steplm.mt_bench.scores import Scores, all_scores
+from steplm.mt_bench.tables import write_results
+
+if TYPE_CHECKING:
+    from steplm.mt_bench.answers import AnswerSettings
+
+MODES = {"single": ("single",), "pairwise": ("pairwise",), "both": ("single", "pairwise")}
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a model's answers, by turn: how many there are, ran into the limit of tokens, had their prompt cut."""
+
+    num_turns: int
+    num_unended: int
+    num_cut_prompts: int
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is judged: models to generate answers with, by name, and answers made elsewhere."""
+
+    bench: Bench
+    models: Mapping[str, str]  # folder or hub name
+    given: Answers
+    modes: tuple[str, ...]
+    output: Path
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.models, *self.given)
+
+    @property
+    def num_questions(self) -> int:
+        return len(self.bench.questions)
+
+    def answer_file(self, name: str) -> Path:
+        return self.output / "model_answer" / f"{name}.jsonl"
+
+    def saved_answers(self) -> dict[str, dict[QuestionId, Turns]]:
+        """Those given, and those that an earlier run generated."""
+        wanted = {question.question_id for question in self.bench.questions}
+        generated = {
+            name: {row["question_id"]: answer_turns(row) for row in self._rows(name) if row["question_id"] in wanted}
+            for name in self.models
+        }
+        return {**generated, **{name: dict(given) for name, given in self.given.items()}}
+
+    def limits(self) -> dict[str, Limits]:
+        """Where the generated answers met the end of the context or of ``max_new_tokens``."""
+        wanted = {question.question_id for question in self.bench.questions}
+        rows = {name: [r for r in self._rows(name) if r["question_id"] in wanted] for name in self.models}
+        return {
+            name: Limits(
+                sum(len(row["ended"]) for row in of_model),
+                sum(not ended for row in of_model for ended in row["ended"]),
+                sum(number > 0 for row in of_model for number in row["num_cut_tokens"]),
+            )
+            for name, of_model in rows.items()
+        }
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        if not self.answer_file(name).is_file():
+            return []
+        with Journal(self.answer_file(name)) as journal:
+            rows = journal.rows
+        for row in rows:
+            check_row(self.answer_file(name), row)
+        return rows
+
+    def judgments(self, answers: Answers, judge: str) -> list[Grading | Comparison]:
+        """All that there are to be, of these answers."""
+        makers: dict[str, Callable[[Bench, Answers, str], Sequence[Grading | Comparison]]]
+        makers = {"single": gradings, "pairwise": comparisons}
+        return [judgment for mode in self.modes for judgment in makers[mode](self.bench, answers, judge)]
+
+
+def prepare(
+    models: Sequence[str],
+    *,
+    data: Path,
+    output: Path,
+    mode: str = "single",
+    names: Sequence[str] = (),
+    answer_files: Sequence[Path] = (),
+    categories: Sequence[str] = (),
+    limit: int | None = None,
+) -> Benchmark:
+    """Read all files and check what can be checked before time and money are spent.
+
+    Raises:
+        ConfigError, DataError: what is asked for cannot be done, or a file is missing or damaged.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"unknown mode {mode!r}: use single, pairwise or both", mode=mode)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}, but must be at least 1")
+    given: dict[str, dict[QuestionId, Turns]] = {}
+    labels = list(names) if names else short_names(models)
+    if len(labels) != len(models):
+        raise ConfigError(f"{len(models)} models, but {len(labels)} names: give --name once for each model, or never")
+    loaded = [load_answers(file) for file in answer_files]
+    everyone = [*labels, *(name for answers in loaded for name in answers)]
+    if twice := {name for name in everyone if everyone.count(name) > 1}:
+        raise ConfigError(f"two models are called {min(twice)!r}. Give others with --name.", name=min(twice))
+    for name in labels:
+        if not name or file_name(name) != name:
+            raise ConfigError(f"{name!r} cannot be the name of a file: use letters, digits, '.', '_', '-' and '='")
+    for answers in loaded:
+        given.update(answers)
+    if not everyone:
+        raise ConfigError("nothing to judge: name models, or files of answers with --answers")
+    if "pairwise" in MODES[mode] and len(everyone) < 2:
+        raise ConfigError("a pairwise comparison needs two models or more; there is one")
+    bench = load_bench(data, categories=categories, limit=limit)
+    return Benchmark(bench, dict(zip(labels, models, strict=True)), given, MODES[mode], output)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is to come, as far as it is known."""
+
+    num_answers: int  # to be generated
+    num_requests: int  # to be sent
+    num_saved: int  # that have their reply already
+    prompt_tokens: int  # about; at most, while answers are to be generated
+    reply_tokens: int
+
+
+def cost(benchmark: Benchmark, judge: str, *, max_new_tokens: int, ask_again: int) -> Cost:
+    """Before it is paid. An answer that is not there yet counts with its most tokens."""
+    answers = benchmark.saved_answers()
+    num_missing = 0
+    for name in benchmark.models:
+        for question in benchmark.bench.questions:
+            if question.question_id not in answers[name]:
+                num_missing += 1
+                longest = name.ljust(max_new_tokens * CHARACTERS_PER_TOKEN)
+                answers[name][question.question_id] = (longest,) * len(question.turns)
+    judgments = benchmark.judgments(answers, judge)
+    with Journal(benchmark.output / "replies.jsonl") as journal:
+        to_ask = open_requests(judgments, Replies(journal), ask_again=ask_again)
+    num_requests = len({request.key for judgment in judgments for request in judgment.requests})
+    return Cost(num_missing, len(to_ask), num_requests - len(to_ask), *estimated_tokens(to_ask))
+
+
+def generate_answers(
+    benchmark: Benchmark,
+    *,
+    settings: AnswerSettings,
+    batch_size: int,
+    device: str,
+    chat_template: Path | None,
+    progress: Progress,
+) -> dict[str, dict[QuestionId, Turns]]:
+    """All answers; those that are saved are not generated again."""
+    from steplm.mt_bench.answers import answer_questions, load_chat_tokenizer
+
+    saved = benchmark.saved_answers()
+    for folder in benchmark.models.values():  # all, before the first spends its hours
+        load_chat_tokenizer(folder, chat_template)
+    answers: dict[str, dict[QuestionId, Turns]] = {}
+    for name, folder in benchmark.models.items():
+        with progress(f"answers of {name}", benchmark.num_questions - len(saved[name])) as advance:
+            answers[name] = answer_questions(
+                folder,
+                name,
+                benchmark.bench.questions,
+                benchmark.answer_file(name),
+                settings=settings,
+                batch_size=batch_size,
+                device=device,
+                chat_template=chat_template,
+                on_answers=advance,
+            )
+    return {**answers, **{name: dict(given) for name, given in benchmark.given.items()}}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scores, and what they took."""
+
+    scores: Scores
+    judgments: list[Judged]
+    failures: list[Failure] = field(default_factory=list)
+    num_asked: int = 0  # replies of this run
+    prompt_tokens: int = 0  # of them, as the server counts
+    completion_tokens: int = 0
+    files: list[Path] = field(default_factory=list)
+
+
+def judge_answers(
+    benchmark: Benchmark,
+    answers: Answers,
+    judge: str,
+    make_client: Callable[[], JudgeClient],
+    *,
+    ask_again: int,
+    progress: Progress,
+) -> Outcome:
+    """Ask for what is missing, then write judgments, tables and figure.
+
+    Args:
+        make_client: called only where there is something to ask.
+
+    Raises:
+        JudgeError: the judge cannot be asked; what was judged is saved.
+    """
+    output = benchmark.output
+    with Journal(output / "replies.jsonl") as journal:
+        replies = Replies(journal)
+        judgments = benchmark.judgments(answers, judge)
+        to_ask = open_requests(judgments, replies, ask_again=ask_again)
+        num_before = len(journal.rows)
+        failures: list[Failure] = []
+        try:
+            if to_ask:
+                client = make_client()
+                with progress(f"judged by {judge}", len(to_ask)) as advance:
+                    failures = ask_all(client, to_ask, replies, ask_again=ask_again, on_done=lambda: advance(1))
+        finally:
+            results = judged(judgments, replies)
+            _write_judgments(output / "model_judgment", judge, benchmark.modes, results)
+        new = journal.rows[num_before:]
+    scores = all_scores(benchmark.bench, benchmark.names, benchmark.modes, results)
+    used = [sum(row[name] or 0 for row in new) for name in ("prompt_tokens", "completion_tokens")]
+    about = {
+        "judge": judge,
+        "models": {name: benchmark.models.get(name, "given answers") for name in benchmark.names},
+        "modes": list(benchmark.modes),
+        "num_questions": benchmark.num_questions,
+        "categories": list(benchmark.bench.categories),
+        "answers": {name: asdict(limits) for name, limits in benchmark.limits().items()},
+        "requests_without_reply": [
+            {"key": f.request.key, "prompt": f.request.prompt_name, "reason": f.reason} for f in failures
+        ],
+    }
+    files = write_results(scores, output, about)
+    if (figure := radar_figure(scores, output / "radar.png")) is not None:
+        files.append(figure)
+    return Outcome(scores, results, failures, len(new), used[0], used[1], files)
+
+
+def _write_judgments(folder: Path, judge: str, modes: Iterable[str], results: Sequence[Judged]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = {"single": ("single", Grading), "pairwise": ("pair", Comparison)}
+    for mode in modes:
+        suffix, kind = kinds[mode]
+        rows = [row for each in results if isinstance(each.judgment, kind) and (row := fastchat_row(each)) is not None]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(folder / f"{file_name(judge)}_{suffix}.jsonl", lines)
+
+
+# --- names ------------------------------------------------------------------------------------------------
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """For files and tables: the end of each path, as much of it as tells the models apart.
+
+    ``runs/step/export`` and ``runs/vanilla/export`` are ``step`` and ``vanilla``.
+    """
+    paths = [[part for part in Path(model).parts if part not in ("/", ".", "..")] for model in models]
+    paths = [parts[:-1] if len(parts) > 1 and parts[-1] == "export" else parts for parts in paths]
+    longest = max(map(len, paths), default=0)
+    for length in range(1, longest + 1):
+        names = [file_name("-".join(parts[-length:])) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [file_name("-".join(parts)) for parts in paths]
+
+
+def file_name(text: str) -> str:
+    """The text with what a file's name cannot hold everywhere replaced by ``_``."""
+    return re.sub(r"[^\w.=+-]", "_", text).lstrip(".")
