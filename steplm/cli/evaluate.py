@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from steplm.report.zero_shot import TextScore
 
 HUB_MAX_TOKENS = 10_000_000  # a data set on the hub may have no end in sight
+WIDEST_WORD = 20
 NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 
@@ -196,10 +197,14 @@ def _print_table(table: Table) -> None:
     shown = rich_table.Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for number, column in enumerate(table.columns):
         is_name = number == 0 or column == "text"
-        shown.add_column(Text(column), justify="left" if is_name else "right", overflow="fold", min_width=6)
+        longest = max(len(word) for row in table.rows for word in row[number].text.split())
+        least = min(longest, WIDEST_WORD)  # a narrow terminal breaks lines between words, not within
+        shown.add_column(Text(column), justify="left" if is_name else "right", overflow="fold", min_width=least)
     for row in table.rows:
         tones = {"better": "green", "worse": "red"}
-        shown.add_row(*(Text(cell.text, style=tones.get(cell.tone, "bold" if cell.strong else "")) for cell in row))
+        styles = [tones.get(cell.tone, "bold" if cell.strong else "") for cell in row]
+        texts = [cell.text.replace(" [", "\n[") for cell in row]  # an interval under its number: half the width
+        shown.add_row(*map(Text, texts, styles))
     console = Console(highlight=False)
     console.print(shown)
     if table.caption:

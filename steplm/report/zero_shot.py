@@ -15,6 +15,7 @@ from steplm.eval.zero_shot import ZeroShotResults
 from steplm.files import write_atomically
 from steplm.report.runs import NOT_YET
 from steplm.report.tables import Cell, Table, write_csv
+from steplm.units import format_count
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def _number(value: float, stderr: float | None, *, is_share: bool) -> str:
 def _written(number: float, is_share: bool, sign: str = "") -> str:
     if is_share:
         return f"{100 * number:{sign}.1f}".replace("-", "−")
-    return f"{number:{sign}{'.2f' if abs(number) < 1000 else '.3g'}}".replace("-", "−")
+    if abs(number) >= 1000:  # the perplexity of a model that knows nothing has seven digits
+        return ("+" if sign and number > 0 else "") + format_count(number).replace("-", "−")
+    return f"{number:{sign}.2f}".replace("-", "−")
 
 
 def _difference_cell(gap: Difference | None, *, is_share: bool, higher_is_better: bool) -> Cell:
