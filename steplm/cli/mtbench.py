@@ -84,7 +84,7 @@ def run_mtbench(
     client: JudgeClient | None = None
     if expected.num_requests:
         _require_key(endpoint, named=api_key_env is not None)
-        client = JudgeClient(endpoint)  # before hours of generation: without the library it ends here
+        client = JudgeClient(endpoint, _say)  # before hours of generation: without the library it ends here
     if models:
         from steplm.mt_bench.answers import AnswerSettings
 
@@ -103,7 +103,7 @@ def run_mtbench(
         benchmark,
         made,
         judge_model,
-        lambda: client or JudgeClient(endpoint),
+        lambda: client or JudgeClient(endpoint, _say),
         ask_again=ask_again,
         progress=_progress,
     )

@@ -18,11 +18,12 @@ from urllib.parse import urlsplit, urlunsplit
 
 from steplm.errors import ConfigError, JudgeError
 from steplm.mt_bench.judge import MAX_TOKENS, TEMPERATURE, Replies, Reply, Request
-from steplm.units import reason
+from steplm.units import format_seconds, reason
 
 if TYPE_CHECKING:
     from openai import APIStatusError
 
+LONG_WAIT_SECONDS = 10.0  # is told of
 LONGEST_WAIT_SECONDS = 60.0  # of our own back-off; a server's Retry-After may ask for more
 LONGEST_RETRY_AFTER_SECONDS = 3600.0
 MOST_FAILURES_IN_A_ROW = 5  # then the server is taken for down
@@ -46,9 +47,18 @@ class Endpoint:
     requests_per_minute: float | None = None
 
     def __post_init__(self) -> None:
-        if urlsplit(self.base_url).scheme not in ("http", "https") or not urlsplit(self.base_url).netloc:
+        try:
+            parts = urlsplit(self.base_url)
+            is_url = parts.scheme in ("http", "https") and bool(parts.hostname)
+        except ValueError:
+            is_url = False
+        if not is_url:
             raise ConfigError(
                 f"the base URL {self.shown_url!r} is no URL. Write it as http://localhost:8000/v1.", url=self.shown_url
+            )
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ConfigError(
+                f"the key in {self.api_key_env} has characters that no key has (a line break, perhaps). Export it anew."
             )
         least = {"timeout_seconds": 0.001, "retries": 0, "backoff_seconds": 0, "concurrency": 1}
         for name, lowest in least.items():
@@ -93,15 +103,23 @@ class _Refused(Exception):
     """This request will never get a reply."""
 
 
+class _Stopped(Exception):
+    """Nothing more is to be asked."""
+
+
 class JudgeClient:
     """One connection pool to the judge; threads may ask together.
+
+    Args:
+        on_wait: told why, where a wait is long.
 
     Raises:
         ConfigError: the ``openai`` library is not installed.
     """
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, on_wait: Callable[[str], None] = lambda text: None) -> None:
         self.endpoint = endpoint
+        self._on_wait = on_wait
         self._openai = _library()
         self._client = self._openai.OpenAI(
             api_key=endpoint.api_key or _PLACEHOLDER_KEY,
@@ -120,13 +138,14 @@ class JudgeClient:
         Raises:
             JudgeError: no request can succeed: a refused key, a wrong URL or model, nobody there.
             _Refused: this one cannot.
+            _Stopped: ``stopped`` was set.
         """
         endpoint = self.endpoint
         last = _Passing("")
         for attempt in range(endpoint.retries + 1):
             self._pace.wait(self.stopped)
             if self.stopped.is_set():
-                raise _Refused("stopped")
+                raise _Stopped
             try:
                 reply = self._try(request)
             except _Passing as passing:
@@ -138,10 +157,15 @@ class JudgeClient:
             if attempt == endpoint.retries:
                 break
             if last.retry_after is not None:  # holds for all threads: the server has had enough of us
-                self._pace.pause(min(last.retry_after, LONGEST_RETRY_AFTER_SECONDS))
+                wait = min(last.retry_after, LONGEST_RETRY_AFTER_SECONDS)
+                self._pace.pause(wait)
             else:
                 wait = min(endpoint.backoff_seconds * 2**attempt, LONGEST_WAIT_SECONDS)
-                self.stopped.wait(wait * random.uniform(0.75, 1.25))  # so that threads do not come back as one
+                wait *= random.uniform(0.75, 1.25)  # so that threads do not come back as one
+            if wait >= LONG_WAIT_SECONDS:
+                self._on_wait(f"the judge is waited for, {format_seconds(wait)}: {last}")
+            if last.retry_after is None:
+                self.stopped.wait(wait)
         tries = f"{endpoint.retries + 1} tries" if endpoint.retries else "1 try"
         if not self._reached:
             raise JudgeError(
@@ -253,6 +277,8 @@ def ask_all(
         while not client.stopped.is_set() and len(replies.to(request)) <= ask_again:
             try:
                 replies.add(request, client.ask(request))
+            except _Stopped:
+                return None
             except _Refused as refused:
                 return Failure(request, str(refused))
             except JudgeError:

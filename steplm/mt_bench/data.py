@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from string import Formatter
-from typing import Any, Union
+from typing import Any
 
 from steplm.errors import ConfigError, DataError
 from steplm.mt_bench.journal import read_rows
 
-QuestionId = Union[int, str]  # noqa: UP007  an alias is read at run time, on Python 3.10 too
+QuestionId = int | str
 Turns = tuple[str, ...]  # what one side said, turn by turn
 Answers = Mapping[str, Mapping[QuestionId, Turns]]  # by model and question
 

@@ -123,14 +123,15 @@ class Reply:
 class Replies:
     """Every reply that was ever got, by request, on the disk."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal | None) -> None:  # None: there are none, and none will be added
         self._journal = journal
         self._of: dict[str, list[Reply]] = {}
-        for row in journal.rows:
+        for row in journal.rows if journal else ():
             self._of.setdefault(row.get("key", ""), []).append(_reply(row))
 
     def add(self, request: Request, reply: Reply) -> None:
         """Save it; on return it survives a power cut."""
+        assert self._journal is not None
         self._journal.append(
             {
                 "key": request.key,

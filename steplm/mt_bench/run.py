@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,7 +176,8 @@ def cost(benchmark: Benchmark, judge: str, *, max_new_tokens: int, ask_again: in
                 longest = name.ljust(max_new_tokens * CHARACTERS_PER_TOKEN)
                 answers[name][question.question_id] = (longest,) * len(question.turns)
     judgments = benchmark.judgments(answers, judge)
-    with Journal(benchmark.output / "replies.jsonl") as journal:
+    file = benchmark.output / "replies.jsonl"
+    with Journal(file) if file.is_file() else nullcontext() as journal:  # asking leaves no trace
         to_ask = open_requests(judgments, Replies(journal), ask_again=ask_again)
     num_requests = len({request.key for judgment in judgments for request in judgment.requests})
     return Cost(num_missing, len(to_ask), num_requests - len(to_ask), *estimated_tokens(to_ask))

@@ -94,6 +94,19 @@ def test_retry_after_is_obeyed_by_all(stub_judge: Callable[..., Any], replies: R
     assert len(judge.requests) == 4
 
 
+def test_a_long_wait_is_told(stub_judge: Callable[..., Any], replies: Replies) -> None:
+    judge = stub_judge(["429 after 3000"])
+    told: list[str] = []
+
+    def wait(text: str) -> None:
+        told.append(text)
+        client.stopped.set()
+
+    client = JudgeClient(Endpoint("stub", judge.url, KEY), wait)
+    assert ask_all(client, _requests(1), replies) == []
+    assert told == ["the judge is waited for, 50m00s: HTTP 429: told to fail; the key was ***"]
+
+
 def test_waits_double(stub_judge: Callable[..., Any], replies: Replies) -> None:
     judge = stub_judge(["500"] * 3)
     _ask(judge, replies, retries=3, backoff_seconds=0.1)
@@ -159,6 +172,13 @@ def test_what_no_retry_can_mend_stops_at_once(
     assert "secret" not in str(caught.value)
 
 
+def test_of_many_at_once_the_first_refusal_is_told(stub_judge: Callable[..., Any], replies: Replies) -> None:
+    judge = stub_judge(key="sk-another-secret-key", seconds=0.05)
+    with pytest.raises(JudgeError, match="asks for a valid key"):
+        _ask(judge, replies, 60, concurrency=12)
+    assert len(judge.requests) <= 12
+
+
 def test_a_wrong_path_is_named(stub_judge: Callable[..., Any], replies: Replies) -> None:
     judge = stub_judge()
     client = JudgeClient(Endpoint("stub", judge.url.removesuffix("/v1"), KEY, retries=5, backoff_seconds=0.01))
@@ -194,6 +214,8 @@ def test_secrets_are_neither_in_the_address_shown_nor_in_what_is_printed_of_an_e
 @pytest.mark.parametrize(
     ("url", "options"),
     [
+        ("http://[::1/v1", {}),
+        ("http://h/v1", {"api_key": "two\nlines-of-a-key"}),
         ("localhost:8000/v1", {}),
         ("", {}),
         ("http://h/v1", {"concurrency": 0}),
@@ -201,5 +223,6 @@ def test_secrets_are_neither_in_the_address_shown_nor_in_what_is_printed_of_an_e
     ],
 )
 def test_settings_that_make_no_sense_are_refused(url: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         Endpoint("m", url, **options)
+    assert "two" not in str(caught.value)

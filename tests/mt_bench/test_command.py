@@ -80,6 +80,8 @@ def test_models_are_answered_judged_and_compared(
     again = mtbench(judge, *arguments)
     assert again.stdout == result.stdout
     assert len(judge.requests) == 40, "nothing is asked twice"
+    as_json = json.loads(mtbench(judge, *arguments, "--json").stdout)
+    assert as_json == json.loads((out / "scores.json").read_text())["scores"]
     without_judge = mtbench(None, *arguments)
     assert without_judge.stdout == result.stdout, "what is whole needs no judge"
 
@@ -178,8 +180,8 @@ def test_killed_in_the_middle_of_judging_it_asks_nothing_twice(
     assert len(_rows(replies)) == 40
 
 
-def test_a_dry_run_tells_the_cost_and_asks_nothing(
-    mtbench: Callable[..., Any], stub_judge: Callable[..., Any], model_folder: Path
+def test_a_dry_run_tells_the_cost_and_leaves_no_trace(
+    mtbench: Callable[..., Any], stub_judge: Callable[..., Any], model_folder: Path, tmp_path: Path
 ) -> None:
     judge = stub_judge()
     result = mtbench(judge, model_folder, "--dry-run", "--max-new-tokens", 1000)
@@ -188,6 +190,7 @@ def test_a_dry_run_tells_the_cost_and_asks_nothing(
     assert "10 requests to stub" in result.stderr
     assert "if every answer is as long as it may be" in result.stderr
     assert judge.requests == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_done_is_said_in_one_message_before_anything_is_spent(
