@@ -25,11 +25,14 @@ from steplm.sft.config import FREE_AT_RESUME, SftConfig
 MARKER = "steplm.json"
 
 
+def name_of(model: str) -> str:
+    """Of the run that an export is of, of the folder, or on the hub, without what lies above."""
+    parts = [part for part in Path(model).parts if part not in ("/", "~", "..", ".", "export")]
+    return parts[-1] if parts else "model"
+
+
 def default_output_dir(model: str) -> Path:
-    """``runs/NAME-sft``: NAME of the run that an export is of, of the folder, or on the hub."""
-    path = Path(model)
-    parts = [part for part in path.parts if part not in ("/", "..", ".", "export")]
-    return Path("runs") / f"{parts[-1] if parts else 'model'}-sft"
+    return Path("runs") / f"{name_of(model)}-sft"
 
 
 def check_same_run(

@@ -102,7 +102,9 @@ def test_the_result_is_a_plain_folder_in_the_models_dtype(finished: SftResult, f
     assert tokenizer.chat_template == ALPACA_TEMPLATE
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == model.config.pad_token_id == tokenizer.pad_token_id
-    assert "held-out loss" in (finished.export_dir / "README.md").read_text()
+    card = (finished.export_dir / "README.md").read_text()
+    assert "held-out loss" in card
+    assert str(folder.parent) not in card
 
 
 def test_a_fresh_process_loads_it_and_talks_with_it(finished: SftResult) -> None:
@@ -260,7 +262,8 @@ def test_other_families_with_tied_heads_train_and_load(
     tokenizer: PreTrainedTokenizerFast, data: Path, tmp_path: Path, family: str, method: str
 ) -> None:
     sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
-    config = AutoConfig.for_model(family, **sizes, max_position_embeddings=128, intermediate_size=24)
+    others = {"num_key_value_heads": 2, "intermediate_size": 24} if family == "qwen2" else {}
+    config = AutoConfig.for_model(family, **sizes, **others, max_position_embeddings=128)
     config.tie_word_embeddings = True
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
