@@ -13,7 +13,7 @@ from steplm.config import Section, apply_override, read_yaml, validated
 FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4  # what Alpaca and LoRA are mostly tuned with
 LONGEST_DEFAULT = 1024  # tokens
 # A resumed run may differ in these; any other difference would make it another run.
-FREE_AT_RESUME = ("device", "logging_steps", "save_steps", "save_total_limit")
+FREE_AT_RESUME = ("device", "logging_steps", "eval_steps", "save_steps", "save_total_limit")
 
 
 class SftConfig(Section):
@@ -30,28 +30,34 @@ class SftConfig(Section):
     sequence_length: int | None = Field(
         None, gt=1, description=f"tokens of a record, at most; default: the model's context, {LONGEST_DEFAULT} at most"
     )
-    too_long: Literal["truncate", "drop"] = Field("truncate", description="records longer than that: cut at the end")
+    too_long: Literal["truncate", "drop"] = Field(
+        "truncate", description="records longer than that: cut at the end, or dropped"
+    )
     packing: bool = Field(False, description="several records in one sequence, attention inside each")
 
     lora_rank: int | None = Field(None, gt=0, description="default: all parameters are trained")
     lora_alpha: float | None = Field(None, gt=0, description="default: 2 x lora_rank")
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of what goes into an adapter")
 
     learning_rate: float | None = Field(
         None, gt=0, description=f"default: {FULL_LEARNING_RATE:g}, with LoRA {LORA_LEARNING_RATE:g}"
     )
-    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="cosine, linear or constant_with_warmup"
+    )
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="share of the steps")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="not on norms and biases")
     max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
-    num_train_epochs: float = Field(3.0, gt=0)
+    num_train_epochs: float = Field(3.0, gt=0, description="times that each record is seen")
     max_steps: int | None = Field(None, gt=0, description="instead of num_train_epochs")
     per_device_train_batch_size: int = Field(8, gt=0, description="records, or packed sequences")
-    gradient_accumulation_steps: int = Field(1, gt=0)
+    gradient_accumulation_steps: int = Field(1, gt=0, description="such batches in one step")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
 
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="of the products; trained weights are kept in fp32")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="bf16 or fp32, of the products and of frozen weights; trained ones are in fp32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
     eval_steps: int | None = Field(None, gt=0, description="held-out loss every so many steps; default: each epoch")
     save_steps: int | None = Field(None, gt=0, description="default: five times a run")
     save_total_limit: int = Field(2, gt=0, description="checkpoints kept")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from steplm.config import dump_yaml, read_yaml
+from steplm.data.shards import LOCK
 from steplm.data.sources import Source, find_sources
 from steplm.errors import CheckpointMismatch
 from steplm.files import write_atomically
@@ -24,33 +25,41 @@ from steplm.sft.config import FREE_AT_RESUME, SftConfig
 MARKER = "steplm.json"
 
 
+def name_of(model: str) -> str:
+    """Of the run that an export is of, of the folder, or on the hub, without what lies above."""
+    parts = [part for part in Path(model).parts if part not in ("/", "~", "..", ".", "export")]
+    return parts[-1] if parts else "model"
+
+
 def default_output_dir(model: str) -> Path:
-    """``runs/NAME-sft``: NAME of the run that an export is of, of the folder, or on the hub."""
-    path = Path(model)
-    parts = [part for part in path.parts if part not in ("/", "..", ".", "export")]
-    return Path("runs") / f"{parts[-1] if parts else 'model'}-sft"
+    return Path("runs") / f"{name_of(model)}-sft"
 
 
 def check_same_run(
     folder: Path, model: str, data: Sequence[str], config: SftConfig, resolved: Mapping[str, Any]
 ) -> None:
-    """Write ``config.yaml``, or compare with the one that is there.
+    """Write ``config.yaml``; where a run has left a checkpoint or a result, compare with what it was asked for.
 
     Args:
         resolved: what the defaults came to, such as the sequence length.
 
     Raises:
-        CheckpointMismatch: the folder is of another run; names every difference.
+        CheckpointMismatch: the folder is of another run, and names every difference, or of something else.
     """
     path = folder / "config.yaml"
+    begun = read_yaml(path) if path.is_file() else {}
+    if "inputs" not in begun and {entry.name for entry in folder.iterdir()} - {LOCK}:
+        raise CheckpointMismatch(
+            f"{folder} holds something else than instruction tuning: name a new folder by --output", path=str(folder)
+        )
     now = {
         "model": model,
         "data": list(data),
         "inputs": {"model": _files_of_model(model), "data": [source.describe() for source in find_sources(data)]},
         "config": {**config.model_dump(mode="json"), **resolved},
     }
-    if path.is_file():
-        before, after = _compared(read_yaml(path)), _compared(now)
+    if (folder / "result.json").is_file() or last_checkpoint(folder / "checkpoints"):
+        before, after = _compared(begun), _compared(now)
         differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
         if differing:
             lines = [f"  {key}: {before.get(key)} there, {after.get(key)} now" for key in differing]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -26,7 +27,7 @@ from steplm.launch import is_launched
 from steplm.models.build import DTYPES
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_hf_config, load_pretrained
-from steplm.models.forward import mean_loss
+from steplm.models.forward import check_loss, mean_loss
 from steplm.sft.config import LONGEST_DEFAULT, SftConfig
 from steplm.sft.export import export_model
 from steplm.sft.folder import check_same_run, default_output_dir, last_checkpoint, read_marker
@@ -111,7 +112,8 @@ def instruction_tune(
         tokenizer.pad_token = tokenizer.eos_token  # labels, not pad tokens, say what has a loss
     sequence_length = _sequence_length(config, hf_config)
     with locked(folder, lambda: say(f"waiting for another process that works in {folder}")):
-        check_same_run(folder, str(model), data, config, {"sequence_length": sequence_length})
+        resolved = {"sequence_length": sequence_length, "template_sha256": _sha256(tokenizer.chat_template)}
+        check_same_run(folder, str(model), data, config, resolved)
         if (folder / "result.json").is_file():
             say(f"{folder} is finished already")
             return _read_result(folder)
@@ -180,6 +182,7 @@ class _Run:
                 token=largest,
                 vocab_size=vocab_size,
             )
+        check_loss(model, self.sequence_length)  # of the held-out loss, which never makes the whole logits
         if self.config.packing:
             check_packing(model)
         return model
@@ -287,6 +290,10 @@ def _sequence_length(config: SftConfig, hf_config: PretrainedConfig) -> int:
             max_position_embeddings=context,
         )
     return config.sequence_length
+
+
+def _sha256(template: object) -> str | None:
+    return None if template is None else hashlib.sha256(str(template).encode()).hexdigest()
 
 
 def _require_libraries(config: SftConfig) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer, pack_dataset
 
 from steplm.errors import TrainingDiverged
@@ -68,6 +69,7 @@ def make_trainer(
             lora_alpha=config.alpha,
             lora_dropout=config.lora_dropout,
             target_modules="all-linear",
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's linear maps
             task_type="CAUSAL_LM",
         )
     trainer = _Trainer(

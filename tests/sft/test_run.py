@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'steplm[sft]'")
 
 from steplm.data.tokenizer import load_tokenizer
-from steplm.errors import CheckpointMismatch, ConfigError, TrainingDiverged
+from steplm.errors import CheckpointMismatch, ConfigError, DataError, TrainingDiverged
 from steplm.models.folder import load_pretrained, load_state
 from steplm.sft import SftResult, instruction_tune, load_sft_config, prepare_records
 from steplm.sft.packing import check_packing
@@ -102,7 +102,9 @@ def test_the_result_is_a_plain_folder_in_the_models_dtype(finished: SftResult, f
     assert tokenizer.chat_template == ALPACA_TEMPLATE
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == model.config.pad_token_id == tokenizer.pad_token_id
-    assert "held-out loss" in (finished.export_dir / "README.md").read_text()
+    card = (finished.export_dir / "README.md").read_text()
+    assert "held-out loss" in card
+    assert str(folder.parent) not in card
 
 
 def test_a_fresh_process_loads_it_and_talks_with_it(finished: SftResult) -> None:
@@ -162,15 +164,20 @@ def test_stopped_and_resumed_it_gives_the_losses_and_weights_of_an_unbroken_run(
         assert torch.equal(tensor, weights[name])
 
 
-def test_adapters_are_merged_and_the_frozen_rest_is_as_it_was(folder: Path, data: Path, tmp_path: Path) -> None:
-    result = tune(folder, data, tmp_path / "out", "lora_rank=2", "learning_rate=3e-2", "max_steps=6")
+@pytest.mark.parametrize(("precision", "frozen_bytes"), [("fp32", 4), ("bf16", 2)])
+def test_adapters_are_merged_and_the_frozen_rest_is_as_it_was(
+    folder: Path, data: Path, tmp_path: Path, precision: str, frozen_bytes: int
+) -> None:
+    keys = ("lora_rank=2", "learning_rate=3e-2", "max_steps=6", f"precision={precision}")
+    result = tune(folder, data, tmp_path / "out", *keys)
     assert result.export_dir is not None
     before, after = load_state(folder), load_state(result.export_dir)
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "_proj." in name}
     start = events(result, "run_start")[0]
-    assert start["model_state_bytes"] == 16 * start["num_trained_parameters"] + 4 * start["num_frozen_parameters"]
+    frozen = start["num_frozen_parameters"]
+    assert start["model_state_bytes"] == 16 * start["num_trained_parameters"] + frozen_bytes * frozen
     memory = events(result, "memory")[0]
     assert memory["planned_bytes"] == memory["measured_bytes"]
     # What was merged is what was trained: the last held-out loss is below the first.
@@ -189,6 +196,24 @@ def test_packed_records_have_the_loss_that_they_have_alone(folder: Path, data: P
     # Were a record to see the one before it, random weights this far from uniform would tell.
     assert events(packed, "train")[0]["loss"] == pytest.approx(events(alone, "train")[0]["loss"], rel=1e-5)
     assert events(packed, "train")[0]["tokens_seen"] == starts[0]["num_train_tokens"]
+
+
+def test_the_step_does_not_depend_on_how_its_batch_is_divided_or_what_is_recomputed(
+    folder: Path, data: Path, tmp_path: Path
+) -> None:
+    ways = (
+        ("per_device_train_batch_size=8",),
+        ("per_device_train_batch_size=4", "gradient_accumulation_steps=2"),
+        ("per_device_train_batch_size=8", "gradient_checkpointing=true"),
+    )
+    runs = [
+        tune(folder, data, tmp_path / str(number), "lora_rank=2", "max_steps=2", "warmup_ratio=0", *way)
+        for number, way in enumerate(ways)
+    ]
+    for key in ("loss", "grad_norm"):
+        first, *others = ([event[key] for event in events(run, "train")] for run in runs)
+        assert first[1] != first[0]
+        assert others == [pytest.approx(first, rel=1e-4)] * 2
 
 
 def test_a_model_that_lets_records_see_each_other_is_not_packed(folder: Path) -> None:
@@ -214,6 +239,41 @@ def test_a_folder_of_another_run_is_refused_with_the_differences(
     other.write_text(data.read_text().replace("cat", "cow"))
     with pytest.raises(CheckpointMismatch, match="data: "):
         tune(folder, other, finished.output_dir)
+
+
+def test_what_is_no_run_of_instruction_tuning_is_left_alone(folder: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: another run\n")
+    with pytest.raises(CheckpointMismatch, match="something else"):
+        tune(folder, data, tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "name: another run\n"
+
+
+def test_a_run_that_never_began_may_be_begun_otherwise(folder: Path, data: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('[{"question": "?"}]')
+    with pytest.raises(DataError, match="the columns are question"):
+        tune(folder, wrong, tmp_path / "out")
+    assert tune(folder, data, tmp_path / "out", "max_steps=1").finished
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("method", ["lora_rank=2", "packing=true"])
+def test_other_families_with_tied_heads_train_and_load(
+    tokenizer: PreTrainedTokenizerFast, data: Path, tmp_path: Path, family: str, method: str
+) -> None:
+    sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    others = {"num_key_value_heads": 2, "intermediate_size": 24} if family == "qwen2" else {}
+    config = AutoConfig.for_model(family, **sizes, **others, max_position_embeddings=128)
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    result = tune(tmp_path / "model", data, tmp_path / "out", method, "max_steps=2")
+    assert result.export_dir is not None
+    before, after = load_state(tmp_path / "model"), load_state(result.export_dir)
+    assert {name: tensor.shape for name, tensor in before.items()} == {name: t.shape for name, t in after.items()}
+    assert AutoModelForCausalLM.from_pretrained(result.export_dir).config.tie_word_embeddings
+    memory = events(result, "memory")[0]
+    assert memory["planned_bytes"] == memory["measured_bytes"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(folder: Path, data: Path, tmp_path: Path) -> None:
