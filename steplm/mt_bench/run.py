@@ -36,7 +36,8 @@ from steplm.mt_bench.judge import (
     open_requests,
 )
 from steplm.mt_bench.scores import Scores, all_scores
-from steplm.mt_bench.tables import write_results
+from steplm.mt_bench.tables import all_tables, write_results
+from steplm.report.evaluations import Evaluation, save_evaluation
 
 if TYPE_CHECKING:
     from steplm.mt_bench.answers import AnswerSettings
@@ -274,9 +275,10 @@ def judge_answers(
             {"key": f.request.key, "prompt": f.request.prompt_name, "reason": f.reason} for f in failures
         ],
     }
-    files = write_results(scores, output, about)
-    if (figure := radar_figure(scores, output / "radar.png")) is not None:
-        files.append(figure)
+    figure = radar_figure(scores, output / "radar.png")
+    figures = () if figure is None else (figure,)
+    save_evaluation(output, "mt_bench", Evaluation("MT-Bench", tuple(all_tables(scores, judge)), figures))
+    files = [*write_results(scores, output, about), *figures]
     return Outcome(scores, results, failures, len(new), used[0], used[1], files)
 
 

@@ -13,6 +13,7 @@ from steplm.eval.perplexity import PerplexityResult
 from steplm.eval.scores import Metric
 from steplm.eval.zero_shot import ZeroShotResults
 from steplm.files import write_atomically
+from steplm.report.evaluations import Evaluation, save_evaluation
 from steplm.report.runs import NOT_YET
 from steplm.report.tables import Cell, Table, write_csv
 from steplm.units import format_count
@@ -152,7 +153,10 @@ def document(results: ZeroShotResults, texts: Sequence[TextScore]) -> dict[str, 
 
 
 def write_results(results: ZeroShotResults, texts: Sequence[TextScore], folder: Path) -> list[Path]:
-    """``zero_shot.md``, ``.csv``, ``.json`` and, where there is an accuracy, ``.png``; returns their paths."""
+    """``zero_shot.md``, ``.csv``, ``.json`` and, where there is an accuracy, ``.png``; returns their paths.
+
+    And ``zero_shot.tables.json``, which ``steplm report`` shows.
+    """
     from steplm.report.zero_shot_figure import accuracy_figure
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,6 +167,8 @@ def write_results(results: ZeroShotResults, texts: Sequence[TextScore], folder: 
     write_atomically(paths["json"], json.dumps(document(results, texts), indent=1, allow_nan=False) + "\n")
     if not accuracy_figure(results, paths["png"]):
         del paths["png"]
+    figures = tuple(path for suffix, path in paths.items() if suffix == "png")
+    save_evaluation(folder, "zero_shot", Evaluation("Zero-shot tasks", tuple(tables), figures))
     return list(paths.values())
 
 
