@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,22 +41,21 @@ class TaskFolders:
 def load_tasks(names: Sequence[str], folders: TaskFolders, num_fewshot: int | None = None) -> dict[str, Task]:
     """The tasks by name, with their items; groups and tags become the tasks that they stand for.
 
-    lm_eval's own list takes seconds to read: only where a name is in none of the folders.
+    lm_eval's whole list takes ten seconds or more to read: only for a name that is found in no other way.
 
     Raises:
         ConfigError: no such folder, no such task (with near names), or a task file that makes no task.
         DataError: items that are missing or unusable.
         HubUnavailable: a set on the hub that cannot be had.
     """
-    managers = _local_managers(folders)
-    known = {name for manager in managers for name in manager.all_tasks}
-    if not set(names) <= known:
-        managers.append(_standard_manager())
+    local = _local_managers(folders)
     tasks: dict[str, Task] = {}
     for name in names:
-        manager = next((m for m in managers if name in m.task_index), None)
+        manager = next((m for m in local if name in m.task_index), None) or _standard_folder(name)
+        if manager is None and name in _standard_manager().task_index:
+            manager = _standard_manager()
         if manager is None:
-            raise _unknown(name, managers, folders)
+            raise _unknown(name, local, folders)
         tasks.update(_load(name, manager))
     for task in tasks.values():
         _set_fewshot(task, num_fewshot)
@@ -82,8 +82,21 @@ def _manager(path: Path, **metadata: Any) -> TaskManager:
         return TaskManager(include_path=str(path), include_defaults=False, metadata=metadata)
 
 
+def _standard_folder(name: str) -> TaskManager | None:
+    """The folder of lm_eval's own where a file of this name describes this task, as it is for most: found at once."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    for file in sorted(root.rglob(f"{glob.escape(name)}.yaml")):
+        manager = _manager(file.parent)
+        if name in manager.all_subtasks:
+            return manager
+    return None
+
+
 @cache
 def _standard_manager() -> TaskManager:
+    """All of lm_eval's own tasks, groups and tags: some 15,000 files are read."""
     from lm_eval.tasks import TaskManager
 
     with quiet():
@@ -117,13 +130,12 @@ def _cannot_load(name: str, entry: Any, error: Exception) -> SteplmError:
     return ConfigError(f"{where} makes no task {name!r}: {type(error).__name__}: {reason(error)}", task=name)
 
 
-def _unknown(name: str, managers: Sequence[TaskManager], folders: TaskFolders) -> ConfigError:
-    known = sorted({task for manager in managers for task in manager.all_tasks})
-    near = difflib.get_close_matches(name, known, n=3)
+def _unknown(name: str, local: Sequence[TaskManager], folders: TaskFolders) -> ConfigError:
+    in_folders = sorted({task for manager in local for task in manager.all_tasks})
+    near = difflib.get_close_matches(name, sorted({*in_folders, *_standard_manager().all_tasks}), n=3)
     advice = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    local = sorted({task for manager in managers[:-1] for task in manager.all_tasks})
-    if local:
-        shown = ", ".join(local[:SHOWN_NAMES]) + (" …" if len(local) > SHOWN_NAMES else "")
+    if in_folders:
+        shown = ", ".join(in_folders[:SHOWN_NAMES]) + (" …" if len(in_folders) > SHOWN_NAMES else "")
         advice += f" Tasks of the folders: {shown}."
     broken = [line for path in folders.paths for line in _unreadable(path)]
     if broken:

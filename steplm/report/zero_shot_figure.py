@@ -80,9 +80,9 @@ def _draw_model(
         )
         if len(groups) * len(results.models) <= MOST_VALUES:
             axes.annotate(
-                f"{100 * value:.1f}", (x, 100 * value + error), xytext=(0, 2), textcoords="offset points", ha="center",
-                color=MUTED, fontsize=7, zorder=5,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
+                f"{100 * value:.1f}", (x, 100 * value + error), xytext=(0, 3), textcoords="offset points", ha="center",
+                color=MUTED, fontsize=7, zorder=3.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.2},
             )  # fmt: skip
 
 

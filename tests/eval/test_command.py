@@ -52,7 +52,7 @@ def test_hub_data_is_read_to_a_limit_that_is_stated(
         limits.append(options["max_tokens"])
         return PerplexityResult(1.0, 1)
 
-    monkeypatch.setattr("steplm.cli.evaluate.evaluate_folder", evaluated)
+    monkeypatch.setattr("steplm.eval.perplexity.evaluate_folder", evaluated)
     run_eval(["model"], ["hub://owner/name"], max_tokens=max_tokens)
     assert limits == [limit]
     assert ("10M tokens at most" in capsys.readouterr().err) == (max_tokens is None)
@@ -61,3 +61,14 @@ def test_hub_data_is_read_to_a_limit_that_is_stated(
 def test_a_token_limit_that_is_no_number_is_refused(folder: Path, data: str) -> None:
     with pytest.raises(ConfigError, match="max_tokens: cannot read 'many'"):
         run_eval([str(folder)], [data], max_tokens="many")
+
+
+def test_a_named_text_is_a_row_of_its_own_and_the_others_are_one_text(
+    folder: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.txt").write_text("The small model grows.")
+    run_eval([str(folder)], [data, f"held_out={data}", "a=b.txt"], device="cpu", json_output=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["name"], row["data"]) for row in rows] == [("", [data, "a=b.txt"]), ("held_out", [data])]
+    assert rows[0]["num_text_bytes"] == rows[1]["num_text_bytes"] + 22

@@ -436,11 +436,11 @@ def test_task_files_that_make_no_task_are_named(models: list[str], mine: Path) -
         evaluate_tasks(models[:1], ["typo"], tasks_path=[mine])
     with pytest.raises(DataError, match=r"cannot read the items of task 'gone' \(.*gone.yaml\): .*/nowhere/x.jsonl"):
         evaluate_tasks(models[:1], ["gone"], tasks_path=[mine])
+
+
+def test_an_unknown_task_gets_near_names(models: list[str], sets: Path, mine: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown task 'broken'.*cannot be read: .*broken.yaml"):
         evaluate_tasks(models[:1], ["broken"], tasks_path=[mine])
-
-
-def test_an_unknown_task_gets_near_names(models: list[str], sets: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown task 'lambada_openia'. Did you mean 'lambada_openai'") as caught:
         evaluate_tasks(models[:1], ["lambada_openia"], tasks_data=sets)
     assert "Tasks of the folders: arc_easy, hellaswag, lambada_openai, piqa, winogrande." in str(caught.value)
