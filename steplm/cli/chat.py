@@ -91,6 +91,8 @@ def _read_line(is_terminal: bool) -> str | None:
         try:
             return input("> " if is_terminal else "").strip()
         except EOFError:
+            if is_terminal:
+                print(file=sys.stderr)
             return None
         except KeyboardInterrupt:
             if not is_terminal:

@@ -39,9 +39,8 @@ def packed(examples: Sequence[Example], sequence_length: int, config: SftConfig)
     )
     if not config.packing:
         return rows
-    return pack_dataset(
-        rows.shuffle(seed=config.seed), sequence_length, "bfd"
-    )  # no record is cut: all are short enough
+    # Cuts no record: all are short enough.
+    return pack_dataset(rows.shuffle(seed=config.seed), sequence_length, "bfd")
 
 
 def make_trainer(

@@ -20,10 +20,6 @@ WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 ANIMALS = ("cat", "dog", "owl", "bee", "hen", "fox")
 RECORDS = [
     {"instruction": f"Say {animal} {count} times.", "input": "", "output": f" {animal}" * count}
