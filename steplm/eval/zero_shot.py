@@ -172,7 +172,7 @@ def evaluate_tasks(
         tasks_data: folder with local copies of ``lambada_openai``, ``piqa``, ``arc_easy``, ``winogrande`` and
             ``hellaswag``: those tasks then need no network.
         output: folder where each pair of model and task is saved when it is scored. What is there, of the same
-            weights, tokenizer, items, examples and lm_eval, is reused.
+            weights, tokenizer, precision, items, examples and lm_eval, is reused.
         device, dtype: as in ``evaluate_folder``.
 
     Raises:
@@ -196,7 +196,7 @@ def evaluate_tasks(
     for model in names:
         lm: Scorer | None = None
         for name, task in loaded.items():
-            fingerprint = hashlib.sha256(f"{fingerprints[model]} {keys[name]}".encode()).hexdigest()
+            fingerprint = hashlib.sha256(f"{fingerprints[model]} {keys[name]} {dtype}".encode()).hexdigest()
             file = None if output is None else Path(output) / ITEMS_FOLDER / _file_name(model, name, fingerprint)
             if progress is not None:
                 progress.begin(model, name)

@@ -355,6 +355,7 @@ def test_only_the_same_model_items_and_limit_are_reused(models: list[str], sets:
     assert not is_reused()
     assert is_reused()
     assert is_reused(batch_size=3)
+    assert not is_reused(dtype="bfloat16")
     assert not is_reused(limit=2)
     assert not is_reused(num_fewshot=1)
     (saved,) = [file for file in tmp_path.glob("items/*") if json.loads(file.read_text())["limit"] == 2]
