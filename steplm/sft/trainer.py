@@ -53,12 +53,6 @@ def make_trainer(
     device: torch.device,
 ) -> SFTTrainer:
     """``SFTTrainer`` on rows that are encoded already: their labels say what has a loss."""
-    with warnings.catch_warnings():
-        # transformers renames gradient_checkpointing; the new name is unknown to its older releases.
-        warnings.simplefilter("ignore", FutureWarning)
-        arguments = _arguments(config, schedule, folder, device)
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # of several, the first; trl refuses nn.DataParallel
     adapters = None
     if config.lora_rank is not None:
         from peft import LoraConfig
@@ -71,9 +65,15 @@ def make_trainer(
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's linear maps
             task_type="CAUSAL_LM",
         )
-    trainer = _Trainer(
-        model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=adapters
-    )
+    with warnings.catch_warnings():
+        # transformers renames gradient_checkpointing; the new name is unknown to its older releases, and peft.
+        warnings.simplefilter("ignore", FutureWarning)
+        arguments = _arguments(config, schedule, folder, device)
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # of several, the first; trl refuses nn.DataParallel
+        trainer = _Trainer(
+            model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=adapters
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
