@@ -89,6 +89,32 @@ def tiny_run(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return configure
 
 
+@pytest.fixture(scope="session")
+def save_tiny_model() -> Callable[..., Path]:
+    """``save_tiny_model(folder, tokenizer, **config)``: a Hugging Face folder of two random layers, far from uniform:
+    a wrong context or a wrong label shows."""
+
+    def save(folder: Path, tokenizer: Any, *, seed: int = 0, dtype: str = "float32", **config: Any) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        shape: dict[str, Any] = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "initializer_range": 0.5,
+        }
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(**shape | config)).to(getattr(torch, dtype)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
 @pytest.fixture
 def stub_judge() -> Iterator[Callable[..., Any]]:
     """``stub_judge(faults=…, key=…)``: a running judge on loopback, see ``tests/mt_bench/stub_judge.py``."""

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from steplm.data.tokenizer import load_tokenizer, train_tokenizer
 from steplm.errors import CheckpointError, ConfigError, DataError, HubUnavailable
@@ -125,27 +123,15 @@ def own_task(name: str, records: list[dict[str, Any]]) -> Any:
 # --- models -------------------------------------------------------------------------------------------------
 
 
-def save_model(folder: Path, seed: int) -> Path:
+@pytest.fixture(scope="module")
+def save_model(save_tiny_model: Callable[..., Path]) -> Callable[[Path, int], Path]:
     texts = ["Question: What does a man need to open a door?\nAnswer: He turns the lid of the jar."] * 3
     tokenizer = train_tokenizer(texts, 320)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=192,
-        initializer_range=0.5,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return lambda folder, seed: save_tiny_model(folder, tokenizer, seed=seed, max_position_embeddings=192)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def models(save_model: Callable[[Path, int], Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("models")
     return [str(save_model(root / name / "export", seed)) for seed, name in enumerate(("vanilla", "step"))]
 
@@ -342,7 +328,9 @@ def test_a_killed_evaluation_scores_only_what_is_missing(models: list[str], sets
     assert reused.as_json() == results.as_json()
 
 
-def test_only_the_same_model_items_and_limit_are_reused(models: list[str], sets: Path, tmp_path: Path) -> None:
+def test_only_the_same_model_items_and_limit_are_reused(
+    models: list[str], save_model: Callable[[Path, int], Path], sets: Path, tmp_path: Path
+) -> None:
     own = Path(shutil.copytree(models[0], tmp_path / "model"))
     data = Path(shutil.copytree(sets, tmp_path / "sets"))
 
@@ -366,7 +354,7 @@ def test_only_the_same_model_items_and_limit_are_reused(models: list[str], sets:
     assert not is_reused()
     (data / "piqa.jsonl").write_text(text)
     assert is_reused()
-    save_model(own, seed=7)
+    save_model(own, 7)
     assert not is_reused()
     tokenizer = json.loads((own / "tokenizer.json").read_text())
     (own / "tokenizer.json").write_text(json.dumps({**tokenizer, "normalizer": {"type": "Lowercase"}}))
@@ -506,7 +494,10 @@ def test_the_command_prints_one_table_and_writes_its_files(
     for word in ("piqa, acc_norm", "average", "vanilla", "step", "held_out", "first 2 items"):
         assert word in shown.stdout
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {"items", *(f"zero_shot.{s}" for s in ("md", "csv", "json", "png"))}
+    assert {path.name for path in out.iterdir()} == {
+        "items",
+        *(f"zero_shot.{s}" for s in ("md", "csv", "json", "tables.json", "png")),
+    }
     assert "| lambada_openai, perplexity | 2 | – |" in (out / "zero_shot.md").read_text()
     document = json.loads((out / "zero_shot.json").read_text())
     assert [model["label"] for model in document["models"]] == ["vanilla", "step"]

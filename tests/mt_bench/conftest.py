@@ -61,36 +61,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_model(folder: Path, *, seed: int = 0, context: int = 256, chat_template: str | None = CHAT_TEMPLATE) -> Path:
-    """A model of random weights that says much of everything."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+@pytest.fixture(scope="session")
+def model_folder(save_tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     from steplm.data.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(["user: Describe a pond.\nassistant: A small lake."] * 3, 300)
-    tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=context,
-        initializer_range=0.5,  # far from uniform: a wrong context shows
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    return save_tiny_model(folder, tokenizer, max_position_embeddings=256, bos_token_id=0, eos_token_id=0)
 
 
 @pytest.fixture

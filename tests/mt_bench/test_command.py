@@ -63,6 +63,7 @@ def test_models_are_answered_judged_and_compared(
         "scores.csv",
         "scores.json",
         "radar.png",
+        "mt_bench.tables.json",
     }
     singles = _rows(out / "model_judgment/stub_single.jsonl")
     assert Counter(row["model"] for row in singles) == {"tiny": 10, "other": 10}
