@@ -69,17 +69,18 @@ class Ranks:
         return [self.exit_codes[rank] for rank in range(len(self.pids))]
 
 
-@pytest.fixture
-def start_ranks(tmp_path: Path) -> Callable[..., Ranks]:
+@pytest.fixture(scope="session")
+def start_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ranks]:
     """``start_ranks(action, size)``: every rank calls ``action()``."""
+    folder = tmp_path_factory.mktemp("ranks")
 
     def start(action: Callable[[], object], size: int) -> Ranks:
-        return Ranks(action, size, tmp_path / f"ranks-{time.monotonic_ns()}.log")
+        return Ranks(action, size, folder / f"{time.monotonic_ns()}.log")
 
     return start
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks(start_ranks: Callable[..., Ranks]) -> Callable[..., None]:
     """``run_ranks(action, size)``: the same, and every rank must end well."""
 
