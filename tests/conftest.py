@@ -32,7 +32,7 @@ def shared_data() -> Path:
     path = Path(os.environ.get("STEPLM_DATA", "../shared/data"))
     if not path.is_dir():
         pytest.skip(f"no shared data in {path} (set STEPLM_DATA)")
-    return path
+    return path.resolve()  # commands are started elsewhere
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(200):
             text = f"{number}: " + " ".join(generator.choices(WORDS, k=generator.randint(10, 60)))
             stream.write(json.dumps({"text": text}) + "\n")
-    return path
+    return path.resolve()  # commands are started elsewhere
 
 
 @pytest.fixture(scope="session")

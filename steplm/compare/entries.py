@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -121,14 +121,23 @@ class Suite:
         runs += [RunKey(entry.name, seed, rate) for seed in entry.seeds for rate in rates]
         yield from dict.fromkeys(runs)
 
-    def expected_runs(self, chosen: Mapping[str, float | None]) -> list[RunKey]:
-        """As many runs as the suite will have at least, at some rate where it is not chosen yet."""
-        return [run for entry in self.entries.values() for run in self._expected_runs_of(entry, chosen)]
+    def expected_runs(self, chosen: Mapping[str, float | None], known: Collection[RunKey] = ()) -> list[RunKey]:
+        """As many runs as the suite will have at least, at some rate where it is not chosen yet.
 
-    def _expected_runs_of(self, entry: Entry, chosen: Mapping[str, float | None]) -> Iterator[RunKey]:
-        runs = [RunKey(entry.name, self.tune_seed, rate) for rate in entry.grid]
-        to_choose = entry.grid and chosen.get(entry.name) is None
-        rates = entry.grid[: entry.finalists] if to_choose else self.possible_rates(entry, chosen)[:1]
+        Args:
+            known: the runs that there are, those of an extended or refined grid among them.
+        """
+        return [run for entry in self.entries.values() for run in self._expected_runs_of(entry, chosen, known)]
+
+    def _expected_runs_of(
+        self, entry: Entry, chosen: Mapping[str, float | None], known: Collection[RunKey]
+    ) -> Iterator[RunKey]:
+        own = [run for run in known if run.entry == entry.name]
+        runs = [*own, *(RunKey(entry.name, self.tune_seed, rate) for rate in entry.grid)]
+        rates = self.possible_rates(entry, chosen)[:1]
+        if entry.grid and chosen.get(entry.name) is None:
+            begun = dict.fromkeys(run.learning_rate for run in own if run.seed != self.tune_seed)
+            rates = tuple(dict.fromkeys([*begun, *entry.grid]))[: entry.finalists]
         yield from dict.fromkeys([*runs, *(RunKey(entry.name, seed, rate) for rate in rates for seed in entry.seeds)])
 
     def _run_config(self, run: RunKey) -> RunConfig:

@@ -367,7 +367,7 @@ class Runner:
             rows.append((run.dir, event, plan))
         done += sum(self.suite.plan(run).training_flops for run, e in self.runs.items() if e.status in SETTLED)
         chosen = {name: rate for name, (rate, _) in self.choices.items()}
-        expected = self.suite.expected_runs(chosen)
+        expected = self.suite.expected_runs(chosen, self.runs)
         total = sum(self.suite.plan(run).training_flops for run in expected)
         self.display.update(list(self.runs.values()), len(expected), rows, self._clock.seconds_left(done, total))
 

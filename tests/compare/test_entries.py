@@ -74,6 +74,22 @@ def test_tuned_entries_run_the_grid_at_one_seed_and_the_seeds_at_one_rate(suite_
     assert runs("set", {}) == {(1, 0.25)}
 
 
+def test_the_runs_of_a_grid_that_grew_are_expected_too(suite_values: Values, tmp_path: Path) -> None:
+    tune = {"learning_rates": [1e-3, 1e-2], "seed": 0, "extend": 2, "refine": 1, "finalists": 2}
+    entries = [{"name": "vanilla", "method": "vanilla"}]
+    suite = _suite(suite_values(tmp_path, entries=entries, tune=tune, seeds=[0, 1, 2]))
+
+    def number(chosen: dict[str, float | None], *known: tuple[int, float]) -> int:
+        return len(suite.expected_runs(chosen, [RunKey("vanilla", seed, rate) for seed, rate in known]))
+
+    assert number({}) == 2 + 2 * 2  # the grid, and two more seeds of two rates
+    grown = [(0, 1e-3), (0, 1e-2), (0, 0.1), (0, 0.0316)]
+    assert number({}, *grown) == 4 + 2 * 2
+    assert number({}, *grown, (1, 0.0316), (2, 0.0316)) == 4 + 2 * 2
+    finalists = [(seed, rate) for seed in (1, 2) for rate in (0.0316, 0.1)]
+    assert number({}, *grown, *finalists) == number({"vanilla": 0.1}, *grown, *finalists) == 8
+
+
 def test_every_method_makes_a_plan_of_the_same_tokens(suite_values: Values, tmp_path: Path) -> None:
     entries = [{"name": name, "method": name} for name in METHODS]
     suite = _suite(suite_values(tmp_path, entries=entries), "plan.layers=[3,1]", "pet.rank=4", "optim.rank=4")

@@ -40,7 +40,7 @@ def test_train_export_tasks_tuning_chat_and_judge(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     step, vanilla = trained
-    run, shared_data = step.parent, shared_data.resolve()  # the commands are started elsewhere
+    run = step.parent
 
     sets = ("--tasks-data", shared_data / "zero_shot", "--limit", 4)
     shown = steplm("eval", step, vanilla, "-t", ",".join(TASKS), *sets, "-o", run / "evaluation", cwd=tmp_path)
