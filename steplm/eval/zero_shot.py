@@ -34,6 +34,7 @@ from steplm.eval.scores import TaskResult, difference, load, mean_of, save
 from steplm.eval.task_list import TaskFolders, load_tasks
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_hf_config, load_pretrained
+from steplm.models.names import short_name, short_names
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -69,7 +70,7 @@ class ZeroShotResults:
 
     @cached_property
     def labels(self) -> dict[str, str]:
-        """A short name of each model: the parts of its path that the others do not share."""
+        """A short name of each model."""
         return dict(zip(self.models, short_names(self.models), strict=True))
 
     @cached_property
@@ -249,19 +250,8 @@ def model_fingerprint(model: str) -> str:
     return digest.hexdigest()
 
 
-def short_names(models: Sequence[str]) -> list[str]:
-    """Of each path the parts from the first to the last that not all share; a single model's last part."""
-    parts = [Path(model).parts for model in models]
-    if len(models) == 1:
-        return [parts[0][-1] if parts[0] else models[0]]
-    shared = min(len(path) for path in parts)
-    start = next((i for i in range(shared) if len({path[i] for path in parts}) > 1), shared - 1)
-    end = next((i for i in range(shared) if len({path[-1 - i] for path in parts}) > 1), 0)
-    return ["/".join(path[start : len(path) - end]) or path[-1] for path in parts]
-
-
 def _file_name(model: str, task: str, fingerprint: str) -> str:
-    plain = re.sub(r"[^\w.-]+", "_", f"{task}-{Path(model).name}")
+    plain = re.sub(r"[^\w.-]+", "_", f"{task}-{short_name(model)}")
     return f"{plain[:100]}-{fingerprint[:12]}.json"
 
 

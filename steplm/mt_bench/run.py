@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from steplm.errors import ConfigError
 from steplm.files import write_atomically
+from steplm.models.names import short_names
 from steplm.mt_bench.client import Failure, JudgeClient, ask_all
 from steplm.mt_bench.data import Answers, Bench, QuestionId, Turns, answer_turns, check_row, load_answers, load_bench
 from steplm.mt_bench.figure import radar_figure
@@ -135,7 +136,7 @@ def prepare(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}, but must be at least 1")
     given: dict[str, dict[QuestionId, Turns]] = {}
-    labels = list(names) if names else short_names(models)
+    labels = list(names) or [file_name(name.replace("/", "-")) for name in short_names(models)]
     if len(labels) != len(models):
         raise ConfigError(f"{len(models)} models, but {len(labels)} names: give --name once for each model, or never")
     loaded = [load_answers(file) for file in answer_files]
@@ -293,21 +294,6 @@ def _write_judgments(folder: Path, judge: str, modes: Iterable[str], results: Se
 
 
 # --- names ------------------------------------------------------------------------------------------------
-
-
-def short_names(models: Sequence[str]) -> list[str]:
-    """For files and tables: the end of each path, as much of it as tells the models apart.
-
-    ``runs/step/export`` and ``runs/vanilla/export`` are ``step`` and ``vanilla``.
-    """
-    paths = [[part for part in Path(model).parts if part not in ("/", ".", "..")] for model in models]
-    paths = [parts[:-1] if len(parts) > 1 and parts[-1] == "export" else parts for parts in paths]
-    longest = max(map(len, paths), default=0)
-    for length in range(1, longest + 1):
-        names = [file_name("-".join(parts[-length:])) for parts in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [file_name("-".join(parts)) for parts in paths]
 
 
 def file_name(text: str) -> str:

@@ -13,8 +13,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from steplm.models.build import plain_state
 from steplm.models.folder import save_folder
+from steplm.models.names import short_name
 from steplm.sft.config import SftConfig
-from steplm.sft.folder import name_of
 from steplm.training.model_card import public_name
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _generation_config(
 
 
 def _card(model_name: str, data: Sequence[str], config: SftConfig, result: SftResult, counts: Mapping[str, int]) -> str:
-    base = name_of(model_name)
+    base = short_name(model_name)
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["steplm", "sft"]}
     how = "all parameters" if config.lora_rank is None else f"LoRA of rank {config.lora_rank}, merged"
     losses = f"train loss {result.train_loss:.4f}"

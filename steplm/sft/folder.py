@@ -20,19 +20,14 @@ from steplm.data.shards import LOCK
 from steplm.data.sources import Source, find_sources
 from steplm.errors import CheckpointMismatch
 from steplm.files import write_atomically
+from steplm.models.names import short_name
 from steplm.sft.config import FREE_AT_RESUME, SftConfig
 
 MARKER = "steplm.json"
 
 
-def name_of(model: str) -> str:
-    """Of the run that an export is of, of the folder, or on the hub, without what lies above."""
-    parts = [part for part in Path(model).parts if part not in ("/", "~", "..", ".", "export")]
-    return parts[-1] if parts else "model"
-
-
 def default_output_dir(model: str) -> Path:
-    return Path("runs") / f"{name_of(model)}-sft"
+    return Path("runs") / f"{short_name(model)}-sft"
 
 
 def check_same_run(

@@ -18,7 +18,7 @@ from steplm.errors import CheckpointError, ConfigError, DataError, HubUnavailabl
 from steplm.eval.local_sets import hellaswag_query
 from steplm.eval.scores import TaskResult
 from steplm.eval.task_list import TaskFolders, load_tasks
-from steplm.eval.zero_shot import ZeroShotResults, evaluate_tasks, model_fingerprint, short_names
+from steplm.eval.zero_shot import ZeroShotResults, evaluate_tasks, model_fingerprint
 from steplm.models.folder import load_pretrained
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'steplm[eval]'")
@@ -299,14 +299,6 @@ def test_the_average_counts_each_task_once_by_its_primary_metric(both: ZeroShotR
     gap = both.average_difference(models[1])
     assert gap is not None
     assert gap.value == pytest.approx(value - both.average(models[0])[0])
-
-
-def test_short_names_are_what_the_paths_do_not_share() -> None:
-    assert short_names(["runs/a/lr1/export", "runs/b/lr1/export"]) == ["a", "b"]
-    assert short_names(["runs/a/s0/export", "runs/b/s1/export"]) == ["a/s0", "b/s1"]
-    assert short_names(["runs/a/export"]) == ["export"]
-    assert short_names(["x", "runs/y"]) == ["x", "runs/y"]
-    assert short_names(["runs", "runs/y"]) == ["runs", "runs/y"]
 
 
 # --- kept, and used again -----------------------------------------------------------------------------------

@@ -224,12 +224,3 @@ def test_what_cannot_be_done_is_said_in_one_message_before_anything_is_spent(
     assert "OPENAI_API_KEY is not set" in mtbench(None, "--answers", one).stderr
     assert judge.requests == []
     assert mtbench(judge, "--answers", one).returncode == 0, "a local server needs no key"
-
-
-def test_names_are_what_tells_the_paths_apart() -> None:
-    from steplm.mt_bench.run import short_names
-
-    assert short_names(["runs/step/export", "/a/vanilla/export/"]) == ["step", "vanilla"]
-    assert short_names(["runs/a/seed0/export", "runs/b/seed0/export"]) == ["a-seed0", "b-seed0"]
-    assert short_names(["owner/model", "export"]) == ["model", "export"]
-    assert short_names(["x/ä b:c"]) == ["ä_b_c"]
