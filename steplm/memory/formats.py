@@ -92,8 +92,9 @@ def low_rank_step_bytes(method: str, rows: int, columns: int, rank: int, *, widt
     if method == "galore":
         renewal = 16 * small * small + 8 * (small + 1)  # in fp64, gradient times its transpose and eigenvectors
         return max(renewal, gradient + projected, 2 * projected + 4, projected + weight, rounding)
-    factors = 9 * (1 if method == "apollo_mini" else large)  # two norms (4) of each column, and mask (1)
-    update = max(projector + projected, 2 * projected + factors, 8 * large, weight + 4 * large)
+    num_factors = 1 if method == "apollo_mini" else large  # one for the matrix, or for each column
+    factors = 9 * num_factors  # two norms (4), and mask (1)
+    update = max(projector + projected, 2 * projected + factors, 8 * large, weight + 4 * num_factors)
     return max(gradient + update, rounding)
 
 

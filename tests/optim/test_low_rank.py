@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -228,6 +228,7 @@ def test_matrices_of_layers_have_low_rank_states(name, shape, linears, expected)
 
 
 @settings(max_examples=40, deadline=None)
+@example("apollo_mini", (3, 17), 1, torch.bfloat16, False)
 @given(
     method=st.sampled_from(METHODS),
     shape=st.tuples(st.integers(3, 20), st.integers(3, 20)),
