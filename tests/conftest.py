@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import settings
 
 # One thread, whatever the environment says: tests that fork would hang in the threads that the fork leaves behind.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -23,6 +24,10 @@ from steplm.cli.app import main
 from steplm.config import RunConfig, load_config
 
 VOCAB_SIZE = 300
+# Properties are tried on the same examples at every run; on others with STEPLM_RANDOM=1.
+settings.register_profile("steplm", derandomize=not os.environ.get("STEPLM_RANDOM"))
+settings.load_profile("steplm")
+
 WORDS = ("the", "model", "grows", "new", "layers", "between", "old", "ones", "while", "memory", "stays", "small")
 
 
