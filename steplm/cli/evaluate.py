@@ -15,11 +15,9 @@ from steplm.units import format_count, format_seconds, parse_count
 if TYPE_CHECKING:
     from steplm.eval.scores import TaskResult
     from steplm.eval.zero_shot import ZeroShotResults
-    from steplm.report.tables import Table
     from steplm.report.zero_shot import TextScore
 
 HUB_MAX_TOKENS = 10_000_000  # a data set on the hub may have no end in sight
-WIDEST_WORD = 20
 NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 
@@ -173,6 +171,9 @@ def _count(value: str | int) -> int:
 
 
 def _print(results: ZeroShotResults | None, texts: list[TextScore], json_output: bool) -> None:
+    from rich.console import Console
+
+    from steplm.cli.tables import print_table
     from steplm.report.zero_shot import document, tasks_table, texts_table
 
     if json_output:
@@ -181,31 +182,7 @@ def _print(results: ZeroShotResults | None, texts: list[TextScore], json_output:
         return
     for table in (None if results is None else tasks_table(results), texts_table(texts)):
         if table is not None:
-            _print_table(table)
+            print_table(Console(highlight=False), table)
     skipped = max((score.result.num_skipped_records for score in texts), default=0)
     if skipped:
-        from rich.console import Console
-
         Console().print(f"{skipped:,} empty or unusable records were left out", style="yellow", highlight=False)
-
-
-def _print_table(table: Table) -> None:
-    from rich import table as rich_table
-    from rich.console import Console
-    from rich.text import Text
-
-    shown = rich_table.Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for number, column in enumerate(table.columns):
-        is_name = number == 0 or column == "text"
-        longest = max(len(word) for row in table.rows for word in row[number].text.split())
-        least = min(longest, WIDEST_WORD)  # a narrow terminal breaks lines between words, not within
-        shown.add_column(Text(column), justify="left" if is_name else "right", overflow="fold", min_width=least)
-    for row in table.rows:
-        tones = {"better": "green", "worse": "red"}
-        styles = [tones.get(cell.tone, "bold" if cell.strong else "") for cell in row]
-        texts = [cell.text.replace(" [", "\n[") for cell in row]  # an interval under its number: half the width
-        shown.add_row(*map(Text, texts, styles))
-    console = Console(highlight=False)
-    console.print(shown)
-    if table.caption:
-        console.print(table.caption, style="dim", markup=False)

@@ -12,14 +12,12 @@ from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table as RichTable
-from rich.text import Text
 
+from steplm.cli.tables import print_table
 from steplm.errors import ConfigError
 from steplm.mt_bench.client import Endpoint, JudgeClient
 from steplm.mt_bench.run import Benchmark, Cost, Outcome, cost, generate_answers, judge_answers, prepare
 from steplm.mt_bench.tables import all_tables, score_rows
-from steplm.report.tables import Table
 from steplm.units import format_count
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -148,11 +146,12 @@ def _show(outcome: Outcome, judge: str, json_output: bool) -> None:
     if json_output:
         print(json.dumps(list(score_rows(outcome.scores)), indent=1))
     else:
-        console = Console()
+        console = Console(highlight=False)
         for table in all_tables(outcome.scores, judge):
-            _print_table(console, table)
+            print_table(console, table, titled=True)
+            console.print()
         for file in outcome.files:
-            console.print(str(file), style="dim", highlight=False, soft_wrap=True)
+            console.print(str(file), style="dim", soft_wrap=True)
     if outcome.num_asked:
         tokens = (
             f"{outcome.prompt_tokens:,} tokens sent, {outcome.completion_tokens:,} received"
@@ -164,16 +163,6 @@ def _show(outcome: Outcome, judge: str, json_output: bool) -> None:
         _say(f"{count:,} requests got no reply: {reason}")
     if outcome.failures:
         _say("Start the same command again to ask only these.")
-
-
-def _print_table(console: Console, table: Table) -> None:
-    shown = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0), title=table.title, title_justify="left")
-    for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="right" if number else "left", overflow="fold", no_wrap=number == 0)
-    for row in table.rows:
-        shown.add_row(*(Text(cell.text, style="bold" if cell.strong else "") for cell in row))
-    console.print(shown)
-    console.print(f"{table.caption}\n", style="dim", highlight=False)
 
 
 def _counted(texts: Sequence[str]) -> dict[str, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -73,14 +74,22 @@ def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> P
         HubUnavailable: not a folder, and the hub cannot be reached or does not have it.
     """
     _require_model(name)
-    shows_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # it would tear ours apart
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        with without_bars():
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # transformers checks little of what a config.json says before it uses it
         raise _cannot_load(name, error) from None
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of transformers, which would tear ours apart."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
-        if shows_bars:
+        if shown:
             transformers_logging.enable_progress_bar()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from steplm.files import write_atomically
 from steplm.mt_bench.scores import ALL, CONFIDENCE, WHERE, Mean, PairScore, ScoreDifference, Scores, SingleScore
 from steplm.report.runs import NOT_YET
-from steplm.report.tables import Cell, Table
+from steplm.report.tables import Cell, Table, write_csv
 
 TURN_NAMES = {None: "both turns", 1: "turn 1", 2: "turn 2"}
 _CAPTION = (
@@ -125,11 +124,7 @@ def write_results(scores: Scores, directory: Path, about: dict[str, Any]) -> lis
     parts = [table.markdown() for table in all_tables(scores, about["judge"])]
     write_atomically(tables := directory / "tables.md", "# MT-Bench\n\n" + "\n".join(parts))
     rows = list(score_rows(scores))
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with (sheet := directory / "scores.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    sheet = write_csv(directory / "scores.csv", rows)
     document = json.dumps({**about, "scores": rows}, indent=1, allow_nan=False, ensure_ascii=False)
     write_atomically(whole := directory / "scores.json", document + "\n")
     return [tables, sheet, whole]

@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from steplm.data.shards import locked
 from steplm.data.tokenizer import load_tokenizer
@@ -26,7 +23,7 @@ from steplm.files import write_atomically
 from steplm.launch import is_launched
 from steplm.models.build import DTYPES
 from steplm.models.device import resolve_device
-from steplm.models.folder import load_hf_config, load_pretrained
+from steplm.models.folder import load_hf_config, load_pretrained, without_bars
 from steplm.models.forward import check_loss, mean_loss
 from steplm.sft.config import LONGEST_DEFAULT, SftConfig
 from steplm.sft.export import export_model
@@ -37,6 +34,7 @@ from steplm.sft.prepare import Prepared, batches, prepare_records
 from steplm.sft.templates import set_chat_template
 from steplm.training.environment import environment
 from steplm.training.metrics import MetricsLog, read_metrics
+from steplm.training.signals import stopping_on_signals
 from steplm.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -120,7 +118,7 @@ def instruction_tune(
         prepared = prepare_records(data, tokenizer, config, sequence_length=sequence_length)
         say(f"data  {_listing(prepared.counts())}; template: {template}")
         run = _Run(str(model), data, config, folder, device, hf_config, tokenizer, prepared, sequence_length, say)
-        with _without_bars():
+        with _quiet_libraries():
             return run.train()
 
 
@@ -160,7 +158,7 @@ class _Run:
             else:
                 self.say(f"resuming from {checkpoint.name}")
             journal.tokens_before = marker["tokens_seen"]
-            with _stopping_on_signals(journal):
+            with stopping_on_signals(journal):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             if journal.stop_signal is not None and trainer.state.global_step < schedule.num_steps:
                 self.say(f"stopped by signal {journal.stop_signal}; run the same command again to resume")
@@ -311,35 +309,13 @@ def _listing(counts: dict[str, int]) -> str:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """No progress bars of the libraries between our lines."""
-    shown = datasets.utils.logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+def _quiet_libraries() -> Iterator[None]:
+    """No progress bars between our lines."""
+    shown = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with without_bars():
+            yield
     finally:
-        if shown[0]:
+        if shown:
             datasets.enable_progress_bars()
-        if shown[1]:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _stopping_on_signals(journal: Any) -> Iterator[None]:
-    """SIGTERM or Ctrl-C: save after this step, and end; a second Ctrl-C ends at once."""
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        if journal.stop_signal == signal.SIGINT == signum:
-            raise KeyboardInterrupt
-        journal.stop_signal = signum
-
-    try:
-        before = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread, which alone can have handlers
-        before = {}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

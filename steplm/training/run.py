@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 import torch
@@ -42,6 +41,7 @@ from steplm.training.display import Display, make_display
 from steplm.training.environment import environment
 from steplm.training.export import export
 from steplm.training.metrics import SINKS, MetricsLog, NoLog, Sink, require_sinks
+from steplm.training.signals import stopping_on_signals
 from steplm.training.stage import (
     check_entrance,
     enter_stage,
@@ -197,7 +197,7 @@ def _train(config: RunConfig, world: World, display: Display) -> RunResult:
     if run is None:
         return _result_of(config.run_dir)
     try:
-        with _stopping_on_signals(run), display:
+        with stopping_on_signals(run), display:
             checkpoint = _run_stages(run, checkpoint)
             if run.stop_signal:
                 display.note(f"stopped by signal {run.stop_signal}; run the same command again to resume")
@@ -454,23 +454,3 @@ def _disk_errors(run_dir: Path) -> Iterator[None]:
         if isinstance(error, SteplmError) or not is_disk_full(error):
             raise
         raise explained(error, run_dir) from None
-
-
-@contextmanager
-def _stopping_on_signals(run: Run) -> Iterator[None]:
-    """SIGTERM and SIGINT ask for a checkpoint and an orderly end after the step in progress."""
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        if run.stop_signal == signal.SIGINT == signum:
-            raise KeyboardInterrupt  # asked twice
-        run.stop_signal = signum
-
-    try:
-        before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread: the caller's own handlers stay
-        before = {}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
