@@ -5,6 +5,7 @@
         --text "WikiText-2 test=$STEPLM_DATA/wikitext-2/wiki.test.raw"
     python benchmarks/keep_results.py runs/suites/cpu results/cpu --command "steplm compare cpu"
 
+Of a suite and of a folder of runs, the tables of evaluations are kept too, and the losses of instruction tuning.
 ``steplm report`` then makes the page of what was kept.
 """
 
@@ -14,10 +15,12 @@ import argparse
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 from steplm.config import load_config
 from steplm.eval.perplexity import evaluate_folder
+from steplm.report.evaluations import SUFFIX, find_evaluations
 from steplm.report.figure import run_figure
 from steplm.report.runs import load_run
 from steplm.report.suite import is_suite
@@ -27,6 +30,7 @@ from steplm.report.tables import write_tables
 
 KEPT = ("config.yaml", "plan.json", "metrics.jsonl", "environment.json", "summary.json", "evaluations.json")
 KEPT_OF_A_SUITE = ("suite.json", "suite.yaml")
+KEPT_OF_TUNING = ("config.yaml", "metrics.jsonl", "result.json")
 
 
 def main() -> None:
@@ -40,7 +44,13 @@ def main() -> None:
     if is_suite(source) or not (source / "plan.json").is_file():
         _copy(source, output, KEPT_OF_A_SUITE, arguments.command)
         for config in sorted(source.glob("**/config.yaml")):
-            _copy(config.parent, output / config.parent.relative_to(source), KEPT, arguments.command)
+            names = KEPT if (config.parent / "plan.json").is_file() else KEPT_OF_TUNING
+            _copy(config.parent, output / config.parent.relative_to(source), names, arguments.command)
+        for tables in sorted(source.glob(f"**/*{SUFFIX}")):
+            figures = json.loads(tables.read_text(encoding="utf-8"))["figures"]
+            (target := output / tables.parent.relative_to(source)).mkdir(parents=True, exist_ok=True)
+            for name in (tables.name, *figures):
+                shutil.copyfile(tables.parent / name, target / name)
         _write_report(output, arguments.command)
         return
     _copy(source, output, KEPT, arguments.command)
@@ -61,8 +71,12 @@ def main() -> None:
 def _write_report(output: Path, command: str) -> None:
     """Tables and figures of a suite, or of a folder of runs, as a page."""
     suite = read_suite(output)
-    tables = write_tables(suite, output)[0]
+    evaluations = [evaluation.markdown(output) for evaluation in find_evaluations(output)]
+    tables = write_tables(suite, output, evaluations)[0]
     figures = write_figures(suite, output / "figures")
+    if not is_suite(output):  # a few runs: all of them in one picture
+        figures["loss_and_memory"] = output / "figures" / "loss_and_memory.png"
+        run_figure([load_run(plan.parent) for plan in sorted(output.glob("*/plan.json"))], figures["loss_and_memory"])
     environment = next(iter(sorted(output.glob("**/environment.json"))))
     pictures = "\n".join(f"![{name}](figures/{path.name})\n" for name, path in figures.items())
     head = f"# {suite.record.name}\n\n{_made_by(environment, command)}\n"
