@@ -1,7 +1,8 @@
 """Tokens per second of an ordinary (vanilla) step against Hugging Face ``Trainer``: same model, batch, precision.
 
     pip install accelerate          # Trainer wants it
-    python benchmarks/cpu_step.py --rounds 3 --output results/cpu_step.json
+    python benchmarks/trainer_step.py --rounds 3 --output results/cpu_step.json
+    python benchmarks/trainer_step.py --run llama_368m --device cuda --precisions bf16
 
 The two run by turns in one process, and the figure is their ratio, round by round: machines are noisy, ratios
 less so. fp32 is the same arithmetic on both sides. Under ``bf16`` the Trainer computes by autocast over fp32
@@ -23,22 +24,13 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from steplm import load_config
 from steplm.data.loader import Batch
 from steplm.models.build import DTYPES, build_model, hf_config, initial_state
+from steplm.models.device import move
 from steplm.optim.adamw import AdamW
 from steplm.training.environment import environment
 from steplm.training.step import Pass, train_step
-
-MODEL = {
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 9,
-    "num_attention_heads": 4,
-    "vocab_size": 8192,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
 
 
 class StepTimes(TrainerCallback):
@@ -54,8 +46,10 @@ class StepTimes(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._started)
 
 
-def trainer_seconds(precision: str, tokens: torch.Tensor, num_steps: int) -> list[float]:
-    config = hf_config(MODEL)
+def trainer_seconds(
+    values: dict[str, Any], precision: str, tokens: torch.Tensor, num_steps: int, device: torch.device
+) -> list[float]:
+    config = hf_config(values)
     model = build_model(config, initial_state(config, seed=0, dtype=torch.float32))
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +61,7 @@ def trainer_seconds(precision: str, tokens: torch.Tensor, num_steps: int) -> lis
             max_grad_norm=1.0,
             optim="adamw_torch_fused",
             bf16=precision == "bf16",
-            use_cpu=True,
+            use_cpu=device.type == "cpu",
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -78,9 +72,12 @@ def trainer_seconds(precision: str, tokens: torch.Tensor, num_steps: int) -> lis
     return times.seconds
 
 
-def our_seconds(precision: str, tokens: torch.Tensor, num_steps: int, chunk_size: int) -> list[float]:
-    config = hf_config(MODEL)
+def our_seconds(
+    values: dict[str, Any], precision: str, tokens: torch.Tensor, num_steps: int, chunk_size: int, device: torch.device
+) -> list[float]:
+    config = hf_config(values)
     model = build_model(config, initial_state(config, seed=0, dtype=DTYPES[precision])).train()
+    move(model, device)
     optimizer = AdamW(model.named_parameters())
     batch = Batch(input_ids=tokens, labels=tokens.roll(-1, dims=1), position_ids=None)
     seconds = []
@@ -94,6 +91,8 @@ def our_seconds(precision: str, tokens: torch.Tensor, num_steps: int, chunk_size
             learning_rate=1e-3,
             max_grad_norm=1.0,
         )
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     return seconds
 
@@ -102,23 +101,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="per round and side; the first is not counted")
+    parser.add_argument("--run", default="corpus_10m", help="a YAML file or a recipe: its model and sequence length")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--chunk-size", type=int, default=512)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    shape = (arguments.batch_size, arguments.sequence_length)
-    tokens = torch.randint(0, MODEL["vocab_size"], shape, generator=torch.Generator().manual_seed(0))
+    config, device = load_config(arguments.run, ["data.train=unused"]), torch.device(arguments.device)
+    model = config.model.hf_config()
+    shape = (arguments.batch_size, config.train.sequence_length)
+    tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
-    report: dict[str, Any] = {"environment": environment(), "model": MODEL, "batch": shape, "results": {}}
-    for precision in ("fp32", "bf16"):
+    report: dict[str, Any] = {"environment": environment(device), "model": model, "batch": shape, "results": {}}
+    for precision in arguments.precisions:
         rounds = []
         for _ in range(arguments.rounds):
-            theirs = statistics.median(trainer_seconds(precision, tokens, arguments.steps)[1:])
-            ours = statistics.median(our_seconds(precision, tokens, arguments.steps, arguments.chunk_size)[1:])
+            num_steps, chunk_size = arguments.steps, arguments.chunk_size
+            theirs = statistics.median(trainer_seconds(model, precision, tokens, num_steps, device)[1:])
+            ours = statistics.median(our_seconds(model, precision, tokens, num_steps, chunk_size, device)[1:])
             rounds.append({"trainer": tokens.numel() / theirs, "steplm": tokens.numel() / ours, "ratio": theirs / ours})
             print(f"{precision}  Trainer {rounds[-1]['trainer']:,.0f} tok/s  steplm {rounds[-1]['steplm']:,.0f} tok/s  "
                   f"ratio {rounds[-1]['ratio']:.2f}", file=sys.stderr)  # fmt: skip
