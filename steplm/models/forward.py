@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -102,15 +102,25 @@ def summed_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for batch in batches:
-        valid = int((batch.labels != IGNORE_INDEX).sum())
-        batch = batch.to(model.device)
-        total += float(
-            batch_loss(model, batch.input_ids, batch.labels, batch.position_ids, num_valid=1, chunk_size=chunk_size)
-        )
-        count += valid
+    with uncompiled(model):
+        for batch in batches:
+            valid = int((batch.labels != IGNORE_INDEX).sum())
+            batch = batch.to(model.device)
+            total += float(
+                batch_loss(model, batch.input_ids, batch.labels, batch.position_ids, num_valid=1, chunk_size=chunk_size)
+            )
+            count += valid
     model.train(was_training)
     return total, count
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside, compiled layers run as they are written.
+
+    For what is not a step of training: its shapes would be compiled too, one by one, up to the compiler's limit.
+    """
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
 @torch.no_grad()

@@ -265,18 +265,19 @@ class AdamW:
         masters = [self._read_master(piece, weight) for piece, weight in zip(pieces, weights, strict=True)]
         self._kernel(
             masters,
-            [self._gradient(piece, grad_scale) for piece in pieces],
+            self._gradients(pieces, grad_scale),
             moments,
             [self.steps[piece.name] for piece in pieces],
             learning_rate=learning_rate,
             weight_decay=self.weight_decay if decays(pieces[0].name, self.parameters[pieces[0].name]) else 0.0,
         )
-        for piece, weight, master in zip(pieces, weights, masters, strict=True):
-            if "master" in self._states[piece.name]:
-                weight.copy_(master)
-            elif master is not weight:
-                weight.copy_(round_stochastically_(master))
-        del masters, master  # before the moments are rounded, which needs as much
+        with_master = [index for index, piece in enumerate(pieces) if "master" in self._states[piece.name]]
+        if with_master:  # in one call: of a small model, a GPU waits for its kernels to be launched
+            torch._foreach_copy_([weights[index] for index in with_master], [masters[index] for index in with_master])
+        for index in sorted({*range(len(pieces))} - {*with_master}):
+            if masters[index] is not weights[index]:
+                weights[index].copy_(round_stochastically_(masters[index]))
+        del masters  # before the moments are rounded, which needs as much
         for key, values in moments.items():
             self._write_moments(pieces, key, values)
 
@@ -297,8 +298,7 @@ class AdamW:
             moments["exp_avg"],
             moments["exp_avg_sq"],
             [],
-            # The kernel wants a tensor, and adds 1 to it before it uses it.
-            [torch.full((), float(step), device=weights[0].device) for step in steps],
+            _as_tensors(steps, weights[0].device),
             foreach=False,
             capturable=False,
             differentiable=False,
@@ -332,14 +332,20 @@ class AdamW:
         states = self._states[piece.name]
         return piece.of(states["master"]) if "master" in states else weight.float()  # no copy of what is fp32
 
-    def _gradient(self, piece: Piece, scale: float) -> Tensor:
-        gradient = self.parameters[piece.name].grad
-        assert gradient is not None
-        gradient = on_this_rank(gradient).reshape(-1)[piece.start : piece.stop]
-        if gradient.dtype != torch.float32:
-            gradient = gradient.float()
-            return gradient if scale == 1.0 else gradient.mul_(scale)
-        return gradient if scale == 1.0 else gradient * scale
+    def _gradients(self, pieces: list[Piece], scale: float) -> list[Tensor]:
+        """Fp32, times ``scale``: copies, but for fp32 gradients that are not scaled."""
+        gradients = []
+        for piece in pieces:
+            gradient = self.parameters[piece.name].grad
+            assert gradient is not None
+            gradients.append(on_this_rank(gradient).reshape(-1)[piece.start : piece.stop])
+        if scale == 1.0 and all(gradient.dtype == torch.float32 for gradient in gradients):
+            return gradients
+        copies = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]
+        torch._foreach_copy_(copies, gradients)
+        if scale != 1.0:
+            torch._foreach_mul_(copies, scale)
+        return copies
 
     def _make_buckets(self) -> list[list[Piece]]:
         """Pieces for one kernel call each: of one device and one weight decay, together at most ``STEP_CHUNK``."""
@@ -381,8 +387,14 @@ def carry_state(
 @torch.no_grad()
 def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The 2-norm over all gradients on this rank, an fp32 scalar; bf16 gradients are summed in fp32."""
-    norms = [_grad_norm(on_this_rank(parameter.grad)) for parameter in parameters if parameter.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    gradients = [on_this_rank(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    if all(gradient.is_cuda for gradient in gradients):
+        norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+    else:
+        norms = [_grad_norm(gradient) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_coefficient(norm: Tensor | float, max_norm: float | None) -> float:
@@ -391,6 +403,16 @@ def clip_coefficient(norm: Tensor | float, max_norm: float | None) -> float:
         return 1.0
     value = float(norm)
     return value if math.isnan(value) else min(1.0, max_norm / (value + 1e-6))
+
+
+def _as_tensors(steps: list[int], device: torch.device) -> list[Tensor]:
+    """What the kernel wants, and adds 1 to before it uses it: an fp32 scalar each, no copy from the host's memory,
+    which would wait for the device."""
+    counts = torch.full((len(steps),), float(steps[0]), device=device)
+    for index, step in enumerate(steps):
+        if step != steps[0]:
+            counts[index].fill_(step)
+    return list(counts.unbind())
 
 
 def _alike(first: Tensor, second: Tensor) -> bool:

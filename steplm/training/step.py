@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from steplm.data.loader import Batch
 from steplm.distributed.world import World
 from steplm.memory.measure import PeakMemory
-from steplm.models.forward import batch_loss
+from steplm.models.forward import batch_loss, uncompiled
 from steplm.models.loss import IGNORE_INDEX
 from steplm.optim.adamw import AdamW, clip_coefficient, global_grad_norm
 from steplm.types import Stage, TrainState
@@ -102,10 +102,11 @@ def trial(model: PreTrainedModel, optimizer: AdamW, batch: Batch, how: Pass) -> 
     Raises:
         ValueError: ``fused_backward`` with more than one micro-batch.
     """
-    if how.fused_backward:
-        result = _fused_step(model, optimizer, batch, how, None)
-        return result.loss, result.grad_norm
-    loss = forward_backward(model, batch, how)
+    with uncompiled(model):
+        if how.fused_backward:
+            result = _fused_step(model, optimizer, batch, how, None)
+            return result.loss, result.grad_norm
+        loss = forward_backward(model, batch, how)
     norm = global_grad_norm(optimizer.parameters.values())
     optimizer.zero_grad()
     result = _over_ranks(how.world, float(loss), float(norm))

@@ -347,6 +347,22 @@ def test_export_does_not_overwrite_what_is_no_export(finished: Path, tmp_path: P
     assert (tmp_path / "thesis.txt").read_text() == "important"
 
 
+def test_a_run_compiles_one_graph_for_each_kind_of_layer(
+    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = tiny_run(tmp_path / "compiled", "plan.num_stages=3", "train.compile=true")
+    train(compiled)
+    # Whole layers and frozen ones with adapters: over three depths, with evaluations, saves and two exports of them.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    train(tiny_run(tmp_path / "plain", "plan.num_stages=3"))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_losses_across_a_growth(tiny_run: Configure, tmp_path: Path) -> None:
     train(tiny_run(tmp_path / "eager", "plan.total_tokens=512"))
