@@ -4,8 +4,10 @@
     python benchmarks/gpu_memory.py --cases 368m --trace
 
 Each case is a recipe with overrides and the stages of it that are tried; two steps are taken of each, with random
-tokens and constant weights, as by ``steplm plan --calibrate``. ``reserved`` is what the allocator holds, fragmentation
-included, and ``device`` what the whole process takes on the card, the CUDA context included. ``--trace`` tells the
+tokens and constant weights, as by ``steplm plan --calibrate``. ``measured`` is what the allocator gave to tensors,
+beside the workspaces of cuBLAS; ``reserved`` all that it took, fragmentation included; ``device`` what the whole
+process takes on the card, the CUDA context included. With ``--cap`` the process gets no more than the plan says that a
+device must have, the peak and ``memory.reserve``: what is planned to fit must run there. ``--trace`` tells the
 allocations alive at the peak, summed by the line of code that made them.
 """
 
@@ -23,8 +25,9 @@ from typing import Any
 import torch
 
 from steplm import RunConfig, load_config, plan
+from steplm.models.device import resolve_device
 from steplm.training.environment import environment
-from steplm.training.simulate import measure_stage
+from steplm.training.simulate import LIBRARIES, measure_stage
 from steplm.types import Stage
 from steplm.units import format_bytes
 
@@ -58,6 +61,8 @@ OPTIONS = {
     "tied embeddings": ("model.tie_word_embeddings=true",),
     "fp32": ("train.precision=fp32",),
     "grouped queries": ("model.num_key_value_heads=4",),
+    "compiled": ("train.compile=true",),
+    "compiled, checkpointing": ("train.compile=true", *CHECKPOINTING),
     "qwen2": ("model.model_type=qwen2", "model.num_key_value_heads=4"),
     "qwen3": ("model.model_type=qwen3", "model.num_key_value_heads=4"),
     "mistral": ("model.model_type=mistral", "model.num_key_value_heads=4"),
@@ -91,13 +96,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(CASES), help="names, or beginnings of names")
     parser.add_argument("--minutes", type=float, default=60.0, help="no case begins after so many")
+    parser.add_argument("--cap", action="store_true", help="no more memory than the plan says that it needs")
     parser.add_argument("--trace", action="store_true", help="what is alive at the peak")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     device, began = torch.device(arguments.device), time.monotonic()
     report: dict[str, Any] = {"environment": environment(device), "context_bytes": None, "stages": []}
-    if device.type == "cuda":
+    if resolve_device(device.type).type == "cuda":  # which sets the allocator, as training does
+        torch.ones(1, device=device)
         report["context_bytes"] = _device_bytes() - torch.cuda.memory_reserved()
     for name, (recipe, overrides, stages) in CASES.items():
         if not any(name == wanted or name.startswith(f"{wanted} ") for wanted in arguments.cases):
@@ -108,6 +115,8 @@ def main() -> None:
         try:
             config = load_config(recipe, [*overrides, "data.train=unused", f"train.device={device.type}"])
             for stage in _chosen(plan(config).stages, stages):
+                if arguments.cap:
+                    _cap(config.memory.needed_bytes(stage.device_bytes) - report["context_bytes"])
                 row = {"case": name, "overrides": overrides, **_measure(config, stage, device, arguments.trace)}
                 report["stages"].append(row)
                 _print(row)
@@ -139,12 +148,14 @@ def _measure(config: RunConfig, stage: Stage, device: torch.device, trace: bool)
     seconds = time.monotonic() - started
     assert stage.peak is not None
     planned = {i.name: i.memory.total_bytes for i in stage.peak.instants if i.name not in ("growth", "evaluation")}
+    held = measured.highest.memory
     row = {
         "stage": stage.index,
         "layers": stage.num_hidden_layers,
         "planned_state_bytes": stage.memory.total_bytes,
         "planned_bytes": max(planned.values()),
-        "measured_bytes": measured.total_bytes,
+        "measured_bytes": held.total_bytes - held.bytes_of("model", LIBRARIES),
+        "library_bytes": held.bytes_of("model", LIBRARIES),
         "planned_moments": planned,
         "measured_moments": {instant.name: instant.memory.total_bytes for instant in measured.instants},
         "seconds": round(seconds, 1),
@@ -156,6 +167,11 @@ def _measure(config: RunConfig, stage: Stage, device: torch.device, trace: bool)
             torch.cuda.memory._record_memory_history(enabled=None)
         row["device_bytes"] = _device_bytes()  # the allocator gives nothing back before it is asked to
     return row
+
+
+def _cap(num_bytes: int) -> None:
+    """Let the allocator take so many bytes and no more."""
+    torch.cuda.set_per_process_memory_fraction(num_bytes / torch.cuda.mem_get_info()[1])
 
 
 def _device_bytes() -> int:
@@ -202,8 +218,9 @@ def _print(row: dict[str, Any]) -> None:
         f"measured {format_bytes(row['measured_bytes']):>10}",
         f"{row['planned_bytes'] / row['measured_bytes']:.4f}",
     ]
-    if "reserved_bytes" in row:
-        parts.append(f"reserved {format_bytes(row['reserved_bytes'])}  device {format_bytes(row['device_bytes'])}")
+    for name in ("library", "reserved", "device"):
+        if f"{name}_bytes" in row:
+            parts.append(f"{name} {format_bytes(row[f'{name}_bytes'])}")
     print("  ".join(parts), flush=True)
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from steplm.config import RunConfig
 from steplm.files import write_atomically
 from steplm.models.device import resolve_device
-from steplm.training.simulate import measure_stage, simulate_stage
+from steplm.training.simulate import LIBRARIES, measure_stage, simulate_stage
 from steplm.types import Plan, Stage
 from steplm.units import format_bytes
 
@@ -56,7 +56,9 @@ def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[st
     device = resolve_device(config.train.device)
     stage = max(plan.stages, key=lambda stage: _planned_in_a_step(stage) or stage.device_bytes)
     with console.status(f"two steps of stage {stage.index} on {device}"):
-        measured = measure_stage(config, stage, device).total_bytes
+        held = measure_stage(config, stage, device).highest.memory
+    libraries = held.bytes_of("model", LIBRARIES)
+    measured = held.total_bytes - libraries
     planned = _planned_in_a_step(stage)
     record = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
@@ -65,6 +67,7 @@ def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[st
         "stage": stage.index,
         "planned_bytes": planned,
         "measured_bytes": measured,
+        "library_bytes": libraries,
         "correction": None if planned is None else measured / planned,
     }
     path = config.run_dir / "calibration.json"
@@ -75,6 +78,10 @@ def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[st
         + ("" if planned is None else f", planned {format_bytes(planned)}"),
         highlight=False,
     )
+    if libraries:
+        console.print(
+            f"beside it, in memory.reserve: {format_bytes(libraries)} for workspaces of cuBLAS", highlight=False
+        )
     if planned is not None:
         console.print(
             f"memory.correction={measured / planned:.4f} makes every budget count with it; kept in {path}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
@@ -18,7 +20,20 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"unknown device {name!r}: use auto, cpu or cuda", device=name)
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("the device is to be cuda, but PyTorch sees no CUDA device. Use cpu or auto.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    _allocate_exactly()
+    return torch.device("cuda")
+
+
+def _allocate_exactly() -> None:
+    """Let CUDA's allocator give tensors the bytes that they have, and lose little between them.
+
+    By default it gives a large tensor up to 1 MiB more, and cannot join what is free in different blocks. Nothing is
+    changed where the user has set the allocator, or it is in use already.
+    """
+    if not ({"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys() or torch.cuda.is_initialized()):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def move(model: nn.Module, device: torch.device | str) -> None:

@@ -68,8 +68,14 @@ class Display:
         share = f"  {progress.fraction:.0%}" if progress.num_documents else ""
         self.note(f"data  {progress.phase}{share}{counts}{bad}")
 
-    def stage_start(self, stage: Stage, measured: MemoryEstimate, measured_peak_bytes: int | None = None) -> None:
-        """The table of planned beside measured bytes; the peak is that of the dry run."""
+    def stage_start(
+        self,
+        stage: Stage,
+        measured: MemoryEstimate,
+        measured_peak_bytes: int | None = None,
+        library_bytes: int = 0,
+    ) -> None:
+        """The table of planned beside measured bytes; the peak is the dry run's, libraries' workspaces apart."""
         table = Table(
             title=self._stage_title(stage), title_justify="left", title_style="bold", box=None, pad_edge=False
         )
@@ -83,8 +89,12 @@ class Display:
             table.add_row(name, f"{planned_bytes:,}", f"{measured_bytes:,}", equal)
         if measured_peak_bytes is not None and stage.peak is not None:
             planned_bytes = stage.peak.highest_in_a_pass.memory.total_bytes
-            share = f"{measured_peak_bytes / planned_bytes:.1%}"
-            table.add_row("peak of a dry run", f"{planned_bytes:,}", f"{measured_peak_bytes:,}", share)
+            of_tensors = measured_peak_bytes - library_bytes
+            table.add_row(
+                "peak of a dry run", f"{planned_bytes:,}", f"{of_tensors:,}", f"{of_tensors / planned_bytes:.1%}"
+            )
+            if library_bytes:
+                table.add_row("and cuBLAS", "", f"{library_bytes:,}", "")
         self.console.print(table)
 
     def _stage_title(self, stage: Stage) -> str:

@@ -14,6 +14,8 @@ from steplm.optim.adamw import AdamW
 from steplm.pet.frozen import frozen_tensors
 from steplm.types import HOST
 
+ALLOCATED = "allocated"  # kind of bytes
+
 
 class CountedBytes(ByteCounter):
     """Counts the bytes of tensors, and knows by which name each goes: for a CPU, and for fake tensors."""
@@ -41,6 +43,10 @@ class CountedBytes(ByteCounter):
 
     def reset(self) -> None:
         self.reset_peak()
+
+    def library_bytes(self) -> int:
+        """None: what a kernel takes inside itself is no tensor."""
+        return 0
 
     def peak(self) -> dict[str, int]:
         return self.peak_by_label
@@ -78,11 +84,20 @@ class AllocatedBytes:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> dict[str, int]:
-        return {"allocated": self.peak_bytes}
+        return {ALLOCATED: self.peak_bytes}
 
     @property
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self.device)
+
+    def library_bytes(self) -> int:
+        """Of the peak, the workspaces of cuBLAS, which are no tensors of the plan: what is free when they are gone.
+
+        The next product of matrices makes them anew.
+        """
+        before = torch.cuda.memory_allocated(self.device)
+        torch._C._cuda_clearCublasWorkspaces()
+        return before - torch.cuda.memory_allocated(self.device)
 
     def __enter__(self) -> AllocatedBytes:
         return self

@@ -176,7 +176,7 @@ def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembl
     entrance_peak = measure_peak(run.device)  # of merge, growth and assembly
     reset_peak(run.device)
     how = way_of_passing(run)
-    measured_peak = _dry_run(run, model, optimizer, how) if train.dry_run else None
+    measured_peak, library_bytes = _dry_run(run, model, optimizer, how) if train.dry_run else (None, 0)
     everything = measure_model_state(
         model, optimizer, stage, packed=packed_rows(model), expect_gradients=not (train.dry_run or how.fused_backward)
     )
@@ -196,15 +196,20 @@ def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembl
             planned_peak_bytes=None if stage.peak is None else stage.peak.total_bytes,
             planned_dry_run_bytes=None if stage.peak is None else stage.peak.highest_in_a_pass.memory.total_bytes,
             measured_dry_run_bytes=measured_peak,
+            measured_library_bytes=library_bytes,
             **({} if run.world.is_alone else {"measured_bytes_of_ranks": [round(count) for count in bytes_of_ranks]}),
             **{f"entrance_{name}": value for name, value in to_json(entrance_peak).items()},
         )
     # A dry run updates nothing, so that where updates are a part of the pass its peak is another.
-    run.display.stage_start(stage, measured, None if how.fused_backward else measured_peak)
+    run.display.stage_start(stage, measured, None if how.fused_backward else measured_peak, library_bytes)
 
 
-def _dry_run(run: Run, model: PreTrainedModel, optimizer: AdamW, how: Pass) -> int | None:
-    """A step without its update, gradients left; the most bytes that the device held, if that can be told."""
+def _dry_run(run: Run, model: PreTrainedModel, optimizer: AdamW, how: Pass) -> tuple[int | None, int]:
+    """A step without its update, gradients left.
+
+    Returns:
+        The most bytes that the device held, if that can be told, and how many of them were libraries' workspaces.
+    """
     train = run.config.train
     # Two micro-batches where there are as many: the second meets the gradients of the first.
     num_sequences = run.config.micro_batch_size * min(2, run.config.micro_batches)
@@ -219,7 +224,7 @@ def _dry_run(run: Run, model: PreTrainedModel, optimizer: AdamW, how: Pass) -> i
             trial(model, optimizer, batch, how)
         else:
             forward_backward(model, batch, how)
-        return None if gauge is None else gauge.peak_bytes
+        return (None, 0) if gauge is None else (gauge.peak_bytes, gauge.library_bytes())
 
 
 def _report_packing(run: Run, stage: Stage, start: StageStart, assembled: Assembled) -> None:
