@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import time
 import traceback
 from collections import defaultdict
@@ -101,11 +102,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    device, began = torch.device(arguments.device), time.monotonic()
+    device, began = resolve_device(arguments.device), time.monotonic()  # sets the allocator, as training does
     report: dict[str, Any] = {"environment": environment(device), "context_bytes": None, "stages": []}
-    if resolve_device(device.type).type == "cuda":  # which sets the allocator, as training does
+    if device.type == "cuda":
         torch.ones(1, device=device)
         report["context_bytes"] = _device_bytes() - torch.cuda.memory_reserved()
+        report["allocator"] = os.environ.get("PYTORCH_ALLOC_CONF")
     for name, (recipe, overrides, stages) in CASES.items():
         if not any(name == wanted or name.startswith(f"{wanted} ") for wanted in arguments.cases):
             continue

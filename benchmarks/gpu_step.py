@@ -22,6 +22,7 @@ from steplm import RunConfig, load_config, plan
 from steplm.data.loader import Batch
 from steplm.distributed.world import World
 from steplm.models.build import DTYPES, hf_config, initial_state
+from steplm.models.device import resolve_device
 from steplm.training.assemble import StageStart, assemble
 from steplm.training.environment import environment
 from steplm.training.step import Pass, train_step
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE, after --")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device = resolve_device(arguments.device)
     report: dict[str, Any] = {"environment": environment(device), "peak_tflops": arguments.peak_tflops, "stages": []}
     for run in arguments.runs:
         for stages in (1, None):

@@ -164,14 +164,15 @@ def with_world_size(distributed: DistributedConfig) -> DistributedConfig:
 
 
 @contextmanager
-def joined(distributed: DistributedConfig, device: torch.device) -> Iterator[World]:
+def joined(distributed: DistributedConfig, device: torch.device, *, even_alone: bool = False) -> Iterator[World]:
     """Join the other processes that ``torchrun`` started; alone, nothing is set up.
 
     Args:
         distributed: with the true ``world_size``.
         device: of this run; of several CUDA devices a rank takes that of its ``LOCAL_RANK``.
+        even_alone: set up what is for several where ``torchrun`` has started one: to test it, and to know its cost.
     """
-    if not is_launched():
+    if not is_launched() or (launched_size() == 1 and not even_alone):
         yield World(device)
         return
     rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))

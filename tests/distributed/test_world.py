@@ -88,3 +88,11 @@ def test_of_a_wrong_configuration_the_first_rank_speaks_and_the_launcher_is_told
     assert result.returncode == 2
     assert result.stderr.startswith("rank 0: ConfigError: plan has no key 'num_stage'")
     assert "num_stage" in error_file.read_text()
+
+
+def test_one_launched_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with joined(DistributedConfig(), torch.device("cpu")) as world:
+        assert world.is_alone
+        assert not torch.distributed.is_initialized()

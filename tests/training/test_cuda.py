@@ -3,23 +3,24 @@ the allocator's peak is the planned one. Skipped where there is none."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from steplm.config import RunConfig, dump_config, load_config
+from steplm.config import RunConfig, load_config
+from steplm.distributed.world import joined
 from steplm.models.loss import chunked_cross_entropy
 from steplm.pet.host import LayerFetcher
 from steplm.planner.plan import plan
+from steplm.training import run as run_module
 from steplm.training.metrics import read_metrics
 from steplm.training.run import train
-from steplm.training.simulate import measure_stage
+from steplm.training.simulate import LIBRARIES, measure_stage
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -43,16 +44,18 @@ def test_compiled_layers_give_the_losses_of_plain_ones(tiny_run: Configure, tmp_
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
-def test_one_sharded_rank_over_nccl_gives_the_losses_of_a_plain_run(tiny_run: Configure, tmp_path: Path) -> None:
+def test_one_sharded_rank_over_nccl_gives_the_losses_of_a_plain_run(
+    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(tiny_run(tmp_path / "plain", CUDA))
-    sharded = tiny_run(tmp_path / "sharded", CUDA)
-    (tmp_path / "run.yaml").write_text(dump_config(sharded))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    command = [*launcher, "-m", "steplm", "train", str(tmp_path / "run.yaml")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(run_module, "joined", partial(joined, even_alone=True))
+    train(tiny_run(tmp_path / "sharded", CUDA))
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
@@ -109,5 +112,7 @@ def test_the_planned_peak_is_what_the_allocator_gives_out(option: tuple[str, ...
     stage = plan(config).stages[1]
     assert stage.peak is not None
     planned = max(i.memory.total_bytes for i in stage.peak.instants if i.name not in ("growth", "evaluation"))
-    measured = measure_stage(config, stage, "cuda").total_bytes
-    assert 0.97 <= planned / measured <= 1.10
+    held = measure_stage(config, stage, "cuda").highest.memory
+    measured = held.total_bytes - held.bytes_of("model", LIBRARIES)
+    # Without expandable segments, which another test may have come too early for, up to 1 MiB a tensor is lost.
+    assert 0.99 <= planned / measured <= 1.02
