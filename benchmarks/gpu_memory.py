@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_memory.py --output results/gpu_memory/measured.json
     python benchmarks/gpu_memory.py --cases 368m --trace
+    python benchmarks/gpu_memory.py --table results/gpu_memory/measured.json    # Markdown, of what was measured
 
 Each case is a recipe with overrides and the stages of it that are tried; two steps are taken of each, with random
 tokens and constant weights, as by ``steplm plan --calibrate``. ``measured`` is what the allocator gave to tensors,
@@ -101,7 +102,11 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="what is alive at the peak")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path, help="print the table of a report, and measure nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print("\n".join(_table(json.loads(arguments.table.read_text())["stages"])))
+        return
     device, began = resolve_device(arguments.device), time.monotonic()  # sets the allocator, as training does
     report: dict[str, Any] = {"environment": environment(device), "context_bytes": None, "stages": []}
     if device.type == "cuda":
@@ -211,6 +216,24 @@ def _change(event: dict[str, Any], alive: dict[int, dict[str, Any]]) -> int:
     if event["action"] == "free_requested" and alive.pop(event["addr"], None):
         return -int(event["size"])
     return 0
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: planned beside measured, and what the allocator took beyond the plan."""
+    lines = [
+        "| case | stage | planned | measured | planned / measured | reserved, beyond the plan |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['case']} | | | did not run: {row['error'].partition(':')[0]} | | |")
+            continue
+        planned, measured = row["planned_bytes"], row["measured_bytes"]
+        lines.append(
+            f"| {row['case']} | {row['stage']} | {format_bytes(planned)} | {format_bytes(measured)} | "
+            f"{planned / measured:.4f} | {format_bytes(row['reserved_bytes'] - planned)} |"
+        )
+    return lines
 
 
 def _print(row: dict[str, Any]) -> None:

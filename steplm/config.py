@@ -297,7 +297,7 @@ class MemoryConfig(Section):
     )
     offload_activations: bool = Field(False, description="keep activations in host memory until the backward pass")
     reserve: Bytes = Field(
-        2**30, description="for the device's context, libraries and fragmentation, beside the peak in every budget"
+        5 * 2**28, description="for the device's context, libraries and fragmentation, beside the peak in every budget"
     )
     correction: float = Field(
         1.0, gt=0, description="measured / planned peak on your device, as `steplm plan --calibrate` tells it"
