@@ -33,6 +33,7 @@ def run_eval(
     max_tokens: str | int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    names: Sequence[str] = (),
     limit: int | None = None,
     num_fewshot: int | None = None,
     tasks_path: Sequence[Path] = (),
@@ -45,16 +46,17 @@ def run_eval(
     Without tasks the JSON is a list, one object a model and text; with tasks it is the document of
     ``steplm.eval.zero_shot``, with the same list under ``perplexity``.
     """
-    names = [name.strip() for entry in tasks for name in entry.split(",") if name.strip()]
-    if not names and not data:
+    wanted = [name.strip() for entry in tasks for name in entry.split(",") if name.strip()]
+    if not wanted and not data:
         raise ConfigError("nothing to evaluate on: name tasks (--tasks piqa,arc_easy) or texts (--data FILE), or both")
-    if not names and (output or limit is not None or num_fewshot is not None):
+    if not wanted and (output or limit is not None or num_fewshot is not None):
         raise ConfigError("--output, --limit and --num-fewshot are for tasks: name some with --tasks")
     results = None
-    if names:
+    if wanted:
         results = _score_tasks(
             models,
-            names,
+            wanted,
+            names=names,
             limit=limit,
             num_fewshot=num_fewshot,
             batch_size=batch_size,
@@ -86,11 +88,11 @@ def run_eval(
 # --- tasks ------------------------------------------------------------------------------------------------
 
 
-def _score_tasks(models: list[str], names: list[str], **how: Any) -> ZeroShotResults:
+def _score_tasks(models: list[str], tasks: list[str], **how: Any) -> ZeroShotResults:
     from steplm.eval.zero_shot import evaluate_tasks
 
     with _TaskDisplay() as display:
-        return evaluate_tasks(models, names, progress=display, **how)
+        return evaluate_tasks(models, tasks, progress=display, **how)
 
 
 class _TaskDisplay:

@@ -49,9 +49,15 @@ def run_mtbench(
     backoff: float = 1.0,
     ask_again: int = 2,
     dry_run: bool = False,
+    check_only: bool = False,
     json_output: bool = False,
 ) -> int:
-    """Generate, judge, and print the tables; returns the exit code, 1 where judgments are missing."""
+    """Generate, judge, and print the tables; returns the exit code, 1 where judgments are missing.
+
+    Args:
+        dry_run: say what it would cost, and no more.
+        check_only: and refuse what cannot be judged, as far as that is known while the models need not be there.
+    """
     benchmark = prepare(
         models,
         data=data,
@@ -83,6 +89,8 @@ def run_mtbench(
     if expected.num_requests:
         _require_key(endpoint, named=api_key_env is not None)
         client = JudgeClient(endpoint, _say)  # before hours of generation: without the library it ends here
+    if check_only:
+        return 0
     if models:
         from steplm.mt_bench.answers import AnswerSettings
 
