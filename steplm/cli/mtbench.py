@@ -113,7 +113,7 @@ def run_mtbench(
         ask_again=ask_again,
         progress=_progress,
     )
-    _show(outcome, judge_model, json_output)
+    _show(outcome, json_output)
     return 1 if outcome.failures else 0
 
 
@@ -150,12 +150,12 @@ def _say_limits(benchmark: Benchmark, max_new_tokens: int) -> None:
             _say(f"note: {limits.num_cut_prompts:,} prompts of {name} lost their beginning to the model's context")
 
 
-def _show(outcome: Outcome, judge: str, json_output: bool) -> None:
+def _show(outcome: Outcome, json_output: bool) -> None:
     if json_output:
         print(json.dumps(list(score_rows(outcome.scores)), indent=1))
     else:
         console = Console(highlight=False)
-        for table in all_tables(outcome.scores, judge):
+        for table in all_tables(outcome.scores, outcome.judge):
             print_table(console, table, titled=True)
             console.print()
         for file in outcome.files:

@@ -118,6 +118,7 @@ class Reply:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     tstamp: float = 0.0
+    temperature: float | None = TEMPERATURE  # that was asked for; None: none, as the judge takes its own alone
 
 
 class Replies:
@@ -141,6 +142,7 @@ class Replies:
                 "prompt_tokens": reply.prompt_tokens,
                 "completion_tokens": reply.completion_tokens,
                 "tstamp": reply.tstamp,
+                "temperature": reply.temperature,
             }
         )
         self._of.setdefault(request.key, []).append(reply)
@@ -177,6 +179,7 @@ def _reply(row: dict[str, Any]) -> Reply:
         row.get("prompt_tokens"),
         row.get("completion_tokens"),
         row.get("tstamp", 0.0),
+        row.get("temperature", TEMPERATURE),
     )
 
 

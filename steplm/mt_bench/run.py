@@ -221,6 +221,7 @@ def generate_answers(
 class Outcome:
     """Scores, and what they took."""
 
+    judge: str  # as tables name it
     scores: Scores
     judgments: list[Judged]
     failures: list[Failure] = field(default_factory=list)
@@ -264,9 +265,13 @@ def judge_answers(
             _write_judgments(output / "model_judgment", judge, benchmark.modes, results)
         new = journal.rows[num_before:]
     scores = all_scores(benchmark.bench, benchmark.names, benchmark.modes, results)
+    given = [outcome.reply for each in results for outcome in each.outcomes if outcome.reply is not None]
+    num_otherwise = sum(reply.temperature is None for reply in given)
+    label = f"{judge} at its own temperature" if num_otherwise else judge
     used = [sum(row[name] or 0 for row in new) for name in ("prompt_tokens", "completion_tokens")]
     about = {
         "judge": judge,
+        "num_replies_at_its_own_temperature": num_otherwise,
         "models": {name: benchmark.models.get(name, "given answers") for name in benchmark.names},
         "modes": list(benchmark.modes),
         "num_questions": benchmark.num_questions,
@@ -276,11 +281,12 @@ def judge_answers(
             {"key": f.request.key, "prompt": f.request.prompt_name, "reason": f.reason} for f in failures
         ],
     }
+    tables = all_tables(scores, label)
     figure = radar_figure(scores, output / "radar.png")
     figures = () if figure is None else (figure,)
-    save_evaluation(output, "mt_bench", Evaluation("MT-Bench", tuple(all_tables(scores, judge)), figures))
-    files = [*write_results(scores, output, about), *figures]
-    return Outcome(scores, results, failures, len(new), used[0], used[1], files)
+    save_evaluation(output, "mt_bench", Evaluation("MT-Bench", tuple(tables), figures))
+    files = [*write_results(scores, tables, output, about), *figures]
+    return Outcome(label, scores, results, failures, len(new), used[0], used[1], files)
 
 
 def _write_judgments(folder: Path, judge: str, modes: Iterable[str], results: Sequence[Judged]) -> None:

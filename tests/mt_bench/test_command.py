@@ -87,6 +87,21 @@ def test_models_are_answered_judged_and_compared(
     assert without_judge.stdout == result.stdout, "what is whole needs no judge"
 
 
+def test_a_judge_at_its_own_temperature_is_named_so_beside_its_scores(
+    mtbench: Callable[..., Any], stub_judge: Callable[..., Any], answer_file: Any, tmp_path: Path
+) -> None:
+    judge = stub_judge(refuse_temperature=True)
+    arguments = ["--answers", answer_file("one"), "--limit", 1]
+    result = mtbench(judge, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "note: stub refuses temperature 0" in result.stderr
+    out = tmp_path / "out"
+    assert json.loads((out / "scores.json").read_text())["num_replies_at_its_own_temperature"] == 6
+    again = mtbench(None, *arguments)
+    for text in (result.stdout, again.stdout, (out / "tables.md").read_text()):
+        assert "judged by stub at its own temperature" in text
+
+
 def test_the_key_is_nowhere(
     mtbench: Callable[..., Any], stub_judge: Callable[..., Any], answer_file: Any, tmp_path: Path
 ) -> None:
