@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from steplm.errors import ConfigError
 from steplm.units import format_count, format_seconds, parse_count
 
 if TYPE_CHECKING:
+    from steplm.eval.perplexity import PerplexityResult
     from steplm.eval.scores import TaskResult
     from steplm.eval.zero_shot import ZeroShotResults
     from steplm.report.zero_shot import TextScore
@@ -44,13 +46,14 @@ def run_eval(
     """Print what each model scores on tasks and texts as tables, or as JSON; write both under ``output``.
 
     Without tasks the JSON is a list, one object a model and text; with tasks it is the document of
-    ``steplm.eval.zero_shot``, with the same list under ``perplexity``.
+    ``steplm.eval.zero_shot``, with the same list under ``perplexity``. What
+    ``output`` holds already is not scored again.
     """
     wanted = [name.strip() for entry in tasks for name in entry.split(",") if name.strip()]
     if not wanted and not data:
         raise ConfigError("nothing to evaluate on: name tasks (--tasks piqa,arc_easy) or texts (--data FILE), or both")
-    if not wanted and (output or limit is not None or num_fewshot is not None):
-        raise ConfigError("--output, --limit and --num-fewshot are for tasks: name some with --tasks")
+    if not wanted and (limit is not None or num_fewshot is not None):
+        raise ConfigError("--limit and --num-fewshot are for tasks: name some with --tasks")
     results = None
     if wanted:
         results = _score_tasks(
@@ -70,6 +73,7 @@ def run_eval(
         models,
         data,
         max_tokens,
+        output,
         text_field=text_field,
         sequence_length=sequence_length,
         stride=stride,
@@ -78,7 +82,7 @@ def run_eval(
         dtype=dtype,
     )
     _print(results, texts, json_output)
-    if results is not None and output is not None:
+    if output is not None:
         from steplm.report.zero_shot import write_results
 
         paths = write_results(results, texts, output)
@@ -134,10 +138,11 @@ class _TaskDisplay:
 # --- texts ------------------------------------------------------------------------------------------------
 
 
-def _score_texts(models: list[str], data: list[str], max_tokens: str | int | None, **how: Any) -> list[TextScore]:
+def _score_texts(
+    models: list[str], data: list[str], max_tokens: str | int | None, output: Path | None, **how: Any
+) -> list[TextScore]:
     if not data:
         return []
-    from steplm.eval.perplexity import evaluate_folder
     from steplm.report.zero_shot import TextScore
 
     limit = None if max_tokens is None else _count(max_tokens)
@@ -147,10 +152,27 @@ def _score_texts(models: list[str], data: list[str], max_tokens: str | int | Non
             f"note: of hub data {format_count(limit)} tokens at most; --max-tokens sets another limit", file=sys.stderr
         )
     return [
-        TextScore(model, name, tuple(entries), evaluate_folder(model, entries, max_tokens=limit, **how))
+        TextScore(model, name, tuple(entries), _score_text(model, name, entries, output, max_tokens=limit, **how))
         for model in dict.fromkeys(models)
         for name, entries in _by_name(data).items()
     ]
+
+
+def _score_text(model: str, name: str, entries: list[str], output: Path | None, **how: Any) -> PerplexityResult:
+    from steplm.eval.perplexity import evaluate_folder
+
+    if output is None:
+        return evaluate_folder(model, entries, **how)
+    from steplm.eval.kept import evaluate_or_reuse
+
+    started_at = time.monotonic()
+    result, reused = evaluate_or_reuse(model, entries, output, **how)
+    took = "as saved" if reused else format_seconds(time.monotonic() - started_at)
+    print(
+        f"{name or 'text'}  {model}  perplexity {result.perplexity:.4g}  {result.num_tokens:,} tokens  {took}",
+        file=sys.stderr,
+    )
+    return result
 
 
 def _by_name(data: list[str]) -> dict[str, list[str]]:
@@ -179,8 +201,7 @@ def _print(results: ZeroShotResults | None, texts: list[TextScore], json_output:
     from steplm.report.zero_shot import document, tasks_table, texts_table
 
     if json_output:
-        found = [score.as_json() for score in texts] if results is None else document(results, texts)
-        print(json.dumps(found, indent=1))
+        print(json.dumps(document(results, texts), indent=1))
         return
     for table in (None if results is None else tasks_table(results), texts_table(texts)):
         if table is not None:

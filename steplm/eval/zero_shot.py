@@ -26,14 +26,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from steplm.data.tokenizer import load_tokenizer, tokenizer_files
-from steplm.data.tokens import file_sha256
+from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError
 from steplm.eval.bootstrap import Difference, mean_difference
+from steplm.eval.fingerprint import model_fingerprint
 from steplm.eval.scores import TaskResult, difference, load, mean_of, save
 from steplm.eval.task_list import TaskFolders, load_tasks
 from steplm.models.device import resolve_device
-from steplm.models.folder import load_hf_config, load_pretrained
+from steplm.models.folder import load_pretrained
 from steplm.models.names import short_name, short_names
 
 if TYPE_CHECKING:
@@ -245,24 +245,6 @@ def _load_scorer(model: str, batch_size: int, device: str, dtype: str) -> Scorer
     return scorer(
         load_pretrained(model, dtype=dtype).to(resolve_device(device)).eval(), load_tokenizer(model), batch_size
     )
-
-
-def model_fingerprint(model: str) -> str:
-    """A hash of a folder's configuration, weights and tokenizer; of a hub model, its name and commit.
-
-    Raises:
-        CheckpointError, DataError, HubUnavailable: no model there, or no tokenizer.
-    """
-    config = load_hf_config(model)
-    folder = Path(model)
-    if not folder.is_dir():
-        return f"{model}@{getattr(config, '_commit_hash', None)}"
-    load_tokenizer(model)
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.index.json")]
-    digest = hashlib.sha256()
-    for file in sorted({folder / "config.json", *weights, *tokenizer_files(model)}):
-        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
-    return digest.hexdigest()
 
 
 def _file_name(model: str, task: str, fingerprint: str) -> str:
