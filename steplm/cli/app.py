@@ -388,7 +388,7 @@ def sft(
         typer.Option(
             "--data",
             "-d",
-            help="json, jsonl, parquet: Alpaca's columns, messages, or prompt and completion; repeatable.",
+            help="json, jsonl, parquet: Alpaca's columns, chats, ShareGPT's, or prompt and completion; repeatable.",
         ),
     ],
     overrides: Annotated[
