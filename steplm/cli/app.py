@@ -273,6 +273,10 @@ def mtbench(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[MODEL]...", help="Hugging Face folders or hub names of chat models."),
     ] = None,
+    questions: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Questions from elsewhere than DATA: a file, or hub://OWNER/NAME?revision=COMMIT."),
+    ] = None,
     base_url: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; default: OpenAI's."),
@@ -332,6 +336,7 @@ def mtbench(
             judge_model=judge_model,
             data=data,
             output=output,
+            questions=questions,
             base_url=base_url,
             mode=mode,
             names=name or [],

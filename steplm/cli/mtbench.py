@@ -30,6 +30,7 @@ def run_mtbench(
     judge_model: str,
     data: Path,
     output: Path,
+    questions: str | None = None,
     base_url: str | None = None,
     mode: str = "single",
     names: Sequence[str] = (),
@@ -62,6 +63,7 @@ def run_mtbench(
         models,
         data=data,
         output=output,
+        questions=questions,
         mode=mode,
         names=names,
         answer_files=answers,
@@ -128,6 +130,11 @@ def _require_key(endpoint: Endpoint, *, named: bool) -> None:
 
 def _announcement(benchmark: Benchmark, endpoint: Endpoint, expected: Cost) -> str:
     lines = [f"{len(benchmark.names)} models, {benchmark.num_questions} questions: {', '.join(benchmark.names)}"]
+    if benchmark.bench.num_own_references:
+        lines.append(
+            f"note: {benchmark.bench.num_own_references:,} questions are judged against the references of their own "
+            "set, not against published ones of GPT-4: scores differ from published ones"
+        )
     if expected.num_answers:
         lines.append(f"{expected.num_answers:,} answers to generate")
     if_long = " (if every answer is as long as it may be)" if expected.num_answers else ""

@@ -135,6 +135,7 @@ class MtBenchConfig(Section):
 
     data: str
     judge_model: str
+    questions: str | None = None
     base_url: str | None = None
     mode: Literal["single", "pairwise", "both"] = "single"
     categories: Texts = Field([])

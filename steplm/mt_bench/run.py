@@ -65,6 +65,7 @@ class Benchmark:
     given: Answers
     modes: tuple[str, ...]
     output: Path
+    questions: str | None = None  # where they are from, if not from the folder
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -120,6 +121,7 @@ def prepare(
     *,
     data: Path,
     output: Path,
+    questions: str | None = None,
     mode: str = "single",
     names: Sequence[str] = (),
     answer_files: Sequence[Path] = (),
@@ -152,8 +154,8 @@ def prepare(
         raise ConfigError("nothing to judge: name models, or files of answers with --answers")
     if "pairwise" in MODES[mode] and len(everyone) < 2:
         raise ConfigError("a pairwise comparison needs two models or more; there is one")
-    bench = load_bench(data, categories=categories, limit=limit)
-    return Benchmark(bench, dict(zip(labels, models, strict=True)), given, MODES[mode], output)
+    bench = load_bench(data, questions=questions, categories=categories, limit=limit)
+    return Benchmark(bench, dict(zip(labels, models, strict=True)), given, MODES[mode], output, questions)
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,9 @@ def judge_answers(
         "num_replies_at_its_own_temperature": num_otherwise,
         "models": {name: benchmark.models.get(name, "given answers") for name in benchmark.names},
         "modes": list(benchmark.modes),
+        "questions": benchmark.questions,
         "num_questions": benchmark.num_questions,
+        "num_references_of_the_questions_own": benchmark.bench.num_own_references,
         "categories": list(benchmark.bench.categories),
         "answers": {name: asdict(limits) for name, limits in benchmark.limits().items()},
         "requests_without_reply": [
