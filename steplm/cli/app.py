@@ -323,6 +323,9 @@ def mtbench(
     retries: Annotated[int, typer.Option(min=0, help="Further tries of a request that failed.")] = 6,
     backoff: Annotated[float, typer.Option(help="Seconds before the first retry; doubled before each further.")] = 1.0,
     ask_again: Annotated[int, typer.Option(min=0, help="Further questions where a reply cannot be read.")] = 2,
+    max_judge_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a judge's reply at most, those of its thinking too.")
+    ] = 2048,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show requests and tokens; ask nothing.")] = False,
     device: Device = "auto",
     json: Json = False,
@@ -355,6 +358,7 @@ def mtbench(
             retries=retries,
             backoff=backoff,
             ask_again=ask_again,
+            max_judge_tokens=max_judge_tokens,
             dry_run=dry_run,
             json_output=json,
         )

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from steplm.cli.tables import print_table
 from steplm.errors import ConfigError
 from steplm.mt_bench.client import Endpoint, JudgeClient
+from steplm.mt_bench.judge import MAX_TOKENS
 from steplm.mt_bench.run import Benchmark, Cost, Outcome, cost, generate_answers, judge_answers, prepare
 from steplm.mt_bench.tables import all_tables, score_rows
 from steplm.units import format_count
@@ -49,6 +50,7 @@ def run_mtbench(
     retries: int = 6,
     backoff: float = 1.0,
     ask_again: int = 2,
+    max_judge_tokens: int = MAX_TOKENS,
     dry_run: bool = False,
     check_only: bool = False,
     json_output: bool = False,
@@ -69,6 +71,7 @@ def run_mtbench(
         answer_files=answers,
         categories=categories,
         limit=limit,
+        max_judge_tokens=max_judge_tokens,
     )
     expected = cost(benchmark, judge_model, max_new_tokens=max_new_tokens, ask_again=ask_again)
     url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL

@@ -151,6 +151,7 @@ class MtBenchConfig(Section):
     retries: int = Field(6, ge=0)
     backoff: float = Field(1.0, ge=0)
     ask_again: int = Field(2, ge=0)
+    max_judge_tokens: int = Field(2048, gt=0)
 
 
 class AfterwardsConfig(Section):

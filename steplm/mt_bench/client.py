@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from steplm.errors import ConfigError, JudgeError
-from steplm.mt_bench.judge import MAX_TOKENS, TEMPERATURE, Replies, Reply, Request
+from steplm.mt_bench.judge import TEMPERATURE, Replies, Reply, Request
 from steplm.units import format_seconds, reason
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class JudgeClient:
             max_retries=0,  # ours can be interrupted, slow all threads down together, and retry torn bodies
         )
         self._pace = _Pace(endpoint.requests_per_minute)
-        self._options: dict[str, int] = {"temperature": TEMPERATURE, "max_tokens": MAX_TOKENS}
+        self._options: tuple[str, ...] = ("temperature", "max_tokens")
         self._lock = threading.Lock()
         self._reached = False
         self.stopped = threading.Event()
@@ -195,7 +195,7 @@ class JudgeClient:
                     self._remember(options)
                 return reply
 
-    def _remember(self, options: dict[str, int]) -> None:
+    def _remember(self, options: tuple[str, ...]) -> None:
         with self._lock:
             before, self._options = self._options, options
         if "temperature" in before and "temperature" not in options:
@@ -204,8 +204,10 @@ class JudgeClient:
                 "it may give other scores"
             )
 
-    def _send(self, request: Request, options: dict[str, int]) -> Reply:
+    def _send(self, request: Request, options: tuple[str, ...]) -> Reply:
         openai = self._openai
+        limit = request.max_tokens
+        values = {"temperature": TEMPERATURE, "max_tokens": limit, "max_completion_tokens": limit}
         try:
             completion = self._client.chat.completions.create(
                 model=request.judge,
@@ -213,7 +215,7 @@ class JudgeClient:
                     {"role": "system", "content": request.system},
                     {"role": "user", "content": request.user},
                 ],
-                **options,
+                **{name: values[name] for name in options},
             )
         except openai.APIStatusError:  # of the kind below too, and for whoever sent it to understand
             raise
@@ -226,7 +228,7 @@ class JudgeClient:
             raise _Passing(said, reached=not type(cause).__name__.startswith("Connect")) from None
         except (openai.APIError, ValueError, TypeError, AttributeError) as error:  # a body that is no JSON
             raise _Passing(f"a malformed reply ({self.endpoint.redacted(reason(error))})") from None
-        return self._reply(completion, options.get("temperature"))
+        return self._reply(completion, TEMPERATURE if "temperature" in options else None)
 
     def _reply(self, completion: Any, temperature: int | None) -> Reply:
         try:
@@ -359,17 +361,16 @@ class _Pace:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
-def _accepted_instead(error: APIStatusError, options: dict[str, int]) -> dict[str, int] | None:
+def _accepted_instead(error: APIStatusError, options: tuple[str, ...]) -> tuple[str, ...] | None:
     """Options that the judge may take after it has refused these; ``None`` where it was not for their sake."""
     said = _message(error)
     if error.status_code != 400:
         return None
     if "max_tokens" in options and "max_completion_tokens" in said:  # as newer models call the same limit
-        renamed = {"max_tokens": "max_completion_tokens"}
-        return {renamed.get(name, name): value for name, value in options.items()}
+        return tuple("max_completion_tokens" if name == "max_tokens" else name for name in options)
     is_temperature = error.param == "temperature" or ("temperature" in said and "support" in said.lower())
     if "temperature" in options and is_temperature:  # reasoning models have theirs
-        return {name: value for name, value in options.items() if name != "temperature"}
+        return tuple(name for name in options if name != "temperature")
     return None
 
 

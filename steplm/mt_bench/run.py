@@ -25,6 +25,7 @@ from steplm.mt_bench.figure import radar_figure
 from steplm.mt_bench.journal import Journal
 from steplm.mt_bench.judge import (
     CHARACTERS_PER_TOKEN,
+    MAX_TOKENS,
     Comparison,
     Grading,
     Judged,
@@ -66,6 +67,7 @@ class Benchmark:
     modes: tuple[str, ...]
     output: Path
     questions: str | None = None  # where they are from, if not from the folder
+    max_judge_tokens: int = MAX_TOKENS
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,9 +113,10 @@ class Benchmark:
 
     def judgments(self, answers: Answers, judge: str) -> list[Grading | Comparison]:
         """All that there are to be, of these answers."""
-        makers: dict[str, Callable[[Bench, Answers, str], Sequence[Grading | Comparison]]]
+        makers: dict[str, Callable[[Bench, Answers, str, int], Sequence[Grading | Comparison]]]
         makers = {"single": gradings, "pairwise": comparisons}
-        return [judgment for mode in self.modes for judgment in makers[mode](self.bench, answers, judge)]
+        how = self.bench, answers, judge, self.max_judge_tokens
+        return [judgment for mode in self.modes for judgment in makers[mode](*how)]
 
 
 def prepare(
@@ -127,6 +130,7 @@ def prepare(
     answer_files: Sequence[Path] = (),
     categories: Sequence[str] = (),
     limit: int | None = None,
+    max_judge_tokens: int = MAX_TOKENS,
 ) -> Benchmark:
     """Read all files and check what can be checked before time and money are spent.
 
@@ -135,8 +139,9 @@ def prepare(
     """
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}: use single, pairwise or both", mode=mode)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}, but must be at least 1")
+    for name, number in (("limit", limit), ("max_judge_tokens", max_judge_tokens)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} is {number}, but must be at least 1")
     given: dict[str, dict[QuestionId, Turns]] = {}
     labels = list(names) or [file_name(name.replace("/", "-")) for name in short_names(models)]
     if len(labels) != len(models):
@@ -155,7 +160,9 @@ def prepare(
     if "pairwise" in MODES[mode] and len(everyone) < 2:
         raise ConfigError("a pairwise comparison needs two models or more; there is one")
     bench = load_bench(data, questions=questions, categories=categories, limit=limit)
-    return Benchmark(bench, dict(zip(labels, models, strict=True)), given, MODES[mode], output, questions)
+    return Benchmark(
+        bench, dict(zip(labels, models, strict=True)), given, MODES[mode], output, questions, max_judge_tokens
+    )
 
 
 @dataclass(frozen=True)
@@ -274,6 +281,7 @@ def judge_answers(
     about = {
         "judge": judge,
         "num_replies_at_its_own_temperature": num_otherwise,
+        "max_judge_tokens": benchmark.max_judge_tokens,
         "models": {name: benchmark.models.get(name, "given answers") for name in benchmark.names},
         "modes": list(benchmark.modes),
         "questions": benchmark.questions,

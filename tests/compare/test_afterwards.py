@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +213,11 @@ def test_the_section_has_the_options_of_the_command_with_its_defaults() -> None:
         assert field.is_required() or field.default == (list(default) if default == () else default)
 
 
-def test_the_section_that_the_page_shows_is_one() -> None:
-    page = (Path(__file__).parents[2] / "docs/comparing.md").read_text()
-    shown = page.split("```yaml\nafterwards:")[1].split("```")[0]
-    config = AfterwardsConfig.model_validate(yaml.safe_load("afterwards:" + shown)["afterwards"])
+@pytest.mark.parametrize(("file", "mark"), [("docs/comparing.md", ""), ("recipes/suites/gpu.yaml", "# ")])
+def test_a_section_that_is_shown_is_one(file: str, mark: str) -> None:
+    lines = iter((Path(__file__).parents[2] / file).read_text().splitlines())
+    begin = next(line for line in lines if line.startswith(f"{mark}afterwards:"))
+    shown = [begin, *takewhile(lambda line: line.startswith(f"{mark}  "), lines)]
+    values = yaml.safe_load("\n".join(line.removeprefix(mark) for line in shown))
+    config = AfterwardsConfig.model_validate(values["afterwards"])
     assert None not in (config.tasks, config.sft, config.mtbench)
