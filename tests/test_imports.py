@@ -38,7 +38,7 @@ ALLOWED = {
     "eval": SIBLINGS | {"models", "checkpoint", "data"},
     "sft": SIBLINGS | {"training", "models", "data"},
     "report": SIBLINGS | {"training", "eval"},
-    "compare": SIBLINGS | {"training", "eval", "report", "data", "models", "checkpoint"},
+    "compare": SIBLINGS | {"training", "eval", "sft", "report", "data", "models", "checkpoint"},
     "mt_bench": SIBLINGS | {"report", "data", "models"},
     "cli": SIBLINGS | {"training", "eval", "sft", "report", "compare", "mt_bench", "data", "models"},
 }

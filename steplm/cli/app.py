@@ -273,6 +273,10 @@ def mtbench(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[MODEL]...", help="Hugging Face folders or hub names of chat models."),
     ] = None,
+    questions: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Questions from elsewhere than DATA: a file, or hub://OWNER/NAME?revision=COMMIT."),
+    ] = None,
     base_url: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; default: OpenAI's."),
@@ -319,6 +323,9 @@ def mtbench(
     retries: Annotated[int, typer.Option(min=0, help="Further tries of a request that failed.")] = 6,
     backoff: Annotated[float, typer.Option(help="Seconds before the first retry; doubled before each further.")] = 1.0,
     ask_again: Annotated[int, typer.Option(min=0, help="Further questions where a reply cannot be read.")] = 2,
+    max_judge_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a judge's reply at most, those of its thinking too.")
+    ] = 2048,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show requests and tokens; ask nothing.")] = False,
     device: Device = "auto",
     json: Json = False,
@@ -332,6 +339,7 @@ def mtbench(
             judge_model=judge_model,
             data=data,
             output=output,
+            questions=questions,
             base_url=base_url,
             mode=mode,
             names=name or [],
@@ -350,6 +358,7 @@ def mtbench(
             retries=retries,
             backoff=backoff,
             ask_again=ask_again,
+            max_judge_tokens=max_judge_tokens,
             dry_run=dry_run,
             json_output=json,
         )
@@ -388,7 +397,7 @@ def sft(
         typer.Option(
             "--data",
             "-d",
-            help="json, jsonl, parquet: Alpaca's columns, messages, or prompt and completion; repeatable.",
+            help="json, jsonl, parquet: Alpaca's columns, chats, ShareGPT's, or prompt and completion; repeatable.",
         ),
     ],
     overrides: Annotated[

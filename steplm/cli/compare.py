@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from steplm.cli.afterwards import check_steps, run_steps, steps
 from steplm.compare.check import check_folders, check_plans, check_texts, prepare_data
 from steplm.compare.display import SuiteDisplay, make_display
 from steplm.compare.entries import RunKey, Suite
 from steplm.compare.sharing import num_shared
 from steplm.compare.suite import read_suite
+from steplm.errors import SteplmError
 from steplm.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ def run_compare(
     runs = check_plans(suite)
     if dry_run:
         _print_runs(suite, runs)
+        for line in steps(suite):
+            print(line)
         return 0
     from steplm.training.display import make_display as make_run_display
 
@@ -39,17 +43,30 @@ def run_compare(
         f"suite     {suite.config.name}: {len(suite.expected_runs({}))} runs or more, every plan checked", "dim"
     )
     check_texts(suite)
+    check_steps(suite)
     configs = prepare_data(suite, runs, make_run_display(progress).prepare)
     check_folders(suite, configs)
     record, stop_signal = _run(suite, configs, display, jobs)
     if stop_signal is not None:
         display.note("stopped; run the same command again to resume")
         return 128 + stop_signal
+    exit_code = _finish(suite, record, display)
+    if exit_code > 128:
+        return exit_code
     if report:
         from steplm.cli.report import show_report
 
         show_report(suite.directory, None)
-    return _conclude(suite, record, display)
+    return max(exit_code, _conclude(suite, record, display))
+
+
+def _finish(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
+    """The steps after the last run; where one fails, the report is still to be made."""
+    try:
+        return run_steps(suite, record, display)
+    except SteplmError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 def _run(

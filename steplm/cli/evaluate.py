@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from steplm.errors import ConfigError
 from steplm.units import format_count, format_seconds, parse_count
 
 if TYPE_CHECKING:
+    from steplm.eval.perplexity import PerplexityResult
     from steplm.eval.scores import TaskResult
     from steplm.eval.zero_shot import ZeroShotResults
     from steplm.report.zero_shot import TextScore
@@ -33,6 +35,7 @@ def run_eval(
     max_tokens: str | int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    names: Sequence[str] = (),
     limit: int | None = None,
     num_fewshot: int | None = None,
     tasks_path: Sequence[Path] = (),
@@ -43,18 +46,20 @@ def run_eval(
     """Print what each model scores on tasks and texts as tables, or as JSON; write both under ``output``.
 
     Without tasks the JSON is a list, one object a model and text; with tasks it is the document of
-    ``steplm.eval.zero_shot``, with the same list under ``perplexity``.
+    ``steplm.eval.zero_shot``, with the same list under ``perplexity``. What
+    ``output`` holds already is not scored again.
     """
-    names = [name.strip() for entry in tasks for name in entry.split(",") if name.strip()]
-    if not names and not data:
+    wanted = [name.strip() for entry in tasks for name in entry.split(",") if name.strip()]
+    if not wanted and not data:
         raise ConfigError("nothing to evaluate on: name tasks (--tasks piqa,arc_easy) or texts (--data FILE), or both")
-    if not names and (output or limit is not None or num_fewshot is not None):
-        raise ConfigError("--output, --limit and --num-fewshot are for tasks: name some with --tasks")
+    if not wanted and (limit is not None or num_fewshot is not None):
+        raise ConfigError("--limit and --num-fewshot are for tasks: name some with --tasks")
     results = None
-    if names:
+    if wanted:
         results = _score_tasks(
             models,
-            names,
+            wanted,
+            names=names,
             limit=limit,
             num_fewshot=num_fewshot,
             batch_size=batch_size,
@@ -68,6 +73,7 @@ def run_eval(
         models,
         data,
         max_tokens,
+        output,
         text_field=text_field,
         sequence_length=sequence_length,
         stride=stride,
@@ -76,7 +82,7 @@ def run_eval(
         dtype=dtype,
     )
     _print(results, texts, json_output)
-    if results is not None and output is not None:
+    if output is not None:
         from steplm.report.zero_shot import write_results
 
         paths = write_results(results, texts, output)
@@ -86,11 +92,11 @@ def run_eval(
 # --- tasks ------------------------------------------------------------------------------------------------
 
 
-def _score_tasks(models: list[str], names: list[str], **how: Any) -> ZeroShotResults:
+def _score_tasks(models: list[str], tasks: list[str], **how: Any) -> ZeroShotResults:
     from steplm.eval.zero_shot import evaluate_tasks
 
     with _TaskDisplay() as display:
-        return evaluate_tasks(models, names, progress=display, **how)
+        return evaluate_tasks(models, tasks, progress=display, **how)
 
 
 class _TaskDisplay:
@@ -132,10 +138,11 @@ class _TaskDisplay:
 # --- texts ------------------------------------------------------------------------------------------------
 
 
-def _score_texts(models: list[str], data: list[str], max_tokens: str | int | None, **how: Any) -> list[TextScore]:
+def _score_texts(
+    models: list[str], data: list[str], max_tokens: str | int | None, output: Path | None, **how: Any
+) -> list[TextScore]:
     if not data:
         return []
-    from steplm.eval.perplexity import evaluate_folder
     from steplm.report.zero_shot import TextScore
 
     limit = None if max_tokens is None else _count(max_tokens)
@@ -145,10 +152,27 @@ def _score_texts(models: list[str], data: list[str], max_tokens: str | int | Non
             f"note: of hub data {format_count(limit)} tokens at most; --max-tokens sets another limit", file=sys.stderr
         )
     return [
-        TextScore(model, name, tuple(entries), evaluate_folder(model, entries, max_tokens=limit, **how))
+        TextScore(model, name, tuple(entries), _score_text(model, name, entries, output, max_tokens=limit, **how))
         for model in dict.fromkeys(models)
         for name, entries in _by_name(data).items()
     ]
+
+
+def _score_text(model: str, name: str, entries: list[str], output: Path | None, **how: Any) -> PerplexityResult:
+    from steplm.eval.perplexity import evaluate_folder
+
+    if output is None:
+        return evaluate_folder(model, entries, **how)
+    from steplm.eval.kept import evaluate_or_reuse
+
+    started_at = time.monotonic()
+    result, reused = evaluate_or_reuse(model, entries, output, **how)
+    took = "as saved" if reused else format_seconds(time.monotonic() - started_at)
+    print(
+        f"{name or 'text'}  {model}  perplexity {result.perplexity:.4g}  {result.num_tokens:,} tokens  {took}",
+        file=sys.stderr,
+    )
+    return result
 
 
 def _by_name(data: list[str]) -> dict[str, list[str]]:
@@ -177,8 +201,7 @@ def _print(results: ZeroShotResults | None, texts: list[TextScore], json_output:
     from steplm.report.zero_shot import document, tasks_table, texts_table
 
     if json_output:
-        found = [score.as_json() for score in texts] if results is None else document(results, texts)
-        print(json.dumps(found, indent=1))
+        print(json.dumps(document(results, texts), indent=1))
         return
     for table in (None if results is None else tasks_table(results), texts_table(texts)):
         if table is not None:

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from steplm.cli.tables import print_table
 from steplm.errors import ConfigError
 from steplm.mt_bench.client import Endpoint, JudgeClient
+from steplm.mt_bench.judge import MAX_TOKENS
 from steplm.mt_bench.run import Benchmark, Cost, Outcome, cost, generate_answers, judge_answers, prepare
 from steplm.mt_bench.tables import all_tables, score_rows
 from steplm.units import format_count
@@ -30,6 +31,7 @@ def run_mtbench(
     judge_model: str,
     data: Path,
     output: Path,
+    questions: str | None = None,
     base_url: str | None = None,
     mode: str = "single",
     names: Sequence[str] = (),
@@ -48,19 +50,28 @@ def run_mtbench(
     retries: int = 6,
     backoff: float = 1.0,
     ask_again: int = 2,
+    max_judge_tokens: int = MAX_TOKENS,
     dry_run: bool = False,
+    check_only: bool = False,
     json_output: bool = False,
 ) -> int:
-    """Generate, judge, and print the tables; returns the exit code, 1 where judgments are missing."""
+    """Generate, judge, and print the tables; returns the exit code, 1 where judgments are missing.
+
+    Args:
+        dry_run: say what it would cost, and no more.
+        check_only: and refuse what cannot be judged, as far as that is known while the models need not be there.
+    """
     benchmark = prepare(
         models,
         data=data,
         output=output,
+        questions=questions,
         mode=mode,
         names=names,
         answer_files=answers,
         categories=categories,
         limit=limit,
+        max_judge_tokens=max_judge_tokens,
     )
     expected = cost(benchmark, judge_model, max_new_tokens=max_new_tokens, ask_again=ask_again)
     url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
@@ -83,6 +94,8 @@ def run_mtbench(
     if expected.num_requests:
         _require_key(endpoint, named=api_key_env is not None)
         client = JudgeClient(endpoint, _say)  # before hours of generation: without the library it ends here
+    if check_only:
+        return 0
     if models:
         from steplm.mt_bench.answers import AnswerSettings
 
@@ -105,7 +118,7 @@ def run_mtbench(
         ask_again=ask_again,
         progress=_progress,
     )
-    _show(outcome, judge_model, json_output)
+    _show(outcome, json_output)
     return 1 if outcome.failures else 0
 
 
@@ -120,6 +133,11 @@ def _require_key(endpoint: Endpoint, *, named: bool) -> None:
 
 def _announcement(benchmark: Benchmark, endpoint: Endpoint, expected: Cost) -> str:
     lines = [f"{len(benchmark.names)} models, {benchmark.num_questions} questions: {', '.join(benchmark.names)}"]
+    if benchmark.bench.num_own_references:
+        lines.append(
+            f"note: {benchmark.bench.num_own_references:,} questions are judged against the references of their own "
+            "set, not against published ones of GPT-4: scores differ from published ones"
+        )
     if expected.num_answers:
         lines.append(f"{expected.num_answers:,} answers to generate")
     if_long = " (if every answer is as long as it may be)" if expected.num_answers else ""
@@ -142,12 +160,12 @@ def _say_limits(benchmark: Benchmark, max_new_tokens: int) -> None:
             _say(f"note: {limits.num_cut_prompts:,} prompts of {name} lost their beginning to the model's context")
 
 
-def _show(outcome: Outcome, judge: str, json_output: bool) -> None:
+def _show(outcome: Outcome, json_output: bool) -> None:
     if json_output:
         print(json.dumps(list(score_rows(outcome.scores)), indent=1))
     else:
         console = Console(highlight=False)
-        for table in all_tables(outcome.scores, judge):
+        for table in all_tables(outcome.scores, outcome.judge):
             print_table(console, table, titled=True)
             console.print()
         for file in outcome.files:

@@ -84,6 +84,7 @@ class Suite:
         if config.baseline not in self.entries:
             raise ConfigError(f"baseline: no entry {config.baseline!r}.{nearest(config.baseline, self.entries)}")
         self.questions = tuple(_questions(config, list(self.entries)))
+        self.last_models = _last_models(config, self.entries)
         self.tune_seed = config.tune.seed if config.tune else 0
         self.run_config, self._plan_of = cache(self._run_config), cache(self._plan)
 
@@ -243,11 +244,36 @@ def _questions(config: SuiteConfig, names: list[str]) -> Iterator[Question]:
     for question in config.questions:
         entries: dict[str, None] = {}
         for pattern in question.entries:
-            found = [name for name in names if fnmatchcase(name, pattern)]
-            if not found:
-                raise ConfigError(f"question {question.title!r}: no entry {pattern!r}.{nearest(pattern, names)}")
-            entries |= dict.fromkeys(found)
+            entries |= dict.fromkeys(_matching(pattern, names, f"question {question.title!r}"))
         baseline = question.baseline or (config.baseline if config.baseline in entries else None)
         if baseline is not None and baseline not in names:
             raise ConfigError(f"question {question.title!r}: no entry {baseline!r}.{nearest(baseline, names)}")
         yield Question(question.title, tuple(entries), baseline, question.text)
+
+
+def _matching(pattern: str, names: Collection[str], where: str) -> list[str]:
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        raise ConfigError(f"{where}: no entry {pattern!r}.{nearest(pattern, names)}")
+    return found
+
+
+def _last_models(config: SuiteConfig, entries: Mapping[str, Entry]) -> dict[str, tuple[Entry, int]]:
+    """The entry and seed of each model that the suite ends with, by its name in tables; the baseline's first."""
+    if config.afterwards is None:
+        return {}
+    given = config.afterwards.seeds
+    names = dict.fromkeys(n for p in config.afterwards.entries for n in _matching(p, entries, "afterwards.entries"))
+    models = {}
+    for name in sorted(names, key=lambda name: name != config.baseline):
+        entry = entries[name]
+        seeds = tuple(dict.fromkeys(given or entry.seeds[:1]))
+        if missing := sorted({*seeds} - {*entry.seeds}):
+            raise ConfigError(
+                f"afterwards.seeds: entry {name!r} is not run at seed {missing[0]}, only at "
+                f"{', '.join(map(str, entry.seeds))}"
+            )
+        for seed in seeds:
+            label = name if len(seeds) == 1 else f"{name}-seed{seed}"
+            models[re.sub(r"[^\w.=+-]", "_", label)] = entry, seed  # MT-Bench has files of these names
+    return models

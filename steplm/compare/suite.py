@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_serializer, model_validator
 
 from steplm.compare.methods import METHODS
 from steplm.config import (
@@ -28,6 +28,7 @@ from steplm.config import (
     recipes_dir,
 )
 from steplm.errors import ConfigError
+from steplm.sft.config import SftConfig
 from steplm.units import shortened
 
 Match = Literal["tokens", "flops"]
@@ -102,6 +103,78 @@ class QuestionConfig(Section):
     baseline: str | None = Field(None, description="default: the suite's, where it is among the entries")
 
 
+class TasksConfig(Section):
+    """Zero-shot tasks, as ``steplm eval --tasks`` scores them."""
+
+    names: Annotated[Texts, Field(min_length=1)]
+    data: str | None = Field(None, description="folder with local copies of sets")
+    paths: Texts = Field([], description="folders of task files")
+    limit: int | None = Field(None, gt=0, description="items of each task, the first ones")
+    num_fewshot: int | None = Field(None, ge=0)
+    batch_size: int = Field(8, gt=0)
+
+
+class InstructionsConfig(SftConfig):
+    """Instruction tuning: the keys of ``steplm sft``, and its data."""
+
+    data: Annotated[Texts, Field(min_length=1)]
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        """Without defaults: some keys exclude others, and a suite that was written down is read again."""
+        return {key: getattr(self, key) for key in type(self).model_fields if key in self.model_fields_set}
+
+    @property
+    def keys(self) -> SftConfig:
+        """What ``instruction_tune`` takes beside the data."""
+        return SftConfig.model_validate({key: value for key, value in self.model_dump().items() if key != "data"})
+
+
+class MtBenchConfig(Section):
+    """MT-Bench: the options of ``steplm mtbench``, with its defaults."""
+
+    data: str
+    judge_model: str
+    questions: str | None = None
+    base_url: str | None = None
+    mode: Literal["single", "pairwise", "both"] = "single"
+    categories: Texts = Field([])
+    limit: int | None = Field(None, gt=0, description="questions of each category")
+    max_new_tokens: int = Field(1024, gt=0)
+    batch_size: int = Field(8, gt=0)
+    seed: int = 0
+    chat_template: str | None = None
+    api_key_env: str | None = None
+    concurrency: int = Field(4, gt=0)
+    requests_per_minute: float | None = Field(None, gt=0)
+    timeout: float = Field(120.0, gt=0)
+    retries: int = Field(6, ge=0)
+    backoff: float = Field(1.0, ge=0)
+    ask_again: int = Field(2, ge=0)
+    max_judge_tokens: int = Field(2048, gt=0)
+
+
+class AfterwardsConfig(Section):
+    """What the suite ends in, when its last run is done: of each entry's model at the chosen learning rate."""
+
+    entries: Annotated[Texts, Field(min_length=1)] = Field(["*"], description="names or shell patterns")
+    seeds: Seeds | None = Field(None, description="default: the first of each entry's")
+    tasks: TasksConfig | None = None
+    sft: InstructionsConfig | None = None
+    mtbench: MtBenchConfig | None = Field(None, description="of the tuned models, where there is `sft`")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AfterwardsConfig:
+        if not (self.tasks or self.sft or self.mtbench):
+            raise ValueError("nothing to do: give `tasks`, `sft` or `mtbench`")
+        if self.mtbench and not self.mtbench.chat_template and (not self.sft or self.sft.chat_template == "none"):
+            raise ValueError(
+                "`mtbench` talks with models, and what a suite trains has no chat template: give `sft` with one, which "
+                "is the default, or mtbench.chat_template"
+            )
+        return self
+
+
 class SuiteConfig(Section):
     """A whole suite."""
 
@@ -114,6 +187,7 @@ class SuiteConfig(Section):
     tune: TuneConfig | None = None
     jobs: int = Field(1, gt=0, description="runs side by side")
     evaluate: dict[str, TextConfig] = Field(default_factory=dict)
+    afterwards: AfterwardsConfig | None = None
     keep_checkpoints: bool = Field(False, description="false: they go when no run that is to come needs them")
     entries: Annotated[list[EntryConfig], Field(min_length=1)]
     questions: list[QuestionConfig] = Field(default_factory=list)

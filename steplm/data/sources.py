@@ -11,6 +11,7 @@ import glob
 import gzip
 import hashlib
 import json
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ from steplm.units import reason, shortened
 NUM_EXAMPLES = 10
 TEXT_PIECE_BYTES = 32 * 2**10
 HUB_RETRY_SECONDS = (1, 5, 25, 125)  # waits after a stream has broken off
+COMMIT = re.compile("[0-9a-f]{40}")
 HUB_KEYS = ("name", "split", "revision", "data_dir", "data_files")
 
 
@@ -98,6 +100,13 @@ class Source:
         if self.path is not None:
             return f"{self.path.name} ({self.path.stat().st_size} bytes, ends {_digest_of_ends(self.path)})"
         return describe_python_docs() if self.name.startswith("builtin://") else self.name
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether ``describe`` tells all: on the hub a text can change under its name, unless a commit is given."""
+        if self.path is not None or not self.name.startswith("hub://"):
+            return True
+        return COMMIT.fullmatch(_hub_arguments(self.name)[1].get("revision", "")) is not None
 
     def documents(self, text_field: str, bad: BadRecords) -> Iterator[Document]:
         """The documents in order; unusable records go to ``bad``.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 import yaml
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from steplm.data.loader import Batch
 from steplm.data.tokenizer import load_tokenizer
@@ -119,7 +119,7 @@ def evaluate_folder(
     result = perplexity(
         model,
         stream.token_ids,
-        sequence_length=sequence_length or default_sequence_length(folder, model),
+        sequence_length=sequence_length or default_sequence_length(folder, model.config),
         stride=stride,
         batch_size=batch_size,
         num_text_bytes=stream.num_text_bytes,
@@ -127,12 +127,12 @@ def evaluate_folder(
     return replace(result, num_skipped_records=stream.num_skipped_records)
 
 
-def default_sequence_length(folder: str | Path, model: PreTrainedModel) -> int:
+def default_sequence_length(folder: str | Path, config: PretrainedConfig) -> int:
     """The length of the model's training, where its folder says so; else its context, within a limit."""
     training_config = Path(folder) / "training_config.yaml"
     if training_config.is_file():
         return yaml.safe_load(training_config.read_text())["train"]["sequence_length"]
-    return min(getattr(model.config, "max_position_embeddings", None) or LONGEST_DEFAULT, LONGEST_DEFAULT)
+    return min(getattr(config, "max_position_embeddings", None) or LONGEST_DEFAULT, LONGEST_DEFAULT)
 
 
 def _batches(tokens: Tensor, sequence_length: int, stride: int, batch_size: int) -> Iterator[Batch]:

@@ -26,14 +26,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from steplm.data.tokenizer import load_tokenizer, tokenizer_files
-from steplm.data.tokens import file_sha256
+from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError
 from steplm.eval.bootstrap import Difference, mean_difference
+from steplm.eval.fingerprint import model_fingerprint
 from steplm.eval.scores import TaskResult, difference, load, mean_of, save
 from steplm.eval.task_list import TaskFolders, load_tasks
 from steplm.models.device import resolve_device
-from steplm.models.folder import load_hf_config, load_pretrained
+from steplm.models.folder import load_pretrained
 from steplm.models.names import short_name, short_names
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class ZeroShotResults:
     tasks: tuple[str, ...]
     by_model_and_task: dict[tuple[str, str], TaskResult]
     lm_eval_version: str
+    names: tuple[str, ...] = ()  # of the models in tables; default: the ends of their paths
 
     def of(self, task: str) -> list[TaskResult]:
         """The results on a task, in the order of the models."""
@@ -71,7 +72,7 @@ class ZeroShotResults:
     @cached_property
     def labels(self) -> dict[str, str]:
         """A short name of each model."""
-        return dict(zip(self.models, short_names(self.models), strict=True))
+        return dict(zip(self.models, self.names or short_names(self.models), strict=True))
 
     @cached_property
     def _differences(self) -> dict[tuple[str, str, str], Difference | None]:
@@ -158,6 +159,7 @@ def evaluate_tasks(
     output: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    names: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> ZeroShotResults:
     """Score models on tasks. No code of a model is ever run (``trust_remote_code`` stays off).
@@ -175,18 +177,18 @@ def evaluate_tasks(
         output: folder where each pair of model and task is saved when it is scored. What is there, of the same
             weights, tokenizer, precision, items, examples and lm_eval, is reused.
         device, dtype: as in ``evaluate_folder``.
+        names: of the models in tables; default: the ends of their paths.
 
     Raises:
         ConfigError: lm_eval is not there, unknown tasks, numbers out of range.
         CheckpointError, DataError, HubUnavailable: no such model, tokenizer or set, or an unusable one.
     """
-    names = [str(model) for model in models]
-    _check(names, tasks, limit, num_fewshot, batch_size)
-    _require_lm_eval()
+    paths = [str(model) for model in models]
+    _check(paths, names, tasks, limit, num_fewshot, batch_size)
     resolve_device(device)
-    fingerprints = {name: model_fingerprint(name) for name in names}  # wrong names are found before minutes of work
-    folders = TaskFolders(tuple(map(Path, tasks_path)), None if tasks_data is None else Path(tasks_data))
-    loaded = load_tasks(list(dict.fromkeys(tasks)), folders, num_fewshot)
+    require_lm_eval()
+    fingerprints = {path: model_fingerprint(path) for path in paths}  # wrong names are found before minutes of work
+    loaded = tasks_of(tasks, num_fewshot=num_fewshot, tasks_path=tasks_path, tasks_data=tasks_data)
 
     import lm_eval
 
@@ -194,7 +196,7 @@ def evaluate_tasks(
 
     keys = {name: task_key(task, limit) for name, task in loaded.items()}
     results: dict[tuple[str, str], TaskResult] = {}
-    for model in names:
+    for model in paths:
         lm: Scorer | None = None
         for name, task in loaded.items():
             fingerprint = hashlib.sha256(f"{fingerprints[model]} {keys[name]} {dtype}".encode()).hexdigest()
@@ -211,7 +213,20 @@ def evaluate_tasks(
             results[model, name] = replace(result, model=model)
             if progress is not None:
                 progress.finish(results[model, name], reused)
-    return ZeroShotResults(tuple(names), tuple(loaded), results, lm_eval.__version__)
+    return ZeroShotResults(tuple(paths), tuple(loaded), results, lm_eval.__version__, tuple(names))
+
+
+def tasks_of(
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    tasks_path: Sequence[str | Path] = (),
+    tasks_data: str | Path | None = None,
+) -> dict[str, Task]:
+    """The tasks with their items; arguments and errors as in ``evaluate_tasks``."""
+    require_lm_eval()
+    folders = TaskFolders(tuple(map(Path, tasks_path)), None if tasks_data is None else Path(tasks_data))
+    return load_tasks(list(dict.fromkeys(tasks)), folders, num_fewshot)
 
 
 def _score_task(lm: Scorer, name: str, task: Task, limit: int | None, progress: Progress | None) -> TaskResult:
@@ -232,42 +247,34 @@ def _load_scorer(model: str, batch_size: int, device: str, dtype: str) -> Scorer
     )
 
 
-def model_fingerprint(model: str) -> str:
-    """A hash of a folder's configuration, weights and tokenizer; of a hub model, its name and commit.
-
-    Raises:
-        CheckpointError, DataError, HubUnavailable: no model there, or no tokenizer.
-    """
-    config = load_hf_config(model)
-    folder = Path(model)
-    if not folder.is_dir():
-        return f"{model}@{getattr(config, '_commit_hash', None)}"
-    load_tokenizer(model)
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.index.json")]
-    digest = hashlib.sha256()
-    for file in sorted({folder / "config.json", *weights, *tokenizer_files(model)}):
-        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
-    return digest.hexdigest()
-
-
 def _file_name(model: str, task: str, fingerprint: str) -> str:
     plain = re.sub(r"[^\w.-]+", "_", f"{task}-{short_name(model)}")
     return f"{plain[:100]}-{fingerprint[:12]}.json"
 
 
 def _check(
-    models: Sequence[str], tasks: Sequence[str], limit: int | None, num_fewshot: int | None, batch_size: int
+    models: Sequence[str],
+    names: Sequence[str],
+    tasks: Sequence[str],
+    limit: int | None,
+    num_fewshot: int | None,
+    batch_size: int,
 ) -> None:
     if not models or not tasks:
         raise ConfigError("an evaluation needs a model and a task at least")
     if twice := [model for model in dict.fromkeys(models) if models.count(model) > 1]:
         raise ConfigError(f"{twice[0]} is named twice: each model once", model=twice[0])
+    if names and (len(names) != len(models) or len(set(names)) < len(names)):
+        raise ConfigError(
+            f"{len(models)} models, but {len(set(names))} different names: give one for each model, or none"
+        )
     for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}, but must be {least} or more", **{name: value})
 
 
-def _require_lm_eval() -> None:
+def require_lm_eval() -> None:
+    """Raises ConfigError where it cannot be imported."""
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:

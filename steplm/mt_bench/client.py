@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from steplm.errors import ConfigError, JudgeError
-from steplm.mt_bench.judge import MAX_TOKENS, TEMPERATURE, Replies, Reply, Request
+from steplm.mt_bench.judge import TEMPERATURE, Replies, Reply, Request
 from steplm.units import format_seconds, reason
 
 if TYPE_CHECKING:
@@ -111,15 +111,15 @@ class JudgeClient:
     """One connection pool to the judge; threads may ask together.
 
     Args:
-        on_wait: told why, where a wait is long.
+        say: told where a wait is long, and where the judge is asked otherwise than as published.
 
     Raises:
         ConfigError: the ``openai`` library is not installed.
     """
 
-    def __init__(self, endpoint: Endpoint, on_wait: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, endpoint: Endpoint, say: Callable[[str], None] = lambda text: None) -> None:
         self.endpoint = endpoint
-        self._on_wait = on_wait
+        self._say = say
         self._openai = _library()
         self._client = self._openai.OpenAI(
             api_key=endpoint.api_key or _PLACEHOLDER_KEY,
@@ -128,7 +128,8 @@ class JudgeClient:
             max_retries=0,  # ours can be interrupted, slow all threads down together, and retry torn bodies
         )
         self._pace = _Pace(endpoint.requests_per_minute)
-        self._max_tokens_name = "max_tokens"
+        self._options: tuple[str, ...] = ("temperature", "max_tokens")
+        self._lock = threading.Lock()
         self._reached = False
         self.stopped = threading.Event()
 
@@ -163,7 +164,7 @@ class JudgeClient:
                 wait = min(endpoint.backoff_seconds * 2**attempt, LONGEST_WAIT_SECONDS)
                 wait *= random.uniform(0.75, 1.25)  # so that threads do not come back as one
             if wait >= LONG_WAIT_SECONDS:
-                self._on_wait(f"the judge is waited for, {format_seconds(wait)}: {last}")
+                self._say(f"the judge is waited for, {format_seconds(wait)}: {last}")
             if last.retry_after is None:
                 self.stopped.wait(wait)
         tries = f"{endpoint.retries + 1} tries" if endpoint.retries else "1 try"
@@ -176,7 +177,37 @@ class JudgeClient:
         raise _Refused(f"{last}, after {tries}")
 
     def _try(self, request: Request) -> Reply:
+        """One try, in the options that this judge takes: of its refusals it is learned which."""
+        options = known = self._options
+        while True:
+            try:
+                reply = self._send(request, options)
+            except self._openai.APIStatusError as error:
+                other = _accepted_instead(error, options)
+                if other is None:
+                    raise self._of_status(error) from None
+                options = other
+                self._pace.wait(self.stopped)
+                if self.stopped.is_set():
+                    raise _Stopped from None
+            else:
+                if options is not known:
+                    self._remember(options)
+                return reply
+
+    def _remember(self, options: tuple[str, ...]) -> None:
+        with self._lock:
+            before, self._options = self._options, options
+        if "temperature" in before and "temperature" not in options:
+            self._say(
+                f"note: {self.endpoint.model} refuses temperature {TEMPERATURE} and is asked at its own: asked again, "
+                "it may give other scores"
+            )
+
+    def _send(self, request: Request, options: tuple[str, ...]) -> Reply:
         openai = self._openai
+        limit = request.max_tokens
+        values = {"temperature": TEMPERATURE, "max_tokens": limit, "max_completion_tokens": limit}
         try:
             completion = self._client.chat.completions.create(
                 model=request.judge,
@@ -184,11 +215,10 @@ class JudgeClient:
                     {"role": "system", "content": request.system},
                     {"role": "user", "content": request.user},
                 ],
-                temperature=TEMPERATURE,
-                **{self._max_tokens_name: MAX_TOKENS},
+                **{name: values[name] for name in options},
             )
-        except openai.APIStatusError as error:
-            raise self._of_status(error) from None
+        except openai.APIStatusError:  # of the kind below too, and for whoever sent it to understand
+            raise
         except openai.APIConnectionError as error:  # timeouts too
             cause = error.__cause__ or error
             said = f"the connection failed ({self.endpoint.redacted(reason(cause))})"
@@ -198,9 +228,9 @@ class JudgeClient:
             raise _Passing(said, reached=not type(cause).__name__.startswith("Connect")) from None
         except (openai.APIError, ValueError, TypeError, AttributeError) as error:  # a body that is no JSON
             raise _Passing(f"a malformed reply ({self.endpoint.redacted(reason(error))})") from None
-        return self._reply(completion)
+        return self._reply(completion, TEMPERATURE if "temperature" in options else None)
 
-    def _reply(self, completion: Any) -> Reply:
+    def _reply(self, completion: Any, temperature: int | None) -> Reply:
         try:
             choice = completion.choices[0]
             content = choice.message.content
@@ -216,6 +246,7 @@ class JudgeClient:
             _whole(getattr(usage, "prompt_tokens", None)),
             _whole(getattr(usage, "completion_tokens", None)),
             time.time(),
+            temperature,
         )
 
     def _of_status(self, error: APIStatusError) -> Exception:
@@ -244,9 +275,6 @@ class JudgeClient:
                 url=url,
                 status=status,
             )
-        if status == 400 and "max_completion_tokens" in said and self._max_tokens_name == "max_tokens":
-            self._max_tokens_name = "max_completion_tokens"  # as newer models call the same limit
-            return _Passing(said, retry_after=0.0)
         if status in _PASSING or status >= 500:
             return _Passing(f"HTTP {status}: {said}", retry_after=_retry_after(error.response.headers))
         return _Refused(f"HTTP {status}: {said}")
@@ -331,6 +359,19 @@ class _Pace:
     def pause(self, seconds: float) -> None:
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
+
+
+def _accepted_instead(error: APIStatusError, options: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Options that the judge may take after it has refused these; ``None`` where it was not for their sake."""
+    said = _message(error)
+    if error.status_code != 400:
+        return None
+    if "max_tokens" in options and "max_completion_tokens" in said:  # as newer models call the same limit
+        return tuple("max_completion_tokens" if name == "max_tokens" else name for name in options)
+    is_temperature = error.param == "temperature" or ("temperature" in said and "support" in said.lower())
+    if "temperature" in options and is_temperature:  # reasoning models have theirs
+        return tuple(name for name in options if name != "temperature")
+    return None
 
 
 def _library() -> ModuleType:

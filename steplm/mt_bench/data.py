@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from steplm.data.sources import find_sources
 from steplm.errors import ConfigError, DataError
 from steplm.mt_bench.journal import read_rows
 
@@ -30,6 +31,7 @@ PROMPT_NAMES = {
     ("pairwise", False, 2): "pair-v2-multi-turn",
     ("pairwise", True, 2): "pair-math-v1-multi-turn",
 }
+_OTHER_NAMES = (("question_id", "prompt_id"), ("turns", "prompt"))  # FastChat's, and those of sets on the hub
 WHERE_TO_GET = (
     "The folder has FastChat's layout (github.com/lm-sys/FastChat, fastchat/llm_judge/data): question.jsonl, "
     "reference_answer/gpt-4.jsonl and judge_prompts.jsonl, the last in the folder or beside it"
@@ -41,6 +43,7 @@ class Question:
     question_id: QuestionId
     category: str
     turns: Turns
+    own_reference: Turns = ()  # what its set gives beside it
 
 
 @dataclass(frozen=True)
@@ -57,31 +60,38 @@ class Bench:
     questions: tuple[Question, ...]
     references: Mapping[QuestionId, Turns]  # of the categories that are judged against one
     prompts: Mapping[str, JudgePrompt]
+    num_own_references: int = 0  # of the references those that are no published ones, but the questions' own
 
     @property
     def categories(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(question.category for question in self.questions))
 
 
-def load_bench(folder: Path, *, categories: Sequence[str] = (), limit: int | None = None) -> Bench:
+def load_bench(
+    folder: Path, *, questions: str | None = None, categories: Sequence[str] = (), limit: int | None = None
+) -> Bench:
     """Questions with the references and prompts that judging them takes.
 
     Args:
         folder: in FastChat's layout, see ``WHERE_TO_GET``.
+        questions: instead of those of the folder: a file, or ``hub://OWNER/NAME?revision=COMMIT``. Columns are
+            FastChat's, or ``prompt_id`` and ``prompt`` for ``question_id`` and ``turns``. A question without a
+            reference in the folder is judged against its own, the column ``reference``.
         categories: only these; default: all.
         limit: the first so many questions of each category; default: all.
 
     Raises:
         DataError: a file is missing or damaged, a reference or a prompt is missing.
+        HubUnavailable: the hub does not give the questions.
         ConfigError: an unknown category, or nothing left.
     """
     if not folder.is_dir():
         raise DataError(f"no folder {folder}. {WHERE_TO_GET}.", path=str(folder))
-    questions = _selected([_question(folder, row) for row in _rows(folder / "question.jsonl")], categories, limit)
-    references = _references(folder, questions)
+    asked = _selected(_questions(folder, questions), categories, limit)
+    references, num_own = _references(folder, asked)
     prompt_file = next((p for p in (folder, folder.parent) if (p / "judge_prompts.jsonl").is_file()), folder)
     prompts = {prompt.name: prompt for prompt in map(_prompt, _rows(prompt_file / "judge_prompts.jsonl"))}
-    return Bench(questions, references, prompts)
+    return Bench(asked, references, prompts, num_own)
 
 
 def load_answers(path: Path) -> dict[str, dict[QuestionId, Turns]]:
@@ -140,7 +150,23 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return read_rows(path)
 
 
-def _question(folder: Path, row: Mapping[str, Any]) -> Question:
+def _questions(folder: Path, entry: str | None) -> list[Question]:
+    if entry is None:
+        file = folder / "question.jsonl"
+        return [_question(str(file), row) for row in _rows(file)]
+    found = []
+    for source in find_sources([entry]):
+        for place, row in source.records():
+            if not isinstance(row, Mapping):
+                raise DataError(f"{source.name}:{place}: {row if isinstance(row, Exception) else 'no question'}")
+            question = _question(source.name, {**row, **{new: row[old] for new, old in _OTHER_NAMES if old in row}})
+            reference = row.get("reference")
+            is_text = isinstance(reference, list) and all(isinstance(text, str) for text in reference)
+            found.append(replace(question, own_reference=tuple(reference or ()) if is_text else ()))
+    return found
+
+
+def _question(origin: str, row: Mapping[str, Any]) -> Question:
     try:
         question = Question(
             _identity(row["question_id"]), _text(row["category"]), tuple(map(_text, row["turns"]))[:NUM_TURNS]
@@ -149,9 +175,8 @@ def _question(folder: Path, row: Mapping[str, Any]) -> Question:
         question = None
     if question is None or not question.turns:
         raise DataError(
-            f"{folder / 'question.jsonl'}: a row needs question_id, category and turns (a list of texts): "
-            f"{str(dict(row))[:120]}",
-            path=str(folder),
+            f"{origin}: a row needs question_id, category and turns (a list of texts): {str(dict(row))[:120]}",
+            path=origin,
         )
     return question
 
@@ -178,11 +203,14 @@ def _selected(questions: list[Question], categories: Sequence[str], limit: int |
     return tuple(kept)
 
 
-def _references(folder: Path, questions: Sequence[Question]) -> dict[QuestionId, Turns]:
-    """Those of the questions that need one. Of several files GPT-4's, as published."""
+def _references(folder: Path, questions: Sequence[Question]) -> tuple[dict[QuestionId, Turns], int]:
+    """Those of the questions that need one, and how many are their own. Of several files GPT-4's, as published."""
     needed = [question for question in questions if question.category in CATEGORIES_WITH_REFERENCE]
     if not needed:
-        return {}
+        return {}, 0
+    own = {q.question_id: q.own_reference for q in needed if len(q.own_reference) >= len(q.turns)}
+    if len(own) == len(needed) and not (folder / "reference_answer").is_dir():
+        return own, len(own)
     files = sorted((folder / "reference_answer").glob("*.jsonl"))
     file = next((f for f in files if f.stem == "gpt-4"), files[0] if len(files) == 1 else None)
     if file is None:
@@ -191,6 +219,8 @@ def _references(folder: Path, questions: Sequence[Question]) -> dict[QuestionId,
     (answers, *others) = load_answers(file).values()
     for other in others:
         answers = {**answers, **other}
+    published = {q.question_id for q in needed if len(answers.get(q.question_id, ())) >= len(q.turns)}
+    answers = {**answers, **{number: text for number, text in own.items() if number not in published}}
     if missing := [q.question_id for q in needed if len(answers.get(q.question_id, ())) < len(q.turns)]:
         raise DataError(
             f"{file} has no reference for {len(missing)} of {len(needed)} questions of "
@@ -198,7 +228,7 @@ def _references(folder: Path, questions: Sequence[Question]) -> dict[QuestionId,
             "--categories.",
             question_id=missing[0],
         )
-    return {question.question_id: answers[question.question_id] for question in needed}
+    return {q.question_id: answers[q.question_id] for q in needed}, len(own.keys() - published)
 
 
 def _prompt(row: Mapping[str, Any]) -> JudgePrompt:

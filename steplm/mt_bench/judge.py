@@ -18,7 +18,7 @@ from steplm.mt_bench.journal import Journal
 from steplm.mt_bench.parse import PARSERS
 
 TEMPERATURE = 0
-MAX_TOKENS = 2048  # of a reply
+MAX_TOKENS = 2048  # of a reply, as published
 CHARACTERS_PER_TOKEN = 4  # of English, about
 USUAL_REPLY_TOKENS = 200  # mean of GPT-4's replies to these prompts
 
@@ -32,10 +32,11 @@ class Request:
     judge: str
     system: str
     user: str
+    max_tokens: int = MAX_TOKENS  # of the reply
 
     @property
     def key(self) -> str:
-        sent = [self.judge, self.system, self.user, TEMPERATURE, MAX_TOKENS]
+        sent = [self.judge, self.system, self.user, TEMPERATURE, self.max_tokens]
         return hashlib.sha256(json.dumps(sent).encode()).hexdigest()[:32]
 
 
@@ -69,10 +70,10 @@ class Comparison:
         return (self.first, self.second)
 
 
-def gradings(bench: Bench, answers: Answers, judge: str) -> list[Grading]:
+def gradings(bench: Bench, answers: Answers, judge: str, max_tokens: int = MAX_TOKENS) -> list[Grading]:
     """All single gradings of the answers that there are: model by model, question by question, turn by turn."""
     return [
-        Grading(question, turn, model, _request(bench, judge, "single", question, turn, {"answer": turns}))
+        Grading(question, turn, model, _request(bench, judge, max_tokens, "single", question, turn, {"answer": turns}))
         for model, given in answers.items()
         for question in bench.questions
         for turn in range(1, len(question.turns) + 1)
@@ -80,7 +81,7 @@ def gradings(bench: Bench, answers: Answers, judge: str) -> list[Grading]:
     ]
 
 
-def comparisons(bench: Bench, answers: Answers, judge: str) -> list[Comparison]:
+def comparisons(bench: Bench, answers: Answers, judge: str, max_tokens: int = MAX_TOKENS) -> list[Comparison]:
     """Every model against every other, on the questions that both have answered."""
     found = []
     for one, two in combinations(answers, 2):
@@ -88,14 +89,16 @@ def comparisons(bench: Bench, answers: Answers, judge: str) -> list[Comparison]:
             turns_1, turns_2 = (answers[model].get(question.question_id, ()) for model in (one, two))
             for turn in range(1, min(len(question.turns), len(turns_1), len(turns_2)) + 1):
                 first, second = (
-                    _request(bench, judge, "pairwise", question, turn, {"answer_a": a, "answer_b": b})
+                    _request(bench, judge, max_tokens, "pairwise", question, turn, {"answer_a": a, "answer_b": b})
                     for a, b in ((turns_1, turns_2), (turns_2, turns_1))
                 )
                 found.append(Comparison(question, turn, one, two, first, second))
     return found
 
 
-def _request(bench: Bench, judge: str, kind: str, question: Question, turn: int, said: dict[str, Turns]) -> Request:
+def _request(
+    bench: Bench, judge: str, max_tokens: int, kind: str, question: Question, turn: int, said: dict[str, Turns]
+) -> Request:
     prompt = prompt_for(bench, kind, question, turn)
     sides = {"question": question.turns, **said}
     if turn == 1:
@@ -105,7 +108,7 @@ def _request(bench: Bench, judge: str, kind: str, question: Question, turn: int,
     reference = bench.references.get(question.question_id, ())
     # The second may be missing: then nothing asks for it.
     fields |= {f"ref_answer_{number}": text for number, text in enumerate((*reference, "", "")[:2], 1)}
-    return Request(kind, prompt.name, judge, prompt.system, prompt.template.format(**fields))
+    return Request(kind, prompt.name, judge, prompt.system, prompt.template.format(**fields), max_tokens)
 
 
 # --- replies ----------------------------------------------------------------------------------------------
@@ -118,6 +121,7 @@ class Reply:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     tstamp: float = 0.0
+    temperature: float | None = TEMPERATURE  # that was asked for; None: none, as the judge takes its own alone
 
 
 class Replies:
@@ -141,6 +145,7 @@ class Replies:
                 "prompt_tokens": reply.prompt_tokens,
                 "completion_tokens": reply.completion_tokens,
                 "tstamp": reply.tstamp,
+                "temperature": reply.temperature,
             }
         )
         self._of.setdefault(request.key, []).append(reply)
@@ -177,6 +182,7 @@ def _reply(row: dict[str, Any]) -> Reply:
         row.get("prompt_tokens"),
         row.get("completion_tokens"),
         row.get("tstamp", 0.0),
+        row.get("temperature", TEMPERATURE),
     )
 
 

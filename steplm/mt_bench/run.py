@@ -25,6 +25,7 @@ from steplm.mt_bench.figure import radar_figure
 from steplm.mt_bench.journal import Journal
 from steplm.mt_bench.judge import (
     CHARACTERS_PER_TOKEN,
+    MAX_TOKENS,
     Comparison,
     Grading,
     Judged,
@@ -65,6 +66,8 @@ class Benchmark:
     given: Answers
     modes: tuple[str, ...]
     output: Path
+    questions: str | None = None  # where they are from, if not from the folder
+    max_judge_tokens: int = MAX_TOKENS
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,9 +113,10 @@ class Benchmark:
 
     def judgments(self, answers: Answers, judge: str) -> list[Grading | Comparison]:
         """All that there are to be, of these answers."""
-        makers: dict[str, Callable[[Bench, Answers, str], Sequence[Grading | Comparison]]]
+        makers: dict[str, Callable[[Bench, Answers, str, int], Sequence[Grading | Comparison]]]
         makers = {"single": gradings, "pairwise": comparisons}
-        return [judgment for mode in self.modes for judgment in makers[mode](self.bench, answers, judge)]
+        how = self.bench, answers, judge, self.max_judge_tokens
+        return [judgment for mode in self.modes for judgment in makers[mode](*how)]
 
 
 def prepare(
@@ -120,11 +124,13 @@ def prepare(
     *,
     data: Path,
     output: Path,
+    questions: str | None = None,
     mode: str = "single",
     names: Sequence[str] = (),
     answer_files: Sequence[Path] = (),
     categories: Sequence[str] = (),
     limit: int | None = None,
+    max_judge_tokens: int = MAX_TOKENS,
 ) -> Benchmark:
     """Read all files and check what can be checked before time and money are spent.
 
@@ -133,8 +139,9 @@ def prepare(
     """
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}: use single, pairwise or both", mode=mode)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}, but must be at least 1")
+    for name, number in (("limit", limit), ("max_judge_tokens", max_judge_tokens)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} is {number}, but must be at least 1")
     given: dict[str, dict[QuestionId, Turns]] = {}
     labels = list(names) or [file_name(name.replace("/", "-")) for name in short_names(models)]
     if len(labels) != len(models):
@@ -152,8 +159,10 @@ def prepare(
         raise ConfigError("nothing to judge: name models, or files of answers with --answers")
     if "pairwise" in MODES[mode] and len(everyone) < 2:
         raise ConfigError("a pairwise comparison needs two models or more; there is one")
-    bench = load_bench(data, categories=categories, limit=limit)
-    return Benchmark(bench, dict(zip(labels, models, strict=True)), given, MODES[mode], output)
+    bench = load_bench(data, questions=questions, categories=categories, limit=limit)
+    return Benchmark(
+        bench, dict(zip(labels, models, strict=True)), given, MODES[mode], output, questions, max_judge_tokens
+    )
 
 
 @dataclass(frozen=True)
@@ -221,6 +230,7 @@ def generate_answers(
 class Outcome:
     """Scores, and what they took."""
 
+    judge: str  # as tables name it
     scores: Scores
     judgments: list[Judged]
     failures: list[Failure] = field(default_factory=list)
@@ -264,23 +274,31 @@ def judge_answers(
             _write_judgments(output / "model_judgment", judge, benchmark.modes, results)
         new = journal.rows[num_before:]
     scores = all_scores(benchmark.bench, benchmark.names, benchmark.modes, results)
+    given = [outcome.reply for each in results for outcome in each.outcomes if outcome.reply is not None]
+    num_otherwise = sum(reply.temperature is None for reply in given)
+    label = f"{judge} at its own temperature" if num_otherwise else judge
     used = [sum(row[name] or 0 for row in new) for name in ("prompt_tokens", "completion_tokens")]
     about = {
         "judge": judge,
+        "num_replies_at_its_own_temperature": num_otherwise,
+        "max_judge_tokens": benchmark.max_judge_tokens,
         "models": {name: benchmark.models.get(name, "given answers") for name in benchmark.names},
         "modes": list(benchmark.modes),
+        "questions": benchmark.questions,
         "num_questions": benchmark.num_questions,
+        "num_references_of_the_questions_own": benchmark.bench.num_own_references,
         "categories": list(benchmark.bench.categories),
         "answers": {name: asdict(limits) for name, limits in benchmark.limits().items()},
         "requests_without_reply": [
             {"key": f.request.key, "prompt": f.request.prompt_name, "reason": f.reason} for f in failures
         ],
     }
+    tables = all_tables(scores, label)
     figure = radar_figure(scores, output / "radar.png")
     figures = () if figure is None else (figure,)
-    save_evaluation(output, "mt_bench", Evaluation("MT-Bench", tuple(all_tables(scores, judge)), figures))
-    files = [*write_results(scores, output, about), *figures]
-    return Outcome(scores, results, failures, len(new), used[0], used[1], files)
+    save_evaluation(output, "mt_bench", Evaluation("MT-Bench", tuple(tables), figures))
+    files = [*write_results(scores, tables, output, about), *figures]
+    return Outcome(label, scores, results, failures, len(new), used[0], used[1], files)
 
 
 def _write_judgments(folder: Path, judge: str, modes: Iterable[str], results: Sequence[Judged]) -> None:

@@ -114,20 +114,20 @@ def _judged_cell(value: Mean) -> Cell:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def write_results(scores: Scores, directory: Path, about: dict[str, Any]) -> list[Path]:
+def write_results(scores: Scores, tables: Sequence[Table], directory: Path, about: dict[str, Any]) -> list[Path]:
     """``tables.md``, ``scores.csv`` and ``scores.json``; returns their paths.
 
     Args:
         about: what was run, for the JSON.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    parts = [table.markdown() for table in all_tables(scores, about["judge"])]
-    write_atomically(tables := directory / "tables.md", "# MT-Bench\n\n" + "\n".join(parts))
+    text = "\n".join(table.markdown() for table in tables)
+    write_atomically(page := directory / "tables.md", f"# MT-Bench\n\n{text}")
     rows = list(score_rows(scores))
     sheet = write_csv(directory / "scores.csv", rows)
     document = json.dumps({**about, "scores": rows}, indent=1, allow_nan=False, ensure_ascii=False)
     write_atomically(whole := directory / "scores.json", document + "\n")
-    return [tables, sheet, whole]
+    return [page, sheet, whole]
 
 
 def score_rows(scores: Scores) -> Iterator[dict[str, Any]]:

@@ -147,28 +147,33 @@ def texts_table(scores: Sequence[TextScore]) -> Table | None:
     return Table("Perplexity", columns, tuple(rows))
 
 
-def document(results: ZeroShotResults, texts: Sequence[TextScore]) -> dict[str, Any]:
-    """The JSON document: the tasks, and the perplexities beside them."""
-    return {**results.as_json(), "perplexity": [score.as_json() for score in texts]}
+def document(results: ZeroShotResults | None, texts: Sequence[TextScore]) -> dict[str, Any] | list[dict[str, Any]]:
+    """The JSON document: the tasks, and the perplexities beside them, or alone."""
+    scores = [score.as_json() for score in texts]
+    return scores if results is None else {**results.as_json(), "perplexity": scores}
 
 
-def write_results(results: ZeroShotResults, texts: Sequence[TextScore], folder: Path) -> list[Path]:
+def write_results(results: ZeroShotResults | None, texts: Sequence[TextScore], folder: Path) -> list[Path]:
     """``zero_shot.md``, ``.csv``, ``.json`` and, where there is an accuracy, ``.png``; returns their paths.
 
-    And ``zero_shot.tables.json``, which ``steplm report`` shows.
+    And ``zero_shot.tables.json``, which ``steplm report`` shows. Without tasks they are called ``perplexity``.
     """
     from steplm.report.zero_shot_figure import accuracy_figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {suffix: folder / f"zero_shot.{suffix}" for suffix in ("md", "csv", "json", "png")}
-    tables = [table for table in (tasks_table(results), texts_table(texts)) if table is not None]
+    name = "perplexity" if results is None else "zero_shot"
+    paths = {suffix: folder / f"{name}.{suffix}" for suffix in ("md", "csv", "json", "png")}
+    tables = [
+        table for table in (None if results is None else tasks_table(results), texts_table(texts)) if table is not None
+    ]
     write_atomically(paths["md"], "\n".join(table.markdown() for table in tables))
-    write_csv(paths["csv"], [*_csv_rows(results), *_csv_texts(texts)])
+    write_csv(paths["csv"], [*(_csv_rows(results) if results else ()), *_csv_texts(texts)])
     write_atomically(paths["json"], json.dumps(document(results, texts), indent=1, allow_nan=False) + "\n")
-    if not accuracy_figure(results, paths["png"]):
+    if results is None or not accuracy_figure(results, paths["png"]):
         del paths["png"]
     figures = tuple(path for suffix, path in paths.items() if suffix == "png")
-    save_evaluation(folder, "zero_shot", Evaluation("Zero-shot tasks", tuple(tables), figures))
+    title = "Perplexity" if results is None else "Zero-shot tasks"
+    save_evaluation(folder, name, Evaluation(title, tuple(tables), figures))
     return list(paths.values())
 
 

@@ -2,6 +2,7 @@
 
     Alpaca                  instruction, input (may be missing or empty), output
     chat                    messages: [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]
+    ShareGPT                conversations: [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}, …]
     prompt and completion   prompt, completion: two texts, or two lists of messages
 
 Duplicates stay. What has no answer is dropped, what cannot be read is unusable; both are counted.
@@ -21,7 +22,9 @@ from steplm.errors import DataError
 from steplm.sft.templates import with_input
 from steplm.units import shortened
 
-COLUMNS = ("instruction, output and perhaps input", "messages", "prompt and completion")
+COLUMNS = ("instruction, output and perhaps input", "messages", "conversations", "prompt and completion")
+# Who speaks in ShareGPT's records -> the role in a chat template.
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def _values(entries: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 
 def as_conversation(record: Any) -> Conversation:
-    """A record of any of the three kinds.
+    """A record of any of the kinds above.
 
     Raises:
         ValueError: none of them; says the columns found and expected.
@@ -121,6 +124,8 @@ def as_conversation(record: Any) -> Conversation:
         return Conversation((_message("user", question), _message("assistant", _text(record, "output"))))
     if "messages" in record:
         return Conversation(tuple(_messages(record["messages"], "messages")))
+    if "conversations" in record:
+        return Conversation(tuple(_spoken(record["conversations"])))
     if "prompt" in record and "completion" in record:
         if isinstance(record["prompt"], str):
             pair = _message("user", record["prompt"]), _message("assistant", _text(record, "completion"))
@@ -149,6 +154,23 @@ def _messages(value: Any, name: str) -> list[dict[str, str]]:
         ):
             raise ValueError(f"a message of {name} is not {{role: text, content: text}}")
     return [_message(message["role"], message["content"]) for message in value]
+
+
+def _spoken(value: Any) -> list[dict[str, str]]:
+    """Of ShareGPT's turns those from the first that is not an answer: many records begin in the midst of a talk."""
+    if not isinstance(value, list) or not value:
+        what = f"is {type(value).__name__}, not a list of turns" if value else "is empty"
+        raise ValueError(f"conversations {what}")
+    messages = []
+    for turn in value:
+        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
+        if not isinstance(speaker, str) or not isinstance(text, str):
+            raise ValueError("a turn of conversations is not {from: text, value: text}")
+        if speaker not in SPEAKERS:
+            raise ValueError(f"a turn of conversations is from {shortened(speaker)}; known: {', '.join(SPEAKERS)}")
+        messages.append(_message(SPEAKERS[speaker], text))
+    first = next((index for index, message in enumerate(messages) if message["role"] != "assistant"), len(messages))
+    return messages[first:]
 
 
 def _message(role: str, content: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ from steplm.sft.folder import check_same_run, default_output_dir, last_checkpoin
 from steplm.sft.memory import ModelState, model_state
 from steplm.sft.packing import check_packing
 from steplm.sft.prepare import Prepared, batches, prepare_records
-from steplm.sft.templates import set_chat_template
+from steplm.sft.templates import set_chat_template, template_file
 from steplm.training.environment import environment
 from steplm.training.metrics import MetricsLog, read_metrics
 from steplm.training.signals import stopping_on_signals
@@ -98,17 +98,14 @@ def instruction_tune(
         TrainingDiverged: the loss is not finite.
     """
     config = config or SftConfig()
-    _require_libraries(config)
-    if is_launched():
-        raise ConfigError("instruction tuning runs on one device: start it without torchrun")
+    hf_config = load_hf_config(model)
+    sequence_length = check_tuning(config, hf_config)
     device = resolve_device(config.device)
     folder = Path(output_dir) if output_dir is not None else default_output_dir(str(model))
-    hf_config = load_hf_config(model)
     tokenizer = load_tokenizer(model)
     template = set_chat_template(tokenizer, config.chat_template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # labels, not pad tokens, say what has a loss
-    sequence_length = _sequence_length(config, hf_config)
     with locked(folder, lambda: say(f"waiting for another process that works in {folder}")):
         resolved = {"sequence_length": sequence_length, "template_sha256": _sha256(tokenizer.chat_template)}
         check_same_run(folder, str(model), data, config, resolved)
@@ -274,6 +271,20 @@ def _numbers(result: SftResult) -> dict[str, float]:
 def _read_result(folder: Path) -> SftResult:
     values = json.loads((folder / "result.json").read_text())
     return SftResult(**{**values, "output_dir": folder, "export_dir": folder / "export"})
+
+
+def check_tuning(config: SftConfig, hf_config: PretrainedConfig) -> int:
+    """All that can be checked while there is no model yet; the tokens of a record, at most.
+
+    Raises:
+        ConfigError: no trl, no such template, a length that the model does not have, or a start by torchrun.
+    """
+    _require_libraries(config)
+    if is_launched():
+        raise ConfigError("instruction tuning runs on one device: start it without torchrun")
+    if config.chat_template not in (None, "alpaca", "none"):
+        template_file(config.chat_template)
+    return _sequence_length(config, hf_config)
 
 
 def _sequence_length(config: SftConfig, hf_config: PretrainedConfig) -> int:

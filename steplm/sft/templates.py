@@ -63,12 +63,22 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) ->
     if choice is None or choice == "alpaca":
         tokenizer.chat_template = ALPACA_TEMPLATE
         return "alpaca"
-    path = Path(choice).expanduser()
-    if not is_file(path):
-        raise ConfigError(f"chat_template: no file {choice}; give a Jinja file, alpaca or none", path=choice)
+    path = template_file(choice)
     try:
         tokenizer.chat_template = path.read_text(encoding="utf-8")
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program: it can fail in any way
         raise ConfigError(f"chat_template: {choice} makes no prompt: {reason(error)}", path=choice) from None
     return path.name
+
+
+def template_file(choice: str) -> Path:
+    """The Jinja file of a ``choice`` that is neither ``alpaca`` nor ``none``.
+
+    Raises:
+        ConfigError: no such file.
+    """
+    path = Path(choice).expanduser()
+    if not is_file(path):
+        raise ConfigError(f"chat_template: no file {choice}; give a Jinja file, alpaca or none", path=choice)
+    return path

@@ -14,6 +14,7 @@ from steplm.compare.methods import METHODS
 from steplm.compare.suite import dump_suite, read_suite
 from steplm.config import OptimConfig
 from steplm.errors import ConfigError
+from steplm.sft.config import SftConfig
 
 Values = Callable[..., dict[str, Any]]
 GRID = {"learning_rates": [1e-3, 1e-2], "seed": 3}
@@ -168,6 +169,24 @@ def test_all_entries_that_are_wrong_are_named_at_once(suite_values: Values, tmp_
             "sets optim.learning_rate and is tuned",
         ),
         ({"entries": [{"name": "a", "method": "step", "tune": True}]}, "to be tuned, but"),
+        ({"afterwards": {}}, "afterwards: nothing to do: give `tasks`, `sft` or `mtbench`"),
+        ({"afterwards": {"task": {}}}, "afterwards has no key 'task'. Did you mean 'tasks'?"),
+        ({"afterwards": {"tasks": {"names": []}}}, "afterwards.tasks.names"),
+        (
+            {"afterwards": {"sft": {"data": "a.json", "learning_rates": 1}}},
+            "afterwards.sft has no key 'learning_rates'. Did you mean 'learning_rate'?",
+        ),
+        ({"afterwards": {"sft": {"data": "a.json", "lora_alpha": 2}}}, "afterwards.sft: lora_alpha=2 is for adapters"),
+        ({"afterwards": {"mtbench": {"data": "b", "judge": "j"}}}, "afterwards.mtbench has no key 'judge'"),
+        ({"afterwards": {"mtbench": {"data": "b", "judge_model": "j"}}}, "has no chat template: give `sft` with one"),
+        (
+            {"afterwards": {"entries": "stp*", "tasks": {"names": "piqa"}}},
+            "afterwards.entries: no entry 'stp*'",
+        ),
+        (
+            {"afterwards": {"seeds": [0, 7], "tasks": {"names": "piqa"}}},
+            "afterwards.seeds: entry 'vanilla' is not run at seed 7, only at 0",
+        ),
     ],
 )
 def test_a_suite_that_cannot_be_meant_is_refused(
@@ -179,10 +198,42 @@ def test_a_suite_that_cannot_be_meant_is_refused(
 
 
 def test_a_written_suite_is_read_back_the_same_with_its_base(suite_values: Values, tmp_path: Path) -> None:
-    keys = {"tune": GRID, "evaluate": {"wiki": {"data": "a.txt", "max_tokens": "100k"}}}
+    afterwards = {
+        "tasks": {"names": "piqa", "limit": 3},
+        "sft": {"data": "a.json", "max_steps": 2, "max_grad_norm": None},
+        "mtbench": {"data": "b", "judge_model": "j"},
+    }
+    keys = {
+        "tune": GRID,
+        "evaluate": {"wiki": {"data": "a.txt", "max_tokens": "100k"}},
+        "afterwards": afterwards,
+    }
     suite = read_suite(suite_values(tmp_path, **keys), ["pet.rank=2"])
     (tmp_path / "suite.yaml").write_text(dump_suite(suite))
     again = read_suite(tmp_path / "suite.yaml")
     assert again == suite
     assert again.run["pet"]["rank"] == 2
     assert again.evaluate["wiki"].max_tokens == 100_000
+    assert again.afterwards is not None
+    assert again.afterwards.sft is not None
+    assert again.afterwards.sft.keys == SftConfig(max_steps=2, max_grad_norm=None)
+
+
+def test_the_last_models_are_of_the_chosen_entries_and_seeds_the_baseline_first(
+    suite_values: Values, tmp_path: Path
+) -> None:
+    entries = [
+        {"name": "step_2", "method": "step", "seeds": [4, 0]},
+        {"name": "grid", "like": "step_2", "vary": {"growth.position": ["lower"], "pet.rank": [2]}},
+        {"name": "vanilla", "method": "vanilla"},
+    ]
+
+    def models(**keys: Any) -> dict[str, int]:
+        afterwards = {"tasks": {"names": "piqa"}, **keys}
+        suite = _suite(suite_values(tmp_path, entries=entries, seeds=[0, 1], afterwards=afterwards))
+        return {name: seed for name, (_, seed) in suite.last_models.items()}
+
+    assert models() == {"vanilla": 0, "step_2": 4, "grid=lower_2": 0}
+    assert list(models()) == ["vanilla", "step_2", "grid=lower_2"]
+    assert models(entries="grid=*", seeds=[0, 1]) == {"grid=lower_2-seed0": 0, "grid=lower_2-seed1": 1}
+    assert _suite(suite_values(tmp_path)).last_models == {}

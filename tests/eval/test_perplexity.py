@@ -163,9 +163,9 @@ def test_skipped_records_are_counted(folder: Path, tmp_path: Path) -> None:
 def test_the_default_length_is_the_one_of_training_where_the_folder_says_so(
     folder: Path, tmp_path: Path, model: PreTrainedModel
 ) -> None:
-    assert default_sequence_length(folder, model) == 64
+    assert default_sequence_length(folder, model.config) == 64
     exported = shutil.copytree(folder, tmp_path / "exported")
     (exported / "training_config.yaml").write_text("train:\n  sequence_length: 24\n")
-    assert default_sequence_length(exported, model) == 24
+    assert default_sequence_length(exported, model.config) == 24
     model.config.max_position_embeddings = 10**6
-    assert default_sequence_length(folder, model) == 1024
+    assert default_sequence_length(folder, model.config) == 1024

@@ -15,10 +15,11 @@ import pytest
 
 from steplm.data.tokenizer import load_tokenizer, train_tokenizer
 from steplm.errors import CheckpointError, ConfigError, DataError, HubUnavailable
+from steplm.eval.fingerprint import model_fingerprint
 from steplm.eval.local_sets import hellaswag_query
 from steplm.eval.scores import TaskResult
 from steplm.eval.task_list import TaskFolders, load_tasks
-from steplm.eval.zero_shot import ZeroShotResults, evaluate_tasks, model_fingerprint
+from steplm.eval.zero_shot import ZeroShotResults, evaluate_tasks
 from steplm.models.folder import load_pretrained
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'steplm[eval]'")
@@ -488,6 +489,7 @@ def test_the_command_prints_one_table_and_writes_its_files(
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
         "items",
+        "texts",
         *(f"zero_shot.{s}" for s in ("md", "csv", "json", "tables.json", "png")),
     }
     assert "| lambada_openai, perplexity | 2 | – |" in (out / "zero_shot.md").read_text()

@@ -50,6 +50,7 @@ class StubJudge:
         reply: what is said to the messages; default: ``usual_reply``.
         seconds: that each reply takes.
         refuse_max_tokens: a judge of the kind that calls it ``max_completion_tokens``.
+        refuse_temperature: one that has a temperature of its own, as models have that reason.
     """
 
     def __init__(
@@ -62,11 +63,12 @@ class StubJudge:
         reply: Callable[[Messages], str] = usual_reply,
         seconds: float = 0.0,
         refuse_max_tokens: bool = False,
+        refuse_temperature: bool = False,
         port: int = 0,
     ) -> None:
         self.faults, self.forever = list(faults), forever
         self.key, self.model, self.reply, self.seconds = key, model, reply, seconds
-        self.refuse_max_tokens = refuse_max_tokens
+        self.refuse_max_tokens, self.refuse_temperature = refuse_max_tokens, refuse_temperature
         self.requests: list[dict[str, Any]] = []  # bodies, in the order of arrival
         self.times: list[float] = []
         self.keys: set[str] = set()
@@ -137,6 +139,9 @@ class StubJudge:
                     return self._error(404, f"the model {body['model']} does not exist", code="model_not_found")
                 if stub.refuse_max_tokens and "max_tokens" in body:
                     return self._error(400, "Unsupported 'max_tokens'. Use 'max_completion_tokens' instead.")
+                if stub.refuse_temperature and "temperature" in body:
+                    said = "Unsupported value: 'temperature' does not support 0 with this model."
+                    return self._error(400, said, code="unsupported_value")
                 words = fault.split()
                 if words and words[0].isdigit():
                     after = {"Retry-After": words[2]} if len(words) > 2 else {}

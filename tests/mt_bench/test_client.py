@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -202,6 +203,34 @@ def test_a_judge_that_wants_the_limit_under_its_new_name_gets_it(
         "max_completion_tokens",
         "max_completion_tokens",
     ]
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_judge_with_a_temperature_of_its_own_is_asked_without_one_and_it_is_told_and_saved(
+    stub_judge: Callable[..., Any], replies: Replies, tmp_path: Path, concurrency: int
+) -> None:
+    judge = stub_judge(refuse_temperature=True, refuse_max_tokens=True, seconds=0.05)
+    said: list[str] = []
+    endpoint = Endpoint("stub", judge.url, retries=0, concurrency=concurrency)  # a refusal of options is no failed try
+    assert ask_all(JudgeClient(endpoint, said.append), _requests(8), replies) == []
+    accepted = [body for body in judge.requests if not {"temperature", "max_tokens"} & body.keys()]
+    assert len(accepted) == 8
+    assert {body["max_completion_tokens"] for body in accepted} == {2048}
+    assert len(judge.requests) <= 8 + 2 * concurrency, "what it refuses is remembered"
+    assert said == ["note: stub refuses temperature 0 and is asked at its own: asked again, it may give other scores"]
+    assert {replies.to(request)[0].temperature for request in _requests(8)} == {None}
+    rows = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
+    assert {row["temperature"] for row in rows} == {None}
+    assert replies.to(Request("single", "single-v1", "stub", "", "")) == []
+
+
+def test_a_refusal_that_says_nothing_of_the_temperature_leaves_it(
+    stub_judge: Callable[..., Any], replies: Replies
+) -> None:
+    judge = stub_judge(["400"])
+    (failure,) = _ask(judge, replies, 3)
+    assert failure.reason == "HTTP 400: told to fail; the key was ***"
+    assert [body.get("temperature") for body in judge.requests] == [0, 0, 0]
 
 
 def test_secrets_are_neither_in_the_address_shown_nor_in_what_is_printed_of_an_endpoint() -> None:

@@ -87,6 +87,24 @@ def test_models_are_answered_judged_and_compared(
     assert without_judge.stdout == result.stdout, "what is whole needs no judge"
 
 
+def test_a_judge_at_its_own_temperature_is_named_so_beside_its_scores(
+    mtbench: Callable[..., Any], stub_judge: Callable[..., Any], answer_file: Any, tmp_path: Path
+) -> None:
+    judge = stub_judge(refuse_temperature=True, refuse_max_tokens=True)
+    arguments = ["--answers", answer_file("one"), "--limit", 1, "--max-judge-tokens", 9000]
+    result = mtbench(judge, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "note: stub refuses temperature 0" in result.stderr
+    out = tmp_path / "out"
+    scores = json.loads((out / "scores.json").read_text())
+    assert (scores["num_replies_at_its_own_temperature"], scores["max_judge_tokens"]) == (6, 9000)
+    assert judge.requests[-1]["max_completion_tokens"] == 9000
+    again = mtbench(None, *arguments)
+    assert mtbench(judge, *arguments[:-2], "--dry-run").stderr.count("6 requests to stub") == 1, "of another limit"
+    for text in (result.stdout, again.stdout, (out / "tables.md").read_text()):
+        assert "judged by stub at its own temperature" in text
+
+
 def test_the_key_is_nowhere(
     mtbench: Callable[..., Any], stub_judge: Callable[..., Any], answer_file: Any, tmp_path: Path
 ) -> None:

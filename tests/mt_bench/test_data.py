@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +54,65 @@ def test_a_prompt_goes_by_reference_and_turn(bench_folder: Path) -> None:
         "pair-math-v1",
         "pair-math-v1-multi-turn",
     ]
+
+
+HUB = "hub://owner/name?revision=0123abc"
+OF_THE_HUB = [
+    {"prompt_id": 7, "category": "writing", "prompt": ["Describe a pond.", "And a hill."], "reference": []},
+    {"prompt_id": 3, "category": "math", "prompt": ["Two and three?", "And twice that?"], "reference": ["5", "10"]},
+    {"prompt_id": 8, "category": "math", "prompt": ["Two and two?", "And twice that?"], "reference": ["4", "8"]},
+]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """The calls of ``load_dataset``, which gives ``OF_THE_HUB``."""
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, Any]]:
+        calls.append((args, kwargs))
+        return OF_THE_HUB
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_questions_come_from_the_hub_at_the_commit_that_is_named(
+    bench_folder: Path, hub: list[tuple[Any, Any]]
+) -> None:
+    bench = load_bench(bench_folder, questions=HUB)
+    assert hub == [(("owner/name",), {"streaming": True, "split": "train", "revision": "0123abc"})]
+    assert [(q.question_id, q.category, list(q.turns)) for q in bench.questions] == [
+        (row["prompt_id"], row["category"], row["prompt"]) for row in OF_THE_HUB
+    ]
+    assert bench.references == {3: ("It is five.", "It is ten."), 8: ("4", "8")}, "a published reference comes first"
+    assert bench.num_own_references == 1
+    shutil.rmtree(bench_folder / "reference_answer")
+    alone = load_bench(bench_folder, questions=HUB)
+    assert (alone.references, alone.num_own_references) == ({3: ("5", "10"), 8: ("4", "8")}, 2)
+    assert load_bench(bench_folder, questions=HUB, categories=["writing"]).num_own_references == 0
+
+
+def test_questions_of_another_file_are_read_and_a_row_that_is_none_is_named(bench_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"question_id": 1, "category": "stem", "turns": ["Why?"]}\n')
+    bench = load_bench(bench_folder, questions=str(file))
+    assert [question.turns for question in bench.questions] == [("Why?",)]
+    for row, words in {"[1]": "mine.jsonl:2: a JSON list", '{"turns": ["?"]}': "mine.jsonl: a row needs"}.items():
+        with file.open("a") as stream:
+            stream.write(row + "\n")
+        with pytest.raises(DataError, match=words):
+            load_bench(bench_folder, questions=str(file))
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:1]))
+
+
+def test_a_question_of_the_hub_without_any_reference_is_named(
+    bench_folder: Path, hub: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OF_THE_HUB[2], "reference", ["4"])
+    with pytest.raises(DataError, match="no reference for 1 of 2 questions of math, reasoning, coding, the first is 8"):
+        load_bench(bench_folder, questions=HUB)
 
 
 def _without_a_reference(folder: Path) -> None:

@@ -63,6 +63,9 @@ def test_every_answer_of_a_conversation_is_learned_and_nothing_that_follows_its_
     assert learned(tokenizer, example) == ["cat<|im_end|>", "dog<|im_end|>"]
     whole = tokenizer.apply_chat_template(TURNS, tokenize=False).rstrip()
     assert example.input_ids == tokenizer(whole, add_special_tokens=False).input_ids
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [{"from": names[message["role"]], "value": message["content"]} for message in TURNS]
+    assert encoder.encode(as_conversation({"conversations": shared})) == example
     # A last word of the user is no lesson, and changes none.
     assert encoder.encode(as_conversation({"messages": [*TURNS, TURNS[1]]})) == example
     # Of prompt and completion only what is in the completion is learned.

@@ -19,6 +19,7 @@ from steplm.sft.templates import set_chat_template
 ALPACA = {"instruction": "Say cat.", "input": "", "output": "cat"}
 PAIR = {"prompt": "Say cat.", "completion": "cat"}
 CHAT = {"messages": [{"role": "user", "content": "Say cat."}, {"role": "assistant", "content": "cat"}]}
+SHARED = {"conversations": [{"from": "human", "value": "Say cat."}, {"from": "gpt", "value": "cat"}], "id": "1"}
 LISTS = {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}
 
 
@@ -30,17 +31,18 @@ def written(tmp_path: Path, records: list[Any], name: str = "records.json") -> l
 
 
 @pytest.mark.parametrize("name", ["records.json", "records.json.gz", "records.jsonl", "records.jsonl.gz"])
-@pytest.mark.parametrize("record", [ALPACA, PAIR, CHAT, LISTS])
+@pytest.mark.parametrize("record", [ALPACA, PAIR, CHAT, SHARED, LISTS])
 def test_the_same_lesson_is_read_from_every_form(tmp_path: Path, record: dict[str, Any], name: str) -> None:
     records = read_conversations(written(tmp_path, [record, record], name))
     assert [list(conversation.messages) for conversation in records.conversations] == [CHAT["messages"]] * 2
     assert [conversation.answers() for conversation in records.conversations] == [[1], [1]]
 
 
-def test_parquet_is_read_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("record", [CHAT, SHARED])
+def test_parquet_is_read_too(tmp_path: Path, record: dict[str, Any]) -> None:
     from datasets import Dataset
 
-    Dataset.from_list([CHAT, CHAT]).to_parquet(tmp_path / "records.parquet")
+    Dataset.from_list([record, record]).to_parquet(tmp_path / "records.parquet")
     (first, _) = read_conversations([str(tmp_path / "records.parquet")]).conversations
     assert list(first.messages) == CHAT["messages"]
 
@@ -51,6 +53,15 @@ def test_records_without_an_answer_are_counted_and_duplicates_stay(tmp_path: Pat
     assert (len(records.conversations), records.num_empty, records.num_unusable) == (2, 3, 0)
 
 
+def test_turns_before_the_first_question_are_left_out_and_what_has_no_answer_after_it_is_empty(tmp_path: Path) -> None:
+    begun = {"conversations": [{"from": "gpt", "value": "And so on."}, *SHARED["conversations"]]}
+    only = {"conversations": [{"from": "gpt", "value": "cat"}]}
+    asked = {"conversations": [{"from": "system", "value": "Be brief."}, SHARED["conversations"][0]]}
+    records = read_conversations(written(tmp_path, [begun, only, asked]))
+    assert [list(conversation.messages) for conversation in records.conversations] == [CHAT["messages"]]
+    assert (records.num_empty, records.num_unusable) == (2, 0)
+
+
 def test_missing_columns_are_one_error_with_those_found_and_expected(tmp_path: Path) -> None:
     records = read_conversations(written(tmp_path, [{"question": "Say cat.", "answer": "cat"}] * 3))
     with pytest.raises(DataError) as caught:
@@ -58,7 +69,7 @@ def test_missing_columns_are_one_error_with_those_found_and_expected(tmp_path: P
     message = str(caught.value)
     assert "3 of 3 records" in message
     assert message.count("the columns are question, answer; expected instruction, output") == 1
-    assert "messages; or prompt and completion" in message
+    assert "messages; or conversations; or prompt and completion" in message
     assert "records.json:1" in message
 
 
@@ -69,6 +80,12 @@ def test_missing_columns_are_one_error_with_those_found_and_expected(tmp_path: P
         ({"messages": "cat"}, "messages is str, not a list"),
         ({"messages": []}, "messages is empty"),
         ({"messages": [{"role": "user"}]}, "a message of messages is not"),
+        ({"messages": [*CHAT["messages"], {"role": "tool", "content": None}]}, "a message of messages is not"),
+        ({"conversations": {"from": "human"}}, "conversations is dict, not a list of turns"),
+        ({"conversations": None}, "conversations is empty"),
+        ({"conversations": ["cat"]}, "a turn of conversations is not {from: text, value: text}"),
+        ({"conversations": [{"from": "human", "value": None}]}, "a turn of conversations is not"),
+        ({"conversations": [{"from": "Human", "value": "?"}]}, "is from 'Human'; known: human, user, gpt,"),
         ({**PAIR, "completion": None}, "completion is NoneType"),
         ("cat", "not an object"),
         ({}, "the columns are none"),

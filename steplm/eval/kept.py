@@ -1,0 +1,90 @@
+"""Perplexities that outlive a start: a file for each model and text, read again where nothing of it has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from steplm.eval.fingerprint import model_fingerprint, text_fingerprint
+from steplm.eval.perplexity import PerplexityResult, default_sequence_length, evaluate_folder
+from steplm.files import write_atomically
+from steplm.models.folder import load_hf_config
+from steplm.models.names import short_name
+
+SCHEMA = 1
+TEXTS_FOLDER = "texts"
+
+
+def evaluate_or_reuse(
+    folder: str | Path,
+    data_entries: Sequence[str],
+    output: Path,
+    *,
+    text_field: str = "text",
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> tuple[PerplexityResult, bool]:
+    """``evaluate_folder``, and whether its result is one that was saved in ``output``.
+
+    Reused is what has the same weights, configuration and tokenizer, the same text, and the same settings; of texts
+    on the hub only those with a commit.
+    """
+    length = sequence_length or default_sequence_length(folder, load_hf_config(folder))
+    text = text_fingerprint(data_entries)
+    settings = {
+        "text_field": text_field,
+        "sequence_length": length,
+        "stride": stride or length,
+        "max_tokens": max_tokens,
+        "dtype": dtype,
+    }
+    about = json.dumps([SCHEMA, model_fingerprint(str(folder)), text, settings])
+    fingerprint = hashlib.sha256(about.encode()).hexdigest()
+    plain = re.sub(r"[^\w.-]+", "_", short_name(str(folder)))
+    file = output / TEXTS_FOLDER / f"{plain[:100]}-{fingerprint[:12]}.json"
+    saved = None if text is None else _load(file, fingerprint)
+    if saved is not None:
+        return saved, True
+    result = evaluate_folder(
+        folder,
+        data_entries,
+        text_field=text_field,
+        sequence_length=length,
+        stride=stride,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        device=device,
+        dtype=dtype,
+    )
+    if text is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        document = {
+            "schema": SCHEMA,
+            "fingerprint": fingerprint,
+            "model": str(folder),
+            "data": list(data_entries),
+            "settings": settings,
+            "result": asdict(result),
+        }
+        write_atomically(file, json.dumps(document, indent=1) + "\n")
+    return result, False
+
+
+def _load(path: Path, fingerprint: str) -> PerplexityResult | None:
+    """``None`` if there is nothing, or something else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA or document["fingerprint"] != fingerprint:
+            return None
+        result = PerplexityResult(**document["result"])
+        return result if result.loss >= 0 else None
+    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError, RecursionError):
+        return None  # it is scored again
