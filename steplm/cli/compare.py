@@ -95,9 +95,9 @@ def _print_runs(suite: Suite, runs: list[RunKey]) -> None:
     from steplm.compare.runner import all_stage_keys
 
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("entry", overflow="fold")
-    for heading in ("method", "rates", "seeds", "layers", "tokens", "FLOPs", "model state", "shares with"):
-        table.add_column(heading, justify="left" if heading in ("method", "shares with") else "right")
+    table.add_column("entry", no_wrap=True)
+    for heading in ("method", "rates", "seeds", "layers", "tokens", "FLOPs", "state"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading != "rates")
     shared = _shared_with(all_stage_keys(suite, {run: _with_any_data(suite.run_config(run)) for run in runs}))
     for entry in suite.entries.values():
         plan = suite.plan(next(run for run in runs if run.entry == entry.name))
@@ -112,10 +112,11 @@ def _print_runs(suite: Suite, runs: list[RunKey]) -> None:
             format_count(plan.total_tokens),
             format_count(plan.training_flops),
             format_bytes(plan.peak_model_state_bytes),
-            Text(shared.get(entry.name, "")),
         )
     console = Console()
     console.print(table)
+    for name, stages in shared.items():
+        console.print(f"{name} shares stages with {stages}", highlight=False, markup=False)
     expected = suite.expected_runs({})
     flops = sum(suite.plan(run).training_flops for run in expected)
     console.print(
