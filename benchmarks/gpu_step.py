@@ -78,7 +78,6 @@ def _measure(config: RunConfig, stage: Stage, device: torch.device, arguments: a
     seconds = []
     for _ in range(arguments.steps):
         started = time.perf_counter()
-        # It ends by reading the loss, which waits for the device; the update itself runs into the next step.
         train_step(assembled.model, assembled.optimizer, batch, how, learning_rate=1e-4, max_grad_norm=1.0)
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -121,7 +121,7 @@ def _perplexities(run_dir: Path, texts: list[str]) -> dict[str, dict[str, float]
 def _made_by(environment_file: Path, command: str) -> str:
     environment = json.loads(environment_file.read_text())
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    return f"    {command}\n\n{environment['device']}, {environment['num_threads']} threads a run; {versions}."
+    return f"    {command}\n\n{environment['device']}, threads a run: {environment['num_threads']}; {versions}."
 
 
 if __name__ == "__main__":

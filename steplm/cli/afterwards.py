@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from steplm.sft.run import SftResult
 
 
-def steps(suite: Suite) -> list[str]:
-    """A line for each step."""
+def parts(suite: Suite) -> list[str]:
+    """A line for each of them."""
     config = suite.config.afterwards
     if config is None:
         return []
@@ -43,7 +43,7 @@ def steps(suite: Suite) -> list[str]:
     return lines
 
 
-def check_steps(suite: Suite) -> None:
+def check_parts(suite: Suite) -> None:
     """All that can fail early, before the first run: libraries, files, tasks, the judge's key.
 
     Raises:
@@ -72,11 +72,11 @@ def check_steps(suite: Suite) -> None:
         _mt_bench(suite, config, {name: suite.directory / name for name in suite.last_models}, check_only=True)
 
 
-def run_steps(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
-    """Every step, of the models that there are; what an earlier start has done is not done again. The exit code.
+def run_parts(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
+    """Every part, of the models that there are; what an earlier start has done is not done again. The exit code.
 
     Raises:
-        SteplmError: a step failed; what was done is kept.
+        SteplmError: a part failed; what was done is kept.
     """
     config = suite.config.afterwards
     if config is None:
@@ -141,6 +141,7 @@ def _tune(
     suite: Suite, config: InstructionsConfig, run_dirs: Mapping[str, Path], display: SuiteDisplay
 ) -> tuple[dict[str, Path], int | None]:
     """The tuned models, and the signal that stopped it."""
+    from steplm.models.device import free_memory
     from steplm.sft.run import instruction_tune
 
     keys = config.keys
@@ -157,6 +158,7 @@ def _tune(
         results[name] = instruction_tune(run_dir / "export", config.data, keys, output_dir=folder, say=say)
         if results[name].stop_signal is not None:
             return {}, results[name].stop_signal
+        free_memory()
         if not suite.config.keep_checkpoints:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     _save_losses(suite.directory / "evaluation", results)

@@ -472,16 +472,16 @@ def compare(
 
 @app.command()
 def report(
-    suite_dir: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a suite.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A suite, a run, or a folder of runs.")],
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="Folder; default DIR/report."),
     ] = None,
 ) -> None:
-    """Make tables, figures and one page of a suite, finished or not."""
+    """Make tables, figures and one page of a suite or of runs, finished or not."""
     from steplm.cli.report import show_report
 
-    show_report(suite_dir, output)
+    show_report(directory, output)
 
 
 @app.command()

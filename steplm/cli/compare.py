@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from steplm.cli.afterwards import check_steps, run_steps, steps
+from steplm.cli.afterwards import check_parts, parts, run_parts
 from steplm.compare.check import check_folders, check_plans, check_texts, prepare_data
 from steplm.compare.display import SuiteDisplay, make_display
 from steplm.compare.entries import RunKey, Suite
@@ -32,7 +32,7 @@ def run_compare(
     runs = check_plans(suite)
     if dry_run:
         _print_runs(suite, runs)
-        for line in steps(suite):
+        for line in parts(suite):
             print(line)
         return 0
     from steplm.training.display import make_display as make_run_display
@@ -43,7 +43,7 @@ def run_compare(
         f"suite     {suite.config.name}: {len(suite.expected_runs({}))} runs or more, every plan checked", "dim"
     )
     check_texts(suite)
-    check_steps(suite)
+    check_parts(suite)
     configs = prepare_data(suite, runs, make_run_display(progress).prepare)
     check_folders(suite, configs)
     record, stop_signal = _run(suite, configs, display, jobs)
@@ -61,9 +61,9 @@ def run_compare(
 
 
 def _finish(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
-    """The steps after the last run; where one fails, the report is still to be made."""
+    """The parts after the last run; where one fails, the report is still to be made."""
     try:
-        return run_steps(suite, record, display)
+        return run_parts(suite, record, display)
     except SteplmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

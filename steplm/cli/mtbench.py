@@ -95,6 +95,10 @@ def run_mtbench(
         _require_key(endpoint, named=api_key_env is not None)
         client = JudgeClient(endpoint, _say)  # before hours of generation: without the library it ends here
     if check_only:
+        if chat_template is not None:
+            from steplm.mt_bench.answers import read_chat_template
+
+            read_chat_template(chat_template)
         return 0
     if models:
         from steplm.mt_bench.answers import AnswerSettings

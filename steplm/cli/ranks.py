@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from steplm.errors import SteplmError
-from steplm.launch import is_launched, launched_rank
+from steplm.launch import is_launched, launched_rank, launched_size
 
 # A wrong configuration is met by every rank. The first one tells it, and the launcher ends the others.
 SECONDS_OF_SILENCE = 20.0
@@ -15,7 +15,7 @@ SECONDS_OF_SILENCE = 20.0
 
 def who() -> str:
     """What a message of this process begins with: its rank, where there are several."""
-    return "" if launched_rank() is None else f"rank {launched_rank()}: "
+    return f"rank {launched_rank()}: " if launched_size() > 1 else ""
 
 
 @contextmanager

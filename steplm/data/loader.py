@@ -19,7 +19,7 @@ from steplm.errors import DataError
 
 # B sequences, S positions
 
-IGNORED = -100  # a label that does not count, in Hugging Face models and torch
+IGNORE_INDEX = -100  # a label that does not count, in Hugging Face models and torch
 _DOCUMENT_ORDER, _WINDOW_ORDER = 0, 1
 
 Array = npt.NDArray[np.int64]
@@ -195,18 +195,18 @@ def validation_windows(
         first = min(index, num_batches - 1) * batch_tokens
         starts = range(first, min(first + batch_tokens, end - 1), sequence_length)
         batch = _to_batch([window(start) for start in starts], sequence_length, within_documents)
-        yield batch if index < num_batches else replace(batch, labels=torch.full_like(batch.labels, IGNORED))
+        yield batch if index < num_batches else replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX))
 
 
 def _to_batch(windows: list[_Window], sequence_length: int, within_documents: bool) -> Batch:
     shape = (len(windows), sequence_length)
-    input_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+    input_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
     position_ids = np.tile(np.arange(sequence_length), (len(windows), 1)) if within_documents else None
     for row, window in enumerate(windows):
         length = len(window.tokens) - 1
         input_ids[row, :length], labels[row, :length] = window.tokens[:-1], window.tokens[1:]
         if position_ids is not None:
-            labels[row, window.document_starts[window.document_starts > 0] - 1] = IGNORED
+            labels[row, window.document_starts[window.document_starts > 0] - 1] = IGNORE_INDEX
             begins = np.zeros(sequence_length, np.int64)
             starts = window.document_starts[window.document_starts < sequence_length]
             begins[starts] = starts

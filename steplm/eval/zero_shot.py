@@ -279,7 +279,7 @@ def require_lm_eval() -> None:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"tasks are scored by lm_eval, which cannot be imported ({error}). Install it: pip install 'steplm[eval]'"
+            f"tasks are scored by lm_eval, which cannot be imported ({error}). Install it: pip install '.[eval]'"
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -34,6 +35,13 @@ def _allocate_exactly() -> None:
     """
     if not ({"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys() or torch.cuda.is_initialized()):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def free_memory() -> None:
+    """Let go of models that nobody uses any more: reference cycles among them, and what CUDA's allocator keeps."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def move(model: nn.Module, device: torch.device | str) -> None:

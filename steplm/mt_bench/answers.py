@@ -71,6 +71,18 @@ class Completion:
     num_cut_tokens: int  # of the prompt's beginning, where it left no room
 
 
+def read_chat_template(file: Path) -> str:
+    """A Jinja file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {file}: {reason(error)}") from None
+
+
 def load_chat_tokenizer(folder: str | Path, chat_template: Path | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of a model that can chat.
 
@@ -82,10 +94,7 @@ def load_chat_tokenizer(folder: str | Path, chat_template: Path | None = None) -
     """
     tokenizer = load_tokenizer(folder)
     if chat_template is not None:
-        try:
-            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the chat template {chat_template}: {reason(error)}") from None
+        tokenizer.chat_template = read_chat_template(chat_template)
     if not tokenizer.chat_template:
         raise ConfigError(
             f"{folder} has no chat template, so it is not known how a question is put to it. Tune it on "

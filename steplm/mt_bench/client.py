@@ -378,7 +378,7 @@ def _library() -> ModuleType:
     try:
         import openai
     except ImportError:
-        raise ConfigError("MT-Bench's judge needs the openai library: pip install 'steplm[mtbench]'") from None
+        raise ConfigError("MT-Bench's judge needs the openai library: pip install '.[mtbench]'") from None
     return openai
 
 

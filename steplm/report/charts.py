@@ -323,9 +323,11 @@ def facts(suite: Suite) -> list[tuple[str, str]]:
     states = [run.entry.status for run in suite.runs]
     counts = {status: states.count(status) for status in dict.fromkeys(states)}
     result.append(("Runs", ", ".join(f"{count} {status}" for status, count in counts.items())))
-    elapsed = sum(run.elapsed_seconds or 0.0 for run in suite.runs if run.entry.shared_from is None)
+    elapsed = sum(run.elapsed_seconds or 0.0 for run in suite.runs)
     if elapsed:
-        result.append(("Time", format_seconds(elapsed) + (", all runs together" if len(suite.runs) > 1 else "")))
+        shared = ", what they share counted for each" if any(run.entry.shared_from for run in suite.runs) else ""
+        together = f", all runs together{shared}" if len(suite.runs) > 1 else ""
+        result.append(("Time", format_seconds(elapsed) + together))
     return result
 
 

@@ -20,7 +20,7 @@ from steplm.report.suite import Question
 from steplm.report.summary import Suite
 from steplm.report.tables import Cell, Table, details_table, problems, question_table, stages_table, tuning_table
 
-WITHOUT_PLOTLY = "For interactive charts: pip install 'steplm[report]', and make the report again."
+WITHOUT_PLOTLY = "For interactive charts: pip install plotly, and make the report again."
 AXIS_BUTTONS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "time"}
 MOST_STAGE_TABLES = 6  # runs whose stages are shown where runs are all there is
 LONG_CELL = 18  # characters, from which on a cell of words may be broken into lines

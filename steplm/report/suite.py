@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ class EntryRecord:
 
 @dataclass(frozen=True)
 class RunEntry:
-    """One run of a suite; ``shared_from`` is the directory of the run whose result it shares."""
+    """One run of a suite; ``shared_from`` is the directory of the run whose first stages it went on from."""
 
     entry: str
     seed: int
@@ -96,16 +96,6 @@ class SuiteRecord:
         rate = self.entry(name).learning_rate
         runs = [run for run in self.runs if run.entry == name and (not chosen or run.learning_rate == rate)]
         return tuple(sorted(runs, key=lambda run: (run.learning_rate, run.seed)))
-
-    def with_run(self, changed: RunEntry) -> SuiteRecord:
-        """A copy in which the run of the same entry, seed and rate is ``changed``; added if there is none."""
-
-        def key(run: RunEntry) -> tuple[str, int, float]:
-            return run.entry, run.seed, run.learning_rate
-
-        if all(key(run) != key(changed) for run in self.runs):
-            return replace(self, runs=(*self.runs, changed))
-        return replace(self, runs=tuple(changed if key(run) == key(changed) else run for run in self.runs))
 
 
 def is_suite(directory: str | Path) -> bool:

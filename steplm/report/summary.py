@@ -331,8 +331,6 @@ def read_suite(directory: str | Path) -> Suite:
 
 def _read_run(directory: Path, run: RunEntry, chosen_rate: float | None) -> SuiteRun:
     folder = directory / run.dir
-    if run.shared_from is not None and not (folder / "plan.json").is_file():
-        folder = directory / run.shared_from
     counts = run.learning_rate == chosen_rate
     if not (folder / "plan.json").is_file() or not (folder / "config.yaml").is_file():
         return SuiteRun(run, counts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
-from steplm.data.loader import IGNORED
+from steplm.data.loader import IGNORE_INDEX
 from steplm.sft.records import Conversation
 from steplm.units import reason
 
@@ -24,7 +24,7 @@ class Example:
 
     @property
     def num_answer_tokens(self) -> int:
-        return sum(label != IGNORED for label in self.labels[1:])  # the first token is predicted by none
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])  # the first token is predicted by none
 
     def cut(self, length: int) -> Example:
         return Example(self.input_ids[:length], self.labels[:length])
@@ -54,7 +54,8 @@ class Encoder:
         pieces = self._rendered(conversation) if self.uses_template else self._as_it_stands(conversation)
         ids = self._encoded([text for text, _ in pieces])
         labels = [
-            [*part] if is_answer else [IGNORED] * len(part) for part, (_, is_answer) in zip(ids, pieces, strict=True)
+            [*part] if is_answer else [IGNORE_INDEX] * len(part)
+            for part, (_, is_answer) in zip(ids, pieces, strict=True)
         ]
         example = Example(list(chain(*ids)), list(chain(*labels)))
         if example.labels[-1] not in self._special:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from steplm.data.loader import IGNORED, Batch
+from steplm.data.loader import IGNORE_INDEX, Batch
 from steplm.errors import DataError
 from steplm.sft.config import SftConfig
 from steplm.sft.encode import Encoder, Example
@@ -117,7 +117,7 @@ def batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
     for first in range(0, len(ordered), batch_size):
         some = ordered[first : first + batch_size]
         input_ids = torch.zeros(len(some), len(some[0].input_ids) - 1, dtype=torch.long)
-        labels = torch.full_like(input_ids, IGNORED)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
         for row, example in enumerate(some):
             length = len(example.input_ids) - 1
             input_ids[row, :length] = torch.tensor(example.input_ids[:-1])

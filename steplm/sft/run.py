@@ -20,7 +20,7 @@ from steplm.data.shards import locked
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError, DataError
 from steplm.files import write_atomically
-from steplm.launch import is_launched
+from steplm.launch import launched_size
 from steplm.models.build import DTYPES
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_hf_config, load_pretrained, without_bars
@@ -280,7 +280,7 @@ def check_tuning(config: SftConfig, hf_config: PretrainedConfig) -> int:
         ConfigError: no trl, no such template, a length that the model does not have, or a start by torchrun.
     """
     _require_libraries(config)
-    if is_launched():
+    if launched_size() > 1:
         raise ConfigError("instruction tuning runs on one device: start it without torchrun")
     if config.chat_template not in (None, "alpaca", "none"):
         template_file(config.chat_template)
@@ -311,7 +311,8 @@ def _require_libraries(config: SftConfig) -> None:
             import_module(name)
         except ImportError:
             raise ConfigError(
-                f"instruction tuning needs {name}, which is not installed: pip install 'steplm[sft]'", package=name
+                f"instruction tuning needs {name}, which is not installed: pip install '.[sft]'",
+                package=name,
             ) from None
 
 

@@ -29,7 +29,7 @@ FREE_AT_RESUME = (
     "train.num_threads",
     "distributed",
     "train.dry_run",
-    # How a step is computed, not what: at a constant product of the two sizes, which the plan's steps need.
+    # How a step is computed, not what: its tokens are compared.
     "train.per_device_train_batch_size",
     "train.gradient_accumulation_steps",
     "train.global_batch_size",
@@ -107,7 +107,17 @@ def check_same_run(config: RunConfig, plan: Plan) -> list[str]:
     begun = (run_dir / "summary.json").is_file() or bool(complete_checkpoints(run_dir / "checkpoints"))
     if not written.is_file() or not begun:
         return []
-    before, now = flat(load_config(written).model_dump(mode="json")), flat(config.model_dump(mode="json"))
+    begun_with = load_config(written)
+    sequences, before_sequences = config.global_batch_size, begun_with.global_batch_size
+    if sequences != before_sequences:
+        raise CheckpointMismatch(
+            f"{config.run_dir} holds a run of {before_sequences} sequences a step, and this configuration has "
+            f"{sequences}. Set train.global_batch_size={before_sequences}, or change both "
+            "train.per_device_train_batch_size and train.gradient_accumulation_steps, so that their product stays.",
+            sequences=sequences,
+            sequences_before=before_sequences,
+        )
+    before, now = flat(begun_with.model_dump(mode="json")), flat(config.model_dump(mode="json"))
     differing = [key for key in now if now[key] != before.get(key)]
     changed = [key for key in differing if not key.startswith(FREE_AT_RESUME)]
     if changed:

@@ -89,10 +89,8 @@ class Display:
             table.add_row(name, f"{planned_bytes:,}", f"{measured_bytes:,}", equal)
         if measured_peak_bytes is not None and stage.peak is not None:
             planned_bytes = stage.peak.highest_in_a_pass.memory.total_bytes
-            of_tensors = measured_peak_bytes - library_bytes
-            table.add_row(
-                "peak of a dry run", f"{planned_bytes:,}", f"{of_tensors:,}", f"{of_tensors / planned_bytes:.1%}"
-            )
+            share = f"{measured_peak_bytes / planned_bytes:.1%}"
+            table.add_row("peak of a dry run", f"{planned_bytes:,}", f"{measured_peak_bytes:,}", share)
             if library_bytes:
                 table.add_row("and cuBLAS", "", f"{library_bytes:,}", "")
         self.console.print(table)

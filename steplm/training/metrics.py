@@ -1,14 +1,19 @@
 """``metrics.jsonl``: one JSON object per event, and the optional sinks beside it.
 
 Events, told apart by ``event``:
-    stage_start   stage, num_hidden_layers, planned_bytes, measured_bytes
-    train         stage, step, tokens_seen, loss (mean since the last such event), learning_rate, grad_norm,
-                  tokens_per_second, peak_allocated_bytes, peak_reserved_bytes, peak_resident_bytes
+    stage_start   stage, num_hidden_layers; planned_bytes, measured_bytes of the model state by kind, on several ranks
+                  measured_bytes_of_ranks; planned_peak_bytes; of a dry run planned_dry_run_bytes,
+                  measured_dry_run_bytes (tensors) and measured_library_bytes (cuBLAS's workspaces); of growth and
+                  assembly entrance_peak_allocated_bytes, entrance_peak_reserved_bytes, entrance_peak_resident_bytes
+    train         stage, step, num_steps, tokens_seen, loss (mean since the last such event), learning_rate, grad_norm,
+                  tokens_per_second, elapsed_seconds, peak_allocated_bytes, peak_reserved_bytes, peak_resident_bytes
     eval          stage, step, tokens_seen, loss, perplexity
     merge         stage, tokens_seen, loss_before, loss_after
     growth        stage, tokens_seen, loss_before, loss_after, operator, position
+    pack          stage, tokens_seen, format, num_matrices, relative_rms_error, loss_before, loss_after
+    changed       tokens_seen, keys: of a resume, those of ``optim`` that differ
     stage_end     stage, step, tokens_seen
-    run_end       tokens_seen, elapsed_seconds
+    run_end       tokens_seen, elapsed_seconds, validation_loss
 """
 
 from __future__ import annotations
@@ -147,5 +152,5 @@ def require_sinks(names: Iterable[str]) -> None:
             import_module(name)
         except ImportError:
             raise ConfigError(
-                f"log.report_to names {name}, which is not installed: pip install 'steplm[{name}]'", package=name
+                f"log.report_to names {name}, which is not installed: pip install {name}", package=name
             ) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import gc
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from steplm.distributed.world import World, joined, with_world_size
 from steplm.errors import CheckpointError, ConfigError, SteplmError
 from steplm.files import write_atomically
 from steplm.models.build import DTYPES, hf_config
-from steplm.models.device import resolve_device
+from steplm.models.device import free_memory, resolve_device
 from steplm.models.folder import load_config_and_state, load_hf_config
 from steplm.models.forward import summed_loss
 from steplm.models.shape import shape_of
@@ -257,7 +256,7 @@ def _set_up(config: RunConfig, world: World, display: Display) -> tuple[Run | No
 
 
 def _on_these_devices(config: RunConfig) -> RunConfig:
-    """With the number of processes that there are, and the batch of before, if there were more or fewer then.
+    """With the number of processes that there are, and the batch of before, if there ever were more or fewer.
 
     Raises:
         ConfigError: another number is written, or it divides something unevenly.
@@ -266,7 +265,8 @@ def _on_these_devices(config: RunConfig) -> RunConfig:
     train, written = config.train, config.run_dir / "config.yaml"
     if written.is_file() and complete_checkpoints(config.run_dir / "checkpoints"):
         before = load_config(written)
-        if before.distributed.world_size != distributed.world_size and train.global_batch_size is None:
+        kept = before.train.global_batch_size is not None  # by an earlier change of their number
+        if train.global_batch_size is None and (kept or before.distributed.world_size != distributed.world_size):
             sequences = {"global_batch_size": before.global_batch_size, "gradient_accumulation_steps": 1}
             train = train.model_copy(update=sequences)
     if (distributed, train) == (config.distributed, config.train):
@@ -287,9 +287,7 @@ def _run_stages(run: Run, checkpoint: Path | None) -> Path | None:
         # Gone before the next stage is built: at growth the device holds plain weights only. A compiled
         # layer is a reference cycle, which only the collector ends.
         del assembled, start
-        gc.collect()
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
         if run.stop_signal:
             break
     return checkpoint

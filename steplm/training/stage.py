@@ -195,12 +195,12 @@ def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembl
             measured_bytes=measured.by_kind(),
             planned_peak_bytes=None if stage.peak is None else stage.peak.total_bytes,
             planned_dry_run_bytes=None if stage.peak is None else stage.peak.highest_in_a_pass.memory.total_bytes,
-            measured_dry_run_bytes=measured_peak,
+            # A dry run updates nothing: where updates are a part of the pass, its peak is another.
+            measured_dry_run_bytes=None if how.fused_backward else measured_peak,
             measured_library_bytes=library_bytes,
             **({} if run.world.is_alone else {"measured_bytes_of_ranks": [round(count) for count in bytes_of_ranks]}),
             **{f"entrance_{name}": value for name, value in to_json(entrance_peak).items()},
         )
-    # A dry run updates nothing, so that where updates are a part of the pass its peak is another.
     run.display.stage_start(stage, measured, None if how.fused_backward else measured_peak, library_bytes)
 
 
@@ -208,7 +208,7 @@ def _dry_run(run: Run, model: PreTrainedModel, optimizer: AdamW, how: Pass) -> t
     """A step without its update, gradients left.
 
     Returns:
-        The most bytes that the device held, if that can be told, and how many of them were libraries' workspaces.
+        The most bytes of tensors that the device held, if that can be told, and those of libraries' workspaces.
     """
     train = run.config.train
     # Two micro-batches where there are as many: the second meets the gradients of the first.
@@ -224,7 +224,10 @@ def _dry_run(run: Run, model: PreTrainedModel, optimizer: AdamW, how: Pass) -> t
             trial(model, optimizer, batch, how)
         else:
             forward_backward(model, batch, how)
-        return (None, 0) if gauge is None else (gauge.peak_bytes, gauge.library_bytes())
+        if gauge is None:
+            return None, 0
+        peak_bytes, library_bytes = gauge.peak_bytes, gauge.library_bytes()
+        return peak_bytes - library_bytes, library_bytes
 
 
 def _report_packing(run: Run, stage: Stage, start: StageStart, assembled: Assembled) -> None:

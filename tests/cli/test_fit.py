@@ -52,7 +52,7 @@ def test_nothing_is_cut_off_on_eighty_columns(run: str, budget_gib: int, argumen
 
 def test_the_answer_comes_first_and_the_command_last() -> None:
     lines = text_of("llama_368m", 80).splitlines()
-    assert lines[0].startswith("fits in 80.00 GiB (1.00 GiB reserve): as written")
+    assert lines[0].startswith("fits in 80.00 GiB (1.25 GiB reserve): as written")
     assert lines[-1] == "steplm train llama_368m --budget 80GiB"
 
 

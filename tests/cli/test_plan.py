@@ -76,7 +76,7 @@ outer            65.5M                           0.12  0.12  0.73  0.98
 vanilla     24    368M                           0.69  0.69  4.11  5.48 13.61
 peak  11.22 GiB in stage 3 (loss); vanilla 13.61 GiB; -17.6%
 state 3.15 GiB in stage 2; vanilla 5.48 GiB; -42.6%
-with memory.reserve=1.00 GiB it needs a device of 12.22 GiB
+with memory.reserve=1.25 GiB it needs a device of 12.47 GiB
 outer: embeddings, final norm and head, a part of every stage above
 """
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from steplm.cli.afterwards import run_steps
+from steplm.cli.afterwards import run_parts
 from steplm.cli.mtbench import run_mtbench
 from steplm.compare.display import SuiteDisplay
 from steplm.compare.entries import Suite
@@ -142,7 +142,7 @@ def test_a_model_whose_run_is_not_finished_is_left_out_and_told(
     suite = Suite(read_suite(values))
     entries = tuple(replace(entry.record, learning_rate=1e-2) for entry in suite.entries.values())
     record = SuiteRecord("tiny", "tokens", (0,), entries, (RunEntry("vanilla", 0, 1e-2, "runs/v", "failed"),))
-    assert run_steps(suite, record, SuiteDisplay(Console())) == 1
+    assert run_parts(suite, record, SuiteDisplay(Console())) == 1
     shown = capsys.readouterr().out
     assert [f"{name} has no finished run and is left out" in shown for name in suite.entries] == [True, True]
 
@@ -187,9 +187,9 @@ def test_what_cannot_be_done_afterwards_is_refused_before_the_first_run(
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        ("lm_eval.models.huggingface", "pip install 'steplm[eval]'"),
-        ("trl", "pip install 'steplm[sft]'"),
-        ("openai", "pip install 'steplm[mtbench]'"),
+        ("lm_eval.models.huggingface", "pip install '.[eval]'"),
+        ("trl", "pip install '.[sft]'"),
+        ("openai", "pip install '.[mtbench]'"),
     ],
 )
 def test_a_missing_extra_is_told_before_the_first_run(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steplm.data.loader import IGNORED, Batch, BatchLoader, _splitmix64, shuffled, validation_windows
+from steplm.data.loader import IGNORE_INDEX, Batch, BatchLoader, _splitmix64, shuffled, validation_windows
 from steplm.data.tokens import TokenDataset
 from steplm.errors import DataError
 
@@ -146,7 +146,7 @@ def test_within_documents_positions_restart_and_no_document_predicts_the_next(da
         for place, token in enumerate(inputs):
             expected = 0 if token in firsts or place == 0 else expected + 1
             assert positions[place] == expected
-            assert labels[place] == (IGNORED if all_labels[place] in firsts else all_labels[place])
+            assert labels[place] == (IGNORE_INDEX if all_labels[place] in firsts else all_labels[place])
 
 
 @settings(max_examples=60, deadline=None)
@@ -174,7 +174,7 @@ def test_validation_windows_cover_every_label_once_in_order(
     assert all(len(batch) == batch_size for batch in batches[:-1])
     labels = torch.cat([batch.labels.flatten() for batch in batches])
     inputs = torch.cat([batch.input_ids.flatten() for batch in batches])
-    valid = labels != IGNORED
+    valid = labels != IGNORE_INDEX
     end = len(tokens) if max_tokens is None else min(len(tokens), max_tokens + 1)
     assert labels[valid].tolist() == tokens[1:end].tolist()
     assert inputs[valid].tolist() == tokens[: end - 1].tolist()

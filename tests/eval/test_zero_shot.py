@@ -469,7 +469,7 @@ def test_without_lm_eval_the_extra_is_named(models: list[str], sets: Path, monke
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ConfigError, match=r"pip install 'steplm\[eval\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[eval\]'"):
         evaluate_tasks(models, ["piqa"], tasks_data=sets)
 
 

@@ -41,13 +41,6 @@ def test_a_suite_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert load_suite(tmp_path) == RECORD
 
 
-def test_a_run_is_replaced_by_its_entry_seed_and_rate_or_added() -> None:
-    done = RunEntry("vanilla", 0, 0.002, "elsewhere", "finished")
-    assert RECORD.with_run(done).runs == (done,)
-    other = replace(done, seed=1)
-    assert RECORD.with_run(other).runs == (*RECORD.runs, other)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -294,19 +287,6 @@ def test_a_folder_of_runs_sets_them_side_by_side(suite_dir: Path) -> None:
     table = question_table(suite, suite.record.questions[0])
     assert "verdict" not in table.columns
     assert table.rows[0][table.columns.index("against vanilla")].text.startswith("−")
-
-
-def test_a_shared_run_lends_its_numbers(suite_dir: Path) -> None:
-    record = load_suite(suite_dir)
-    shared = tuple(
-        replace(run, dir="runs/nowhere", shared_from=run.dir) if run.entry == "step_2" else run for run in record.runs
-    )
-    before = read_suite(suite_dir).entries["step_2"].row
-    try:
-        save_suite(replace(record, runs=shared), suite_dir)
-        assert read_suite(suite_dir).entries["step_2"].row == before
-    finally:
-        save_suite(record, suite_dir)
 
 
 def test_the_report_of_a_suite_has_all_its_files(make_suite: Callable[..., Path], tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def test_without_trl_the_extra_is_named(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(ConfigError, match=r"pip install 'steplm\[sft\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[sft\]'"):
         tune(folder, data, tmp_path / "out")
 
 

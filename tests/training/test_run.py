@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from steplm.checkpoint import load_checkpoint
 from steplm.checkpoint.folder import complete_checkpoints
-from steplm.config import RunConfig
+from steplm.config import DistributedConfig, RunConfig, dump_config
 from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError, MemoryMismatch, TrainingDiverged
 from steplm.models.build import build_model
 from steplm.optim import build as build_module
@@ -286,6 +286,27 @@ def test_another_configuration_in_the_same_directory_is_refused(
     with pytest.raises(CheckpointMismatch, match=r"plan\.layers"):
         train(tiny_run(run_dir, "plan.num_stages=3", "plan.layers=[1,2,1]"))
     assert train(tiny_run(run_dir, *same, "log.logging_steps=7", "train.save_total_limit=1")).finished
+
+
+def test_steps_of_another_size_are_refused(tiny_run: Configure, tmp_path: Path) -> None:
+    one_stage = ("plan.num_stages=1", "plan.total_tokens=512")  # of which each size of step gives the same plan
+    train(tiny_run(tmp_path, *one_stage))
+    with pytest.raises(CheckpointMismatch, match=r"of 4 sequences a step.* has 2\. Set train\.global_batch_size=4"):
+        train(tiny_run(tmp_path, *one_stage, "train.per_device_train_batch_size=2"))
+    half = ("train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2")
+    assert train(tiny_run(tmp_path, *one_stage, *half)).finished
+
+
+def test_a_batch_is_kept_however_often_the_number_of_devices_changes(
+    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny_run(tmp_path, "plan.num_stages=1", "plan.total_tokens=512"))  # 4 sequences a step, on one device
+    config = tiny_run(tmp_path, "plan.num_stages=1", "plan.total_tokens=512")
+    for _ in range(2):  # the second start finds two devices in config.yaml already
+        monkeypatch.setattr(run_module, "with_world_size", lambda distributed: DistributedConfig(world_size=2))
+        on_two = run_module._on_these_devices(config)
+        assert (on_two.distributed.world_size, on_two.global_batch_size) == (2, 4)
+        (tmp_path / "config.yaml").write_text(dump_config(on_two))
 
 
 def test_two_runs_in_one_directory_are_refused(tiny_run: Configure, tmp_path: Path) -> None:
