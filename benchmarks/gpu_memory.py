@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory_grid import EVERY_OPTION
 
 from steplm import RunConfig, load_config, plan
 from steplm.models.device import resolve_device
@@ -34,16 +35,6 @@ from steplm.types import Stage
 from steplm.units import format_bytes
 
 CHECKPOINTING = ("train.gradient_checkpointing=true",)
-EVERY_OPTION = (
-    "memory.optimizer_states=8bit",
-    "memory.master_weights=false",
-    "memory.fused_backward=true",
-    "optim.max_grad_norm=null",
-    "memory.frozen_weights=nf4",
-    "memory.offload_frozen=true",
-    "memory.offload_activations=true",
-    *CHECKPOINTING,
-)
 ONE_MICRO_BATCH = ("train.gradient_accumulation_steps=1",)
 OPTIONS = {
     "8-bit states": ("memory.optimizer_states=8bit",),
