@@ -158,7 +158,8 @@ class BackgroundWriter:
                 if self.rank == 0:
                     discard()
 
-        self._thread = threading.Thread(target=run, name="checkpoint")
+        # A daemon, as it may wait for a rank that is gone, and must not keep the process.
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -172,10 +173,10 @@ class BackgroundWriter:
             error, self._error = self._error, None
             raise error
 
-    def join(self) -> None:
-        """The same, of a run that fails for a reason of its own."""
+    def join(self, seconds: float | None = None) -> None:
+        """The same, or until so long has passed, of a run that fails for a reason of its own."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
             self._thread = None
 
     def _write(

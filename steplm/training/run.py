@@ -205,7 +205,7 @@ def _train(config: RunConfig, world: World, display: Display) -> RunResult:
             return _finish(run)
     finally:
         if run.writer is not None:
-            run.writer.join()  # before its process group is gone
+            run.writer.join(config.distributed.timeout * 60)  # before its process group is gone
         run.metrics.close()
 
 
