@@ -424,7 +424,8 @@ def _changed_at(path: Path) -> int:
 
 
 def _num_files(folder: Path) -> int:
-    return sum(1 for path in folder.rglob("*") if path.is_file())
+    # Not by rglob: a folder may be renamed while it is looked at.
+    return sum(len(files) for _, _, files in os.walk(folder))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
