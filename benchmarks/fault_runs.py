@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import yaml
 
-import steplm.training.run  # noqa: F401  so that no child has to
+import steplm.training.run  # so that no child has to
 from steplm.checkpoint.folder import MARKER, complete_checkpoints
 from steplm.cli.app import main as steplm_main
 from steplm.training.metrics import read_metrics
@@ -360,13 +360,14 @@ class Subject:
         for word in words:
             require(word.lower() in attempt.output.lower(), f"the message does not say {word!r}:\n{attempt.output}")
         self.check_speech(attempt)
-        if self.world_size == 1:
-            require(code == exit_code, f"exit code {code}, not {exit_code}:\n{attempt.output}")
+        if self.world_size > 1:  # torchrun's own is always 1; its summary ends with that of the rank that failed first
+            code = int(re.findall(r"^  exitcode  : (-?\d+)", attempt.output, re.MULTILINE)[-1])
+        require(code == exit_code, f"exit code {code}, not {exit_code}:\n{attempt.output}")
 
     def check_speech(self, attempt: Attempt) -> None:
-        # torchrun shows tracebacks of its own.
-        if self.world_size == 1:
-            require("Traceback" not in attempt.output, f"a traceback:\n{attempt.output}")
+        # torchrun shows tracebacks of its own, with no line of this package.
+        sign = "Traceback" if self.world_size == 1 else f"{Path(steplm.__file__).parent}{os.sep}"
+        require(sign not in attempt.output, f"a traceback:\n{attempt.output}")
 
     def finish(self) -> Attempt:
         """Start the same command again; it must go on from the last checkpoint and come to its end."""
@@ -423,7 +424,8 @@ def _changed_at(path: Path) -> int:
 
 
 def _num_files(folder: Path) -> int:
-    return sum(1 for path in folder.rglob("*") if path.is_file())
+    # Not by rglob: a folder may be renamed while it is looked at.
+    return sum(len(files) for _, _, files in os.walk(folder))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

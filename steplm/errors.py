@@ -9,6 +9,7 @@
     ├── GrowthError              a growth that makes no model
     ├── CheckpointError          a checkpoint that cannot be used
     │   └── CheckpointMismatch   a checkpoint of another plan or trainable set
+    ├── RankLost                 another process of this run is gone
     ├── JudgeError               the judge of an evaluation cannot be asked
     ├── MemoryMismatch           measured bytes differ from the planned bytes
     └── TrainingDiverged         the loss is NaN or infinite
@@ -70,6 +71,10 @@ class CheckpointError(SteplmError):
 
 class CheckpointMismatch(CheckpointError):
     """A checkpoint belongs to another plan, or trains other parameters than the plan says."""
+
+
+class RankLost(SteplmError):
+    """Another process of this run has failed or was killed: what this one does together with it cannot go on."""
 
 
 class JudgeError(SteplmError):

@@ -11,7 +11,6 @@ from steplm.checkpoint.folder import (
     save_checkpoint,
     save_shards,
     verify_checkpoint,
-    wait_for_shards,
 )
 
 __all__ = [
@@ -25,5 +24,4 @@ __all__ = [
     "save_checkpoint",
     "save_shards",
     "verify_checkpoint",
-    "wait_for_shards",
 ]

@@ -125,6 +125,8 @@ def save_shards(
 ) -> Path:
     """The same by all ranks together, in the background: returns at once, and ``writer.wait()`` waits for the end.
 
+    What fails on any rank, every rank raises then.
+
     Args:
         weights, adapters, optimizer: sharded tensors as ``DTensor``; any other is the same on every rank.
         then: called on rank 0 when the checkpoint is whole.
@@ -137,9 +139,8 @@ def save_shards(
         (temporary / SHARDS).mkdir(parents=True)
 
     def finish(shards: Fingerprints) -> None:
-        with _written_whole(final, keep=True):
-            save_hf_config(temporary, config, next(iter(weights.values())).dtype)
-            _complete(temporary, final, state, {f"{SHARDS}/{name}": value for name, value in shards.items()})
+        save_hf_config(temporary, config, next(iter(weights.values())).dtype)
+        _complete(temporary, final, state, {f"{SHARDS}/{name}": value for name, value in shards.items()})
         then()
 
     tensors = {
@@ -147,29 +148,23 @@ def save_shards(
         for kind, named in (("weights", weights), ("adapters", adapters), ("optimizer", optimizer))
         for name, tensor in named.items()
     }
-    writer.start(temporary / SHARDS, tensors, prepare=prepare, finish=finish)
+    writer.start(
+        temporary / SHARDS,
+        tensors,
+        prepare=prepare,
+        finish=finish,
+        explain=lambda error: explained(error, final),
+        discard=lambda: _remove(temporary),
+    )
     return final
 
 
-def wait_for_shards(writer: BackgroundWriter, root: Path) -> None:
-    """Until the checkpoint that was begun is whole.
-
-    Raises:
-        CheckpointError: it could not be written, on any rank.
-    """
-    try:
-        writer.wait()
-    except Exception as error:
-        raise explained(error, root) from None
-
-
 @contextmanager
-def _written_whole(final: Path, *, keep: bool = False) -> Iterator[Path]:
-    """A temporary folder to write into, which is gone if that fails; ``keep`` what other ranks have written there."""
+def _written_whole(final: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which is gone if that fails."""
     temporary = _temporary(final)
     try:
-        if not keep:
-            _remove(temporary)
+        _remove(temporary)
         yield temporary
     # safetensors and huggingface_hub wrap a failed write in errors of their own.
     except Exception as error:
@@ -195,7 +190,7 @@ def _complete(temporary: Path, final: Path, state: CheckpointState, known: Finge
 def explained(error: Exception, path: Path) -> Exception:
     """What a user can do about a failed write; any other error as it is."""
     if is_disk_full(error):
-        free = shutil.disk_usage(path if path.is_dir() else path.parent).free
+        free = shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
         return CheckpointError(
             f"no space left while writing {path} ({free:,} bytes are free). The checkpoints before it are whole: "
             "free some space, or lower train.save_total_limit, and run the same command again to resume.",

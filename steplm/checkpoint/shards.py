@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from steplm.errors import CheckpointError
@@ -135,6 +135,8 @@ class BackgroundWriter:
         *,
         prepare: Callable[[], None],
         finish: Callable[[Fingerprints], None],
+        explain: Callable[[Exception], Exception] = lambda error: error,
+        discard: Callable[[], None] = lambda: None,
     ) -> None:
         """Copy the tensors to host memory, and write them into ``folder`` beside what comes next.
 
@@ -142,10 +144,22 @@ class BackgroundWriter:
             tensors: sharded ones as ``DTensor``; any other is the same on every rank.
             prepare: called on rank 0: makes the folder.
             finish: called on rank 0 when all ranks have written, with size and sha256 of every file.
+            explain: called on the rank where something fails; every rank raises what it returns.
+            discard: called on rank 0 after that.
         """
         self.wait()
         staged = {name: _on_host(tensor) for name, tensor in tensors.items()}
-        self._thread = threading.Thread(target=self._run, args=(folder, staged, prepare, finish), name="checkpoint")
+
+        def run() -> None:
+            try:
+                self._write(folder, staged, prepare, finish, explain)
+            except BaseException as error:
+                self._error = error
+                if self.rank == 0:
+                    discard()
+
+        # A daemon, as it may wait for a rank that is gone, and must not keep the process.
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -154,18 +168,16 @@ class BackgroundWriter:
         Raises:
             The error that stopped the writing, on every rank.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.join()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
-    def _run(self, *arguments: Any) -> None:
-        try:
-            self._write(*arguments)
-        except BaseException as error:
-            self._error = error
+    def join(self, seconds: float | None = None) -> None:
+        """The same, or until so long has passed, of a run that fails for a reason of its own."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+            self._thread = None
 
     def _write(
         self,
@@ -173,26 +185,34 @@ class BackgroundWriter:
         staged: dict[str, Tensor],
         prepare: Callable[[], None],
         finish: Callable[[Fingerprints], None],
+        explain: Callable[[Exception], Exception],
     ) -> None:
-        self._on_first_rank(prepare)
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(staged, storage_writer=writer, process_group=self.group)
-        own = sorted(folder.glob(f"shard-{self.rank + 1:05d}-*.safetensors"))
-        found: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(found, {file.name: _synced(file) for file in own}, group=self.group)
-        self._on_first_rank(lambda: finish({name: value for part in found for name, value in part.items()}))
+        self._together(prepare if self.rank == 0 else None, explain)
+        found = self._together(lambda: self._write_rows(folder, staged), explain)
+        files = {name: value for part in found for name, value in part.items()}
+        self._together((lambda: finish(files)) if self.rank == 0 else None, explain)
 
-    def _on_first_rank(self, function: Callable[[], None]) -> None:
-        """What fails there is raised on every rank."""
-        outcome: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                function()
-            except Exception as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
-        if outcome[0] is not None:
-            raise outcome[0]
+    def _write_rows(self, folder: Path, staged: dict[str, Tensor]) -> Fingerprints:
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        try:
+            dcp.save(staged, storage_writer=writer, process_group=self.group)
+        except CheckpointException as failed:  # no Exception: it would pass by whoever waits for one
+            raise failed.failures[min(failed.failures)][0] from None
+        own = sorted(folder.glob(f"shard-{self.rank + 1:05d}-*.safetensors"))
+        return {file.name: _synced(file) for file in own}
+
+    def _together(self, function: Callable[[], Any] | None, explain: Callable[[Exception], Exception]) -> list[Any]:
+        """What each rank's function returns. What fails on one rank is raised on every rank."""
+        result, failure = None, None
+        try:
+            result = None if function is None else function()
+        except Exception as error:
+            failure = explain(error)
+        outcomes: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(outcomes, (result, failure), group=self.group)
+        if failures := [failure for _, failure in outcomes if failure is not None]:
+            raise failures[0]
+        return [result for result, _ in outcomes]
 
 
 def fingerprint(file: Path) -> dict[str, Any]:

@@ -525,5 +525,6 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        print(f"error: {error.strerror}: {error.filename}" if error.filename else f"error: {error}", file=sys.stderr)
+        what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        print(f"{who()}error: {what}", file=sys.stderr)
         sys.exit(1)

@@ -6,6 +6,7 @@ import datetime
 import faulthandler
 import math
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -21,9 +22,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from steplm.config import DistributedConfig
-from steplm.errors import ConfigError
+from steplm.errors import ConfigError, RankLost
 from steplm.launch import is_launched, launched_size
 from steplm.rows import WHOLE, Rows
+from steplm.units import reason
+
+# What gloo and nccl say, in errors of no class of their own, when the process at the other end is gone.
+_LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe|ncclRemoteError")
 
 LONG = datetime.timedelta(days=7)  # others wait so long for the first rank to prepare data
 
@@ -171,6 +176,9 @@ def joined(distributed: DistributedConfig, device: torch.device, *, even_alone: 
         distributed: with the true ``world_size``.
         device: of this run; of several CUDA devices a rank takes that of its ``LOCAL_RANK``.
         even_alone: set up what is for several where ``torchrun`` has started one: to test it, and to know its cost.
+
+    Raises:
+        RankLost: another process is gone.
     """
     if not is_launched() or (launched_size() == 1 and not even_alone):
         yield World(device)
@@ -208,6 +216,13 @@ def joined(distributed: DistributedConfig, device: torch.device, *, even_alone: 
     try:
         yield world
         world.wait()  # nobody leaves while another one still talks
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        raise RankLost(
+            f"another rank is gone ({reason(error)}). Its own message tells why, or the launcher's if it was killed. "
+            "Run the same command again to resume.",
+        ) from None
     finally:
         watchdog.stop()
         dist.destroy_process_group()

@@ -203,6 +203,8 @@ def _train(config: RunConfig, world: World, display: Display) -> RunResult:
                 return RunResult(config.run_dir, run.plan, finished=False, stop_signal=run.stop_signal)
             return _finish(run)
     finally:
+        if run.writer is not None:
+            run.writer.join(config.distributed.timeout * 60)  # before its process group is gone
         run.metrics.close()
 
 

@@ -23,7 +23,6 @@ from steplm.checkpoint import (
     load_checkpoint,
     save_checkpoint,
     save_shards,
-    wait_for_shards,
 )
 from steplm.distributed.shard import as_global
 from steplm.errors import SteplmError, TrainingDiverged
@@ -348,7 +347,7 @@ def train_stage(run: Run, stage: Stage, start: StageStart, assembled: Assembled)
     assert path is not None
     if run.writer is not None:
         with world.patiently():
-            wait_for_shards(run.writer, run.checkpoints_dir)
+            run.writer.wait()
     return path
 
 
@@ -392,7 +391,7 @@ def save(
         run.prune_checkpoints()
         return path
     with run.world.patiently():  # the one before may still be on its way to the disk
-        wait_for_shards(run.writer, run.checkpoints_dir)
+        run.writer.wait()
     num_rows = {name: len(parameter) for name, parameter in optimizer.parameters.items() if parameter.ndim}
     return save_shards(
         run.checkpoints_dir,

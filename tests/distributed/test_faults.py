@@ -10,14 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from steplm.checkpoint import folder as folder_module
+from steplm.checkpoint import shards as shards_module
 from steplm.checkpoint.folder import complete_checkpoints, latest_checkpoint
 from steplm.config import RunConfig, dump_config
 from steplm.training import run as run_module
-from steplm.training.metrics import read_metrics
+from steplm.training.metrics import MetricsLog, read_metrics
 from steplm.training.run import Run, train
 from steplm.training.step import StepReport
 
@@ -69,9 +71,11 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on(
         _at_step(2, 3, 1, killed)
         train(tiny_run(tmp_path, *OVERRIDES))
 
-    survivor, dead = start_ranks(dying, 2).wait()
+    ranks = start_ranks(dying, 2)
+    survivor, dead = ranks.wait()
     assert dead == -signal.SIGKILL
     assert survivor == 1
+    assert "RankLost: another rank is gone" in ranks.log.read_text()
     assert _latest_checkpoint(tmp_path) == "stage2-step000002"
     run_ranks(lambda: train(tiny_run(tmp_path, *OVERRIDES)), 2)
     assert_same_losses(tmp_path, one_process)
@@ -114,24 +118,46 @@ def test_a_damaged_shard_is_found_and_the_checkpoint_before_it_is_used(
     assert_same_losses(tmp_path, one_process)
 
 
-def test_a_full_disk_is_told_by_every_rank_and_leaves_whole_checkpoints(
-    tiny_run: Configure, tmp_path: Path, start_ranks: Callable
+def _until_full(of: object, name: str, rank: int, number: int) -> None:
+    """In this process: that function of a module or class finds the disk full when it is called so often."""
+    function, calls = getattr(of, name), iter(range(1, 1000))
+
+    def limited(*arguments: Any, **named: Any) -> object:
+        if os.environ["RANK"] == str(rank) and next(calls) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*arguments, **named)
+
+    setattr(of, name, limited)
+
+
+def test_a_full_disk_is_told_wherever_it_is_met_and_the_run_goes_on_when_there_is_space(
+    tiny_run: Configure,
+    tmp_path: Path,
+    start_ranks: Callable,
+    run_ranks: RunRanks,
+    one_process: Path,
+    assert_same_losses: SameLosses,
 ) -> None:
-    complete = folder_module._complete
+    checkpoints, told = tmp_path / "checkpoints", "CheckpointError: no space left while writing"
 
-    def full_disk(temporary: Path, final: Path, *others: object) -> None:
-        if final.name == "stage1-step000004":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        complete(temporary, final, *others)
+    def log_of_run(*where: Any) -> str:
+        def filling() -> None:
+            _until_full(*where)
+            train(tiny_run(tmp_path, *OVERRIDES))
 
-    def filling() -> None:
-        folder_module._complete = full_disk
-        train(tiny_run(tmp_path, *OVERRIDES))
+        ranks = start_ranks(filling, 2)
+        assert ranks.wait() == [1, 1]
+        return ranks.log.read_text()
 
-    ranks = start_ranks(filling, 2)
-    assert ranks.wait() == [1, 1]
-    assert ranks.log.read_text().count("CheckpointError: no space left") == 2
-    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["stage1-step000002"]
+    for where in ((folder_module, "_complete", 0, 2), (shards_module.HuggingFaceStorageWriter, "write_data", 1, 1)):
+        assert log_of_run(*where).count(f"{told} {checkpoints}/stage1-step000004 ") == 2
+        assert [path.name for path in checkpoints.iterdir()] == ["stage1-step000002"]
+    log = log_of_run(MetricsLog, "write", 0, 8)  # of step 7, while the checkpoint of step 6 is written
+    assert log.count(f"{told} {tmp_path} ") == 1
+    assert log.count("RankLost: another rank is gone") == 1
+    assert _latest_checkpoint(tmp_path) == "stage1-step000006"
+    run_ranks(lambda: train(tiny_run(tmp_path, *OVERRIDES)), 2)
+    assert_same_losses(tmp_path, one_process)
 
 
 def test_torchrun_starts_again_by_itself_when_a_rank_is_killed(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -83,20 +85,42 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_what_it_changes_is_n
     assert torch.equal(TensorFiles(folder).read("weight"), torch.ones(4, 3))
 
 
-def test_what_fails_on_the_first_rank_is_raised_on_every_rank(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
-    def action() -> None:
-        def refuse(files: object) -> None:
-            raise CheckpointError("refused")
+def test_what_fails_on_any_rank_is_raised_on_every_rank(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
+    def nothing(*arguments: object) -> None: ...
 
+    def action() -> None:
         with joined(DistributedConfig(world_size=2), torch.device("cpu")) as world:
+
+            def refuse(*arguments: object) -> None:
+                raise OSError(errno.ENOSPC, "refused", f"by rank {world.rank}")
+
+            def explain(error: Exception) -> Exception:
+                return CheckpointError(f"{error}, explained by rank {world.rank}")
+
             writer = BackgroundWriter(world.rank, world.checkpoint_group)
-            folder = tmp_path / "shards"
-            writer.start(folder, {"weight": torch.ones(2)}, prepare=folder.mkdir, finish=refuse)
-            with pytest.raises(CheckpointError, match="refused"):
-                writer.wait()
-            writer.wait()  # once is enough
+
+            def check(name: str, rank: int, finish: Callable[..., None] = nothing) -> None:
+                folder, tensors = tmp_path / name, {"weight": as_global(torch.ones(2), world, 4)}
+
+                def discard() -> None:
+                    assert world.is_first
+                    shutil.rmtree(folder)
+
+                writer.start(folder, tensors, prepare=folder.mkdir, finish=finish, explain=explain, discard=discard)
+                with pytest.raises(CheckpointError, match=f"refused.*by rank {rank}.*, explained by rank"):
+                    writer.wait()
+                writer.wait()  # once is enough
+
+            check("to finish", 0, refuse)
+            if world.rank == 1:
+                shards_module.sync = refuse
+            check("to sync", 1)
+            if world.rank == 1:
+                shards_module.HuggingFaceStorageWriter.write_data = refuse
+            check("to write", 1)
 
     run_ranks(action, 2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_plain_files_are_read_by_rows_too_and_damaged_ones_are_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,13 @@ from faults import Workshop
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 needs_mount = pytest.mark.skipif(not can_mount(), reason="a small file system cannot be mounted here")
-KINDS = [pytest.param(kind, marks=needs_mount if kind == "full disk" else ()) for kind in faults.KINDS]
+
+
+def _params(kinds: Iterable[str]) -> list:
+    return [pytest.param(kind, marks=needs_mount if kind == "full disk" else ()) for kind in kinds]
+
+
+KINDS = _params(faults.KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +60,7 @@ def test_many_broken_runs_end_as_the_unbroken_one(workshop: Workshop, kind: str)
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kind", ["kill", "terminate", "flip", "twice"])
+@pytest.mark.parametrize("kind", _params(["kill", "terminate", "full disk", "flip", "change refused", "twice"]))
 def test_a_broken_run_of_two_processes_ends_as_the_unbroken_one(
     tmp_path_factory: pytest.TempPathFactory, kind: str
 ) -> None:
