@@ -296,7 +296,7 @@ def test_the_schema_accepts_memory_options(text: str) -> None:
 
 
 def test_a_device_must_have_the_corrected_peak_and_the_reserve() -> None:
-    assert load_config({}).memory.needed_bytes(1000) == 1000 + 2**30
+    assert load_config({}).memory.needed_bytes(1000) == 1000 + 5 * 2**28
     assert load_config({}, ["memory.reserve=7", "memory.correction=1.5"]).memory.needed_bytes(1001) == 1502 + 7
 
 

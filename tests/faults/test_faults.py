@@ -98,8 +98,9 @@ def test_an_event_that_is_logged_twice_is_a_difference(workshop: Workshop, copy:
 
 
 def test_a_run_that_begins_again_is_wrong_though_it_ends_equal(workshop: Workshop) -> None:
-    subject = workshop.subject("begins again", 0, workshop.unbroken)
-    assert subject.stop_after(2)
+    # A run may be quicker than the kill.
+    subjects = (workshop.subject("begins again", number, workshop.unbroken) for number in range(10))
+    subject = next(subject for subject in subjects if subject.stop_after(2))
     kept = subject.checkpoints
     for checkpoint in kept:
         checkpoint.rename(checkpoint.with_name(f"hidden-{checkpoint.name}"))
