@@ -46,8 +46,7 @@ def run_eval(
     """Print what each model scores on tasks and texts as tables, or as JSON; write both under ``output``.
 
     Without tasks the JSON is a list, one object a model and text; with tasks it is the document of
-    ``steplm.eval.zero_shot``, with the same list under ``perplexity``. What
-    ``output`` holds already is not scored again.
+    ``steplm.eval.zero_shot``, with the same list under ``perplexity``. What ``output`` holds is not scored again.
     """
     wanted = [name.strip() for entry in tasks for name in entry.split(",") if name.strip()]
     if not wanted and not data:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from steplm.data.sources import find_sources
@@ -26,7 +27,7 @@ def model_fingerprint(model: str) -> str:
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.index.json")]
     digest = hashlib.sha256()
     for file in sorted({folder / "config.json", *weights, *tokenizer_files(model)}):
-        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+        digest.update(f"{file.name} {_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -41,6 +42,17 @@ def text_fingerprint(entries: Sequence[str]) -> str | None:
         return None
     digest = hashlib.sha256()
     for source in sources:
-        content = source.describe() if source.path is None else f"{source.path.name} {file_sha256(source.path)}"
+        content = source.describe() if source.path is None else f"{source.path.name} {_sha256(source.path)}"
         digest.update(f"{content}\n".encode())
     return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    """Read once: a model is asked for with every text, and a text with every model."""
+    stat = file.stat()
+    return _sha256_of_version(file, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _sha256_of_version(file: Path, num_bytes: int, mtime_ns: int) -> str:
+    return file_sha256(file)

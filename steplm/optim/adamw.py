@@ -271,12 +271,12 @@ class AdamW:
             learning_rate=learning_rate,
             weight_decay=self.weight_decay if decays(pieces[0].name, self.parameters[pieces[0].name]) else 0.0,
         )
-        with_master = [index for index, piece in enumerate(pieces) if "master" in self._states[piece.name]]
-        if with_master:  # in one call: of a small model, a GPU waits for its kernels to be launched
-            torch._foreach_copy_([weights[index] for index in with_master], [masters[index] for index in with_master])
-        for index in sorted({*range(len(pieces))} - {*with_master}):
-            if masters[index] is not weights[index]:
-                weights[index].copy_(round_stochastically_(masters[index]))
+        apart = [index for index, weight in enumerate(weights) if masters[index] is not weight]
+        for index in apart:
+            if "master" not in self._states[pieces[index].name]:
+                round_stochastically_(masters[index])
+        if apart:  # in one call: of a small model, a GPU waits for its kernels to be launched
+            torch._foreach_copy_([weights[index] for index in apart], [masters[index] for index in apart])
         del masters  # before the moments are rounded, which needs as much
         for key, values in moments.items():
             self._write_moments(pieces, key, values)

@@ -194,13 +194,12 @@ def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembl
             measured_bytes=measured.by_kind(),
             planned_peak_bytes=None if stage.peak is None else stage.peak.total_bytes,
             planned_dry_run_bytes=None if stage.peak is None else stage.peak.highest_in_a_pass.memory.total_bytes,
-            # A dry run updates nothing: where updates are a part of the pass, its peak is another.
-            measured_dry_run_bytes=None if how.fused_backward else measured_peak,
+            measured_dry_run_bytes=measured_peak,
             measured_library_bytes=library_bytes,
             **({} if run.world.is_alone else {"measured_bytes_of_ranks": [round(count) for count in bytes_of_ranks]}),
             **{f"entrance_{name}": value for name, value in to_json(entrance_peak).items()},
         )
-    run.display.stage_start(stage, measured, None if how.fused_backward else measured_peak, library_bytes)
+    run.display.stage_start(stage, measured, measured_peak, library_bytes)
 
 
 def _dry_run(run: Run, model: PreTrainedModel, optimizer: AdamW, how: Pass) -> tuple[int | None, int]:
@@ -226,7 +225,8 @@ def _dry_run(run: Run, model: PreTrainedModel, optimizer: AdamW, how: Pass) -> t
         if gauge is None:
             return None, 0
         peak_bytes, library_bytes = gauge.peak_bytes, gauge.library_bytes()
-        return peak_bytes - library_bytes, library_bytes
+        # It updates nothing: where updates are a part of the pass, its peak is another.
+        return None if how.fused_backward else peak_bytes - library_bytes, library_bytes
 
 
 def _report_packing(run: Run, stage: Stage, start: StageStart, assembled: Assembled) -> None:
