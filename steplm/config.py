@@ -211,6 +211,11 @@ class OptimConfig(Section):
         description="galore, apollo, apollo_mini: low-rank states for the layers' matrices; badam: one layer at a time",
     )
     rank: int = Field(128, gt=0, description="of the states of galore and apollo")
+    low_rank_layers: Literal["all", "old"] = Field(
+        "all",
+        description="layers whose matrices have low-rank states; old: those there before the last growth, which "
+        "plan.freeze_old_layers=false trains on, while the new ones have AdamW's",
+    )
     update_proj_gap: int = Field(200, gt=0, description="steps between two projections of galore and apollo")
     scale: float | None = Field(
         None, gt=0, description="of a low-rank update; default: galore 0.25, apollo 1, apollo_mini 128 ** 0.5"
@@ -283,8 +288,10 @@ class MemoryConfig(Section):
     optimizer_states: Literal["fp32", "8bit"] = Field(
         "fp32", description="Adam's moments: 4 bytes each, or 1 byte in blocks of 256 with one scale"
     )
-    master_weights: bool = Field(
-        True, description="false: no fp32 copy of bf16 weights; updates are rounded stochastically"
+    master_weights: bool | Literal["adamw"] = Field(
+        True,
+        description="false: no fp32 copy of bf16 weights, updates are rounded stochastically; "
+        "adamw: so of the matrices with low-rank states alone",
     )
     fused_backward: bool = Field(
         False, description="update each parameter inside the backward pass, so that gradients never all exist"
@@ -449,9 +456,10 @@ class RunConfig(Section):
                 f"memory.fused_backward updates before the norm of all gradients is known, and so cannot clip to "
                 f"optim.max_grad_norm={self.optim.max_grad_norm}: set it to null, or memory.fused_backward=false"
             )
-        if not memory.master_weights and train.precision == "fp32":
+        if memory.master_weights is not True and train.precision == "fp32":
             raise ValueError(
-                "memory.master_weights=false saves the fp32 copy of bf16 weights, and train.precision=fp32 has none: "
+                f"memory.master_weights={memory.master_weights} saves the fp32 copy of bf16 weights, and "
+                "train.precision=fp32 has none: "
                 "leave it out, or set train.precision=bf16"
             )
         if memory.offload_frozen and train.compile:
@@ -504,6 +512,22 @@ class RunConfig(Section):
                 "optim.name=badam leaves no layer frozen for long: memory.frozen_weights, memory.offload_frozen and "
                 "train.gradient_checkpointing by kind of layer are for frozen ones. Leave them out, or recompute all: "
                 "train.gradient_checkpointing=true"
+            )
+        if memory.master_weights == "adamw" and not optim.is_low_rank:
+            raise ValueError(
+                "memory.master_weights=adamw is for matrices with low-rank states, and "
+                f"optim.name={optim.name} has none: set memory.master_weights to true or false"
+            )
+        if optim.low_rank_layers == "old" and not (optim.is_low_rank and plan.num_stages > 1):
+            raise ValueError(
+                "optim.low_rank_layers=old is for layers that were there before a growth, under galore, apollo or "
+                f"apollo_mini: optim.name is {optim.name} and plan.num_stages is {plan.num_stages}. Leave it out, or "
+                "set both"
+            )
+        if optim.low_rank_layers == "old" and plan.freeze_old_layers:
+            raise ValueError(
+                "optim.low_rank_layers=old trains the old layers, and plan.freeze_old_layers=true freezes them: "
+                "set one of them otherwise"
             )
         if optim.is_low_rank and memory.optimizer_states != "fp32":
             raise ValueError(

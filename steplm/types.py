@@ -262,6 +262,7 @@ class Stage:
     flops_per_token: int = 0  # of training
     num_growths: int = 0  # up to here: the entry of the configuration's lists of one value a stage
     schedule_start_tokens: int = 0  # of the schedule, that have passed when this stage begins
+    low_rank_layers: tuple[int, ...] = ()  # of those trained as a whole; their matrices have low-rank states
 
     @property
     def whole_layers(self) -> tuple[int, ...]:
@@ -334,6 +335,8 @@ class Plan:
         stages = [to_json(stage) for stage in self.stages[:stage_index]]
         for stage in stages:
             del stage["memory"], stage["peak"]  # they depend on devices and micro-batch, which may change at a resume
+            if not stage["low_rank_layers"]:
+                del stage["low_rank_layers"]  # plans without such layers have the hash they had before there were any
         shape = to_json(replace(self.shape, num_hidden_layers=self.stages[stage_index - 1].num_hidden_layers))
         text = json.dumps({"shape": shape, "precision": self.precision, "stages": stages}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -58,6 +58,7 @@ CHANGES_PLAN: dict[str, tuple[list[str], str]] = {
     "optim.name": ([], "apollo_mini"),
     "optim.rank": (["optim.name=apollo"], "4"),
     "optim.schedule_over": ([], "run"),
+    "optim.low_rank_layers": (["optim.name=apollo_mini", "plan.freeze_old_layers=false"], "old"),
     "pet.rank": ([], "2"),
     "pet.alpha": ([], "1"),
     "pet.target_modules": ([], "[q_proj]"),

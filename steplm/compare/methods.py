@@ -42,4 +42,14 @@ METHODS: dict[str, Method] = {
         {"plan.freeze_old_layers": False, "growth.operator": "stack", "growth.position": None},
     ),
     "step": Method("STEP", "old layers frozen under adapters, arXiv 2504.04151"),
+    "step_thawed": Method(
+        "STEP, thawed",
+        "old layers trained on by APOLLO-Mini (arXiv 2412.05270) in place of adapters: this project's own",
+        {
+            "plan.freeze_old_layers": False,
+            "optim.name": "apollo_mini",
+            "optim.low_rank_layers": "old",
+            "memory.master_weights": "adamw",
+        },
+    ),
 }

@@ -17,6 +17,7 @@ def estimate_stage(
     precision: str,
     num_new_layers: int,
     num_frozen_layers: int = 0,
+    num_low_rank_layers: int = 0,
     adapter_shapes: Sequence[TensorShape] = (),
     outer: str = "trained",
     outer_rank: int = 0,
@@ -31,8 +32,9 @@ def estimate_stage(
 
     Args:
         precision: "bf16" (2 + 2 + 12 bytes a trained parameter, 2 a frozen one) or "fp32" (4 + 4 + 8, 4).
-        num_new_layers: layers trained as a whole.
+        num_new_layers: layers trained as a whole, with AdamW's states.
         num_frozen_layers: layers of which at most the adapters are trained.
+        num_low_rank_layers: layers trained as a whole whose matrices have the low-rank states of ``optim``.
         adapter_shapes: of each factor in one frozen layer; see ``adapter_shapes_per_layer``.
         outer: embeddings, final norm and head are "trained", "frozen", or frozen under "adapters" of ``outer_rank``.
         count_outer: whether they are counted; without them this is the bare formula of the source.
@@ -52,6 +54,7 @@ def estimate_stage(
         optim=optim or OptimConfig(),
         num_new_layers=num_new_layers,
         num_frozen_layers=num_frozen_layers,
+        num_low_rank_layers=num_low_rank_layers,
         adapter_shapes=tuple(adapter_shapes),
         outer=outer if count_outer else "frozen",
         outer_rank=outer_rank,

@@ -40,7 +40,7 @@ def measure_model_state(
     A storage that several tensors share counts once, for the first of them.
 
     Args:
-        stage: its number of layers.
+        stage: its number of layers, and which of them have low-rank states.
         packed: component, kind and tensor of what is held outside the model's parameters.
         expect_gradients: where a trained parameter has no gradient yet, count the one it will get.
 
@@ -49,7 +49,10 @@ def measure_model_state(
     """
     prefix, _ = find_layers(model, stage.num_hidden_layers)
     head_name = name_of_head(model)
-    components = {name: _component(name, parameter, prefix, head_name) for name, parameter in model.named_parameters()}
+    low_rank = tuple(f"{prefix}.{layer}." for layer in stage.low_rank_layers)
+    components = {
+        name: _component(name, parameter, prefix, head_name, low_rank) for name, parameter in model.named_parameters()
+    }
     held: dict[tuple[str, str], int] = defaultdict(int)  # (component, kind) -> bytes
     seen: set[int] = set()
 
@@ -201,9 +204,11 @@ def _own_bytes(tensor: Tensor) -> int:
     return int(local.numel() * local.element_size())
 
 
-def _component(name: str, parameter: Tensor, prefix: str, head_name: str | None) -> str:
+def _component(name: str, parameter: Tensor, prefix: str, head_name: str | None, low_rank: tuple[str, ...]) -> str:
     if name.rpartition(".")[2] in ADAPTER_TENSORS:
         return "adapters"
     if not name.startswith(f"{prefix}."):
         return outer_component(name, parameter, head_name)
-    return "new_layers" if parameter.requires_grad else "frozen_layers"
+    if not parameter.requires_grad:
+        return "frozen_layers"
+    return "low_rank_layers" if name.startswith(low_rank) else "new_layers"

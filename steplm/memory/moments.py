@@ -43,6 +43,7 @@ class Pass:
     optim: OptimConfig
     num_layers: int
     new_layers: frozenset[int]  # indices of those that are trained as a whole
+    low_rank_layers: frozenset[int]  # of these, those whose matrices have low-rank states
     outer: str  # embeddings, final norm and head: "trained", "frozen" or "adapters"
     micro_batches: int
     eval_batch_size: int
@@ -58,6 +59,7 @@ class Moments:
         self.num_layers, self.eval_batch_size = num_layers, of.eval_batch_size
         self.frees_gradients = of.memory.fused_backward  # each as soon as it is there
         self.is_new = [index in new_layers for index in range(num_layers)]
+        self.has_low_rank = [index in of.low_rank_layers for index in range(num_layers)]
         self.new_below = [0, *accumulate(map(int, self.is_new))]  # new layers among the lowest 0, 1, 2 ...
         self.recomputes = {
             "new_layers": train.gradient_checkpointing in (True, "new"),
@@ -185,7 +187,7 @@ class Moments:
         layer, gradient = self.activations[kind], self.activations[kind].first_gradient
         backward, recomputed = layer.backward, layer.saved if self.recomputes[kind] else 0
         update = self._fused_update(gradient // self.work.width)
-        if kind == "new_layers" and self.frees_gradients:
+        if self.has_low_rank[index] and self.frees_gradients:
             update = max(update, self._low_rank_step_bytes())
         if self.memory.offload_activations:  # what the layer saved, or its input, is back
             if recomputed:
@@ -250,11 +252,12 @@ class Moments:
         Not those that no gradient reaches.
         """
         ends = (0, 1, self.num_layers - 2, self.num_layers - 1)
+        kinds = list(zip(self.is_new, self.has_low_rank, strict=True))
         return [
             index
-            for index, new in enumerate(self.is_new)
+            for index, kind in enumerate(kinds)
             if index >= self.silent
-            if index in ends or not self.is_new[index - 1] == new == self.is_new[index + 1]
+            if index in ends or not kinds[index - 1] == kind == kinds[index + 1]
         ]
 
     def _kind(self, index: int) -> str:
@@ -288,7 +291,7 @@ class Moments:
     def _trained_in(self, kind: str) -> int:
         """Bytes of the gradients of all layers of a kind, or of their adapters."""
         if kind == "new_layers":
-            return self.state.bytes_of("new_layers", "gradients")
+            return sum(self.state.bytes_of(name, "gradients") for name in ("new_layers", "low_rank_layers"))
         outer = self._head_adapter() * (1 if self.shape.tie_word_embeddings else 2)
         return self.state.bytes_of("adapters", "gradients") - outer
 
@@ -320,28 +323,29 @@ class Moments:
         shape, rank = self.shape, self.work.adapter_rank
         outer_adapter = (rank * shape.hidden_size, shape.vocab_size * rank)
         outer = {"trained": (self.matrix,), "adapters": outer_adapter, "frozen": ()}[self.outer]
-        in_new = shape.other_layer_matrices if self._low_rank_maps() else shape.layer_matrices
         adapted = [linear for linear in shape.linears if linear.name.rpartition(".")[2] in self.work.adapter_targets]
         in_frozen = [rank * side for linear in adapted for side in (linear.in_features, linear.out_features)]
         yield from outer
-        for new in self.is_new:
-            yield from in_new if new else in_frozen
+        in_low_rank = shape.other_layer_matrices if self._low_rank_maps() else shape.layer_matrices
+        for new, low_rank in zip(self.is_new, self.has_low_rank, strict=True):
+            in_whole = in_low_rank if low_rank else shape.layer_matrices
+            yield from in_whole if new else in_frozen
         yield from () if shape.tie_word_embeddings else outer
 
     def _step_bytes(self, bucket: int, piece: int) -> int:
-        has_master = self.train.precision == "fp32" or self.memory.master_weights
+        has_master = self.train.precision == "fp32" or self.memory.master_weights is not False
         return step_bytes(bucket, piece, states=self.memory.optimizer_states, has_master=has_master)
 
     def _low_rank_maps(self) -> list[tuple[int, int]]:
         """Rows and columns of the linear maps of a layer that have low-rank states."""
-        if not self.optim.is_low_rank or not any(self.is_new):
+        if not any(self.has_low_rank):
             return []
         sides = [(linear.out_features, linear.in_features) for linear in self.shape.linears]
         return [(rows, columns) for rows, columns in sides if is_low_rank(rows, columns, self.optim.state_rank)]
 
     def _low_rank_step_bytes(self) -> int:
         """Workspace of the update of the largest of them; they are updated one after the other."""
-        has_master = self.train.precision == "fp32" or self.memory.master_weights
+        has_master = self.train.precision == "fp32" or self.memory.master_weights is True
         width, rank = self.work.width, self.optim.state_rank
         steps = [
             low_rank_step_bytes(self.optim.name, rows, columns, rank, width=width, has_master=has_master)

@@ -20,6 +20,7 @@ def estimate_peak(
     optim: OptimConfig,
     num_layers: int,
     new_layers: Sequence[int],
+    low_rank_layers: Sequence[int] = (),
     micro_batch_size: int,
     micro_batches: int,
     distributed: DistributedConfig | None = None,
@@ -36,6 +37,7 @@ def estimate_peak(
     Args:
         state: the stage's model state on that rank, embeddings and head counted.
         new_layers: indices of the layers that are trained as a whole.
+        low_rank_layers: of these, those whose matrices have low-rank states.
         micro_batch_size: sequences of the largest micro-batch of the rank.
         micro_batches: forward passes of the rank in one step.
         distributed: the devices; default: one.
@@ -64,6 +66,7 @@ def estimate_peak(
         optim,
         num_layers,
         frozenset(new_layers),
+        frozenset(low_rank_layers),
         outer,
         micro_batches,
         eval_batch_size or micro_batch_size,

@@ -29,7 +29,8 @@ class StageCounts:
     precision: str
     memory: MemoryConfig
     optim: OptimConfig
-    num_new_layers: int  # n_i; every layer that is trained as a whole
+    num_new_layers: int  # n_i; every layer that is trained as a whole with AdamW's states
+    num_low_rank_layers: int  # trained as a whole too, with low-rank states
     num_frozen_layers: int  # N_{i-1}
     adapter_shapes: tuple[TensorShape, ...]  # of each factor in one frozen layer; E is the sum of their sizes
     outer: str  # embeddings, final norm and head: "trained", "frozen" or "adapters"
@@ -43,7 +44,7 @@ class Tensors:
 
     formula: str
     shapes: tuple[TensorShape, ...]
-    linears: tuple[tuple[int, int], ...] = ()  # rows and columns of each map that can have low-rank states
+    linears: tuple[tuple[int, int], ...] = ()  # rows and columns of each map that has low-rank states if it can
     count: int = 1
     trained: bool = True
 
@@ -68,9 +69,14 @@ class Tensors:
 
 def new_layers(counts: StageCounts) -> Tensors:
     """``n_i P_layer``, trained as a whole. STEP, section 2.2."""
+    return Tensors("n_i × P_layer", counts.shape.layer_shapes, count=counts.num_new_layers)
+
+
+def low_rank_layers(counts: StageCounts) -> Tensors:
+    """``N_low P_layer``, trained as a whole with fewer states: GaLore (arXiv 2403.03507), APOLLO (arXiv 2412.05270)."""
     shape = counts.shape
     linears = tuple((linear.out_features, linear.in_features) for linear in shape.linears)
-    return Tensors("n_i × P_layer", shape.layer_shapes, linears, counts.num_new_layers)
+    return Tensors("N_low × P_layer", shape.layer_shapes, linears, counts.num_low_rank_layers)
 
 
 def frozen_layers(counts: StageCounts) -> Tensors:
@@ -113,6 +119,7 @@ def head(counts: StageCounts) -> Tensors:
 # To add a component, write a function and add a line; the measurement names its tensors the same.
 COMPONENTS: dict[str, tuple[Callable[[StageCounts], Tensors], ...]] = {
     "new_layers": (new_layers,),
+    "low_rank_layers": (low_rank_layers,),
     "frozen_layers": (frozen_layers,),
     "adapters": (adapters, outer_adapters),
     "embeddings": (embeddings,),
@@ -140,8 +147,8 @@ def optimizer(counts: StageCounts, tensors: Tensors) -> tuple[int, str]:
     if not tensors.trained:
         return 0, "0 B"
     master = 4 if counts.precision == "bf16" and counts.memory.master_weights else 0
-    if counts.optim.is_low_rank and tensors.linears:
-        return _low_rank_optimizer(counts.optim, tensors, master)
+    if tensors.linears:
+        return _low_rank_optimizer(counts, tensors, master)
     if counts.memory.optimizer_states == "fp32":
         return tensors.local_parameters(counts.num_shards) * (8 + master), f"{8 + master} B"
     moments = 2 * sum(state_bytes(matrix) for matrix in tensors.matrices) + 8 * tensors.num_in_vectors
@@ -149,14 +156,18 @@ def optimizer(counts: StageCounts, tensors: Tensors) -> tuple[int, str]:
     return tensors.count * moments + tensors.num_parameters * master, note
 
 
-def _low_rank_optimizer(optim: OptimConfig, tensors: Tensors, master: int) -> tuple[int, str]:
+def _low_rank_optimizer(counts: StageCounts, tensors: Tensors, master: int) -> tuple[int, str]:
     """Low-rank states where a map's smaller side is larger than the rank; AdamW's for all else."""
-    rank = optim.state_rank
+    optim, rank = counts.optim, counts.optim.state_rank
+    of_low_rank = master if counts.memory.master_weights is True else 0
     projected = [(rows, columns) for rows, columns in tensors.linears if is_low_rank(rows, columns, rank)]
-    in_full = sum(tensors.matrices) + tensors.num_in_vectors - sum(rows * columns for rows, columns in projected)
-    states = 8 * in_full + sum(low_rank_state_bytes(optim.name, *shape, rank) for shape in projected)
-    note = f"(states of {optim.name}, rank {rank}{f' + {master}' if master else ''}) B, vectors {8 + master} B"
-    return tensors.count * states + tensors.num_parameters * master, note
+    in_low_rank = sum(rows * columns for rows, columns in projected)
+    in_full = sum(tensors.matrices) + tensors.num_in_vectors - in_low_rank
+    states = sum(low_rank_state_bytes(optim.name, *shape, rank) for shape in projected)
+    num_bytes = states + of_low_rank * in_low_rank + (8 + master) * in_full
+    weights_too = f" + {of_low_rank}" if of_low_rank else ""
+    note = f"(states of {optim.name}, rank {rank}{weights_too}) B, vectors {8 + master} B"
+    return tensors.count * num_bytes, note
 
 
 KINDS: dict[str, Callable[[StageCounts, Tensors], tuple[int, str]]] = {

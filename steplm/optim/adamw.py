@@ -109,7 +109,7 @@ class AdamW:
         for name, parameter in self.parameters.items():
             weight = on_this_rank(parameter.detach())
             held = self._new_moments(name, weight, quantized=states == "8bit" and weight.ndim >= 2)
-            if weight.dtype != torch.float32 and master_weights:
+            if weight.dtype != torch.float32 and self._wants_master(name, master_weights):
                 held["master"] = weight.float()
             self._states[name] = held
         self._pieces = {name: self._cut(name, on_this_rank(p.detach())) for name, p in self.parameters.items()}
@@ -238,6 +238,10 @@ class AdamW:
         for piece in self._pieces[name]:
             self._update([piece], learning_rate, 1.0)
         self.steps[name] += 1
+
+    def _wants_master(self, name: str, master_weights: bool) -> bool:
+        """Whether a parameter that is not fp32 gets an fp32 copy."""
+        return master_weights
 
     def _new_moments(self, name: str, weight: Tensor, *, quantized: bool) -> dict[str, Tensor]:
         """The states of a parameter before its first step, without the master weight."""

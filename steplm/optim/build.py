@@ -25,6 +25,7 @@ class Context:
     config: RunConfig
     layer_prefix: str  # name of the list of layers, such as ``model.layers``
     linears: frozenset[str]  # names, below a layer, of its linear maps
+    low_rank_layers: tuple[int, ...]  # those whose linear maps have low-rank states, where the optimizer has such
     step: int  # optimizer steps of the stage that are done
 
 
@@ -53,6 +54,7 @@ def _low_rank(context: Context) -> Callable[..., Any]:
         scale=optim.scale,
         seed=context.config.seed,
         layer_prefix=context.layer_prefix,
+        layers=context.low_rank_layers,
         linears=context.linears,
     )
 
@@ -67,18 +69,22 @@ OPTIMIZERS: dict[str, Callable[[Context], Callable[..., Any]]] = {
 }
 
 
-def build_optimizer(config: RunConfig, model: nn.Module, *, layer_prefix: str, step: int = 0) -> Any:
+def build_optimizer(
+    config: RunConfig, model: nn.Module, *, layer_prefix: str, low_rank_layers: tuple[int, ...] = (), step: int = 0
+) -> Any:
     """The optimizer of a stage over the trained parameters of ``model``, its states allocated.
 
     Every one has the interface of ``AdamW``.
 
     Args:
         layer_prefix: name of the list of layers, such as ``model.layers``.
+        low_rank_layers: indices of the layers whose linear maps have low-rank states, for the optimizers that have
+            such.
         step: optimizer steps of the stage that are done.
     """
     layers = model.get_submodule(layer_prefix).named_modules()
     linears = frozenset(name.partition(".")[2] for name, module in layers if isinstance(module, nn.Linear))
-    make = OPTIMIZERS[config.optim.name](Context(config, layer_prefix, linears, step))
+    make = OPTIMIZERS[config.optim.name](Context(config, layer_prefix, linears, low_rank_layers, step))
     optim = config.optim
     return make(
         {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},

@@ -21,18 +21,25 @@ MAX_NORM_GROWTH = 1.01  # of APOLLO's update, from one step to the next
 
 
 def has_low_rank_states(
-    name: str, shape: tuple[int, ...], layer_prefix: str, rank: int, linears: Collection[str] | None = None
+    name: str,
+    shape: tuple[int, ...],
+    layer_prefix: str,
+    rank: int,
+    linears: Collection[str] | None = None,
+    layers: Collection[int] | None = None,
 ) -> bool:
     """Whether a parameter is a matrix of a layer, no adapter's, with both sides longer than ``rank``.
 
     Args:
+        layers: indices of the layers that count. None: every layer does.
         linears: names, below a layer, of its linear maps, ``self_attn.q_proj``: only their weights count. None: every
             matrix does.
     """
     if not name.startswith(f"{layer_prefix}.") or len(shape) != 2 or name.rpartition(".")[2] in ADAPTER_TENSORS:
         return False
-    module = name.removeprefix(f"{layer_prefix}.").partition(".")[2].removesuffix(".weight")
-    return (linears is None or module in linears) and is_low_rank(*shape, rank)
+    layer, _, rest = name.removeprefix(f"{layer_prefix}.").partition(".")
+    counts = (layers is None or int(layer) in layers) and (linears is None or rest.removesuffix(".weight") in linears)
+    return counts and is_low_rank(*shape, rank)
 
 
 class LowRankAdamW(AdamW):
@@ -47,7 +54,7 @@ class LowRankAdamW(AdamW):
                      1% a step; P is random, and made again at each step. arXiv 2412.05270, algorithm 1
         apollo_mini  the same of rank 1, whatever ``rank`` is, with one s = ‖N‖ / ‖R‖
 
-    All other parameters are updated as ``AdamW`` does: outside the layers, vectors, adapters, matrices with a side
+    All other parameters are updated as ``AdamW`` does: outside ``layers``, vectors, adapters, matrices with a side
     that is not longer than ``rank``.
 
     A gradient of GaLore's that is all zero has no leading directions: before the first projector the matrix takes no
@@ -65,8 +72,9 @@ class LowRankAdamW(AdamW):
         scale: factor of the update; None: the method's.
         seed: of APOLLO's projectors.
         layer_prefix: name of the list of layers, ``model.layers``.
-        linears: see ``has_low_rank_states``.
-        betas, eps, weight_decay, master_weights: as ``AdamW``'s.
+        layers, linears: see ``has_low_rank_states``.
+        betas, eps, weight_decay: as ``AdamW``'s.
+        master_weights: as ``AdamW``'s; ``adamw``: of what ``AdamW`` updates, and of no matrix with low-rank states.
 
     Raises:
         ConfigError: an unknown method.
@@ -82,11 +90,12 @@ class LowRankAdamW(AdamW):
         scale: float | None = None,
         seed: int = 0,
         layer_prefix: str,
+        layers: Collection[int] | None = None,
         linears: Collection[str] | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
-        master_weights: bool = True,
+        master_weights: bool | str = True,
     ) -> None:
         if method not in SCALES:
             raise ConfigError(f"no low-rank optimizer {method!r}. Known: {', '.join(SCALES)}.", method=method)
@@ -97,9 +106,10 @@ class LowRankAdamW(AdamW):
         self.low_rank = {
             name
             for name, parameter in named.items()
-            if has_low_rank_states(name, tuple(parameter.shape), layer_prefix, self.rank, linears)
+            if has_low_rank_states(name, tuple(parameter.shape), layer_prefix, self.rank, linears, layers)
         }
-        super().__init__(named, betas=betas, eps=eps, weight_decay=weight_decay, master_weights=master_weights)
+        self._low_rank_masters = master_weights is True
+        super().__init__(named, betas=betas, eps=eps, weight_decay=weight_decay, master_weights=bool(master_weights))
 
     @torch.no_grad()
     def step(self, learning_rate: float, grad_scale: float = 1.0) -> None:
@@ -113,6 +123,9 @@ class LowRankAdamW(AdamW):
             self._update_matrix(name, learning_rate, 1.0)
         else:
             super()._update_alone(name, learning_rate)
+
+    def _wants_master(self, name: str, master_weights: bool) -> bool:
+        return self._low_rank_masters if name in self.low_rank else master_weights
 
     def _new_moments(self, name: str, weight: Tensor, *, quantized: bool) -> dict[str, Tensor]:
         if name not in self.low_rank:

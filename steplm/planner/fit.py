@@ -221,7 +221,7 @@ class _Search:
 
     def _solve(self, costs: StageCosts, depth: int, num_stages: int, limit: float) -> tuple[int, ...] | None:
         layers = solve_within(costs.objective_bytes, depth, num_stages, limit)
-        if layers is None or self.config.plan.freeze_old_layers:
+        if layers is None or costs.spares_old_layers:
             return layers
         return equal_parts_if_as_good(costs.objective_bytes, layers)
 

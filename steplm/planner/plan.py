@@ -66,6 +66,7 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
                     flops_per_token=costs.flops_per_token(part.num_new, part.num_old),
                     num_growths=growth,
                     schedule_start_tokens=seen if over_run else seen - grown_at,
+                    low_rank_layers=costs.low_rank_layers(part.num_new, part.num_old),
                 )
             )
     vanilla = StageCosts(as_vanilla(config), shape)
@@ -89,7 +90,7 @@ def as_vanilla(config: RunConfig) -> RunConfig:
         "train": config.train.model_copy(update={"gradient_checkpointing": False}),
         "plan": config.plan.model_copy(update={"num_stages": 1, "layers": None}),
         "pet": config.pet.model_copy(update={"layers": "old", "warm_start": 0.0, "restarts": 0}),
-        "optim": config.optim.model_copy(update={"name": "adamw"}),
+        "optim": config.optim.model_copy(update={"name": "adamw", "low_rank_layers": "all"}),
         "memory": MemoryConfig(),
     }
     return config.model_copy(update=changes)
@@ -166,6 +167,11 @@ class StageCosts:
             self.adapter_shapes = adapter_shapes_per_layer(shape, config.pet.rank, self.targets)
 
     @property
+    def spares_old_layers(self) -> bool:
+        """Whether a layer takes less memory when it is old."""
+        return self.config.plan.freeze_old_layers or self.config.optim.low_rank_layers == "old"
+
+    @property
     def adapter_parameters(self) -> int:
         """E: of one frozen layer."""
         return sum(prod(shape) for shape in self.adapter_shapes)
@@ -215,11 +221,13 @@ class StageCosts:
     def model_state(self, num_new: int, num_old: int, *, count_outer: bool | None = None) -> MemoryEstimate:
         """Bytes of weights, gradients, optimizer states and adapters."""
         whole, frozen = self._whole_and_frozen(num_new, num_old)
+        num_low_rank = len(self.low_rank_layers(num_new, num_old))
         return estimate_stage(
             self.shape,
             precision=self.config.train.precision,
-            num_new_layers=whole,
+            num_new_layers=whole - num_low_rank,
             num_frozen_layers=frozen,
+            num_low_rank_layers=num_low_rank,
             adapter_shapes=self.adapter_shapes,
             outer=self.outer(num_old),
             outer_rank=self.config.pet.rank,
@@ -251,6 +259,7 @@ class StageCosts:
             optim=self.config.optim,
             num_layers=num_new + num_old,
             new_layers=whole_layers,
+            low_rank_layers=self.low_rank_layers(num_new, num_old),
             micro_batch_size=self.config.micro_batch_size,
             micro_batches=self.config.micro_batches,
             distributed=self.config.distributed,
@@ -336,8 +345,21 @@ class StageCosts:
         """Indices of the layers that are not trained as a whole."""
         if self.freezes_all and num_new == 0:
             return tuple(range(num_old))
+        return self._old_layers(num_new, num_old) if self.config.plan.freeze_old_layers else ()
+
+    def low_rank_layers(self, num_new: int, num_old: int) -> tuple[int, ...]:
+        """Indices of the layers that are trained as a whole and whose matrices have low-rank states."""
+        if not self.config.optim.is_low_rank:
+            return ()
+        if self.config.optim.low_rank_layers == "old":
+            return self._old_layers(num_new, num_old)
+        frozen = self._frozen_layers(num_new, num_old)
+        return tuple(layer for layer in range(num_new + num_old) if layer not in frozen)
+
+    def _old_layers(self, num_new: int, num_old: int) -> tuple[int, ...]:
+        """Indices of the layers that were there before the growth."""
         layer_map = self.layer_map(num_new, num_old)
-        return layer_map.kept_layers if layer_map is not None and self.config.plan.freeze_old_layers else ()
+        return () if layer_map is None else layer_map.kept_layers
 
 
 def _choose_layers(config: RunConfig, shape: ModelShape, costs: StageCosts) -> tuple[tuple[int, ...], bool]:
@@ -355,7 +377,7 @@ def _choose_layers(config: RunConfig, shape: ModelShape, costs: StageCosts) -> t
     if config.plan.layers is not None:
         by_hand = tuple(config.plan.layers)
         return by_hand, peak_cost(cost, by_hand) == peak_cost(cost, best)
-    return (best if config.plan.freeze_old_layers else equal_parts_if_as_good(cost, best)), True
+    return (best if costs.spares_old_layers else equal_parts_if_as_good(cost, best)), True
 
 
 def _trained_patterns(config: RunConfig, shape: ModelShape, part: Part) -> tuple[str, ...]:

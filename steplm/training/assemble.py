@@ -105,7 +105,9 @@ def assemble(config: RunConfig, stage: Stage, start: StageStart, world: World, *
     if train.compile:
         for layer in model.get_submodule(prefix):
             layer.compile()
-    optimizer = build_optimizer(config, model, layer_prefix=prefix, step=start.progress.step)
+    optimizer = build_optimizer(
+        config, model, layer_prefix=prefix, low_rank_layers=stage.low_rank_layers, step=start.progress.step
+    )
     if start.trained_names is not None:
         optimizer.load_state_dict(start.optimizer, start.optimizer_steps)
     elif start.optimizer:

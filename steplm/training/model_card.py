@@ -14,6 +14,7 @@ from steplm.units import format_bytes, format_count
 
 COMPONENTS = {
     "new_layers": "new layers",
+    "low_rank_layers": "layers with low-rank states",
     "frozen_layers": "earlier layers",
     "adapters": "adapters",
     "embeddings": "embeddings",

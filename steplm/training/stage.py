@@ -26,7 +26,7 @@ from steplm.checkpoint import (
 )
 from steplm.distributed.shard import as_global
 from steplm.errors import SteplmError, TrainingDiverged
-from steplm.growth.grow import grow, grow_config, provenance, renamed
+from steplm.growth.grow import grow, grow_config, layer_prefix_of, provenance, renamed
 from steplm.memory.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
 from steplm.models.build import DTYPES, config_values, fresh_layers, hf_config, initial_state, plain_state
 from steplm.models.folder import load_config_and_state
@@ -154,12 +154,24 @@ def _kept_optimizer(
     kept: dict[str, Tensor] = {}
     kept_steps: dict[str, int] = {}
     if config.optim.keep_state_at_growth or not stage.grows:
-        kept, kept_steps = carry_state(saved, steps, names_after)
+        kept, kept_steps = carry_state(saved, steps, _of_the_same_form(run, stage, names_after))
     if not stage.grows and config.pet.restart_keep:
         names = [name for name in steps if name in checkpoint.adapters]
         kept |= kept_moments(saved, names, config.pet.restart_keep)
         kept_steps |= {name: steps[name] for name in names}
     return kept, kept_steps
+
+
+def _of_the_same_form(run: Run, stage: Stage, names_after: dict[str, str]) -> dict[str, str]:
+    """Without the layers that had AdamW's states before the growth and have low-rank ones after it."""
+    layer_map, before = stage.layer_map, run.plan.stages[stage.index - 2].low_rank_layers
+    assert layer_map is not None
+    changed = [
+        new for old, new in enumerate(layer_map.kept_layers) if new in stage.low_rank_layers and old not in before
+    ]
+    prefix = layer_prefix_of(names_after)
+    inside = tuple(f"{prefix}.{layer}." for layer in changed)
+    return {old: new for old, new in names_after.items() if not new.startswith(inside)}
 
 
 def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembled) -> None:

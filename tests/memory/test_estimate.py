@@ -91,7 +91,8 @@ def test_bytes_grow_with_every_count_and_no_term_is_negative(
 
 def test_every_term_appears_where_everything_is_there() -> None:
     shape = shape_from_hf_config({"model_type": "llama"})
-    estimate = estimate_stage(shape, precision="bf16", num_new_layers=1, num_frozen_layers=1, adapter_shapes=[(1, 1)])
+    layers = {"num_new_layers": 1, "num_low_rank_layers": 1, "num_frozen_layers": 1}
+    estimate = estimate_stage(shape, precision="bf16", **layers, adapter_shapes=[(1, 1)])
     expected = [(component, kind) for component in COMPONENTS for kind in KINDS]
     for kind in ("gradients", "optimizer"):
         expected.remove(("frozen_layers", kind))

@@ -32,6 +32,14 @@ METHODS = {
     "apollo": ("plan.num_stages=1", "optim.name=apollo", "optim.rank=4", "optim.update_proj_gap=3"),
     "apollo_mini": ("plan.num_stages=1", "optim.name=apollo_mini", "optim.update_proj_gap=3"),
     "step with galore": ("optim.name=galore", "optim.rank=4", "optim.update_proj_gap=3"),
+    "old layers under apollo_mini": (
+        "plan.num_stages=3", "plan.layers=[2,1,1]", "plan.freeze_old_layers=false", "optim.name=apollo_mini",
+        "optim.low_rank_layers=old", "optim.update_proj_gap=3", "memory.master_weights=adamw",
+    ),
+    "old layers under galore, fused": (
+        "plan.freeze_old_layers=false", "optim.name=galore", "optim.rank=4", "optim.low_rank_layers=old",
+        "memory.fused_backward=true", "optim.max_grad_norm=null",
+    ),
     "galore, fused": (
         "plan.num_stages=1", "optim.name=galore", "optim.rank=4", "memory.fused_backward=true",
         "optim.max_grad_norm=null",
@@ -124,6 +132,10 @@ def test_badam_holds_one_layer_of_states_at_a_time(tiny_run: Configure, tmp_path
         (("plan.num_stages=1", "optim.name=badam", "memory.frozen_weights=nf4"), "leaves no layer frozen"),
         (("plan.num_stages=1", "optim.name=badam", "train.gradient_checkpointing=frozen"), "leaves no layer frozen"),
         (("optim.name=galore", "memory.optimizer_states=8bit"), "optimizer_states"),
+        (("memory.master_weights=adamw", "train.precision=bf16"), "has none"),
+        (("optim.low_rank_layers=old", "plan.freeze_old_layers=false"), "under galore, apollo or apollo_mini"),
+        (("optim.low_rank_layers=old", "optim.name=galore", "plan.num_stages=1"), "there before a growth"),
+        (("optim.low_rank_layers=old", "optim.name=galore"), "freezes them"),
         (("pet.restarts=100",), "too few"),
     ],
 )
