@@ -94,7 +94,7 @@ def _copy(source: Path, target: Path, names: tuple[str, ...], command: str) -> N
         text = (source / name).read_text(encoding="utf-8")
         if data:
             text = text.replace(data, "${STEPLM_DATA:-data}")
-        if name == "config.yaml":  # where it was run is of no interest
+        if name in ("config.yaml", "suite.yaml"):  # where it was run is of no interest
             text = re.sub(r"^(\s*(?:output_dir|prepared_dir)): .*$", r"\1: null", text, flags=re.MULTILINE)
         if name == "environment.json":
             text = json.dumps(json.loads(text) | {"command": command}, indent=1) + "\n"

@@ -19,7 +19,9 @@ from steplm.planner.ladder import LADDER, Changes, Rung
 
 VARY = ("stages", "rank", "options")
 MAX_STAGES = 6
-STAGE_PRICE = 1  # for each stage more or less: STEP found no loss, but fewer tokens see the whole model
+# A stage more costs more quality than 8-bit states, no master weights and packed frozen weights: docs/results.md.
+STAGE_PRICE = 15
+FEWER_STAGES_PRICE = 1  # for each: no quality, but it is not what was written
 RANK_PRICE = 2  # for each halving: old layers can follow the new ones less
 
 
@@ -84,7 +86,8 @@ def _combined(config: RunConfig, rungs: Sequence[Rung], counts: Collection[int],
         heights = range(len(useful) + 1)
         for (halvings, rank), height in product(enumerate(ranks if grows else ranks[:1]), heights):
             taken = useful[:height]
-            price = STAGE_PRICE * abs(num_stages - config.plan.num_stages) + RANK_PRICE * halvings
+            more = num_stages - config.plan.num_stages
+            price = (STAGE_PRICE * more if more > 0 else FEWER_STAGES_PRICE * -more) + RANK_PRICE * halvings
             if taken:
                 price += taken[-1].price
             if taken and taken[-1].needs:  # it ends accumulation, and steps become smaller

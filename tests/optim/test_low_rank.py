@@ -227,6 +227,30 @@ def test_matrices_of_layers_have_low_rank_states(name, shape, linears, expected)
     assert has_low_rank_states(name, shape, "model.layers", 4, linears) is expected
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_are_not_named_are_updated_as_adamw_does(method):
+    shapes = MATRICES | OTHERS
+    named, everywhere, nowhere = (parameters(shapes, torch.bfloat16) for _ in range(3))
+    train(named, LowRankAdamW(named, method=method, layers=(1,), **OPTIONS), range(5))
+    train(everywhere, LowRankAdamW(everywhere, method=method, **OPTIONS), range(5))
+    train(nowhere, AdamW(nowhere), range(5))
+    for name, parameter in named.items():
+        reference = everywhere if name.startswith("layers.1.") else nowhere
+        assert torch.equal(parameter, reference[name]), name
+    assert not torch.equal(named["layers.1.square.weight"], nowhere["layers.1.square.weight"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_master_weights_of_adamw_alone(method):
+    named = parameters(MATRICES | OTHERS, torch.bfloat16)
+    optimizer = LowRankAdamW(named, method=method, master_weights="adamw", **OPTIONS)
+    without = {name for name, states in optimizer.state_tensors().items() if "master" not in states}
+    assert without == optimizer.low_rank >= set(MATRICES)
+    before = values(named)
+    train(named, optimizer, range(3))
+    assert not any(torch.equal(named[name], before[name]) for name in named)
+
+
 @settings(max_examples=40, deadline=None)
 @example("apollo_mini", (3, 17), 1, torch.bfloat16, False)
 @given(

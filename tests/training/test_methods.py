@@ -120,6 +120,46 @@ def test_badam_holds_one_layer_of_states_at_a_time(tiny_run: Configure, tmp_path
     train(tiny_run(tmp_path, *METHODS["badam"], "train.precision=bf16"))
 
 
+THAWED = METHODS["old layers under apollo_mini"]
+
+
+def test_old_layers_that_are_trained_on_hold_four_bytes_a_parameter_and_a_little(
+    tiny_run: Configure, tmp_path: Path
+) -> None:
+    made = plan(tiny_run(tmp_path, *THAWED, "train.precision=bf16"))
+    shape = made.shape
+    longer_sides = sum(max(linear.in_features, linear.out_features) for linear in shape.linears)
+    norms = shape.layer_parameters - sum(linear.in_features * linear.out_features for linear in shape.linears)
+    old = 4 * shape.layer_parameters + 12 * norms + 8 * longer_sides + 4 * len(shape.linears)
+    whole = 16 * (shape.layer_parameters + shape.outer_parameters)
+    states = [stage.memory.total_bytes for stage in made.stages]
+    assert states == [whole + 16 * shape.layer_parameters, whole + 2 * old, whole + 3 * old]
+    assert [stage.low_rank_layers for stage in made.stages] == [(), (0, 2), (0, 1, 3)]
+    assert not any(stage.frozen_layers or stage.adapters for stage in made.stages)
+
+
+def test_a_layer_that_grows_old_begins_its_states_anew_and_others_keep_theirs(
+    tiny_run: Configure, tmp_path: Path
+) -> None:
+    train(tiny_run(tmp_path, *THAWED, "train.precision=bf16", "train.save_steps=1", "train.save_total_limit=99"))
+    kept = complete_checkpoints(tmp_path / "checkpoints")
+    ends = {path.name.partition("-")[0]: load_checkpoint(path) for path in kept if path.name.endswith("-end")}
+    first = load_checkpoint(next(path for path in kept if path.name.startswith("stage3-")))
+    of_stage = {name: end.state.progress.step for name, end in ends.items()}
+    steps = {layer: first.state.optimizer_steps[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(4)}
+    # Layers 0 and 3 were old in stage 2, layer 1 was new in it, layer 2 is new now.
+    assert steps == {0: of_stage["stage2"] + 1, 1: 1, 2: 1, 3: of_stage["stage2"] + 1}
+    assert first.state.optimizer_steps["lm_head.weight"] == of_stage["stage1"] + of_stage["stage2"] + 1
+
+
+def test_old_layers_take_fewer_bytes_of_which_the_planner_makes_use(tiny_run: Configure, tmp_path: Path) -> None:
+    thawed = [key for key in THAWED if not key.startswith("plan.layers")]
+    chosen = plan(tiny_run(tmp_path, *thawed, "train.precision=bf16", "plan.objective=model_state"))
+    by_hand = plan(tiny_run(tmp_path, *THAWED, "train.precision=bf16"))
+    everything = plan(tiny_run(tmp_path, "plan.freeze_old_layers=false", "train.precision=bf16"))
+    assert chosen.peak_model_state_bytes <= by_hand.peak_model_state_bytes < everything.peak_model_state_bytes
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
