@@ -199,10 +199,12 @@ def devices(config: RunConfig) -> str:
 def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
     """Every term of every stage: formula, unit, bytes; of the model state, and of the whole device at its highest."""
     shape, train = plan.shape, config.train
+    has_low_rank = any(stage.low_rank_layers for stage in plan.stages)
     symbols = _table("symbols", ("symbol", "meaning"), ("value",))
     for symbol, meaning, value in (
         ("n_i", "layers trained as a whole in stage i", "below"),
         ("N_{i-1}", "frozen layers in stage i", "below"),
+        *((("N_low", "trained layers with low-rank states in stage i", "below"),) if has_low_rank else ()),
         ("E", "adapter parameters of one frozen layer", "below"),
         ("P_layer", "parameters of one layer", f"{shape.layer_parameters:,}"),
         ("P_embeddings", "parameters of the embeddings", f"{shape.embedding_parameters:,}"),
@@ -221,7 +223,8 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
     for stage in plan.stages:
         counts = [_layers(stage, component, shape.layer_parameters) for component in ("new_layers", "frozen_layers")]
         adapters = _adapter_parameters(stage.memory) // len(stage.adapters.layers) if stage.adapters else 0
-        title = f"stage {stage.index}: n_i = {counts[0]}, N_{{i-1}} = {counts[1]}, E = {adapters:,}"
+        low_rank = f"N_low = {len(stage.low_rank_layers)}, " if has_low_rank else ""
+        title = f"stage {stage.index}: n_i = {counts[0]}, N_{{i-1}} = {counts[1]}, {low_rank}E = {adapters:,}"
         table = _table(f"{title}; model state", ("term", "formula"), ("parameters", "bytes"))
         for term in stage.memory.terms:
             parameters = f"{term.num_parameters:,}" if term.num_parameters else ""

@@ -101,6 +101,8 @@ class Display:
             parts.append(f"{stage.num_new_layers} new")
         if stage.whole_layers:
             parts.append(f"{len(stage.whole_layers)} trained" if stage.frozen_layers else "all trained")
+        if stage.low_rank_layers:
+            parts.append(f"{len(stage.low_rank_layers)} with low-rank states")
         if stage.adapters:
             parts.append(f"LoRA rank {stage.adapters.rank} on {len(stage.adapters.layers)}")
         return f"stage {self._of(stage)}: {', '.join(parts)}"

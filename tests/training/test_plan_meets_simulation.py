@@ -94,6 +94,7 @@ def test_so_they_do_in_other_families(name: str) -> None:
     assert LOW <= difference(2, *MODELS[name]) <= HIGH
 
 
+THAWED = ("plan.freeze_old_layers=false", "optim.low_rank_layers=old", "memory.master_weights=adamw")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "8bit": ("memory.optimizer_states=8bit",),
     "no master": ("memory.master_weights=false",),
@@ -109,6 +110,15 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "frozen embeddings": ("plan.train_embeddings=first_stage", RECOMPUTED),
     "no adapters": ("pet.method=none",),
     "no freezing": ("plan.freeze_old_layers=false",),
+    "old layers under apollo_mini": ("optim.name=apollo_mini", *THAWED),
+    "old layers under galore, a small batch": (
+        "optim.name=galore",
+        "optim.rank=16",
+        *THAWED,
+        RECOMPUTED,
+        "train.sequence_length=32",
+    ),
+    "old layers under galore, fused": ("optim.name=galore", "optim.rank=16", *THAWED, *FUSED, RECOMPUTED),
     "inside documents, recomputed": ("data.within_documents=true", RECOMPUTED),
 }
 TOGETHER = (
