@@ -83,7 +83,7 @@ LADDER: tuple[Rung, ...] = (
         price=10,
         key="memory.master_weights",
         value=False,
-        replaces=(True,),
+        replaces=(True, "adamw"),
         quality="updates are rounded to bf16, stochastically",
     ),
     Rung(
