@@ -17,7 +17,7 @@ from steplm.types import Plan, from_json
 from steplm.units import reason
 
 # What the saved optimizer states depend on.
-OPTIMIZER_KEYS = ("name", "rank", "update_proj_gap", "scale", "switch_steps")
+OPTIMIZER_KEYS = ("name", "rank", "low_rank_layers", "update_proj_gap", "scale", "switch_steps")
 
 # A resumed run may differ in these keys; any other difference would make it another run.
 FREE_AT_RESUME = (

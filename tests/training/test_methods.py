@@ -194,6 +194,15 @@ def test_another_optimizer_cannot_take_over_a_run(tiny_run: Configure, tmp_path:
         train(tiny_run(tmp_path, "optim.name=apollo_mini"))
 
 
+def test_other_layers_cannot_get_low_rank_states_in_the_middle_of_a_run(tiny_run: Configure, tmp_path: Path) -> None:
+    from steplm.errors import CheckpointMismatch
+
+    everywhere = ("plan.freeze_old_layers=false", "optim.name=apollo_mini")
+    train(tiny_run(tmp_path, *everywhere))
+    with pytest.raises(CheckpointMismatch, match=r"optim\.low_rank_layers: all -> old"):
+        train(tiny_run(tmp_path, *everywhere, "optim.low_rank_layers=old"))
+
+
 def test_plans_survive_json(tiny_run: Configure, tmp_path: Path) -> None:
     from steplm.types import Plan, from_json
 
