@@ -291,7 +291,7 @@ class MemoryConfig(Section):
     master_weights: bool | Literal["adamw"] = Field(
         True,
         description="false: no fp32 copy of bf16 weights, updates are rounded stochastically; "
-        "adamw: so of the matrices with low-rank states alone",
+        "adamw: what has AdamW's states keeps its copy, matrices with low-rank states have none",
     )
     fused_backward: bool = Field(
         False, description="update each parameter inside the backward pass, so that gradients never all exist"
@@ -456,10 +456,9 @@ class RunConfig(Section):
                 f"memory.fused_backward updates before the norm of all gradients is known, and so cannot clip to "
                 f"optim.max_grad_norm={self.optim.max_grad_norm}: set it to null, or memory.fused_backward=false"
             )
-        if memory.master_weights is not True and train.precision == "fp32":
+        if not memory.master_weights and train.precision == "fp32":
             raise ValueError(
-                f"memory.master_weights={memory.master_weights} saves the fp32 copy of bf16 weights, and "
-                "train.precision=fp32 has none: "
+                "memory.master_weights=false saves the fp32 copy of bf16 weights, and train.precision=fp32 has none: "
                 "leave it out, or set train.precision=bf16"
             )
         if memory.offload_frozen and train.compile:

@@ -333,10 +333,10 @@ class Plan:
     def hash_until(self, stage_index: int) -> str:
         """The same of the stages up to this one, as if the run ended there: plans that begin alike share it."""
         stages = [to_json(stage) for stage in self.stages[:stage_index]]
-        for stage in stages:
+        for stage, made in zip(stages, self.stages, strict=False):
             del stage["memory"], stage["peak"]  # they depend on devices and micro-batch, which may change at a resume
-            if not stage["low_rank_layers"]:
-                del stage["low_rank_layers"]  # plans without such layers have the hash they had before there were any
+            if made.low_rank_layers in ((), made.whole_layers):
+                del stage["low_rank_layers"]  # no choice among layers: the hash is as before there was one
         shape = to_json(replace(self.shape, num_hidden_layers=self.stages[stage_index - 1].num_hidden_layers))
         text = json.dumps({"shape": shape, "precision": self.precision, "stages": stages}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

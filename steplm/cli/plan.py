@@ -202,7 +202,11 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
     has_low_rank = any(stage.low_rank_layers for stage in plan.stages)
     symbols = _table("symbols", ("symbol", "meaning"), ("value",))
     for symbol, meaning, value in (
-        ("n_i", "layers trained as a whole in stage i", "below"),
+        (
+            "n_i",
+            f"{'trained layers with AdamW states' if has_low_rank else 'layers trained as a whole'} in stage i",
+            "below",
+        ),
         ("N_{i-1}", "frozen layers in stage i", "below"),
         *((("N_low", "trained layers with low-rank states in stage i", "below"),) if has_low_rank else ()),
         ("E", "adapter parameters of one frozen layer", "below"),

@@ -70,7 +70,7 @@ OPTIMIZERS: dict[str, Callable[[Context], Callable[..., Any]]] = {
 
 
 def build_optimizer(
-    config: RunConfig, model: nn.Module, *, layer_prefix: str, low_rank_layers: tuple[int, ...] = (), step: int = 0
+    config: RunConfig, model: nn.Module, *, layer_prefix: str, low_rank_layers: tuple[int, ...], step: int = 0
 ) -> Any:
     """The optimizer of a stage over the trained parameters of ``model``, its states allocated.
 

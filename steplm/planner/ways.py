@@ -19,9 +19,11 @@ from steplm.planner.ladder import LADDER, Changes, Rung
 
 VARY = ("stages", "rank", "options")
 MAX_STAGES = 6
-# A stage more costs more quality than 8-bit states, no master weights and packed frozen weights: docs/results.md.
-STAGE_PRICE = 15
-FEWER_STAGES_PRICE = 1  # for each: no quality, but it is not what was written
+STAGE_PRICE = 1  # for each stage more or less than is written
+# For each more, where old layers are frozen. A judgement, as the two were measured at different budgets: at 11M
+# parameters a stage more cost 0.06 nats and above (docs/results.md), 8-bit states, no master weights and NF4 at most
+# 0.01 (docs/memory.md).
+FREEZING_STAGE_PRICE = 15
 RANK_PRICE = 2  # for each halving: old layers can follow the new ones less
 
 
@@ -87,7 +89,8 @@ def _combined(config: RunConfig, rungs: Sequence[Rung], counts: Collection[int],
         for (halvings, rank), height in product(enumerate(ranks if grows else ranks[:1]), heights):
             taken = useful[:height]
             more = num_stages - config.plan.num_stages
-            price = (STAGE_PRICE * more if more > 0 else FEWER_STAGES_PRICE * -more) + RANK_PRICE * halvings
+            each = FREEZING_STAGE_PRICE if more > 0 and config.plan.freeze_old_layers else STAGE_PRICE
+            price = each * abs(more) + RANK_PRICE * halvings
             if taken:
                 price += taken[-1].price
             if taken and taken[-1].needs:  # it ends accumulation, and steps become smaller

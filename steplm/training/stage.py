@@ -31,6 +31,7 @@ from steplm.memory.measure import check_against_plan, comparable, measure_model_
 from steplm.models.build import DTYPES, config_values, fresh_layers, hf_config, initial_state, plain_state
 from steplm.models.folder import load_config_and_state
 from steplm.optim.adamw import AdamW, carry_state
+from steplm.optim.low_rank import has_low_rank_states
 from steplm.optim.restart import kept_moments
 from steplm.optim.schedules import learning_rate
 from steplm.pet.adapters import adapter_state, merge_state
@@ -154,7 +155,7 @@ def _kept_optimizer(
     kept: dict[str, Tensor] = {}
     kept_steps: dict[str, int] = {}
     if config.optim.keep_state_at_growth or not stage.grows:
-        kept, kept_steps = carry_state(saved, steps, _of_the_same_form(run, stage, names_after))
+        kept, kept_steps = carry_state(saved, steps, _of_the_same_form(run, stage, checkpoint.weights, names_after))
     if not stage.grows and config.pet.restart_keep:
         names = [name for name in steps if name in checkpoint.adapters]
         kept |= kept_moments(saved, names, config.pet.restart_keep)
@@ -162,16 +163,21 @@ def _kept_optimizer(
     return kept, kept_steps
 
 
-def _of_the_same_form(run: Run, stage: Stage, names_after: dict[str, str]) -> dict[str, str]:
-    """Without the layers that had AdamW's states before the growth and have low-rank ones after it."""
+def _of_the_same_form(
+    run: Run, stage: Stage, weights: dict[str, Tensor], names_after: dict[str, str]
+) -> dict[str, str]:
+    """Without the matrices that had AdamW's states before the growth and have low-rank ones after it."""
     layer_map, before = stage.layer_map, run.plan.stages[stage.index - 2].low_rank_layers
     assert layer_map is not None
-    changed = [
-        new for old, new in enumerate(layer_map.kept_layers) if new in stage.low_rank_layers and old not in before
-    ]
-    prefix = layer_prefix_of(names_after)
-    inside = tuple(f"{prefix}.{layer}." for layer in changed)
-    return {old: new for old, new in names_after.items() if not new.startswith(inside)}
+    kept = enumerate(layer_map.kept_layers)
+    changed = [new for old, new in kept if new in stage.low_rank_layers and old not in before]
+    prefix, rank = layer_prefix_of(names_after), run.config.optim.state_rank
+    linears = {linear.name for linear in run.plan.shape.linears}
+    return {
+        old: new
+        for old, new in names_after.items()
+        if not has_low_rank_states(new, tuple(weights[old].shape), prefix, rank, linears, changed)
+    }
 
 
 def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembled) -> None:

@@ -15,6 +15,7 @@ from steplm.planner.fit import MAX_ALTERNATIVES, Alternative, fit, suggestions
 from steplm.planner.ladder import AXES, LADDER
 from steplm.planner.plan import StageCosts, plan
 from steplm.planner.shape import shape_from_hf_config
+from steplm.planner.ways import ways
 from steplm.types import Plan
 
 TINY: dict[str, Any] = {
@@ -289,6 +290,19 @@ def test_suggestions_are_overrides_that_fit_and_at_most_three() -> None:
 def test_an_unknown_name_is_told_the_nearest(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fit(tiny(), 10**9, **arguments)
+
+
+def test_more_stages_come_after_options_that_cost_less_quality_where_layers_are_frozen() -> None:
+    cheaper = {"8-bit states", "no master weights", "nf4 frozen"}
+    for freezes in (True, False):
+        config = tiny(f"plan.freeze_old_layers={freezes}")
+        found, _ = ways(config, ("stages", "options"))
+        more_stages = min(way.price for way in found if way.num_stages == config.plan.num_stages + 1)
+        with_options = [
+            way.price for way in found if way.num_stages == config.plan.num_stages and cheaper & set(way.options[-1:])
+        ]
+        assert with_options
+        assert all((price < more_stages) is freezes for price in with_options)
 
 
 def test_prices_rise_along_the_ladder_and_every_rung_says_what_it_costs() -> None:

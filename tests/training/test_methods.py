@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,15 +150,30 @@ def test_a_layer_that_grows_old_begins_its_states_anew_and_others_keep_theirs(
     steps = {layer: first.state.optimizer_steps[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in range(4)}
     # Layers 0 and 3 were old in stage 2, layer 1 was new in it, layer 2 is new now.
     assert steps == {0: of_stage["stage2"] + 1, 1: 1, 2: 1, 3: of_stage["stage2"] + 1}
+    # What AdamW updates before and after goes on: the head, and the norms of a layer that has grown old.
     assert first.state.optimizer_steps["lm_head.weight"] == of_stage["stage1"] + of_stage["stage2"] + 1
+    assert first.state.optimizer_steps["model.layers.1.input_layernorm.weight"] == of_stage["stage2"] + 1
 
 
-def test_old_layers_take_fewer_bytes_of_which_the_planner_makes_use(tiny_run: Configure, tmp_path: Path) -> None:
-    thawed = [key for key in THAWED if not key.startswith("plan.layers")]
-    chosen = plan(tiny_run(tmp_path, *thawed, "train.precision=bf16", "plan.objective=model_state"))
-    by_hand = plan(tiny_run(tmp_path, *THAWED, "train.precision=bf16"))
-    everything = plan(tiny_run(tmp_path, "plan.freeze_old_layers=false", "train.precision=bf16"))
-    assert chosen.peak_model_state_bytes <= by_hand.peak_model_state_bytes < everything.peak_model_state_bytes
+def test_the_planner_makes_later_stages_smaller_only_where_old_layers_take_fewer_bytes(
+    tiny_run: Configure, tmp_path: Path
+) -> None:
+    thawed = [key for key in THAWED if not key.startswith(("plan.num_stages", "plan.layers"))]
+    eight = ("model.num_hidden_layers=8", "train.precision=bf16", "plan.objective=model_state", *thawed)
+    smaller, equal = (plan(tiny_run(tmp_path, *eight, *more)) for more in ((), ("optim.name=galore", "optim.rank=64")))
+    assert smaller.layers[0] > smaller.layers[1]
+    assert equal.layers == (4, 4)  # no side is longer than the rank: every layer has AdamW's states
+    assert not any(stage.low_rank_layers for stage in equal.stages)
+
+
+def test_where_all_layers_have_low_rank_states_the_plan_has_the_hash_that_it_had_before_there_was_a_choice(
+    tiny_run: Configure, tmp_path: Path
+) -> None:
+    growing = ("plan.freeze_old_layers=false", "optim.name=apollo_mini")
+    for overrides, is_same in ((growing, True), ((*growing, "optim.low_rank_layers=old"), False)):
+        made = plan(tiny_run(tmp_path, *overrides))
+        without = replace(made, stages=tuple(replace(stage, low_rank_layers=()) for stage in made.stages))
+        assert (made.hash == without.hash) is is_same
 
 
 @pytest.mark.parametrize(
