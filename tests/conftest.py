@@ -42,6 +42,24 @@ def shared_data() -> Path:
     return path.resolve()  # commands are started elsewhere
 
 
+@pytest.fixture
+def hub_gives(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Any]], list[tuple[Any, Any]]]:
+    """``hub_gives(records)``: ``datasets.load_dataset`` gives these. The list of its calls is returned."""
+    datasets = pytest.importorskip("datasets")
+
+    def give(records: list[Any]) -> list[tuple[Any, Any]]:
+        calls = []
+
+        def load_dataset(*args: object, **kwargs: object) -> list[Any]:
+            calls.append((args, kwargs))
+            return records
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return calls
+
+    return give
+
+
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A jsonl file of 200 short documents with some regularity to learn."""

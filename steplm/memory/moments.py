@@ -19,13 +19,12 @@ from steplm.memory.formats import (
     CODE_BOOK_BYTES,
     MIN_OFFLOADED_BYTES,
     STEP_CHUNK,
-    is_low_rank,
     largest_bucket,
     low_rank_step_bytes,
     step_bytes,
     unpack_bytes,
 )
-from steplm.memory.terms import FETCH_SLOTS
+from steplm.memory.terms import FETCH_SLOTS, low_rank_maps
 from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm
 
 GRADIENTS_OF = {"new_layers": "new_layers", "frozen_layers": "adapters"}  # kind of layer -> its trained part
@@ -326,9 +325,8 @@ class Moments:
         adapted = [linear for linear in shape.linears if linear.name.rpartition(".")[2] in self.work.adapter_targets]
         in_frozen = [rank * side for linear in adapted for side in (linear.in_features, linear.out_features)]
         yield from outer
-        in_low_rank = shape.other_layer_matrices if self._low_rank_maps() else shape.layer_matrices
         for new, low_rank in zip(self.is_new, self.has_low_rank, strict=True):
-            in_whole = in_low_rank if low_rank else shape.layer_matrices
+            in_whole = shape.other_layer_matrices if low_rank else shape.layer_matrices
             yield from in_whole if new else in_frozen
         yield from () if shape.tie_word_embeddings else outer
 
@@ -336,20 +334,13 @@ class Moments:
         has_master = self.train.precision == "fp32" or self.memory.master_weights is not False
         return step_bytes(bucket, piece, states=self.memory.optimizer_states, has_master=has_master)
 
-    def _low_rank_maps(self) -> list[tuple[int, int]]:
-        """Rows and columns of the linear maps of a layer that have low-rank states."""
-        if not any(self.has_low_rank):
-            return []
-        sides = [(linear.out_features, linear.in_features) for linear in self.shape.linears]
-        return [(rows, columns) for rows, columns in sides if is_low_rank(rows, columns, self.optim.state_rank)]
-
     def _low_rank_step_bytes(self) -> int:
         """Workspace of the update of the largest of them; they are updated one after the other."""
         has_master = self.train.precision == "fp32" or self.memory.master_weights is True
         width, rank = self.work.width, self.optim.state_rank
         steps = [
             low_rank_step_bytes(self.optim.name, rows, columns, rank, width=width, has_master=has_master)
-            for rows, columns in self._low_rank_maps()
+            for rows, columns in (low_rank_maps(self.shape, self.optim) if any(self.has_low_rank) else ())
         ]
         return max(steps, default=0)
 

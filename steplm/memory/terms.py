@@ -44,7 +44,7 @@ class Tensors:
 
     formula: str
     shapes: tuple[TensorShape, ...]
-    linears: tuple[tuple[int, int], ...] = ()  # rows and columns of each map that has low-rank states if it can
+    low_rank_maps: tuple[tuple[int, int], ...] = ()  # rows and columns of each map with low-rank states
     count: int = 1
     trained: bool = True
 
@@ -74,9 +74,14 @@ def new_layers(counts: StageCounts) -> Tensors:
 
 def low_rank_layers(counts: StageCounts) -> Tensors:
     """``N_low P_layer``, trained as a whole with fewer states: GaLore (arXiv 2403.03507), APOLLO (arXiv 2412.05270)."""
-    shape = counts.shape
-    linears = tuple((linear.out_features, linear.in_features) for linear in shape.linears)
-    return Tensors("N_low × P_layer", shape.layer_shapes, linears, counts.num_low_rank_layers)
+    maps = low_rank_maps(counts.shape, counts.optim)
+    return Tensors("N_low × P_layer", counts.shape.layer_shapes, maps, counts.num_low_rank_layers)
+
+
+def low_rank_maps(shape: ModelShape, optim: OptimConfig) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of each linear map of a layer that can have the low-rank states of the optimizer."""
+    sides = ((linear.out_features, linear.in_features) for linear in shape.linears)
+    return tuple(pair for pair in sides if optim.is_low_rank and is_low_rank(*pair, optim.state_rank))
 
 
 def frozen_layers(counts: StageCounts) -> Tensors:
@@ -147,7 +152,7 @@ def optimizer(counts: StageCounts, tensors: Tensors) -> tuple[int, str]:
     if not tensors.trained:
         return 0, "0 B"
     master = 4 if counts.precision == "bf16" and counts.memory.master_weights else 0
-    if tensors.linears:
+    if tensors.low_rank_maps:
         return _low_rank_optimizer(counts, tensors, master)
     if counts.memory.optimizer_states == "fp32":
         return tensors.local_parameters(counts.num_shards) * (8 + master), f"{8 + master} B"
@@ -160,10 +165,9 @@ def _low_rank_optimizer(counts: StageCounts, tensors: Tensors, master: int) -> t
     """Low-rank states where a map's smaller side is larger than the rank; AdamW's for all else."""
     optim, rank = counts.optim, counts.optim.state_rank
     of_low_rank = master if counts.memory.master_weights is True else 0
-    projected = [(rows, columns) for rows, columns in tensors.linears if is_low_rank(rows, columns, rank)]
-    in_low_rank = sum(rows * columns for rows, columns in projected)
+    in_low_rank = sum(rows * columns for rows, columns in tensors.low_rank_maps)
     in_full = sum(tensors.matrices) + tensors.num_in_vectors - in_low_rank
-    states = sum(low_rank_state_bytes(optim.name, *shape, rank) for shape in projected)
+    states = sum(low_rank_state_bytes(optim.name, *sides, rank) for sides in tensors.low_rank_maps)
     num_bytes = states + of_low_rank * in_low_rank + (8 + master) * in_full
     weights_too = f" + {of_low_rank}" if of_low_rank else ""
     note = f"(states of {optim.name}, rank {rank}{weights_too}) B, vectors {8 + master} B"

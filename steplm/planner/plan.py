@@ -10,8 +10,8 @@ from math import prod
 from steplm.config import MemoryConfig, RunConfig
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.memory.estimate import adapter_shapes_per_layer, estimate_stage, resolve_target_modules
-from steplm.memory.formats import is_low_rank
 from steplm.memory.peak import estimate_peak
+from steplm.memory.terms import low_rank_maps
 from steplm.planner.flops import training_flops_per_token
 from steplm.planner.positions import make_layer_map
 from steplm.planner.shape import shape_from_hf_config
@@ -170,16 +170,8 @@ class StageCosts:
     @property
     def spares_old_layers(self) -> bool:
         """Whether a layer takes less memory when it is old."""
-        low_rank = self.has_low_rank_states and self.config.optim.low_rank_layers == "old"
+        low_rank = bool(low_rank_maps(self.shape, self.config.optim)) and self.config.optim.low_rank_layers == "old"
         return self.config.plan.freeze_old_layers or low_rank
-
-    @property
-    def has_low_rank_states(self) -> bool:
-        """Whether any matrix of a layer can have the low-rank states of the optimizer."""
-        optim = self.config.optim
-        return optim.is_low_rank and any(
-            is_low_rank(linear.out_features, linear.in_features, optim.state_rank) for linear in self.shape.linears
-        )
 
     @property
     def adapter_parameters(self) -> int:
@@ -359,7 +351,7 @@ class StageCosts:
 
     def low_rank_layers(self, num_new: int, num_old: int) -> tuple[int, ...]:
         """Indices of the layers that are trained as a whole and whose matrices have low-rank states."""
-        if not self.has_low_rank_states:
+        if not low_rank_maps(self.shape, self.config.optim):
             return ()
         if self.config.optim.low_rank_layers == "old":
             return self._old_layers(num_new, num_old)

@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -185,15 +186,10 @@ def test_a_share_of_bad_records_above_the_limit_raises_with_the_first_examples()
     assert len(bad.examples) == sources.NUM_EXAMPLES
 
 
-def test_a_hub_address_becomes_a_streamed_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
-    calls = []
-
-    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, str]]:
-        calls.append((args, kwargs))
-        return RECORDS
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+def test_a_hub_address_becomes_a_streamed_data_set(
+    hub_gives: Callable[[list[Any]], list[tuple[Any, Any]]],
+) -> None:
+    calls = hub_gives(RECORDS)
     entry = "hub://owner/name?name=sample-10BT&split=test&revision=0123abc"
     documents, bad = read(entry)
     assert [document.text for document in documents] == TEXTS

@@ -65,17 +65,9 @@ OF_THE_HUB = [
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+def hub(hub_gives: Callable[[list[Any]], list[tuple[Any, Any]]]) -> list[tuple[Any, Any]]:
     """The calls of ``load_dataset``, which gives ``OF_THE_HUB``."""
-    datasets = pytest.importorskip("datasets")
-    calls = []
-
-    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, Any]]:
-        calls.append((args, kwargs))
-        return OF_THE_HUB
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return calls
+    return hub_gives(OF_THE_HUB)
 
 
 def test_questions_come_from_the_hub_at_the_commit_that_is_named(
