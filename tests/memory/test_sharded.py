@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -106,6 +106,7 @@ def count(stage_index: int, *overrides: str) -> dict[str, int]:
     config = configure(*overrides)
     stage, distributed = plan(config).stages[stage_index - 1], config.distributed
     num_replicas = distributed.world_size // distributed.num_shards
+    fused = config.memory.fused_backward
     highest: dict[str, int] = {}
     with fake_world(distributed.num_shards, num_replicas) as world, Counter() as counter:
         made = assembled(config, stage, world)
@@ -128,12 +129,13 @@ def count(stage_index: int, *overrides: str) -> dict[str, int]:
                 loss = batch_loss(
                     made.model, tokens, labels, num_valid=labels.numel(), chunk_size=config.train.loss_chunk_size
                 )
-            with part("backward"):
+            with part("backward"), made.optimizer.in_backward(1e-3) if fused else nullcontext():
                 loss.backward()
             del loss, tokens, labels
         with part("step"):
-            global_grad_norm(made.optimizer.parameters.values())
-            made.optimizer.step(1e-3, 0.5)
+            if not fused:
+                global_grad_norm(made.optimizer.parameters.values())
+                made.optimizer.step(1e-3, 0.5)
             made.optimizer.zero_grad()
         with part("rest"):
             pass
@@ -175,6 +177,11 @@ def test_planned_and_counted_peak_of_a_rank_agree(world: str, stage: int) -> Non
     assert LOW <= difference(stage, *WORLDS[world]) <= HIGH
 
 
+FUSED = ("memory.fused_backward=true", "optim.max_grad_norm=null")
+GALORE = ("optim.name=galore", "optim.rank=16")
+OLD_UNDER_GALORE = (
+    *GALORE, "optim.low_rank_layers=old", "plan.freeze_old_layers=false", "memory.master_weights=adamw"
+)  # fmt: skip
 FP32, SUMMED = "train.precision=fp32", "train.gradient_accumulation_steps=2"
 RUNS: dict[str, tuple[str, ...]] = {
     "recomputed": (RECOMPUTED,),
@@ -195,6 +202,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "new layers below": ("growth.position=lower",),
     "long sequences": ("train.sequence_length=1024",),
     "no master weights": ("memory.master_weights=false",),
+    "fused": FUSED,
+    "fused, recomputed": (*FUSED, RECOMPUTED),
     "a share of a global batch": ("train.global_batch_size=16", "train.per_device_train_batch_size=2"),
 }
 
@@ -208,3 +217,18 @@ def test_so_they_do_in_every_run(name: str) -> None:
 @pytest.mark.parametrize("world", ["two copies", "a copy each"])
 def test_so_they_do_between_copies(world: str, name: str) -> None:
     assert LOW <= difference(2, *WORLDS[world], *RUNS[name]) <= HIGH
+
+
+# States of low rank are of whole matrices: a copy each.
+LOW_RANK: dict[str, tuple[str, ...]] = {
+    "galore": GALORE,
+    "galore, fused": (*GALORE, *FUSED),
+    "apollo_mini, fused": ("optim.name=apollo_mini", *FUSED),
+    "old layers under galore": OLD_UNDER_GALORE,
+    "old layers under galore, fused": (*OLD_UNDER_GALORE, *FUSED),
+}
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_so_they_do_with_states_of_low_rank(name: str) -> None:
+    assert LOW <= difference(2, *WORLDS["a copy each"], *LOW_RANK[name]) <= HIGH
