@@ -3,7 +3,8 @@
     python benchmarks/results_tables.py
 
 A source is a kept suite, such as ``results/cpu``, and the title that of one of its questions, or "Learning rates"; or
-it is ``plans``, and the title a recipe, of which every method is planned.
+it is ``plans``, and the title a recipe, of which every method is planned; or it is ``scales``, and the title names the
+kept suites that are set side by side, one column each.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from steplm.compare.methods import METHODS
 from steplm.config import load_config
 from steplm.planner.plan import plan
 from steplm.report.runs import percent
-from steplm.report.summary import Suite, read_suite
+from steplm.report.summary import Suite, difference, read_suite
 from steplm.report.tables import all_tables
-from steplm.units import format_bytes
+from steplm.units import format_bytes, format_count
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs/results.md", ROOT / "docs/comparing.md")
-BLOCK = re.compile(r"<!-- (results/\w+|plans): (.+?) -->\n.*?<!-- / -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (results/\w+|plans|scales): (.+?) -->\n.*?<!-- / -->", re.DOTALL)
 
 kept = cache(read_suite)
 
@@ -49,9 +50,45 @@ def plans(recipe: str) -> str:
     return "\n".join(lines)
 
 
+def scales(names: str) -> str:
+    """Every entry of several suites against vanilla of its own suite: loss, and planned model state."""
+    suites = [kept(ROOT / "results" / name) for name in names.split()]
+    labels = {name: entry.label for suite in suites for name, entry in suite.entries.items() if name != "vanilla"}
+    lines = [_line(["against vanilla", *map(_scale, suites)]), _line(["---", *["---:"] * len(suites)])]
+    for name, label in labels.items():
+        cells = [_against_vanilla(suite, name) for suite in suites]
+        if any(cells):
+            lines.append(_line([label, *(cell or "–" for cell in cells)]))
+    return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _scale(suite: Suite) -> str:
+    """``"cpu: 2.11M parameters, 0.38 tokens a parameter"``"""
+    vanilla = suite.entries["vanilla"].finished[0].row
+    ratio = vanilla["tokens"] / vanilla["parameters"]
+    return f"{suite.record.name}: {format_count(vanilla['parameters'])} parameters, {ratio:.2g} tokens a parameter"
+
+
+def _against_vanilla(suite: Suite, name: str) -> str | None:
+    """``"+0.135 ± 0.061, −24% bytes"``; nothing where no seed has finished."""
+    vanilla, entry = suite.entries["vanilla"], suite.entries.get(name)
+    gap = difference(entry, vanilla) if entry else None
+    if entry is None or gap is None or entry.plan is None or vanilla.plan is None:
+        return None
+    half = gap.estimate.half_width
+    loss = f"{gap.estimate.mean:+.3f}".replace("-", "−") + (" (one seed)" if half is None else f" ± {half:.3f}")
+    share = entry.plan.peak_model_state_bytes / vanilla.plan.peak_model_state_bytes - 1
+    return f"{loss}, {percent(share)}"
+
+
 def block(source: str, title: str) -> str:
     """What stands between the markers."""
-    return plans(title) if source == "plans" else table(kept(ROOT / source), title)
+    makers = {"plans": plans, "scales": scales}
+    return makers[source](title) if source in makers else table(kept(ROOT / source), title)
 
 
 def filled(page: str) -> str:

@@ -6,28 +6,26 @@ A value comes from, in rising order: the default here, the YAML file, a ``sectio
 
 from __future__ import annotations
 
-import difflib
 import math
-import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 
 from steplm.errors import ConfigError
-from steplm.units import parse_bytes, parse_count, shortened
+from steplm.files import is_file
+from steplm.problems import keys_of, sections_of, validated
+from steplm.units import nearest, parse_bytes, parse_count, shortened
+from steplm.yaml_files import apply_override, dump_yaml, read_yaml
 
 
 def _number_with_unit(units: str) -> dict[str, Any]:
@@ -113,6 +111,9 @@ class DataConfig(Section):
     within_documents: bool = Field(False, description="attention and loss stay inside each document")
 
 
+TOKEN_BUDGETS = ("tokens_per_stage", "total_tokens", "tokens_per_parameter", "total_flops")  # of ``plan``
+
+
 class PlanConfig(Section):
     """How the depth is divided into stages, and how many tokens each stage sees."""
 
@@ -147,8 +148,7 @@ class PlanConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanConfig:
-        budgets = ("tokens_per_stage", "total_tokens", "tokens_per_parameter", "total_flops")
-        given = [name for name in budgets if getattr(self, name) is not None]
+        given = [name for name in TOKEN_BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one token budget, not {len(given)}: {', '.join(given)}")
         for name in ("layers", "tokens_per_stage", "token_shares"):
@@ -230,7 +230,9 @@ class OptimConfig(Section):
     schedule_over: Literal["stage", "run"] = Field(
         "stage", description="each stage has its own schedule; run: one over all stages, with a warm-up in each"
     )
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of each stage's scheduled steps")
+    warmup_ratio: float = Field(
+        0.05, ge=0, lt=1, description="share of a stage's scheduled steps, or of a restart's own"
+    )
     decay_ratio: float = Field(0.2, gt=0, le=1, description="share of decay steps, for warmup_stable_decay")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / highest learning rate")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -379,8 +381,7 @@ class RunConfig(Section):
         """A section whose keys are all commented out is ``None`` in YAML, and means its defaults."""
         if not isinstance(values, Mapping):
             return values
-        sections = [name for name, field in cls.model_fields.items() if _section_type(field.annotation)]
-        return {**values, **{name: {} for name in sections if name in values and values[name] is None}}
+        return {**values, **{name: {} for name in sections_of(cls) if name in values and values[name] is None}}
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -472,7 +473,7 @@ class RunConfig(Section):
             "train.gradient_checkpointing=frozen": train.gradient_checkpointing == "frozen",
         }
         for name, is_set in on_frozen.items():
-            if is_set and not self.plan.freeze_old_layers:
+            if is_set and not self.freezes_layers:
                 raise ValueError(
                     f"{name} is for frozen layers, and plan.freeze_old_layers=false leaves none: leave one of them out"
                 )
@@ -485,9 +486,6 @@ class RunConfig(Section):
     def _check_method(self) -> None:
         """Refuse parts of different methods that cannot go together."""
         plan, pet, optim, memory = self.plan, self.pet, self.optim, self.memory
-        has_adapters = pet.method != "none" and (
-            pet.layers == "all" or (plan.num_stages > 1 and plan.freeze_old_layers)
-        )
         if pet.layers == "all" and (plan.num_stages > 1 or pet.method == "none"):
             raise ValueError(
                 f"pet.layers=all freezes every layer from the start, under adapters: it goes with plan.num_stages=1 "
@@ -495,7 +493,12 @@ class RunConfig(Section):
             )
         if pet.warm_start and pet.layers != "all":
             raise ValueError(f"pet.warm_start={pet.warm_start:g} is for pet.layers=all: leave it out, or set that")
-        if pet.restarts and not has_adapters:
+        if pet.layers == "all" and not pet.warm_start and plan.train_embeddings != "always":
+            raise ValueError(
+                f"plan.train_embeddings={plan.train_embeddings} freezes embeddings and head once they are trained, and "
+                "pet.layers=all trains nothing before its adapters: set plan.train_embeddings=always, or pet.warm_start"
+            )
+        if pet.restarts and not self.has_adapters:
             raise ValueError(
                 f"pet.restarts={pet.restarts} begins adapters anew, and this run has none: set plan.num_stages=2 or "
                 "more, or pet.layers=all, or leave it out"
@@ -553,6 +556,22 @@ class RunConfig(Section):
         return train.global_batch_size or product
 
     @property
+    def eval_batch_size(self) -> int:
+        """Sequences that each device evaluates at once."""
+        return self.eval.per_device_eval_batch_size or self.train.per_device_train_batch_size
+
+    @property
+    def freezes_layers(self) -> bool:
+        """Whether a layer is frozen, where there is one that can be."""
+        return self.pet.layers == "all" or self.plan.freeze_old_layers
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether any stage has adapters."""
+        any_old = self.pet.layers == "all" or self.plan.num_stages > 1
+        return self.pet.method != "none" and self.freezes_layers and any_old
+
+    @property
     def step_tokens(self) -> int:
         """Tokens of one optimizer step, over all devices."""
         return self.global_batch_size * self.train.sequence_length
@@ -589,29 +608,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     return validated(RunConfig, values)
 
 
-S = TypeVar("S", bound=Section)
-
-
-def validated(section: type[S], values: Mapping[str, Any]) -> S:
-    """``section`` made of ``values``.
-
-    Raises:
-        ConfigError: as ``load_config``.
-    """
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, section), errors=error.errors(include_url=False)) from None
-
-
 def dump_config(config: RunConfig) -> str:
     """YAML text that ``load_config`` reads back to an equal configuration."""
     return dump_yaml(config.model_dump(mode="json"))
-
-
-def dump_yaml(values: Mapping[str, Any]) -> str:
-    """Text that ``read_yaml`` reads back to the same values."""
-    return yaml.dump(values, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
 
 
 def find_config(source: str | Path) -> Path:
@@ -623,17 +622,9 @@ def find_config(source: str | Path) -> Path:
     if len(path.parts) == 1 and is_file(recipes / f"{path.name}.yaml"):
         return recipes / f"{path.name}.yaml"
     names = sorted(recipe.stem for recipe in recipes.glob("*.yaml"))
-    near = difflib.get_close_matches(path.stem, names, n=1)
-    hint = f" Did you mean the recipe {near[0]!r}?" if near else f" Recipes: {', '.join(names)}."
+    hint = nearest(path.stem, names, otherwise=f" Recipes: {', '.join(names)}.")
+    hint = hint.replace("Did you mean", "Did you mean the recipe")
     raise ConfigError(f"no file {shortened(str(path), 300)}.{hint}", path=str(path))
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is such a file; also of a name that no file can have."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def recipes_dir() -> Path:
@@ -642,185 +633,9 @@ def recipes_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
-class _YamlLoader(yaml.SafeLoader):
-    """Reads ``1e-5`` as a number, as YAML 1.2 does; PyYAML, which is of YAML 1.1, wants ``1.0e-5``."""
-
-
-class _YamlDumper(yaml.SafeDumper):
-    """Quotes the text ``1e-5``, which would be read as a number."""
-
-
-for _reader_or_writer in (_YamlLoader, _YamlDumper):
-    _reader_or_writer.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
-
-
-def _load_yaml(text: str) -> Any:
-    """Mappings with text keys, lists, text, numbers, booleans and null.
-
-    Raises:
-        yaml.YAMLError: no YAML, or more than that.
-    """
-    try:
-        value = yaml.load(text, Loader=_YamlLoader)  # a SafeLoader
-    except yaml.YAMLError:
-        raise
-    except Exception as error:  # PyYAML lets those of its own code through: for "!!bool maybe" a KeyError
-        raise yaml.YAMLError(f"a value that cannot be read ({type(error).__name__}: {error})") from None
-    _require_plain(value)
-    return value
-
-
-def _require_plain(value: Any) -> None:
-    """Refuse what could not be written down and read back, and what aliases make without end of a short text."""
-    waiting, num_values = [value], 0
-    while waiting:
-        value = waiting.pop()
-        num_values += 1
-        if num_values > MOST_YAML_VALUES:
-            raise yaml.YAMLError(f"more than {MOST_YAML_VALUES:,} values, or one that contains itself")
-        if isinstance(value, dict):
-            if odd := next((key for key in value if not isinstance(key, str)), None):
-                raise yaml.YAMLError(f"the key {shortened(odd)} is no text: quote it")
-            waiting += [*value, *value.values()]
-        elif isinstance(value, list):
-            waiting += value
-        elif isinstance(value, str):
-            if not value.isprintable() and _UNWRITABLE.search(value):
-                raise yaml.YAMLError(f"the text {shortened(value)} has a character that does not come back from a file")
-        elif isinstance(value, float) and math.isnan(value):
-            raise yaml.YAMLError("a number that is none: .nan")
-        elif isinstance(value, int) and abs(value) >= 2**63:
-            raise yaml.YAMLError(f"a number of {value.bit_length()} bits; 64 with the sign are the most")
-        elif not isinstance(value, float | int | None):
-            raise yaml.YAMLError(f"the {type(value).__name__} {shortened(value)}: quote it if it is text")
-
-
-MOST_YAML_VALUES = 100_000
-_UNWRITABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
-MOST_PROBLEMS = 20  # in one message
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a file, environment variables replaced.
-
-    Raises:
-        ConfigError: no file, no YAML, no mapping, or a variable that is not set.
-    """
-    try:
-        values = _load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {str(error)[:1000]}", path=str(path)) from None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", path=str(path)) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, not sections with keys.", path=str(path))
-    return _with_environment(values, path)
-
-
-def _with_environment(value: Any, path: Path) -> Any:
-    def replacement(match: re.Match[str]) -> str:
-        name, default = match.groups()
-        text = os.environ.get(name, default)
-        if text is None:
-            raise ConfigError(
-                f"{path} uses ${{{name}}}, but the environment variable {name} is not set.", variable=name
-            )
-        return text
-
-    if isinstance(value, dict):
-        return {key: _with_environment(child, path) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_with_environment(child, path) for child in value]
-    return _VARIABLE.sub(replacement, value) if isinstance(value, str) else value
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set in ``values`` what ``section.key=value`` says; the value is read as YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"cannot read the override {override!r}: expected section.key=value", override=override)
-    try:
-        value = _load_yaml(text)
-    except yaml.YAMLError:
-        value = text
-    *sections, name = key.split(".")
-    target = values
-    for section in sections:
-        child = target.get(section)
-        target[section] = dict(child) if isinstance(child, Mapping) else {}
-        target = target[section]
-    target[name] = value
-
-
-def _explain(error: ValidationError, root: type[BaseModel]) -> str:
-    lines = []
-    for problem in error.errors(include_url=False):
-        if problem["type"] == "extra_forbidden":
-            lines.append(_unknown_key([str(part) for part in problem["loc"]], root))
-            continue
-        # Union branches add names that are no keys ("list[float]"); a reader needs only the keys.
-        path = [str(part) for part in problem["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", str(part))]
-        where = ".".join(path)
-        message = problem["msg"].removeprefix("Value error, ")
-        given = f" (got {shortened(problem['input'])})" if where and not isinstance(problem["input"], dict) else ""
-        hint = _nearest_choice(problem) if problem["type"] == "literal_error" else ""
-        lines.append(f"{where}: {message}{given}{hint}" if where else message)
-    return listing(lines, "the configuration")
-
-
-def listing(problems: Iterable[str], where: str) -> str:
-    """One problem as it is; several, each once, on a line each, the first few of them."""
-    unique = list(dict.fromkeys(problems))
-    if len(unique) == 1:
-        return unique[0]
-    lines = [f"  - {line}" for line in unique[:MOST_PROBLEMS]]
-    if len(unique) > MOST_PROBLEMS:
-        lines.append(f"  … and {len(unique) - MOST_PROBLEMS} more")
-    return "\n".join([f"{len(unique)} problems in {where}:", *lines])
-
-
-def _nearest_choice(problem: Mapping[str, Any]) -> str:
-    choices = re.findall(r"'(\w+)'", problem["ctx"]["expected"])
-    near = difflib.get_close_matches(str(problem["input"]), choices, n=1)
-    return f". Did you mean {near[0]!r}?" if near else ""
-
-
-def _unknown_key(path: list[str], root: type[BaseModel]) -> str:
-    *sections, name = path
-    model: Any = root
-    for section in sections:
-        model = _section_type(model.model_fields[section].annotation) if section in model.model_fields else None
-        if model is None:
-            return f"unknown key {shortened('.'.join(path))}"
-    owner = ".".join(sections) if sections else "the configuration"
-    near = difflib.get_close_matches(name, model.model_fields, n=1, cutoff=0.6)
-    elsewhere = [key for key in config_keys(root) if key.endswith(f".{name}")]
-    if near:
-        hint = f" Did you mean '{near[0]}'?"
-    elif elsewhere:
-        hint = f" Did you mean '{elsewhere[0]}'?"
-    else:
-        hint = f" Known keys: {', '.join(model.model_fields)}."
-    return f"{owner} has no key {shortened(name)}.{hint}"
-
-
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    candidates = get_args(annotation) if get_origin(annotation) is Union else (annotation,)
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-
-
-def config_keys(root: type[BaseModel] = RunConfig) -> list[str]:
+def config_keys() -> list[str]:
     """Every key there is, as ``section.key``."""
-    keys = []
-    for name, field in root.model_fields.items():
-        section = _section_type(field.annotation)
-        keys += [name] if section is None else [f"{name}.{key}" for key in section.model_fields]
-    return keys
+    return keys_of(RunConfig)
 
 
 def config_schema() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Writing that a power cut cannot undo."""
+"""Writing that a power cut cannot undo, and what is there."""
 
 from __future__ import annotations
 
@@ -22,3 +22,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; also of a name that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False

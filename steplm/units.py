@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
+from collections.abc import Iterable
+from decimal import Decimal
 from typing import Any
 
 _BYTE_UNITS = {
@@ -15,31 +18,36 @@ _COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12, "p": 10*
 _NUMBER_AND_UNIT = re.compile(r"^\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*$", re.IGNORECASE)
 
 
-def _parse(value: str | int | float, units: dict[str, int], example: str) -> int:
+_MOST_DIGITS = 30  # more than any number of bytes or tokens has
+
+
+def _parse(value: str | int | float, units: dict[str, int], example: str, *, round_down: bool = False) -> int:
+    """``round_down``: a value with a unit may be no whole number, as ``23.6GiB`` is none."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"expected a number such as {example}")
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float):
-        result = value
-    else:
+    number, unit = value, ""
+    if isinstance(value, str):
         match = _NUMBER_AND_UNIT.match(value)
         if match is None or match.group(2).lower() not in units:
             known = ", ".join(unit for unit in units if unit)
             raise ValueError(f"cannot read {shortened(value)}: expected a number such as {example} (units: {known})")
-        result = float(match.group(1).replace("_", "").replace(",", "")) * units[match.group(2).lower()]
-    if not math.isfinite(result) or result != int(result):
-        raise ValueError(f"{shortened(value)} is {result}, not a whole number")
+        number, unit = match.group(1).replace("_", "").replace(",", ""), match.group(2).lower()
+    result = Decimal(number)
+    if not result.is_finite() or (result and abs(result.adjusted()) > _MOST_DIGITS):
+        raise ValueError(f"{shortened(value)} is no whole number of at most {_MOST_DIGITS} digits")
+    result *= units[unit]
+    if result != int(result) and not (unit and round_down):
+        raise ValueError(f"{shortened(value)} is {float(result)}, not a whole number")
     return int(result)
 
 
 def parse_bytes(value: str | int | float) -> int:
-    """Bytes from ``24GiB`` (2**30), ``24GB`` (10**9) or a plain number of bytes.
+    """Bytes from ``24GiB`` (2**30), ``24GB`` (10**9) or a plain number of bytes; ``23.6GiB`` is rounded down.
 
     Raises:
         ValueError: the text is not a number with a known unit.
     """
-    return _parse(value, _BYTE_UNITS, "'24GiB'")
+    return _parse(value, _BYTE_UNITS, "'24GiB'", round_down=True)
 
 
 def parse_count(value: str | int | float) -> int:
@@ -55,6 +63,15 @@ def shortened(value: Any, most: int = 80) -> str:
     """``repr`` for a message: the beginning and the end of what is longer than so many characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most * 3 // 4]}…{text[len(text) - most // 4 :]}"
+
+
+def nearest(name: str, known: Iterable[str], *, otherwise: str | None = None) -> str:
+    """The end of a message about an unknown name: the nearest known one, else ``otherwise``, by default all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    if near:
+        return f" Did you mean {near[0]!r}?"
+    return f" Known: {', '.join(names)}." if otherwise is None else otherwise
 
 
 def reason(error: BaseException) -> str:
@@ -85,9 +102,14 @@ def binary_unit(num_bytes: int) -> tuple[str, int]:
 def format_count(count: int | float) -> str:
     """``12_300_000 -> '12.3M'``."""
     for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(count) >= size:
+        if abs(count) >= 0.9995 * size:  # what three digits round up to 1
             return f"{count / size:.3g}{unit}"
     return f"{count:.0f}"
+
+
+def perplexity_of(loss: float) -> float:
+    """``exp`` of a loss in nats a token; of one so high that it would overflow, a very large number."""
+    return math.exp(min(loss, 700.0))
 
 
 def format_seconds(seconds: float) -> str:

@@ -20,13 +20,13 @@ from steplm.config import (
     dump_config,
     load_config,
     recipes_dir,
-    validated,
 )
 from steplm.errors import ConfigError
 from steplm.growth.operators import OPERATORS
 from steplm.optim.schedules import SCHEDULES
 from steplm.pet.adapters import METHODS
 from steplm.planner.positions import POSITIONS
+from steplm.problems import validated
 from steplm.training.metrics import SINKS
 
 

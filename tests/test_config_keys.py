@@ -358,6 +358,9 @@ def test_tensorboard_gets_the_numbers(tiny_run: Configure, tmp_path: Path) -> No
     events.Reload()
     logged = [event["loss"] for event in read_metrics(tmp_path / "metrics.jsonl", "train")]
     assert [scalar.value for scalar in events.Scalars("train/loss")] == pytest.approx(logged, rel=1e-6)
+    starts = [event["tokens_seen"] for event in read_metrics(tmp_path / "metrics.jsonl", "stage_start")]
+    assert [scalar.step for scalar in events.Scalars("stage_start/num_hidden_layers")] == starts
+    assert starts[-1] > 0
 
 
 def test_wandb_gets_the_project(tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import steplm
 PACKAGE = Path(steplm.__file__).parent
 
 # Each room with what it may import, besides itself. A lower room never names a higher one.
-BASE = {"types", "errors", "units", "files", "config", "rows", "launch"}
+BASE = {"types", "errors", "units", "files", "yaml_files", "problems", "config", "rows", "launch"}
 PLANNING = BASE | {"memory", "planner"}
 SIBLINGS = PLANNING | {"steplm"}  # `import steplm` for the version
 ALLOWED = {
@@ -24,7 +24,9 @@ ALLOWED = {
     "files": set(),
     "rows": set(),
     "launch": set(),
-    "config": {"errors", "units"},
+    "yaml_files": {"errors", "units"},
+    "problems": {"errors", "units"},
+    "config": {"errors", "units", "files", "yaml_files", "problems"},
     "memory": BASE,
     "planner": PLANNING,
     "growth": SIBLINGS,

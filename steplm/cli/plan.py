@@ -13,7 +13,7 @@ from rich.table import Table
 
 from steplm.config import RunConfig, load_config
 from steplm.memory.terms import OUTER_COMPONENTS
-from steplm.planner.plan import StageCosts, as_vanilla
+from steplm.planner.plan import Phase, StageCosts, as_vanilla
 from steplm.planner.plan import plan as make_plan
 from steplm.planner.shape import FAMILIES
 from steplm.planner.traffic import UTILIZATION
@@ -129,7 +129,7 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
     shape = plan.shape
     counts_outer = any(_outer(stage.memory).terms for stage in plan.stages)
     vanilla = StageCosts(as_vanilla(config), shape)
-    vanilla_state = vanilla.model_state(shape.num_hidden_layers, 0)
+    vanilla_state = vanilla.model_state(Phase(shape.num_hidden_layers, 0))
     largest = plan.peak_bytes or plan.peak_model_state_bytes
     unit, size = binary_unit(largest)
     gap = 1 if console.width >= 90 else 0

@@ -7,6 +7,7 @@ from steplm.compare.matching import check_match
 from steplm.config import RunConfig
 from steplm.data.prepare import OnProgress, prepare, with_prepared_dir
 from steplm.data.sources import find_sources
+from steplm.data.tokens import Manifest
 from steplm.errors import CheckpointMismatch, ConfigError, SteplmError
 
 
@@ -60,12 +61,15 @@ def check_folders(suite: Suite, configs: dict[RunKey, RunConfig]) -> None:
     """Every run directory that is there already holds the run that the suite means.
 
     Raises:
-        CheckpointMismatch: another run, by any key that changes what is computed.
+        CheckpointMismatch: another run, by any key that changes what is computed or what losses are of, or by its data.
     """
-    from steplm.training.checks import check_same_run
+    from steplm.training.checks import check_same_run, trained_on
 
     for run, config in configs.items():
         changed = check_same_run(config, suite.plan(run))
+        before, now = trained_on(config.run_dir), Manifest.load(config.prepared_dir).fingerprint
+        if before not in (None, now):
+            changed.append(f"the prepared data: {before} -> {now}")
         if changed:
             raise CheckpointMismatch(
                 f"{config.run_dir} holds a run of another configuration ({', '.join(changed)}). Undo the change, "

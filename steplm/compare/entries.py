@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steplm.compare.methods import METHODS
-from steplm.compare.suite import EntryConfig, SuiteConfig, nearest
+from steplm.compare.suite import EntryConfig, SuiteConfig
 from steplm.compare.tuning import reachable
-from steplm.config import PlanConfig, RunConfig, load_config
+from steplm.config import TOKEN_BUDGETS, RunConfig, load_config
 from steplm.errors import ConfigError
 from steplm.planner.plan import plan as make_plan
 from steplm.report.suite import EntryRecord, Question
 from steplm.types import Plan
-
-BUDGETS = ("tokens_per_stage", "total_tokens", "tokens_per_parameter", "total_flops")
-assert set(BUDGETS) <= set(PlanConfig.model_fields)
+from steplm.units import nearest
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ class Suite:
             "optim.learning_rate": run.learning_rate,
         }
         if entry.match == "flops" and entry.name != self.config.baseline:
-            values |= {f"plan.{budget}": None for budget in BUDGETS}
+            values |= {f"plan.{budget}": None for budget in TOKEN_BUDGETS}
             values["plan.total_flops"] = self.plan(self.baseline_run(run.seed)).training_flops
         return _configured(entry, self._base, values)
 

@@ -5,31 +5,20 @@ Environment variables are replaced as in ``run.yaml``.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_serializer, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from steplm.compare.methods import METHODS
-from steplm.config import (
-    FOLDER_NAME,
-    Count,
-    Section,
-    Texts,
-    dump_yaml,
-    find_config,
-    is_file,
-    listing,
-    load_config,
-    read_yaml,
-    recipes_dir,
-)
-from steplm.errors import ConfigError
+from steplm.config import FOLDER_NAME, Count, Section, Texts, find_config, load_config, recipes_dir
+from steplm.files import is_file
+from steplm.problems import validated
 from steplm.sft.config import SftConfig
-from steplm.units import shortened
+from steplm.units import nearest
+from steplm.yaml_files import dump_yaml, read_yaml
 
 Match = Literal["tokens", "flops"]
 Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=100)]
@@ -208,11 +197,7 @@ def read_suite(source: str | Path | Mapping[str, Any], overrides: Iterable[str] 
         ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
     """
     values = dict(source) if isinstance(source, Mapping) else read_yaml(_find_suite(source))
-    try:
-        suite = SuiteConfig.model_validate(values)
-    except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors(include_url=False)]
-        raise ConfigError(listing(problems, "the suite"), errors=error.errors(include_url=False)) from None
+    suite = validated(SuiteConfig, values, "the suite")
     base = load_config(suite.run, overrides)
     return suite.model_copy(update={"run": base.model_dump(mode="json")})
 
@@ -225,36 +210,3 @@ def dump_suite(suite: SuiteConfig) -> str:
 def _find_suite(source: str | Path) -> Path:
     shipped = recipes_dir() / "suites" / f"{source}.yaml"
     return shipped if is_file(shipped) and not is_file(Path(source)) else find_config(source)
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        *path, name = problem["loc"]
-        section = _section_at(path)
-        owner = ".".join(map(str, path)) or "the suite"
-        return f"{owner} has no key {shortened(name)}.{nearest(str(name), section.model_fields)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(problem["input"], dict) else f" (got {shortened(problem['input'])})"
-    return f"{where}: {message}{given}" if where else message
-
-
-def _section_at(path: Iterable[Any]) -> type[BaseModel]:
-    """The section that a path such as ``entries.2`` leads to."""
-    section: type[BaseModel] = SuiteConfig
-    for part in path:
-        if part in section.model_fields:
-            section = next(_sections_in(section.model_fields[part].annotation), section)
-    return section
-
-
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections_in(argument)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."

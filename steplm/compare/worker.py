@@ -88,7 +88,7 @@ def score(config: RunConfig, model: Path, texts: Mapping[str, TextConfig]) -> No
             text.data,
             text_field=text.text_field,
             max_tokens=text.max_tokens,
-            batch_size=config.eval.per_device_eval_batch_size or config.train.per_device_train_batch_size,
+            batch_size=config.eval_batch_size,
             device=config.train.device,
         )
         done[name] = {

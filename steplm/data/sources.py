@@ -24,7 +24,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from steplm.data.builtin import describe_python_docs, python_docs
 from steplm.errors import DataError, HubUnavailable
-from steplm.units import reason, shortened
+from steplm.units import nearest, reason, shortened
 
 NUM_EXAMPLES = 10
 TEXT_PIECE_BYTES = 32 * 2**10
@@ -371,9 +371,7 @@ def _hub_arguments(entry: str) -> tuple[str, dict[str, str]]:
     keys = dict(parse_qsl(parts.query))
     for key in keys:
         if key not in HUB_KEYS:
-            near = difflib.get_close_matches(key, HUB_KEYS, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(HUB_KEYS)}."
-            raise DataError(f"{entry!r} has the unknown key {key!r}. {hint}", entry=entry)
+            raise DataError(f"{entry!r} has the unknown key {key!r}.{nearest(key, HUB_KEYS)}", entry=entry)
     return f"{parts.netloc}{parts.path}".rstrip("/"), {"split": "train", **keys}
 
 

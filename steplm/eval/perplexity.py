@@ -25,6 +25,7 @@ from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
 from steplm.models.forward import mean_loss
 from steplm.models.loss import IGNORE_INDEX
+from steplm.units import perplexity_of
 
 LOSS_CHUNK_SIZE = 1024  # rows of logits that exist at once
 LONGEST_DEFAULT = 1024  # tokens
@@ -46,7 +47,7 @@ class PerplexityResult:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return perplexity_of(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:

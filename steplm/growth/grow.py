@@ -6,7 +6,6 @@ Weights are full, named, unsharded tensors under their Hugging Face names.
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from steplm.errors import GrowthError
 from steplm.growth.operators import OPERATORS, Layer
 from steplm.types import LayerMap, LayerProvenance
+from steplm.units import nearest
 
 # How the families spell the depth in their configuration.
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -67,9 +67,7 @@ def grow(
             dtypes where one has to be made of the other.
     """
     if operator not in OPERATORS:
-        near = difflib.get_close_matches(operator, OPERATORS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(OPERATORS)}."
-        raise GrowthError(f"no growth operator {operator!r}.{hint}", operator=operator)
+        raise GrowthError(f"no growth operator {operator!r}.{nearest(operator, OPERATORS)}", operator=operator)
     make = OPERATORS[operator]
     if make.fresh and fresh_layer is None:
         raise GrowthError(f"operator {operator!r} needs fresh_layer, a function that initialises a layer.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from steplm.config import MemoryConfig, OptimConfig
 from steplm.errors import ConfigError
 from steplm.memory.terms import OUTER_COMPONENTS, WEIGHT_BYTES, StageCounts, model_state_terms
 from steplm.types import MemoryEstimate, ModelShape, TensorShape
+from steplm.units import nearest
 
 
 def estimate_stage(
@@ -75,10 +75,9 @@ def resolve_target_modules(shape: ModelShape, target_modules: str | Sequence[str
         return known
     for target in target_modules:
         if target not in known:
-            near = difflib.get_close_matches(_last_part(target), known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}, or all-linear."
+            hint = nearest(_last_part(target), known, otherwise=f" Known: {', '.join(known)}, or all-linear.")
             raise ConfigError(
-                f"pet.target_modules: a {shape.model_type} layer has no linear map {target!r}. {hint}",
+                f"pet.target_modules: a {shape.model_type} layer has no linear map {target!r}.{hint}",
                 target=target,
                 known=known,
             )

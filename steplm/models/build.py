@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from steplm.errors import ConfigError
 from steplm.models.device import move
-from steplm.units import reason
+from steplm.units import nearest, reason
 
 # Keys of earlier transformers that its configurations still take, and turn into ``rope_parameters``.
 ACCEPTED_KEYS = ("rope_theta", "rope_scaling")
@@ -33,8 +32,7 @@ def hf_config(values: Mapping[str, Any], num_hidden_layers: int | None = None) -
     except (ValueError, KeyError):
         from transformers import CONFIG_MAPPING
 
-        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = nearest(model_type, CONFIG_MAPPING.keys(), otherwise="")
         raise ConfigError(f"transformers knows no model type {model_type!r}.{hint}", model_type=model_type) from None
     if not hasattr(default, "num_key_value_heads") and (
         values.get("num_key_value_heads") == values.get("num_attention_heads")
@@ -42,8 +40,7 @@ def hf_config(values: Mapping[str, Any], num_hidden_layers: int | None = None) -
         values.pop("num_key_value_heads", None)  # a family without grouped queries
     for key in values:
         if not hasattr(default, key) and key not in ACCEPTED_KEYS:
-            near = difflib.get_close_matches(key, list(default.to_dict()), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = nearest(key, default.to_dict(), otherwise="")
             raise ConfigError(f"the configuration of {model_type!r} has no key {key!r}.{hint}", key=key)
     if num_hidden_layers is not None:
         values["num_hidden_layers"] = num_hidden_layers

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from steplm.data.sources import find_sources
 from steplm.errors import ConfigError, DataError
 from steplm.mt_bench.journal import read_rows
+from steplm.units import nearest
 
 QuestionId = int | str
 Turns = tuple[str, ...]  # what one side said, turn by turn
@@ -187,9 +187,7 @@ def _selected(questions: list[Question], categories: Sequence[str], limit: int |
     known = tuple(dict.fromkeys(question.category for question in questions))
     for name in categories:
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}."
-            raise ConfigError(f"no question is of category {name!r}. {hint}", category=name)
+            raise ConfigError(f"no question is of category {name!r}.{nearest(name, known)}", category=name)
     seen: Counter[str] = Counter()
     kept = []
     for question in questions:

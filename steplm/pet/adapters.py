@@ -5,7 +5,6 @@ To add a method: write a class with ``LoRALinear``'s interface and add a line to
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from steplm.pet.embedding import TiedLoRAHead, adapt_embedding, check_embedding
 from steplm.pet.lora import LoRALinear
 from steplm.rows import WHOLE, Rows
 from steplm.types import AdapterSpec
+from steplm.units import nearest
 
 METHODS: dict[str, type[LoRALinear]] = {
     "lora": LoRALinear,
@@ -161,8 +161,7 @@ def _targets(model: nn.Module, layer_name: str, spec: AdapterSpec) -> dict[str, 
     linears = sorted({last_parts[name] for name, module in modules.items() if type(module) is nn.Linear})
     for target in spec.target_modules:
         if target not in last_parts.values():
-            near = difflib.get_close_matches(target, linears, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Linear maps there: {', '.join(linears) or 'none'}."
+            hint = nearest(target, linears, otherwise=f" Linear maps there: {', '.join(linears) or 'none'}.")
             raise ConfigError(f"{layer_name} has no module {target!r} to adapt.{hint}", target=target, layer=layer_name)
     targets: dict[str, nn.Linear] = {}
     for name, module in modules.items():

@@ -151,10 +151,14 @@ class _Search:
         self.solved: dict[Any, tuple[int, ...] | None] = {}
         self.ways, self.skipped = ways(config, vary, any_depth=self.varies_depth)
 
-    def lower_peaks(self, index: int | None = None, limit: float | None = None) -> Iterator[Alternative]:
-        """From the cheapest way up, those within ``limit`` (default: the budget) and lower than all before them."""
+    def lower_peaks(self, limit: float | None = None, *, at_least_size: bool = False) -> Iterator[Alternative]:
+        """From the cheapest way up, those within ``limit`` (default: the budget) and lower than all before them.
+
+        At the sizes as written, or with what is maximised at its least.
+        """
         limit = self.limit if limit is None else limit
         for way in self.ways:
+            index = self._first_allowed(way) if at_least_size else None
             trial = self._try(way, index, limit)
             if trial is not None:
                 limit = trial.peak_bytes - 1
@@ -166,7 +170,7 @@ class _Search:
         found, largest = list[Alternative](), 0
         for way in self.ways:
             fits = partial(self._fits, way)
-            start = max(largest + 1, way.num_stages if self.varies_depth else 1)
+            start = self._first_allowed(way, above=largest)
             if start > self.axis.largest or not fits(start):
                 continue
             largest = last_true(fits, start, self.axis.largest)
@@ -177,10 +181,23 @@ class _Search:
 
     def smallest(self) -> Alternative:
         """The least memory there is, at the sizes as written or, where one is maximised, at its least value."""
-        rows = list(self.lower_peaks(None if self.axis is None else 1, math.inf))
+        rows = list(self.lower_peaks(math.inf, at_least_size=self.axis is not None))
         if not rows:
             raise ConfigError("no settings make a plan: run `steplm plan` for the reason")
         return rows[-1]
+
+    def _first_allowed(self, way: Way, *, above: int = 0) -> int:
+        """The least size above another one that the configuration does not refuse; at most the written one is tried.
+
+        It can refuse small ones: a width below the rank, a micro-batch that makes accumulation necessary.
+        """
+        assert self.axis is not None
+        start = max(above + 1, way.num_stages if self.varies_depth else 1)
+        refused = {index: self._costs(way, index) is None for index in (start, self.axis.index(self.config))}
+        written_index = max(refused)
+        if not refused[start] or refused[written_index]:
+            return start
+        return last_true(lambda index: self._costs(way, index) is None, start, written_index) + 1
 
     def _fits(self, way: Way, index: int) -> bool:
         return self._try(way, index, self.limit) is not None
@@ -252,7 +269,7 @@ class _Search:
 
     def _alternative(self, way: Way, index: int | None, trial: _Trial) -> Alternative:
         costs, stages = trial.costs, _stages(trial.layers)
-        flops = [costs.mean_flops_per_token(*stage) + costs.recomputed_flops_per_token(*stage) for stage in stages]
+        flops = [costs.mean_flops_per_token(*stage, recomputed=True) for stage in stages]
         needed_bytes = self.config.memory.needed_bytes(trial.peak_bytes)
         return Alternative(
             overrides=tuple(f"{key}={_as_yaml(value)}" for key, value in self._changes(way, index).items()),
@@ -263,7 +280,7 @@ class _Search:
             value=None if self.axis is None or index is None else self.axis.value(self.config, index),
             num_parameters=costs.shape.num_parameters(self._depth(index)),
             peak_bytes=trial.peak_bytes,
-            model_state_bytes=max(costs.model_state(*stage).total_bytes for stage in stages),
+            model_state_bytes=max(costs.model_state_bytes(*stage) for stage in stages),
             needed_bytes=needed_bytes,
             flops=sum(count * each for count, each in zip(trial.tokens, flops, strict=True)),
             price=way.price,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from math import prod
+from typing import NamedTuple
 
 from steplm.config import MemoryConfig, RunConfig
 from steplm.errors import ConfigError, PlanInfeasible
@@ -62,22 +63,23 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
                     adapters=costs.adapters(part),
                     scheduled_tokens=run_tokens if over_run else of_stage.scheduled,
                     tokens=part.num_steps * config.step_tokens,
-                    memory=costs.model_state(part.num_new, part.num_old),
-                    peak=costs.peak(part.num_new, part.num_old, grows=part.layer_map is not None),
-                    flops_per_token=costs.flops_per_token(part.num_new, part.num_old),
+                    memory=costs.model_state(part.phase),
+                    peak=costs.peak(part.phase, grows=part.layer_map is not None),
+                    flops_per_token=costs.flops_per_token(part.phase),
                     num_growths=growth,
                     schedule_start_tokens=seen if over_run else seen - grown_at,
-                    low_rank_layers=costs.low_rank_layers(part.num_new, part.num_old),
+                    low_rank_layers=costs.low_rank_layers(part.phase),
                 )
             )
     vanilla = StageCosts(as_vanilla(config), shape)
-    vanilla_peak = vanilla.peak(shape.num_hidden_layers, 0)
+    whole = Phase(shape.num_hidden_layers, 0)
+    vanilla_peak = vanilla.peak(whole)
     made = Plan(
         shape=shape,
         precision=config.train.precision,
         stages=tuple(stages),
         proved_optimal=proved_optimal,
-        vanilla_model_state_bytes=vanilla.model_state(shape.num_hidden_layers, 0).total_bytes,
+        vanilla_model_state_bytes=vanilla.model_state(whole).total_bytes,
         vanilla_peak_bytes=None if vanilla_peak is None else vanilla_peak.total_bytes,
     )
     if config.plan.budget is not None:
@@ -140,12 +142,26 @@ def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
 ALPHA_OF_RANK = 4.0
 
 
+class Phase(NamedTuple):
+    """Which layers of a stage are trained in the manner of new ones, and which in that of old ones, at one time.
+
+    A stage of STEP has one phase, its new layers and its old ones. Where adapters are on all layers, every layer
+    counts as old, but for a warm start, in which every layer counts as new.
+    """
+
+    num_new: int
+    num_old: int
+
+    @property
+    def depth(self) -> int:
+        return self.num_new + self.num_old
+
+
 @dataclass(frozen=True)
 class Part:
     """A stretch of a stage with one set of trained parameters and one set of adapters."""
 
-    num_new: int  # layers trained as a whole, in the way that StageCosts counts them
-    num_old: int
+    phase: Phase
     layer_map: LayerMap | None
     frozen_layers: tuple[int, ...]
     num_steps: int
@@ -153,17 +169,15 @@ class Part:
 
 
 class StageCosts:
-    """What a stage of ``num_new`` layers on ``num_old`` older ones holds and computes."""
+    """What a stage of ``num_new`` layers on ``num_old`` older ones holds and computes, as a whole or in a phase."""
 
     def __init__(self, config: RunConfig, shape: ModelShape) -> None:
         self.config, self.shape = config, shape
         self.freezes_all = config.pet.layers == "all"
-        grows = config.plan.num_stages > 1
-        has_adapters = config.pet.method != "none" and (self.freezes_all or (grows and config.plan.freeze_old_layers))
         self.device_bytes, self.objective_bytes = cache(self._device_bytes), cache(self._objective_bytes)
         self.adapter_shapes: tuple[TensorShape, ...] = ()
         self.targets: tuple[str, ...] = ()
-        if has_adapters:
+        if config.has_adapters:
             self.targets = resolve_target_modules(shape, config.pet.target_modules)
             self.adapter_shapes = adapter_shapes_per_layer(shape, config.pet.rank, self.targets)
 
@@ -185,9 +199,9 @@ class StageCosts:
             ConfigError: a restart without a step.
         """
         pet, depth = self.config.pet, num_new + num_old
-        sets = self.phases(num_new, num_old)
-        warm = [round(pet.warm_start * num_steps)] if len(sets) > 1 else []
-        num_rounds = pet.restarts + 1 if self.has_adapters(*sets[-1]) else 1
+        phases = self.phases(num_new, num_old)
+        warm = [round(pet.warm_start * num_steps)] if len(phases) > 1 else []
+        num_rounds = pet.restarts + 1 if self.has_adapters(phases[-1]) else 1
         steps = [*warm, *divide(num_steps - sum(warm), [1 / num_rounds] * num_rounds)]
         if min(steps) < 1:
             raise ConfigError(
@@ -197,33 +211,39 @@ class StageCosts:
             )
         parts = []
         for index, steps_of_part in enumerate(steps):
-            new, old = sets[min(index, len(sets) - 1)]
+            phase = phases[min(index, len(phases) - 1)]
             layer_map = self.layer_map(num_new, num_old) if index == 0 else LayerMap.identity(depth)
-            frozen = self._frozen_layers(new, old)
-            parts.append(Part(new, old, layer_map, frozen, steps_of_part, is_restart=index > 0))
+            frozen = self._frozen_layers(phase)
+            parts.append(Part(phase, layer_map, frozen, steps_of_part, is_restart=index > 0))
         return parts
 
-    def phases(self, num_new: int, num_old: int) -> list[tuple[int, int]]:
-        """Layers trained as a whole, and layers before them, one pair after the other within a stage."""
+    def phases(self, num_new: int, num_old: int) -> list[Phase]:
+        """Of a stage, one after the other."""
         if not self.freezes_all:
-            return [(num_new, num_old)]
+            return [Phase(num_new, num_old)]
         depth = num_new + num_old
-        return [(depth, 0), (0, depth)] if self.config.pet.warm_start else [(0, depth)]
+        return [Phase(depth, 0), Phase(0, depth)] if self.config.pet.warm_start else [Phase(0, depth)]
 
-    def has_adapters(self, num_new: int, num_old: int) -> bool:
-        return bool(self.adapter_shapes) and num_old > 0
+    def has_adapters(self, phase: Phase) -> bool:
+        return bool(self.adapter_shapes) and phase.num_old > 0
 
-    def mean_flops_per_token(self, num_new: int, num_old: int) -> int:
-        """Training FLOPs per token, over the phases of a stage."""
-        *warm, last = self.phases(num_new, num_old)
+    def mean_flops_per_token(self, num_new: int, num_old: int, *, recomputed: bool = False) -> int:
+        """Training FLOPs per token over the phases of a stage, those of recomputed activations too if asked."""
+        *warm, last = [
+            self.flops_per_token(phase) + recomputed * self.recomputed_flops_per_token(phase)
+            for phase in self.phases(num_new, num_old)
+        ]
         share = self.config.pet.warm_start if warm else 0.0
-        mean = (1 - share) * self.flops_per_token(*last) + sum(share * self.flops_per_token(*phase) for phase in warm)
-        return round(mean)
+        return round((1 - share) * last + share * sum(warm))
 
-    def model_state(self, num_new: int, num_old: int, *, count_outer: bool | None = None) -> MemoryEstimate:
+    def model_state_bytes(self, num_new: int, num_old: int) -> int:
+        """The most that any phase of a stage has."""
+        return max(self.model_state(phase).total_bytes for phase in self.phases(num_new, num_old))
+
+    def model_state(self, phase: Phase, *, count_outer: bool | None = None) -> MemoryEstimate:
         """Bytes of weights, gradients, optimizer states and adapters."""
-        whole, frozen = self._whole_and_frozen(num_new, num_old)
-        num_low_rank = len(self.low_rank_layers(num_new, num_old))
+        whole, frozen = self._whole_and_frozen(phase)
+        num_low_rank = len(self.low_rank_layers(phase))
         return estimate_stage(
             self.shape,
             precision=self.config.train.precision,
@@ -231,7 +251,7 @@ class StageCosts:
             num_frozen_layers=frozen,
             num_low_rank_layers=num_low_rank,
             adapter_shapes=self.adapter_shapes,
-            outer=self.outer(num_old),
+            outer=self.outer(phase),
             outer_rank=self.config.pet.rank,
             count_outer=self.config.plan.count_embeddings if count_outer is None else count_outer,
             memory=self.config.memory,
@@ -239,37 +259,37 @@ class StageCosts:
             num_shards=self.config.distributed.num_shards,
         )
 
-    def peak(self, num_new: int, num_old: int, *, grows: bool | None = None) -> PeakEstimate | None:
+    def peak(self, phase: Phase, *, grows: bool | None = None) -> PeakEstimate | None:
         """All bytes on the device at the moments that can be the highest; None for families not modelled.
 
         ``grows``: whether the weights of an older model are tried first; default: where there are older layers.
         """
-        grows = num_old > 0 if grows is None else grows
-        whole = set(range(num_new + num_old)) - set(self._frozen_layers(num_new, num_old))
+        grows = phase.num_old > 0 if grows is None else grows
+        whole = set(range(phase.depth)) - set(self._frozen_layers(phase))
         if self.config.optim.name != "badam":
-            return self._peak(num_new, num_old, tuple(sorted(whole)), grows)
-        peaks = [self._peak(num_new, num_old, (layer,), grows) for layer in sorted(whole)]  # each in its turn
+            return self._peak(phase, tuple(sorted(whole)), grows)
+        peaks = [self._peak(phase, (layer,), grows) for layer in sorted(whole)]  # each in its turn
         return max((peak for peak in peaks if peak), key=lambda peak: peak.total_bytes, default=None)
 
-    def _peak(self, num_new: int, num_old: int, whole_layers: tuple[int, ...], grows: bool) -> PeakEstimate | None:
+    def _peak(self, phase: Phase, whole_layers: tuple[int, ...], grows: bool) -> PeakEstimate | None:
         train = self.config.train
         return estimate_peak(
             self.shape,
-            self.model_state(num_new, num_old, count_outer=True),
+            self.model_state(phase, count_outer=True),
             train=train,
             memory=self.config.memory,
             optim=self.config.optim,
-            num_layers=num_new + num_old,
+            num_layers=phase.depth,
             new_layers=whole_layers,
-            low_rank_layers=self.low_rank_layers(num_new, num_old),
+            low_rank_layers=self.low_rank_layers(phase),
             micro_batch_size=self.config.micro_batch_size,
             micro_batches=self.config.micro_batches,
             distributed=self.config.distributed,
-            adapter_rank=self.config.pet.rank if self.has_adapters(num_new, num_old) else 0,
+            adapter_rank=self.config.pet.rank if self.has_adapters(phase) else 0,
             adapter_targets=self.targets,
             adapter_shapes=self.adapter_shapes,
-            outer=self.outer(num_old),
-            eval_batch_size=self.config.eval.per_device_eval_batch_size or train.per_device_train_batch_size,
+            outer=self.outer(phase),
+            eval_batch_size=self.config.eval_batch_size,
             within_documents=self.config.data.within_documents,
             grows=grows,
         )
@@ -278,18 +298,18 @@ class StageCosts:
         """What the division into stages keeps low."""
         if self.config.plan.objective == "peak":
             return self.device_bytes(num_new, num_old)
-        return max(self.model_state(*phase).total_bytes for phase in self.phases(num_new, num_old))
+        return self.model_state_bytes(num_new, num_old)
 
     def _device_bytes(self, num_new: int, num_old: int) -> int:
         """The highest moment, or the model state where that is all that is known."""
-        phases = self.phases(num_new, num_old)
-        peaks = [peak.total_bytes for peak in (self.peak(*phase) for phase in phases) if peak is not None]
-        return max(peaks or [self.model_state(*phase).total_bytes for phase in phases])
+        peaks = [self.peak(phase) for phase in self.phases(num_new, num_old)]
+        known = [peak.total_bytes for peak in peaks if peak is not None]
+        return max(known) if known else self.model_state_bytes(num_new, num_old)
 
-    def outer(self, num_old: int) -> str:
+    def outer(self, phase: Phase) -> str:
         """How embeddings, final norm and head are held: "trained", "frozen" or "adapters"."""
         choice = self.config.plan.train_embeddings
-        return "trained" if num_old == 0 or choice == "always" else {"first_stage": "frozen"}.get(choice, choice)
+        return "trained" if phase.num_old == 0 or choice == "always" else {"first_stage": "frozen"}.get(choice, choice)
 
     def layer_map(self, num_new: int, num_old: int) -> LayerMap | None:
         if num_old == 0 or num_new == 0:
@@ -298,7 +318,7 @@ class StageCosts:
 
     def adapters(self, part: Part) -> AdapterSpec | None:
         pet = self.config.pet
-        if not self.has_adapters(part.num_new, part.num_old):
+        if not self.has_adapters(part.phase):
             return None
         return AdapterSpec(
             method=pet.method,
@@ -309,12 +329,12 @@ class StageCosts:
             embeddings=self.config.plan.train_embeddings == "adapters",
         )
 
-    def flops_per_token(self, num_new: int, num_old: int) -> int:
-        whole, frozen = self._whole_and_frozen(num_new, num_old)
-        outer = self.outer(num_old)
+    def flops_per_token(self, phase: Phase) -> int:
+        whole, frozen = self._whole_and_frozen(phase)
+        outer = self.outer(phase)
         no_backward = 0
         if frozen and outer == "frozen" and not self.adapter_shapes:
-            no_backward = min(set(range(num_new + num_old)) - set(self._frozen_layers(num_new, num_old)))
+            no_backward = min(set(range(phase.depth)) - set(self._frozen_layers(phase)))
         return training_flops_per_token(
             self.shape,
             sequence_length=self.config.train.sequence_length,
@@ -326,9 +346,9 @@ class StageCosts:
             num_layers_without_backward=no_backward,
         )
 
-    def recomputed_flops_per_token(self, num_new: int, num_old: int) -> int:
+    def recomputed_flops_per_token(self, phase: Phase) -> int:
         """Of the second forward pass of the layers that ``train.gradient_checkpointing`` names."""
-        whole, frozen = self._whole_and_frozen(num_new, num_old)
+        whole, frozen = self._whole_and_frozen(phase)
         choice = self.config.train.gradient_checkpointing
         layers = whole * (choice in (True, "new")) + frozen * (choice in (True, "frozen"))
         matrices = sum(linear.in_features * linear.out_features for linear in self.shape.linears)
@@ -336,31 +356,30 @@ class StageCosts:
         adapters = 2 * frozen * self.adapter_parameters * (choice in (True, "frozen"))
         return layers * (2 * matrices + attention) + adapters
 
-    def _whole_and_frozen(self, num_new: int, num_old: int) -> tuple[int, int]:
+    def _whole_and_frozen(self, phase: Phase) -> tuple[int, int]:
         """Layers trained as a whole at any one time, and the others."""
-        depth = num_new + num_old
         if self.config.optim.name == "badam":
-            return 1, depth - 1
-        return (num_new, num_old) if self.config.plan.freeze_old_layers or self.freezes_all else (depth, 0)
+            return 1, phase.depth - 1
+        return phase if self.config.plan.freeze_old_layers or self.freezes_all else (phase.depth, 0)
 
-    def _frozen_layers(self, num_new: int, num_old: int) -> tuple[int, ...]:
+    def _frozen_layers(self, phase: Phase) -> tuple[int, ...]:
         """Indices of the layers that are not trained as a whole."""
-        if self.freezes_all and num_new == 0:
-            return tuple(range(num_old))
-        return self._old_layers(num_new, num_old) if self.config.plan.freeze_old_layers else ()
+        if self.freezes_all and phase.num_new == 0:
+            return tuple(range(phase.num_old))
+        return self._old_layers(phase) if self.config.plan.freeze_old_layers else ()
 
-    def low_rank_layers(self, num_new: int, num_old: int) -> tuple[int, ...]:
+    def low_rank_layers(self, phase: Phase) -> tuple[int, ...]:
         """Indices of the layers that are trained as a whole and whose matrices have low-rank states."""
         if not low_rank_maps(self.shape, self.config.optim):
             return ()
         if self.config.optim.low_rank_layers == "old":
-            return self._old_layers(num_new, num_old)
-        frozen = self._frozen_layers(num_new, num_old)
-        return tuple(layer for layer in range(num_new + num_old) if layer not in frozen)
+            return self._old_layers(phase)
+        frozen = self._frozen_layers(phase)
+        return tuple(layer for layer in range(phase.depth) if layer not in frozen)
 
-    def _old_layers(self, num_new: int, num_old: int) -> tuple[int, ...]:
+    def _old_layers(self, phase: Phase) -> tuple[int, ...]:
         """Indices of the layers that were there before the growth."""
-        layer_map = self.layer_map(num_new, num_old)
+        layer_map = self.layer_map(*phase)
         return () if layer_map is None else layer_map.kept_layers
 
 
@@ -384,8 +403,7 @@ def _choose_layers(config: RunConfig, shape: ModelShape, costs: StageCosts) -> t
 
 def _trained_patterns(config: RunConfig, shape: ModelShape, part: Part) -> tuple[str, ...]:
     """Shell-style patterns over full names; the dot of ``model.layers.1.*`` keeps layer 11 out."""
-    choice = config.plan.train_embeddings if part.num_old else "always"
-    depth = part.num_new + part.num_old
+    choice = config.plan.train_embeddings if part.phase.num_old else "always"
     if not part.frozen_layers and choice == "always":
         return ("*",)
     outer = {
@@ -394,7 +412,7 @@ def _trained_patterns(config: RunConfig, shape: ModelShape, part: Part) -> tuple
         "first_stage": (),
     }[choice]
     return (
-        *(f"{shape.layer_prefix}.{layer}.*" for layer in range(depth) if layer not in part.frozen_layers),
+        *(f"{shape.layer_prefix}.{layer}.*" for layer in range(part.phase.depth) if layer not in part.frozen_layers),
         *(("*.lora_A", "*.lora_B") if part.frozen_layers and config.pet.method != "none" else ()),
         *outer,
     )

@@ -7,12 +7,12 @@ that take one more. A single old layer has no gap: new layers then go above it.
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections.abc import Callable, Iterable
 
 from steplm.errors import ConfigError, GrowthError
 from steplm.types import LayerMap, LayerOrigin
+from steplm.units import nearest
 
 
 def make_layer_map(num_old: int, num_new: int, position: str, seed: int = 0) -> LayerMap:
@@ -29,9 +29,7 @@ def make_layer_map(num_old: int, num_new: int, position: str, seed: int = 0) -> 
         GrowthError: fewer than one old or new layer.
     """
     if position not in POSITIONS:
-        near = difflib.get_close_matches(position, POSITIONS, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(POSITIONS)}."
-        raise ConfigError(f"there is no position {position!r}. {hint}", position=position)
+        raise ConfigError(f"there is no position {position!r}.{nearest(position, POSITIONS)}", position=position)
     if num_old < 1 or num_new < 1:
         raise GrowthError(
             f"cannot add {num_new} layers to {num_old}: both must be at least 1.",

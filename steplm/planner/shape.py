@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from steplm.errors import ConfigError
 from steplm.types import LinearShape, ModelShape
+from steplm.units import nearest
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ def shape_from_hf_config(values: Mapping[str, Any]) -> ModelShape:
     model_type = values.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
-        near = difflib.get_close_matches(str(model_type), FAMILIES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = nearest(str(model_type), FAMILIES, otherwise="")
         raise ConfigError(
             f"parameters of the model type {model_type!r} cannot be counted without the model.{hint} "
             f"Known: {', '.join(FAMILIES)}. For any other decoder-only family of transformers, pass "

@@ -44,19 +44,20 @@ def stage_tokens(
         ConfigError: the budget is smaller than one step a stage.
     """
     if config.tokens_per_stage is not None:
-        steps = [max(1, round(tokens / step_tokens)) for tokens in config.tokens_per_stage]
+        total: float = sum(config.tokens_per_stage)
+        steps = [round(tokens / step_tokens) for tokens in config.tokens_per_stage]
     else:
         shares = _shares(config, layers)
         total = _total_tokens(config, shares, num_parameters, flops_per_token)
         steps = divide(round(total / step_tokens), shares)
-        if min(steps) < 1:
-            raise ConfigError(
-                f"the budget of {total:,.0f} tokens is less than one optimizer step ({step_tokens:,} tokens) "
-                f"for each of {len(layers)} stages. Raise the budget, or lower train.sequence_length, "
-                "train.per_device_train_batch_size, train.gradient_accumulation_steps or train.global_batch_size.",
-                total_tokens=total,
-                step_tokens=step_tokens,
-            )
+    if min(steps) < 1:
+        raise ConfigError(
+            f"the budget of {total:,.0f} tokens is less than one optimizer step ({step_tokens:,} tokens) "
+            f"for each of {len(layers)} stages. Raise the budget, or lower train.sequence_length, "
+            "train.per_device_train_batch_size, train.gradient_accumulation_steps or train.global_batch_size.",
+            total_tokens=total,
+            step_tokens=step_tokens,
+        )
     scheduled = [*(max(n, round(n / config.grow_at)) for n in steps[:-1]), steps[-1]]
     return [StageTokens(s * step_tokens, n * step_tokens) for s, n in zip(scheduled, steps, strict=True)]
 

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from steplm.config import RunConfig
 from steplm.memory.sharded import Group, Groups
 from steplm.memory.terms import WEIGHT_BYTES
-from steplm.planner.plan import StageCosts
+from steplm.planner.plan import Phase, StageCosts
 from steplm.types import Plan, Stage
 
 UTILIZATION = 0.4  # of the peak while computing, computed-again operations included
@@ -80,7 +80,7 @@ def estimate_steps(config: RunConfig, plan: Plan, gpu: Gpu, *, utilization: floa
     costs, distributed = StageCosts(config, plan.shape), config.distributed
     estimates = []
     for stage in plan.stages:
-        again = costs.recomputed_flops_per_token(len(stage.whole_layers), len(stage.frozen_layers))
+        again = costs.recomputed_flops_per_token(Phase(len(stage.whole_layers), len(stage.frozen_layers)))
         flops = (stage.flops_per_token + again) * config.step_tokens // distributed.world_size
         traffic = step_traffic(config, plan, stage)
         within = _ring_bandwidth(gpu, distributed.num_shards, stride=1)

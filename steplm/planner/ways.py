@@ -6,16 +6,17 @@ points of judgement, since bytes and FLOPs alone would always choose the lowest 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from steplm.config import RunConfig, validated
+from steplm.config import RunConfig
 from steplm.errors import ConfigError
 from steplm.planner.ladder import LADDER, Changes, Rung
+from steplm.problems import validated
+from steplm.units import nearest
 
 VARY = ("stages", "rank", "options")
 MAX_STAGES = 6
@@ -76,20 +77,18 @@ def written(config: RunConfig, key: str) -> Any:
 def require_known(what: str, name: str, known: Collection[str]) -> None:
     """Raises ``ConfigError``, with the nearest name, where ``name`` is none of ``known``."""
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-        raise ConfigError(f"{what} has no {name!r}. {hint}", name=name)
+        raise ConfigError(f"{what} has no {name!r}.{nearest(name, known)}", name=name)
 
 
 def _combined(config: RunConfig, rungs: Sequence[Rung], counts: Collection[int], ranks: Sequence[int]) -> Iterator[Way]:
     for num_stages in counts:
-        grows = num_stages > 1  # else no layer is frozen, and none has adapters
-        useful = [rung for rung in rungs if grows or not rung.on_frozen]
+        has_frozen = num_stages > 1 or config.pet.layers == "all"  # else none has adapters either
+        useful = [rung for rung in rungs if has_frozen or not rung.on_frozen]
         heights = range(len(useful) + 1)
-        for (halvings, rank), height in product(enumerate(ranks if grows else ranks[:1]), heights):
+        for (halvings, rank), height in product(enumerate(ranks if has_frozen else ranks[:1]), heights):
             taken = useful[:height]
             more = num_stages - config.plan.num_stages
-            each = FREEZING_STAGE_PRICE if more > 0 and config.plan.freeze_old_layers else STAGE_PRICE
+            each = FREEZING_STAGE_PRICE if more > 0 and config.freezes_layers else STAGE_PRICE
             price = each * abs(more) + RANK_PRICE * halvings
             if taken:
                 price += taken[-1].price
@@ -106,7 +105,7 @@ def _allowed_rungs(config: RunConfig) -> tuple[list[Rung], tuple[str, ...]]:
         _, before = _together(allowed)
         if before.get(rung.key, written(config, rung.key)) not in rung.replaces:
             continue
-        if rung.on_frozen and not config.plan.freeze_old_layers:
+        if rung.on_frozen and not config.freezes_layers:
             skipped.append(f"{rung.name}: plan.freeze_old_layers=false leaves no layer frozen")
             continue
         try:
@@ -137,7 +136,7 @@ def _stage_counts(config: RunConfig, any_depth: bool) -> set[int]:
 
 def _ranks(config: RunConfig) -> list[int]:
     """As written, and the three powers of two below it, from 8 up."""
-    if config.pet.method == "none" or not config.plan.freeze_old_layers:
+    if config.pet.method == "none" or not config.freezes_layers:
         return [config.pet.rank]
     lower = [2**k for k in range(3, 20) if 2**k < config.pet.rank]
     return [config.pet.rank, *reversed(lower[-3:])]

@@ -19,6 +19,7 @@ from steplm.report.documents import Environment, Evaluations, read_document
 from steplm.report.runs import RunRecord, load_run
 from steplm.report.suite import EntryRecord, Question, RunEntry, Status, SuiteRecord, is_suite, load_suite
 from steplm.types import Plan
+from steplm.units import perplexity_of
 
 CONFIDENCE = 0.95
 SEARCH_DEPTH = 3  # folders below the given one in which runs are looked for
@@ -39,8 +40,8 @@ class Estimate:
 
     def exp(self) -> Estimate:
         """The perplexity of a loss: both ends of the interval follow the mean."""
-        low, high = (None if end is None else math.exp(min(end, 700.0)) for end in (self.low, self.high))
-        return Estimate(math.exp(min(self.mean, 700.0)), low, high, self.n)
+        low, high = (None if end is None else perplexity_of(end) for end in (self.low, self.high))
+        return Estimate(perplexity_of(self.mean), low, high, self.n)
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
@@ -131,7 +132,7 @@ class SuiteRun:
             "tokens": self.record.tokens_seen if self.finished and self.record else None,
             "training_flops": self.training_flops if self.finished else None,
             "validation_loss_nats_per_token": loss,
-            "validation_perplexity": None if loss is None else math.exp(min(loss, 700.0)),
+            "validation_perplexity": None if loss is None else perplexity_of(loss),
             **{f"{text}_{key}": value for text, result in texts.items() for key, value in result.items()},
             "planned_peak_model_state_bytes": None if plan is None else plan.peak_model_state_bytes,
             "measured_peak_model_state_bytes": self.measured_model_state_bytes,

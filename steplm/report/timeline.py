@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steplm.config import RunConfig, validated
+from steplm.config import RunConfig
 from steplm.planner.plan import as_vanilla, plan
+from steplm.problems import validated
 from steplm.report.figure import DASHES
 from steplm.report.runs import percent
 from steplm.report.style import INK, KIND_COLOURS, MUTED, RC, clean

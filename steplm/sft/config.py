@@ -8,7 +8,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from steplm.config import Section, apply_override, read_yaml, validated
+from steplm.config import Section
+from steplm.problems import validated
+from steplm.yaml_files import apply_override, read_yaml
 
 FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4  # what Alpaca and LoRA are mostly tuned with
 LONGEST_DEFAULT = 1024  # tokens

@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steplm.config import dump_yaml, read_yaml
 from steplm.data.shards import LOCK
 from steplm.data.sources import Source, find_sources
 from steplm.errors import CheckpointMismatch
 from steplm.files import write_atomically
 from steplm.models.names import short_name
 from steplm.sft.config import FREE_AT_RESUME, SftConfig
+from steplm.yaml_files import dump_yaml, read_yaml
 
 MARKER = "steplm.json"
 

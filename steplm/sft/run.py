@@ -157,9 +157,9 @@ class _Run:
             journal.tokens_before = marker["tokens_seen"]
             with stopping_on_signals(journal):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            if journal.stop_signal is not None and trainer.state.global_step < schedule.num_steps:
-                self.say(f"stopped by signal {journal.stop_signal}; run the same command again to resume")
-                return SftResult(self.folder, finished=False, stop_signal=journal.stop_signal)
+            if journal.requested_signal is not None and trainer.state.global_step < schedule.num_steps:
+                self.say(f"stopped by signal {journal.requested_signal}; run the same command again to resume")
+                return SftResult(self.folder, finished=False, stop_signal=journal.requested_signal)
             return self._finish(trainer, model, metrics, schedule)
         finally:
             metrics.close()

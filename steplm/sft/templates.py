@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steplm.config import is_file
 from steplm.errors import ConfigError
+from steplm.files import is_file
 from steplm.units import reason
 
 if TYPE_CHECKING:

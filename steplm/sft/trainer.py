@@ -142,7 +142,7 @@ class Journal(TrainerCallback):
         self.planned = state
         self.held_out = held_out
         self.say = say
-        self.stop_signal: int | None = None
+        self.requested_signal: int | None = None
         self.tokens_before = 0  # of the steps before this process
         self.tokens_seen = 0
         self._is_measured = False
@@ -171,7 +171,7 @@ class Journal(TrainerCallback):
         self.say(f"model state {format_bytes(measured)} measured ({format_bytes(planned)} planned)")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stop_signal is not None:
+        if self.requested_signal is not None:
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

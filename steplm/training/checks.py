@@ -19,6 +19,9 @@ from steplm.units import reason
 # What the saved optimizer states depend on.
 OPTIMIZER_KEYS = ("name", "rank", "low_rank_layers", "update_proj_gap", "scale", "switch_steps")
 
+# Of ``optim``, what the plan's stages depend on.
+PLANNED_KEYS = ("schedule_over",)
+
 # A resumed run may differ in these keys; any other difference would make it another run.
 FREE_AT_RESUME = (
     "name",
@@ -41,7 +44,7 @@ FREE_AT_RESUME = (
     "memory.correction",
     "plan.budget",
     # The way out of a diverged run. Such a change is noted in the log.
-    *(f"optim.{key}" for key in OptimConfig.model_fields if key not in OPTIMIZER_KEYS),
+    *(f"optim.{key}" for key in OptimConfig.model_fields if key not in OPTIMIZER_KEYS + PLANNED_KEYS),
     "train.save_steps",
     "train.save_total_limit",
     "eval",
@@ -97,7 +100,7 @@ def check_same_run(config: RunConfig, plan: Plan) -> list[str]:
     """A run directory belongs to one configuration, but for the keys in ``FREE_AT_RESUME``.
 
     Returns:
-        Keys of ``optim`` that differ, each with its old and new value.
+        Keys that differ and change what is computed or what losses are of, each with its old and new value.
 
     Raises:
         CheckpointMismatch: another key or the plan differs.
@@ -133,7 +136,8 @@ def check_same_run(config: RunConfig, plan: Plan) -> list[str]:
             "It was edited, or made by another version: give this run its own output_dir.",
             plan_hash=plan.hash,
         )
-    return [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key.startswith("optim.")]
+    noted = ("optim.", "eval.max_tokens")
+    return [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key.startswith(noted)]
 
 
 def written_plan(run_dir: Path) -> Plan:
@@ -153,6 +157,14 @@ def written_plan(run_dir: Path) -> Plan:
             path=str(run_dir / "plan.json"),
         ) from None
     return plan
+
+
+def trained_on(run_dir: Path) -> str | None:
+    """The fingerprint of the data of a finished run; None of one that is not, or that an older version finished."""
+    try:
+        return json.loads((run_dir / "summary.json").read_text()).get("data_fingerprint")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def check_checkpoint(path: Path | None, state: CheckpointState, plan: Plan, manifest: Manifest) -> None:

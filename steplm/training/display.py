@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +14,7 @@ from rich.table import Column, Table
 
 from steplm.config import GrowthConfig
 from steplm.types import MemoryEstimate, Plan, Stage, TrainState
-from steplm.units import format_bytes, format_count, format_seconds
+from steplm.units import format_bytes, format_count, format_seconds, perplexity_of
 
 if TYPE_CHECKING:
     from steplm.data.prepare import PrepareProgress
@@ -121,7 +120,7 @@ class Display:
         stage, progress, result = report.stage, report.progress, report.result
         self.console.print(
             f"stage {self._of(stage)}  step {progress.step:,}/{report.num_steps:,}  loss {result.loss:.3f}  "
-            f"ppl {math.exp(min(result.loss, 700)):.1f}  lr {report.learning_rate:.1e}  grad {result.grad_norm:.2f}  "
+            f"ppl {perplexity_of(result.loss):.1f}  lr {report.learning_rate:.1e}  grad {result.grad_norm:.2f}  "
             f"{format_count(report.tokens_per_second)} tok/s  {_memory(stage, report.peak)}  "
             f"{self._left(report)}".rstrip(),
             highlight=False,
@@ -156,7 +155,7 @@ class Display:
 
     def finished(self, run_dir: Path, export_dir: Path, loss: float) -> None:
         self.console.print(
-            f"[bold green]done[/]  validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}  "
+            f"[bold green]done[/]  validation loss {loss:.4f}, perplexity {perplexity_of(loss):.2f}  "
             f"model in {escape(str(export_dir))}",
             highlight=False,
         )

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig
 
 from steplm.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
-from steplm.config import RunConfig, dump_yaml, load_config
+from steplm.config import RunConfig, load_config
 from steplm.errors import CheckpointError
 from steplm.models.folder import save_folder
 from steplm.pet.adapters import merge_state
@@ -19,6 +19,7 @@ from steplm.training.checks import written_plan
 from steplm.training.model_card import model_card, public_name
 from steplm.types import Plan, to_json
 from steplm.units import reason
+from steplm.yaml_files import dump_yaml
 
 
 def export(source: str | Path, output_dir: str | Path | None = None) -> Path:

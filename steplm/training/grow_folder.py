@@ -7,13 +7,14 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from steplm.config import GrowthConfig, validated
+from steplm.config import GrowthConfig
 from steplm.errors import CheckpointError, GrowthError
 from steplm.growth.grow import grow as grow_state
 from steplm.growth.grow import grow_config, provenance
 from steplm.models.build import config_values, fresh_layers, hf_config
 from steplm.models.folder import load_config_and_state, save_folder
 from steplm.planner.positions import make_layer_map
+from steplm.problems import validated
 from steplm.types import LayerMap, LayerProvenance, to_json
 
 

@@ -1,8 +1,8 @@
 """``metrics.jsonl``: one JSON object per event, and the optional sinks beside it.
 
 Events, told apart by ``event``:
-    stage_start   stage, num_hidden_layers; planned_bytes, measured_bytes of the model state by kind, on several ranks
-                  measured_bytes_of_ranks; planned_peak_bytes; of a dry run planned_dry_run_bytes,
+    stage_start   stage, tokens_seen, num_hidden_layers; planned_bytes, measured_bytes of the model state by kind, on
+                  several ranks measured_bytes_of_ranks; planned_peak_bytes; of a dry run planned_dry_run_bytes,
                   measured_dry_run_bytes (tensors) and measured_library_bytes (cuBLAS's workspaces); of growth and
                   assembly entrance_peak_allocated_bytes, entrance_peak_reserved_bytes, entrance_peak_resident_bytes
     train         stage, step, num_steps, tokens_seen, loss (mean since the last such event), learning_rate, grad_norm,
@@ -11,7 +11,7 @@ Events, told apart by ``event``:
     merge         stage, tokens_seen, loss_before, loss_after
     growth        stage, tokens_seen, loss_before, loss_after, operator, position
     pack          stage, tokens_seen, format, num_matrices, relative_rms_error, loss_before, loss_after
-    changed       tokens_seen, keys: of a resume, those of ``optim`` that differ
+    changed       tokens_seen, keys: of a resume, those of ``optim``, and eval.max_tokens, that differ
     stage_end     stage, step, tokens_seen
     run_end       tokens_seen, elapsed_seconds, validation_loss
 """
@@ -59,12 +59,13 @@ class MetricsLog:
         os.fsync(self._stream.fileno())
 
     def write(self, event: str, **values: Any) -> None:
+        """``values`` have ``tokens_seen``, the position of the event, wherever there are sinks."""
         line = json.dumps({"event": event, **values}, separators=(",", ":"), allow_nan=False)
         self._stream.write(line.encode() + b"\n")
         self._stream.flush()
         numbers = {f"{event}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
         for sink in self._sinks:
-            sink.log(numbers, values.get("tokens_seen", 0))
+            sink.log(numbers, values["tokens_seen"])
 
     def close(self) -> None:
         self._stream.close()

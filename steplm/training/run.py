@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import shutil
 import signal
@@ -51,7 +50,7 @@ from steplm.training.stage import (
 )
 from steplm.training.step import StepReport
 from steplm.types import Plan, Stage, TrainState, to_json
-from steplm.units import reason
+from steplm.units import perplexity_of, reason
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class RunResult:
 
     @property
     def perplexity(self) -> float | None:
-        return None if self.validation_loss is None else math.exp(self.validation_loss)
+        return None if self.validation_loss is None else perplexity_of(self.validation_loss)
 
 
 @dataclass
@@ -85,7 +84,8 @@ class Run:
     writer: BackgroundWriter | None = None  # of checkpoints, where there are several ranks
     seconds_before: float = 0.0  # trained before this process
     started_at: float = field(default_factory=time.monotonic)
-    stop_signal: int | None = None
+    requested_signal: int | None = None  # to this process
+    stop_signal: int | None = None  # what all ranks stop at, at the same step
 
     @property
     def device(self) -> torch.device:
@@ -103,15 +103,11 @@ class Run:
     def elapsed_seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started_at
 
-    @property
-    def eval_batch_size(self) -> int:
-        return self.config.eval.per_device_eval_batch_size or self.config.train.per_device_train_batch_size
-
     def evaluate(self, stage: Stage, progress: TrainState, model: PreTrainedModel) -> float:
         """Validation loss, logged and shown."""
         loss = self.validation_loss(model)
         require_finite(self, stage, progress, loss)
-        perplexity = math.exp(min(loss, 700.0))
+        perplexity = perplexity_of(loss)
         self.metrics.write(
             "eval",
             stage=stage.index,
@@ -129,7 +125,7 @@ class Run:
             self.validation,
             self.config.train.sequence_length,
             max_tokens or self.config.eval.max_tokens,
-            batch_size=self.eval_batch_size,
+            batch_size=self.config.eval_batch_size,
             within_documents=self.config.data.within_documents,
             rank=self.world.rank,
             world_size=self.world.size,
@@ -144,9 +140,10 @@ class Run:
             yield batch
 
     def agree_to_stop(self) -> None:
-        """A signal to one rank stops all of them at the same step."""
-        if self.world.any(self.stop_signal) and self.stop_signal is None:
-            self.stop_signal = signal.SIGTERM
+        """A signal to one rank stops all of them at the same step; one that comes later waits for the next step."""
+        requested = self.requested_signal  # read once: it can come at any time
+        if self.world.any(requested):
+            self.stop_signal = requested or signal.SIGTERM
 
     def prune_checkpoints(self) -> None:
         prune_checkpoints(self.checkpoints_dir, self.config.train.save_total_limit)
@@ -327,8 +324,9 @@ def _finish(run: Run) -> RunResult:
         "tokens_seen": tokens_seen,
         "elapsed_seconds": run.elapsed_seconds,
         "validation_loss": loss,
-        "validation_perplexity": math.exp(min(loss, 700.0)),
+        "validation_perplexity": perplexity_of(loss),
         "export_dir": export_dir.name,
+        "data_fingerprint": run.manifest.fingerprint,
     }
     with run.world.first_goes_ahead():
         if run.world.is_first:
@@ -366,7 +364,8 @@ def _result_of(run_dir: Path) -> RunResult:
 def _with_prepared_dir(config: RunConfig) -> RunConfig:
     """The folder of shards that is given, that this run used before, or that its inputs name."""
     written = config.run_dir / "config.yaml"
-    if config.data.prepared_dir is None and complete_checkpoints(config.run_dir / "checkpoints"):
+    has_begun = written.is_file() and complete_checkpoints(config.run_dir / "checkpoints")
+    if config.data.prepared_dir is None and has_begun:
         before = load_config(written).data.prepared_dir
         if before is not None and (Path(before) / MANIFEST).is_file():
             return config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": before})})

@@ -10,22 +10,22 @@ from typing import Protocol
 
 
 class Stoppable(Protocol):
-    """Looks at ``stop_signal`` between steps."""
+    """Looks at ``requested_signal`` between steps."""
 
-    stop_signal: int | None
+    requested_signal: int | None
 
 
 @contextmanager
 def stopping_on_signals(work: Stoppable) -> Iterator[None]:
-    """SIGTERM and SIGINT are noted in ``work.stop_signal``; a second Ctrl-C ends at once.
+    """SIGTERM and SIGINT are noted in ``work.requested_signal``; a second Ctrl-C ends at once.
 
     Not in the main thread, which alone can have handlers, the caller's own stay.
     """
 
     def ask(signum: int, frame: FrameType | None) -> None:
-        if work.stop_signal == signal.SIGINT == signum:
+        if work.requested_signal == signal.SIGINT == signum:
             raise KeyboardInterrupt
-        work.stop_signal = signum
+        work.requested_signal = signum
 
     try:
         before = {signum: signal.signal(signum, ask) for signum in (signal.SIGTERM, signal.SIGINT)}

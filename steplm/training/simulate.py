@@ -106,7 +106,7 @@ def _growth(
         counter.watch(model)
         on_part(GROWTH)
         counter.reset()
-        batch_size = config.eval.per_device_eval_batch_size or config.train.per_device_train_batch_size
+        batch_size = config.eval_batch_size
         with torch.no_grad():
             _forward(config, model.eval(), CPU, batch_size)
         return PeakEstimate((Instant(GROWTH, _estimate(counter.peak())),))

@@ -207,6 +207,7 @@ def check_entrance(run: Run, stage: Stage, start: StageStart, assembled: Assembl
         run.metrics.write(
             "stage_start",
             stage=stage.index,
+            tokens_seen=start.progress.tokens_seen,
             num_hidden_layers=stage.num_hidden_layers,
             planned_bytes=stage.memory.by_kind(),
             measured_bytes=measured.by_kind(),

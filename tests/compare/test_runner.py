@@ -84,6 +84,18 @@ def test_side_by_side_with_shared_stages_equals_one_after_another_alone(
     assert load_suite(tmp_path) == record
 
 
+def test_losses_on_other_validation_tokens_or_of_other_data_do_not_mix(suite_values: Values, tmp_path: Path) -> None:
+    values = suite_values(tmp_path, entries=[{"name": "vanilla", "method": "vanilla"}])
+    assert {entry.status for entry in run(values).runs} == {"finished"}
+    other = {**values, "run": {**values["run"], "eval": {**values["run"].get("eval", {}), "max_tokens": 50}}}
+    with pytest.raises(CheckpointMismatch, match=r"eval\.max_tokens: .* -> 50"):
+        run(other)
+    summary = next(tmp_path.glob("runs/vanilla/*/summary.json"))
+    summary.write_text(summary.read_text().replace('"data_fingerprint": "', '"data_fingerprint": "0'))
+    with pytest.raises(CheckpointMismatch, match="the prepared data: 0"):
+        run(values)
+
+
 def test_the_rate_with_the_lowest_loss_is_chosen_and_taken_over_and_divergence_is_a_result(
     suite_values: Values, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from steplm.memory.formats import (
     step_bytes,
     unpack_bytes,
 )
-from steplm.planner.plan import StageCosts, plan
+from steplm.planner.plan import Phase, StageCosts, plan
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
 from steplm.planner.solve import SOLVERS, peak_cost, solve_exhaustive
 from steplm.types import HOST, PeakEstimate, to_json
@@ -282,7 +282,7 @@ def test_one_more_layer_of_either_kind_never_lowers_a_stages_peak(drawn: dict[st
     num_new, num_old = 1 + seed, 2 + seed % 3
 
     def total(new: int, old: int) -> int:
-        peak = costs.peak(new, old)
+        peak = costs.peak(Phase(new, old))
         assert peak is not None
         return peak.total_bytes
 

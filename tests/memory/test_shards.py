@@ -15,7 +15,7 @@ from steplm.config import load_config
 from steplm.models.shape import shape_from_model
 from steplm.pet.adapters import attach
 from steplm.pet.trainable import apply_trainable
-from steplm.planner.plan import StageCosts, plan
+from steplm.planner.plan import Phase, StageCosts, plan
 from steplm.planner.solve import SOLVERS, peak_cost, solve_exhaustive
 from steplm.types import MemoryEstimate, Plan, Stage, local_size
 
@@ -108,7 +108,7 @@ def test_so_it_is_in_families_that_are_counted_by_building_them(model_type: str)
         {"model": {**SMALL, "num_hidden_layers": 2}, "plan": {"num_stages": 1, "total_tokens": 10**6}},
         ["distributed.world_size=3", "train.sequence_length=16"],
     )
-    assert by_kind(StageCosts(of_run, shape).model_state(2, 0)) == cut_bytes(model, 3, 0)
+    assert by_kind(StageCosts(of_run, shape).model_state(Phase(2, 0))) == cut_bytes(model, 3, 0)
 
 
 @given(rows=st.integers(1, 50), columns=st.integers(1, 5), num_shards=st.integers(1, 60))

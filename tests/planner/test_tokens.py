@@ -55,6 +55,12 @@ def test_shares_can_be_equal_or_given() -> None:
     assert [t.trained for t in tokens_of(total_tokens=4000, token_shares=[1, 1, 2])] == [1000, 1000, 2000]
 
 
+def test_a_stage_of_less_than_a_step_is_refused_however_its_tokens_are_given() -> None:
+    with pytest.raises(ConfigError, match="less than one optimizer step"):
+        tokens_of((4, 3), tokens_per_stage=[4, 20])
+    assert [t.trained for t in tokens_of((4, 3), tokens_per_stage=[6, 24])] == [10, 20]
+
+
 def test_a_large_share_leaves_a_step_for_every_later_stage() -> None:
     assert [t.trained for t in tokens_of(total_tokens=40, token_shares=[100, 1, 1])] == [20, 10, 10]
 

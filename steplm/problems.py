@@ -1,0 +1,116 @@
+"""What is wrong with values as written: every problem at once, with its keys and the nearest name that is known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from steplm.errors import ConfigError
+from steplm.units import nearest, shortened
+
+S = TypeVar("S", bound=BaseModel)
+MOST_PROBLEMS = 20  # in one message
+
+
+def validated(section: type[S], values: Mapping[str, Any], whole: str = "the configuration") -> S:
+    """``section`` made of ``values``.
+
+    Args:
+        whole: what a message calls all of the values.
+
+    Raises:
+        ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        raise ConfigError(listing(_explained(problems, section, whole), whole), errors=problems) from None
+
+
+def listing(problems: Iterable[str], whole: str) -> str:
+    """One problem as it is; several, each once, on a line each, the first few of them."""
+    unique = list(dict.fromkeys(problems))
+    if len(unique) == 1:
+        return unique[0]
+    lines = [f"  - {line}" for line in unique[:MOST_PROBLEMS]]
+    if len(unique) > MOST_PROBLEMS:
+        lines.append(f"  … and {len(unique) - MOST_PROBLEMS} more")
+    return "\n".join([f"{len(unique)} problems in {whole}:", *lines])
+
+
+def sections_of(root: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The keys under which there is a section, or a list of sections."""
+    sections = {name: next(_sections_in(field.annotation), None) for name, field in root.model_fields.items()}
+    return {name: section for name, section in sections.items() if section is not None}
+
+
+def keys_of(root: type[BaseModel]) -> list[str]:
+    """Every key of the root and of its sections, as ``section.key``."""
+    sections, keys = sections_of(root), list[str]()
+    for name in root.model_fields:
+        keys += [f"{name}.{key}" for key in sections[name].model_fields] if name in sections else [name]
+    return keys
+
+
+def _explained(problems: Iterable[Mapping[str, Any]], root: type[BaseModel], whole: str) -> list[str]:
+    """A line for each unknown key, and for each place; where one of several types may stand, each has a problem."""
+    unknown, others = list[str](), dict[str, list[Mapping[str, Any]]]()
+    for problem in problems:
+        if problem["type"] == "extra_forbidden":
+            unknown.append(_unknown_key(problem["loc"], root, whole))
+        else:
+            others.setdefault(".".join(_keys(problem["loc"], root)), []).append(problem)
+    return unknown + [_line(where, at_place) for where, at_place in others.items()]
+
+
+def _line(where: str, problems: Sequence[Mapping[str, Any]]) -> str:
+    message = ", or: ".join(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in problems))
+    if not where:
+        return message
+    value = problems[0]["input"]
+    given = "" if isinstance(value, dict) else f" (got {shortened(value)})"
+    return f"{where}: {message}{given}{''.join(dict.fromkeys(map(_nearest_choice, problems)))}"
+
+
+def _keys(place: Iterable[str | int], root: type[BaseModel]) -> Iterator[str]:
+    """Keys and indices that lead to a place, without the names that pydantic adds for the branches of a union."""
+    section: type[BaseModel] | None = root
+    is_mapping = False
+    for part in place:
+        if isinstance(part, int):
+            yield str(part)
+        elif section is not None or is_mapping:
+            yield part
+            if section is not None and part in section.model_fields:
+                is_mapping = get_origin(section.model_fields[part].annotation) is dict
+                section = sections_of(section).get(part)
+
+
+def _unknown_key(place: Iterable[str | int], root: type[BaseModel], whole: str) -> str:
+    *path, name = place
+    section = root
+    for part in path:
+        section = sections_of(section).get(str(part), section)
+    elsewhere = [key for key in keys_of(root) if key.endswith(f".{name}")]
+    known = f" Did you mean {elsewhere[0]!r}?" if elsewhere else f" Known keys: {', '.join(section.model_fields)}."
+    owner = ".".join(map(str, path)) or whole
+    return f"{owner} has no key {shortened(name)}.{nearest(str(name), section.model_fields, otherwise=known)}"
+
+
+def _nearest_choice(problem: Mapping[str, Any]) -> str:
+    if problem["type"] != "literal_error":
+        return ""
+    choices = re.findall(r"'(\w+)'", problem["ctx"]["expected"])
+    hint = nearest(str(problem["input"]), choices, otherwise="")
+    return f".{hint}" if hint else ""
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)

@@ -1,0 +1,133 @@
+"""YAML as people write it, read and written so that every value comes back as it was."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from steplm.errors import ConfigError
+from steplm.units import shortened
+
+MOST_YAML_VALUES = 100_000
+_UNWRITABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+class YamlLoader(yaml.SafeLoader):
+    """Reads ``1e-5`` as a number, as YAML 1.2 does; PyYAML, which is of YAML 1.1, wants ``1.0e-5``."""
+
+
+class YamlDumper(yaml.SafeDumper):
+    """Quotes the text ``1e-5``, which would be read as a number."""
+
+
+for _reader_or_writer in (YamlLoader, YamlDumper):
+    _reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+def parse_yaml(text: str) -> Any:
+    """Mappings with text keys, lists, text, numbers, booleans and null.
+
+    Raises:
+        yaml.YAMLError: no YAML, or more than that.
+    """
+    try:
+        value = yaml.load(text, Loader=YamlLoader)  # a SafeLoader
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # PyYAML lets those of its own code through: for "!!bool maybe" a KeyError
+        raise yaml.YAMLError(f"a value that cannot be read ({type(error).__name__}: {error})") from None
+    _require_plain(value)
+    return value
+
+
+def _require_plain(value: Any) -> None:
+    """Refuse what could not be written down and read back, and what aliases make without end of a short text."""
+    waiting, num_values = [value], 0
+    while waiting:
+        value = waiting.pop()
+        num_values += 1
+        if num_values > MOST_YAML_VALUES:
+            raise yaml.YAMLError(f"more than {MOST_YAML_VALUES:,} values, or one that contains itself")
+        if isinstance(value, dict):
+            if odd := [key for key in value if not isinstance(key, str)]:
+                raise yaml.YAMLError(f"the key {shortened(odd[0])} is no text: quote it")
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str):
+            if not value.isprintable() and _UNWRITABLE.search(value):
+                raise yaml.YAMLError(f"the text {shortened(value)} has a character that does not come back from a file")
+        elif isinstance(value, float) and math.isnan(value):
+            raise yaml.YAMLError("a number that is none: .nan")
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            raise yaml.YAMLError(f"a number of {value.bit_length()} bits; 64 with the sign are the most")
+        elif not isinstance(value, float | int | None):
+            raise yaml.YAMLError(f"the {type(value).__name__} {shortened(value)}: quote it if it is text")
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """Text that ``read_yaml`` reads back to the same values."""
+    return yaml.dump(values, Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a file, environment variables replaced.
+
+    Raises:
+        ConfigError: no file, no YAML, no mapping, or a variable that is not set.
+    """
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {str(error)[:1000]}", path=str(path)) from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", path=str(path)) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not sections with keys.", path=str(path))
+    return _with_environment(values, path)
+
+
+def _with_environment(value: Any, path: Path) -> Any:
+    def replacement(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        text = os.environ.get(name, default)
+        if text is None:
+            raise ConfigError(
+                f"{path} uses ${{{name}}}, but the environment variable {name} is not set.", variable=name
+            )
+        return text
+
+    if isinstance(value, dict):
+        return {key: _with_environment(child, path) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_with_environment(child, path) for child in value]
+    return _VARIABLE.sub(replacement, value) if isinstance(value, str) else value
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set in ``values`` what ``section.key=value`` says; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"cannot read the override {override!r}: expected section.key=value", override=override)
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError:
+        value = text
+    *sections, name = key.split(".")
+    target = values
+    for section in sections:
+        child = target.get(section)
+        target[section] = dict(child) if isinstance(child, Mapping) else {}
+        target = target[section]
+    target[name] = value
