@@ -131,7 +131,8 @@ def _cells(row: Row) -> list[str]:
 
 
 def _result(run_dir: Path) -> str:
-    summary = read_document(Summary, run_dir / "summary.json") or {}
+    summary = read_document(Summary, run_dir / "summary.json")
+    assert summary is not None  # the run has finished
     return (
         f"validation loss {summary['validation_loss']:.4f}, perplexity {summary['validation_perplexity']:.2f}, "
         f"{format_seconds(summary['elapsed_seconds'])}"

@@ -11,7 +11,6 @@ class Method:
     """What tells a method apart; every other key is the base's."""
 
     label: str
-    source: str
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -20,31 +19,24 @@ ONE_STAGE = {"plan.num_stages": 1, "plan.layers": None}
 ALL_UNDER_ADAPTERS = {**ONE_STAGE, "pet.method": "lora", "pet.layers": "all"}
 
 METHODS: dict[str, Method] = {
-    "vanilla": Method("vanilla", "ordinary pre-training: every parameter, AdamW", ONE_STAGE),
-    "lora": Method("LoRA", "adapters on fresh frozen layers from the start, arXiv 2106.09685", ALL_UNDER_ADAPTERS),
+    "vanilla": Method("vanilla", ONE_STAGE),  # ordinary pre-training: every parameter, AdamW
+    # Adapters on fresh frozen layers from the start, arXiv 2106.09685.
+    "lora": Method("LoRA", ALL_UNDER_ADAPTERS),
+    # A full-rank start, then adapters that are merged and begun anew, arXiv 2307.05695.
     "relora": Method(
-        "ReLoRA",
-        "a full-rank start, then adapters that are merged and begun anew, arXiv 2307.05695",
-        {**ALL_UNDER_ADAPTERS, "pet.warm_start": 0.25, "pet.restarts": 3, "optim.schedule_over": "run"},
+        "ReLoRA", {**ALL_UNDER_ADAPTERS, "pet.warm_start": 0.25, "pet.restarts": 3, "optim.schedule_over": "run"}
     ),
-    "galore": Method("GaLore", "gradients projected by SVD, arXiv 2403.03507", {**ONE_STAGE, "optim.name": "galore"}),
-    "apollo": Method("APOLLO", "channel-wise scaled updates, arXiv 2412.05270", {**ONE_STAGE, "optim.name": "apollo"}),
-    "apollo_mini": Method(
-        "APOLLO-Mini", "APOLLO of rank 1, arXiv 2412.05270", {**ONE_STAGE, "optim.name": "apollo_mini"}
-    ),
-    "badam": Method("BAdam", "one layer at a time, arXiv 2404.02827", {**ONE_STAGE, "optim.name": "badam"}),
-    "growth": Method(
-        "growth, nothing frozen", "every layer is trained in every stage", {"plan.freeze_old_layers": False}
-    ),
-    "stack": Method(
-        "stacking",
-        "the layers repeated on top, nothing frozen: G_stack, arXiv 2405.15319",
-        {"plan.freeze_old_layers": False, "growth.operator": "stack", "growth.position": None},
-    ),
-    "step": Method("STEP", "old layers frozen under adapters, arXiv 2504.04151"),
+    "galore": Method("GaLore", {**ONE_STAGE, "optim.name": "galore"}),  # arXiv 2403.03507
+    "apollo": Method("APOLLO", {**ONE_STAGE, "optim.name": "apollo"}),  # arXiv 2412.05270
+    "apollo_mini": Method("APOLLO-Mini", {**ONE_STAGE, "optim.name": "apollo_mini"}),  # of rank 1, the same paper
+    "badam": Method("BAdam", {**ONE_STAGE, "optim.name": "badam"}),  # one layer at a time, arXiv 2404.02827
+    "growth": Method("growth, nothing frozen", {"plan.freeze_old_layers": False}),
+    # The layers repeated on top, nothing frozen: G_stack, arXiv 2405.15319.
+    "stack": Method("stacking", {"plan.freeze_old_layers": False, "growth.operator": "stack", "growth.position": None}),
+    "step": Method("STEP"),  # old layers frozen under adapters, arXiv 2504.04151
+    # Old layers trained on by APOLLO-Mini in place of adapters: this project's own.
     "step_thawed": Method(
         "STEP, thawed",
-        "old layers trained on by APOLLO-Mini (arXiv 2412.05270) in place of adapters: this project's own",
         {
             "plan.freeze_old_layers": False,
             "optim.name": "apollo_mini",

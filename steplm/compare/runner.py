@@ -52,9 +52,7 @@ class Runner:
     def __init__(
         self, suite: Suite, configs: Mapping[RunKey, RunConfig], display: SuiteDisplay, *, jobs: int | None = None
     ) -> None:
-        """Args:
-        configs: of every run that the suite can lead to, with the folder of its data.
-        """
+        """``configs``: of every run that the suite can lead to, with the folder of its data."""
         self.suite, self.configs, self.display = suite, configs, display
         self.directory = suite.directory
         self.num_jobs = jobs or suite.config.jobs

@@ -28,7 +28,7 @@ def estimate_stage(
 ) -> MemoryEstimate:
     """Model-state bytes of one stage on the rank that has the most, which is the first; without terms of no bytes.
 
-    Leaves out activations, logits, workspace and the device's own context: see ``steplm.memory.peak``.
+    Leaves out activations, logits, workspace and the device's own context: see ``steplm.memory.moments``.
 
     Args:
         precision: "bf16" (2 + 2 + 12 bytes a trained parameter, 2 a frozen one) or "fp32" (4 + 4 + 8, 4).

@@ -1,4 +1,4 @@
-"""What a model and its optimizer really hold, in the rows of the plan. The one file here that needs torch."""
+"""What a model and its optimizer really hold, in the rows of the plan."""
 
 from __future__ import annotations
 

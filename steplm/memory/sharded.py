@@ -110,12 +110,19 @@ class Groups:
         distributed: DistributedConfig,
         width: int,
         *,
-        adapter_shapes: tuple[TensorShape, ...] = (),
-        outer: str = "trained",
-        outer_rank: int = 0,
-        packs_frozen: bool = False,
+        adapter_shapes: tuple[TensorShape, ...],
+        outer: str,
+        outer_rank: int,
+        packs_frozen: bool,
     ) -> Groups:
-        """As ``steplm.memory.peak.estimate_peak`` has the arguments; ``packs_frozen``: matrices are no parameters."""
+        """The groups that FSDP2 gathers at once.
+
+        Args:
+            width: bytes of a number.
+            adapter_shapes: of a frozen layer.
+            outer: embeddings, final norm and head are "trained", "frozen" or under "adapters", of ``outer_rank``.
+            packs_frozen: the matrices of frozen layers are no parameters.
+        """
 
         def group(shapes: tuple[TensorShape, ...], trained: tuple[TensorShape, ...]) -> Group:
             n = distributed.num_shards

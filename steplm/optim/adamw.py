@@ -21,7 +21,7 @@ STATES = ("fp32", "8bit")
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether it has a sign
 
 
-def decays(name: str, parameter: Tensor) -> bool:
+def decays(parameter: Tensor) -> bool:
     """Whether weight decay applies: to matrices, not to norms and biases."""
     return parameter.ndim >= 2
 
@@ -273,7 +273,7 @@ class AdamW:
             moments,
             [self.steps[piece.name] for piece in pieces],
             learning_rate=learning_rate,
-            weight_decay=self.weight_decay if decays(pieces[0].name, self.parameters[pieces[0].name]) else 0.0,
+            weight_decay=self.weight_decay if decays(self.parameters[pieces[0].name]) else 0.0,
         )
         apart = [index for index, weight in enumerate(weights) if masters[index] is not weight]
         for index in apart:
@@ -356,7 +356,7 @@ class AdamW:
         buckets: list[list[Piece]] = []
         open_buckets: dict[tuple[torch.device, bool], tuple[list[Piece], int]] = {}
         for name, parameter in self.parameters.items():
-            kind = (parameter.device, decays(name, parameter))
+            kind = (parameter.device, decays(parameter))
             for piece in self._pieces[name]:
                 bucket, size = open_buckets.get(kind, ([], STEP_CHUNK))
                 if size + piece.stop - piece.start > STEP_CHUNK:

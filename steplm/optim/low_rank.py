@@ -148,7 +148,7 @@ class LowRankAdamW(AdamW):
         parameter = self.parameters[name]
         assert parameter.grad is not None
         gradient = _wide(on_this_rank(parameter.grad))
-        decay = 1.0 - learning_rate * (self.weight_decay if decays(name, parameter) else 0.0)
+        decay = 1.0 - learning_rate * (self.weight_decay if decays(parameter) else 0.0)
         if self.method != "galore":
             self._update_apollo(name, gradient, learning_rate, grad_scale, decay)
         elif self._renew_projector(name, gradient):

@@ -130,9 +130,7 @@ class FrozenLinear(nn.Linear):
         return FORMATS[self.format].unpack(parts, self.shape, self.dtype)
 
     def packed(self) -> dict[str, Tensor]:
-        """The tensors of the packed weight where they are stored, by the names they have below this module."""
-        if self.offloaded is not None:
-            return self.offloaded.on_host()
+        """The tensors of a packed weight that is not offloaded, by the names they have below this module."""
         names = FORMATS[self.format].parts(self.shape, self.dtype) if self.format else ()
         return {name: self.get_buffer(name) for name in names}
 

@@ -124,11 +124,6 @@ class Offloaded:
     layer: int
     spans: Mapping[str, Span]
 
-    def on_host(self) -> dict[str, Tensor]:
-        """Views of host memory."""
-        layer_bytes = list(self.fetcher.host.values())[self.layer]
-        return {name: span.of(layer_bytes) for name, span in self.spans.items()}
-
     def on_device(self) -> dict[str, Tensor]:
         """Views of a slot: used at once, never kept."""
         layer_bytes = self.fetcher.fetch(self.layer)

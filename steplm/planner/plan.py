@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 from steplm.config import MemoryConfig, RunConfig
 from steplm.errors import ConfigError, PlanInfeasible
+from steplm.memory.activations import Workload, is_modelled
 from steplm.memory.estimate import adapter_shapes_per_layer, estimate_stage, resolve_target_modules
-from steplm.memory.peak import estimate_peak
+from steplm.memory.moments import Moments, Pass
+from steplm.memory.sharded import Groups, ShardedMoments
 from steplm.memory.terms import low_rank_maps
 from steplm.planner.flops import training_flops_per_token
 from steplm.planner.positions import make_layer_map
@@ -272,27 +274,44 @@ class StageCosts:
         return max((peak for peak in peaks if peak), key=lambda peak: peak.total_bytes, default=None)
 
     def _peak(self, phase: Phase, whole_layers: tuple[int, ...], grows: bool) -> PeakEstimate | None:
-        train = self.config.train
-        return estimate_peak(
+        """Where these layers are trained as a whole."""
+        if not is_modelled(self.shape):
+            return None
+        config, has_adapters = self.config, self.has_adapters(phase)
+        work = Workload(
             self.shape,
-            self.model_state(phase, count_outer=True),
-            train=train,
-            memory=self.config.memory,
-            optim=self.config.optim,
-            num_layers=phase.depth,
-            new_layers=whole_layers,
-            low_rank_layers=self.low_rank_layers(phase),
-            micro_batch_size=self.config.micro_batch_size,
-            micro_batches=self.config.micro_batches,
-            distributed=self.config.distributed,
-            adapter_rank=self.config.pet.rank if self.has_adapters(phase) else 0,
-            adapter_targets=self.targets,
-            adapter_shapes=self.adapter_shapes,
-            outer=self.outer(phase),
-            eval_batch_size=self.config.eval_batch_size,
-            within_documents=self.config.data.within_documents,
-            grows=grows,
+            config.train.precision,
+            config.micro_batch_size,
+            config.train.sequence_length,
+            config.pet.rank if has_adapters else 0,
+            self.targets if has_adapters else (),
+            config.data.within_documents,
         )
+        of = Pass(
+            work,
+            self.model_state(phase, count_outer=True),
+            config.train,
+            config.memory,
+            config.optim,
+            phase.depth,
+            frozenset(whole_layers),
+            frozenset(self.low_rank_layers(phase)),
+            self.outer(phase),
+            config.micro_batches,
+            config.eval_batch_size,
+        )
+        if config.distributed.world_size == 1:
+            return PeakEstimate(Moments(of).in_order(grows=grows))
+        groups = Groups.of(
+            self.shape,
+            config.distributed,
+            work.width,
+            adapter_shapes=self.adapter_shapes if has_adapters else (),
+            outer=of.outer,
+            outer_rank=work.adapter_rank,
+            packs_frozen=config.memory.packs_frozen,
+        )
+        return PeakEstimate(ShardedMoments(of, groups).in_order(grows=grows))
 
     def _objective_bytes(self, num_new: int, num_old: int) -> int:
         """What the division into stages keeps low."""

@@ -28,16 +28,15 @@ class Gpu:
     flops: dict[str, float]  # dense matrix products, by precision
     node_bandwidth: float  # to the others of its node
     network_bandwidth: float  # to other nodes, by a network card of its own
-    memory_bytes: float
     per_node: int = 8
 
 
 # NVIDIA's data sheets: A100 80GB SXM in DGX A100 (HDR InfiniBand), H100 SXM in DGX H100 and B200 in DGX B200 (NDR).
 # NVLink's rate is told there for both directions together.
 GPUS = {
-    "a100": Gpu({"bf16": 312e12, "fp32": 19.5e12}, 300e9, 25e9, 80e9),
-    "h100": Gpu({"bf16": 989e12, "fp32": 67e12}, 450e9, 50e9, 80e9),
-    "b200": Gpu({"bf16": 2250e12, "fp32": 75e12}, 900e9, 50e9, 180e9),
+    "a100": Gpu({"bf16": 312e12, "fp32": 19.5e12}, 300e9, 25e9),
+    "h100": Gpu({"bf16": 989e12, "fp32": 67e12}, 450e9, 50e9),
+    "b200": Gpu({"bf16": 2250e12, "fp32": 75e12}, 900e9, 50e9),
 }
 
 

@@ -31,8 +31,8 @@ def snapshot(optimizer: AdamW) -> tuple[dict[str, torch.Tensor], dict[str, int]]
 
 def torch_adamw(named: dict[str, nn.Parameter], weight_decay: float, **options) -> torch.optim.AdamW:
     groups = [
-        {"params": [p for n, p in named.items() if decays(n, p)], "weight_decay": weight_decay},
-        {"params": [p for n, p in named.items() if not decays(n, p)], "weight_decay": 0.0},
+        {"params": [p for p in named.values() if decays(p)], "weight_decay": weight_decay},
+        {"params": [p for p in named.values() if not decays(p)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8, **options)
 

@@ -74,7 +74,7 @@ def test_layers_that_no_gradient_reaches_are_gathered_once_but_for_the_highest()
     assert traffic(2, *silent).reduce_scatter == P_LAYER * 4 * 3 // 4
 
 
-GPU = Gpu({"bf16": 1e9, "fp32": 1e8}, node_bandwidth=1e6, network_bandwidth=1e4, memory_bytes=1e9, per_node=8)
+GPU = Gpu({"bf16": 1e9, "fp32": 1e8}, node_bandwidth=1e6, network_bandwidth=1e4, per_node=8)
 
 
 def seconds(*overrides: str) -> float:
