@@ -360,7 +360,7 @@ class RunConfig(Section):
     """One run."""
 
     name: str = Field("run", pattern=FOLDER_NAME)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, lt=2**32, ge=0)
     output_dir: str | None = Field(None, description="default: runs/NAME")
     init_from: str | None = Field(None, description="Hugging Face folder whose weights start stage 1")
     model: ModelConfig = Field(default_factory=ModelConfig)

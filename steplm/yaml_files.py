@@ -95,10 +95,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections with keys.", path=str(path))
-    return _with_environment(values, path)
+    return with_environment(values, path)
 
 
-def _with_environment(value: Any, path: Path) -> Any:
+def with_environment(value: Any, path: Path | str) -> Any:
+    """``${NAME}`` and ``${NAME:-default}`` replaced in all texts of a value.
+
+    Args:
+        path: what a message calls the place.
+
+    Raises:
+        ConfigError: a variable that is not set.
+    """
+
     def replacement(match: re.Match[str]) -> str:
         name, default = match.groups()
         text = os.environ.get(name, default)
@@ -109,9 +118,9 @@ def _with_environment(value: Any, path: Path) -> Any:
         return text
 
     if isinstance(value, dict):
-        return {key: _with_environment(child, path) for key, child in value.items()}
+        return {key: with_environment(child, path) for key, child in value.items()}
     if isinstance(value, list):
-        return [_with_environment(child, path) for child in value]
+        return [with_environment(child, path) for child in value]
     return _VARIABLE.sub(replacement, value) if isinstance(value, str) else value
 
 

@@ -32,8 +32,8 @@ def show_report(path: Path, output: Path | None) -> None:
     page = write_page(suite, folder / "index.html", figures, evaluations)
     for line in problems(suite):
         console.print(line, markup=False, style="dim")
-    console.print(f"tables   {', '.join(str(table) for table in tables)}", soft_wrap=True)
-    console.print(f"figures  {folder / 'figures'} ({len(figures)})", soft_wrap=True)
-    console.print(f"page     {page}", soft_wrap=True)
+    console.print(f"tables   {', '.join(str(table) for table in tables)}", soft_wrap=True, markup=False)
+    console.print(f"figures  {folder / 'figures'} ({len(figures)})", soft_wrap=True, markup=False)
+    console.print(f"page     {page}", soft_wrap=True, markup=False)
     if plotly_script() is None:
         console.print(WITHOUT_PLOTLY, markup=False)

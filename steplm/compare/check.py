@@ -23,6 +23,7 @@ def check_plans(suite: Suite) -> list[RunKey]:
         try:
             for run in suite.possible_runs(entry, {}):
                 check_match(suite, run)
+                _check_same_text(suite, run)
                 runs.append(run)
         except SteplmError as error:
             text = str(error)
@@ -32,7 +33,32 @@ def check_plans(suite: Suite) -> list[RunKey]:
         raise ConfigError(f"{len(problems)} problems in the suite:\n{listing}", problems=list(problems))
     for problem in problems:
         raise ConfigError(problem, problems=[problem])
+    by_folder: dict[str, RunKey] = {}
+    for run in runs:
+        if (other := by_folder.setdefault(run.dir, run)) != run:
+            raise ConfigError(
+                f"learning rates {other.learning_rate!r} and {run.learning_rate!r} of entry {run.entry!r} are the same "
+                f"in six digits, and have one folder, {run.dir}. Leave one out.",
+                folder=run.dir,
+            )
     return runs
+
+
+MEASURED_ON = ("eval.max_tokens", "data.validation", "data.validation_fraction", "data.text_field")
+
+
+def _check_same_text(suite: Suite, run: RunKey) -> None:
+    """Raises ConfigError where a run's losses are of other text than the baseline's."""
+    ours, theirs = suite.run_config(run), suite.run_config(suite.baseline_run(run.seed))
+    for name in MEASURED_ON:
+        section, _, key = name.partition(".")
+        value, reference = getattr(getattr(ours, section), key), getattr(getattr(theirs, section), key)
+        if value != reference:
+            raise ConfigError(
+                f"entry {run.entry!r} has {name}={value}, and the baseline {reference}: losses of other text cannot be "
+                "compared. Set it in `run`, for all.",
+                key=name,
+            )
 
 
 def check_texts(suite: Suite) -> None:

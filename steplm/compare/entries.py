@@ -56,6 +56,7 @@ class Entry:
             match=self.match,
             settings=dict(self.settings),
             tuned=bool(self.grid),
+            seeds=self.seeds,
         )
 
 
@@ -189,8 +190,14 @@ def _expand(config: SuiteConfig) -> Iterator[Entry]:
 def _combinations(written: EntryConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and settings of each combination of the varied values."""
     for values in product(*written.vary.values()):
-        suffix = ",".join(re.sub(r"[^\w.]+", "-", str(value)).strip("-") for value in values)
+        suffix = ",".join(map(_as_name, values))
         yield f"{written.name}={suffix}" if values else written.name, dict(zip(written.vary, values, strict=True))
+
+
+def _as_name(value: Any) -> str:
+    """A value as a part of a folder's name."""
+    is_negative = isinstance(value, int | float) and value < 0
+    return "-" * is_negative + re.sub(r"[^\w.]+", "-", str(value)).strip("-")
 
 
 def _entry(
@@ -205,7 +212,10 @@ def _entry(
         like = known[written.like]
     method = written.method or (like.method if like else "")
     own = {**written.set, **varied}
-    tuned = bool(config.tune and like is None) if written.tune is None else written.tune
+    own_grid = written.learning_rates is not None
+    if own_grid and written.tune is False:
+        raise ConfigError(f"entry {name!r} has learning_rates, and tune: false. Leave one out.", entry=name)
+    tuned = own_grid or (bool(config.tune and like is None) if written.tune is None else written.tune)
     grid = written.learning_rates or (config.tune.learning_rates if config.tune else [])
     if tuned and not grid:
         raise ConfigError(f"entry {name!r} is to be tuned, but neither it nor `tune` has learning_rates", entry=name)
@@ -239,6 +249,8 @@ def _entry(
 
 
 def _questions(config: SuiteConfig, names: list[str]) -> Iterator[Question]:
+    if not config.questions:
+        yield Question("All entries", tuple(names), config.baseline)
     for question in config.questions:
         entries: dict[str, None] = {}
         for pattern in question.entries:

@@ -27,10 +27,12 @@ from steplm.compare.sharing import Start, is_needed, next_start
 from steplm.compare.suite import dump_suite
 from steplm.compare.tuning import best, between, beyond, choose
 from steplm.config import RunConfig
+from steplm.errors import SteplmError
 from steplm.files import write_atomically
 from steplm.report.documents import Summary, read_document
 from steplm.report.suite import RunEntry, SuiteRecord, is_suite, load_suite, save_suite
-from steplm.training.branch import stage_keys
+from steplm.training.branch import stage_end, stage_keys
+from steplm.training.checks import is_same_run
 
 TICK_SECONDS = 0.25
 SETTLED = ("finished", "diverged", "failed")
@@ -69,6 +71,7 @@ class Runner:
             self._before = self._earlier_runs()
             write_atomically(self.directory / "suite.yaml", dump_suite(self.suite.config))
             self._update()
+            self._remove_checkpoints()  # of what was done when a process before this one was killed
             with self.display:
                 while self._start_runs() or self.jobs:
                     connection.wait([job.process.sentinel for job in self.jobs.values()], TICK_SECONDS)
@@ -196,17 +199,21 @@ class Runner:
         status, error = "waiting", None
         if self._is_finished(run):
             status = "finished"
-        elif before is not None and before.status == "diverged" and run_dir.is_dir():
-            status, error = "diverged", before.error
+        elif before is not None and before.status == "diverged" and is_same_run(self.configs[run]):
+            status, error = "diverged", before.error  # of another configuration, it is tried again
         shared_from = before.shared_from if before is not None and run_dir.is_dir() else None
         return RunEntry(run.entry, run.seed, run.learning_rate, run.dir, status, error, shared_from)  # type: ignore[arg-type]
 
     def _is_finished(self, run: RunKey) -> bool:
+        """Trained, and scored on every text; of kept results, which have no model, what is missing stays so."""
         run_dir = self.directory / run.dir
-        if not (run_dir / "summary.json").is_file():
+        try:
+            if read_document(Summary, run_dir / "summary.json") is None:
+                return False
+        except SteplmError:  # damaged: the run itself tells what to do
             return False
-        done = evaluations(run_dir)
-        return all(is_scored(done, name, text) for name, text in self.suite.config.evaluate.items())
+        done, has_model = evaluations(run_dir), (run_dir / "export").is_dir()
+        return not has_model or all(is_scored(done, name, text) for name, text in self.suite.config.evaluate.items())
 
     # Processes
 
@@ -223,7 +230,8 @@ class Runner:
 
     def _next_start(self) -> Start[RunKey] | None:
         waiting = [run for run, entry in self.runs.items() if entry.status == "waiting"]
-        return next_start(waiting, self.jobs, self.stage_keys, self._stage_ends(), lambda run: bool(self._ends(run)))
+        begun = {run for run in waiting if self._checkpoints(run)}
+        return next_start(waiting, self.jobs, self.stage_keys, self._stage_ends(), begun)
 
     def _start(self, start: Start[RunKey]) -> None:
         from steplm.compare.worker import Task, work
@@ -273,6 +281,9 @@ class Runner:
             status, error = "waiting", None
         elif status == "stopped":
             status, error = "failed", "stopped from outside"
+        elif status == "again":
+            self._set(job.run, shared_from=None)
+            status, error = "waiting", None
         self._set(job.run, status=status, error=error)
         self.display.ended(self.runs[job.run], self.directory)
         self._update()
@@ -288,21 +299,24 @@ class Runner:
     def stage_keys(self) -> dict[RunKey, tuple[str, ...]]:
         return all_stage_keys(self.suite, self.configs)
 
-    def _ends(self, run: RunKey) -> list[Path]:
+    def _checkpoints(self, run: RunKey) -> list[Path]:
         return complete_checkpoints(self.directory / run.dir / "checkpoints")
 
-    def _stage_ends(self) -> dict[RunKey, int]:
+    def _stage_ends(self) -> dict[RunKey, list[int]]:
+        """Stages whose ends are on the disk: one that branched off itself has not all of them."""
         ends = {}
         for run in self.runs:
-            done = [path for path in self._ends(run) if path.name.endswith("-end")]
-            if done:
-                ends[run] = len(done)
+            names = {path.name for path in self._checkpoints(run)}
+            stages = range(1, self.suite.plan(run).num_stages + 1)
+            if done := [stage for stage in stages if stage_end(stage) in names]:
+                ends[run] = done
         return ends
 
     def _still_to_come(self) -> Iterator[RunKey]:
-        chosen = {name: rate for name, (rate, _) in self.choices.items()}
         for entry in self.suite.entries.values():
-            for run in self.suite.possible_runs(entry, chosen):
+            # Once the rate is chosen all runs are listed; before, it can be any that the tuning may reach.
+            runs = [] if entry.name in self.choices else self.suite.possible_runs(entry, {})
+            for run in dict.fromkeys([*runs, *(run for run in self.runs if run.entry == entry.name)]):
                 if run not in self.runs or self.runs[run].status not in SETTLED:
                     yield run
 
@@ -313,11 +327,10 @@ class Runner:
         to_come = list(self._still_to_come())
         for run, entry in self.runs.items():
             folder = self.directory / run.dir / "checkpoints"
-            if entry.status in ("finished", "diverged") and folder.is_dir():
-                if is_needed(run, to_come, self.stage_keys):
-                    continue
-                gone = folder.with_name(".checkpoints.gone")  # renamed at once: half a checkpoint is never read
-                shutil.rmtree(gone, ignore_errors=True)
+            gone = folder.with_name(".checkpoints.gone")  # renamed at once: half a checkpoint is never read
+            shutil.rmtree(gone, ignore_errors=True)
+            is_over = entry.status in ("finished", "diverged") and folder.is_dir()
+            if is_over and not is_needed(run, to_come, self.stage_keys):
                 os.replace(folder, gone)
                 shutil.rmtree(gone, ignore_errors=True)
 
@@ -382,8 +395,11 @@ def problems_of(record: SuiteRecord) -> list[str]:
     """What a finished suite still lacks: runs that failed, and entries of which no run tells the learning rate."""
     lines = [f"{run.dir}: {run.error}" for run in record.runs if run.status == "failed"]
     for entry in record.entries:
+        counting = {run.status for run in record.runs_of(entry.name)}
         if entry.learning_rate is None:
-            lines.append(f"entry {entry.name!r} has no learning rate: every run of its grid diverged, or one failed")
+            lines.append(f"entry {entry.name!r} has no learning rate: none is without a run that diverged or failed")
+        elif counting == {"diverged"}:
+            lines.append(f"entry {entry.name!r} has no result: every run of it diverged")
     return lines
 
 

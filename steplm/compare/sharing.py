@@ -6,7 +6,7 @@ stages up to theirs, so that runs share a number of first stages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -34,23 +34,23 @@ def next_start(
     waiting: Iterable[Run],
     running: Iterable[Run],
     keys: Mapping[Run, Sequence[str]],
-    stage_ends: Mapping[Run, int],
-    has_begun: Callable[[Run], bool],
+    stage_ends: Mapping[Run, Collection[int]],
+    begun: Collection[Run],
 ) -> Start[Run] | None:
     """The first waiting run that need not wait for a stage that a running one is about to finish.
 
     Args:
         keys: of the ends of each run's stages.
-        stage_ends: the last stage of each run whose end is on the disk; runs without one may be left out.
-        has_begun: a run that has checkpoints of its own goes on from them.
+        stage_ends: the stages of each run whose ends are on the disk; runs without one may be left out.
+        begun: runs that have checkpoints of their own, and go on from them.
     """
     running = list(running)
     for run in waiting:
-        if has_begun(run):
+        if run in begun:
             return Start(run)
         at_hand = {
-            other: min(num_shared(keys[run], keys[other]), stage_index)
-            for other, stage_index in stage_ends.items()
+            other: max((stage for stage in ends if stage <= num_shared(keys[run], keys[other])), default=0)
+            for other, ends in stage_ends.items()
             if other != run
         }
         source = max(at_hand, key=lambda other: at_hand[other], default=None)

@@ -13,17 +13,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_serializer, model_validator
 
 from steplm.compare.methods import METHODS
-from steplm.config import FOLDER_NAME, Count, Section, Texts, find_config, load_config, recipes_dir
+from steplm.config import FOLDER_NAME, Count, RunConfig, Section, Texts, load_config, recipes_dir
+from steplm.errors import ConfigError
 from steplm.files import is_file
-from steplm.problems import validated
+from steplm.problems import sections_of, validated
 from steplm.sft.config import SftConfig
-from steplm.units import nearest
+from steplm.units import nearest, shortened
 from steplm.yaml_files import dump_yaml, read_yaml
 
 Match = Literal["tokens", "flops"]
 Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=100)]
 Repeats = Annotated[int, Field(ge=0, le=8)]  # each of `refine` can double the grid
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seeds = Annotated[list[Seed], Field(min_length=1)]
 MOST_COMBINATIONS = 1000
 SET_BY_THE_SUITE = ("name", "output_dir", "seed")
 
@@ -39,7 +41,7 @@ class TuneConfig(Section):
     finalists: int = Field(
         1, gt=0, description="best rates that all seeds are run at, of which the one with the best mean is chosen"
     )
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 class TextConfig(Section):
@@ -53,7 +55,7 @@ class TextConfig(Section):
 class EntryConfig(Section):
     """One method with its settings, or several where ``vary`` is given."""
 
-    name: str = Field(pattern=FOLDER_NAME)
+    name: str = Field(pattern=FOLDER_NAME, max_length=100)
     method: str | None = Field(None, description=f"one of {', '.join(METHODS)}")
     like: str | None = Field(None, description="an entry above, whose settings and learning rate this one takes")
     label: str | None = None
@@ -75,6 +77,8 @@ class EntryConfig(Section):
         for key in (*self.set, *self.vary):
             if key in SET_BY_THE_SUITE:
                 raise ValueError(f"{key!r} is set by the suite, for each run")
+            if key in sections_of(RunConfig):
+                raise ValueError(f"{key!r} would reset every key of the section: give those that change, {key}.KEY")
         if (num_combinations := math.prod(map(len, self.vary.values()))) > MOST_COMBINATIONS:
             raise ValueError(f"`vary` makes {num_combinations:,} entries; {MOST_COMBINATIONS:,} are the most")
         twice = sorted(self.set.keys() & self.vary.keys())
@@ -181,6 +185,12 @@ class SuiteConfig(Section):
     entries: Annotated[list[EntryConfig], Field(min_length=1)]
     questions: list[QuestionConfig] = Field(default_factory=list)
 
+    @model_validator(mode="after")
+    def _consistent(self) -> SuiteConfig:
+        if "validation" in self.evaluate:
+            raise ValueError("evaluate: 'validation' is the text of the runs themselves. Give this one another name")
+        return self
+
     @property
     def directory(self) -> Path:
         return Path(self.output_dir or f"runs/suites/{self.name}")
@@ -208,5 +218,11 @@ def dump_suite(suite: SuiteConfig) -> str:
 
 
 def _find_suite(source: str | Path) -> Path:
-    shipped = recipes_dir() / "suites" / f"{source}.yaml"
-    return shipped if is_file(shipped) and not is_file(Path(source)) else find_config(source)
+    """The path of a YAML file, or of the shipped suite of that name."""
+    folder = recipes_dir() / "suites"
+    for path in (Path(source), folder / f"{source}.yaml"):
+        if is_file(path):
+            return path
+    names = sorted(suite.stem for suite in folder.glob("*.yaml"))
+    hint = nearest(Path(source).stem, names, otherwise=f" Suites: {', '.join(names)}.")
+    raise ConfigError(f"no file {shortened(str(source), 300)}.{hint}", path=str(source))

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from multiprocessing import connection, parent_process
 from pathlib import Path
 
+from steplm.checkpoint.folder import mark_damaged
 from steplm.compare.lock import shared_lock
-from steplm.compare.scores import EVALUATIONS, evaluations, is_scored
+from steplm.compare.scores import EVALUATIONS, content_of, evaluations, is_scored
 from steplm.compare.suite import TextConfig
 from steplm.config import RunConfig
-from steplm.errors import SteplmError, TrainingDiverged
+from steplm.errors import CheckpointError, CheckpointMismatch, SteplmError, TrainingDiverged
 from steplm.eval.perplexity import evaluate_folder
 from steplm.files import write_atomically
-from steplm.training.branch import branch
+from steplm.training.branch import branch, stage_end
 from steplm.training.display import make_display
 from steplm.training.run import train
 
@@ -40,7 +41,7 @@ class Task:
 class Outcome:
     """How a process ended. A stopped run goes on when it is started again."""
 
-    status: str  # "finished", "diverged", "failed" or "stopped"
+    status: str  # "finished", "diverged", "failed", "stopped", or "again": what it would have branched off from is gone
     error: str | None = None
 
 
@@ -59,8 +60,8 @@ def work(task: Task, answer: connection.Connection) -> None:
 
 def _outcome(task: Task) -> Outcome:
     try:
-        if task.branch_from is not None:
-            branch(*task.branch_from, task.config)
+        if task.branch_from is not None and (problem := _branched(*task.branch_from, task.config)):
+            return Outcome("again", problem)
         result = train(task.config, display=make_display("lines"))
         if result.export_dir is None:
             return Outcome("stopped")
@@ -75,6 +76,20 @@ def _outcome(task: Task) -> Outcome:
     except Exception as error:
         traceback.print_exc()
         return Outcome("failed", f"{type(error).__name__}: {error}")
+
+
+def _branched(source_run_dir: Path, stage_index: int, config: RunConfig) -> str | None:
+    """Branch off; what a damaged source says, which is then put aside."""
+    try:
+        branch(source_run_dir, stage_index, config)
+    except CheckpointError as error:
+        if isinstance(error, CheckpointMismatch):
+            raise
+        damaged = source_run_dir / "checkpoints" / stage_end(stage_index)
+        if damaged.is_dir():
+            mark_damaged(damaged)
+        return str(error)
+    return None
 
 
 def score(config: RunConfig, model: Path, texts: Mapping[str, TextConfig]) -> None:
@@ -97,6 +112,7 @@ def score(config: RunConfig, model: Path, texts: Mapping[str, TextConfig]) -> No
             "bits_per_byte": result.bits_per_byte,
             "num_tokens": result.num_tokens,
             "text": text.model_dump(mode="json"),
+            "content": content_of(text),
         }
         write_atomically(config.run_dir / EVALUATIONS, json.dumps(done, indent=1) + "\n")
 

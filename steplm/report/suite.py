@@ -43,6 +43,7 @@ class EntryRecord:
     tuned: bool = False
     learning_rate: float | None = None
     at_edge: bool = False  # the best rate is the lowest or the highest of the grid
+    seeds: tuple[int, ...] = ()  # (): those of the suite
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,14 @@ class SuiteRecord:
         return {entry.name: entry for entry in self.entries}[name]
 
     def runs_of(self, name: str, *, chosen: bool = True) -> tuple[RunEntry, ...]:
-        """Runs of an entry by seed: those at its chosen learning rate, which count, or all of them.
-
-        The tuning run at the chosen rate is also the run of its seed.
-        """
-        rate = self.entry(name).learning_rate
-        runs = [run for run in self.runs if run.entry == name and (not chosen or run.learning_rate == rate)]
+        """Runs of an entry by seed: those that count, or all of them."""
+        runs = [run for run in self.runs if run.entry == name and (not chosen or self.counts(run))]
         return tuple(sorted(runs, key=lambda run: (run.learning_rate, run.seed)))
+
+    def counts(self, run: RunEntry) -> bool:
+        """Whether it is of one of its entry's seeds, at the chosen rate; a tuning run can be that too."""
+        entry = self.entry(run.entry)
+        return run.learning_rate == entry.learning_rate and run.seed in (entry.seeds or self.seeds)
 
 
 def is_suite(directory: str | Path) -> bool:

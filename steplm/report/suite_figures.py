@@ -111,6 +111,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, Look]], size: float
 
 def loss_figure(curves: Sequence[Curve], look: dict[str, Look], axis: str) -> Figure | None:
     """Validation loss over tokens, FLOPs or seconds: the mean of the seeds, their extremes pale, growths as circles."""
+    curves = [drawn for drawn in curves if drawn.validation.loss]  # of a run that has begun there may be none yet
     shown = loss_range(curves)
     if shown is None:
         return None

@@ -62,7 +62,7 @@ class SuiteRun:
     """One run: its line in ``suite.json`` and what its directory holds, if it has begun."""
 
     entry: RunEntry
-    counts: bool  # at the learning rate that its entry has chosen
+    counts: bool  # a seed of its entry, at the learning rate that this has chosen
     record: RunRecord | None = None
     evaluations: dict[str, dict[str, Any]] | None = None
     environment: dict[str, Any] | None = None
@@ -133,7 +133,12 @@ class SuiteRun:
             "training_flops": self.training_flops if self.finished else None,
             "validation_loss_nats_per_token": loss,
             "validation_perplexity": None if loss is None else perplexity_of(loss),
-            **{f"{text}_{key}": value for text, result in texts.items() for key, value in result.items()},
+            **{
+                f"{text}_{key}": value
+                for text, result in texts.items()
+                for key, value in result.items()
+                if isinstance(value, int | float)
+            },
             "planned_peak_model_state_bytes": None if plan is None else plan.peak_model_state_bytes,
             "measured_peak_model_state_bytes": self.measured_model_state_bytes,
             "planned_peak_bytes": None if plan is None else plan.peak_bytes,
@@ -200,7 +205,7 @@ class EntrySummary:
     def state(self) -> str:
         """``"3"`` finished seeds, or ``"2 of 3: seed 2 diverged"``."""
         if not self.runs:
-            return "not begun" if self.entry.learning_rate is not None else "no learning rate yet"
+            return "not begun" if self.entry.learning_rate is not None else "no learning rate"
         if len(self.finished) == len(self.runs):
             return str(len(self.runs))
         others = [f"seed {run.entry.seed} {_why_not(run)}" for run in self.runs if not run.finished]
@@ -257,7 +262,7 @@ class Difference:
     """The loss of an entry less the baseline's, seed by seed: same seed, same order of the data."""
 
     estimate: Estimate
-    verdict: str  # "better", "worse", "no difference seen", or "one seed: no verdict"
+    verdict: str  # "better", "worse", "no difference seen", "one seed: no verdict", or "1 of 3 diverged"
 
 
 def difference(entry: EntrySummary, baseline: EntrySummary) -> Difference | None:
@@ -271,6 +276,10 @@ def difference(entry: EntrySummary, baseline: EntrySummary) -> Difference | None
     gap = estimate(gaps)
     if gap is None:
         return None
+    for side, whose in ((entry, ""), (baseline, " of the baseline")):
+        if diverged := sum(run.entry.status == "diverged" for run in side.runs):
+            # A mean over the seeds that survived would flatter the method.
+            return Difference(gap, f"{diverged} of {len(side.runs)}{whose} diverged")
     if gap.low is None or gap.high is None:
         return Difference(gap, "one seed: no verdict")
     if gap.high < 0:
@@ -326,13 +335,11 @@ def read_suite(directory: str | Path) -> Suite:
     """
     directory = Path(directory)
     record = load_suite(directory) if is_suite(directory) else _suite_of_runs(directory)
-    rates = {entry.name: entry.learning_rate for entry in record.entries}
-    return Suite(record, tuple(_read_run(directory, run, rates[run.entry]) for run in record.runs))
+    return Suite(record, tuple(_read_run(directory, run, counts=record.counts(run)) for run in record.runs))
 
 
-def _read_run(directory: Path, run: RunEntry, chosen_rate: float | None) -> SuiteRun:
+def _read_run(directory: Path, run: RunEntry, *, counts: bool) -> SuiteRun:
     folder = directory / run.dir
-    counts = run.learning_rate == chosen_rate
     if not (folder / "plan.json").is_file() or not (folder / "config.yaml").is_file():
         return SuiteRun(run, counts)
     evaluations = read_document(Evaluations, folder / "evaluations.json")

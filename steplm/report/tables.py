@@ -119,13 +119,9 @@ def _difference_cells(entry: EntrySummary, baseline: EntrySummary | None) -> tup
         return Cell(NOT_YET), Cell(NOT_YET)
     half = gap.estimate.half_width
     text = f"{gap.estimate.mean:+.4f}".replace("-", "−") + ("" if half is None else f" ± {half:.4f}")
-    diverged = sum(run.entry.status == "diverged" for run in entry.runs)
-    if diverged:  # a mean over the seeds that survived would flatter the method
-        return Cell(text, gap.estimate.mean), Cell(
-            f"{diverged} of {len(entry.runs)} diverged", "diverged", tone="worse"
-        )
-    verdict = gap.verdict if gap.estimate.n == 1 else f"{gap.verdict}, n = {gap.estimate.n}"
-    tone = gap.verdict if gap.verdict in ("better", "worse") else ""
+    diverged = gap.verdict.endswith("diverged")
+    verdict = gap.verdict if gap.estimate.n == 1 or diverged else f"{gap.verdict}, n = {gap.estimate.n}"
+    tone = "worse" if diverged else gap.verdict if gap.verdict in ("better", "worse") else ""
     return Cell(text, gap.estimate.mean), Cell(verdict, gap.verdict, tone=tone)
 
 

@@ -13,7 +13,7 @@ from steplm.checkpoint import checkpoint_name, verify_checkpoint
 from steplm.checkpoint.folder import complete_checkpoints, load_checkpoint_state
 from steplm.config import RunConfig, load_config
 from steplm.data.prepare import with_prepared_dir
-from steplm.errors import CheckpointMismatch
+from steplm.errors import CheckpointError, CheckpointMismatch
 from steplm.files import sync
 from steplm.models.shape import shape_of
 from steplm.planner.plan import plan as make_plan
@@ -47,6 +47,11 @@ def stage_keys(config: RunConfig, plan: Plan) -> tuple[str, ...]:
     return tuple(keys)
 
 
+def stage_end(stage_index: int) -> str:
+    """The name of the checkpoint at a stage's end."""
+    return checkpoint_name(TrainState(stage_index, 0, 0, 0, stage_done=True))
+
+
 def branch(source_run_dir: str | Path, stage_index: int, config: RunConfig) -> Path:
     """Give a run that has not begun the checkpoint and the log of another one, at the end of a stage.
 
@@ -62,18 +67,21 @@ def branch(source_run_dir: str | Path, stage_index: int, config: RunConfig) -> P
 
     Raises:
         CheckpointMismatch: the run has begun already, or its ``stage_keys`` are others.
-        CheckpointError: the source's checkpoint is missing or damaged.
+        CheckpointError: the source's checkpoint, or its log up to there, is missing or damaged.
     """
-    name = checkpoint_name(TrainState(stage_index, 0, 0, 0, stage_done=True))
+    name = stage_end(stage_index)
     source, target = Path(source_run_dir) / "checkpoints" / name, config.run_dir / "checkpoints" / name
     if complete_checkpoints(target.parent):
         raise CheckpointMismatch(f"{config.run_dir} has begun already, and cannot branch off", path=str(config.run_dir))
     verify_checkpoint(source)
     _check_same_beginning(Path(source_run_dir), stage_index, config)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    log = Path(source_run_dir) / "metrics.jsonl"
     metrics_bytes = load_checkpoint_state(source).metrics_bytes
-    with (Path(source_run_dir) / "metrics.jsonl").open("rb") as file:
-        (config.run_dir / "metrics.jsonl").write_bytes(file.read(metrics_bytes))
+    history = log.read_bytes()[:metrics_bytes] if log.is_file() else b""
+    if len(history) < metrics_bytes:
+        raise CheckpointError(f"{log} has lost what was logged up to {source.name}", path=str(log))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "metrics.jsonl").write_bytes(history)
     unfinished = target.with_name(f".writing-{name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(source, unfinished, copy_function=_link_or_copy)

@@ -140,6 +140,17 @@ def check_same_run(config: RunConfig, plan: Plan) -> list[str]:
     return [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key.startswith(noted)]
 
 
+def is_same_run(config: RunConfig) -> bool:
+    """Whether the directory has been given just this run: every key that changes what is computed is as it was."""
+    try:
+        before = flat(load_config(config.run_dir / "config.yaml").model_dump(mode="json"))
+    except ConfigError:
+        return False
+    computed = [key for key in FREE_AT_RESUME if not key.startswith("optim.")]
+    now = flat(config.model_dump(mode="json"))
+    return all(now[key] == before.get(key) for key in now if not key.startswith(tuple(computed)))
+
+
 def written_plan(run_dir: Path) -> Plan:
     """``plan.json`` of a run directory.
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from steplm.compare.check import check_plans
-from steplm.compare.entries import RunKey, Suite
+from steplm.compare.entries import RunKey, Suite, _as_name
 from steplm.compare.methods import METHODS
 from steplm.compare.suite import dump_suite, read_suite
 from steplm.config import OptimConfig
@@ -137,6 +137,34 @@ def test_what_is_not_matched_is_refused_with_the_difference(
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["eval.max_tokens", "data.validation_fraction"])
+def test_losses_of_other_text_than_the_baselines_are_refused(suite_values: Values, tmp_path: Path, key: str) -> None:
+    value = {"eval.max_tokens": 64, "data.validation_fraction": 0.25}[key]
+    entries = [{"name": "vanilla", "method": "vanilla"}, {"name": "other", "like": "vanilla", "set": {key: value}}]
+    with pytest.raises(ConfigError, match=rf"entry 'other' has {key}={value}, and the baseline"):
+        check_plans(_suite(suite_values(tmp_path, entries=entries)))
+
+
+def test_rates_that_would_share_a_folder_are_refused(suite_values: Values, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"0\.01 and 0\.01000004 of entry 'vanilla' are the same"):
+        check_plans(_suite(suite_values(tmp_path, tune={"learning_rates": [0.01, 0.01000004]})))
+
+
+def test_a_grid_of_its_own_is_run_without_one_of_the_suite(suite_values: Values, tmp_path: Path) -> None:
+    entries = [{"name": "vanilla", "method": "vanilla", "learning_rates": [1e-3, 1e-2]}]
+    suite = _suite(suite_values(tmp_path, entries=entries))
+    assert suite.entries["vanilla"].grid == (1e-3, 1e-2)
+
+
+def test_negative_values_have_names_of_their_own() -> None:
+    assert [_as_name(value) for value in (-0.1, 0.1, True, [1, 2])] == ["-0.1", "0.1", "True", "1-2"]
+
+
+def test_without_questions_all_entries_stand_side_by_side(suite_values: Values, tmp_path: Path) -> None:
+    (question,) = _suite(suite_values(tmp_path)).questions
+    assert (question.entries, question.baseline) == (("vanilla", "step_2"), "vanilla")
+
+
 def test_all_entries_that_are_wrong_are_named_at_once(suite_values: Values, tmp_path: Path) -> None:
     entries = [
         {"name": "vanilla", "method": "vanilla"},
@@ -160,6 +188,16 @@ def test_all_entries_that_are_wrong_are_named_at_once(suite_values: Values, tmp_
         ({"entries": [{"name": "a", "method": "relore"}]}, "Did you mean 'relora'?"),
         ({"entries": [{"name": "a"}]}, "give either a method or"),
         ({"entries": [{"name": "a", "method": "step", "set": {"seed": 1}}]}, "'seed' is set by the suite"),
+        (
+            {"entries": [{"name": "a", "method": "step", "set": {"optim": {"name": "apollo"}}}]},
+            "'optim' would reset every key of the section",
+        ),
+        (
+            {"entries": [{"name": "a", "method": "step", "learning_rates": [1e-3], "tune": False}]},
+            "has learning_rates, and tune: false",
+        ),
+        ({"evaluate": {"validation": {"data": "a.txt"}}}, "'validation' is the text of the runs themselves"),
+        ({"seeds": [2**40]}, "seeds.0: Input should be less than"),
         ({"entries": [{"name": "vanilla", "method": "vanilla"}] * 2}, "two entries are called 'vanilla'"),
         ({"entries": [{"name": "a", "like": "b"}]}, "no entry 'b' above it"),
         ({"baseline": "vanila"}, "baseline: no entry 'vanila'. Did you mean 'vanilla'?"),

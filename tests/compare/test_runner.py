@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from steplm.compare.suite import read_suite
 from steplm.errors import CheckpointMismatch, SteplmError
 from steplm.models.folder import load_state
 from steplm.report.suite import SuiteRecord, load_suite
+from steplm.report.summary import read_suite as read_results
 from steplm.training.metrics import read_metrics
 
 Values = Callable[..., dict[str, Any]]
@@ -130,6 +132,70 @@ def test_the_rate_with_the_lowest_loss_is_chosen_and_taken_over_and_divergence_i
     assert scores["words"]["num_tokens"] > 100
     assert scores["words"]["perplexity"] > 1
     assert run(values) == record, "what has diverged is not tried again"
+
+
+def test_a_diverged_run_of_another_configuration_is_tried_again(suite_values: Values, tmp_path: Path) -> None:
+    entries = [{"name": "vanilla", "method": "vanilla", "set": {"optim.learning_rate": 1e30}}]
+    values = suite_values(tmp_path, entries=entries)
+    record = run(values)
+    assert [entry.status for entry in record.runs] == ["diverged"]
+    assert problems_of(record) == ["entry 'vanilla' has no result: every run of it diverged"]
+    log = tmp_path / record.runs[0].dir / "metrics.jsonl"
+    before = log.stat().st_mtime_ns
+    assert run(values) == record
+    assert log.stat().st_mtime_ns == before, "the same configuration is not tried again"
+    entries[0]["set"] |= {"optim.weight_decay": 0.0}
+    run(values)
+    assert log.stat().st_mtime_ns > before
+
+
+def test_kept_results_are_gone_on_with_though_their_models_are_gone(
+    suite_values: Values, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``benchmarks/keep_results.py`` keeps them: no weights, and a variable in place of the folder of the data."""
+    (tmp_path / "text.txt").write_text("the model grows new layers " * 20)
+    monkeypatch.setenv("FOLDER", str(tmp_path))
+    keys = {
+        "entries": [{"name": "vanilla", "method": "vanilla"}],
+        "evaluate": {"words": {"data": str(tmp_path / "text.txt")}},
+    }
+    first = run(suite_values(tmp_path / "suite", **keys))
+    run_dir = tmp_path / "suite" / first.runs[0].dir
+    shutil.rmtree(run_dir / "export")
+    scores = run_dir / "evaluations.json"
+    scores.write_text(scores.read_text().replace(str(tmp_path), "${FOLDER:-data}"))
+    kept = scores.read_text()
+    more = run(suite_values(tmp_path / "suite", **keys, seeds=[0, 1]))
+    assert [(entry.seed, entry.status) for entry in more.runs] == [(0, "finished"), (1, "finished")]
+    assert scores.read_text() == kept
+    # A text that is another now is scored again, where there is a model.
+    (tmp_path / "text.txt").write_text("another text " * 30)
+    run(suite_values(tmp_path / "suite", **keys, seeds=[0, 1]))
+    rescored = json.loads((tmp_path / "suite" / more.runs[1].dir / "evaluations.json").read_text())
+    assert rescored["words"]["num_tokens"] != json.loads(kept)["words"]["num_tokens"]
+    assert scores.read_text() == kept
+
+
+def test_the_seed_of_the_tuning_counts_only_where_it_is_one_of_the_seeds(suite_values: Values, tmp_path: Path) -> None:
+    entries = [{"name": "vanilla", "method": "vanilla"}]
+    record = run(suite_values(tmp_path, entries=entries, tune={"learning_rates": [1e-3], "seed": 7}, seeds=[1, 2]))
+    assert [entry.seed for entry in record.runs] == [7, 1, 2]
+    assert [entry.seed for entry in record.runs_of("vanilla")] == [1, 2]
+    assert len(read_results(tmp_path).entries["vanilla"].finished) == 2
+
+
+def test_a_damaged_stage_of_another_run_is_trained_again(
+    suite_values: Values, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = suite_values(tmp_path, entries=SHARING, keep_checkpoints=True)
+    upper = {**SHARING[1], "vary": {"growth.position": ["upper"]}}
+    run({**values, "entries": [SHARING[0], upper]})
+    for end in tmp_path.glob("runs/position=upper/*/checkpoints/stage1-end"):
+        (end / "state.json").write_text("damaged")
+    record = run(values)
+    assert {entry.status for entry in record.runs} == {"finished"}
+    assert [entry.shared_from for entry in record.runs] == [None, None, None]
+    assert_equal_suites(tmp_path, alone)
 
 
 def test_the_grid_grows_beyond_an_edge_and_around_the_best(suite_values: Values, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_seeds_without_a_partner_are_left_out_of_the_difference(
     suite = read_suite(make_suite(tmp_path / "suite", unfinished=unfinished))
     result = difference(suite.entries["step_2"], suite.entries["vanilla"])
     assert result is not None
-    assert (result.estimate.n, result.verdict) == (1, "one seed: no verdict")
+    assert (result.estimate.n, result.verdict) == (1, "1 of 3 diverged")
 
 
 # --- what counts, and what is shown ---------------------------------------------------------------------------
@@ -169,6 +169,16 @@ def test_numbers_are_those_of_the_run_directories(suite: Suite, suite_dir: Path)
     )
     assert row["tokens"] == plan.total_tokens
     assert row["training_flops"] == plan.training_flops
+
+
+def test_a_run_without_an_evaluation_yet_is_left_out_of_the_curves(
+    make_suite: Callable[..., Path], tmp_path: Path
+) -> None:
+    suite_dir = make_suite(tmp_path / "suite", seeds=(0,), unfinished={("step_2", 0): "running"})
+    log = suite_dir / "runs/step_2/lr0.002-seed0/metrics.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if '"eval"' not in line))
+    show_report(suite_dir, tmp_path / "report")
+    assert (tmp_path / "report" / "index.html").is_file()
 
 
 @pytest.mark.parametrize("status", ["running", "diverged", "failed", "waiting"])
@@ -310,4 +320,4 @@ def test_a_suite_of_which_nothing_has_begun_has_a_report(tmp_path: Path) -> None
     show_report(tmp_path, None)
     text = (tmp_path / "report" / "tables.md").read_text()
     assert "0 of 1: seed 0 waiting" in text
-    assert "no learning rate yet" in text
+    assert "no learning rate" in text
