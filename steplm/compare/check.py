@@ -6,9 +6,9 @@ from steplm.compare.entries import RunKey, Suite
 from steplm.compare.matching import check_match
 from steplm.config import RunConfig
 from steplm.data.prepare import OnProgress, prepare, with_prepared_dir
-from steplm.data.sources import find_sources
 from steplm.data.tokens import Manifest
 from steplm.errors import CheckpointMismatch, ConfigError, SteplmError
+from steplm.eval.text import require_text
 
 
 def check_plans(suite: Suite) -> list[RunKey]:
@@ -62,9 +62,9 @@ def _check_same_text(suite: Suite, run: RunKey) -> None:
 
 
 def check_texts(suite: Suite) -> None:
-    """Raises DataError if a text of ``evaluate`` is not there."""
+    """Raises DataError if a text of ``evaluate`` is not there, or holds nothing that can be scored."""
     for text in suite.config.evaluate.values():
-        find_sources(text.data)
+        require_text(text.data, text.text_field)
 
 
 def prepare_data(suite: Suite, runs: list[RunKey], on_progress: OnProgress | None = None) -> dict[RunKey, RunConfig]:

@@ -48,9 +48,6 @@ class Outcome:
 def work(task: Task, answer: connection.Connection) -> None:
     """The whole life of the process; what it prints goes to ``log.txt`` of the run."""
     os.setsid()  # a key pressed in the terminal reaches the suite alone, which passes it on once
-    run_dir = task.config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    _print_to(run_dir / "log.txt")
     threading.Thread(target=_stop_with_the_suite, daemon=True).start()
     with shared_lock(task.lock_file):
         outcome = _outcome(task)
@@ -59,6 +56,11 @@ def work(task: Task, answer: connection.Connection) -> None:
 
 
 def _outcome(task: Task) -> Outcome:
+    try:
+        task.config.run_dir.mkdir(parents=True, exist_ok=True)
+        _print_to(task.config.run_dir / "log.txt")
+    except OSError as error:  # there is no log to tell it
+        return Outcome("failed", f"its folder cannot be written into: {error}")
     try:
         if task.branch_from is not None and (problem := _branched(*task.branch_from, task.config)):
             return Outcome("again", problem)

@@ -70,9 +70,20 @@ def token_stream(
         if max_tokens is not None and len(token_ids) > max_tokens:
             break
     if num_bytes == 0:
-        reasons = "".join(f"\n  {record.origin}: {record.reason}" for record in bad.examples)
-        raise DataError(f"no text in {', '.join(entries)}.{reasons}", entries=list(entries))
+        raise _no_text(entries, bad)
     return TokenStream(np.frombuffer(token_ids, np.uint32), num_bytes, bad.num_bad)
+
+
+def require_text(entries: Sequence[str], text_field: str) -> None:
+    """Raises ``DataError`` where there is no text to be scored: better before a model is trained than after."""
+    bad = BadRecords()
+    if not any(_texts(entries, text_field, bad)):
+        raise _no_text(entries, bad)
+
+
+def _no_text(entries: Sequence[str], bad: BadRecords) -> DataError:
+    reasons = "".join(f"\n  {record.origin}: {record.reason}" for record in bad.examples)
+    return DataError(f"no text in {', '.join(entries)}.{reasons}", entries=list(entries))
 
 
 def _texts(entries: Sequence[str], text_field: str, bad: BadRecords) -> Iterator[str]:

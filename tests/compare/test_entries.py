@@ -8,12 +8,12 @@ from typing import Any, get_args
 
 import pytest
 
-from steplm.compare.check import check_plans
+from steplm.compare.check import check_plans, check_texts
 from steplm.compare.entries import RunKey, Suite, _as_name
 from steplm.compare.methods import METHODS
 from steplm.compare.suite import dump_suite, read_suite
 from steplm.config import OptimConfig
-from steplm.errors import ConfigError
+from steplm.errors import ConfigError, DataError
 from steplm.sft.config import SftConfig
 
 Values = Callable[..., dict[str, Any]]
@@ -148,6 +148,14 @@ def test_losses_of_other_text_than_the_baselines_are_refused(suite_values: Value
 def test_rates_that_would_share_a_folder_are_refused(suite_values: Values, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"0\.01 and 0\.01000004 of entry 'vanilla' are the same"):
         check_plans(_suite(suite_values(tmp_path, tune={"learning_rates": [0.01, 0.01000004]})))
+
+
+def test_a_text_without_a_word_is_told_before_anything_is_trained(suite_values: Values, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"content": "words"}\n')
+    text = {"data": str(tmp_path / "a.jsonl")}
+    check_texts(_suite(suite_values(tmp_path, evaluate={"words": {**text, "text_field": "content"}})))
+    with pytest.raises(DataError, match=r"no text in .*a\.jsonl"):
+        check_texts(_suite(suite_values(tmp_path, evaluate={"words": text})))
 
 
 def test_a_grid_of_its_own_is_run_without_one_of_the_suite(suite_values: Values, tmp_path: Path) -> None:
