@@ -4,13 +4,15 @@
 
 A source is a kept suite, such as ``results/cpu``, and the title that of one of its questions, or "Learning rates"; or
 it is ``plans``, and the title a recipe, of which every method is planned; or it is ``scales``, and the title names the
-kept suites that are set side by side, one column each.
+kept suites that are set side by side, one column each, and before them with ``of`` the text of the losses: by default
+the validation text. What every table of a page would repeat is left out: the page says it once.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from steplm.compare.methods import METHODS
 from steplm.config import load_config
 from steplm.planner.plan import plan
 from steplm.report.runs import percent
-from steplm.report.summary import Suite, difference, read_suite
+from steplm.report.summary import Suite, estimate, read_suite
 from steplm.report.tables import all_tables
 from steplm.units import format_bytes, format_count
 
@@ -29,16 +31,38 @@ BLOCK = re.compile(r"<!-- (results/\w+|plans|scales): (.+?) -->\n.*?<!-- / -->",
 kept = cache(read_suite)
 
 
+# Planned bytes are the measured ones, or the run would have ended in an error. Of times the pages speak where they mean
+# something: most suites ran beside other work.
+LEFT_OUT = ("model state planned", "tok/s", "time")
+WARNINGS = re.compile(r"(The best learning rate is at|Not equal in|Edge:).*?\.(?= |$)")
+
+
 def table(suite: Suite, title: str) -> str:
-    """The Markdown of one table, without its title, which the page has as a heading."""
-    tables = {made.title: made for made in all_tables(suite)}
-    return tables[title].markdown().partition("\n\n")[2].strip()
+    """The Markdown of one table, without its title, which the page has as a heading, and what it warns of."""
+    made = {made.title: made for made in all_tables(suite)}[title]
+    kept_columns = [index for index, name in enumerate(made.columns) if name not in LEFT_OUT]
+    caption = made.caption
+    if title in {question.title for question in suite.record.questions}:
+        caption = " ".join(match[0] for match in WARNINGS.finditer(caption))
+    made = replace(
+        made,
+        columns=tuple(made.columns[index].removesuffix(" measured") for index in kept_columns),
+        rows=tuple(tuple(row[index] for index in kept_columns) for row in made.rows),
+        caption=caption,
+    )
+    return made.markdown().partition("\n\n")[2].strip()
 
 
 def plans(recipe: str) -> str:
     """The planned bytes of every method on the model of a recipe."""
     lines = ["| method | model state | | whole peak | |", "| --- | ---: | ---: | ---: | ---: |"]
-    for method in METHODS.values():
+    lean = {"memory.optimizer_states": "8bit", "memory.master_weights": False}
+    methods = [
+        *METHODS.values(),
+        *(replace(METHODS[name], label=f"{METHODS[name].label}, 8-bit states, no master weights",
+                  settings=METHODS[name].settings | lean) for name in ("vanilla", "step")),
+    ]  # fmt: skip
+    for method in methods:
         made = plan(load_config(recipe, [f"{key}={json.dumps(value)}" for key, value in method.settings.items()]))
         assert made.peak_bytes is not None
         assert made.vanilla_peak_bytes is not None
@@ -52,11 +76,12 @@ def plans(recipe: str) -> str:
 
 def scales(names: str) -> str:
     """Every entry of several suites against vanilla of its own suite: loss, and planned model state."""
+    text, _, names = names.rpartition(" of ")
     suites = [kept(ROOT / "results" / name) for name in names.split()]
     labels = {name: entry.label for suite in suites for name, entry in suite.entries.items() if name != "vanilla"}
     lines = [_line(["against vanilla", *map(_scale, suites)]), _line(["---", *["---:"] * len(suites)])]
     for name, label in labels.items():
-        cells = [_against_vanilla(suite, name) for suite in suites]
+        cells = [_against_vanilla(suite, name, text) for suite in suites]
         if any(cells):
             lines.append(_line([label, *(cell or "–" for cell in cells)]))
     return "\n".join(lines)
@@ -73,14 +98,20 @@ def _scale(suite: Suite) -> str:
     return f"{suite.record.name}: {format_count(vanilla['parameters'])} parameters, {ratio:.2g} tokens a parameter"
 
 
-def _against_vanilla(suite: Suite, name: str) -> str | None:
-    """``"+0.135 ± 0.061, −24% bytes"``; nothing where no seed has finished."""
+def _against_vanilla(suite: Suite, name: str, text: str = "") -> str | None:
+    """``"+0.135 ± 0.061, −23.7%"``: loss, and planned bytes; nothing where no seed has finished."""
     vanilla, entry = suite.entries["vanilla"], suite.entries.get(name)
-    gap = difference(entry, vanilla) if entry else None
-    if entry is None or gap is None or entry.plan is None or vanilla.plan is None:
+    if entry is None or entry.plan is None or vanilla.plan is None:
         return None
-    half = gap.estimate.half_width
-    loss = f"{gap.estimate.mean:+.3f}".replace("-", "−") + (" (one seed)" if half is None else f" ± {half:.3f}")
+    losses = {run.entry.seed: run.losses[text] if text else run.validation_loss for run in vanilla.finished}
+    gap = estimate([(run.losses[text] if text else run.validation_loss) - losses[run.entry.seed]
+                    for run in entry.finished if run.entry.seed in losses])  # fmt: skip
+    if gap is None:
+        return None
+    half = gap.half_width
+    loss = f"{gap.mean:+.3f}".replace("-", "−") + (" (one seed)" if half is None else f" ± {half:.3f}")
+    if text:
+        return loss
     share = entry.plan.peak_model_state_bytes / vanilla.plan.peak_model_state_bytes - 1
     return f"{loss}, {percent(share)}"
 

@@ -150,7 +150,9 @@ class PlanConfig(Section):
     def _consistent(self) -> PlanConfig:
         given = [name for name in TOKEN_BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"give one token budget, not {len(given)}: {', '.join(given)}")
+            raise ValueError(
+                f"give one token budget, not {len(given)}: {', '.join(given)}. Set what is not meant to null"
+            )
         for name in ("layers", "tokens_per_stage", "token_shares"):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != self.num_stages:
@@ -603,6 +605,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
         ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
     """
     values = dict(source) if isinstance(source, Mapping) else read_yaml(find_config(source))
+    if "entries" in values and not isinstance(source, Mapping):
+        raise ConfigError(f"{source} is a suite of runs: `steplm compare {source}`", path=str(source))
     for override in overrides:
         apply_override(values, override)
     return validated(RunConfig, values)
@@ -621,6 +625,8 @@ def find_config(source: str | Path) -> Path:
     recipes = recipes_dir()
     if len(path.parts) == 1 and is_file(recipes / f"{path.name}.yaml"):
         return recipes / f"{path.name}.yaml"
+    if len(path.parts) == 1 and is_file(recipes / "suites" / f"{path.stem}.yaml"):
+        raise ConfigError(f"{path.stem} is a suite of runs: `steplm compare {path.stem}`", path=str(path))
     names = sorted(recipe.stem for recipe in recipes.glob("*.yaml"))
     hint = nearest(path.stem, names, otherwise=f" Recipes: {', '.join(names)}.")
     hint = hint.replace("Did you mean", "Did you mean the recipe")

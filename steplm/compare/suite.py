@@ -207,6 +207,8 @@ def read_suite(source: str | Path | Mapping[str, Any], overrides: Iterable[str] 
         ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
     """
     values = dict(source) if isinstance(source, Mapping) else read_yaml(_find_suite(source))
+    if "model" in values and "entries" not in values:
+        raise ConfigError(f"{source} is one run, and no suite: `steplm train {source}`", path=str(source))
     suite = validated(SuiteConfig, values, "the suite")
     base = load_config(suite.run, overrides)
     return suite.model_copy(update={"run": base.model_dump(mode="json")})
@@ -223,6 +225,8 @@ def _find_suite(source: str | Path) -> Path:
     for path in (Path(source), folder / f"{source}.yaml"):
         if is_file(path):
             return path
+    if is_file(recipes_dir() / f"{source}.yaml"):
+        raise ConfigError(f"{source} is one run, and no suite: `steplm train {source}`", path=str(source))
     names = sorted(suite.stem for suite in folder.glob("*.yaml"))
     hint = nearest(Path(source).stem, names, otherwise=f" Suites: {', '.join(names)}.")
     raise ConfigError(f"no file {shortened(str(source), 300)}.{hint}", path=str(source))
