@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from steplm.cli.init import starter_text
+from steplm.compare.suite import read_suite
 from steplm.config import (
     GrowthConfig,
     LogConfig,
@@ -62,6 +63,39 @@ def test_an_unknown_key_names_the_nearest_known_one(override: str, suggestion: s
     with pytest.raises(ConfigError) as caught:
         load_config({}, [override])
     assert suggestion in str(caught.value)
+
+
+def test_where_one_of_several_types_may_stand_the_key_is_told_once_and_alone() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({}, ["optim.learning_rate=fast"])
+    message = str(caught.value)
+    assert message.count("optim.learning_rate") == 1
+    assert "a valid number" in message
+    assert "or: Input should be a valid list (got 'fast')" in message
+
+
+def test_a_suite_is_told_from_a_run_and_a_run_from_a_suite() -> None:
+    with pytest.raises(ConfigError, match="cpu is a suite of runs: `steplm compare cpu`"):
+        load_config("cpu")
+    with pytest.raises(ConfigError, match=r"cpu\.yaml is a suite of runs"):
+        load_config(recipes_dir() / "suites" / "cpu.yaml")
+    for run in ("quickstart", recipes_dir() / "quickstart.yaml"):
+        with pytest.raises(ConfigError, match="is one run, and no suite"):
+            read_suite(run)
+
+
+@pytest.mark.parametrize("key", ["0", "null", "no"])
+def test_a_key_that_is_no_text_is_named(tmp_path: Path, key: str) -> None:
+    (tmp_path / "run.yaml").write_text(f"model:\n  {key}: 1\n")
+    with pytest.raises(ConfigError, match="is no text: quote it"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_embeddings_that_nothing_would_train_are_refused() -> None:
+    lora = ["plan.num_stages=1", "pet.layers=all", "plan.train_embeddings=first_stage"]
+    with pytest.raises(ConfigError, match="trains nothing before its adapters"):
+        load_config({}, lora)
+    load_config({}, [*lora, "pet.warm_start=0.25"])
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -36,6 +36,8 @@ def show_fit(
         budget_bytes = parse_bytes(budget)
     except ValueError as error:
         raise ConfigError(f"--budget: {error}") from None
+    if budget_bytes < 2**20:  # no model fits that: a unit was forgotten
+        raise ConfigError(f"--budget {budget} is {budget_bytes} bytes. With a unit it is, for example, 24GiB")
     names = [name.strip() for name in vary.split(",") if name.strip()]
     config = load_config(run, overrides)
     result = fit(config, budget_bytes, maximize=maximize, vary=names, shape=counted_shape(config))

@@ -59,9 +59,14 @@ def choose_gpu(name: str, bandwidth: str | None = None) -> Gpu:
     if bandwidth is None:
         return GPUS[name]
     try:
-        return replace(GPUS[name], network_bandwidth=float(parse_bytes(bandwidth.removesuffix("/s"))))
+        num_bytes = parse_bytes(bandwidth.removesuffix("/s"))
     except ValueError as error:
         raise ConfigError(f"--bandwidth: {error}, in bytes per second") from None
+    if num_bytes < 2**20:
+        raise ConfigError(
+            f"--bandwidth {bandwidth} is {num_bytes} bytes per second. With a unit it is, for example, 25GB"
+        )
+    return replace(GPUS[name], network_bandwidth=float(num_bytes))
 
 
 def _render(

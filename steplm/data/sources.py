@@ -11,6 +11,7 @@ import glob
 import gzip
 import hashlib
 import json
+import os
 import re
 import time
 import zlib
@@ -207,7 +208,9 @@ def _matching_files(entry: str) -> list[Path]:
                 )
             files.append(match)
     if not files:
-        raise DataError(f"no text found at {entry!r}. {_what_is_there(path)}", entry=entry)
+        unset = entry.startswith("data/") and "STEPLM_DATA" not in os.environ
+        hint = " STEPLM_DATA, the folder in which shipped recipes look, is not set." if unset else ""
+        raise DataError(f"no text found at {entry!r}. {_what_is_there(path)}{hint}", entry=entry)
     return files
 
 

@@ -101,6 +101,7 @@ def test_json_has_every_number(capsys: pytest.CaptureFixture[str]) -> None:
         ({"budget": "8GiB", "vary": "stage,rank"}, "Did you mean 'stages'"),
         ({"budget": "8GiB", "maximize": "batches"}, "Did you mean 'batch'"),
         ({"budget": "8 gigs"}, "--budget: cannot read '8 gigs'"),
+        ({"budget": "24"}, "--budget 24 is 24 bytes. With a unit"),
     ],
 )
 def test_wrong_usage_is_told_what_was_meant(arguments: dict[str, str], message: str) -> None:
