@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ from steplm.errors import CheckpointError
 from steplm.training import run as run_module
 from steplm.training import stage as stage_module
 from steplm.training.metrics import read_metrics
-from steplm.training.run import train
+from steplm.training.run import Run, train
 
 Configure = Callable[..., RunConfig]
 EqualRuns = Callable[[Path, Path], None]
@@ -125,6 +126,21 @@ def test_sigterm_saves_and_ends_in_order_and_the_run_resumes(
     assert (tmp_path / "checkpoints" / "stage1-step000003").is_dir()
     assert train(config).finished
     assert_equal_runs(tmp_path, unbroken)
+
+
+def test_a_signal_that_comes_while_ranks_agree_waits_for_the_next_step() -> None:
+    """Else this rank would stop alone, and the others wait for it."""
+    run = SimpleNamespace(requested_signal=None, stop_signal=None)
+
+    def any_rank(flag: object) -> bool:
+        run.requested_signal = signal.SIGTERM
+        return bool(flag)
+
+    run.world = SimpleNamespace(any=any_rank)
+    Run.agree_to_stop(run)  # type: ignore[arg-type]
+    assert run.stop_signal is None
+    Run.agree_to_stop(run)  # type: ignore[arg-type]
+    assert run.stop_signal == signal.SIGTERM
 
 
 def test_a_model_with_dropout_resumes_exactly_too(
