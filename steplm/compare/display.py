@@ -59,6 +59,9 @@ class SuiteDisplay:
         log = f"  (log: {directory / run.dir / 'log.txt'})" if run.status == "failed" else ""
         self.note(f"{run.status:<9} {run.dir}  {result}{log}", style)
 
+    def again(self, run_dir: str, reason: str | None) -> None:
+        self.note(f"again     {run_dir}: what it would have begun with is lost ({reason})", "yellow")
+
     def chosen(self, entry: str, losses: Mapping[float, float | None], choice: Choice | None) -> None:
         tried = ", ".join(f"{rate:g}: {'diverged' if x is None else f'{x:.4f}'}" for rate, x in losses.items())
         if choice is None:

@@ -282,8 +282,9 @@ class Runner:
         elif status == "stopped":
             status, error = "failed", "stopped from outside"
         elif status == "again":
-            self._set(job.run, shared_from=None)
-            status, error = "waiting", None
+            self._set(job.run, status="waiting", shared_from=None)
+            self.display.again(job.run.dir, error)
+            return
         self._set(job.run, status=status, error=error)
         self.display.ended(self.runs[job.run], self.directory)
         self._update()
@@ -397,7 +398,7 @@ def problems_of(record: SuiteRecord) -> list[str]:
     for entry in record.entries:
         counting = {run.status for run in record.runs_of(entry.name)}
         if entry.learning_rate is None:
-            lines.append(f"entry {entry.name!r} has no learning rate: none is without a run that diverged or failed")
+            lines.append(f"entry {entry.name!r} has no learning rate: of every rate a run diverged or failed")
         elif counting == {"diverged"}:
             lines.append(f"entry {entry.name!r} has no result: every run of it diverged")
     return lines

@@ -44,18 +44,19 @@ def stage_tokens(
         ConfigError: the budget is smaller than one step a stage.
     """
     if config.tokens_per_stage is not None:
-        total: float = sum(config.tokens_per_stage)
+        least = f"a stage of {min(config.tokens_per_stage):,} tokens is"
+        each = ""
         steps = [round(tokens / step_tokens) for tokens in config.tokens_per_stage]
     else:
         shares = _shares(config, layers)
         total = _total_tokens(config, shares, num_parameters, flops_per_token)
+        least, each = f"the budget of {total:,.0f} tokens is", f" for each of {len(layers)} stages"
         steps = divide(round(total / step_tokens), shares)
     if min(steps) < 1:
         raise ConfigError(
-            f"the budget of {total:,.0f} tokens is less than one optimizer step ({step_tokens:,} tokens) "
-            f"for each of {len(layers)} stages. Raise the budget, or lower train.sequence_length, "
-            "train.per_device_train_batch_size, train.gradient_accumulation_steps or train.global_batch_size.",
-            total_tokens=total,
+            f"{least} less than one optimizer step ({step_tokens:,} tokens){each}. Raise the budget, or lower "
+            "train.sequence_length, train.per_device_train_batch_size, train.gradient_accumulation_steps or "
+            "train.global_batch_size.",
             step_tokens=step_tokens,
         )
     scheduled = [*(max(n, round(n / config.grow_at)) for n in steps[:-1]), steps[-1]]

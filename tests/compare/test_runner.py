@@ -270,7 +270,7 @@ def _started(values: dict[str, Any], tmp_path: Path, num_events: int) -> subproc
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out)
     directory = Path(values["output_dir"])
     deadline = time.monotonic() + 120
-    while not any(len(read_metrics(log)) >= num_events for log in directory.rglob("metrics.jsonl")):
+    while not any(len(read_metrics(log)) >= num_events for log in directory.glob("runs/*/*/metrics.jsonl")):
         assert process.poll() is None, (tmp_path / "stdout").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -56,7 +56,7 @@ def test_shares_can_be_equal_or_given() -> None:
 
 
 def test_a_stage_of_less_than_a_step_is_refused_however_its_tokens_are_given() -> None:
-    with pytest.raises(ConfigError, match="less than one optimizer step"):
+    with pytest.raises(ConfigError, match=r"a stage of 4 tokens is less than one optimizer step \(10 tokens\)"):
         tokens_of((4, 3), tokens_per_stage=[4, 20])
     assert [t.trained for t in tokens_of((4, 3), tokens_per_stage=[6, 24])] == [10, 20]
 
@@ -71,7 +71,7 @@ def test_a_stage_stops_when_the_given_share_of_its_schedule_is_done() -> None:
 
 
 def test_tokens_per_stage_are_taken_as_they_are_up_to_whole_steps() -> None:
-    assert [t.trained for t in tokens_of(tokens_per_stage=[104, 3, 57])] == [100, 10, 60]
+    assert [t.trained for t in tokens_of(tokens_per_stage=[104, 8, 57])] == [100, 10, 60]
 
 
 def test_the_default_is_twenty_tokens_per_parameter() -> None:
