@@ -20,8 +20,8 @@ from steplm.compare.methods import METHODS
 from steplm.config import load_config
 from steplm.planner.plan import plan
 from steplm.report.runs import percent
-from steplm.report.summary import Suite, estimate, read_suite
-from steplm.report.tables import all_tables
+from steplm.report.summary import Suite, difference, read_suite
+from steplm.report.tables import all_tables, warnings
 from steplm.units import format_bytes, format_count
 
 ROOT = Path(__file__).parents[1]
@@ -34,16 +34,14 @@ kept = cache(read_suite)
 # Planned bytes are the measured ones, or the run would have ended in an error. Of times the pages speak where they mean
 # something: most suites ran beside other work.
 LEFT_OUT = ("model state planned", "tok/s", "time")
-WARNINGS = re.compile(r"(The best learning rate is at|Not equal in|Edge:).*?\.(?= |$)")
 
 
 def table(suite: Suite, title: str) -> str:
     """The Markdown of one table, without its title, which the page has as a heading, and what it warns of."""
     made = {made.title: made for made in all_tables(suite)}[title]
     kept_columns = [index for index, name in enumerate(made.columns) if name not in LEFT_OUT]
-    caption = made.caption
-    if title in {question.title for question in suite.record.questions}:
-        caption = " ".join(match[0] for match in WARNINGS.finditer(caption))
+    questions = {question.title: question for question in suite.record.questions}
+    caption = " ".join(warnings(suite, questions[title])) if title in questions else made.caption
     made = replace(
         made,
         columns=tuple(made.columns[index].removesuffix(" measured") for index in kept_columns),
@@ -103,13 +101,11 @@ def _against_vanilla(suite: Suite, name: str, text: str = "") -> str | None:
     vanilla, entry = suite.entries["vanilla"], suite.entries.get(name)
     if entry is None or entry.plan is None or vanilla.plan is None:
         return None
-    losses = {run.entry.seed: run.losses[text] if text else run.validation_loss for run in vanilla.finished}
-    gap = estimate([(run.losses[text] if text else run.validation_loss) - losses[run.entry.seed]
-                    for run in entry.finished if run.entry.seed in losses])  # fmt: skip
+    gap = difference(entry, vanilla, text or None)
     if gap is None:
         return None
-    half = gap.half_width
-    loss = f"{gap.mean:+.3f}".replace("-", "−") + (" (one seed)" if half is None else f" ± {half:.3f}")
+    half = gap.estimate.half_width
+    loss = f"{gap.estimate.mean:+.3f}".replace("-", "−") + (" (one seed)" if half is None else f" ± {half:.3f}")
     if text:
         return loss
     share = entry.plan.peak_model_state_bytes / vanilla.plan.peak_model_state_bytes - 1

@@ -16,8 +16,6 @@ _BYTE_UNITS = {
 }  # fmt: skip
 _COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12, "p": 10**15, "e": 10**18, "z": 10**21}
 _NUMBER_AND_UNIT = re.compile(r"^\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*$", re.IGNORECASE)
-
-
 _MOST_DIGITS = 30  # more than any number of bytes or tokens has
 
 

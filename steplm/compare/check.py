@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from steplm.compare.entries import RunKey, Suite
 from steplm.compare.matching import check_match
 from steplm.config import RunConfig
@@ -9,6 +11,7 @@ from steplm.data.prepare import OnProgress, prepare, with_prepared_dir
 from steplm.data.tokens import Manifest
 from steplm.errors import CheckpointMismatch, ConfigError, SteplmError
 from steplm.eval.text import require_text
+from steplm.planner.ways import written
 
 
 def check_plans(suite: Suite) -> list[RunKey]:
@@ -51,8 +54,7 @@ def _check_same_text(suite: Suite, run: RunKey) -> None:
     """Raises ConfigError where a run's losses are of other text than the baseline's."""
     ours, theirs = suite.run_config(run), suite.run_config(suite.baseline_run(run.seed))
     for name in MEASURED_ON:
-        section, _, key = name.partition(".")
-        value, reference = getattr(getattr(ours, section), key), getattr(getattr(theirs, section), key)
+        value, reference = written(ours, name), written(theirs, name)
         if value != reference:
             raise ConfigError(
                 f"entry {run.entry!r} has {name}={value}, and the baseline {reference}: losses of other text cannot be "
@@ -91,9 +93,10 @@ def check_folders(suite: Suite, configs: dict[RunKey, RunConfig]) -> None:
     """
     from steplm.training.checks import check_same_run, trained_on
 
+    fingerprint = cache(lambda folder: Manifest.load(folder).fingerprint)  # most runs have the same folder
     for run, config in configs.items():
         changed = check_same_run(config, suite.plan(run))
-        before, now = trained_on(config.run_dir), Manifest.load(config.prepared_dir).fingerprint
+        before, now = trained_on(config.run_dir), fingerprint(config.prepared_dir)
         if before not in (None, now):
             changed.append(f"the prepared data: {before} -> {now}")
         if changed:

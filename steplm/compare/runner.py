@@ -230,8 +230,13 @@ class Runner:
 
     def _next_start(self) -> Start[RunKey] | None:
         waiting = [run for run, entry in self.runs.items() if entry.status == "waiting"]
-        begun = {run for run in waiting if self._checkpoints(run)}
-        return next_start(waiting, self.jobs, self.stage_keys, self._stage_ends(), begun)
+        names = {run: {path.name for path in self._checkpoints(run)} for run in self.runs}
+        # One that branched off itself has not the ends of all its stages.
+        ends = {
+            run: [n for n in range(1, self.suite.plan(run).num_stages + 1) if stage_end(n) in names[run]]
+            for run in names
+        }
+        return next_start(waiting, self.jobs, self.stage_keys, ends, [run for run in waiting if names[run]])
 
     def _start(self, start: Start[RunKey]) -> None:
         from steplm.compare.worker import Task, work
@@ -302,16 +307,6 @@ class Runner:
 
     def _checkpoints(self, run: RunKey) -> list[Path]:
         return complete_checkpoints(self.directory / run.dir / "checkpoints")
-
-    def _stage_ends(self) -> dict[RunKey, list[int]]:
-        """Stages whose ends are on the disk: one that branched off itself has not all of them."""
-        ends = {}
-        for run in self.runs:
-            names = {path.name for path in self._checkpoints(run)}
-            stages = range(1, self.suite.plan(run).num_stages + 1)
-            if done := [stage for stage in stages if stage_end(stage) in names]:
-                ends[run] = done
-        return ends
 
     def _still_to_come(self) -> Iterator[RunKey]:
         for entry in self.suite.entries.values():

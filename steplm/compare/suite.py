@@ -222,11 +222,9 @@ def dump_suite(suite: SuiteConfig) -> str:
 def _find_suite(source: str | Path) -> Path:
     """The path of a YAML file, or of the shipped suite of that name."""
     folder = recipes_dir() / "suites"
-    for path in (Path(source), folder / f"{source}.yaml"):
+    for path in (Path(source), folder / f"{source}.yaml", recipes_dir() / f"{source}.yaml"):
         if is_file(path):
             return path
-    if is_file(recipes_dir() / f"{source}.yaml"):
-        raise ConfigError(f"{source} is one run, and no suite: `steplm train {source}`", path=str(source))
     names = sorted(suite.stem for suite in folder.glob("*.yaml"))
     hint = nearest(Path(source).stem, names, otherwise=f" Suites: {', '.join(names)}.")
     raise ConfigError(f"no file {shortened(str(source), 300)}.{hint}", path=str(source))

@@ -84,9 +84,9 @@ def _branched(source_run_dir: Path, stage_index: int, config: RunConfig) -> str 
     """Branch off; what a damaged source says, which is then put aside."""
     try:
         branch(source_run_dir, stage_index, config)
+    except CheckpointMismatch:
+        raise
     except CheckpointError as error:
-        if isinstance(error, CheckpointMismatch):
-            raise
         damaged = source_run_dir / "checkpoints" / stage_end(stage_index)
         if damaged.is_dir():
             mark_damaged(damaged)

@@ -77,7 +77,8 @@ def token_stream(
 def require_text(entries: Sequence[str], text_field: str) -> None:
     """Raises ``DataError`` where there is no text to be scored: better before a model is trained than after."""
     bad = BadRecords()
-    if not any(_texts(entries, text_field, bad)):
+    documents = (document for source in find_sources(entries) for document in source.documents(text_field, bad))
+    if not any(document.text for document in documents):
         raise _no_text(entries, bad)
 
 

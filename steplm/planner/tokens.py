@@ -44,8 +44,8 @@ def stage_tokens(
         ConfigError: the budget is smaller than one step a stage.
     """
     if config.tokens_per_stage is not None:
-        least = f"a stage of {min(config.tokens_per_stage):,} tokens is"
-        each = ""
+        total: float = sum(config.tokens_per_stage)
+        least, each = f"a stage of {min(config.tokens_per_stage):,} tokens is", ""
         steps = [round(tokens / step_tokens) for tokens in config.tokens_per_stage]
     else:
         shares = _shares(config, layers)
@@ -57,6 +57,7 @@ def stage_tokens(
             f"{least} less than one optimizer step ({step_tokens:,} tokens){each}. Raise the budget, or lower "
             "train.sequence_length, train.per_device_train_batch_size, train.gradient_accumulation_steps or "
             "train.global_batch_size.",
+            total_tokens=total,
             step_tokens=step_tokens,
         )
     scheduled = [*(max(n, round(n / config.grow_at)) for n in steps[:-1]), steps[-1]]

@@ -87,6 +87,10 @@ class SuiteRun:
         """By text, ``evaluations.json``."""
         return {name: result["loss"] for name, result in (self.evaluations or {}).items()} if self.finished else {}
 
+    def loss_on(self, text: str | None) -> float | None:
+        """On a text of ``evaluations.json``; ``None`` is the validation text."""
+        return self.validation_loss if text is None else self.losses.get(text)
+
     @cached_property
     def stage_flops_per_token(self) -> tuple[int, ...]:
         return () if self.record is None else tuple(stage.flops_per_token for stage in self.record.plan.stages)
@@ -265,13 +269,13 @@ class Difference:
     verdict: str  # "better", "worse", "no difference seen", "one seed: no verdict", or "1 of 3 diverged"
 
 
-def difference(entry: EntrySummary, baseline: EntrySummary) -> Difference | None:
-    """Paired difference in validation loss, nats a token; ``None`` where no seed has finished in both."""
-    losses = {run.entry.seed: run.validation_loss for run in baseline.finished}
+def difference(entry: EntrySummary, baseline: EntrySummary, text: str | None = None) -> Difference | None:
+    """Paired difference in loss on a text, by default the validation text; ``None`` where no seed has it in both."""
+    losses = {run.entry.seed: run.loss_on(text) for run in baseline.finished}
     gaps = [
-        run.validation_loss - reference
+        loss - reference
         for run in entry.finished
-        if (reference := losses.get(run.entry.seed)) is not None and run.validation_loss is not None
+        if (reference := losses.get(run.entry.seed)) is not None and (loss := run.loss_on(text)) is not None
     ]
     gap = estimate(gaps)
     if gap is None:

@@ -149,10 +149,11 @@ def _caption(suite: Suite, question: Question, baseline: EntrySummary | None) ->
         parts.append("A verdict holds where the interval leaves out 0.")
     parts.append("Model state: its largest bytes of any stage, and planned against the baseline's, or vanilla's.")
     parts.append("tok/s, time: medians over seeds.")
-    return " ".join([*parts, *_warnings(suite, question)])
+    return " ".join([*parts, *warnings(suite, question)])
 
 
-def _warnings(suite: Suite, question: Question) -> list[str]:
+def warnings(suite: Suite, question: Question) -> list[str]:
+    """What a reader of a question's table must not overlook."""
     entries = suite.of(question)
     result = []
     if edges := [entry.label for entry in entries if entry.entry.at_edge]:

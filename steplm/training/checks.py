@@ -120,11 +120,10 @@ def check_same_run(config: RunConfig, plan: Plan) -> list[str]:
             sequences=sequences,
             sequences_before=before_sequences,
         )
-    before, now = flat(begun_with.model_dump(mode="json")), flat(config.model_dump(mode="json"))
-    differing = [key for key in now if now[key] != before.get(key)]
+    differing = _differing(begun_with, config)
     changed = [key for key in differing if not key.startswith(FREE_AT_RESUME)]
     if changed:
-        listing = ", ".join(f"{key}: {before.get(key)} -> {now[key]}" for key in changed[:5])
+        listing = ", ".join(differing[key] for key in changed[:5])
         raise CheckpointMismatch(
             f"{config.run_dir} holds a run of another configuration ({listing}). "
             "Undo the change to resume it, or give this run its own name or output_dir.",
@@ -136,19 +135,25 @@ def check_same_run(config: RunConfig, plan: Plan) -> list[str]:
             "It was edited, or made by another version: give this run its own output_dir.",
             plan_hash=plan.hash,
         )
-    noted = ("optim.", "eval.max_tokens")
-    return [f"{key}: {before.get(key)} -> {now[key]}" for key in differing if key.startswith(noted)]
+    return [change for key, change in differing.items() if key.startswith(("optim.", "eval.max_tokens"))]
 
 
 def is_same_run(config: RunConfig) -> bool:
     """Whether the directory has been given just this run: every key that changes what is computed is as it was."""
     try:
-        before = flat(load_config(config.run_dir / "config.yaml").model_dump(mode="json"))
+        before = load_config(config.run_dir / "config.yaml")
     except ConfigError:
         return False
-    computed = [key for key in FREE_AT_RESUME if not key.startswith("optim.")]
-    now = flat(config.model_dump(mode="json"))
-    return all(now[key] == before.get(key) for key in now if not key.startswith(tuple(computed)))
+    others = [
+        key for key in _differing(before, config) if key.startswith("optim.") or not key.startswith(FREE_AT_RESUME)
+    ]
+    return not others and before.global_batch_size == config.global_batch_size
+
+
+def _differing(before: RunConfig, now: RunConfig) -> dict[str, str]:
+    """``"key: old -> new"`` of every key that differs."""
+    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    return {key: f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value}
 
 
 def written_plan(run_dir: Path) -> Plan:

@@ -144,9 +144,11 @@ def test_a_diverged_run_of_another_configuration_is_tried_again(suite_values: Va
     before = log.stat().st_mtime_ns
     assert run(values) == record
     assert log.stat().st_mtime_ns == before, "the same configuration is not tried again"
-    entries[0]["set"] |= {"optim.weight_decay": 0.0}
-    run(values)
-    assert log.stat().st_mtime_ns > before
+    for change in ({"optim.weight_decay": 0.0}, {"train.per_device_train_batch_size": 1}):
+        entries[0]["set"] |= change
+        before = log.stat().st_mtime_ns
+        run(values)
+        assert log.stat().st_mtime_ns > before, change
 
 
 def test_kept_results_are_gone_on_with_though_their_models_are_gone(
