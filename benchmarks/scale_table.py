@@ -15,9 +15,9 @@ from typing import Any
 
 import steplm
 from steplm.config import RunConfig, load_config
-from steplm.memory.sharded import COMMUNICATION, GATHERED
+from steplm.cost.sharded import COMMUNICATION, GATHERED
 from steplm.planner.plan import plan
-from steplm.planner.traffic import GPUS, LINK_SHARE, UTILIZATION, estimate_steps
+from steplm.cost.traffic import GPUS, LINK_SHARE, UTILIZATION, estimate_steps
 from steplm.types import MemoryEstimate
 
 ROOT = Path(__file__).parents[1]

@@ -23,6 +23,7 @@ from pydantic import (
 
 from steplm.errors import ConfigError
 from steplm.files import is_file
+from steplm.old_keys import refuse_old_keys, translate_old_keys
 from steplm.problems import keys_of, sections_of, validated
 from steplm.units import nearest, parse_bytes, parse_count, shortened
 from steplm.yaml_files import apply_override, dump_yaml, read_yaml
@@ -52,6 +53,8 @@ SinkNames = Annotated[
     BeforeValidator(_one_or_many),
     WithJsonSchema(_schema_of_one_or_many({"enum": ["tensorboard", "wandb"]})),
 ]
+MethodName = Literal["step", "vanilla", "growth", "thawed", "lora", "relora", "badam"]
+RuleName = Literal["adamw", "galore", "apollo", "apollo_mini"]
 Scheduler = Literal["cosine", "warmup_stable_decay", "constant_with_warmup"]
 FOLDER_NAME = r"^\.*[\w\-][\w.\-]*$"  # and not "..", which is another folder
 SHORT_SCHEDULER_NAMES = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
@@ -128,7 +131,6 @@ class PlanConfig(Section):
         "peak", description="what the stages minimise: all bytes on the device, or the model state alone, as the paper"
     )
     solver: Literal["dynamic_programming", "integer_programme"] = "dynamic_programming"
-    freeze_old_layers: bool = Field(True, description="false: growth alone, every layer is trained in every stage")
     count_embeddings: bool = Field(True, description="false: the paper's bare formula, layers only")
     train_embeddings: Literal["always", "first_stage", "adapters"] = Field(
         "always",
@@ -186,17 +188,12 @@ class PetConfig(Section):
     """Adapters on frozen layers (parameter-efficient training)."""
 
     method: Literal["lora", "none"] = "lora"
-    layers: Literal["old", "all"] = Field(
-        "old", description="old: those frozen at a growth; all: every layer, frozen from the start (LoRA, ReLoRA)"
-    )
-    warm_start: float = Field(
-        0.0, ge=0, lt=1, description="share of the tokens in which layers=all trains every layer as a whole, first"
-    )
+    warm_start: float = Field(0.0, ge=0, lt=1, description="relora: share of the tokens before the first adapters")
     restarts: int = Field(
-        0, ge=0, description="times that a stage's adapters are merged and begun anew inside the stage (ReLoRA)"
+        0, ge=0, description="relora, step: times that adapters are merged and reinitialized within a stage"
     )
     restart_keep: float = Field(
-        0.0, ge=0, le=1, description="share of the adapters' moments, the largest, that outlives a restart"
+        0.0, ge=0, le=1, description="share of the adapters' largest moments to keep at a restart"
     )
     rank: int = Field(128, gt=0)
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank; default: 4 × rank")
@@ -208,21 +205,18 @@ class PetConfig(Section):
 class OptimConfig(Section):
     """The optimizer and its schedule; names as in Hugging Face ``TrainingArguments``."""
 
-    name: Literal["adamw", "galore", "apollo", "apollo_mini", "badam"] = Field(
-        "adamw",
-        description="galore, apollo, apollo_mini: low-rank states for the layers' matrices; badam: one layer at a time",
+    name: RuleName = Field(
+        "adamw", description="update rule of the trained layers' matrices; AdamW updates everything else"
     )
-    rank: int = Field(128, gt=0, description="of the states of galore and apollo")
-    low_rank_layers: Literal["all", "old"] = Field(
-        "all",
-        description="layers whose matrices have low-rank states; old: those there before the last growth, which "
-        "plan.freeze_old_layers=false trains on, while the new ones have AdamW's",
+    old_layers: RuleName | None = Field(
+        None, description="thawed: update rule of layers that were there before the last growth"
     )
-    update_proj_gap: int = Field(200, gt=0, description="steps between two projections of galore and apollo")
+    rank: int = Field(128, gt=0, description="galore, apollo: rank of the optimizer states")
+    update_proj_gap: int = Field(200, gt=0, description="galore, apollo: steps between two projections")
     scale: float | None = Field(
         None, gt=0, description="of a low-rank update; default: galore 0.25, apollo 1, apollo_mini 128 ** 0.5"
     )
-    switch_steps: int = Field(100, gt=0, description="steps that badam trains a layer before it goes to the next")
+    switch_steps: int = Field(100, gt=0, description="badam: steps per block")
     learning_rate: float | list[float] = Field(3e-4, description="one for all stages, or one per stage")
     lr_scheduler_type: Annotated[
         Scheduler,
@@ -242,17 +236,9 @@ class OptimConfig(Section):
     adam_epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0, description="on matrices only, not on norms and biases")
     max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
-    keep_state_at_growth: bool = Field(True, description="for parameters that go on being trained")
-
-    @property
-    def is_low_rank(self) -> bool:
-        """Whether the layers' matrices have low-rank states."""
-        return self.name not in ("adamw", "badam")
-
-    @property
-    def state_rank(self) -> int:
-        """Of low-rank states."""
-        return 1 if self.name == "apollo_mini" else self.rank
+    keep_state_at_growth: bool = Field(
+        True, description="keep the optimizer state of parameters that are still trained after a growth"
+    )
 
     @field_validator("learning_rate")
     @classmethod
@@ -292,10 +278,10 @@ class MemoryConfig(Section):
     optimizer_states: Literal["fp32", "8bit"] = Field(
         "fp32", description="Adam's moments: 4 bytes each, or 1 byte in blocks of 256 with one scale"
     )
-    master_weights: bool | Literal["adamw"] = Field(
+    master_weights: bool | RuleName = Field(
         True,
         description="false: no fp32 copy of bf16 weights, updates are rounded stochastically; "
-        "adamw: what has AdamW's states keeps its copy, matrices with low-rank states have none",
+        "the name of an update rule: only its weights keep a copy",
     )
     fused_backward: bool = Field(
         False, description="update each parameter inside the backward pass, so that gradients never all exist"
@@ -362,6 +348,11 @@ class RunConfig(Section):
     """One run."""
 
     name: str = Field("run", pattern=FOLDER_NAME)
+    method: MethodName = Field(
+        "step",
+        description="step: old layers are frozen under adapters; growth: all are trained; thawed: old ones by "
+        "optim.old_layers; vanilla, lora, relora, badam: one stage",
+    )
     seed: int = Field(0, lt=2**32, ge=0)
     output_dir: str | None = Field(None, description="default: runs/NAME")
     init_from: str | None = Field(None, description="Hugging Face folder whose weights start stage 1")
@@ -400,9 +391,7 @@ class RunConfig(Section):
         rates = self.optim.learning_rate
         if isinstance(rates, list) and len(rates) != self.plan.num_stages:
             raise ValueError(f"optim.learning_rate has {len(rates)} entries for plan.num_stages={self.plan.num_stages}")
-        self._check_distributed()
-        self._check_memory()
-        self._check_method()
+        self._check_batch()
         if self.train.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"train.sequence_length={self.train.sequence_length} is more than "
@@ -410,8 +399,8 @@ class RunConfig(Section):
             )
         return self
 
-    def _check_distributed(self) -> None:
-        """Refuse numbers of devices that divide nothing evenly, and what a sharded tensor cannot have."""
+    def _check_batch(self) -> None:
+        """Refuse numbers of devices that divide nothing evenly."""
         train, world_size, num_shards = self.train, self.distributed.world_size, self.distributed.num_shards
         if train.global_batch_size is not None and train.gradient_accumulation_steps > 1:
             raise ValueError(
@@ -427,116 +416,6 @@ class RunConfig(Section):
             raise ValueError(
                 f"distributed.shard_size={num_shards} does not divide the {world_size} devices: each copy of the model "
                 "states needs as many"
-            )
-        if num_shards == 1:
-            return
-        whole = {
-            f"optim.name={self.optim.name} works on whole matrices": self.optim.name != "adamw",
-            f"memory.optimizer_states={self.memory.optimizer_states} has blocks across shards": (
-                self.memory.optimizer_states != "fp32"
-            ),
-            "memory.frozen_weights and memory.offload_frozen keep whole matrices": self.memory.packs_frozen,
-            f"pet.restart_keep={self.pet.restart_keep:g} compares all of a matrix": self.pet.restart_keep > 0,
-        }
-        for fact, is_set in whole.items():
-            if is_set:
-                raise ValueError(
-                    f"{fact}, and distributed.shard_size={num_shards} divides them: "
-                    "leave it out, or set distributed.shard_size=1"
-                )
-
-    def _check_memory(self) -> None:
-        """Refuse options that cannot go together."""
-        memory, train = self.memory, self.train
-        if memory.fused_backward and self.micro_batches > 1:
-            raise ValueError(
-                f"memory.fused_backward updates after every micro-batch, and so cannot sum the gradients of "
-                f"train.gradient_accumulation_steps={self.micro_batches}: set it to 1, "
-                "or memory.fused_backward=false"
-            )
-        if memory.fused_backward and self.optim.max_grad_norm is not None:
-            raise ValueError(
-                f"memory.fused_backward updates before the norm of all gradients is known, and so cannot clip to "
-                f"optim.max_grad_norm={self.optim.max_grad_norm}: set it to null, or memory.fused_backward=false"
-            )
-        if not memory.master_weights and train.precision == "fp32":
-            raise ValueError(
-                "memory.master_weights=false saves the fp32 copy of bf16 weights, and train.precision=fp32 has none: "
-                "leave it out, or set train.precision=bf16"
-            )
-        if memory.offload_frozen and train.compile:
-            raise ValueError(
-                "memory.offload_frozen fetches weights while a layer runs, which a compiled layer cannot: "
-                "set train.compile=false or memory.offload_frozen=false"
-            )
-        on_frozen = {
-            f"memory.frozen_weights={memory.frozen_weights}": memory.frozen_weights != "full",
-            "memory.offload_frozen": memory.offload_frozen,
-            "train.gradient_checkpointing=frozen": train.gradient_checkpointing == "frozen",
-        }
-        for name, is_set in on_frozen.items():
-            if is_set and not self.freezes_layers:
-                raise ValueError(
-                    f"{name} is for frozen layers, and plan.freeze_old_layers=false leaves none: leave one of them out"
-                )
-        if self.plan.train_embeddings == "adapters" and (self.pet.method == "none" or not self.plan.freeze_old_layers):
-            raise ValueError(
-                "plan.train_embeddings=adapters goes with adapters on frozen layers: "
-                "set pet.method=lora and plan.freeze_old_layers=true"
-            )
-
-    def _check_method(self) -> None:
-        """Refuse parts of different methods that cannot go together."""
-        plan, pet, optim, memory = self.plan, self.pet, self.optim, self.memory
-        if pet.layers == "all" and (plan.num_stages > 1 or pet.method == "none"):
-            raise ValueError(
-                f"pet.layers=all freezes every layer from the start, under adapters: it goes with plan.num_stages=1 "
-                f"(it is {plan.num_stages}) and an adapter method (pet.method is {pet.method!r})"
-            )
-        if pet.warm_start and pet.layers != "all":
-            raise ValueError(f"pet.warm_start={pet.warm_start:g} is for pet.layers=all: leave it out, or set that")
-        if pet.layers == "all" and not pet.warm_start and plan.train_embeddings != "always":
-            raise ValueError(
-                f"plan.train_embeddings={plan.train_embeddings} freezes embeddings and head once they are trained, and "
-                "pet.layers=all trains nothing before its adapters: set plan.train_embeddings=always, or pet.warm_start"
-            )
-        if pet.restarts and not self.has_adapters:
-            raise ValueError(
-                f"pet.restarts={pet.restarts} begins adapters anew, and this run has none: set plan.num_stages=2 or "
-                "more, or pet.layers=all, or leave it out"
-            )
-        if optim.name == "badam" and (plan.num_stages > 1 or pet.layers == "all"):
-            raise ValueError(
-                "optim.name=badam trains one layer at a time and leaves none frozen: it goes with plan.num_stages=1 "
-                "and pet.layers=old"
-            )
-        by_layer = self.train.gradient_checkpointing in ("frozen", "new")
-        if optim.name == "badam" and (memory.packs_frozen or by_layer):
-            raise ValueError(
-                "optim.name=badam leaves no layer frozen for long: memory.frozen_weights, memory.offload_frozen and "
-                "train.gradient_checkpointing by kind of layer are for frozen ones. Leave them out, or recompute all: "
-                "train.gradient_checkpointing=true"
-            )
-        if memory.master_weights == "adamw" and not optim.is_low_rank:
-            raise ValueError(
-                "memory.master_weights=adamw is for matrices with low-rank states, and "
-                f"optim.name={optim.name} has none: set memory.master_weights to true or false"
-            )
-        if optim.low_rank_layers == "old" and not (optim.is_low_rank and plan.num_stages > 1):
-            raise ValueError(
-                "optim.low_rank_layers=old is for layers that were there before a growth, under galore, apollo or "
-                f"apollo_mini: optim.name is {optim.name} and plan.num_stages is {plan.num_stages}. Leave it out, or "
-                "set both"
-            )
-        if optim.low_rank_layers == "old" and plan.freeze_old_layers:
-            raise ValueError(
-                "optim.low_rank_layers=old trains the old layers, and plan.freeze_old_layers=true freezes them: "
-                "set one of them otherwise"
-            )
-        if optim.is_low_rank and memory.optimizer_states != "fp32":
-            raise ValueError(
-                f"optim.name={optim.name} has low-rank states in fp32: leave memory.optimizer_states out, "
-                "or set optim.name=adamw"
             )
 
     @property
@@ -563,17 +442,6 @@ class RunConfig(Section):
         return self.eval.per_device_eval_batch_size or self.train.per_device_train_batch_size
 
     @property
-    def freezes_layers(self) -> bool:
-        """Whether a layer is frozen, where there is one that can be."""
-        return self.pet.layers == "all" or self.plan.freeze_old_layers
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether any stage has adapters."""
-        any_old = self.pet.layers == "all" or self.plan.num_stages > 1
-        return self.pet.method != "none" and self.freezes_layers and any_old
-
-    @property
     def step_tokens(self) -> int:
         """Tokens of one optimizer step, over all devices."""
         return self.global_batch_size * self.train.sequence_length
@@ -588,10 +456,10 @@ class RunConfig(Section):
         """Sequences of the largest micro-batch of a device."""
         return min(self.train.per_device_train_batch_size, self.global_batch_size // self.distributed.world_size)
 
-    def learning_rate(self, num_growths: int) -> float:
-        """Highest learning rate after so many growths."""
+    def learning_rate(self, stage: int) -> float:
+        """Highest learning rate of a stage, from 1."""
         rates = self.optim.learning_rate
-        return rates[num_growths] if isinstance(rates, list) else rates
+        return rates[stage - 1] if isinstance(rates, list) else rates
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
@@ -609,7 +477,17 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
         raise ConfigError(f"{source} is a suite of runs: `steplm compare {source}`", path=str(source))
     for override in overrides:
         apply_override(values, override)
+    refuse_old_keys(values)
     return validated(RunConfig, values)
+
+
+def load_written_config(run_dir: Path) -> RunConfig:
+    """``config.yaml`` of a run directory, which an older version may have written.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    return validated(RunConfig, translate_old_keys(read_yaml(run_dir / "config.yaml")))
 
 
 def dump_config(config: RunConfig) -> str:

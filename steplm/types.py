@@ -5,14 +5,10 @@ Nothing here computes weights or reads files. ``to_json`` and ``from_json`` work
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
 from typing import Any, TypeVar
-
-SCHEMA_VERSION = 2
 
 T = TypeVar("T")
 
@@ -155,26 +151,10 @@ class LayerMap:
 
 
 @dataclass(frozen=True)
-class AdapterSpec:
-    """Adapters of one stage: LoRA of ``rank`` on each of ``target_modules`` in each of ``layers``."""
-
-    method: str
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...]  # last part of the module's name: "q_proj"
-    layers: tuple[int, ...]
-    embeddings: bool = False  # also on the embeddings and the head
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
-
-
-@dataclass(frozen=True)
 class MemoryTerm:
     """Bytes of one kind of tensor of one component, on one rank."""
 
-    component: str  # "new_layers", "frozen_layers", "adapters", "embeddings", "final_norm", "head", ...
+    component: str  # "trained_layers", "frozen_layers", "adapters", "embeddings", "final_norm", "head", ...
     kind: str  # model state: "weights", "gradients", "optimizer"; beside it: "activations", "workspace", HOST
     num_bytes: int
     formula: str
@@ -245,104 +225,6 @@ class PeakEstimate:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What one stage trains, on which model, for how long, in how many bytes."""
-
-    index: int  # from 1
-    num_new_layers: int  # 0: this stage grows nothing, and begins adapters anew
-    num_hidden_layers: int  # after growth
-    layer_map: LayerMap | None  # None: this stage starts from fresh or given weights
-    frozen_layers: tuple[int, ...]  # not trained as a whole; they may have adapters
-    trained_patterns: tuple[str, ...]  # shell-style patterns over parameter names
-    adapters: AdapterSpec | None
-    scheduled_tokens: int  # the learning-rate schedule runs over these
-    tokens: int  # the stage stops after these
-    memory: MemoryEstimate  # the model state
-    peak: PeakEstimate | None = None  # all that the device holds; None where the family's layers are not known
-    flops_per_token: int = 0  # of training
-    num_growths: int = 0  # up to here: the entry of the configuration's lists of one value a stage
-    schedule_start_tokens: int = 0  # of the schedule, that have passed when this stage begins
-    low_rank_layers: tuple[int, ...] = ()  # of those trained as a whole; their matrices have low-rank states
-
-    @property
-    def whole_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that are trained as a whole."""
-        return tuple(sorted(set(range(self.num_hidden_layers)) - set(self.frozen_layers)))
-
-    @property
-    def grows(self) -> bool:
-        """Whether layers are added to an older model at its beginning."""
-        return self.layer_map is not None and self.num_new_layers > 0
-
-    @property
-    def device_bytes(self) -> int:
-        """The peak, or the model state where no more is known."""
-        return self.memory.total_bytes if self.peak is None else self.peak.total_bytes
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The stages of a run and what they cost. Training obeys it."""
-
-    shape: ModelShape
-    precision: str  # "bf16" or "fp32"
-    stages: tuple[Stage, ...]
-    proved_optimal: bool
-    vanilla_model_state_bytes: int
-    vanilla_peak_bytes: int | None = None  # on the same batches, without any memory option
-    schema_version: int = SCHEMA_VERSION
-
-    @property
-    def num_stages(self) -> int:
-        return len(self.stages)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """n_1 … n_K."""
-        return tuple(stage.num_new_layers for stage in self.stages if stage.num_new_layers)
-
-    @property
-    def total_tokens(self) -> int:
-        return sum(stage.tokens for stage in self.stages)
-
-    @property
-    def training_flops(self) -> int:
-        """Of all stages, without evaluation and without what is computed again."""
-        return sum(stage.tokens * stage.flops_per_token for stage in self.stages)
-
-    @property
-    def peak_model_state_bytes(self) -> int:
-        return max(stage.memory.total_bytes for stage in self.stages)
-
-    @property
-    def peak_bytes(self) -> int | None:
-        """All bytes on the device, in the stage that has the most; None where the family is not modelled."""
-        peaks = [stage.peak.total_bytes for stage in self.stages if stage.peak is not None]
-        return max(peaks) if len(peaks) == self.num_stages else None
-
-    @property
-    def reduction(self) -> float:
-        """Share of vanilla's model-state bytes that this plan saves, 0 … 1."""
-        return 1.0 - self.peak_model_state_bytes / self.vanilla_model_state_bytes
-
-    @property
-    def hash(self) -> str:
-        """Sixteen hexadecimal digits of all that training obeys; bytes are not among it: they follow the devices."""
-        return self.hash_until(self.num_stages)
-
-    def hash_until(self, stage_index: int) -> str:
-        """The same of the stages up to this one, as if the run ended there: plans that begin alike share it."""
-        stages = [to_json(stage) for stage in self.stages[:stage_index]]
-        for stage, made in zip(stages, self.stages, strict=False):
-            del stage["memory"], stage["peak"]  # they depend on devices and micro-batch, which may change at a resume
-            if made.low_rank_layers in ((), made.whole_layers):
-                del stage["low_rank_layers"]  # no choice among layers: the hash is as before there was one
-        shape = to_json(replace(self.shape, num_hidden_layers=self.stages[stage_index - 1].num_hidden_layers))
-        text = json.dumps({"shape": shape, "precision": self.precision, "stages": stages}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
 class LayerProvenance:
     """The history of one layer: the stage it was born in and the layers it was made of."""
 
@@ -356,8 +238,9 @@ class TrainState:
     """Progress, and nothing else. Tokens count input positions, over all ranks."""
 
     stage_index: int  # from 1
+    phase_index: int  # from 1, in the schedule
     step: int  # optimizer steps done in this stage
-    stage_tokens_seen: int
+    phase_step: int  # optimizer steps done in this phase
     tokens_seen: int  # in the whole run
     stage_done: bool = False
 

@@ -63,7 +63,7 @@ def test_what_the_page_says_of_the_tables_is_so() -> None:
 
 
 def test_the_commands_of_the_page_are_made_of_what_there_is() -> None:
-    from steplm.planner.traffic import GPUS
+    from steplm.cost.traffic import GPUS
 
     assert set(re.findall(r"--gpu (\w+)", PAGE)) <= set(GPUS)
     assert all(parse_bytes(rate) for rate in re.findall(r"--bandwidth (\S+)`?", PAGE) if rate[0].isdigit())

@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from steplm.config import RunConfig, load_config
-from steplm.memory.terms import OUTER_COMPONENTS
+from steplm.cost.terms import OUTER_COMPONENTS
 from steplm.planner.plan import Phase, StageCosts, as_vanilla
 from steplm.planner.plan import plan as make_plan
 from steplm.planner.shape import FAMILIES
-from steplm.planner.traffic import UTILIZATION
+from steplm.cost.traffic import UTILIZATION
 from steplm.types import HOST, MemoryEstimate, MemoryTerm, ModelShape, Plan, Stage, to_json
 from steplm.units import binary_unit, format_bytes, format_count
 

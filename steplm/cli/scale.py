@@ -12,7 +12,7 @@ from rich.table import Table
 from steplm.cli.plan import five_digits
 from steplm.config import RunConfig
 from steplm.errors import ConfigError
-from steplm.planner.traffic import GPUS, LINK_SHARE, Gpu, StepEstimate, estimate_steps
+from steplm.cost.traffic import GPUS, LINK_SHARE, Gpu, StepEstimate, estimate_steps
 from steplm.planner.ways import require_known
 from steplm.types import Plan
 from steplm.units import binary_unit, format_count, format_seconds, parse_bytes

@@ -17,7 +17,7 @@ from rich.text import Text
 from steplm.compare.tuning import Choice
 from steplm.report.documents import Summary, read_document
 from steplm.report.suite import RunEntry
-from steplm.types import Plan
+from steplm.planner.plan import Plan
 from steplm.units import format_count, format_seconds
 
 LINE_EVERY_SECONDS = 60.0

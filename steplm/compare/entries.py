@@ -19,7 +19,7 @@ from steplm.config import TOKEN_BUDGETS, RunConfig, load_config
 from steplm.errors import ConfigError
 from steplm.planner.plan import plan as make_plan
 from steplm.report.suite import EntryRecord, Question
-from steplm.types import Plan
+from steplm.planner.plan import Plan
 from steplm.units import nearest
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from steplm.errors import ConfigError
-from steplm.memory.formats import MIN_OFFLOADED_BYTES
+from steplm.cost.formats import MIN_OFFLOADED_BYTES
 
 
 def layers_to_checkpoint(

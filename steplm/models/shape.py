@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from steplm.errors import ConfigError
-from steplm.memory.measure import find_layers, name_of_head, outer_component
+from steplm.cost.measure import find_layers, name_of_head, outer_component
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
 from steplm.types import LinearShape, ModelShape
 from steplm.units import reason

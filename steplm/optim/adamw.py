@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from steplm.errors import CheckpointMismatch, ConfigError, SteplmError
-from steplm.memory.formats import STATE_BLOCK, STEP_CHUNK
+from steplm.cost.formats import STATE_BLOCK, STEP_CHUNK
 from steplm.optim.quantized import CodeBook, round_stochastically_
 from steplm.rows import on_this_rank
 

@@ -1,6 +1,6 @@
 """The optimizer that a configuration names. To add one: write its class and add a line to ``OPTIMIZERS``.
 
-The bytes of its states are a term of the plan: ``steplm.memory.terms.optimizer``.
+The bytes of its states are a term of the plan: ``steplm.cost.terms.optimizer``.
 """
 
 from __future__ import annotations

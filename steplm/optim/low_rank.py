@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from steplm.errors import ConfigError
-from steplm.memory.formats import is_low_rank
-from steplm.memory.measure import ADAPTER_TENSORS
+from steplm.cost.formats import is_low_rank
+from steplm.cost.measure import ADAPTER_TENSORS
 from steplm.optim.adamw import MOMENTS, AdamW, Piece, decays
 from steplm.optim.projection import leading_vectors, random_projector
 from steplm.optim.quantized import round_stochastically_

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steplm.memory.formats import STATE_BLOCK
+from steplm.cost.formats import STATE_BLOCK
 
 
 def dynamic_tree(signed: bool) -> list[float]:

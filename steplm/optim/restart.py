@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steplm.errors import ConfigError
-from steplm.memory.formats import STATE_BLOCK
+from steplm.cost.formats import STATE_BLOCK
 from steplm.optim.quantized import dynamic_tree
 
 

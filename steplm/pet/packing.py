@@ -1,7 +1,7 @@
 """Storage formats of a frozen matrix: the tensors that hold it, and how to get from one to the other.
 
 ``full`` is the matrix itself; ``int8`` has one fp32 scale per row; ``nf4`` is the 4-bit NormalFloat of QLoRA
-(arXiv 2305.14314), section 3, with one bf16 scale per block. Bytes: ``steplm.memory.formats``.
+(arXiv 2305.14314), section 3, with one bf16 scale per block. Bytes: ``steplm.cost.formats``.
 To add a format, write a class with these three functions and add a line to ``FORMATS``.
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from steplm.memory.formats import NF4_BLOCK, PACK_CHUNK
+from steplm.cost.formats import NF4_BLOCK, PACK_CHUNK
 
 CODES, SCALES = "weight_codes", "weight_scales"  # names of the tensors below a linear map
 

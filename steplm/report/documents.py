@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from steplm.errors import SteplmError
-from steplm.types import Plan, from_json
+from steplm.planner.plan import Plan
+from steplm.types import from_json
 from steplm.units import reason
 
 MOST = 1e18  # of any number in a document: a plan's sums and products then stay far below what a float can hold

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from steplm.config import RunConfig, load_config
 from steplm.errors import SteplmError
 from steplm.report.documents import Summary, read_document, read_events, read_plan
-from steplm.types import Plan
+from steplm.planner.plan import Plan
 from steplm.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:

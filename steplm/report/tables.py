@@ -12,7 +12,7 @@ from typing import Any
 from steplm.report.runs import NOT_YET, percent
 from steplm.report.suite import Question, SuiteRecord
 from steplm.report.summary import EntrySummary, Estimate, Suite, SuiteRun, difference
-from steplm.types import Stage
+from steplm.planner.plan import Stage
 from steplm.units import format_bytes, format_count, format_seconds
 
 

@@ -15,7 +15,8 @@ from steplm.problems import validated
 from steplm.report.figure import DASHES
 from steplm.report.runs import percent
 from steplm.report.style import INK, KIND_COLOURS, MUTED, RC, clean
-from steplm.types import HOST, PeakEstimate, Stage
+from steplm.planner.plan import Stage
+from steplm.types import HOST, PeakEstimate
 from steplm.units import format_bytes
 
 if TYPE_CHECKING:

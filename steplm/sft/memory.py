@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from steplm.memory.terms import WEIGHT_BYTES
+from steplm.cost.terms import WEIGHT_BYTES
 
 # Weights and gradients in fp32 (under autocast, where precision is bf16), and Adam's two moments: 16 bytes, as in
 # pre-training's 2 + 2 + 12.

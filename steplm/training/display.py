@@ -18,7 +18,7 @@ from steplm.units import format_bytes, format_count, format_seconds, perplexity_
 
 if TYPE_CHECKING:
     from steplm.data.prepare import PrepareProgress
-    from steplm.memory.measure import PeakMemory
+    from steplm.cost.measure import PeakMemory
     from steplm.training.step import StepReport
 
 

@@ -21,7 +21,7 @@ from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.forward import batch_loss
 from steplm.optim.adamw import global_grad_norm
 from steplm.training.assemble import StageStart, assemble, probe_model
-from steplm.training.gauge import ALLOCATED, AllocatedBytes, CountedBytes, gauge_for
+from steplm.training.peak_meter import ALLOCATED, AllocatedBytes, CountedBytes, gauge_for
 from steplm.training.timeline import GROWN_WEIGHTS, STAGE_WEIGHTS, Part, RecordedBytes, on_device
 from steplm.types import Instant, MemoryEstimate, MemoryTerm, PeakEstimate, Stage, TrainState
 

@@ -27,7 +27,7 @@ from steplm.checkpoint import (
 from steplm.distributed.shard import as_global
 from steplm.errors import SteplmError, TrainingDiverged
 from steplm.growth.grow import grow, grow_config, layer_prefix_of, provenance, renamed
-from steplm.memory.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
+from steplm.cost.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
 from steplm.models.build import DTYPES, config_values, fresh_layers, hf_config, initial_state, plain_state
 from steplm.models.folder import load_config_and_state
 from steplm.optim.adamw import AdamW, carry_state
@@ -37,7 +37,7 @@ from steplm.optim.schedules import learning_rate
 from steplm.pet.adapters import adapter_state, merge_state
 from steplm.pet.frozen import unpacked_state
 from steplm.training.assemble import Assembled, StageStart, packed_rows, probe_model
-from steplm.training.gauge import gauge_for
+from steplm.training.peak_meter import gauge_for
 from steplm.training.step import Pass, StepReport, forward_backward, train_step, trial
 from steplm.types import LayerProvenance, Stage, TrainState, to_json
 from steplm.units import format_bytes

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from steplm.data.loader import Batch
 from steplm.distributed.world import World
-from steplm.memory.measure import PeakMemory
+from steplm.cost.measure import PeakMemory
 from steplm.models.forward import batch_loss, uncompiled
 from steplm.models.loss import IGNORE_INDEX
 from steplm.optim.adamw import AdamW, clip_coefficient, global_grad_norm

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steplm.memory.count import REST
-from steplm.memory.measure import ADAPTER_TENSORS
+from steplm.cost.count import REST
+from steplm.cost.measure import ADAPTER_TENSORS
 from steplm.optim.adamw import AdamW
-from steplm.training.gauge import CountedBytes
+from steplm.training.peak_meter import CountedBytes
 from steplm.types import HOST
 
 ADAPTERS = "adapters"

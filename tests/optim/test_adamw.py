@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from steplm.errors import CheckpointMismatch
-from steplm.memory.count import ByteCounter
+from steplm.cost.count import ByteCounter
 from steplm.optim import adamw as module
 from steplm.optim.adamw import AdamW, carry_state, clip_coefficient, decays, global_grad_norm
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from steplm.errors import CheckpointMismatch, ConfigError
-from steplm.memory.formats import STATE_BLOCK, state_bytes
+from steplm.cost.formats import STATE_BLOCK, state_bytes
 from steplm.optim import adamw as module
 from steplm.optim.adamw import AdamW, carry_state
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from steplm.errors import CheckpointMismatch, ConfigError
-from steplm.memory.count import ByteCounter
-from steplm.memory.formats import low_rank_state_bytes, low_rank_step_bytes
+from steplm.cost.count import ByteCounter
+from steplm.cost.formats import low_rank_state_bytes, low_rank_step_bytes
 from steplm.optim.adamw import AdamW, carry_state
 from steplm.optim.low_rank import SCALES, LowRankAdamW, has_low_rank_states
 from steplm.optim.projection import leading_vectors, random_projector

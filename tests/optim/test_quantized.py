@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steplm.memory.formats import STATE_BLOCK, state_bytes
+from steplm.cost.formats import STATE_BLOCK, state_bytes
 from steplm.optim.quantized import CodeBook, dynamic_tree, round_stochastically_
 
 SIGNED, UNSIGNED = CodeBook(signed=True, device="cpu"), CodeBook(signed=False, device="cpu")

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from steplm.errors import ConfigError
-from steplm.memory.formats import FROZEN_FORMATS
+from steplm.cost.formats import FROZEN_FORMATS
 from steplm.pet.adapters import adapter_state, attach, load_adapter_state, merge_state
 from steplm.pet.frozen import frozen_tensors, pack_frozen, unpacked_state
 from steplm.pet.frozen_linear import FrozenLinear

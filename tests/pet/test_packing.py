@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from steplm.memory.count import ByteCounter
-from steplm.memory.formats import FROZEN_FORMATS, NF4_BLOCK
+from steplm.cost.count import ByteCounter
+from steplm.cost.formats import FROZEN_FORMATS, NF4_BLOCK
 from steplm.pet import packing
 from steplm.pet.packing import CODES, FORMATS, NF4_LEVELS, SCALES
 

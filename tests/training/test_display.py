@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from steplm.config import load_config
-from steplm.memory.measure import PeakMemory
+from steplm.cost.measure import PeakMemory
 from steplm.planner.plan import plan as make_plan
 from steplm.training.display import Display, RichDisplay
 from steplm.training.step import StepReport, StepResult

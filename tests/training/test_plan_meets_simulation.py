@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from steplm.config import RunConfig, load_config
-from steplm.memory.count import ByteCounter
+from steplm.cost.count import ByteCounter
 from steplm.models.loss import chunked_cross_entropy
 from steplm.planner.plan import plan
 from steplm.training.simulate import simulate_stage

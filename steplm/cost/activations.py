@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steplm.memory.terms import WEIGHT_BYTES
+from steplm.cost.terms import WEIGHT_BYTES
+from steplm.schedule import Adapter, Role, Trained
 from steplm.types import LinearShape, ModelShape
 
 # Families whose layers are counted here, and whether they normalise each head's query and key.
@@ -39,8 +40,6 @@ class Workload:
     precision: str
     num_sequences: int  # of a micro-batch
     sequence_length: int
-    adapter_rank: int = 0
-    adapter_targets: tuple[str, ...] = ()
     has_mask: bool = False  # attention stays inside documents
 
     @property
@@ -98,16 +97,17 @@ def norm_backward(work: Workload) -> int:
     return 16 * work.num_tokens * work.shape.hidden_size + work.stream_bytes
 
 
-def layer_activations(work: Workload, *, trained: bool) -> LayerActivations:
-    """Of a layer that is trained as a whole, or of a frozen one with or without adapters.
+def layer_activations(work: Workload, role: Role) -> LayerActivations:
+    """Of a layer that is trained as a whole, or of a frozen one with or without an adapter.
 
     Saved: two norms, ``w N (2 q + 2 k) + 4 N h`` of the attention (query, key, value, output and its normaliser),
     ``3 w N f`` of the feed-forward (gate, its activation, up), and the inputs of linear maps that need them for
     a gradient: ``2 w N d + w N f``; ``w N r`` for each adapter.
     """
     shape, w, N = work.shape, work.width, work.num_tokens
-    adapted = () if trained else work.adapter_targets
-    d, r = shape.hidden_size, work.adapter_rank
+    trained = isinstance(role, Trained)
+    adapted, r = (role.target_modules, role.rank) if isinstance(role, Adapter) else ((), 0)
+    d = shape.hidden_size
     q, k = _linear(shape, "q_proj").out_features, _linear(shape, "k_proj").out_features
     inner, f = work.feed_forward_bytes, _linear(shape, "gate_proj").out_features
 

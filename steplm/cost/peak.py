@@ -1,6 +1,6 @@
-"""All that a device holds, at each moment of a stage that can be its highest, where it holds the whole model.
+"""All that a device holds at each instant of a phase that can be its highest, where it holds the whole model.
 
-Every moment holds the weights and the optimizer's states. Beside them: the loss holds the activations of all layers
+Every instant holds the weights and the optimizer's states. Beside them: the loss holds the activations of all layers
 and its own workspace; the backward pass of a layer holds the activations of the layers below it and the gradients of
 those above it; the update holds all gradients. Left out: the device's context and libraries (``memory.reserve``).
 
@@ -10,74 +10,60 @@ N tokens of a micro-batch, d hidden size, V vocabulary, C rows of the loss at on
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import replace
+from math import prod
 
-from steplm.config import MemoryConfig, OptimConfig, TrainConfig
-from steplm.memory.activations import Workload, layer_activations, norm_backward, norm_saved
-from steplm.memory.formats import (
+from steplm.config import RunConfig
+from steplm.cost.activations import Workload, layer_activations, norm_backward, norm_saved
+from steplm.cost.formats import (
     CODE_BOOK_BYTES,
     MIN_OFFLOADED_BYTES,
     STEP_CHUNK,
     largest_bucket,
-    low_rank_step_bytes,
     step_bytes,
     unpack_bytes,
 )
-from steplm.memory.terms import FETCH_SLOTS, low_rank_maps
-from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm
-
-GRADIENTS_OF = {"new_layers": "new_layers", "frozen_layers": "adapters"}  # kind of layer -> its trained part
-KINDS_OF_LAYERS = tuple(GRADIENTS_OF)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What the moments of a stage depend on."""
-
-    work: Workload
-    state: MemoryEstimate  # of the stage, embeddings and head counted
-    train: TrainConfig
-    memory: MemoryConfig
-    optim: OptimConfig
-    num_layers: int
-    new_layers: frozenset[int]  # indices of those that are trained as a whole
-    low_rank_layers: frozenset[int]  # of these, those whose matrices have low-rank states
-    outer: str  # embeddings, final norm and head: "trained", "frozen" or "adapters"
-    micro_batches: int
-    eval_batch_size: int
+from steplm.cost.rules import ADAMW, RULES, keeps_master, split_by_rule
+from steplm.cost.terms import FETCH_SLOTS, adapter_shapes, component_of, embedding_adapter_shapes, model_state
+from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
+from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm, ModelShape, TensorShape
 
 
-class Moments:
-    """The moments of a stage, each from the same few numbers."""
+class Instants:
+    """The instants of a phase, each from the same few numbers."""
 
-    def __init__(self, of: Pass) -> None:
-        work, train, new_layers, num_layers, outer = of.work, of.train, of.new_layers, of.num_layers, of.outer
-        self.work, self.shape, self.state = work, work.shape, of.state
-        self.train, self.memory, self.optim, self.outer = train, of.memory, of.optim, outer
-        self.num_layers, self.eval_batch_size = num_layers, of.eval_batch_size
-        self.frees_gradients = of.memory.fused_backward  # each as soon as it is there
-        self.is_new = [index in new_layers for index in range(num_layers)]
-        self.has_low_rank = [index in of.low_rank_layers for index in range(num_layers)]
-        self.new_below = [0, *accumulate(map(int, self.is_new))]  # new layers among the lowest 0, 1, 2 ...
+    def __init__(self, config: RunConfig, shape: ModelShape, phase: Phase) -> None:
+        train, memory = config.train, config.memory
+        self.config, self.shape, self.phase = config, shape, phase
+        self.train, self.memory, self.optim = train, memory, config.optim
+        self.work = Workload(
+            shape, train.precision, config.micro_batch_size, train.sequence_length, config.data.within_documents
+        )
+        self.state = model_state(config, shape, phase)
+        self.outside, self.roles, self.num_layers = phase.embeddings_and_head, phase.layers, phase.num_hidden_layers
+        self.trains_outside = isinstance(self.outside, Trained)
+        self.outside_rank = self.outside.rank if isinstance(self.outside, Adapter) else 0
+        self.frees_gradients = memory.fused_backward  # each as soon as it is there
+        self.kinds = tuple(phase.groups)  # the different roles of layers
+        # Of each kind: layers among the lowest 0, 1, 2 ...
+        self.below = {kind: [0] for kind in self.kinds}
+        for role in self.roles:
+            for kind, counts in self.below.items():
+                counts.append(counts[-1] + (kind == role))
         self.recomputes = {
-            "new_layers": train.gradient_checkpointing in (True, "new"),
-            "frozen_layers": train.gradient_checkpointing in (True, "frozen"),
+            kind: train.gradient_checkpointing in (True, "new" if isinstance(kind, Trained) else "frozen")
+            for kind in self.kinds
         }
-        self.activations = {
-            "new_layers": layer_activations(work, trained=True),
-            "frozen_layers": layer_activations(work, trained=False),
-        }
+        self.activations = {kind: layer_activations(self.work, kind) for kind in self.kinds}
         self.kept = {
-            kind: work.stream_bytes if self.recomputes[kind] else self.activations[kind].saved
-            for kind in KINDS_OF_LAYERS
+            kind: self.work.stream_bytes if self.recomputes[kind] else self.activations[kind].saved
+            for kind in self.kinds
         }
         # Gradients of all micro-batches are summed: from the second one on they all exist, all the time.
-        self.sums_gradients = of.micro_batches > 1
-        # Where nothing below is trained, the backward pass ends early, and these layers save nothing for it.
-        below = outer == "frozen" and not work.adapter_targets
-        self.silent = min(new_layers, default=num_layers) if below else 0
-        self.matrix = self.shape.vocab_size * self.shape.hidden_size  # of the embeddings, or of the head
+        self.sums_gradients = config.micro_batches > 1
+        # Layers that the backward pass does not reach save nothing for it.
+        self.unreached = phase.num_layers_without_backward
+        self.matrix = shape.vocab_size * shape.hidden_size  # of the embeddings, or of the head
 
     def in_order(self, *, grows: bool) -> tuple[Instant, ...]:
         """All of them; ``grows``: whether the stage begins with a growth."""
@@ -93,16 +79,16 @@ class Moments:
         """The chunked loss: all activations wait, and the head's gradient is made in the same pass."""
         w, N, V = self.work.width, self.work.num_tokens, self.shape.vocab_size
         chunk = self._chunk_bytes(N)
-        if self.outer == "trained" and w == 2:  # its last product comes when the chunk's logits are rounded
+        if self.trains_outside and w == 2:  # its last product comes when the chunk's logits are rounded
             chunk = max(chunk, self._chunk_rows(N) * 2 * V + 2 * self.matrix)
-        adapted = self.work.adapter_rank if self.outer == "adapters" else 0
+        adapted = self.outside_rank
         saved = 0 if self.memory.offload_activations else self._final_norm_saved()
         terms = [
             term("loss", "activations", saved, "final norm: 4 N d + w N d"),
             term("loss", "workspace", 2 * self.work.stream_bytes, "hidden states and their gradient: 2 w N d"),
             term("loss", "workspace", chunk, "chunk: 6 C V (fp32: 4 C V), or 2 C V + 2 V d"),
             term("loss", "workspace", 3 * w * N * adapted, "adapter of the head: 3 w N r"),
-            term("head", "gradients", 4 * self.matrix * (self.outer == "trained"), "summed in fp32: 4 V d"),
+            term("head", "gradients", 4 * self.matrix * self.trains_outside, "summed in fp32: 4 V d"),
             term("adapters", "gradients", 4 * V * adapted, "of the head, summed in fp32: 4 V r"),
         ]
         return self._instant("loss", self.num_layers, terms, self._all_gradients() if self.sums_gradients else [])
@@ -113,7 +99,7 @@ class Moments:
         Where the update is fused into the backward pass, the head's comes just before.
         """
         backward, formula = norm_backward(self.work), "16 N d + w N d"
-        update = self._fused_update(self.matrix) if self.outer == "trained" else 0
+        update = self._fused_update(self.matrix) if self.trains_outside else 0
         saved = self._final_norm_saved()
         if update and not self.shape.tie_word_embeddings:
             before = self.work.stream_bytes + self.matrix * self.work.width + update
@@ -128,16 +114,13 @@ class Moments:
 
     def highest_layer(self) -> Instant:
         """The backward pass of the layer at which most is held."""
-        per_layer = {
-            kind: self._trained_in(kind) // max(self._count(kind), 1) * (not self.sums_gradients)
-            for kind in KINDS_OF_LAYERS
-        }
+        per_layer = {kind: self._gradients_of_one(kind) * (not self.sums_gradients) for kind in self.kinds}
 
         def held(index: int) -> int:
             inside = sum(term.num_bytes for term in self._inside(index) if term.kind != HOST)
             kept = 0 if self.memory.offload_activations else 1
-            below = sum(self.kept[kind] * self._saving(kind, index + 1) for kind in KINDS_OF_LAYERS)
-            above = sum(per_layer[k] * (self._count(k) - self._count(k, index + 1)) for k in KINDS_OF_LAYERS)
+            below = sum(self.kept[kind] * self._saving(kind, index + 1) for kind in self.kinds)
+            above = sum(per_layer[k] * (self._count(k) - self._count(k, index + 1)) for k in self.kinds)
             return kept * below + inside + above
 
         index = max(self._candidates(), key=held)
@@ -148,11 +131,11 @@ class Moments:
         """The end of the backward pass: no activations, all gradients."""
         terms = [term("embeddings", "workspace", self.work.stream_bytes, "gradient of the hidden states: w N d")]
         matrix_bytes = self.matrix * self.work.width
-        if self.outer == "trained" and (self.frees_gradients or self.sums_gradients):
+        if self.trains_outside and (self.frees_gradients or self.sums_gradients):
             terms.append(term("embeddings", "gradients", matrix_bytes, "one more, before it is added: w V d"))
-        if self.outer == "trained" and self.shape.tie_word_embeddings:
+        if self.trains_outside and self.shape.tie_word_embeddings:
             terms.append(term("embeddings", "gradients", matrix_bytes, "the head's part: w V d"))
-        update = self._fused_update(self.matrix) if self.outer == "trained" else 0
+        update = self._fused_update(self.matrix) if self.trains_outside else 0
         if update and self.shape.tie_word_embeddings:  # both parts are one by then
             update = max(update - matrix_bytes, 0)
         terms.append(term("optimizer", "workspace", update, self._step_formula()))
@@ -160,15 +143,15 @@ class Moments:
 
     def update(self) -> Instant:
         """The optimizer's step."""
-        sizes = [min(size, STEP_CHUNK) for size in self._trained_matrices()]
-        workspace = max(self._step_bytes(largest_bucket(sizes), max(sizes, default=0)), self._low_rank_step_bytes())
+        sizes = [min(size, STEP_CHUNK) for size in self._adamw_matrices()]
+        workspace = max(self._step_bytes(largest_bucket(sizes), max(sizes, default=0)), self._rules_step_bytes())
         held = 0 if self.memory.fused_backward else workspace
         terms = [term("optimizer", "workspace", held, self._step_formula())]
         return self._instant("optimizer step", 0, terms, self._all_gradients(), in_pass=False)
 
     def evaluation(self) -> Instant:
         """A forward pass that keeps nothing for a backward one, between two steps."""
-        whole = self._unpacking("frozen_layers") if self._count("frozen_layers") else 0
+        whole = max(map(self._unpacking, self.kinds))
         terms = [*self._forward_alone(), term("evaluation", "workspace", whole, "one matrix made whole")]
         return self._instant("evaluation", 0, terms, [], in_pass=False)
 
@@ -182,12 +165,12 @@ class Moments:
 
     def _inside(self, index: int) -> list[MemoryTerm]:
         """What the backward pass of a layer holds beside what all layers below and at it have saved."""
-        kind = self._kind(index)
+        kind, component = self.roles[index], component_of(self.roles[index])
         layer, gradient = self.activations[kind], self.activations[kind].first_gradient
         backward, recomputed = layer.backward, layer.saved if self.recomputes[kind] else 0
         update = self._fused_update(gradient // self.work.width)
-        if self.has_low_rank[index] and self.frees_gradients:
-            update = max(update, self._low_rank_step_bytes())
+        if self.frees_gradients and isinstance(kind, Trained):
+            update = max(update, self._rule_step_bytes(kind.rule, one_by_one=True))
         if self.memory.offload_activations:  # what the layer saved, or its input, is back
             if recomputed:
                 backward = layer.backward + self.work.stream_bytes
@@ -203,10 +186,10 @@ class Moments:
                 at_update += self.work.stream_bytes
             backward, gradient = max(backward, at_update), 0
         return [
-            term(kind, "activations", recomputed, f"layer {index} computed again"),
-            term(kind, "workspace", backward, f"gradients of activations inside layer {index}"),
-            term(kind, "workspace", self._unpacking(kind), "one matrix made whole"),
-            term(kind, "gradients", gradient, f"inside layer {index}"),
+            term(component, "activations", recomputed, f"layer {index} computed again"),
+            term(component, "workspace", backward, f"gradients of activations inside layer {index}"),
+            term(component, "workspace", self._unpacking(kind), "one matrix made whole"),
+            term(component, "gradients", gradient, f"inside layer {index}"),
         ]
 
     def _instant(
@@ -221,21 +204,20 @@ class Moments:
         """Weights and states, activations of the lowest ``num_below`` layers, and what else there is."""
         held = [term for term in self.state.terms if term.kind != "gradients"]
         if self.memory.optimizer_states == "8bit":
-            tables = CODE_BOOK_BYTES * (2 if self.optim.name == "badam" else 1)  # of the layer, and of all else
-            held.append(term("optimizer", "workspace", tables, "tables of the 8-bit code"))
+            held.append(term("optimizer", "workspace", CODE_BOOK_BYTES, "tables of the 8-bit code"))
         where = HOST if self.memory.offload_activations else "activations"
-        for kind in KINDS_OF_LAYERS:
+        for kind in self.kinds:
             count = self._saving(kind, num_below)
             each = "w N d" if self.recomputes[kind] else f"{self.kept[kind]:,} B"
             num_bytes, formula = count * self.kept[kind], f"{count} layers × {each}"
-            if count and kind == self._kind(0) and self._lowest_norm_is_silent:
+            if count and kind == self.roles[0] and self._lowest_norm_saves_no_input:
                 num_bytes -= norm_saved(self.work, trained=False)
                 formula += " - the lowest norm's input"
-            held.append(term(kind, where, num_bytes, formula))
+            held.append(term(component_of(kind), where, num_bytes, formula))
         if self.memory.offload_activations:
             scale, normaliser = 4 * self.work.num_tokens, 4 * self.work.num_tokens * self.shape.num_attention_heads
             small = sum(size for size in (scale, scale, normaliser) if size < MIN_OFFLOADED_BYTES)
-            count = sum(self._saving(kind, num_below) for kind in KINDS_OF_LAYERS if not self.recomputes[kind])
+            count = sum(self._saving(kind, num_below) for kind in self.kinds if not self.recomputes[kind])
             held.append(term("all_layers", "activations", count * small, "too small to be moved"))
         if in_pass and self.work.has_mask and any(self.recomputes.values()):
             held.append(term("batch", "activations", self.work.num_tokens * self.work.sequence_length, "mask: N S"))
@@ -251,52 +233,49 @@ class Moments:
         Not those that no gradient reaches.
         """
         ends = (0, 1, self.num_layers - 2, self.num_layers - 1)
-        kinds = list(zip(self.is_new, self.has_low_rank, strict=True))
         return [
             index
-            for index, kind in enumerate(kinds)
-            if index >= self.silent
-            if index in ends or not kinds[index - 1] == kind == kinds[index + 1]
+            for index, role in enumerate(self.roles)
+            if index >= self.unreached
+            if index in ends or not self.roles[index - 1] == role == self.roles[index + 1]
         ]
 
-    def _kind(self, index: int) -> str:
-        return "new_layers" if self.is_new[index] else "frozen_layers"
-
-    def _count(self, kind: str, num_below: int | None = None) -> int:
+    def _count(self, kind: Role, num_below: int | None = None) -> int:
         """Layers of this kind among the lowest ``num_below``, or among all."""
-        num_below = self.num_layers if num_below is None else num_below
-        new = self.new_below[num_below]
-        return new if kind == "new_layers" else num_below - new
+        return self.below[kind][self.num_layers if num_below is None else num_below]
 
     @property
-    def _lowest_norm_is_silent(self) -> bool:
-        """No gradient goes below the lowest layer's first norm, so that it saves no input."""
-        return self.outer == "frozen" and not self.silent and not self.recomputes[self._kind(0)]
+    def _lowest_norm_saves_no_input(self) -> bool:
+        """No gradient goes below the lowest layer's first norm."""
+        return isinstance(self.outside, Frozen) and not self.unreached and not self.recomputes[self.roles[0]]
 
-    def _saving(self, kind: str, num_below: int) -> int:
+    def _saving(self, kind: Role, num_below: int) -> int:
         """Of these, layers that save something for the backward pass."""
-        silent = min(self.silent, num_below) if kind == "frozen_layers" else 0
-        return self._count(kind, num_below) - silent
+        unreached = min(self.unreached, num_below) if isinstance(kind, Frozen) else 0
+        return self._count(kind, num_below) - unreached
 
     def _all_gradients(self) -> list[MemoryTerm]:
         return [term for term in self.state.terms if term.kind == "gradients"]
 
     def _head_adapter(self) -> int:
         """Bytes of the gradients of the head's adapter; the embeddings' has as many."""
-        if self.outer != "adapters" or self.frees_gradients:
+        if self.frees_gradients:
             return 0
-        return self.work.width * self.work.adapter_rank * (self.shape.vocab_size + self.shape.hidden_size)
+        return self.work.width * self.outside_rank * (self.shape.vocab_size + self.shape.hidden_size)
 
-    def _trained_in(self, kind: str) -> int:
-        """Bytes of the gradients of all layers of a kind, or of their adapters."""
-        if kind == "new_layers":
-            return sum(self.state.bytes_of(name, "gradients") for name in ("new_layers", "low_rank_layers"))
-        outer = self._head_adapter() * (1 if self.shape.tie_word_embeddings else 2)
-        return self.state.bytes_of("adapters", "gradients") - outer
+    def _trained_shapes(self, kind: Role) -> tuple[TensorShape, ...]:
+        """Of all that is trained in a layer of this kind."""
+        if isinstance(kind, Adapter):
+            return adapter_shapes(self.shape, kind)
+        return self.shape.layer_shapes if isinstance(kind, Trained) else ()
 
-    def _gradients_inside(self, kind: str) -> int:
+    def _gradients_of_one(self, kind: Role) -> int:
+        """Bytes of the gradients that last of one layer of this kind."""
+        return 0 if self.frees_gradients else self.work.width * sum(map(prod, self._trained_shapes(kind)))
+
+    def _gradients_inside(self, kind: Role) -> int:
         """Bytes of all gradients of one layer, when its backward pass ends."""
-        return self._trained_in(kind) // max(self._count(kind), 1)
+        return self._gradients_of_one(kind)
 
     def _gradients_above(self, index: int) -> list[MemoryTerm]:
         """Gradients that exist when the backward pass is about to enter layer ``index - 1``."""
@@ -306,43 +285,54 @@ class Moments:
 
     def _head_gradients(self) -> list[MemoryTerm]:
         tied, terms = self.shape.tie_word_embeddings, []
-        if self.outer == "trained" and (tied or not self.frees_gradients):
+        if self.trains_outside and (tied or not self.frees_gradients):
             name = "embeddings" if tied else "head"
             terms.append(term(name, "gradients", self.matrix * self.work.width, "the head's: w V d"))
         return [*terms, term("adapters", "gradients", self._head_adapter(), "the head's: w r (V + d)")]
 
     def _gradients_of_layers_above(self, index: int) -> Iterator[MemoryTerm]:
-        for kind, component in GRADIENTS_OF.items():
-            in_all, below = self._count(kind), self._count(kind, index)
-            num_bytes = self._trained_in(kind) * (in_all - below) // max(in_all, 1)
-            yield term(component, "gradients", num_bytes, f"of {in_all - below} layers above")
+        for kind in self.kinds:
+            above = self._count(kind) - self._count(kind, index)
+            component = "adapters" if isinstance(kind, Adapter) else component_of(kind)
+            yield term(component, "gradients", above * self._gradients_of_one(kind), f"of {above} layers above")
 
-    def _trained_matrices(self) -> Iterator[int]:
-        """Parameters of each trained matrix, in the model's order."""
-        shape, rank = self.shape, self.work.adapter_rank
-        outer_adapter = (rank * shape.hidden_size, shape.vocab_size * rank)
-        outer = {"trained": (self.matrix,), "adapters": outer_adapter, "frozen": ()}[self.outer]
-        adapted = [linear for linear in shape.linears if linear.name.rpartition(".")[2] in self.work.adapter_targets]
-        in_frozen = [rank * side for linear in adapted for side in (linear.in_features, linear.out_features)]
-        yield from outer
-        for new, low_rank in zip(self.is_new, self.has_low_rank, strict=True):
-            in_whole = shape.other_layer_matrices if low_rank else shape.layer_matrices
-            yield from in_whole if new else in_frozen
-        yield from () if shape.tie_word_embeddings else outer
+    def _adamw_matrices(self) -> Iterator[int]:
+        """Parameters of each matrix that AdamW updates, in the model's order."""
+        outside: tuple[int, ...] = (self.matrix,) if self.trains_outside else ()
+        if isinstance(self.outside, Adapter):
+            outside = tuple(map(prod, embedding_adapter_shapes(self.shape, self.outside.rank)))
+        in_layer = {kind: [prod(shape) for shape in self._adamw_shapes(kind) if len(shape) > 1] for kind in self.kinds}
+        yield from outside
+        for role in self.roles:
+            yield from in_layer[role]
+        yield from () if self.shape.tie_word_embeddings else outside
+
+    def _adamw_shapes(self, kind: Role) -> tuple[TensorShape, ...]:
+        """Of the tensors of a layer of this kind that AdamW updates."""
+        if isinstance(kind, Trained):
+            return split_by_rule(self.shape, kind.rule, self.optim)[1]
+        return self._trained_shapes(kind)
+
+    def _has_master(self, rule: str) -> bool:
+        return self.train.precision == "fp32" or keeps_master(rule, self.memory)
 
     def _step_bytes(self, bucket: int, piece: int) -> int:
-        has_master = self.train.precision == "fp32" or self.memory.master_weights is not False
-        return step_bytes(bucket, piece, states=self.memory.optimizer_states, has_master=has_master)
+        return step_bytes(bucket, piece, states=self.memory.optimizer_states, has_master=self._has_master(ADAMW))
 
-    def _low_rank_step_bytes(self) -> int:
-        """Workspace of the update of the largest of them; they are updated one after the other."""
-        has_master = self.train.precision == "fp32" or self.memory.master_weights is True
-        width, rank = self.work.width, self.optim.state_rank
-        steps = [
-            low_rank_step_bytes(self.optim.name, rows, columns, rank, width=width, has_master=has_master)
-            for rows, columns in (low_rank_maps(self.shape, self.optim) if any(self.has_low_rank) else ())
-        ]
-        return max(steps, default=0)
+    def _rules_step_bytes(self) -> int:
+        """Workspace of the update of what other rules than AdamW take; the rules follow each other."""
+        rules = {kind.rule for kind in self.kinds if isinstance(kind, Trained)}
+        return max((self._rule_step_bytes(rule) for rule in rules), default=0)
+
+    def _rule_step_bytes(self, rule: str, *, one_by_one: bool = False) -> int:
+        taken, _ = split_by_rule(self.shape, rule, self.optim)
+        count = self._count(Trained(rule))
+        together = [[matrix] for matrix in taken] if one_by_one else [list(taken) * count]
+        states, width = self.memory.optimizer_states, self.work.width
+        return max(
+            (RULES[rule].step_bytes(some, self.optim, states, width, self._has_master(rule)) for some in together),
+            default=0,
+        )
 
     def _step_formula(self) -> str:
         return f"{self._step_bytes(1, 1)} B at most × {STEP_CHUNK:,} elements at once at most"
@@ -352,15 +342,15 @@ class Moments:
         piece = min(STEP_CHUNK, num_elements)
         return self._step_bytes(piece, piece) if self.frees_gradients else 0
 
-    def _unpacking(self, kind: str) -> int:
+    def _unpacking(self, kind: Role) -> int:
         """The largest packed matrix, made whole for a product."""
-        if kind == "new_layers" or self.memory.frozen_weights == "full":
+        if isinstance(kind, Trained) or self.memory.frozen_weights == "full":
             return 0
         largest = max(linear.in_features * linear.out_features for linear in self.shape.linears)
         return unpack_bytes(self.memory.frozen_weights, largest, self.work.width)
 
     def _final_norm_saved(self) -> int:
-        return norm_saved(self.work, trained=self.outer != "frozen")
+        return norm_saved(self.work, trained=not isinstance(self.outside, Frozen))
 
     def _chunk_bytes(self, num_tokens: int) -> int:
         return (6 if self.work.width == 2 else 4) * self._chunk_rows(num_tokens) * self.shape.vocab_size
@@ -370,7 +360,7 @@ class Moments:
 
     def _forward_alone(self) -> list[MemoryTerm]:
         """A forward pass that keeps nothing: the widest moment inside a layer, or the loss."""
-        work = replace(self.work, num_sequences=self.eval_batch_size)
+        work = replace(self.work, num_sequences=self.config.eval_batch_size)
         layer = work.forward_bytes
         loss = work.stream_bytes + self._chunk_bytes(work.num_tokens)
         formula = "inside a layer: 4 w N d + 3 w N f or its attention; or the loss: w N d + 6 C V (fp32: 4 C V)"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from steplm.config import RunConfig, load_config
 from steplm.errors import ConfigError
-from steplm.memory.activations import MODELLED
-from steplm.memory.formats import (
+from steplm.cost.activations import MODELLED
+from steplm.cost.formats import (
     CODE_BOOK_BYTES,
     STEP_CHUNK,
     largest_bucket,

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from steplm.config import load_config
 from steplm.errors import MemoryMismatch
-from steplm.memory.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
+from steplm.cost.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
 from steplm.planner.plan import plan
 from steplm.types import Plan, Stage
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steplm.memory.count import REST, ByteCounter
+from steplm.cost.count import REST, ByteCounter
 from steplm.models import activations
 from steplm.optim.adamw import AdamW
 from steplm.pet.frozen import frozen_tensors

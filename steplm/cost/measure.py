@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from steplm.errors import ConfigError, MemoryMismatch
-from steplm.memory.terms import COMPONENTS, OUTER_COMPONENTS
+from steplm.cost.terms import COMPONENTS, OUTER_COMPONENTS
 from steplm.rows import on_this_rank
-from steplm.types import MemoryEstimate, MemoryTerm, Stage
+from steplm.types import MemoryEstimate, MemoryTerm
 from steplm.units import format_bytes
 
 ADAPTER_TENSORS = ("lora_A", "lora_B")  # last parts of the names of adapter parameters
@@ -30,7 +30,7 @@ class HasStateTensors(Protocol):
 def measure_model_state(
     model: nn.Module,
     optimizer: HasStateTensors,
-    stage: Stage,
+    num_hidden_layers: int,
     *,
     packed: Iterable[tuple[str, str, Tensor]] = (),
     expect_gradients: bool = False,
@@ -40,18 +40,16 @@ def measure_model_state(
     A storage that several tensors share counts once, for the first of them.
 
     Args:
-        stage: its number of layers, and which of them have low-rank states.
         packed: component, kind and tensor of what is held outside the model's parameters.
         expect_gradients: where a trained parameter has no gradient yet, count the one it will get.
 
     Raises:
-        ConfigError: the model does not have the stage's number of layers.
+        ConfigError: the model does not have so many layers.
     """
-    prefix, _ = find_layers(model, stage.num_hidden_layers)
+    prefix, _ = find_layers(model, num_hidden_layers)
     head_name = name_of_head(model)
-    low_rank = tuple(f"{prefix}.{layer}." for layer in stage.low_rank_layers)
     components = {
-        name: _component(name, parameter, prefix, head_name, low_rank) for name, parameter in model.named_parameters()
+        name: _component(name, parameter, prefix, head_name) for name, parameter in model.named_parameters()
     }
     held: dict[tuple[str, str], int] = defaultdict(int)  # (component, kind) -> bytes
     seen: set[int] = set()
@@ -204,11 +202,9 @@ def _own_bytes(tensor: Tensor) -> int:
     return int(local.numel() * local.element_size())
 
 
-def _component(name: str, parameter: Tensor, prefix: str, head_name: str | None, low_rank: tuple[str, ...]) -> str:
+def _component(name: str, parameter: Tensor, prefix: str, head_name: str | None) -> str:
     if name.rpartition(".")[2] in ADAPTER_TENSORS:
         return "adapters"
     if not name.startswith(f"{prefix}."):
         return outer_component(name, parameter, head_name)
-    if not parameter.requires_grad:
-        return "frozen_layers"
-    return "low_rank_layers" if name.startswith(low_rank) else "new_layers"
+    return "trained_layers" if parameter.requires_grad else "frozen_layers"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from steplm.config import MemoryConfig
 from steplm.errors import ConfigError
-from steplm.memory.estimate import adapter_shapes_per_layer, estimate_stage, resolve_target_modules
-from steplm.memory.terms import COMPONENTS, KINDS, OUTER_COMPONENTS, WEIGHT_BYTES
+from steplm.cost.estimate import adapter_shapes_per_layer, estimate_stage, resolve_target_modules
+from steplm.cost.terms import COMPONENTS, KINDS, OUTER_COMPONENTS, WEIGHT_BYTES
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
 from steplm.types import HOST, MemoryEstimate, ModelShape
 

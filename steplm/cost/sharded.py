@@ -1,4 +1,4 @@
-"""The same moments where PyTorch's FSDP2 cuts the model over ranks: its shards, what it gathers, what it reduces.
+"""The same instants where PyTorch's FSDP2 shards the model over ranks: shards, all-gathers, reduce-scatters.
 
 A group of tensors is gathered and reduced together: each layer, and all that is outside the layers, which is gathered
 for a whole forward or backward pass. With n ranks that share one copy, P the parameters of a group, the
@@ -13,7 +13,7 @@ rows of each tensor rounded up to a multiple of n, T those of them that are trai
     all-reduce                  4 T / n    between copies of the model, of every group until the backward pass ends
 
 Read from ``torch/distributed/fsdp/_fully_shard`` of PyTorch 2.13, and counted tensor by tensor on a CPU, where no
-data are sent (``tests/memory/test_sharded.py``). No accelerator has confirmed it: its allocator may hold more for
+data are sent (``tests/cost/test_sharded.py``). No accelerator has confirmed it: its allocator may hold more for
 its streams.
 """
 
@@ -25,10 +25,11 @@ from functools import cache, cached_property
 from itertools import product
 from math import prod
 
-from steplm.config import DistributedConfig
-from steplm.memory.activations import norm_backward, norm_saved
-from steplm.memory.moments import KINDS_OF_LAYERS, Moments, Pass, term
-from steplm.memory.terms import outer_adapter_shapes
+from steplm.config import RunConfig
+from steplm.cost.activations import norm_backward, norm_saved
+from steplm.cost.peak import Instants, term
+from steplm.cost.terms import WEIGHT_BYTES, adapter_shapes, component_of, embedding_adapter_shapes
+from steplm.schedule import Adapter, Phase, Role, Trained
 from steplm.types import Instant, MemoryEstimate, MemoryTerm, ModelShape, TensorShape, local_size
 
 REDUCED_BYTES = 4  # of a gradient on its way: fp32
@@ -99,57 +100,53 @@ class Group:
 class Groups:
     """All groups of a model in one stage."""
 
-    layers: dict[str, Group]  # by kind: "new_layers", "frozen_layers"
+    layers: dict[Role, Group]
+    plain_layer: Group  # trained as a whole
     outer: Group
     plain_outer: Group  # without adapters
 
     @classmethod
-    def of(
-        cls,
-        shape: ModelShape,
-        distributed: DistributedConfig,
-        width: int,
-        *,
-        adapter_shapes: tuple[TensorShape, ...],
-        outer: str,
-        outer_rank: int,
-        packs_frozen: bool,
-    ) -> Groups:
-        """The groups that FSDP2 gathers at once.
-
-        Args:
-            width: bytes of a number.
-            adapter_shapes: of a frozen layer.
-            outer: embeddings, final norm and head are "trained", "frozen" or under "adapters", of ``outer_rank``.
-            packs_frozen: the matrices of frozen layers are no parameters.
-        """
+    def of(cls, config: RunConfig, shape: ModelShape, phase: Phase) -> Groups:
+        """The groups of a phase that FSDP2 gathers at once."""
+        n, width = config.distributed.num_shards, WEIGHT_BYTES[config.train.precision]
 
         def group(shapes: tuple[TensorShape, ...], trained: tuple[TensorShape, ...]) -> Group:
-            n = distributed.num_shards
-            return Group(shapes, trained, n, distributed.world_size // n, width)
+            return Group(shapes, trained, n, config.distributed.world_size // n, width)
 
         layer, frozen = shape.layer_shapes, shape.layer_shapes
-        if packs_frozen:
+        if config.memory.packs_frozen:  # the matrices of frozen layers are no parameters
             biases = tuple((linear.out_features,) for linear in shape.linears if linear.bias)
             frozen = (*biases, *shape.other_shapes("layer"))
+
+        def group_of(role: Role) -> Group:
+            if isinstance(role, Trained):
+                return group(layer, layer)
+            factors = adapter_shapes(shape, role) if isinstance(role, Adapter) else ()
+            return group((*frozen, *factors), factors)
+
         embeddings, norm, head = (shape.other_shapes(name) for name in ("embeddings", "final_norm", "head"))
-        factors = outer_adapter_shapes(shape, outer_rank) if outer == "adapters" else ()
+        plain, outside = (*embeddings, *norm, *head), phase.embeddings_and_head
+        factors = embedding_adapter_shapes(shape, outside.rank) if isinstance(outside, Adapter) else ()
         head_factors = factors if head else ()
-        plain = (*embeddings, *norm, *head)
-        trained = {"trained": plain, "adapters": (*factors, *norm, *head_factors), "frozen": ()}[outer]
+        trained: tuple[TensorShape, ...] = ()
+        if isinstance(outside, Trained):
+            trained = plain
+        elif isinstance(outside, Adapter):
+            trained = (*factors, *norm, *head_factors)
         return cls(
-            {"new_layers": group(layer, layer), "frozen_layers": group((*frozen, *adapter_shapes), adapter_shapes)},
+            {role: group_of(role) for role in phase.groups},
+            group(layer, layer),
             group((*plain, *factors, *head_factors), trained),
             group(plain, ()),
         )
 
 
-class ShardedMoments(Moments):
-    """The moments of one rank: those of one device, on shards, and what is gathered and reduced beside them."""
+class ShardedInstants(Instants):
+    """The instants of one rank: those of one device, on shards, and what is gathered and reduced beside them."""
 
-    def __init__(self, of: Pass, groups: Groups) -> None:
-        super().__init__(of)
-        self.groups = groups
+    def __init__(self, config: RunConfig, shape: ModelShape, phase: Phase) -> None:
+        super().__init__(config, shape, phase)
+        self.groups = Groups.of(config, shape, phase)
         self.frees_gradients = False  # they are whole until they are reduced
 
     def in_order(self, *, grows: bool) -> tuple[Instant, ...]:
@@ -160,7 +157,7 @@ class ShardedMoments(Moments):
 
     def growth(self) -> Instant:
         """The grown model's plain weights, cut too, on which the loss is probed."""
-        outer, layer = self.groups.plain_outer, self.groups.layers["new_layers"]
+        outer, layer = self.groups.plain_outer, self.groups.plain_layer
         return _with(super().growth(), [_gathered("P_outer", outer), _gathered("P_layer", layer), _arriving(layer)])
 
     def gathering(self) -> Instant:
@@ -176,7 +173,7 @@ class ShardedMoments(Moments):
 
     def gathering_again(self) -> Instant:
         """The begin of the backward pass: what is outside the layers arrives for the second time."""
-        streams = 2 if self.outer == "adapters" else 1  # the head's adapter needs its input again
+        streams = 2 if isinstance(self.outside, Adapter) else 1  # the head's adapter needs its input again
         terms = [
             self._outer,
             _arriving(self.groups.outer, "P_outer"),
@@ -195,15 +192,18 @@ class ShardedMoments(Moments):
         around = (self._layer, self._end_of_layer, self._reduction_of_layer)
         # What a layer and its neighbours hold depends on their kinds alone.
         inside = cache(lambda moment, index: sum(term.num_bytes for term in around[moment](index)[2]))
-        alike: dict[tuple[str | None, ...], int] = {}
-        kept = {kind: 0 if self.memory.offload_activations else self.kept[kind] for kind in KINDS_OF_LAYERS}
-        left = {kind: self._gradients_of_one(kind) + self._held_of_one(kind) for kind in KINDS_OF_LAYERS}
+        alike: dict[tuple[Role | None, ...], int] = {}
+        kept = {kind: 0 if self.memory.offload_activations else self.kept[kind] for kind in self.kinds}
+        left = {
+            kind: self._gradients_of_one(kind) * (not self.sums_gradients) + self._held_of_one(kind)
+            for kind in self.kinds
+        }
 
         def held(index: int, moment: int) -> int:
             near = (index, index - 1, index + 1)
-            kinds = tuple(self._kind(i) if 0 <= i < self.num_layers else None for i in near)
+            kinds = tuple(self.roles[i] if 0 <= i < self.num_layers else None for i in near)
             num_bytes = inside(moment, alike.setdefault(kinds, index))
-            for kind in KINDS_OF_LAYERS:
+            for kind in self.kinds:
                 num_bytes += kept[kind] * self._saving(kind, index if moment else index + 1)
                 num_bytes += left[kind] * (self._count(kind) - self._count(kind, index + 1))
             return num_bytes
@@ -218,11 +218,11 @@ class ShardedMoments(Moments):
         terms = [
             self._outer,
             self._left_over,
-            _being_reduced(self._group(self.silent)),
+            _being_reduced(self._group(self.unreached)),
             term("embeddings", "workspace", self.work.stream_bytes, "gradient of the hidden states: w N d"),
             term("outer", "gradients", self.groups.outer.gradient_bytes, "whole: w T"),
         ]
-        if tied and self.outer == "trained":
+        if tied and self.trains_outside:
             terms.append(term("embeddings", "gradients", self.matrix * width, "the head's part: w V d"))
         return self._instant("backward of the embeddings", 0, terms, self._reduced_above(0))
 
@@ -233,8 +233,7 @@ class ShardedMoments(Moments):
 
     def evaluation(self) -> Instant:
         """A forward pass that keeps nothing."""
-        kinds = [kind for kind in KINDS_OF_LAYERS if self._count(kind)]
-        largest = max((self.groups.layers[kind] for kind in kinds), key=lambda group: group.gathered_bytes)
+        largest = max((self.groups.layers[kind] for kind in self.kinds), key=lambda group: group.gathered_bytes)
         return _with(super().evaluation(), [self._outer, _gathered("P_layer", largest), _arriving(largest)])
 
     def _layer(self, index: int) -> tuple[str, int, list[MemoryTerm]]:
@@ -243,22 +242,22 @@ class ShardedMoments(Moments):
 
     def _end_of_layer(self, index: int) -> tuple[str, int, list[MemoryTerm]]:
         """The first norm of the layer: its last operation backward, when all of its gradients exist."""
-        kind, stream = self._kind(index), self.work.stream_bytes
-        saved = norm_saved(self.work, trained=kind == "new_layers") + stream * self.recomputes[kind]
+        kind, stream = self.roles[index], self.work.stream_bytes
+        component = component_of(kind)
+        saved = norm_saved(self.work, trained=isinstance(kind, Trained)) + stream * self.recomputes[kind]
         terms = [
             *self._whole(index),
-            term(kind, "activations", saved, "first norm: 4 N d + w N d"),
-            term(kind, "workspace", norm_backward(self.work) + stream, "16 N d + 2 w N d"),
-            term(kind, "gradients", self._gradients_inside(kind), f"of layer {index}, whole: w T"),
+            term(component, "activations", saved, "first norm: 4 N d + w N d"),
+            term(component, "workspace", norm_backward(self.work) + stream, "16 N d + 2 w N d"),
+            term(component, "gradients", self._gradients_inside(kind), f"of layer {index}, whole: w T"),
         ]
         return f"end of the backward of layer {index}", index, terms
 
     def _reduction_of_layer(self, index: int) -> tuple[str, int, list[MemoryTerm]]:
         """The layer's weights are let go, and its gradients go out."""
         terms = [self._outer, *self._next(index), self._reduction(self._group(index))]
-        terms.append(
-            term(self._kind(index), "workspace", self.work.stream_bytes, "gradient of the hidden states: w N d")
-        )
+        stream = self.work.stream_bytes
+        terms.append(term(component_of(self.roles[index]), "workspace", stream, "gradient of the hidden states: w N d"))
         return f"reduction of layer {index}", index, terms
 
     def _whole(self, index: int) -> list[MemoryTerm]:
@@ -276,11 +275,11 @@ class ShardedMoments(Moments):
     @property
     def _left_over(self) -> MemoryTerm:
         """A layer that the backward pass does not reach has been sent for all the same."""
-        group = self._group(self.silent - 1) if self.silent else self.groups.outer
-        return _arriving(group) if self.silent else term(COMMUNICATION, "workspace", 0, "")
+        group = self._group(self.unreached - 1) if self.unreached else self.groups.outer
+        return _arriving(group) if self.unreached else term(COMMUNICATION, "workspace", 0, "")
 
     def _group(self, index: int) -> Group:
-        return self.groups.layers[self._kind(index)]
+        return self.groups.layers[self.roles[index]]
 
     def _reduction(self, group: Group) -> MemoryTerm:
         num_bytes, formula = group.reduction_bytes, "reduce-scatter: 4 T, and w T or 4 T / n + w T / n + one gradient"
@@ -291,11 +290,10 @@ class ShardedMoments(Moments):
             formula += ", or w T / n and the update"
         return term(COMMUNICATION, "workspace", num_bytes, formula)
 
-    def _trained_in(self, kind: str) -> int:
-        local = self.work.width * self.groups.layers[kind].local_trained * self._count(kind)
-        return 0 if self.memory.fused_backward else local
+    def _gradients_of_one(self, kind: Role) -> int:
+        return 0 if self.memory.fused_backward else self.work.width * self.groups.layers[kind].local_trained
 
-    def _gradients_inside(self, kind: str) -> int:
+    def _gradients_inside(self, kind: Role) -> int:
         return self.groups.layers[kind].gradient_bytes
 
     def _gradients_above(self, index: int) -> list[MemoryTerm]:
@@ -304,34 +302,29 @@ class ShardedMoments(Moments):
     def _reduced_above(self, index: int) -> list[MemoryTerm]:
         """Gradients that have been reduced, and what their all-reduces still hold."""
         terms = self._all_gradients() if self.sums_gradients else list(self._gradients_of_layers_above(index))
-        above = {kind: self._count(kind) - self._count(kind, index) for kind in KINDS_OF_LAYERS}
+        above = {kind: self._count(kind) - self._count(kind, index) for kind in self.kinds}
         held = sum(count * self._held_of_one(kind) for kind, count in above.items())
         return [*terms, term(COMMUNICATION, "workspace", held, "all-reduce of the layers above: 4 T / n each")]
 
-    def _gradients_of_one(self, kind: str) -> int:
-        """Bytes of the gradients that come to exist when one layer's have been reduced."""
-        exist = self.memory.fused_backward or self.sums_gradients
-        return 0 if exist else self.work.width * self.groups.layers[kind].local_trained
-
-    def _held_of_one(self, kind: str) -> int:
+    def _held_of_one(self, kind: Role) -> int:
         """An fp32 gradient is what came out of its all-reduce; a rounded one, or a sum of several, is not."""
         is_apart = self.work.width < REDUCED_BYTES or self.sums_gradients
         return self.groups.layers[kind].all_reduce_bytes if is_apart else 0
 
-    def _trained_matrices(self) -> Iterator[int]:
+    def _adamw_matrices(self) -> Iterator[int]:
         if self.groups.outer.num_shards == 1:
-            yield from super()._trained_matrices()
+            yield from super()._adamw_matrices()
             return
         outer = _local_matrices(self.groups.outer)
         in_embeddings = len(outer) if self.shape.tie_word_embeddings else len(outer) // 2
         layers = {kind: _local_matrices(group) for kind, group in self.groups.layers.items()}
         yield from outer[:in_embeddings]
         for index in range(self.num_layers):
-            yield from layers[self._kind(index)]
+            yield from layers[self.roles[index]]
         yield from outer[in_embeddings:]
 
     def _plain_weights(self) -> MemoryTerm:
-        layer, outer = self.groups.layers["new_layers"], self.groups.plain_outer
+        layer, outer = self.groups.plain_layer, self.groups.plain_outer
         if layer.num_shards == 1:
             return super()._plain_weights()
         size = self.num_layers * layer.local_parameters + outer.local_parameters

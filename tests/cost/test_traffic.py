@@ -9,7 +9,7 @@ import pytest
 
 from steplm.config import RunConfig, load_config
 from steplm.planner.plan import plan
-from steplm.planner.traffic import GPUS, LINK_SHARE, Gpu, Traffic, estimate_steps, step_traffic
+from steplm.cost.traffic import GPUS, LINK_SHARE, Gpu, Traffic, estimate_steps, step_traffic
 from steplm.types import Plan
 
 # P_layer: q, k, v and o 8 x 8, gate and up 16 x 8, down 8 x 16, two norms of 8. Outside: twice 32 x 8, and a norm of 8.

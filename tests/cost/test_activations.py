@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from steplm.memory.activations import (
+from steplm.cost.activations import (
     MODELLED,
     Workload,
     is_modelled,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from steplm.config import MemoryConfig
-from steplm.memory.formats import (
+from steplm.cost.formats import (
     CODE_BOOK_BYTES,
     FROZEN_FORMATS,
     STEP_CHUNK,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from steplm.memory.count import REST, ByteCounter
+from steplm.cost.count import REST, ByteCounter
 from steplm.types import HOST
 
 KIB = 1024

@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from steplm.config import RunConfig, load_config
 from steplm.distributed.world import World
-from steplm.memory.count import ByteCounter
+from steplm.cost.count import ByteCounter
 from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.forward import batch_loss
 from steplm.optim.adamw import global_grad_norm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from steplm.planner.flops import training_flops_per_token
+from steplm.cost.flops import training_flops_per_token
 from steplm.planner.shape import shape_from_hf_config
 
 SHAPE = shape_from_hf_config(

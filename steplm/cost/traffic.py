@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from steplm.config import RunConfig
-from steplm.memory.sharded import Group, Groups
-from steplm.memory.terms import WEIGHT_BYTES
+from steplm.cost.sharded import Group, Groups
+from steplm.cost.terms import WEIGHT_BYTES
 from steplm.planner.plan import Phase, StageCosts
 from steplm.types import Plan, Stage
 

@@ -1,0 +1,298 @@
+"""Model-state bytes of a phase: weights, gradients and optimizer states, one term for each component and kind.
+
+A component is a group of tensors (``COMPONENTS``), a kind is what training holds of it (``KINDS``). Symbols, as in
+the formulas: ``n_i`` trained layers, ``N_{i-1}`` frozen layers, ``P_layer`` parameters of one layer, ``E`` adapter
+parameters of one layer. Layers and adapters follow STEP (arXiv 2504.04151), section 2.2; embeddings, final norm and
+head, which that formula leaves out, follow the same rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+
+from steplm.config import MemoryConfig, RunConfig
+from steplm.cost.formats import FROZEN_FORMATS, state_bytes
+from steplm.cost.rules import ADAMW, RULES, keeps_master, split_by_rule
+from steplm.errors import ConfigError
+from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
+from steplm.types import HOST, MemoryEstimate, MemoryTerm, ModelShape, TensorShape, local_size
+from steplm.units import nearest
+
+WEIGHT_BYTES = {"bf16": 2, "fp32": 4}  # of a weight, and of its gradient
+OUTER_COMPONENTS = ("embeddings", "final_norm", "head")
+FETCH_SLOTS = 2  # frozen layers that the device holds where the others are in host memory
+
+
+@dataclass(frozen=True)
+class Subject:
+    """All that a term may depend on."""
+
+    config: RunConfig
+    shape: ModelShape
+    phase: Phase
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight, and of its gradient."""
+        return WEIGHT_BYTES[self.config.train.precision]
+
+    @property
+    def num_shards(self) -> int:
+        """Ranks that share one copy."""
+        return self.config.distributed.num_shards
+
+    def master_bytes(self, rule: str) -> int:
+        """Of the fp32 copy of a weight that this rule updates."""
+        return 4 if self.width == 2 and keeps_master(rule, self.config.memory) else 0
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a component: ``count`` copies of those of these shapes."""
+
+    formula: str
+    shapes: tuple[TensorShape, ...]
+    count: int = 1
+    rule: str | None = ADAMW  # that updates what it takes of them; None: nothing is trained
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return self.local_parameters(1)
+
+    def local_parameters(self, num_shards: int) -> int:
+        """On the first of the ranks that share them; see ``local_size``."""
+        return self.count * sum(local_size(shape, num_shards) for shape in self.shapes)
+
+
+def trained_layers(subject: Subject) -> Iterator[Tensors]:
+    """``n_i P_layer``, trained as a whole. STEP, section 2.2."""
+    for role, count in subject.phase.groups.items():
+        if isinstance(role, Trained):
+            symbol = "n_i" if role.rule == ADAMW else f"n_{role.rule}"
+            yield Tensors(f"{symbol} × P_layer", subject.shape.layer_shapes, count, role.rule)
+
+
+def frozen_layers(subject: Subject) -> Iterator[Tensors]:
+    """``N_{i-1} P_layer``, without gradient or state. STEP, section 2.2."""
+    count = len(subject.phase.frozen_layers)
+    yield Tensors("N_{i-1} × P_layer", subject.shape.layer_shapes, count, None)
+
+
+def adapters(subject: Subject) -> Iterator[Tensors]:
+    """``N_{i-1} E``; LoRA (arXiv 2106.09685) has ``E = Σ rank (in + out)``. STEP, section 2.2.
+
+    And ``rank (vocab_size + hidden_size)`` for the embeddings, and again for an untied head.
+    """
+    shape, outside = subject.shape, subject.phase.embeddings_and_head
+    for role, count in subject.phase.groups.items():
+        if isinstance(role, Adapter):
+            yield Tensors("N_{i-1} × E", adapter_shapes(shape, role), count)
+    if isinstance(outside, Adapter):
+        count = 1 + (shape.head_parameters > 0)
+        yield Tensors("rank × (vocab + hidden)", embedding_adapter_shapes(shape, outside.rank), count)
+
+
+def embeddings(subject: Subject) -> Iterator[Tensors]:
+    """``vocab_size × hidden_size``; a head that shares them counts here, once."""
+    rule = ADAMW if isinstance(subject.phase.embeddings_and_head, Trained) else None
+    yield Tensors("P_embeddings", subject.shape.other_shapes("embeddings"), rule=rule)
+
+
+def final_norm(subject: Subject) -> Iterator[Tensors]:
+    """``hidden_size`` weights of the norm above the last layer."""
+    rule = None if isinstance(subject.phase.embeddings_and_head, Frozen) else ADAMW
+    yield Tensors("P_final_norm", subject.shape.other_shapes("final_norm"), rule=rule)
+
+
+def head(subject: Subject) -> Iterator[Tensors]:
+    """``hidden_size × vocab_size`` weights of an untied head, and its bias where it has one."""
+    rule = ADAMW if isinstance(subject.phase.embeddings_and_head, Trained) else None
+    yield Tensors("P_head", subject.shape.other_shapes("head"), rule=rule)
+
+
+# To add a component, write a function and add a line; the measurement names its tensors the same.
+COMPONENTS: dict[str, Callable[[Subject], Iterator[Tensors]]] = {
+    "trained_layers": trained_layers,
+    "frozen_layers": frozen_layers,
+    "adapters": adapters,
+    "embeddings": embeddings,
+    "final_norm": final_norm,
+    "head": head,
+}
+
+
+def weights(subject: Subject, tensors: Tensors) -> tuple[int, str]:
+    """Bytes and their formula: in the precision of the forward pass."""
+    return tensors.local_parameters(subject.num_shards) * subject.width, f"{subject.width} B"
+
+
+def gradients(subject: Subject, tensors: Tensors) -> tuple[int, str]:
+    """Of the weights' type; none that lasts where the update is fused into the backward pass."""
+    if tensors.rule is None or subject.config.memory.fused_backward:
+        return 0, "0 B"
+    return tensors.local_parameters(subject.num_shards) * subject.width, f"{subject.width} B"
+
+
+def optimizer(subject: Subject, tensors: Tensors) -> tuple[int, str]:
+    """States of the update rule and, for bf16 weights, their fp32 master copy."""
+    if tensors.rule is None:
+        return 0, "0 B"
+    if tensors.rule == ADAMW:
+        return _adamw_states(subject, tensors.shapes, tensors.count)
+    config = subject.config
+    taken, rest = split_by_rule(subject.shape, tensors.rule, config.optim)
+    states = config.memory.optimizer_states
+    of_taken = sum(RULES[tensors.rule].state_bytes(matrix, config.optim, states) for matrix in taken)
+    of_taken += subject.master_bytes(tensors.rule) * sum(map(prod, taken))
+    of_rest, per_parameter = _adamw_states(subject, rest, tensors.count)
+    master = f" + {subject.master_bytes(tensors.rule)}" if subject.master_bytes(tensors.rule) else ""
+    return tensors.count * of_taken + of_rest, f"(states of {tensors.rule}{master}) B, the rest {per_parameter}"
+
+
+def _adamw_states(subject: Subject, shapes: Sequence[TensorShape], count: int) -> tuple[int, str]:
+    """Adam's two moments (arXiv 1412.6980) and the master copy."""
+    master = subject.master_bytes(ADAMW)
+    if subject.config.memory.optimizer_states == "fp32":
+        num_local = sum(local_size(shape, subject.num_shards) for shape in shapes)
+        return count * num_local * (8 + master), f"{8 + master} B"
+    moments = sum(2 * state_bytes(prod(shape)) if len(shape) > 1 else 8 * prod(shape) for shape in shapes)
+    note = f"(2 × (1 + 4/256){f' + {master}' if master else ''}) B, vectors {8 + master} B"
+    return count * (moments + master * sum(map(prod, shapes))), note
+
+
+KINDS: dict[str, Callable[[Subject, Tensors], tuple[int, str]]] = {
+    "weights": weights,
+    "gradients": gradients,
+    "optimizer": optimizer,
+}
+
+
+def model_state(config: RunConfig, shape: ModelShape, phase: Phase, *, count_outer: bool = True) -> MemoryEstimate:
+    """Model-state bytes of a phase on the rank that has the most, which is the first; without terms of no bytes.
+
+    16 bytes a trained parameter (2 + 2 + 12) and 2 a frozen one in bf16 under AdamW; 16 and 4 in fp32. Leaves out
+    activations, logits, workspace and the device's own context: see ``steplm.cost.peak``.
+
+    Args:
+        count_outer: whether embeddings, final norm and head are counted; without them this is the bare formula of
+            the source.
+
+    Source: STEP (arXiv 2504.04151), section 2.2.
+    """
+    if count_outer:
+        return MemoryEstimate(tuple(_terms(Subject(config, shape, phase))))
+    terms = _terms(Subject(config, shape, replace(phase, embeddings_and_head=Frozen())))
+    return MemoryEstimate(tuple(term for term in terms if term.component not in OUTER_COMPONENTS))
+
+
+def _terms(subject: Subject) -> Iterator[MemoryTerm]:
+    for component, groups in COMPONENTS.items():
+        for kind, bytes_of in KINDS.items():
+            for tensors in groups(subject):
+                if component == "frozen_layers" and kind == "weights":
+                    yield from _frozen_weights(subject, tensors)
+                    continue
+                num_bytes, per_parameter = bytes_of(subject, tensors)
+                if num_bytes:
+                    formula = f"{tensors.formula} × {per_parameter}{_divided(subject)}"
+                    yield MemoryTerm(component, kind, num_bytes, formula, tensors.num_parameters)
+
+
+def _divided(subject: Subject) -> str:
+    return f" ÷ {subject.num_shards}, rows rounded up" if subject.num_shards > 1 else ""
+
+
+def packed_layer_bytes(shape: ModelShape, memory: MemoryConfig, width: int) -> int:
+    """Bytes of the linear maps' matrices of one frozen layer, in the format that they are kept in."""
+    pack = FROZEN_FORMATS.get(memory.frozen_weights, lambda rows, columns: rows * columns * width)
+    return sum(pack(linear.out_features, linear.in_features) for linear in shape.linears)
+
+
+def _frozen_weights(subject: Subject, tensors: Tensors) -> Iterator[MemoryTerm]:
+    """Weights of frozen layers: matrices may be packed, and may be in host memory; the rest is as trained."""
+    memory, width, shape, count = subject.config.memory, subject.width, subject.shape, tensors.count
+    name, size = "frozen_layers", tensors.num_parameters
+    if not size:
+        return
+    if not memory.packs_frozen:
+        local = tensors.local_parameters(subject.num_shards)
+        yield MemoryTerm(name, "weights", local * width, f"{tensors.formula} × {width} B{_divided(subject)}", size)
+        return
+    matrices = count * sum(x.in_features * x.out_features for x in shape.linears)
+    packed = packed_layer_bytes(shape, memory, width)
+    fmt = f"matrices in {memory.frozen_weights}" if memory.frozen_weights != "full" else f"matrices × {width} B"
+    rest = size - matrices
+    if not memory.offload_frozen:
+        num_bytes = count * packed + rest * width
+        yield MemoryTerm(name, "weights", num_bytes, f"N_{{i-1}} × ({fmt} + vectors × {width} B)", size)
+        return
+    if rest:
+        yield MemoryTerm(name, "weights", rest * width, f"N_{{i-1}} × vectors × {width} B", rest)
+    yield MemoryTerm(name, HOST, count * packed, f"N_{{i-1}} × {fmt}", matrices)
+    slots = min(FETCH_SLOTS, count)
+    yield MemoryTerm("fetched_layers", "weights", slots * packed, f"{slots} layers × {fmt}")
+
+
+def component_of(role: Role) -> str:
+    """The component of a layer's own weights."""
+    return "trained_layers" if isinstance(role, Trained) else "frozen_layers"
+
+
+def resolve_target_modules(shape: ModelShape, target_modules: str | Sequence[str]) -> tuple[str, ...]:
+    """Last parts of the names of the linear maps to adapt, in the layer's order; "all-linear" is every one.
+
+    Raises:
+        ConfigError: a layer has no linear map of that name.
+    """
+    known = tuple(dict.fromkeys(_last_part(linear.name) for linear in shape.linears))
+    if target_modules == "all-linear":
+        return known
+    for target in target_modules:
+        if target not in known:
+            hint = nearest(_last_part(target), known, otherwise=f" Known: {', '.join(known)}, or all-linear.")
+            raise ConfigError(
+                f"pet.target_modules: a {shape.model_type} layer has no linear map {target!r}.{hint}",
+                target=target,
+                known=known,
+            )
+    return tuple(name for name in known if name in target_modules)
+
+
+def adapter_shapes(shape: ModelShape, adapter: Adapter) -> tuple[TensorShape, ...]:
+    """Shapes of the LoRA factors of one layer: ``rank × in_features`` and ``out_features × rank`` a target.
+
+    E is the sum of their sizes.
+
+    Source: LoRA (arXiv 2106.09685), section 4.1.
+
+    Raises:
+        ConfigError: a rank that is larger than a side of a target's matrix.
+    """
+    rank, factors = adapter.rank, list[TensorShape]()
+    for linear in shape.linears:
+        if _last_part(linear.name) not in adapter.target_modules:
+            continue
+        smaller_side = min(linear.in_features, linear.out_features)
+        if rank > smaller_side:
+            raise ConfigError(
+                f"pet.rank={rank} is larger than the smaller side, {smaller_side}, of {linear.name} "
+                f"({linear.out_features} x {linear.in_features}). Set pet.rank to {smaller_side} or less, "
+                f"or take {_last_part(linear.name)} out of pet.target_modules.",
+                rank=rank,
+                largest_rank=smaller_side,
+                target=linear.name,
+            )
+        factors += [(rank, linear.in_features), (linear.out_features, rank)]
+    return tuple(factors)
+
+
+def embedding_adapter_shapes(shape: ModelShape, rank: int) -> tuple[TensorShape, ...]:
+    """Both factors of the adapter of the embeddings, or of the head."""
+    return (rank, shape.hidden_size), (shape.vocab_size, rank)
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]

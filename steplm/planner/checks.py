@@ -1,0 +1,159 @@
+"""What an option needs of a run. A run that lacks it is refused in one place, when its plan is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from steplm.config import RunConfig
+from steplm.cost.rules import ADAMW, RULES
+from steplm.errors import ConfigError
+from steplm.planner.methods import Draft
+from steplm.schedule import Adapter, Trained
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration, and every kind of phase that its method has."""
+
+    config: RunConfig
+    drafts: Sequence[Draft]
+    freezes_layers: bool  # or would, if it had more stages
+
+    @property
+    def thaws_layers(self) -> bool:
+        """Whether a layer that was frozen is trained again."""
+        return any(draft.entry.kind == "go_on" for draft in self.drafts)
+
+    @property
+    def has_adapters(self) -> bool:
+        return any(isinstance(role, Adapter) for draft in self.drafts for role in draft.layers)
+
+    @property
+    def rules(self) -> set[str]:
+        """Of all that is trained."""
+        roles = {role for draft in self.drafts for role in (*draft.layers, draft.embeddings_and_head)}
+        return {ADAMW, *(role.rule for role in roles if isinstance(role, Trained | Adapter))}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Where the option ``is_set``, ``is_met`` must hold."""
+
+    option: str
+    is_set: Callable[[RunConfig], bool]
+    is_met: Callable[[Run], bool]
+    message: str  # after the option's name
+
+
+FROZEN_ONLY = "is for frozen layers, and {config.method} freezes none"
+THAWED = "keeps layers frozen for good, and {config.method} trains them again"
+WHOLE = "keeps whole matrices, and distributed.shard_size={config.distributed.num_shards} divides them"
+
+NEEDS = (
+    Need(
+        "memory.fused_backward",
+        lambda config: config.memory.fused_backward,
+        lambda run: run.config.micro_batches == 1,
+        "updates after every micro-batch, and a step has {config.micro_batches}: set "
+        "train.gradient_accumulation_steps=1",
+    ),
+    Need(
+        "memory.fused_backward",
+        lambda config: config.memory.fused_backward,
+        lambda run: run.config.optim.max_grad_norm is None,
+        "updates before the norm of all gradients is known, and cannot clip to "
+        "optim.max_grad_norm={config.optim.max_grad_norm}: set it to null",
+    ),
+    Need(
+        "memory.master_weights",
+        lambda config: config.memory.master_weights is False,
+        lambda run: run.config.train.precision == "bf16",
+        "is about the fp32 copy of bf16 weights, and train.precision=fp32 has none",
+    ),
+    Need(
+        "memory.master_weights",
+        lambda config: isinstance(config.memory.master_weights, str),
+        lambda run: run.rules > {run.config.memory.master_weights},
+        "names one update rule of several, and {config.optim.name} is the only one: set it to true or false",
+    ),
+    Need(
+        "memory.offload_frozen",
+        lambda config: config.memory.offload_frozen,
+        lambda run: not run.config.train.compile,
+        "fetches weights while a layer runs, which a compiled layer cannot: set train.compile=false",
+    ),
+    *(
+        Need(option, is_set, lambda run: run.freezes_layers, FROZEN_ONLY)
+        for option, is_set in (
+            ("memory.frozen_weights", lambda config: config.memory.frozen_weights != "full"),
+            ("memory.offload_frozen", lambda config: config.memory.offload_frozen),
+            ("train.gradient_checkpointing", lambda config: config.train.gradient_checkpointing == "frozen"),
+        )
+    ),
+    *(
+        Need(option, is_set, lambda run: not run.thaws_layers, THAWED)
+        for option, is_set in (
+            ("memory.frozen_weights", lambda config: config.memory.frozen_weights != "full"),
+            ("memory.offload_frozen", lambda config: config.memory.offload_frozen),
+            ("train.gradient_checkpointing", lambda config: config.train.gradient_checkpointing in ("frozen", "new")),
+        )
+    ),
+    Need(
+        "plan.train_embeddings",
+        lambda config: config.plan.train_embeddings == "adapters",
+        lambda run: run.config.pet.method != "none",
+        "needs adapters: leave pet.method=none out",
+    ),
+    Need(
+        "pet.restarts",
+        lambda config: config.pet.restarts > 0,
+        lambda run: run.has_adapters,
+        "begins adapters anew, and this run has none",
+    ),
+    *(
+        Need(option, is_set, lambda run: run.config.distributed.num_shards == 1, WHOLE)
+        for option, is_set in (
+            ("memory.optimizer_states", lambda config: config.memory.optimizer_states != "fp32"),
+            ("memory.frozen_weights", lambda config: config.memory.frozen_weights != "full"),
+            ("memory.offload_frozen", lambda config: config.memory.offload_frozen),
+            ("pet.restart_keep", lambda config: config.pet.restart_keep > 0),
+        )
+    ),
+)
+
+
+def check_options(run: Run) -> None:
+    """Refuse an option without what it needs.
+
+    Raises:
+        ConfigError: the first one, with what to change.
+    """
+    for problem in _problems(run):
+        raise ConfigError(problem)
+
+
+def _problems(run: Run) -> Iterator[str]:
+    config = run.config
+    for need in NEEDS:
+        if need.is_set(config) and not need.is_met(run):
+            section, _, key = need.option.partition(".")
+            value = getattr(getattr(config, section), key)
+            told = "" if value is True else f"={value:g}" if isinstance(value, float) else f"={value}"
+            yield f"{need.option}{told} {need.message.format(config=config)}, or leave {need.option} out."
+    for rule in sorted(run.rules):
+        row, memory = RULES[rule], config.memory
+        if memory.optimizer_states not in row.states:
+            formats = " or ".join(row.states)
+            yield (f"update rule {rule} has its states in {formats}: memory.optimizer_states={memory.optimizer_states} "
+                   "is not for it.")  # fmt: skip
+        if config.distributed.num_shards > 1 and not row.shardable:
+            yield (f"update rule {rule} works on whole matrices, and "
+                   f"distributed.shard_size={config.distributed.num_shards} divides them: set "
+                   "distributed.shard_size=1, or optim.name=adamw.")  # fmt: skip
+        if memory.fused_backward and not row.fused_backward:
+            yield f"update rule {rule} does not go with memory.fused_backward: leave one of them out."
+    if config.distributed.num_shards > 1 and run.thaws_layers:
+        yield (f"method={config.method} changes which layers are trained, which FSDP2 does not allow: set "
+               "distributed.shard_size=1.")  # fmt: skip
+

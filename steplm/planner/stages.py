@@ -1,0 +1,91 @@
+"""What the stages of a run would cost, before it is chosen how many layers each adds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache, cached_property
+
+from steplm.config import RunConfig
+from steplm.cost.price import Cost, price
+from steplm.cost.terms import model_state
+from steplm.planner.checks import Run, check_options
+from steplm.planner.methods import METHODS, Draft, Parts, check_keys
+from steplm.schedule import Phase, Trained
+from steplm.types import ModelShape
+
+
+class StagePrices:
+    """Prices of a stage of ``num_new`` layers on ``num_old`` older ones, over all of its phases.
+
+    Raises:
+        ConfigError: the configuration makes no run; see ``check_keys`` and ``check_options``.
+    """
+
+    def __init__(self, config: RunConfig, shape: ModelShape) -> None:
+        self.config, self.shape = config, shape
+        self.method, self.parts = METHODS[config.method], Parts(config, shape)
+        self.device_bytes, self.objective_bytes = cache(self._device_bytes), cache(self._objective_bytes)
+        self.cost = cache(self._cost)
+        check_keys(config)
+        check_options(self.run)
+
+    @cached_property
+    def run(self) -> Run:
+        """Every kind of phase, of a stage of two layers and of one that grows to as many."""
+        first, later = self.drafts(2, 0), self.drafts(1, 1) if self.method.grows else ()
+        roles = (role for draft in (*first, *later) for role in draft.layers)
+        freezes_layers = any(not isinstance(role, Trained) for role in roles)
+        return Run(self.config, (*first, *later) if self.config.plan.num_stages > 1 else first, freezes_layers)
+
+    @cached_property
+    def old_layers_take_less(self) -> bool:
+        """Whether a layer takes less memory when it is old."""
+        if not self.method.grows:
+            return False
+        one_old, none_old = (
+            max(self._layer_states(draft) for draft in self.drafts(num_new, 2 - num_new)) for num_new in (1, 2)
+        )
+        return one_old < none_old
+
+    def drafts(self, num_new: int, num_old: int, num_steps: int | None = None) -> tuple[Draft, ...]:
+        """The phases of a stage."""
+        return tuple(self.method.phases(self.parts, num_new, num_old, num_steps))
+
+    def mean_flops_per_token(self, num_new: int, num_old: int, *, recomputed: bool = False) -> int:
+        """Training FLOPs per token over the phases of a stage, those of recomputed activations too if asked."""
+        total = 0.0
+        for draft in self.drafts(num_new, num_old):
+            cost = self.cost_of_draft(draft)
+            total += draft.steps * (cost.flops_per_token + recomputed * cost.recomputed_flops_per_token)
+        return round(total)
+
+    def model_state_bytes(self, num_new: int, num_old: int) -> int:
+        """The most that any phase of a stage has."""
+        return max(self.cost_of_draft(draft).memory.total_bytes for draft in self.drafts(num_new, num_old))
+
+    def _device_bytes(self, num_new: int, num_old: int) -> int:
+        """The highest instant, or the model state where that is all that is known."""
+        return max(self.cost_of_draft(draft).device_bytes for draft in self.drafts(num_new, num_old))
+
+    def _objective_bytes(self, num_new: int, num_old: int) -> int:
+        """What the division into stages keeps low."""
+        if self.config.plan.objective == "peak":
+            return self.device_bytes(num_new, num_old)
+        return self.model_state_bytes(num_new, num_old)
+
+    def cost_of_draft(self, draft: Draft) -> Cost:
+        return self.cost(_phase(draft))
+
+    def _cost(self, phase: Phase) -> Cost:
+        return price(self.config, self.shape, phase)
+
+    def _layer_states(self, draft: Draft) -> int:
+        return model_state(self.config, self.shape, _phase(draft), count_outer=False).total_bytes
+
+    def cost_of_phase(self, phase: Phase) -> Cost:
+        """The same for all phases that differ in tokens and in place alone."""
+        return self.cost(replace(phase, index=0, stage=0, tokens=0, scheduled_tokens=0, schedule_start_tokens=0))
+
+
+def _phase(draft: Draft) -> Phase:
+    return Phase(0, 0, draft.entry, draft.layers, draft.embeddings_and_head, 0, 0, 0)

@@ -1,0 +1,177 @@
+"""Who trains what, by which update rule, and when: a ``Schedule`` of ``Phase``\\ s. It knows no bytes and no seconds.
+
+A *stage* lasts from one growth to the next. A *phase* is a stretch of a stage in which nothing about who trains
+changes: ordinary pre-training has one phase, STEP one a stage, ReLoRA one a restart, BAdam one a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Literal
+
+from steplm.types import LayerMap, ModelShape, to_json
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All weights are trained: the matrices by ``rule``, what the rule does not take by AdamW."""
+
+    rule: str = "adamw"  # a key of ``steplm.cost.rules.RULES``
+    kind: Literal["trained"] = "trained"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The weights are frozen under a trained adapter."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]  # last part of the module's name: "q_proj"
+    method: str = "lora"
+    rule: str = "adamw"  # of the adapter's own matrices
+    kind: Literal["adapter"] = "adapter"
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Nothing is trained."""
+
+    kind: Literal["frozen"] = "frozen"
+
+
+Role = Trained | Adapter | Frozen
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a phase comes by its weights.
+
+    fresh    initialised, or given by ``init_from``
+    grow     adapters are merged, then ``operator`` makes the new layers of ``layer_map``
+    merge    adapters are merged, and fresh ones begin
+    go_on    the weights stay as they are; only roles change
+    """
+
+    kind: Literal["fresh", "grow", "merge", "go_on"]
+    layer_map: LayerMap | None = None
+    operator: str | None = None
+
+    @property
+    def warms_up_again(self) -> bool:
+        """Whether the learning rate rises from zero once more."""
+        return self.kind in ("grow", "merge")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of steps in which nothing about who trains changes."""
+
+    index: int  # from 1, in the schedule
+    stage: int  # from 1
+    entry: Entry
+    layers: tuple[Role, ...]  # one for each layer, bottom to top
+    embeddings_and_head: Role  # with the final norm, which an Adapter leaves trained
+    tokens: int  # the phase stops after these
+    scheduled_tokens: int  # the learning-rate schedule runs over these
+    schedule_start_tokens: int  # of the learning-rate schedule, before this phase
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def new_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that the growth before this phase adds."""
+        return () if self.entry.layer_map is None else self.entry.layer_map.new_layers
+
+    @property
+    def trained_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose weights are trained."""
+        return tuple(index for index, role in enumerate(self.layers) if isinstance(role, Trained))
+
+    @property
+    def frozen_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose weights are frozen, under an adapter or not."""
+        return tuple(index for index, role in enumerate(self.layers) if not isinstance(role, Trained))
+
+    @property
+    def adapters(self) -> dict[int, Adapter]:
+        """The adapter of each layer that has one."""
+        return {index: role for index, role in enumerate(self.layers) if isinstance(role, Adapter)}
+
+    @property
+    def has_adapters(self) -> bool:
+        return any(isinstance(role, Adapter) for role in (*self.layers, self.embeddings_and_head))
+
+    @property
+    def groups(self) -> dict[Role, int]:
+        """The different roles of layers, each with the number of layers that have it."""
+        return dict(Counter(self.layers))
+
+    @property
+    def num_layers_without_backward(self) -> int:
+        """Of the lowest layers, those that the backward pass does not reach: nothing in or below them is trained."""
+        if not isinstance(self.embeddings_and_head, Frozen):
+            return 0
+        reached = (index for index, role in enumerate(self.layers) if not isinstance(role, Frozen))
+        return next(reached, self.num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The phases of a run, in the order of time. Training obeys it."""
+
+    phases: tuple[Phase, ...]
+
+    @cached_property
+    def stages(self) -> tuple[tuple[Phase, ...], ...]:
+        """The phases of each stage."""
+        return tuple(tuple(phases) for _, phases in groupby(self.phases, key=lambda phase: phase.stage))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """n_1 … n_K: layers that each stage adds."""
+        depths = [phases[0].num_hidden_layers for phases in self.stages]
+        return tuple(depth - before for depth, before in zip(depths, [0, *depths], strict=False))
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(phase.tokens for phase in self.phases)
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits of all that training obeys."""
+        return self.hash_until(len(self.phases))
+
+    def hash_until(self, num_phases: int) -> str:
+        """The same as if the run ended after ``num_phases``: schedules that begin alike share it."""
+        text = json.dumps([to_json(phase) for phase in self.phases[:num_phases]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def trained_patterns(phase: Phase, shape: ModelShape) -> tuple[str, ...]:
+    """Shell-style patterns over the full names of the trained parameters.
+
+    The dot of ``model.layers.1.*`` keeps layer 11 out.
+    """
+    outside = phase.embeddings_and_head
+    if isinstance(outside, Trained) and not phase.frozen_layers:
+        return ("*",)
+    if isinstance(outside, Trained):
+        names = shape.outer_patterns
+    else:
+        names = tuple(f"{name}.*" for name in shape.final_norm_modules if isinstance(outside, Adapter))
+    return (
+        *(f"{shape.layer_prefix}.{layer}.*" for layer in phase.trained_layers),
+        *(("*.lora_A", "*.lora_B") if phase.has_adapters else ()),
+        *names,
+    )
