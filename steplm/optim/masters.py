@@ -5,9 +5,9 @@ its 32 bits: the same exponents, and 16 significant bits. ``weight`` is that num
 bits), and ``correction``, an int8, is the distance from there in units of 1/256 of the spacing of bf16 numbers, from
 -0.5 to 0.5 of that spacing.
 
-What is lost: each write rounds the value to nearest at 16 significant bits (ties away from zero), an error of at most
-2**-17 of it (fp32: 2**-25). So an update of less than 2**-17 of a weight may leave it as it is; bf16 alone loses
-updates below 2**-9. The pair is exact for every bf16 number, for zeros, infinities and NaN.
+What is lost: each write rounds the value to nearest at 16 significant bits (ties away from zero), with an error of at
+most 2**-16 of it; fp32 has 2**-24, bf16 alone 2**-8. So an update of less than 2**-16 of a weight may be lost. Exact
+are all bf16 numbers, zeros and infinities among them; NaN stays NaN.
 
 Source of the idea: FlashOptim (arXiv 2602.23349). Here the correction is an integer in units of the last place, so that
 reading is one addition of bits and reading what was written is exact.
