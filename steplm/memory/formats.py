@@ -172,6 +172,25 @@ def muon_step_bytes(maps: Iterable[tuple[int, int]], *, states: str, masters: st
     return most
 
 
+def scale_state_bytes(rows: int, columns: int, states: str, *, momentum: bool = False) -> int:
+    """States of one map, without what is held beside its weight; see ``steplm.optim.scale.SCALE``."""
+    return momentum_bytes(rows, columns, states) if momentum else 0
+
+
+def scale_step_bytes(
+    maps: Iterable[tuple[int, int]], *, states: str, masters: str, momentum: bool = False, norm: str = "column"
+) -> int:
+    """Workspace of SCALE's update of maps of these shapes; arguments as of ``muon_step_bytes``."""
+    most = 0
+    for (rows, columns), count in Counter(maps).items():
+        batch = min(count, maps_at_once(rows, columns))
+        updates = 4 * batch * rows * columns
+        pieces = _piece_bytes(rows, columns, states=states if momentum else None, masters=masters)
+        norms = 4 * batch * {"column": rows, "row": columns, "both": max(rows, columns), "sign": 0}[norm]
+        most = max(most, updates + max(pieces, norms))
+    return most
+
+
 def _piece_bytes(rows: int, columns: int, *, states: str | None, masters: str) -> int:
     """Workspace of reading and writing the momentum (None: there is none), or the weight, of one piece of a map."""
     # Momentum: its fp32 copy (4) beside the gradient's (4), or beside indices, boundaries and comparison (9).

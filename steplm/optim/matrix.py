@@ -96,6 +96,8 @@ class MatrixRule(RuleBase):
                 num_blocks = -(-weight.shape[-2] * weight.shape[-1] // STATE_BLOCK)
                 # With a scale of 0 every code stands for 0.
                 held["momentum_buffer_scale"] = torch.zeros((*weight.shape[:-2], num_blocks), device=weight.device)
+                key = ("momentum_buffer", weight.device)
+                self._books[key] = self._books.get(key) or CodeBook(signed=True, device=weight.device)
         if weight.dtype != torch.float32 and self.master_weights is True:
             held["master"] = weight.float()
         elif weight.dtype != torch.float32 and self.master_weights == "8bit":
@@ -161,13 +163,15 @@ class MatrixRule(RuleBase):
         piece = each.of(states["momentum_buffer"])[rows]
         if self.states != "8bit":
             return piece.float()
-        return self._book(piece).dequantize(piece.view(-1), self._scales(each, rows)).view_as(piece)
+        book = self._books["momentum_buffer", piece.device]
+        return book.dequantize(piece.view(-1), self._scales(each, rows)).view_as(piece)
 
     def _write_momentum(self, each: Map, rows: slice, momentum: Tensor) -> None:
         """Round the momentum into its state; ``momentum`` may be overwritten."""
         piece = each.of(self._states[each.name]["momentum_buffer"])[rows]
         if self.states == "8bit":
-            self._book(piece).quantize_(momentum.view(-1), piece.view(-1), self._scales(each, rows))
+            book = self._books["momentum_buffer", piece.device]
+            book.quantize_(momentum.view(-1), piece.view(-1), self._scales(each, rows))
         elif self.states == "bf16":
             piece.copy_(momentum)
 
@@ -176,12 +180,6 @@ class MatrixRule(RuleBase):
         scales, columns = self._states[each.name]["momentum_buffer_scale"], self.parameters[each.name].shape[-1]
         of_map = scales if scales.ndim == 1 else scales[each.expert]
         return of_map[rows.start * columns // STATE_BLOCK : math.ceil(rows.stop * columns / STATE_BLOCK)]
-
-    def _book(self, tensor: Tensor) -> CodeBook:
-        key = ("momentum_buffer", tensor.device)
-        if key not in self._books:
-            self._books[key] = CodeBook(signed=True, device=tensor.device)
-        return self._books[key]
 
     def _read_weight(self, each: Map, rows: slice) -> Tensor:
         """Fp32: the master weight, the weight itself if it is fp32, or else a copy."""

@@ -18,9 +18,10 @@ def pair():
     return ours, {name: nn.Parameter(parameter.detach().clone()) for name, parameter in ours.items()}
 
 
-def run_both(ours, theirs, optimizer, reference, grad_scale=1.0):
+def run_both(ours, theirs, optimizer, reference):
+    """Four steps, each with another ``grad_scale``: one that never changes would change nothing."""
     generator = torch.Generator().manual_seed(1)
-    for _ in range(6):
+    for grad_scale in (1.0, 0.3, 3.0, 1.0):
         for name, parameter in ours.items():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
             theirs[name].grad = parameter.grad * grad_scale
@@ -32,10 +33,9 @@ def torch_muon(parameters):
     return torch.optim.Muon(list(parameters.values()), lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
 
 
-@pytest.mark.parametrize("grad_scale", [1.0, 0.3])
-def test_in_bf16_it_is_the_muon_of_pytorch(grad_scale):
+def test_in_bf16_it_is_the_muon_of_pytorch():
     ours, theirs = pair()
-    run_both(ours, theirs, Muon(ours, compute_dtype=torch.bfloat16), torch_muon(theirs), grad_scale)
+    run_both(ours, theirs, Muon(ours, compute_dtype=torch.bfloat16), torch_muon(theirs))
     for name in ours:
         # One matrix product of a batch may round another bf16 bit than one of a single matrix.
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=5e-3, msg=name)
