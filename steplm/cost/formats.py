@@ -6,7 +6,9 @@ has one fp32 scale per row; an NF4 matrix has two codes per byte and one bf16 sc
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
+from math import gcd
 
 STATE_BLOCK = 256  # elements of an 8-bit optimizer state that share a scale
 NF4_BLOCK = 64  # elements of an NF4 weight that share a scale
@@ -116,3 +118,86 @@ def largest_bucket(sizes: Iterable[int]) -> int:
         size = num_elements if size + num_elements > STEP_CHUNK else size + num_elements
         largest = max(largest, size)
     return largest
+
+
+SIGNED_CODE_BOOK_BYTES = CODE_BOOK_BYTES // 2  # tables of a rule with 8-bit momentum, on each device
+
+
+def maps_at_once(rows: int, columns: int) -> int:
+    """How many maps of this shape a rule for matrices updates at once: ``STEP_CHUNK`` elements at most, or one map."""
+    return max(1, STEP_CHUNK // (rows * columns))
+
+
+def row_pieces(rows: int, columns: int) -> list[slice]:
+    """The rows of a matrix whose momentum and weights are in fp32 at once.
+
+    ``STEP_CHUNK`` elements at most, and a piece begins where a block of an 8-bit state does. (Of matrices with more
+    than ``STEP_CHUNK / STATE_BLOCK`` columns a piece may be larger: the fewest rows that end with a block.)
+    """
+    unit = STATE_BLOCK // gcd(columns, STATE_BLOCK)  # rows that make whole blocks
+    size = max(unit, STEP_CHUNK // columns // unit * unit)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def momentum_bytes(rows: int, columns: int, states: str) -> int:
+    """Momentum of one map. Source of its 8 bits: arXiv 2509.23106."""
+    size = rows * columns
+    return {"fp32": 4 * size, "bf16": 2 * size, "8bit": state_bytes(size)}[states]
+
+
+def muon_state_bytes(rows: int, columns: int, states: str) -> int:
+    """States of one map, without what is held beside its weight; see ``steplm.optim.muon.Muon``."""
+    return momentum_bytes(rows, columns, states)
+
+
+def muon_step_bytes(maps: Iterable[tuple[int, int]], *, states: str, masters: str, compute_width: int) -> int:
+    """Workspace of Muon's update of maps of these shapes: in a step all maps of the rule, in a fused backward pass
+    those of one parameter.
+
+    Left out: what a matrix product takes inside itself.
+
+    Args:
+        maps: rows and columns of every map.
+        states: format of the momentum.
+        masters: ``fp32`` (also where the weight is), ``8bit`` or ``none``.
+        compute_width: bytes of a number in Newton–Schulz: 2 on CUDA, 4 elsewhere.
+    """
+    most = 0
+    for (rows, columns), count in Counter(maps).items():
+        batch = min(count, maps_at_once(rows, columns))
+        updates = compute_width * batch * rows * columns
+        gram = compute_width * batch * min(rows, columns) ** 2
+        pieces = _piece_bytes(rows, columns, states=states, masters=masters)
+        most = max(most, updates + pieces, 2 * updates + gram)
+    return most
+
+
+def scale_state_bytes(rows: int, columns: int, states: str, *, momentum: bool = False) -> int:
+    """States of one map, without what is held beside its weight; see ``steplm.optim.scale.SCALE``."""
+    return momentum_bytes(rows, columns, states) if momentum else 0
+
+
+def scale_step_bytes(
+    maps: Iterable[tuple[int, int]], *, states: str, masters: str, momentum: bool = False, norm: str = "column"
+) -> int:
+    """Workspace of SCALE's update of maps of these shapes; arguments as of ``muon_step_bytes``."""
+    most = 0
+    for (rows, columns), count in Counter(maps).items():
+        batch = min(count, maps_at_once(rows, columns))
+        updates = 4 * batch * rows * columns
+        pieces = _piece_bytes(rows, columns, states=states if momentum else None, masters=masters)
+        norms = 4 * batch * {"column": rows, "row": columns, "both": max(rows, columns), "sign": 0}[norm]
+        most = max(most, updates + max(pieces, norms))
+    return most
+
+
+def _piece_bytes(rows: int, columns: int, *, states: str | None, masters: str) -> int:
+    """Workspace of reading and writing the momentum (None: there is none), or the weight, of one piece of a map."""
+    # Momentum: its fp32 copy (4) beside the gradient's (4), or beside indices, boundaries and comparison (9).
+    # Weight: its fp32 copy (4) beside the upper bits (4), or beside random bits (4) and mask (1).
+    per_element = max(
+        {None: 0, "fp32": 4, "bf16": 8, "8bit": 13}[states],
+        {"fp32": 0, "8bit": 8, "none": 9}[masters],
+    )
+    piece = row_pieces(rows, columns)[0]
+    return per_element * (piece.stop - piece.start) * columns

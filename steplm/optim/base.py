@@ -1,0 +1,158 @@
+"""What all update rules have in common: parameters and states by name, checkpoints, and the fused backward pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from steplm.errors import CheckpointMismatch, SteplmError
+from steplm.optim.adamw import GradNorm
+from steplm.optim.quantized import CodeBook
+from steplm.rows import on_this_rank
+
+NamedParameters = Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
+
+
+class RuleBase(ABC):
+    """An update rule over named parameters. A subclass fills ``_states`` and says how parameters are updated.
+
+    Args:
+        named_parameters: the parameters that the rule updates, by name.
+        weight_decay: decoupled, times the learning rate.
+    """
+
+    def __init__(self, named_parameters: NamedParameters, *, weight_decay: float) -> None:
+        self.parameters: dict[str, nn.Parameter] = dict(named_parameters)
+        self.weight_decay = weight_decay
+        self.steps: dict[str, int] = dict.fromkeys(self.parameters, 0)
+        self._states: dict[str, dict[str, Tensor]] = {}
+        self._books: dict[tuple[str, torch.device], CodeBook] = {}  # by the name of the 8-bit state, and device
+
+    @abstractmethod
+    def _update(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
+        """Update these parameters, each of which has a gradient, and leave ``steps`` alone."""
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, grad_scale: float = 1.0) -> None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            grad_scale: multiplies the gradients in fp32; ``.grad`` itself stays as it is.
+        """
+        names = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
+        self._update(names, learning_rate, grad_scale)
+        for name in names:
+            self.steps[name] += 1
+
+    @contextmanager
+    def in_backward(self, learning_rate: float | None) -> Iterator[GradNorm]:
+        """A backward pass inside this context updates each parameter as soon as its gradient is complete.
+
+            with rule.in_backward(learning_rate) as norm:
+                loss.backward()
+            norm.total()
+
+        Each gradient is freed right after its update. Gradients can therefore be neither clipped nor accumulated.
+        Source: LOMO (arXiv 2306.09782).
+
+        Args:
+            learning_rate: ``None`` measures and frees the gradients without an update.
+
+        Raises:
+            SteplmError: a second backward pass inside the context.
+        """
+        norm, done = GradNorm(next((p.device for p in self.parameters.values()), None)), set[str]()
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(
+                partial(self._gradient_ready, name=name, learning_rate=learning_rate, norm=norm, done=done)
+            )
+            for name, parameter in self.parameters.items()
+        ]
+        try:
+            yield norm
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _gradient_ready(
+        self, parameter: Tensor, *, name: str, learning_rate: float | None, norm: GradNorm, done: set[str]
+    ) -> None:
+        if name in done:
+            raise SteplmError(
+                f"the gradient of {name} arrived twice within one fused update. Fused updates cannot accumulate "
+                "gradients: run one backward pass, on one micro-batch (train.gradient_accumulation_steps=1).",
+                name=name,
+            )
+        done.add(name)
+        assert parameter.grad is not None
+        norm.add(on_this_rank(parameter.grad))
+        if learning_rate is not None:
+            self._update([name], learning_rate, 1.0)
+            self.steps[name] += 1
+        parameter.grad = None
+
+    def zero_grad(self) -> None:
+        """Free every gradient."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The states themselves, not copies, by parameter name and state name."""
+        return {name: dict(states) for name, states in self._states.items()}
+
+    def tables(self) -> list[Tensor]:
+        """Look-up tables of 8-bit states, which all parameters share."""
+        return [table for book in self._books.values() for table in book.tables()]
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """The states themselves under flat names ``PARAMETER.STATE``, as safetensors wants them, and the steps."""
+        return self._flat(), dict(self.steps)
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], steps: Mapping[str, int], *, strict: bool = True) -> None:
+        """Copy saved states into this rule's.
+
+        Args:
+            tensors, steps: what ``state_dict`` gave.
+            strict: require that exactly this rule's parameters were saved. Otherwise ignore the states of other
+                parameters, and leave parameters without saved states as they are (new ones, after a growth).
+
+        Raises:
+            CheckpointMismatch: names (if ``strict``), shapes or dtypes differ, or only some states of a parameter
+                were saved.
+        """
+        own = self._flat()
+        wanted = [name for name in self.steps if strict or name in steps]
+        keys = [f"{name}.{key}" for name in wanted for key in self._states[name]]
+        mismatches = {
+            "missing": [name for name in wanted if name not in steps] + [key for key in keys if key not in tensors],
+            "unknown": [key for key in (*steps, *tensors) if strict and key not in self.steps and key not in own],
+            "wrong": [key for key in keys if key in tensors and not _alike(own[key], tensors[key])],
+        }
+        if any(mismatches.values()):
+            titles = {"missing": "missing", "unknown": "unknown", "wrong": "of another shape or dtype"}
+            listed = "; ".join(f"{titles[kind]}: {_shorten(names)}" for kind, names in mismatches.items() if names)
+            raise CheckpointMismatch(
+                f"the saved optimizer state does not fit the trained parameters: {listed}. "
+                "It was saved under another plan, precision or format of the states.",
+                **mismatches,
+            )
+        for key in keys:
+            own[key].copy_(tensors[key])
+        self.steps.update({name: steps[name] for name in wanted})
+
+    def _flat(self) -> dict[str, Tensor]:
+        return {f"{name}.{key}": tensor for name, states in self._states.items() for key, tensor in states.items()}
+
+
+def _alike(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and first.dtype == second.dtype
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,35 @@
+"""Fp32 weights as a bf16 weight and one byte of what its rounding lost.
+
+An fp32 number has a sign, 8 bits of exponent and 24 significant bits, 23 of them stored. The pair keeps the upper 24 of
+its 32 bits: the same exponents, and 16 significant bits. ``weight`` is that number rounded to bf16 (8 significant
+bits), and ``correction``, an int8, is the distance from there in units of 1/256 of the spacing of bf16 numbers, from
+-0.5 to 0.5 of that spacing.
+
+What is lost: each write rounds the value to nearest at 16 significant bits (ties away from zero), with an error of at
+most 2**-16 of it; fp32 has 2**-24, bf16 alone 2**-8. So an update of less than 2**-16 of a weight may be lost. Exact
+are all bf16 numbers, zeros and infinities among them; NaN stays NaN.
+
+Source of the idea: FlashOptim (arXiv 2602.23349). Here the correction is an integer in units of the last place, so that
+reading is one addition of bits and reading what was written is exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def correct(weight: Tensor, correction: Tensor) -> Tensor:
+    """The fp32 values, a new tensor, that a bf16 weight and its int8 correction stand for."""
+    bits = weight.view(torch.int16).int().bitwise_left_shift_(16)
+    return bits.add_(correction, alpha=256).view(torch.float32)
+
+
+def split_(values: Tensor, weight: Tensor, correction: Tensor) -> None:
+    """Write fp32 ``values`` into a bf16 ``weight`` and its int8 ``correction``; ``values`` are overwritten."""
+    values.masked_fill_(values != values, torch.nan)  # to a NaN of all ones the additions below would carry over
+    bits = values.view(torch.int32)
+    bits.add_(0x80).bitwise_and_(-0x100)  # 24 bits, rounded to nearest
+    upper = (bits + 0x8000).bitwise_right_shift_(16)  # 16 bits, rounded to nearest
+    weight.view(torch.int16).copy_(upper)
+    correction.copy_(bits.sub_(upper.bitwise_left_shift_(16)).bitwise_right_shift_(8))

@@ -1,0 +1,199 @@
+"""Update rules for whole matrices: the linear maps of layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steplm.errors import ConfigError
+from steplm.memory.formats import STATE_BLOCK, maps_at_once, row_pieces
+from steplm.optim.base import NamedParameters, RuleBase
+from steplm.optim.masters import correct, split_
+from steplm.optim.quantized import CodeBook, round_stochastically_
+
+STATES = ("fp32", "bf16", "8bit")
+MASTER_WEIGHTS = (True, False, "8bit")
+UPDATE_RMS = 0.2  # about AdamW's, of a weight's update at learning rate 1; Liu et al. (arXiv 2502.16982), section 2.2
+
+
+class Map(NamedTuple):
+    """One linear map: a matrix parameter, or one expert of a parameter of shape (num_experts, rows, columns)."""
+
+    name: str
+    expert: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The map's part of a tensor of the parameter's shape."""
+        return tensor if tensor.ndim == 2 else tensor[self.expert]
+
+
+class MatrixRule(RuleBase):
+    """Base of the rules that update a matrix as a whole. A subclass writes ``_update_maps``.
+
+    The arithmetic is fp32 unless a subclass says otherwise. Maps of one shape are updated together, at most
+    ``STEP_CHUNK`` elements at once (a larger map alone); momentum and weights are read and written a few rows at a
+    time, see ``row_pieces``.
+
+    Args:
+        named_parameters: matrices (rows, columns), or stacks of them (num_experts, rows, columns), in bf16 or fp32.
+        states: format of the momentum: ``fp32``, ``bf16`` (rounded to nearest), or ``8bit``: uint8 codes, and an fp32
+            scale for each ``STATE_BLOCK`` elements of a map (see ``CodeBook``).
+        master_weights: what is held beside a bf16 weight. True: its fp32 value (4 bytes a parameter). ``8bit``: one
+            byte of what rounding it lost, see ``steplm.optim.masters``. False: nothing; new weights are computed in
+            fp32 and rounded stochastically, with bits from the device's default generator.
+        weight_decay: decoupled, times the learning rate.
+        momentum: share of the old momentum in the new one; 0: there is no momentum, and no state for it.
+
+    Raises:
+        ConfigError: an unknown option, a parameter that is no matrix, or one that is sharded over ranks.
+    """
+
+    def __init__(
+        self,
+        named_parameters: NamedParameters,
+        *,
+        states: str = "fp32",
+        master_weights: bool | str = True,
+        weight_decay: float = 0.1,
+        momentum: float = 0.0,
+    ) -> None:
+        super().__init__(named_parameters, weight_decay=weight_decay)
+        if states not in STATES:
+            raise ConfigError(f"no states {states!r}. Known: {', '.join(STATES)}.", states=states)
+        if master_weights not in MASTER_WEIGHTS:
+            known = ", ".join(map(str, MASTER_WEIGHTS))
+            raise ConfigError(f"no master_weights {master_weights!r}. Known: {known}.", master_weights=master_weights)
+        if not 0.0 <= momentum < 1.0:
+            raise ConfigError(f"momentum must be in [0, 1), not {momentum}.", momentum=momentum)
+        self.states, self.master_weights, self.momentum = states, master_weights, momentum
+        for name, parameter in self.parameters.items():
+            self._refuse_unless_matrix(name, parameter)
+            self._states[name] = self._new_states(parameter.detach())
+
+    def _refuse_unless_matrix(self, name: str, parameter: Tensor) -> None:
+        rule, shape = type(self).__name__, tuple(parameter.shape)
+        if parameter.ndim not in (2, 3):
+            raise ConfigError(
+                f"{rule} updates matrices, and {name} has the shape {shape}. Leave it to AdamW.", name=name, shape=shape
+            )
+        if hasattr(parameter, "to_local"):
+            raise ConfigError(
+                f"{rule} needs whole matrices, and {name} is sharded over ranks. Replicate it, or leave it to AdamW.",
+                name=name,
+            )
+
+    def _new_states(self, weight: Tensor) -> dict[str, Tensor]:
+        """The states of a parameter before its first step."""
+        held: dict[str, Tensor] = {}
+        if self.momentum:
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[self.states]
+            held["momentum_buffer"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            if self.states == "8bit":
+                num_blocks = -(-weight.shape[-2] * weight.shape[-1] // STATE_BLOCK)
+                # With a scale of 0 every code stands for 0.
+                held["momentum_buffer_scale"] = torch.zeros((*weight.shape[:-2], num_blocks), device=weight.device)
+                key = ("momentum_buffer", weight.device)
+                self._books[key] = self._books.get(key) or CodeBook(signed=True, device=weight.device)
+        if weight.dtype != torch.float32 and self.master_weights is True:
+            held["master"] = weight.float()
+        elif weight.dtype != torch.float32 and self.master_weights == "8bit":
+            held["correction"] = torch.zeros_like(weight, dtype=torch.int8)
+        return held
+
+    def _update(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
+        for maps in self._batches(names):
+            self._update_maps(maps, learning_rate, grad_scale)
+
+    def _update_maps(self, maps: list[Map], learning_rate: float, grad_scale: float) -> None:
+        """Update maps of one shape, on one device."""
+        raise NotImplementedError
+
+    def _batches(self, names: list[str]) -> Iterator[list[Map]]:
+        """The maps of these parameters, in lists of those that are updated together."""
+        alike: dict[tuple[torch.Size, torch.device], list[Map]] = {}
+        for name in names:
+            parameter = self.parameters[name]
+            if parameter.numel():
+                maps = alike.setdefault((parameter.shape[-2:], parameter.device), [])
+                maps.extend(Map(name, expert) for expert in range(1 if parameter.ndim == 2 else len(parameter)))
+        for (shape, _), maps in alike.items():
+            size = maps_at_once(*shape)
+            yield from (maps[start : start + size] for start in range(0, len(maps), size))
+
+    def _gather(self, maps: list[Map], grad_scale: float, *, nesterov: bool, dtype: torch.dtype) -> Tensor:
+        """What the update is made of: the gradients, or with momentum the momentum, which takes them in.
+
+        Returns:
+            A new tensor of shape (len(maps), rows, columns).
+        """
+        first = self.parameters[maps[0].name]
+        gathered = torch.empty((len(maps), *first.shape[-2:]), dtype=dtype, device=first.device)
+        for out, each in zip(gathered, maps, strict=True):
+            gradient = self.parameters[each.name].grad
+            assert gradient is not None
+            if not self.momentum:
+                out.copy_(each.of(gradient)).mul_(grad_scale)
+                continue
+            for rows in row_pieces(*out.shape):
+                momentum = self._read_momentum(each, rows)
+                update = each.of(gradient)[rows].to(torch.float32, copy=True).mul_(grad_scale)
+                momentum.lerp_(update, 1.0 - self.momentum)
+                if nesterov:
+                    update.lerp_(momentum, self.momentum)
+                out[rows].copy_(update if nesterov else momentum)
+                del update  # before the momentum is rounded, which needs as much
+                self._write_momentum(each, rows, momentum)
+        return gathered
+
+    def _descend(self, maps: list[Map], updates: Tensor, learning_rate: float, factor: float) -> None:
+        """Decay the weights, and subtract ``updates`` (maps, rows, columns) times the learning rate and ``factor``."""
+        for update, each in zip(updates, maps, strict=True):
+            for rows in row_pieces(*update.shape):
+                weight = self._read_weight(each, rows)
+                weight.mul_(1.0 - learning_rate * self.weight_decay).add_(update[rows], alpha=-learning_rate * factor)
+                self._write_weight(each, rows, weight)
+
+    def _read_momentum(self, each: Map, rows: slice) -> Tensor:
+        """Fp32: the state itself, or a copy."""
+        states = self._states[each.name]
+        piece = each.of(states["momentum_buffer"])[rows]
+        if self.states != "8bit":
+            return piece.float()
+        book = self._books["momentum_buffer", piece.device]
+        return book.dequantize(piece.view(-1), self._scales(each, rows)).view_as(piece)
+
+    def _write_momentum(self, each: Map, rows: slice, momentum: Tensor) -> None:
+        """Round the momentum into its state; ``momentum`` may be overwritten."""
+        piece = each.of(self._states[each.name]["momentum_buffer"])[rows]
+        if self.states == "8bit":
+            book = self._books["momentum_buffer", piece.device]
+            book.quantize_(momentum.view(-1), piece.view(-1), self._scales(each, rows))
+        elif self.states == "bf16":
+            piece.copy_(momentum)
+
+    def _scales(self, each: Map, rows: slice) -> Tensor:
+        """The scales of some rows, which begin where a block does."""
+        scales, columns = self._states[each.name]["momentum_buffer_scale"], self.parameters[each.name].shape[-1]
+        of_map = scales if scales.ndim == 1 else scales[each.expert]
+        return of_map[rows.start * columns // STATE_BLOCK : math.ceil(rows.stop * columns / STATE_BLOCK)]
+
+    def _read_weight(self, each: Map, rows: slice) -> Tensor:
+        """Fp32: the master weight, the weight itself if it is fp32, or else a copy."""
+        states, weight = self._states[each.name], each.of(self.parameters[each.name].detach())[rows]
+        if "correction" in states:
+            return correct(weight, each.of(states["correction"])[rows])
+        return each.of(states["master"])[rows] if "master" in states else weight.float()
+
+    def _write_weight(self, each: Map, rows: slice, value: Tensor) -> None:
+        """Round a new fp32 value into the weight; ``value`` may be overwritten, unless it is the master weight."""
+        states, weight = self._states[each.name], each.of(self.parameters[each.name].detach())[rows]
+        if "correction" in states:
+            split_(value, weight, each.of(states["correction"])[rows])
+        elif "master" in states:
+            weight.copy_(value)
+        elif weight.dtype != torch.float32:
+            weight.copy_(round_stochastically_(value))

@@ -1,0 +1,83 @@
+"""Muon: momentum whose matrix is orthogonalised before it is subtracted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from steplm.optim.base import NamedParameters
+from steplm.optim.matrix import UPDATE_RMS, Map, MatrixRule
+
+NUM_STEPS = 5  # of Newton–Schulz
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of its quintic polynomial, chosen by Keller Jordan for a steep start at 0
+EPS = 1e-7  # smallest norm that a matrix is divided by
+
+
+class Muon(MatrixRule):
+    """Muon (Keller Jordan, 2024) as Liu et al. scale it (arXiv 2502.16982), for the linear maps of layers.
+
+    For each map, with gradient G, momentum M and weight W of shape (rows, columns):
+
+        M  ←  0.95 M + 0.05 G
+        U  =  0.95 M + 0.05 G                            Nesterov's look-ahead
+        O  =  NewtonSchulz(U)                            about the nearest matrix with orthonormal rows or columns
+        W  ←  (1 - lr × weight_decay) W - lr × 0.2 √max(rows, columns) O
+
+    The last factor gives the update the RMS of AdamW's, so that AdamW's learning rate and weight decay carry over. A
+    gradient of zero, after none that was not, changes nothing but the decay.
+
+    Newton–Schulz runs in bf16 on CUDA and in fp32 elsewhere, on the smaller side; ``step`` runs it on several maps of
+    one shape at once, ``in_backward`` on one parameter's. Bytes of the momentum: ``muon_state_bytes``; of the
+    workspace: ``muon_step_bytes``; both in ``steplm.memory.formats``. Momentum in 8 bits: arXiv 2509.23106.
+
+    Args:
+        named_parameters, states, master_weights, weight_decay: see ``MatrixRule``.
+        momentum: share of the old momentum in the new one, and in the look-ahead.
+        compute_dtype: of Newton–Schulz. None: bf16 on CUDA, fp32 elsewhere.
+    """
+
+    def __init__(
+        self,
+        named_parameters: NamedParameters,
+        *,
+        states: str = "fp32",
+        master_weights: bool | str = True,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            named_parameters,
+            states=states,
+            master_weights=master_weights,
+            weight_decay=weight_decay,
+            momentum=momentum,
+        )
+        self.compute_dtype = compute_dtype
+
+    def _update_maps(self, maps: list[Map], learning_rate: float, grad_scale: float) -> None:
+        parameter = self.parameters[maps[0].name]
+        rows, columns = parameter.shape[-2:]
+        dtype = self.compute_dtype or (torch.bfloat16 if parameter.is_cuda else torch.float32)
+        updates = self._gather(maps, grad_scale, nesterov=True, dtype=dtype)
+        is_tall = rows > columns
+        updates = updates.mT if is_tall else updates
+        updates.div_(torch.linalg.matrix_norm(updates, keepdim=True).clamp_(min=EPS))
+        for _ in range(NUM_STEPS):
+            updates = newton_schulz_step(updates)
+        updates = updates.mT if is_tall else updates
+        self._descend(maps, updates, learning_rate, UPDATE_RMS * math.sqrt(max(rows, columns)))
+
+
+def newton_schulz_step(matrices: Tensor) -> Tensor:
+    """One step towards matrices whose singular values are all near 1: X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X.
+
+    Args:
+        matrices: (batch, rows, columns), rows ≤ columns, singular values at most 1 before the first step.
+    """
+    a, b, c = COEFFICIENTS
+    gram = matrices @ matrices.mT
+    gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    return torch.baddbmm(matrices, gram, matrices, beta=a)

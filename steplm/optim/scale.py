@@ -1,0 +1,83 @@
+"""SCALE and its relatives: the gradient, each of its rows or columns normalised, and no state for a layer's matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from steplm.errors import ConfigError
+from steplm.optim.base import NamedParameters
+from steplm.optim.matrix import UPDATE_RMS, Map, MatrixRule
+
+
+def _normalize_(updates: Tensor, dim: int) -> None:
+    """Divide by the root of the mean square along ``dim``; zeros stay zeros."""
+    norm = torch.linalg.vector_norm(updates, dim=dim, keepdim=True).mul_(updates.shape[dim] ** -0.5)
+    updates.div_(norm.clamp_(min=torch.finfo(norm.dtype).tiny))
+
+
+def _normalize_both_(updates: Tensor) -> None:
+    _normalize_(updates, -1)
+    _normalize_(updates, -2)
+
+
+# Of PyTorch's weights, (out_features, in_features). The paper writes them (in, out), so that its columns are our rows.
+NORMS: dict[str, Callable[[Tensor], object]] = {
+    "column": lambda updates: _normalize_(updates, -1),
+    "row": lambda updates: _normalize_(updates, -2),
+    "both": _normalize_both_,
+    "sign": Tensor.sign_,
+}
+
+
+class SCALE(MatrixRule):
+    """SCALE (Glentis et al., arXiv 2506.16659): the gradient of each output feature, divided by its RMS.
+
+    With the gradient G of a map (out_features, in_features), and weight W:
+
+        W  ←  (1 - lr × weight_decay) W - lr × 0.2 normalised(G)
+
+    Every update has an RMS of 1 before the factor 0.2, which makes it AdamW's, so that AdamW's learning rate is a
+    good first guess. (The paper leaves the factor to the learning rate.) For the head the paper has momentum, which
+    is then normalised in the gradient's place: M ← momentum × M + (1 - momentum) G.
+
+    Bytes of the states: ``scale_state_bytes``; of the workspace: ``scale_step_bytes``; in ``steplm.memory.formats``.
+
+    Args:
+        named_parameters, states, master_weights, weight_decay: see ``MatrixRule``.
+        momentum: 0, without state, for the maps of layers; the paper's 0.9 for the head.
+        norm: ``column``: the paper's. For embeddings, (vocab_size, hidden_size), its authors' code takes the other
+            side, ``row``. ``both``: first ``column``, then ``row``. ``sign``: the sign of each element (Bernstein et
+            al., arXiv 1802.04434).
+
+    Raises:
+        ConfigError: an unknown ``norm``, or what ``MatrixRule`` refuses.
+    """
+
+    def __init__(
+        self,
+        named_parameters: NamedParameters,
+        *,
+        states: str = "fp32",
+        master_weights: bool | str = True,
+        weight_decay: float = 0.1,
+        momentum: float = 0.0,
+        norm: str = "column",
+    ) -> None:
+        if norm not in NORMS:
+            raise ConfigError(f"no norm {norm!r}. Known: {', '.join(NORMS)}.", norm=norm)
+        super().__init__(
+            named_parameters,
+            states=states,
+            master_weights=master_weights,
+            weight_decay=weight_decay,
+            momentum=momentum,
+        )
+        self.norm = norm
+
+    def _update_maps(self, maps: list[Map], learning_rate: float, grad_scale: float) -> None:
+        updates = self._gather(maps, grad_scale, nesterov=False, dtype=torch.float32)
+        NORMS[self.norm](updates)
+        self._descend(maps, updates, learning_rate, UPDATE_RMS)
