@@ -20,8 +20,8 @@ _PUBLIC = {
     "RunConfig": "steplm.config",
     "load_config": "steplm.config",
     "SteplmError": "steplm.errors",
-    "Plan": "steplm.types",
-    "Stage": "steplm.types",
+    "Plan": "steplm.planner.plan",
+    "Stage": "steplm.planner.plan",
     "plan": "steplm.planner.plan",
     "prepare": "steplm.data.prepare",
     "train": "steplm.training.run",
@@ -50,11 +50,10 @@ if TYPE_CHECKING:
     from steplm.data.prepare import prepare
     from steplm.errors import SteplmError
     from steplm.eval.perplexity import perplexity
-    from steplm.planner.plan import plan
+    from steplm.planner.plan import Plan, Stage, plan
     from steplm.training.export import export
     from steplm.training.grow_folder import grow
     from steplm.training.run import train
-    from steplm.types import Plan, Stage
 
 
 def __getattr__(name: str) -> Any:

@@ -242,6 +242,7 @@ class TrainState:
     step: int  # optimizer steps done in this stage
     phase_step: int  # optimizer steps done in this phase
     tokens_seen: int  # in the whole run
+    phase_done: bool = False
     stage_done: bool = False
 
 

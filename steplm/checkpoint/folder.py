@@ -4,7 +4,7 @@
       config.json  model*.safetensors     loads in transformers (without the adapters' update)
       adapters.safetensors                where the stage has adapters
       optimizer/state.safetensors         keyed by parameter name
-      state.json                          progress, plan hash, provenance, trained names, versions
+      state.json                          progress, schedule hash, phase, provenance, trained names, versions
       COMPLETE                            size and sha256 of every file, written last
 
 One that several ranks wrote has ``shards/`` in place of the three kinds of tensor files: each rank's rows of
@@ -40,7 +40,8 @@ from steplm.errors import CheckpointError
 from steplm.files import sync, write_atomically
 from steplm.models.folder import load_hf_config, load_state, load_tensors, save_folder, save_hf_config
 from steplm.rows import WHOLE, Rows
-from steplm.types import AdapterSpec, LayerProvenance, TrainState, from_json, to_json
+from steplm.schedule import Phase
+from steplm.types import LayerProvenance, TrainState, from_json, to_json
 from steplm.units import reason, shortened
 
 MARKER = "COMPLETE"
@@ -56,11 +57,11 @@ class CheckpointState:
     """What ``state.json`` holds."""
 
     progress: TrainState
-    plan_hash: str  # of the stages up to this one
+    schedule_hash: str  # of the phases up to this one
+    phase: Phase  # in which it was written
     data_fingerprint: str
     provenance: tuple[LayerProvenance, ...]
     trained_names: tuple[str, ...]
-    adapters: AdapterSpec | None
     optimizer_steps: dict[str, int]
     metrics_bytes: int  # length of metrics.jsonl at this instant: what comes after is replayed
     elapsed_seconds: float
@@ -73,7 +74,7 @@ class CheckpointState:
 class Checkpoint:
     """A checkpoint in memory: plain named tensors on the CPU; a rank has its rows of all but adapters."""
 
-    path: Path
+    path: Path | None  # None: it was never on a disk
     config: PretrainedConfig
     weights: dict[str, Tensor]
     adapters: dict[str, Tensor]

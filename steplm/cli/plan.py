@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from steplm.config import RunConfig, load_config
+from steplm.cost.rules import ADAMW
 from steplm.cost.terms import OUTER_COMPONENTS
-from steplm.planner.plan import Phase, StageCosts, as_vanilla
+from steplm.cost.traffic import UTILIZATION
+from steplm.planner.plan import Plan, Stage, as_vanilla
 from steplm.planner.plan import plan as make_plan
 from steplm.planner.shape import FAMILIES
-from steplm.cost.traffic import UTILIZATION
-from steplm.types import HOST, MemoryEstimate, MemoryTerm, ModelShape, Plan, Stage, to_json
+from steplm.schedule import Trained
+from steplm.types import HOST, MemoryEstimate, MemoryTerm, ModelShape, to_json
 from steplm.units import binary_unit, format_bytes, format_count
 
 
@@ -97,11 +100,12 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "vanilla_peak_bytes": plan.vanilla_peak_bytes,
         "peak_model_state_bytes": plan.peak_model_state_bytes,
-        "peak_stage": _largest(plan, "state").index,
+        "peak_stage": _largest(plan, "peak").index,
+        "peak_model_state_stage": _largest(plan, "state").index,
         "vanilla_model_state_bytes": plan.vanilla_model_state_bytes,
         "reduction": plan.reduction,
         "total_tokens": plan.total_tokens,
-        "hash": plan.hash,
+        "hash": plan.schedule.hash,
         "stages": [
             {
                 "index": stage.index,
@@ -128,8 +132,7 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
     """A table of the stages, and the peaks against ordinary pre-training in a line each; fits 80 columns."""
     shape = plan.shape
     counts_outer = any(_outer(stage.memory).terms for stage in plan.stages)
-    vanilla = StageCosts(as_vanilla(config), shape)
-    vanilla_state = vanilla.model_state(Phase(shape.num_hidden_layers, 0))
+    vanilla_state = make_plan(as_vanilla(config), shape).stages[0].memory
     largest = plan.peak_bytes or plan.peak_model_state_bytes
     unit, size = binary_unit(largest)
     gap = 1 if console.width >= 90 else 0
@@ -145,13 +148,14 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
         cells = (*_parameter_cells(memory), tokens, *_byte_cells(memory, size), peak_cell)
         table.add_row(name, layers, *cells, style=style)
 
-    same_outer = len({_outer(stage.memory) for stage in plan.stages}) == 1
-    by_peak = _largest(plan, "peak")
-    for stage in plan.stages:
+    spans = labelled_spans(plan)
+    same_outer = len({_outer(span.memory) for _, span in spans}) == 1
+    by_peak = max((span for _, span in spans), key=lambda span: span.device_bytes)
+    for label, stage in spans:
         old = stage.num_hidden_layers - stage.num_new_layers
-        is_peak = stage is by_peak and plan.num_stages > 1
+        is_peak = stage is by_peak and len(spans) > 1
         add_row(
-            f"{stage.index}{' ◀' if is_peak else ''}",
+            f"{label}{' ◀' if is_peak else ''}",
             f"{old}+{stage.num_new_layers}" if stage.grows else str(stage.num_hidden_layers),
             format_count(stage.tokens),
             stage.memory,
@@ -188,6 +192,15 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
         console.print(note, style="dim", highlight=False)
 
 
+def labelled_spans(plan: Plan) -> list[tuple[str, Stage]]:
+    """The rows of a table of stages: one a stage, or one for each of its phases that hold as much, ``1.1``, ``1.2``."""
+    return [
+        (str(stage.index) if len(stage.spans) == 1 else f"{stage.index}.{number}", span)
+        for stage in plan.stages
+        for number, span in enumerate(stage.spans, start=1)
+    ]
+
+
 def devices(config: RunConfig) -> str:
     """How many there are, and how they hold the model."""
     size, num_shards = config.distributed.world_size, config.distributed.num_shards
@@ -199,16 +212,21 @@ def devices(config: RunConfig) -> str:
 def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
     """Every term of every stage: formula, unit, bytes; of the model state, and of the whole device at its highest."""
     shape, train = plan.shape, config.train
-    has_low_rank = any(stage.low_rank_layers for stage in plan.stages)
+    rules = dict.fromkeys(
+        role.rule
+        for phase in plan.schedule.phases
+        for role in phase.layers
+        if isinstance(role, Trained) and role.rule != ADAMW
+    )
     symbols = _table("symbols", ("symbol", "meaning"), ("value",))
     for symbol, meaning, value in (
         (
             "n_i",
-            f"{'trained layers with AdamW states' if has_low_rank else 'layers trained as a whole'} in stage i",
+            f"trained layers{' under AdamW' if rules else ''} in stage i",
             "below",
         ),
         ("N_{i-1}", "frozen layers in stage i", "below"),
-        *((("N_low", "trained layers with low-rank states in stage i", "below"),) if has_low_rank else ()),
+        *((f"n_{rule}", f"trained layers under {rule} in stage i", "below") for rule in rules),
         ("E", "adapter parameters of one frozen layer", "below"),
         ("P_layer", "parameters of one layer", f"{shape.layer_parameters:,}"),
         ("P_embeddings", "parameters of the embeddings", f"{shape.embedding_parameters:,}"),
@@ -224,11 +242,14 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
     ):
         symbols.add_row(symbol, meaning, value)
     console.print(symbols)
-    for stage in plan.stages:
-        counts = [_layers(stage, component, shape.layer_parameters) for component in ("new_layers", "frozen_layers")]
-        adapters = _adapter_parameters(stage.memory) // len(stage.adapters.layers) if stage.adapters else 0
-        low_rank = f"N_low = {len(stage.low_rank_layers)}, " if has_low_rank else ""
-        title = f"stage {stage.index}: n_i = {counts[0]}, N_{{i-1}} = {counts[1]}, {low_rank}E = {adapters:,}"
+    for label, stage in labelled_spans(plan):
+        phase = stage.phases[0]
+        adapters = _adapter_parameters(stage.memory) // len(phase.adapters) if phase.adapters else 0
+        counts = Counter(role.rule for role in phase.layers if isinstance(role, Trained))
+        others = "".join(f"n_{rule} = {counts[rule]}, " for rule in rules)
+        title = (
+            f"stage {label}: n_i = {counts[ADAMW]}, {others}N_{{i-1}} = {len(phase.frozen_layers)}, E = {adapters:,}"
+        )
         table = _table(f"{title}; model state", ("term", "formula"), ("parameters", "bytes"))
         for term in stage.memory.terms:
             parameters = f"{term.num_parameters:,}" if term.num_parameters else ""
@@ -239,13 +260,13 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
         if stage.peak is None:
             continue
         highest = stage.peak.highest
-        table = _table(f'stage {stage.index}: highest at "{highest.name}"', ("term", "formula"), ("bytes",))
+        table = _table(f'stage {label}: highest at "{highest.name}"', ("term", "formula"), ("bytes",))
         for term in highest.memory.terms:
             table.add_row(_name(term), term.formula, f"{term.num_bytes:,}")
         table.add_section()
         table.add_row("total on the device", "", f"{highest.memory.total_bytes:,}", style="bold")
         console.print(table)
-        table = _table(f"stage {stage.index}: moments", ("moment",), ("bytes",))
+        table = _table(f"stage {label}: instants", ("instant",), ("bytes",))
         for instant in stage.peak.instants:
             style = "bold" if instant is highest else None
             table.add_row(instant.name, f"{instant.memory.total_bytes:,}", style=style)
@@ -347,13 +368,6 @@ def _adapter_parameters(memory: MemoryEstimate) -> int:
 def _frozen_parameters(memory: MemoryEstimate) -> int:
     weights = sum(term.num_parameters for term in memory.terms if term.kind in ("weights", HOST))
     return weights - _adapter_parameters(memory) - _trained_parameters(memory)
-
-
-def _layers(stage: Stage, component: str, layer_parameters: int) -> int:
-    num_parameters = sum(
-        t.num_parameters for t in stage.memory.terms if t.component == component and t.kind in ("weights", HOST)
-    )
-    return num_parameters // layer_parameters
 
 
 def _parameter_cells(memory: MemoryEstimate) -> list[str]:

@@ -9,12 +9,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from steplm.cli.plan import five_digits
+from steplm.cli.plan import five_digits, labelled_spans
 from steplm.config import RunConfig
+from steplm.cost.traffic import GPUS, LINK_SHARE, Gpu, StepEstimate, estimate_step
 from steplm.errors import ConfigError
-from steplm.cost.traffic import GPUS, LINK_SHARE, Gpu, StepEstimate, estimate_steps
+from steplm.planner.plan import Plan
 from steplm.planner.ways import require_known
-from steplm.types import Plan
 from steplm.units import binary_unit, format_count, format_seconds, parse_bytes
 
 COLUMNS = ("stage", "steps", "FLOPs", "gather", "reduce", "copies", "compute", "sending", "least", "most")
@@ -27,7 +27,7 @@ def show_scale(
     gpu = choose_gpu(gpu_name, bandwidth)
     if not 0 < utilization <= 1:
         raise ConfigError(f"--utilization={utilization:g} is a share of the peak: give a number from 0 to 1.")
-    steps = estimate_steps(config, plan, gpu, utilization=utilization)
+    steps = [estimate_step(config, plan.shape, phase, gpu, utilization=utilization) for phase in plan.schedule.phases]
     if not console.stderr:
         _render(plan, console, gpu_name, gpu, utilization, steps)
     return {
@@ -35,14 +35,15 @@ def show_scale(
         "num_shards": config.distributed.num_shards,
         "gpu": {"name": gpu_name, **asdict(gpu), "utilization": utilization, "link_share": LINK_SHARE},
         "training_flops": plan.training_flops,
-        "stages": [
+        "phases": [
             {
+                "stage": phase.stage,
                 **asdict(step),
                 "sent_bytes": step.traffic.total,
                 "least_seconds": step.least_seconds,
                 "most_seconds": step.most_seconds,
             }
-            for step in steps
+            for phase, step in zip(plan.schedule.phases, steps, strict=True)
         ],
         "least_seconds": sum(step.num_steps * step.least_seconds for step in steps),
         "most_seconds": sum(step.num_steps * step.most_seconds for step in steps),
@@ -76,12 +77,15 @@ def _render(
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
-    for stage, step in zip(plan.stages, steps, strict=True):
+    for label, span in labelled_spans(plan):
+        # Alike but for the number of steps, and for which layers are trained.
+        step = steps[span.phases[0].index - 1]
+        num_steps = sum(steps[phase.index - 1].num_steps for phase in span.phases)
         sent = (step.traffic.all_gather, step.traffic.reduce_scatter, step.traffic.all_reduce)
         seconds = (step.compute_seconds, step.communication_seconds, step.least_seconds, step.most_seconds)
         table.add_row(
-            str(stage.index),
-            format_count(step.num_steps),
+            label,
+            format_count(num_steps),
             format_count(step.flops),
             *(five_digits(count / size) if count else "" for count in sent),
             *map(_seconds, seconds),

@@ -11,11 +11,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from steplm.cli.plan import labelled_spans
 from steplm.config import RunConfig
+from steplm.cost.price import Cost
 from steplm.files import write_atomically
 from steplm.models.device import resolve_device
-from steplm.training.simulate import LIBRARIES, measure_stage, simulate_stage
-from steplm.types import Plan, Stage
+from steplm.planner.plan import Plan
+from steplm.training.simulate import LIBRARIES, measure_phase, simulate_phase
 from steplm.units import format_bytes
 
 
@@ -27,21 +29,23 @@ def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dic
     for name in ("planned", "simulated", "planned / simulated"):
         table.add_column(name, justify="right")
     table.add_column("highest in")
-    for stage in plan.stages:
-        with console.status(f"stage {stage.index} of {plan.num_stages}"):
-            simulated = simulate_stage(config, stage)
-        planned = _planned_in_a_step(stage)
+    for label, span in labelled_spans(plan):
+        phase = span.highest_phase
+        with console.status(f"stage {label} of {plan.num_stages}"):
+            simulated = simulate_phase(config, phase)
+        planned = _planned_in_a_step(plan.cost(phase))
         counted = simulated.total_bytes
         rows.append(
             {
-                "stage": stage.index,
+                "stage": phase.stage,
+                "phase": phase.index,
                 "planned_bytes": planned,
                 "simulated_bytes": counted,
                 "moments": {instant.name: instant.memory.total_bytes for instant in simulated.instants},
             }
         )
         table.add_row(
-            str(stage.index),
+            label,
             format_bytes(planned) if planned else "unknown",
             format_bytes(counted),
             f"{planned / counted:.2%}" if planned else "",
@@ -54,17 +58,18 @@ def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dic
 def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[str, Any]:
     """Take two steps of the largest stage on the device; print, record and return planned beside measured."""
     device = resolve_device(config.train.device)
-    stage = max(plan.stages, key=lambda stage: _planned_in_a_step(stage) or stage.device_bytes)
-    with console.status(f"two steps of stage {stage.index} on {device}"):
-        held = measure_stage(config, stage, device).highest.memory
+    phases = plan.schedule.phases
+    phase = max(phases, key=lambda phase: _planned_in_a_step(plan.cost(phase)) or plan.cost(phase).device_bytes)
+    with console.status(f"two steps of stage {phase.stage} on {device}"):
+        held = measure_phase(config, phase, device).highest.memory
     libraries = held.bytes_of("model", LIBRARIES)
     measured = held.total_bytes - libraries
-    planned = _planned_in_a_step(stage)
+    planned = _planned_in_a_step(plan.cost(phase))
     record = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "counted_by": "the allocator" if device.type == "cuda" else "tensor by tensor",
         "torch": torch.__version__,
-        "stage": stage.index,
+        "stage": phase.stage,
         "planned_bytes": planned,
         "measured_bytes": measured,
         "library_bytes": libraries,
@@ -74,7 +79,7 @@ def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[st
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record, indent=1) + "\n")
     console.print(
-        f"measured on {record['device']} ({record['counted_by']}): stage {stage.index} {format_bytes(measured)}"
+        f"measured on {record['device']} ({record['counted_by']}): stage {phase.stage} {format_bytes(measured)}"
         + ("" if planned is None else f", planned {format_bytes(planned)}"),
         highlight=False,
     )
@@ -90,9 +95,9 @@ def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[st
     return record
 
 
-def _planned_in_a_step(stage: Stage) -> int | None:
+def _planned_in_a_step(cost: Cost) -> int | None:
     """The peak of a step: growth and evaluation are not measured."""
-    if stage.peak is None:
+    if cost.peak is None:
         return None
     left_out = ("growth", "evaluation")
-    return max(i.memory.total_bytes for i in stage.peak.instants if i.name not in left_out)
+    return max(i.memory.total_bytes for i in cost.peak.instants if i.name not in left_out)

@@ -91,12 +91,14 @@ def check_folders(suite: Suite, configs: dict[RunKey, RunConfig]) -> None:
     Raises:
         CheckpointMismatch: another run, by any key that changes what is computed or what losses are of, or by its data.
     """
-    from steplm.training.checks import check_same_run, trained_on
+    from steplm.training.checks import check_same_run
+    from steplm.training.folder import RunFolder
 
     fingerprint = cache(lambda folder: Manifest.load(folder).fingerprint)  # most runs have the same folder
     for run, config in configs.items():
-        changed = check_same_run(config, suite.plan(run))
-        before, now = trained_on(config.run_dir), fingerprint(config.prepared_dir)
+        folder = RunFolder.open(config.run_dir)
+        changed = check_same_run(config, folder)
+        before, now = folder.data_fingerprint, fingerprint(config.prepared_dir)
         if before not in (None, now):
             changed.append(f"the prepared data: {before} -> {now}")
         if changed:

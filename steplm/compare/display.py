@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from steplm.compare.tuning import Choice
+from steplm.planner.plan import Plan
 from steplm.report.documents import Summary, read_document
 from steplm.report.suite import RunEntry
-from steplm.planner.plan import Plan
 from steplm.units import format_count, format_seconds
 
 LINE_EVERY_SECONDS = 60.0

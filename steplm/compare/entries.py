@@ -17,9 +17,9 @@ from steplm.compare.suite import EntryConfig, SuiteConfig
 from steplm.compare.tuning import reachable
 from steplm.config import TOKEN_BUDGETS, RunConfig, load_config
 from steplm.errors import ConfigError
+from steplm.planner.plan import Plan
 from steplm.planner.plan import plan as make_plan
 from steplm.report.suite import EntryRecord, Question
-from steplm.planner.plan import Plan
 from steplm.units import nearest
 
 

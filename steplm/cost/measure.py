@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from steplm.errors import ConfigError, MemoryMismatch
 from steplm.cost.terms import COMPONENTS, OUTER_COMPONENTS
+from steplm.errors import ConfigError, MemoryMismatch
 from steplm.rows import on_this_rank
 from steplm.types import MemoryEstimate, MemoryTerm
 from steplm.units import format_bytes
@@ -48,9 +48,7 @@ def measure_model_state(
     """
     prefix, _ = find_layers(model, num_hidden_layers)
     head_name = name_of_head(model)
-    components = {
-        name: _component(name, parameter, prefix, head_name) for name, parameter in model.named_parameters()
-    }
+    components = {name: _component(name, parameter, prefix, head_name) for name, parameter in model.named_parameters()}
     held: dict[tuple[str, str], int] = defaultdict(int)  # (component, kind) -> bytes
     seen: set[int] = set()
 

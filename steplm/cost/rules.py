@@ -39,14 +39,16 @@ def _low_rank(method: str, source: str) -> Rule:
         rows, columns = shape
         return low_rank_state_bytes(method, rows, columns, optim.rank)
 
-    def step_bytes(
-        shapes: Sequence[TensorShape], optim: OptimConfig, states: str, width: int, has_master: bool
-    ) -> int:
-        each = (low_rank_step_bytes(method, *sides, optim.rank, width=width, has_master=has_master) for sides in shapes)
+    def step_bytes(shapes: Sequence[TensorShape], optim: OptimConfig, states: str, width: int, has_master: bool) -> int:
+        each = (
+            low_rank_step_bytes(method, rows, columns, optim.rank, width=width, has_master=has_master)
+            for rows, columns in shapes
+        )
         return max(each, default=0)  # one after the other
 
     def takes(shape: TensorShape, optim: OptimConfig) -> bool:
-        return len(shape) == 2 and is_low_rank(*shape, 1 if method == "apollo_mini" else optim.rank)
+        rank = 1 if method == "apollo_mini" else optim.rank
+        return len(shape) == 2 and is_low_rank(shape[0], shape[1], rank)
 
     return Rule(source, takes, state_bytes, step_bytes)
 

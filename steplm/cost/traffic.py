@@ -9,13 +9,12 @@ optimizer's update; evaluation and checkpoints; waiting for data.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from steplm.config import RunConfig
+from steplm.cost.flops import recomputed_flops_per_token, training_flops_per_token
 from steplm.cost.sharded import Group, Groups
-from steplm.cost.terms import WEIGHT_BYTES
-from steplm.planner.plan import Phase, StageCosts
-from steplm.types import Plan, Stage
+from steplm.schedule import Phase
+from steplm.types import ModelShape
 
 UTILIZATION = 0.4  # of the peak while computing, computed-again operations included
 LINK_SHARE = 0.8  # of a link's rate that a collective reaches
@@ -55,13 +54,13 @@ class Traffic:
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """One step of a stage."""
+    """One step of a phase."""
 
     flops: int  # of each device, what is computed again included
     traffic: Traffic
     compute_seconds: float
     communication_seconds: float
-    num_steps: int  # of the stage
+    num_steps: int  # of the phase
 
     @property
     def least_seconds(self) -> float:
@@ -74,62 +73,41 @@ class StepEstimate:
         return self.compute_seconds + self.communication_seconds
 
 
-def estimate_steps(config: RunConfig, plan: Plan, gpu: Gpu, *, utilization: float = UTILIZATION) -> list[StepEstimate]:
-    """A step of every stage of ``plan``, on ``config.distributed.world_size`` devices."""
-    costs, distributed = StageCosts(config, plan.shape), config.distributed
-    estimates = []
-    for stage in plan.stages:
-        again = costs.recomputed_flops_per_token(Phase(len(stage.whole_layers), len(stage.frozen_layers)))
-        flops = (stage.flops_per_token + again) * config.step_tokens // distributed.world_size
-        traffic = step_traffic(config, plan, stage)
-        within = _ring_bandwidth(gpu, distributed.num_shards, stride=1)
-        between = _ring_bandwidth(gpu, distributed.world_size // distributed.num_shards, stride=distributed.num_shards)
-        seconds = (traffic.all_gather + traffic.reduce_scatter) / within + traffic.all_reduce / between
-        estimates.append(
-            StepEstimate(
-                flops=flops,
-                traffic=traffic,
-                compute_seconds=flops / (gpu.flops[config.train.precision] * utilization),
-                communication_seconds=seconds / LINK_SHARE,
-                num_steps=stage.tokens // config.step_tokens,
-            )
-        )
-    return estimates
+def estimate_step(
+    config: RunConfig, shape: ModelShape, phase: Phase, gpu: Gpu, *, utilization: float = UTILIZATION
+) -> StepEstimate:
+    """A step of a phase, on ``config.distributed.world_size`` devices."""
+    distributed = config.distributed
+    flops_per_token = training_flops_per_token(shape, phase, config.train.sequence_length)
+    flops_per_token += recomputed_flops_per_token(shape, phase, config)
+    flops = flops_per_token * config.step_tokens // distributed.world_size
+    traffic = step_traffic(config, shape, phase)
+    within = _ring_bandwidth(gpu, distributed.num_shards, stride=1)
+    between = _ring_bandwidth(gpu, distributed.world_size // distributed.num_shards, stride=distributed.num_shards)
+    seconds = (traffic.all_gather + traffic.reduce_scatter) / within + traffic.all_reduce / between
+    return StepEstimate(
+        flops=flops,
+        traffic=traffic,
+        compute_seconds=flops / (gpu.flops[config.train.precision] * utilization),
+        communication_seconds=seconds / LINK_SHARE,
+        num_steps=phase.tokens // config.step_tokens,
+    )
 
 
-def step_traffic(config: RunConfig, plan: Plan, stage: Stage) -> Traffic:
+def step_traffic(config: RunConfig, shape: ModelShape, phase: Phase) -> Traffic:
     """Of one step: FSDP2 gathers all for the forward pass and again for the backward pass, and reduces gradients in
     fp32 after each micro-batch.
 
     Of the lowest layers that the backward pass does not reach, only the first is sent for again.
     """
-    groups = stage_groups(config, plan, stage)
-    new, old = groups.layers["new_layers"], groups.layers["frozen_layers"]
-    num_new, num_old = len(stage.whole_layers), len(stage.frozen_layers)
-    all_groups = [(new, num_new), (old, num_old), (groups.outer, 1)]
-    unreached = 0 if groups.outer.trained or old.trained else min(stage.whole_layers, default=0)
+    groups, unreached = Groups.of(config, shape, phase), phase.num_layers_without_backward
+    all_groups = [*((groups.layers[role], count) for role, count in phase.groups.items()), (groups.outer, 1)]
     gathered = sum(2 * count * _gathered(group) for group, count in all_groups)
-    gathered -= max(0, unreached - 1) * _gathered(old)
+    gathered -= max(0, unreached - 1) * _gathered(groups.layers[phase.layers[0]])
     reduced = sum(count * _reduced(group) for group, count in all_groups)
     between = sum(count * _reduced_between(group) for group, count in all_groups)
     times = config.micro_batches
     return Traffic(times * gathered, times * reduced, times * between)
-
-
-def stage_groups(config: RunConfig, plan: Plan, stage: Stage) -> Groups:
-    """What is gathered and reduced together in a stage."""
-    costs, spec = StageCosts(config, plan.shape), stage.adapters
-    embeddings = f"{plan.shape.embedding_modules[0]}.weight"
-    trains_outer = any(fnmatchcase(embeddings, pattern) for pattern in stage.trained_patterns)
-    return Groups.of(
-        plan.shape,
-        config.distributed,
-        WEIGHT_BYTES[plan.precision],
-        adapter_shapes=costs.adapter_shapes if spec else (),
-        outer="trained" if trains_outer else "adapters" if spec and spec.embeddings else "frozen",
-        outer_rank=spec.rank if spec else 0,
-        packs_frozen=config.memory.packs_frozen,
-    )
 
 
 def _gathered(group: Group) -> int:

@@ -15,8 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from steplm.errors import ConfigError
 from steplm.cost.formats import MIN_OFFLOADED_BYTES
+from steplm.errors import ConfigError
 
 
 def layers_to_checkpoint(

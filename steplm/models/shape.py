@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from steplm.errors import ConfigError
 from steplm.cost.measure import find_layers, name_of_head, outer_component
+from steplm.errors import ConfigError
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
 from steplm.types import LinearShape, ModelShape
 from steplm.units import reason

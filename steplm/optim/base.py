@@ -10,28 +10,64 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from steplm.cost.formats import STEP_CHUNK
 from steplm.errors import CheckpointMismatch, SteplmError
-from steplm.optim.adamw import GradNorm
 from steplm.optim.quantized import CodeBook
 from steplm.rows import on_this_rank
 
+CodeBooks = dict[tuple[bool, torch.device], CodeBook]  # by whether the state has a sign, and device
 NamedParameters = Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
 
 
+class GradNorm:
+    """The global 2-norm of gradients that never exist together."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._square = torch.zeros((), device=device)
+
+    def add(self, gradient: Tensor) -> None:
+        self._square += grad_norm(gradient).square()
+
+    def total(self) -> Tensor:
+        """An fp32 scalar on the gradients' device."""
+        return self._square.sqrt()
+
+
 class RuleBase(ABC):
-    """An update rule over named parameters. A subclass fills ``_states`` and says how parameters are updated.
+    """An update rule over named parameters. A subclass says which states each has, and how they are updated.
 
     Args:
-        named_parameters: the parameters that the rule updates, by name.
         weight_decay: decoupled, times the learning rate.
+        books: tables of 8-bit states, which rules can share.
     """
 
-    def __init__(self, named_parameters: NamedParameters, *, weight_decay: float) -> None:
-        self.parameters: dict[str, nn.Parameter] = dict(named_parameters)
+    def __init__(self, *, weight_decay: float, books: CodeBooks | None = None) -> None:
         self.weight_decay = weight_decay
-        self.steps: dict[str, int] = dict.fromkeys(self.parameters, 0)
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.steps: dict[str, int] = {}
         self._states: dict[str, dict[str, Tensor]] = {}
-        self._books: dict[tuple[str, torch.device], CodeBook] = {}  # by the name of the 8-bit state, and device
+        self._books: CodeBooks = {} if books is None else books
+
+    def set_parameters(self, named_parameters: NamedParameters) -> None:
+        """Update these parameters from now on.
+
+        Those that the rule updated before keep their states; the states of others are freed before new ones exist.
+        """
+        parameters = dict(named_parameters)
+        for name in self.parameters.keys() - parameters.keys():
+            del self._states[name], self.steps[name]
+        self.parameters = parameters
+        for name, parameter in parameters.items():
+            if name not in self._states:
+                self._states[name], self.steps[name] = self._new_states(name, parameter), 0
+
+    @abstractmethod
+    def _new_states(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The states of a parameter before its first step."""
+
+    def _is_ready(self, name: str) -> bool:
+        """Whether a parameter that has a gradient can be updated; what its update needs is made here."""
+        return True
 
     @abstractmethod
     def _update(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
@@ -44,13 +80,13 @@ class RuleBase(ABC):
         Args:
             grad_scale: multiplies the gradients in fp32; ``.grad`` itself stays as it is.
         """
-        names = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
+        names = [name for name, p in self.parameters.items() if p.grad is not None and self._is_ready(name)]
         self._update(names, learning_rate, grad_scale)
         for name in names:
             self.steps[name] += 1
 
     @contextmanager
-    def in_backward(self, learning_rate: float | None) -> Iterator[GradNorm]:
+    def in_backward(self, learning_rate: float | None, norm: GradNorm | None = None) -> Iterator[GradNorm]:
         """A backward pass inside this context updates each parameter as soon as its gradient is complete.
 
             with rule.in_backward(learning_rate) as norm:
@@ -62,11 +98,13 @@ class RuleBase(ABC):
 
         Args:
             learning_rate: ``None`` measures and frees the gradients without an update.
+            norm: takes in the gradients beside those of other rules.
 
         Raises:
             SteplmError: a second backward pass inside the context.
         """
-        norm, done = GradNorm(next((p.device for p in self.parameters.values()), None)), set[str]()
+        norm = norm or GradNorm(next((p.device for p in self.parameters.values()), None))
+        done = set[str]()
         hooks = [
             parameter.register_post_accumulate_grad_hook(
                 partial(self._gradient_ready, name=name, learning_rate=learning_rate, norm=norm, done=done)
@@ -92,7 +130,7 @@ class RuleBase(ABC):
         done.add(name)
         assert parameter.grad is not None
         norm.add(on_this_rank(parameter.grad))
-        if learning_rate is not None:
+        if learning_rate is not None and self._is_ready(name):
             self._update([name], learning_rate, 1.0)
             self.steps[name] += 1
         parameter.grad = None
@@ -146,8 +184,29 @@ class RuleBase(ABC):
             own[key].copy_(tensors[key])
         self.steps.update({name: steps[name] for name in wanted})
 
+    def _book(self, *, signed: bool, device: torch.device) -> CodeBook:
+        key = (signed, device)
+        if key not in self._books:
+            self._books[key] = CodeBook(signed=signed, device=device)
+        return self._books[key]
+
     def _flat(self) -> dict[str, Tensor]:
         return {f"{name}.{key}": tensor for name, states in self._states.items() for key, tensor in states.items()}
+
+
+def decays(parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices, not to norms and biases."""
+    return parameter.ndim >= 2
+
+
+def grad_norm(gradient: Tensor) -> Tensor:
+    """The 2-norm of a tensor in fp32, a scalar."""
+    # Row by row: on a CPU one running fp32 sum over 16M elements is off by 1%. No more rows at once than a
+    # step has elements: a CPU makes an fp32 copy of them.
+    matrix = torch.atleast_2d(gradient).flatten(0, -2)
+    parts = matrix.split(max(1, STEP_CHUNK // max(1, matrix.shape[1])))
+    rows = torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) for part in parts])
+    return torch.linalg.vector_norm(rows)
 
 
 def _alike(first: Tensor, second: Tensor) -> bool:

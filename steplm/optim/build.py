@@ -1,95 +1,180 @@
-"""The optimizer that a configuration names. To add one: write its class and add a line to ``OPTIMIZERS``.
+"""The update rules of a phase, each over its own parameters. To add one: its class, a line here, a row in ``RULES``.
 
-The bytes of its states are a term of the plan: ``steplm.cost.terms.optimizer``.
+The torch-free row, with the bytes of its states, is in ``steplm.cost.rules``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from steplm.config import RunConfig
+from steplm.cost.measure import ADAPTER_TENSORS
+from steplm.cost.rules import ADAMW, RULES, keeps_master
+from steplm.errors import ConfigError
 from steplm.optim.adamw import AdamW
-from steplm.optim.block import BlockAdamW
+from steplm.optim.base import CodeBooks, GradNorm, RuleBase
 from steplm.optim.low_rank import LowRankAdamW
+from steplm.schedule import Phase, Trained
+
+Make = Callable[[RunConfig, str, CodeBooks], RuleBase]
 
 
-@dataclass(frozen=True)
-class Context:
-    """What an optimizer may need to know beside its parameters."""
-
-    config: RunConfig
-    layer_prefix: str  # name of the list of layers, such as ``model.layers``
-    linears: frozenset[str]  # names, below a layer, of its linear maps
-    low_rank_layers: tuple[int, ...]  # those whose linear maps have low-rank states, where the optimizer has such
-    step: int  # optimizer steps of the stage that are done
-
-
-def _adamw(context: Context) -> Callable[..., Any]:
-    return partial(AdamW, states=context.config.memory.optimizer_states)
-
-
-def _badam(context: Context) -> Callable[..., Any]:
-    return partial(
-        BlockAdamW,
-        states=context.config.memory.optimizer_states,
-        layer_prefix=context.layer_prefix,
-        seed=context.config.seed,
-        switch_steps=context.config.optim.switch_steps,
-        step=context.step,
+def _adamw(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
+    return AdamW(
+        {},
+        betas=(config.optim.adam_beta1, config.optim.adam_beta2),
+        eps=config.optim.adam_epsilon,
+        weight_decay=config.optim.weight_decay,
+        states=config.memory.optimizer_states,
+        master_weights=keeps_master(rule, config.memory),
+        books=books,
     )
 
 
-def _low_rank(context: Context) -> Callable[..., Any]:
-    optim = context.config.optim
-    return partial(
-        LowRankAdamW,
-        method=optim.name,
+def _low_rank(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
+    optim = config.optim
+    return LowRankAdamW(
+        {},
+        method=rule,
         rank=optim.rank,
         update_proj_gap=optim.update_proj_gap,
         scale=optim.scale,
-        seed=context.config.seed,
-        layer_prefix=context.layer_prefix,
-        layers=context.low_rank_layers,
-        linears=context.linears,
+        seed=config.seed,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        eps=optim.adam_epsilon,
+        weight_decay=optim.weight_decay,
+        master_weights=keeps_master(rule, config.memory),
     )
 
 
-# Each gives the optimizer's class with the arguments that are its own.
-OPTIMIZERS: dict[str, Callable[[Context], Callable[..., Any]]] = {
-    "adamw": _adamw,
-    "badam": _badam,
+# Each makes a rule that has no parameters yet.
+MAKERS: dict[str, Make] = {
+    ADAMW: _adamw,
     "galore": _low_rank,
     "apollo": _low_rank,
     "apollo_mini": _low_rank,
 }
 
 
-def build_optimizer(
-    config: RunConfig, model: nn.Module, *, layer_prefix: str, low_rank_layers: tuple[int, ...], step: int = 0
-) -> Any:
-    """The optimizer of a stage over the trained parameters of ``model``, its states allocated.
+class UpdateRules:
+    """Several rules as one: the interface is that of ``RuleBase``, over all of their parameters."""
 
-    Every one has the interface of ``AdamW``.
+    def __init__(self, rules: Mapping[str, RuleBase], parameters: Mapping[str, nn.Parameter]) -> None:
+        self.rules = dict(rules)
+        self.parameters = dict(parameters)  # in the model's order
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Updates since its states were made, by parameter name."""
+        counts = {name: count for rule in self.rules.values() for name, count in rule.steps.items()}
+        return {name: counts[name] for name in self.parameters}
+
+    def step(self, learning_rate: float, grad_scale: float = 1.0) -> None:
+        """One update of every parameter that has a gradient, which ``grad_scale`` multiplies."""
+        for rule in self.rules.values():
+            rule.step(learning_rate, grad_scale)
+
+    @contextmanager
+    def in_backward(self, learning_rate: float | None) -> Iterator[GradNorm]:
+        """See ``RuleBase.in_backward``."""
+        norm = GradNorm(next((p.device for p in self.parameters.values()), None))
+        with ExitStack() as stack:
+            for rule in self.rules.values():
+                stack.enter_context(rule.in_backward(learning_rate, norm))
+            yield norm
+
+    def zero_grad(self) -> None:
+        """Free every gradient."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The states themselves, by parameter name and their own name."""
+        return {name: states for rule in self.rules.values() for name, states in rule.state_tensors().items()}
+
+    def tables(self) -> list[Tensor]:
+        """Look-up tables of 8-bit states, which all rules share."""
+        return list({id(table): table for rule in self.rules.values() for table in rule.tables()}.values())
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """The states under flat names ``PARAMETER.STATE``, and the steps by parameter name."""
+        flat = {key: tensor for rule in self.rules.values() for key, tensor in rule.state_dict()[0].items()}
+        return flat, self.steps
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], steps: Mapping[str, int], *, strict: bool = True) -> None:
+        """Copy saved states in; see ``RuleBase.load_state_dict``.
+
+        Raises:
+            CheckpointMismatch: as there.
+        """
+        owners = {name: rule for rule in self.rules.values() for name in rule.parameters}
+        first = next(iter(self.rules.values()))  # which names what belongs to none
+        for rule in self.rules.values():
+            rule.load_state_dict(
+                {key: tensor for key, tensor in tensors.items() if owners.get(_parameter_of(key), first) is rule},
+                {name: count for name, count in steps.items() if owners.get(name, first) is rule},
+                strict=strict,
+            )
+
+
+def build_rules(config: RunConfig, model: nn.Module, phase: Phase, layer_prefix: str) -> UpdateRules:
+    """The rules of a phase over the trained parameters of ``model``, their states allocated."""
+    books: CodeBooks = {}
+    names = {ADAMW, *(role.rule for role in phase.layers if isinstance(role, Trained))}
+    rules = {name: MAKERS[name](config, name, books) for name in sorted(names, key=lambda name: name != ADAMW)}
+    made = UpdateRules(rules, {})
+    reassign(made, config, model, phase, layer_prefix)
+    return made
+
+
+def reassign(rules: UpdateRules, config: RunConfig, model: nn.Module, phase: Phase, layer_prefix: str) -> None:
+    """Go on with the parameters that the phase trains: those trained before keep their states.
+
+    Raises:
+        ConfigError: the phase has a rule that the phase before did not have.
+    """
+    rules.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(parameter.shape) for name, parameter in rules.parameters.items()}
+    assigned = rule_of_each(shapes, phase, layer_prefix, linear_names(model, layer_prefix), config)
+    if missing := set(assigned.values()) - rules.rules.keys():
+        raise ConfigError(f"update rule {missing.pop()} begins within a stage: its phase must grow or merge.")
+    for name, rule in rules.rules.items():
+        rule.set_parameters({key: p for key, p in rules.parameters.items() if assigned[key] == name})
+
+
+def rule_of_each(
+    shapes: Mapping[str, tuple[int, ...]], phase: Phase, layer_prefix: str, linears: Collection[str], config: RunConfig
+) -> dict[str, str]:
+    """The rule that updates each parameter.
 
     Args:
-        layer_prefix: name of the list of layers, such as ``model.layers``.
-        low_rank_layers: indices of the layers whose linear maps have low-rank states, for the optimizers that have
-            such.
-        step: optimizer steps of the stage that are done.
+        shapes: of the trained parameters, by full name.
+        linears: names, below a layer, of its linear maps: ``self_attn.q_proj``.
     """
-    layers = model.get_submodule(layer_prefix).named_modules()
-    linears = frozenset(name.partition(".")[2] for name, module in layers if isinstance(module, nn.Linear))
-    make = OPTIMIZERS[config.optim.name](Context(config, layer_prefix, linears, low_rank_layers, step))
-    optim = config.optim
-    return make(
-        {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad},
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        eps=optim.adam_epsilon,
-        weight_decay=optim.weight_decay,
-        master_weights=config.memory.master_weights,
-    )
+    return {name: _rule_of(name, shape, phase, layer_prefix, linears, config) for name, shape in shapes.items()}
+
+
+def _rule_of(
+    name: str, shape: tuple[int, ...], phase: Phase, layer_prefix: str, linears: Collection[str], config: RunConfig
+) -> str:
+    if not name.startswith(f"{layer_prefix}.") or name.rpartition(".")[2] in ADAPTER_TENSORS:
+        return ADAMW
+    layer, _, below = name.removeprefix(f"{layer_prefix}.").partition(".")
+    role = phase.layers[int(layer)]
+    is_matrix = below.removesuffix(".weight") in linears or len(shape) == 3
+    if isinstance(role, Trained) and is_matrix and RULES[role.rule].takes(shape, config.optim):
+        return role.rule
+    return ADAMW
+
+
+def linear_names(model: nn.Module, layer_prefix: str) -> frozenset[str]:
+    """Names, below a layer, of the linear maps of all layers."""
+    modules = model.get_submodule(layer_prefix).named_modules()
+    return frozenset(name.partition(".")[2] for name, module in modules if isinstance(module, nn.Linear))
+
+
+def _parameter_of(key: str) -> str:
+    return key.rpartition(".")[0]

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from steplm.cost.formats import STATE_BLOCK, maps_at_once, row_pieces
 from steplm.errors import ConfigError
-from steplm.memory.formats import STATE_BLOCK, maps_at_once, row_pieces
-from steplm.optim.base import NamedParameters, RuleBase
+from steplm.optim.base import CodeBooks, NamedParameters, RuleBase
 from steplm.optim.masters import correct, split_
-from steplm.optim.quantized import CodeBook, round_stochastically_
+from steplm.optim.quantized import round_stochastically_
 
 STATES = ("fp32", "bf16", "8bit")
 MASTER_WEIGHTS = (True, False, "8bit")
@@ -60,8 +60,9 @@ class MatrixRule(RuleBase):
         master_weights: bool | str = True,
         weight_decay: float = 0.1,
         momentum: float = 0.0,
+        books: CodeBooks | None = None,
     ) -> None:
-        super().__init__(named_parameters, weight_decay=weight_decay)
+        super().__init__(weight_decay=weight_decay, books=books)
         if states not in STATES:
             raise ConfigError(f"no states {states!r}. Known: {', '.join(STATES)}.", states=states)
         if master_weights not in MASTER_WEIGHTS:
@@ -70,9 +71,7 @@ class MatrixRule(RuleBase):
         if not 0.0 <= momentum < 1.0:
             raise ConfigError(f"momentum must be in [0, 1), not {momentum}.", momentum=momentum)
         self.states, self.master_weights, self.momentum = states, master_weights, momentum
-        for name, parameter in self.parameters.items():
-            self._refuse_unless_matrix(name, parameter)
-            self._states[name] = self._new_states(parameter.detach())
+        self.set_parameters(named_parameters)
 
     def _refuse_unless_matrix(self, name: str, parameter: Tensor) -> None:
         rule, shape = type(self).__name__, tuple(parameter.shape)
@@ -86,9 +85,9 @@ class MatrixRule(RuleBase):
                 name=name,
             )
 
-    def _new_states(self, weight: Tensor) -> dict[str, Tensor]:
-        """The states of a parameter before its first step."""
-        held: dict[str, Tensor] = {}
+    def _new_states(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
+        self._refuse_unless_matrix(name, parameter)
+        weight, held = parameter.detach(), dict[str, Tensor]()
         if self.momentum:
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[self.states]
             held["momentum_buffer"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
@@ -96,8 +95,7 @@ class MatrixRule(RuleBase):
                 num_blocks = -(-weight.shape[-2] * weight.shape[-1] // STATE_BLOCK)
                 # With a scale of 0 every code stands for 0.
                 held["momentum_buffer_scale"] = torch.zeros((*weight.shape[:-2], num_blocks), device=weight.device)
-                key = ("momentum_buffer", weight.device)
-                self._books[key] = self._books.get(key) or CodeBook(signed=True, device=weight.device)
+                self._book(signed=True, device=weight.device)  # it is there before the first step
         if weight.dtype != torch.float32 and self.master_weights is True:
             held["master"] = weight.float()
         elif weight.dtype != torch.float32 and self.master_weights == "8bit":
@@ -163,14 +161,14 @@ class MatrixRule(RuleBase):
         piece = each.of(states["momentum_buffer"])[rows]
         if self.states != "8bit":
             return piece.float()
-        book = self._books["momentum_buffer", piece.device]
+        book = self._book(signed=True, device=piece.device)
         return book.dequantize(piece.view(-1), self._scales(each, rows)).view_as(piece)
 
     def _write_momentum(self, each: Map, rows: slice, momentum: Tensor) -> None:
         """Round the momentum into its state; ``momentum`` may be overwritten."""
         piece = each.of(self._states[each.name]["momentum_buffer"])[rows]
         if self.states == "8bit":
-            book = self._books["momentum_buffer", piece.device]
+            book = self._book(signed=True, device=piece.device)
             book.quantize_(momentum.view(-1), piece.view(-1), self._scales(each, rows))
         elif self.states == "bf16":
             piece.copy_(momentum)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from steplm.optim.base import NamedParameters
+from steplm.optim.base import CodeBooks, NamedParameters
 from steplm.optim.matrix import UPDATE_RMS, Map, MatrixRule
 
 NUM_STEPS = 5  # of Newton–Schulz
@@ -30,7 +30,7 @@ class Muon(MatrixRule):
 
     Newton–Schulz runs in bf16 on CUDA and in fp32 elsewhere, on the smaller side; ``step`` runs it on several maps of
     one shape at once, ``in_backward`` on one parameter's. Bytes of the momentum: ``muon_state_bytes``; of the
-    workspace: ``muon_step_bytes``; both in ``steplm.memory.formats``. Momentum in 8 bits: arXiv 2509.23106.
+    workspace: ``muon_step_bytes``; both in ``steplm.cost.formats``. Momentum in 8 bits: arXiv 2509.23106.
 
     Args:
         named_parameters, states, master_weights, weight_decay: see ``MatrixRule``.
@@ -47,6 +47,7 @@ class Muon(MatrixRule):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         compute_dtype: torch.dtype | None = None,
+        books: CodeBooks | None = None,
     ) -> None:
         super().__init__(
             named_parameters,
@@ -54,6 +55,7 @@ class Muon(MatrixRule):
             master_weights=master_weights,
             weight_decay=weight_decay,
             momentum=momentum,
+            books=books,
         )
         self.compute_dtype = compute_dtype
 

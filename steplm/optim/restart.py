@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from steplm.errors import ConfigError
 from steplm.cost.formats import STATE_BLOCK
+from steplm.errors import ConfigError
 from steplm.optim.quantized import dynamic_tree
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steplm.errors import ConfigError
-from steplm.optim.base import NamedParameters
+from steplm.optim.base import CodeBooks, NamedParameters
 from steplm.optim.matrix import UPDATE_RMS, Map, MatrixRule
 
 
@@ -43,7 +43,7 @@ class SCALE(MatrixRule):
     good first guess. (The paper leaves the factor to the learning rate.) For the head the paper has momentum, which
     is then normalised in the gradient's place: M ← momentum × M + (1 - momentum) G.
 
-    Bytes of the states: ``scale_state_bytes``; of the workspace: ``scale_step_bytes``; in ``steplm.memory.formats``.
+    Bytes of the states: ``scale_state_bytes``; of the workspace: ``scale_step_bytes``; in ``steplm.cost.formats``.
 
     Args:
         named_parameters, states, master_weights, weight_decay: see ``MatrixRule``.
@@ -65,6 +65,7 @@ class SCALE(MatrixRule):
         weight_decay: float = 0.1,
         momentum: float = 0.0,
         norm: str = "column",
+        books: CodeBooks | None = None,
     ) -> None:
         if norm not in NORMS:
             raise ConfigError(f"no norm {norm!r}. Known: {', '.join(NORMS)}.", norm=norm)
@@ -74,6 +75,7 @@ class SCALE(MatrixRule):
             master_weights=master_weights,
             weight_decay=weight_decay,
             momentum=momentum,
+            books=books,
         )
         self.norm = norm
 

@@ -1,10 +1,11 @@
 """Adapters of a whole model: attach them, merge their tensors into plain weights, read and load them by name.
 
-To add a method: write a class with ``LoRALinear``'s interface and add a line to ``METHODS``.
+To add a method: write a class with ``LoRALinear``'s interface and add a line to ``ADAPTERS``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,19 +16,18 @@ from steplm.errors import CheckpointMismatch, ConfigError
 from steplm.pet.embedding import TiedLoRAHead, adapt_embedding, check_embedding
 from steplm.pet.lora import LoRALinear
 from steplm.rows import WHOLE, Rows
-from steplm.types import AdapterSpec
+from steplm.schedule import Adapter, Phase
 from steplm.units import nearest
 
-METHODS: dict[str, type[LoRALinear]] = {
+ADAPTERS: dict[str, type[LoRALinear]] = {
     "lora": LoRALinear,
 }
 
 
-def attach(model: nn.Module, spec: AdapterSpec, layer_prefix: str, seed: int) -> None:
-    """Put fresh adapters on the target modules of ``spec.layers``; the model's output stays as it is.
+def attach(model: nn.Module, phase: Phase, layer_prefix: str, seed: int) -> None:
+    """Put fresh adapters on what is frozen under them in this phase; the model's output stays as it is.
 
-    With ``spec.embeddings`` the embedding and the head get them too: a head that shares the embedding's matrix
-    shares its factors, which then go by the embedding's name.
+    A head that shares the embedding's matrix shares its factors, which then go by the embedding's name.
 
     Args:
         layer_prefix: name of the list of layers, such as ``model.layers``.
@@ -36,29 +36,29 @@ def attach(model: nn.Module, spec: AdapterSpec, layer_prefix: str, seed: int) ->
     Raises:
         ConfigError: unknown method; a target that is missing, not linear, or smaller than the rank.
     """
-    if spec.method not in METHODS:
-        raise ConfigError(f"no adapter method {spec.method!r}. Known: {', '.join(METHODS)}.", method=spec.method)
-    targets: dict[str, nn.Linear | nn.Embedding] = {}  # all of them before the first change
-    for index in spec.layers:
-        targets.update(_targets(model, f"{layer_prefix}.{index}", spec))
-    if spec.embeddings:
-        targets.update(_outer_targets(model, spec))
-    for name, module in targets.items():
+    outside = phase.embeddings_and_head
+    targets: dict[str, tuple[nn.Linear | nn.Embedding, Adapter]] = {}  # all of them before the first change
+    for index, spec in phase.adapters.items():
+        found = _targets(model, f"{layer_prefix}.{index}", spec)
+        targets.update({name: (module, spec) for name, module in found.items()})
+    if isinstance(outside, Adapter):
+        targets.update({name: (module, outside) for name, module in _outer_targets(model, outside).items()})
+    for name, (module, spec) in targets.items():
         adapter: Any
         if isinstance(module, nn.Embedding):
             adapter = adapt_embedding(module, spec.rank, spec.scaling)
         else:
-            adapter = METHODS[spec.method](module, spec.rank, spec.scaling)
+            adapter = ADAPTERS[spec.method](module, spec.rank, spec.scaling)
             model.set_submodule(name, adapter)
         with torch.no_grad():
             for key, factor in adapter.fresh_factors(seed, name).items():
                 getattr(adapter, key).copy_(factor)
-    if spec.embeddings:
+    if isinstance(outside, Adapter):
         _adapt_tied_head(model)
 
 
 def merge_state(
-    weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], spec: AdapterSpec, rows: Rows = WHOLE
+    weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], phase: Phase, rows: Rows = WHOLE
 ) -> dict[str, Tensor]:
     """The plain weights with the adapters added.
 
@@ -66,12 +66,12 @@ def merge_state(
     beside the result. Weights without an adapter are passed through, not copied.
 
     Args:
+        phase: in which the adapters were trained.
         rows: which of their rows the weights are; the adapters are whole.
 
     Raises:
-        CheckpointMismatch: an adapter without its weight, or of another shape than ``spec`` says.
+        CheckpointMismatch: an adapter without its weight, or of another shape than the phase says.
     """
-    method = METHODS[spec.method]
     factors: dict[str, dict[str, Tensor]] = {}
     for name, tensor in adapters.items():
         module, _, key = name.rpartition(".")
@@ -81,7 +81,8 @@ def merge_state(
         module, _, parameter = name.rpartition(".")
         weight = weights[name]
         if parameter == "weight" and module in factors:
-            of_module = factors.pop(module)
+            of_module, spec = factors.pop(module), _adapter_of(module, phase)
+            method = ADAPTERS[spec.method]
             if method.row_factor in of_module:
                 of_module[method.row_factor] = rows.cut(of_module[method.row_factor])
             expected = method.factor_shapes(weight.shape, spec.rank)
@@ -143,6 +144,14 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             tensor.copy_(state[name])
 
 
+def _adapter_of(module: str, phase: Phase) -> Adapter:
+    in_layer = re.match(r".+?\.(\d+)\.", module)
+    role = phase.layers[int(in_layer.group(1))] if in_layer else phase.embeddings_and_head
+    if not isinstance(role, Adapter):
+        raise CheckpointMismatch(f"the phase has no adapter on {module!r}.", module=module)
+    return role
+
+
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Modules that have factors; of those that share them the first."""
     seen: set[int] = set()
@@ -153,7 +162,7 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _targets(model: nn.Module, layer_name: str, spec: AdapterSpec) -> dict[str, nn.Linear]:
+def _targets(model: nn.Module, layer_name: str, spec: Adapter) -> dict[str, nn.Linear]:
     """The modules of one layer that get an adapter, by their full name."""
     layer = model.get_submodule(layer_name)
     modules = {f"{layer_name}.{name}": module for name, module in layer.named_modules() if name}
@@ -171,7 +180,7 @@ def _targets(model: nn.Module, layer_name: str, spec: AdapterSpec) -> dict[str, 
     return targets
 
 
-def _outer_targets(model: Any, spec: AdapterSpec) -> dict[str, nn.Linear | nn.Embedding]:
+def _outer_targets(model: Any, spec: Adapter) -> dict[str, nn.Linear | nn.Embedding]:
     """The embedding, and the head unless it shares the embedding's matrix, by their full name."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
@@ -189,7 +198,7 @@ def _adapt_tied_head(model: Any) -> None:
         model.set_submodule(name, TiedLoRAHead(head, embedding))
 
 
-def _linear(name: str, module: nn.Module | None, spec: AdapterSpec, way_out: str) -> nn.Linear:
+def _linear(name: str, module: nn.Module | None, spec: Adapter, way_out: str) -> nn.Linear:
     """The module, if this method and rank can adapt it."""
     if type(module) is not nn.Linear:
         raise ConfigError(

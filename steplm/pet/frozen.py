@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from steplm.errors import ConfigError
 from steplm.cost.formats import PACK_CHUNK
+from steplm.errors import ConfigError
 from steplm.pet.frozen_linear import FrozenLinear
 from steplm.pet.host import LayerFetcher, Offloaded, Span, host_buffer, lay_out
 from steplm.pet.packing import FORMATS, Part

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from steplm.config import RunConfig
 from steplm.cost.rules import ADAMW, RULES
 from steplm.errors import ConfigError
-from steplm.planner.methods import Draft
+from steplm.planner.methods import METHODS, Draft
 from steplm.schedule import Adapter, Trained
 
 
@@ -18,7 +18,6 @@ class Run:
 
     config: RunConfig
     drafts: Sequence[Draft]
-    freezes_layers: bool  # or would, if it had more stages
 
     @property
     def thaws_layers(self) -> bool:
@@ -84,7 +83,7 @@ NEEDS = (
         "fetches weights while a layer runs, which a compiled layer cannot: set train.compile=false",
     ),
     *(
-        Need(option, is_set, lambda run: run.freezes_layers, FROZEN_ONLY)
+        Need(option, is_set, lambda run: METHODS[run.config.method].freezes, FROZEN_ONLY)
         for option, is_set in (
             ("memory.frozen_weights", lambda config: config.memory.frozen_weights != "full"),
             ("memory.offload_frozen", lambda config: config.memory.offload_frozen),
@@ -156,4 +155,3 @@ def _problems(run: Run) -> Iterator[str]:
     if config.distributed.num_shards > 1 and run.thaws_layers:
         yield (f"method={config.method} changes which layers are trained, which FSDP2 does not allow: set "
                "distributed.shard_size=1.")  # fmt: skip
-

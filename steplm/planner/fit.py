@@ -16,9 +16,9 @@ from typing import Any
 from steplm.config import RunConfig
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.ladder import AXES, Changes
-from steplm.planner.plan import StageCosts
 from steplm.planner.shape import shape_from_hf_config
 from steplm.planner.solve import equal_parts_if_as_good, last_true, solve_within
+from steplm.planner.stages import StagePrices
 from steplm.planner.tokens import stage_tokens
 from steplm.planner.ways import VARY, Way, changed, require_known, ways, written
 from steplm.types import ModelShape
@@ -118,7 +118,7 @@ def suggestions(config: RunConfig, budget_bytes: int, shape: ModelShape | None =
 class _Trial:
     """A way at one size that fits."""
 
-    costs: StageCosts
+    costs: StagePrices
     layers: tuple[int, ...]
     tokens: tuple[int, ...]  # trained in each stage
     peak_bytes: int
@@ -147,9 +147,9 @@ class _Search:
         self.axis = None if maximize is None else AXES[maximize]
         self.varies_depth = maximize == "depth"
         self.limit = math.floor((budget_bytes - config.memory.reserve) / config.memory.correction)
-        self.costs: dict[Any, StageCosts | None] = {}
+        self.costs: dict[Any, StagePrices | None] = {}
         self.solved: dict[Any, tuple[int, ...] | None] = {}
-        self.ways, self.skipped = ways(config, vary, any_depth=self.varies_depth)
+        self.ways, self.skipped = ways(config, self._shape(config), vary, any_depth=self.varies_depth)
 
     def lower_peaks(self, limit: float | None = None, *, at_least_size: bool = False) -> Iterator[Alternative]:
         """From the cheapest way up, those within ``limit`` (default: the budget) and lower than all before them.
@@ -225,7 +225,7 @@ class _Search:
             return None
         return _Trial(costs, layers, tuple(stage.trained for stage in tokens), peak_bytes)
 
-    def _layers(self, way: Way, depth: int, costs: StageCosts, limit: float) -> tuple[int, ...] | None:
+    def _layers(self, way: Way, depth: int, costs: StagePrices, limit: float) -> tuple[int, ...] | None:
         """As the plan chooses them; None where it is plain that they need more than ``limit``."""
         if self._has_written_layers(way.num_stages, depth):
             return tuple(self.config.plan.layers or ())
@@ -236,9 +236,9 @@ class _Search:
             self.solved[key] = self._solve(costs, depth, way.num_stages, math.inf)
         return self.solved[key]
 
-    def _solve(self, costs: StageCosts, depth: int, num_stages: int, limit: float) -> tuple[int, ...] | None:
+    def _solve(self, costs: StagePrices, depth: int, num_stages: int, limit: float) -> tuple[int, ...] | None:
         layers = solve_within(costs.objective_bytes, depth, num_stages, limit)
-        if layers is None or costs.spares_old_layers:
+        if layers is None or costs.old_layers_take_less:
             return layers
         return equal_parts_if_as_good(costs.objective_bytes, layers)
 
@@ -250,14 +250,14 @@ class _Search:
     def _depth(self, index: int | None) -> int:
         return index if self.varies_depth and index is not None else self.config.model.num_hidden_layers
 
-    def _costs(self, way: Way, index: int | None) -> StageCosts | None:
+    def _costs(self, way: Way, index: int | None) -> StagePrices | None:
         """The same for every K above 1 and every depth; None where the configuration is refused."""
         key = (tuple(way.changes.items()), way.num_stages > 1, None if self.varies_depth else index)
         if key not in self.costs:
             changes = self._changes(way, AXES["depth"].largest if self.varies_depth else index)
             try:
                 config = changed(self.config, changes)
-                self.costs[key] = StageCosts(config, self._shape(config))
+                self.costs[key] = StagePrices(config, self._shape(config))
             except ConfigError:
                 self.costs[key] = None
         return self.costs[key]
@@ -275,7 +275,7 @@ class _Search:
             overrides=tuple(f"{key}={_as_yaml(value)}" for key, value in self._changes(way, index).items()),
             num_stages=way.num_stages,
             layers=trial.layers,
-            rank=costs.config.pet.rank if costs.adapter_shapes else None,
+            rank=costs.config.pet.rank if costs.run.has_adapters else None,
             options=way.options,
             value=None if self.axis is None or index is None else self.axis.value(self.config, index),
             num_parameters=costs.shape.num_parameters(self._depth(index)),

@@ -60,7 +60,9 @@ class Parts:
     def outside(self) -> Role:
         """The role of embeddings, final norm and head once there are old layers."""
         choice = self.config.plan.train_embeddings
-        return {"always": Trained(), "first_stage": Frozen()}.get(choice) or self.adapter
+        if choice == "adapters":
+            return self.adapter
+        return Trained() if choice == "always" else Frozen()
 
     def layer_map(self, num_new: int, num_old: int) -> LayerMap:
         return make_layer_map(num_old, num_new, self.config.growth.resolved_position, self.config.seed)
@@ -89,7 +91,9 @@ def growth(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> I
 
 def thawed(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
     """As growth, and old layers are trained by a rule of their own, with fewer states."""
-    yield from _with_trained_old_layers(parts, num_new, num_old, num_steps, Trained(parts.config.optim.old_layers or ""))
+    yield from _with_trained_old_layers(
+        parts, num_new, num_old, num_steps, Trained(parts.config.optim.old_layers or "")
+    )
 
 
 def lora(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
@@ -142,16 +146,19 @@ class Method:
     phases: Callable[[Parts, int, int, int | None], Iterator[Draft]]
     reads: tuple[str, ...] = ()
     grows: bool = False  # can have more than one stage
+    freezes: bool = False  # layers can be frozen
 
 
 METHODS: dict[str, Method] = {
     "vanilla": Method(vanilla),
-    "step": Method(step, ("plan.train_embeddings", "pet.restarts", "pet.restart_keep"), grows=True),
+    "step": Method(step, ("plan.train_embeddings", "pet.restarts", "pet.restart_keep"), grows=True, freezes=True),
     "growth": Method(growth, ("plan.train_embeddings",), grows=True),
     "thawed": Method(thawed, ("plan.train_embeddings", "optim.old_layers"), grows=True),
-    "lora": Method(lora),
-    "relora": Method(relora, ("plan.train_embeddings", "pet.warm_start", "pet.restarts", "pet.restart_keep")),
-    "badam": Method(badam),
+    "lora": Method(lora, freezes=True),
+    "relora": Method(
+        relora, ("plan.train_embeddings", "pet.warm_start", "pet.restarts", "pet.restart_keep"), freezes=True
+    ),
+    "badam": Method(badam, freezes=True),
 }
 
 # Keys that only some methods read. A method refuses the others, unless they have their default.

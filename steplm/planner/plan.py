@@ -69,10 +69,26 @@ class Stage:
         peaks = [cost.peak for cost in self.costs if cost.peak is not None]
         return max(peaks, key=lambda peak: peak.total_bytes, default=None)
 
+    @cached_property
+    def spans(self) -> tuple[Stage, ...]:
+        """Its phases, those together that hold as much: what a table shows a row each."""
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, cost in enumerate(self.costs):
+            alike[cost.memory.total_bytes, cost.device_bytes].append(index)
+        return tuple(
+            Stage(tuple(self.phases[i] for i in indices), tuple(self.costs[i] for i in indices))
+            for indices in alike.values()
+        )
+
     @property
     def device_bytes(self) -> int:
         """The peak, or the model state where no more is known."""
         return max(cost.device_bytes for cost in self.costs)
+
+    @property
+    def highest_phase(self) -> Phase:
+        """The phase that holds the most."""
+        return max(zip(self.phases, self.costs, strict=True), key=lambda pair: pair[1].device_bytes)[0]
 
     @cached_property
     def training_flops(self) -> int:

@@ -10,7 +10,7 @@ from steplm.cost.price import Cost, price
 from steplm.cost.terms import model_state
 from steplm.planner.checks import Run, check_options
 from steplm.planner.methods import METHODS, Draft, Parts, check_keys
-from steplm.schedule import Phase, Trained
+from steplm.schedule import Phase
 from steplm.types import ModelShape
 
 
@@ -32,10 +32,8 @@ class StagePrices:
     @cached_property
     def run(self) -> Run:
         """Every kind of phase, of a stage of two layers and of one that grows to as many."""
-        first, later = self.drafts(2, 0), self.drafts(1, 1) if self.method.grows else ()
-        roles = (role for draft in (*first, *later) for role in draft.layers)
-        freezes_layers = any(not isinstance(role, Trained) for role in roles)
-        return Run(self.config, (*first, *later) if self.config.plan.num_stages > 1 else first, freezes_layers)
+        later = self.drafts(1, 1) if self.config.plan.num_stages > 1 else ()
+        return Run(self.config, (*self.drafts(2, 0), *later))
 
     @cached_property
     def old_layers_take_less(self) -> bool:

@@ -15,7 +15,10 @@ from typing import Any
 from steplm.config import RunConfig
 from steplm.errors import ConfigError
 from steplm.planner.ladder import LADDER, Changes, Rung
+from steplm.planner.methods import METHODS
+from steplm.planner.stages import StagePrices
 from steplm.problems import validated
+from steplm.types import ModelShape
 from steplm.units import nearest
 
 VARY = ("stages", "rank", "options")
@@ -38,7 +41,9 @@ class Way:
     changes: Changes  # of rank and options; not of ``plan.num_stages``
 
 
-def ways(config: RunConfig, vary: Collection[str], *, any_depth: bool = False) -> tuple[list[Way], tuple[str, ...]]:
+def ways(
+    config: RunConfig, shape: ModelShape, vary: Collection[str], *, any_depth: bool = False
+) -> tuple[list[Way], tuple[str, ...]]:
     """All ways, the cheapest first, and the options that the configuration refuses, with the reason.
 
     Args:
@@ -50,7 +55,7 @@ def ways(config: RunConfig, vary: Collection[str], *, any_depth: bool = False) -
     """
     for name in vary:
         require_known("vary", name, VARY)
-    rungs, skipped = _allowed_rungs(config) if "options" in vary else ([], ())
+    rungs, skipped = _allowed_rungs(config, shape) if "options" in vary else ([], ())
     counts = _stage_counts(config, any_depth) if "stages" in vary else {config.plan.num_stages}
     ranks = _ranks(config) if "rank" in vary else [config.pet.rank]
     return sorted(_combined(config, rungs, counts, ranks), key=lambda way: (way.price, -way.num_stages)), skipped
@@ -81,14 +86,15 @@ def require_known(what: str, name: str, known: Collection[str]) -> None:
 
 
 def _combined(config: RunConfig, rungs: Sequence[Rung], counts: Collection[int], ranks: Sequence[int]) -> Iterator[Way]:
+    method = METHODS[config.method]
     for num_stages in counts:
-        has_frozen = num_stages > 1 or config.pet.layers == "all"  # else none has adapters either
+        has_frozen = method.freezes and (num_stages > 1 or not method.grows)
         useful = [rung for rung in rungs if has_frozen or not rung.on_frozen]
         heights = range(len(useful) + 1)
         for (halvings, rank), height in product(enumerate(ranks if has_frozen else ranks[:1]), heights):
             taken = useful[:height]
             more = num_stages - config.plan.num_stages
-            each = FREEZING_STAGE_PRICE if more > 0 and config.freezes_layers else STAGE_PRICE
+            each = FREEZING_STAGE_PRICE if more > 0 and method.freezes else STAGE_PRICE
             price = each * abs(more) + RANK_PRICE * halvings
             if taken:
                 price += taken[-1].price
@@ -98,18 +104,18 @@ def _combined(config: RunConfig, rungs: Sequence[Rung], counts: Collection[int],
             yield Way(price, num_stages, options, {"pet.rank": rank, **changes})
 
 
-def _allowed_rungs(config: RunConfig) -> tuple[list[Rung], tuple[str, ...]]:
+def _allowed_rungs(config: RunConfig, shape: ModelShape) -> tuple[list[Rung], tuple[str, ...]]:
     """The rungs above what is written that the configuration allows, and why not the others."""
     allowed, skipped = list[Rung](), list[str]()
     for rung in LADDER:
         _, before = _together(allowed)
         if before.get(rung.key, written(config, rung.key)) not in rung.replaces:
             continue
-        if rung.on_frozen and not config.freezes_layers:
-            skipped.append(f"{rung.name}: plan.freeze_old_layers=false leaves no layer frozen")
+        if rung.on_frozen and not METHODS[config.method].freezes:
+            skipped.append(f"{rung.name}: method={config.method} freezes no layer")
             continue
         try:
-            changed(config, _together([*allowed, rung])[1])
+            StagePrices(changed(config, _together([*allowed, rung])[1]), shape)
         except ConfigError as error:
             skipped.append(f"{rung.name}: {error}")
         else:
@@ -128,7 +134,7 @@ def _stage_counts(config: RunConfig, any_depth: bool) -> set[int]:
     """K that the configuration allows: its lists with an entry for each stage fix it."""
     plan = config.plan
     per_stage = (config.optim.learning_rate, plan.tokens_per_stage, plan.token_shares)
-    if any(isinstance(value, list) for value in per_stage):
+    if not METHODS[config.method].grows or any(isinstance(value, list) for value in per_stage):
         return {plan.num_stages}
     most = MAX_STAGES if any_depth else min(MAX_STAGES, config.model.num_hidden_layers)
     return {*range(1, most + 1), plan.num_stages}
@@ -136,7 +142,7 @@ def _stage_counts(config: RunConfig, any_depth: bool) -> set[int]:
 
 def _ranks(config: RunConfig) -> list[int]:
     """As written, and the three powers of two below it, from 8 up."""
-    if config.pet.method == "none" or not config.freezes_layers:
+    if config.pet.method == "none" or not METHODS[config.method].freezes:
         return [config.pet.rank]
     lower = [2**k for k in range(3, 20) if 2**k < config.pet.rank]
     return [config.pet.rank, *reversed(lower[-3:])]

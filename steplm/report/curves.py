@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from steplm.planner.plan import Stage
 from steplm.report.runs import RunRecord
 from steplm.report.style import INK, RUN_COLOURS
 from steplm.report.summary import EntrySummary, Suite, SuiteRun
-from steplm.planner.plan import Stage
 
 AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "wall time"}
 DASHES = ("solid", "dash", "dot")  # one for each round through the colours

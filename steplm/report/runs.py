@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from steplm.config import RunConfig, load_config
 from steplm.errors import SteplmError
-from steplm.report.documents import Summary, read_document, read_events, read_plan
 from steplm.planner.plan import Plan
+from steplm.report.documents import Summary, read_document, read_events, read_plan
 from steplm.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from steplm.errors import SteplmError
+from steplm.planner.plan import Plan
 from steplm.report.documents import Environment, Evaluations, read_document
 from steplm.report.runs import RunRecord, load_run
 from steplm.report.suite import EntryRecord, Question, RunEntry, Status, SuiteRecord, is_suite, load_suite
-from steplm.planner.plan import Plan
 from steplm.units import perplexity_of
 
 CONFIDENCE = 0.95

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steplm.planner.plan import Stage
 from steplm.report.runs import NOT_YET, percent
 from steplm.report.suite import Question, SuiteRecord
 from steplm.report.summary import EntrySummary, Estimate, Suite, SuiteRun, difference
-from steplm.planner.plan import Stage
 from steplm.units import format_bytes, format_count, format_seconds
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steplm.config import RunConfig
-from steplm.planner.plan import as_vanilla, plan
+from steplm.planner.plan import Stage, as_vanilla, plan
 from steplm.problems import validated
 from steplm.report.figure import DASHES
 from steplm.report.runs import percent
 from steplm.report.style import INK, KIND_COLOURS, MUTED, RC, clean
-from steplm.planner.plan import Stage
 from steplm.types import HOST, PeakEstimate
 from steplm.units import format_bytes
 
@@ -135,7 +134,9 @@ def run_timeline(name: str, config: RunConfig, *, measured: bool) -> RunTimeline
 
     count = measure_timeline if measured else simulate_timeline
     stages = plan(config).stages
-    return RunTimeline(name, tuple(StageTimeline(stage, _drawn_parts(stage, count(config, stage))) for stage in stages))
+    return RunTimeline(
+        name, tuple(StageTimeline(stage, _drawn_parts(stage, count(config, stage.highest_phase))) for stage in stages)
+    )
 
 
 def _name(config: RunConfig) -> str:
@@ -150,7 +151,7 @@ def _drawn_parts(stage: Stage, counted: Sequence[Part]) -> tuple[DrawnPart, ...]
     for part in counted:
         if part.name not in highest or part.peak_bytes >= highest[part.name].peak_bytes:
             highest[part.name] = part
-    grown, drawn = stage.layer_map is not None, []
+    grown, drawn = stage.grows, []
     for name, width, names in DRAWN_PARTS:
         points = [point for part in names if part in highest for point in highest[part].points]
         if points and (grown or name != "growth"):

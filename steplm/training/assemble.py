@@ -1,7 +1,7 @@
-"""A stage's model and optimizer from plain tensors.
+"""A phase's model and update rules from plain tensors.
 
 One order, everywhere: weights -> adapters -> freeze -> pack -> device -> activation checkpointing -> shard ->
-compile -> optimizer. Where tensors are cut over ranks, the model is made without values, and filled when it is
+compile -> update rules. Where tensors are cut over ranks, the model is made without values, and filled when it is
 sharded: no rank ever holds all of it.
 """
 
@@ -22,17 +22,17 @@ from steplm.models.activations import checkpoint_layers, layers_to_checkpoint
 from steplm.models.build import build_model, empty_model
 from steplm.models.device import move
 from steplm.models.forward import check_loss
-from steplm.optim.adamw import AdamW
-from steplm.optim.build import build_optimizer
+from steplm.optim.build import UpdateRules, build_rules
 from steplm.pet.adapters import attach, fresh_adapter_state, load_adapter_state
 from steplm.pet.frozen import PackReport, frozen_tensors, pack_frozen
 from steplm.pet.trainable import apply_trainable
-from steplm.types import HOST, LayerProvenance, Stage, TrainState
+from steplm.schedule import Phase, trained_patterns
+from steplm.types import HOST, LayerProvenance, ModelShape, TrainState
 
 
 @dataclass
-class StageStart:
-    """Plain tensors and progress with which a stage begins, or goes on after a resume.
+class PhaseStart:
+    """Plain tensors and progress with which a phase begins, or goes on after a resume.
 
     Of weights and optimizer states a rank has its rows, of adapters all.
     """
@@ -45,7 +45,7 @@ class StageStart:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     optimizer_steps: dict[str, int] = field(default_factory=dict)
     unlogged_losses: tuple[float, ...] = ()
-    trained_names: tuple[str, ...] | None = None  # at a resume in the middle of the stage
+    trained_names: tuple[str, ...] | None = None  # at a resume in the middle of the phase
     probe_loss: float | None = None  # after a growth, of the plain weights
 
     def forget_tensors(self) -> None:
@@ -55,26 +55,28 @@ class StageStart:
 
 @dataclass
 class Assembled:
-    """What a stage trains with."""
+    """What a phase trains with."""
 
     model: PreTrainedModel
-    optimizer: AdamW
+    rules: UpdateRules
     packing: PackReport
 
 
-def assemble(config: RunConfig, stage: Stage, start: StageStart, world: World, *, check: bool = True) -> Assembled:
-    """The stage's model on the device and its optimizer, states allocated.
+def assemble(
+    config: RunConfig, shape: ModelShape, phase: Phase, start: PhaseStart, world: World, *, check: bool = True
+) -> Assembled:
+    """The phase's model on the device and its update rules, states allocated.
 
     ``check`` compares the loss with the model's own logits; it needs real numbers.
     """
     train, memory = config.train, config.memory
     prefix = layer_prefix_of(start.weights)
     model = _model(start.hf_config, start.weights, world)
-    if stage.adapters is not None:
-        attach(model, stage.adapters, prefix, config.seed + stage.index)
+    if phase.has_adapters:
+        attach(model, phase, prefix, config.seed + phase.index)
         if start.adapters and world.rows.is_whole:
             load_adapter_state(model, start.adapters)
-    trained = apply_trainable(model, stage.trained_patterns)
+    trained = apply_trainable(model, trained_patterns(phase, shape))
     if start.trained_names is not None and set(trained) != set(start.trained_names):
         differing = sorted(set(trained) ^ set(start.trained_names))
         raise CheckpointMismatch(
@@ -85,7 +87,7 @@ def assemble(config: RunConfig, stage: Stage, start: StageStart, world: World, *
     packing = pack_frozen(
         model,
         prefix,
-        stage.frozen_layers,
+        phase.frozen_layers,
         fmt=memory.frozen_weights,
         offload=memory.offload_frozen,
         device=world.device,
@@ -94,27 +96,25 @@ def assemble(config: RunConfig, stage: Stage, start: StageStart, world: World, *
         move(model, world.device)
     model.train()
     if train.gradient_checkpointing:
-        layers = layers_to_checkpoint(train.gradient_checkpointing, stage.num_hidden_layers, stage.whole_layers)
+        layers = layers_to_checkpoint(train.gradient_checkpointing, phase.num_hidden_layers, phase.trained_layers)
         checkpoint_layers(model, layers, prefix)
     shard(model, world, prefix)
     if not world.rows.is_whole:
-        adapters = start.adapters or fresh_adapter_state(model, config.seed + stage.index)
+        adapters = start.adapters or fresh_adapter_state(model, config.seed + phase.index)
         fill(model, start.weights | {name: world.rows.cut(tensor) for name, tensor in adapters.items()})
     if check:
         check_loss(model, train.sequence_length)  # before compile: it would compile for one short row
     if train.compile:
         for layer in model.get_submodule(prefix):
             layer.compile()
-    optimizer = build_optimizer(
-        config, model, layer_prefix=prefix, low_rank_layers=stage.low_rank_layers, step=start.progress.step
-    )
+    rules = build_rules(config, model, phase, prefix)
     if start.trained_names is not None:
-        optimizer.load_state_dict(start.optimizer, start.optimizer_steps)
+        rules.load_state_dict(start.optimizer, start.optimizer_steps)
     elif start.optimizer:
         # The moments of adapters can outlive a restart; their factors, and so the master weights, are fresh.
-        fresh = {key: tensor for key, tensor in optimizer.state_dict()[0].items() if key.endswith(".master")}
-        optimizer.load_state_dict(fresh | start.optimizer, start.optimizer_steps, strict=False)
-    return Assembled(model, optimizer, packing)
+        fresh = {key: tensor for key, tensor in rules.state_dict()[0].items() if key.endswith(".master")}
+        rules.load_state_dict(fresh | start.optimizer, start.optimizer_steps, strict=False)
+    return Assembled(model, rules, packing)
 
 
 def packed_rows(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

@@ -11,20 +11,22 @@ from typing import Any
 
 from steplm.checkpoint import checkpoint_name, verify_checkpoint
 from steplm.checkpoint.folder import complete_checkpoints, load_checkpoint_state
-from steplm.config import RunConfig, load_config
+from steplm.config import RunConfig
 from steplm.data.prepare import with_prepared_dir
 from steplm.errors import CheckpointError, CheckpointMismatch
 from steplm.files import sync
 from steplm.models.shape import shape_of
+from steplm.planner.plan import Plan
 from steplm.planner.plan import plan as make_plan
-from steplm.training.checks import flat, written_plan
-from steplm.types import Plan, TrainState
+from steplm.training.checks import flat, is_one_of
+from steplm.training.folder import RunFolder
+from steplm.types import TrainState
 
-# Keys that leave a stage's weights as they are, to the last bit, or that the plan's stages tell of.
+# Keys and sections that leave a stage's weights as they are, to the last bit, or that its schedule tells of.
 NOT_COMPARED = (
-    "name", "output_dir", "eval", "log", "train.dry_run", "train.save_steps", "train.save_total_limit",
+    "name", "output_dir", "method", "eval", "log", "train.dry_run", "train.save_steps", "train.save_total_limit",
     "data.num_workers", "memory.reserve", "memory.correction",
-    "plan.", "pet.", "growth.", "model.num_hidden_layers", "optim.schedule_over",
+    "plan", "pet", "growth", "model.num_hidden_layers", "optim.schedule_over", "optim.old_layers",
     "optim.learning_rate", "optim.keep_state_at_growth",
 )  # fmt: skip
 
@@ -35,13 +37,13 @@ def stage_keys(config: RunConfig, plan: Plan) -> tuple[str, ...]:
     A key covers the stage and those before it, and every configuration key that they read.
     """
     values = flat(with_prepared_dir(config).model_dump(mode="json"))
-    common = {key: value for key, value in values.items() if not key.startswith(NOT_COMPARED)}
-    keys = []
-    for stage in plan.stages:
-        own: dict[str, Any] = {"stages": plan.hash_until(stage.index)}
-        own["learning_rates"] = [config.learning_rate(earlier.num_growths) for earlier in plan.stages[: stage.index]]
-        if stage.index > 1:
-            own["begin"] = [config.growth.operator, config.optim.keep_state_at_growth, config.pet.restart_keep]
+    common = {key: value for key, value in values.items() if not is_one_of(key, NOT_COMPARED)}
+    keys, schedule = [], plan.schedule
+    for stage, phases in enumerate(schedule.stages, start=1):
+        own: dict[str, Any] = {"schedule": schedule.hash_until(phases[-1].index)}
+        own["learning_rates"] = [config.learning_rate(earlier) for earlier in range(1, stage + 1)]
+        if phases[-1].index > 1:
+            own["begin"] = [config.optim.keep_state_at_growth, config.pet.restart_keep]
         text = json.dumps({**common, **own}, sort_keys=True)
         keys.append(hashlib.sha256(text.encode()).hexdigest()[:16])
     return tuple(keys)
@@ -49,7 +51,7 @@ def stage_keys(config: RunConfig, plan: Plan) -> tuple[str, ...]:
 
 def stage_end(stage_index: int) -> str:
     """The name of the checkpoint at a stage's end."""
-    return checkpoint_name(TrainState(stage_index, 0, 0, 0, stage_done=True))
+    return checkpoint_name(TrainState(stage_index, 0, 0, 0, 0, stage_done=True))
 
 
 def branch(source_run_dir: str | Path, stage_index: int, config: RunConfig) -> Path:
@@ -91,8 +93,8 @@ def branch(source_run_dir: str | Path, stage_index: int, config: RunConfig) -> P
 
 
 def _check_same_beginning(source_run_dir: Path, stage_index: int, config: RunConfig) -> None:
-    theirs_config = load_config(source_run_dir / "config.yaml")
-    theirs = stage_keys(theirs_config, written_plan(source_run_dir))
+    source = RunFolder.open(source_run_dir)
+    theirs = () if source.written is None else stage_keys(source.written, source.plan)
     ours = stage_keys(config, make_plan(config, shape_of(config.model.hf_config())))
     if ours[:stage_index] != theirs[:stage_index]:
         raise CheckpointMismatch(

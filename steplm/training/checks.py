@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from steplm.checkpoint import CheckpointState
-from steplm.checkpoint.folder import complete_checkpoints
-from steplm.config import ModelConfig, OptimConfig, RunConfig, load_config
+from steplm.config import ModelConfig, OptimConfig, RunConfig
 from steplm.data.tokens import Manifest
-from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError
+from steplm.errors import CheckpointMismatch, ConfigError
 from steplm.models.build import config_values, hf_config
 from steplm.models.folder import load_hf_config
-from steplm.types import Plan, from_json
-from steplm.units import reason
+from steplm.planner.plan import Plan
+from steplm.training.folder import RunFolder
 
-# What the saved optimizer states depend on.
-OPTIMIZER_KEYS = ("name", "rank", "low_rank_layers", "update_proj_gap", "scale", "switch_steps")
+# Of ``optim``, what the schedule or the saved states depend on.
+FIXED_OPTIM_KEYS = ("name", "old_layers", "rank", "update_proj_gap", "scale", "switch_steps", "schedule_over")
 
-# Of ``optim``, what the plan's stages depend on.
-PLANNED_KEYS = ("schedule_over",)
-
-# A resumed run may differ in these keys; any other difference would make it another run.
+# A resumed run may differ in these keys and sections; any other difference would make it another run.
 FREE_AT_RESUME = (
     "name",
     "output_dir",
@@ -44,7 +39,7 @@ FREE_AT_RESUME = (
     "memory.correction",
     "plan.budget",
     # The way out of a diverged run. Such a change is noted in the log.
-    *(f"optim.{key}" for key in OptimConfig.model_fields if key not in OPTIMIZER_KEYS + PLANNED_KEYS),
+    *(f"optim.{key}" for key in OptimConfig.model_fields if key not in FIXED_OPTIM_KEYS),
     "train.save_steps",
     "train.save_total_limit",
     "eval",
@@ -96,21 +91,18 @@ def check_init_from(config: RunConfig, plan: Plan) -> None:
             )
 
 
-def check_same_run(config: RunConfig, plan: Plan) -> list[str]:
+def check_same_run(config: RunConfig, folder: RunFolder) -> list[str]:
     """A run directory belongs to one configuration, but for the keys in ``FREE_AT_RESUME``.
 
     Returns:
         Keys that differ and change what is computed or what losses are of, each with its old and new value.
 
     Raises:
-        CheckpointMismatch: another key or the plan differs.
+        CheckpointMismatch: another key differs.
     """
-    run_dir = config.run_dir
-    written = run_dir / "config.yaml"
-    begun = (run_dir / "summary.json").is_file() or bool(complete_checkpoints(run_dir / "checkpoints"))
-    if not written.is_file() or not begun:
+    begun_with = folder.begun_with
+    if begun_with is None:
         return []
-    begun_with = load_config(written)
     sequences, before_sequences = config.global_batch_size, begun_with.global_batch_size
     if sequences != before_sequences:
         raise CheckpointMismatch(
@@ -121,7 +113,7 @@ def check_same_run(config: RunConfig, plan: Plan) -> list[str]:
             sequences_before=before_sequences,
         )
     differing = _differing(begun_with, config)
-    changed = [key for key in differing if not key.startswith(FREE_AT_RESUME)]
+    changed = [key for key in differing if not is_one_of(key, FREE_AT_RESUME)]
     if changed:
         listing = ", ".join(differing[key] for key in changed[:5])
         raise CheckpointMismatch(
@@ -129,25 +121,26 @@ def check_same_run(config: RunConfig, plan: Plan) -> list[str]:
             "Undo the change to resume it, or give this run its own name or output_dir.",
             changed=changed,
         )
-    if (run_dir / "plan.json").is_file() and written_plan(run_dir).hash != plan.hash:
-        raise CheckpointMismatch(
-            f"{run_dir / 'plan.json'} is not the plan that this configuration gives now. "
-            "It was edited, or made by another version: give this run its own output_dir.",
-            plan_hash=plan.hash,
-        )
-    return [change for key, change in differing.items() if key.startswith(("optim.", "eval.max_tokens"))]
+    return [change for key, change in differing.items() if is_one_of(key, ("optim", "eval.max_tokens"))]
 
 
 def is_same_run(config: RunConfig) -> bool:
     """Whether the directory has been given just this run: every key that changes what is computed is as it was."""
     try:
-        before = load_config(config.run_dir / "config.yaml")
+        before = RunFolder.open(config.run_dir).written
     except ConfigError:
         return False
+    if before is None:
+        return False
     others = [
-        key for key in _differing(before, config) if key.startswith("optim.") or not key.startswith(FREE_AT_RESUME)
+        key for key in _differing(before, config) if is_one_of(key, ("optim",)) or not is_one_of(key, FREE_AT_RESUME)
     ]
     return not others and before.global_batch_size == config.global_batch_size
+
+
+def is_one_of(key: str, names: tuple[str, ...]) -> bool:
+    """Whether ``section.key`` is one of these keys, or in one of these sections."""
+    return key in names or key.partition(".")[0] in names
 
 
 def _differing(before: RunConfig, now: RunConfig) -> dict[str, str]:
@@ -156,46 +149,19 @@ def _differing(before: RunConfig, now: RunConfig) -> dict[str, str]:
     return {key: f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value}
 
 
-def written_plan(run_dir: Path) -> Plan:
-    """``plan.json`` of a run directory.
-
-    Raises:
-        CheckpointError: there is none that can be used.
-    """
-    try:
-        plan = from_json(Plan, json.loads((run_dir / "plan.json").read_text()))
-        if not plan.layers:
-            raise ValueError("a plan without layers")
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{run_dir / 'plan.json'} cannot be used: {reason(error)}. It is damaged, or another version of steplm "
-            "wrote it.",
-            path=str(run_dir / "plan.json"),
-        ) from None
-    return plan
-
-
-def trained_on(run_dir: Path) -> str | None:
-    """The fingerprint of the data of a finished run; None of one that is not, or that an older version finished."""
-    try:
-        return json.loads((run_dir / "summary.json").read_text()).get("data_fingerprint")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
 def check_checkpoint(path: Path | None, state: CheckpointState, plan: Plan, manifest: Manifest) -> None:
     """The checkpoint was made by this plan, on these data.
 
     Raises:
         CheckpointMismatch: it was not.
     """
-    stage_index = state.progress.stage_index
-    expected = plan.hash_until(min(stage_index, plan.num_stages))
-    if state.plan_hash != expected:
+    phase_index = state.progress.phase_index
+    expected = plan.schedule.hash_until(phase_index)
+    if state.schedule_hash != expected or not 0 < phase_index <= len(plan.schedule.phases):
         raise CheckpointMismatch(
-            f"{path} belongs to plan {state.plan_hash}, not to this run's plan, which is {expected} up to stage "
-            f"{stage_index}. Use another output_dir for the new plan.",
-            plan_hash=expected,
+            f"{path} belongs to schedule {state.schedule_hash}, not to that of plan.json, which is {expected} up to "
+            f"phase {phase_index}. Restore plan.json, or use another output_dir.",
+            schedule_hash=expected,
         )
     if state.data_fingerprint != manifest.fingerprint:
         raise CheckpointMismatch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -13,12 +14,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
 from steplm.config import GrowthConfig
-from steplm.types import MemoryEstimate, Plan, Stage, TrainState
+from steplm.cost.price import Cost
+from steplm.cost.rules import ADAMW
+from steplm.planner.plan import Plan
+from steplm.schedule import Phase, Trained
+from steplm.types import MemoryEstimate, TrainState
 from steplm.units import format_bytes, format_count, format_seconds, perplexity_of
 
 if TYPE_CHECKING:
     from steplm.data.prepare import PrepareProgress
-    from steplm.cost.measure import PeakMemory
     from steplm.training.step import StepReport
 
 
@@ -67,47 +71,59 @@ class Display:
         share = f"  {progress.fraction:.0%}" if progress.num_documents else ""
         self.note(f"data  {progress.phase}{share}{counts}{bad}")
 
-    def stage_start(
+    def resumed(self, checkpoint: Path, progress: TrainState) -> None:
+        self.note(
+            f"resuming from {checkpoint.name}: stage {progress.stage_index}, step {progress.step:,}, "
+            f"{format_count(progress.tokens_seen)} tokens seen"
+        )
+
+    def phase_start(
         self,
-        stage: Stage,
+        phase: Phase,
+        cost: Cost,
         measured: MemoryEstimate,
         measured_peak_bytes: int | None = None,
         library_bytes: int = 0,
     ) -> None:
         """The table of planned beside measured bytes; the peak is the dry run's, libraries' workspaces apart."""
-        table = Table(
-            title=self._stage_title(stage), title_justify="left", title_style="bold", box=None, pad_edge=False
-        )
+        table = Table(title=self._title(phase), title_justify="left", title_style="bold", box=None, pad_edge=False)
         table.add_column("model state")
         for heading in ("planned bytes", "measured bytes", ""):
             table.add_column(heading, justify="right")
         measured_by_kind = measured.by_kind()
-        for name, planned_bytes in stage.memory.by_kind().items():
+        for name, planned_bytes in cost.memory.by_kind().items():
             measured_bytes = measured_by_kind[name]
             equal = "[green]=[/]" if planned_bytes == measured_bytes else "[red]differs[/]"
             table.add_row(name, f"{planned_bytes:,}", f"{measured_bytes:,}", equal)
-        if measured_peak_bytes is not None and stage.peak is not None:
-            planned_bytes = stage.peak.highest_in_a_pass.memory.total_bytes
+        if measured_peak_bytes is not None and cost.peak is not None:
+            planned_bytes = cost.peak.highest_in_a_pass.memory.total_bytes
             share = f"{measured_peak_bytes / planned_bytes:.1%}"
             table.add_row("peak of a dry run", f"{planned_bytes:,}", f"{measured_peak_bytes:,}", share)
             if library_bytes:
                 table.add_row("and cuBLAS", "", f"{library_bytes:,}", "")
         self.console.print(table)
 
-    def _stage_title(self, stage: Stage) -> str:
-        parts = [f"{stage.num_hidden_layers} layers"]
-        if stage.grows:
-            parts.append(f"{stage.num_new_layers} new")
-        if stage.whole_layers:
-            parts.append(f"{len(stage.whole_layers)} trained" if stage.frozen_layers else "all trained")
-        if stage.low_rank_layers:
-            parts.append(f"{len(stage.low_rank_layers)} with low-rank states")
-        if stage.adapters:
-            parts.append(f"LoRA rank {stage.adapters.rank} on {len(stage.adapters.layers)}")
-        return f"stage {self._of(stage)}: {', '.join(parts)}"
+    def _title(self, phase: Phase) -> str:
+        parts = [f"{phase.num_hidden_layers} layers"]
+        if phase.new_layers:
+            parts.append(f"{len(phase.new_layers)} new")
+        rules = Counter(role.rule for role in phase.layers if isinstance(role, Trained))
+        for rule, count in rules.items():
+            number = "all" if count == phase.num_hidden_layers else str(count)
+            parts.append(f"{number} trained" + (f" by {rule}" if rule != ADAMW else ""))
+        for rank, count in Counter(adapter.rank for adapter in phase.adapters.values()).items():
+            parts.append(f"LoRA rank {rank} on {count}")
+        return f"stage {self._of(phase.stage)}: {', '.join(parts)}"
 
-    def _of(self, stage: Stage) -> str:
-        return f"{stage.index}/{self._plan.num_stages}" if self._plan else str(stage.index)
+    def _of(self, stage: int) -> str:
+        return f"{stage}/{self._plan.num_stages}" if self._plan else str(stage)
+
+    def _memory(self, report: StepReport) -> str:
+        if report.peak.peak_allocated_bytes is None or self._plan is None:
+            return str(report.peak)  # the whole process, libraries included: no plan is made for that
+        cost = self._plan.cost(report.phase)
+        what = "planned" if cost.peak is not None else "state planned"
+        return f"{report.peak} ({what} {format_bytes(cost.device_bytes)})"
 
     def _left(self, report: StepReport) -> str:
         """Time for the tokens of the whole plan that are still to come, at the present speed."""
@@ -117,39 +133,39 @@ class Display:
         return f"left {format_seconds(tokens_left / report.tokens_per_second)}"
 
     def step(self, report: StepReport) -> None:
-        stage, progress, result = report.stage, report.progress, report.result
+        progress, result = report.progress, report.result
         self.console.print(
-            f"stage {self._of(stage)}  step {progress.step:,}/{report.num_steps:,}  loss {result.loss:.3f}  "
+            f"stage {self._of(progress.stage_index)}  step {progress.step:,}/{report.num_steps:,}  loss {result.loss:.3f}  "
             f"ppl {perplexity_of(result.loss):.1f}  lr {report.learning_rate:.1e}  grad {result.grad_norm:.2f}  "
-            f"{format_count(report.tokens_per_second)} tok/s  {_memory(stage, report.peak)}  "
+            f"{format_count(report.tokens_per_second)} tok/s  {self._memory(report)}  "
             f"{self._left(report)}".rstrip(),
             highlight=False,
         )
 
-    def evaluation(self, stage: Stage, progress: TrainState, loss: float, perplexity: float) -> None:
+    def evaluation(self, progress: TrainState, loss: float, perplexity: float) -> None:
         self.console.print(
-            f"stage {self._of(stage)}  step {progress.step:,}  "
+            f"stage {self._of(progress.stage_index)}  step {progress.step:,}  "
             f"[bold]validation loss {loss:.4f}  ppl {perplexity:.2f}[/]",
             highlight=False,
         )
 
-    def growth(self, stage: Stage, growth: GrowthConfig, before: float | None, merged: float, grown: float) -> None:
-        layer_map = stage.layer_map
+    def growth(self, phase: Phase, growth: GrowthConfig, before: float | None, merged: float, grown: float) -> None:
+        layer_map = phase.entry.layer_map
         assert layer_map is not None
         if before is not None:
             self.console.print(f"merge   loss {before:.4f} -> {merged:.4f}", highlight=False)
         self.console.print(
             f"growth  {len(layer_map.kept_layers)} -> {layer_map.num_layers} layers "
-            f"({growth.operator}, {growth.resolved_position}: new layers "
+            f"({phase.entry.operator}, {growth.resolved_position}: new layers "
             f"{', '.join(str(i) for i in layer_map.new_layers)})  loss {merged:.4f} -> {grown:.4f}",
             highlight=False,
         )
 
-    def restart(self, stage: Stage, before: float | None, merged: float) -> None:
+    def restart(self, phase: Phase, before: float | None, merged: float) -> None:
         loss = f"loss {merged:.4f}" if before is None else f"loss {before:.4f} -> {merged:.4f}"
-        self.console.print(f"merge   {loss}; stage {self._of(stage)} begins fresh adapters", highlight=False)
+        self.console.print(f"merge   {loss}; fresh adapters in stage {self._of(phase.stage)}", highlight=False)
 
-    def packing(self, stage: Stage, fmt: str, error: float, before: float | None, after: float) -> None:
+    def packing(self, fmt: str, error: float, before: float | None, after: float) -> None:
         loss = f"loss {after:.4f}" if before is None else f"loss {before:.4f} -> {after:.4f}"
         self.console.print(f"packing  frozen weights to {fmt}, relative error {error:.2%}  {loss}", highlight=False)
 
@@ -186,13 +202,13 @@ class RichDisplay(Display):
         self._progress.stop()
 
     def step(self, report: StepReport) -> None:
-        stage, progress, result = report.stage, report.progress, report.result
+        progress, result = report.progress, report.result
         if self._task is None:
             total = self._plan.total_tokens if self._plan else None
             self._task = self._progress.add_task("", total=total, completed=progress.tokens_seen, numbers="", left="")
         self._progress.update(
             self._task,
-            description=f"stage {self._of(stage)}  step {progress.step:,}/{report.num_steps:,}",
+            description=f"stage {self._of(progress.stage_index)}  step {progress.step:,}/{report.num_steps:,}",
             completed=progress.tokens_seen,
             numbers=f"loss {result.loss:.3f}  {format_count(report.tokens_per_second)} tok/s  {report.peak}",
             left=self._left(report),
@@ -206,13 +222,6 @@ def make_display(kind: str) -> Display:
     # A log keeps each event on one line, however narrow the pipe claims to be.
     console = Console(quiet=kind == "none", soft_wrap=kind == "lines")
     return RichDisplay(console) if kind == "rich" else Display(console)
-
-
-def _memory(stage: Stage, peak: PeakMemory) -> str:
-    if peak.peak_allocated_bytes is None:
-        return str(peak)  # the whole process, libraries included: no plan is made for that
-    what = "planned" if stage.peak is not None else "state planned"
-    return f"{peak} ({what} {format_bytes(stage.device_bytes)})"
 
 
 def _peak_against_vanilla(plan: Plan) -> str:

@@ -11,13 +11,14 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig
 
 from steplm.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
-from steplm.config import RunConfig, load_config
+from steplm.config import RunConfig, load_written_config
 from steplm.errors import CheckpointError
 from steplm.models.folder import save_folder
 from steplm.pet.adapters import merge_state
-from steplm.training.checks import written_plan
+from steplm.planner.plan import Plan
+from steplm.training.folder import read_plan
 from steplm.training.model_card import model_card, public_name
-from steplm.types import Plan, to_json
+from steplm.types import to_json
 from steplm.units import reason
 from steplm.yaml_files import dump_yaml
 
@@ -44,8 +45,7 @@ def export(source: str | Path, output_dir: str | Path | None = None) -> Path:
     if checkpoint_path is None:
         raise CheckpointError(f"{source} holds no complete checkpoint: is it a run directory?", path=str(source))
     checkpoint = load_checkpoint(checkpoint_path, with_optimizer=False)
-    config = load_config(run_dir / "config.yaml")
-    plan = written_plan(run_dir)
+    config, plan = load_written_config(run_dir), read_plan(run_dir)
     output_dir = Path(output_dir) if output_dir is not None else run_dir / "export"
     final = output_dir.resolve()  # "." has no name of its own
     _require_replaceable(final)
@@ -103,8 +103,8 @@ def _public(config: RunConfig) -> dict[str, Any]:
 
 def _write(folder: Path, checkpoint: Checkpoint, config: RunConfig, plan: Plan, tokenizer_dir: Path) -> None:
     weights = checkpoint.weights
-    if checkpoint.state.adapters is not None:
-        weights = merge_state(weights, checkpoint.adapters, checkpoint.state.adapters)
+    if checkpoint.state.phase.has_adapters:
+        weights = merge_state(weights, checkpoint.adapters, checkpoint.state.phase)
     hf_config = checkpoint.config
     hf_config.use_cache = True
     try:

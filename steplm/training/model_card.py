@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
 
 from steplm.checkpoint import CheckpointState
 from steplm.config import RunConfig
-from steplm.types import LayerProvenance, Plan, Stage
+from steplm.cost.rules import ADAMW
+from steplm.planner.plan import Plan, Stage
+from steplm.schedule import Trained
+from steplm.types import LayerProvenance
 from steplm.units import format_bytes, format_count
 
 COMPONENTS = {
-    "new_layers": "new layers",
-    "low_rank_layers": "layers with low-rank states",
+    "trained_layers": "layers",
     "frozen_layers": "earlier layers",
     "adapters": "adapters",
     "embeddings": "embeddings",
@@ -125,14 +128,15 @@ def _pet_and_growth(config: RunConfig, plan: Plan) -> str:
     lines = []
     if len(plan.layers) > 1:
         lines.append(f"- growth: `{config.growth.operator}`, new layers placed `{config.growth.resolved_position}`")
-    if config.optim.name != "adamw":
-        rank = f", rank {config.optim.state_rank}" if config.optim.is_low_rank else ""
-        lines.append(f"- optimizer: `{config.optim.name}`{rank}")
-    adapters = next((stage.adapters for stage in plan.stages if stage.adapters is not None), None)
+    phases = plan.schedule.phases
+    rules = dict.fromkeys(role.rule for phase in phases for role in phase.layers if isinstance(role, Trained))
+    if set(rules) - {ADAMW}:
+        lines.append(f"- update rules of the layers' matrices: {', '.join(f'`{rule}`' for rule in rules)}")
+    adapters = next((adapter for phase in phases for adapter in phase.adapters.values()), None)
     if adapters is not None:
         targets = ", ".join(f"`{name}`" for name in adapters.target_modules)
         size = f"rank {adapters.rank}, alpha {adapters.alpha:g}"
-        restarts = sum(stage.adapters is not None and not stage.num_new_layers for stage in plan.stages)
+        restarts = sum(phase.entry.kind == "merge" and before.has_adapters for before, phase in pairwise(phases))
         times = f", merged and begun anew {restarts} times" if restarts else ""
         lines.append(f"- adapters on frozen layers: {adapters.method}, {size}, on {targets}{times}")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from steplm.cost.count import REST, ByteCounter
 from steplm.models import activations
-from steplm.optim.adamw import AdamW
+from steplm.optim.build import UpdateRules
 from steplm.pet.frozen import frozen_tensors
 from steplm.types import HOST
 
@@ -24,7 +24,7 @@ class CountedBytes(ByteCounter):
         super().__init__()
         self._hooks: list[RemovableHandle] = []
 
-    def watch(self, model: nn.Module, optimizer: AdamW | None = None) -> None:
+    def watch(self, model: nn.Module, optimizer: UpdateRules | None = None) -> None:
         for buffer in model.buffers():
             self.track(buffer, REST)
         for parameter in model.parameters():
@@ -77,7 +77,7 @@ class AllocatedBytes:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def watch(self, model: nn.Module, optimizer: AdamW) -> None:
+    def watch(self, model: nn.Module, optimizer: UpdateRules) -> None:
         """Nothing to do: the allocator sees all."""
 
     def reset(self) -> None:
@@ -105,6 +105,6 @@ class AllocatedBytes:
     def __exit__(self, *exception: object) -> None: ...
 
 
-def gauge_for(device: torch.device) -> CountedBytes | AllocatedBytes:
+def peak_meter_for(device: torch.device) -> CountedBytes | AllocatedBytes:
     """The allocator of a CUDA device; elsewhere, a count."""
     return AllocatedBytes(device) if device.type == "cuda" else CountedBytes()

@@ -6,22 +6,20 @@ import fcntl
 import json
 import os
 import shutil
-import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import torch
 from transformers import PreTrainedModel
 
-from steplm.checkpoint import CheckpointState, latest_checkpoint, prune_checkpoints, verify_checkpoint
-from steplm.checkpoint.folder import complete_checkpoints, explained, is_disk_full, load_checkpoint_state, mark_damaged
+from steplm.checkpoint import Checkpoint, CheckpointState, load_checkpoint
+from steplm.checkpoint.folder import explained, is_disk_full, load_checkpoint_state
 from steplm.checkpoint.shards import BackgroundWriter, TensorFiles
 from steplm.config import RunConfig, dump_config, load_config
-from steplm.data.loader import Batch, BatchLoader, validation_windows
+from steplm.data.loader import BatchLoader
 from steplm.data.prepare import prepare, with_prepared_dir
 from steplm.data.tokens import MANIFEST, Manifest, TokenDataset
 from steplm.distributed.world import World, joined, with_world_size
@@ -30,26 +28,24 @@ from steplm.files import write_atomically
 from steplm.models.build import DTYPES, hf_config
 from steplm.models.device import free_memory, resolve_device
 from steplm.models.folder import load_config_and_state, load_hf_config
-from steplm.models.forward import summed_loss
 from steplm.models.shape import shape_of
+from steplm.planner.plan import Plan, price_again
 from steplm.planner.plan import plan as make_plan
-from steplm.training.assemble import assemble, probe_model
-from steplm.training.checks import check_checkpoint, check_init_from, check_same_run, written_plan
+from steplm.schedule import Phase, Schedule
+from steplm.training.assemble import Assembled, PhaseStart, assemble, probe_model
+from steplm.training.checks import check_checkpoint, check_init_from, check_same_run
+from steplm.training.context import RunContext
 from steplm.training.display import Display, make_display
+from steplm.training.enter import check_entrance, enter, go_on
 from steplm.training.environment import environment
+from steplm.training.evaluate import probe_loss, validation_loss
 from steplm.training.export import export
+from steplm.training.folder import RunFolder, read_plan, require_this_version
+from steplm.training.loop import StageLog, memory_errors, train_phase
 from steplm.training.metrics import SINKS, MetricsLog, NoLog, Sink, require_sinks
+from steplm.training.save import in_memory
 from steplm.training.signals import stopping_on_signals
-from steplm.training.stage import (
-    check_entrance,
-    enter_stage,
-    memory_errors,
-    probe_loss,
-    require_finite,
-    train_stage,
-)
-from steplm.training.step import StepReport
-from steplm.types import Plan, Stage, TrainState, to_json
+from steplm.types import TrainState, to_json
 from steplm.units import perplexity_of, reason
 
 
@@ -67,102 +63,6 @@ class RunResult:
     @property
     def perplexity(self) -> float | None:
         return None if self.validation_loss is None else perplexity_of(self.validation_loss)
-
-
-@dataclass
-class Run:
-    """What every stage of a run shares."""
-
-    config: RunConfig
-    plan: Plan
-    manifest: Manifest
-    loader: BatchLoader
-    validation: TokenDataset
-    metrics: MetricsLog
-    display: Display
-    world: World
-    writer: BackgroundWriter | None = None  # of checkpoints, where there are several ranks
-    seconds_before: float = 0.0  # trained before this process
-    started_at: float = field(default_factory=time.monotonic)
-    requested_signal: int | None = None  # to this process
-    stop_signal: int | None = None  # what all ranks stop at, at the same step
-
-    @property
-    def device(self) -> torch.device:
-        return self.world.device
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        return self.config.run_dir / "checkpoints"
-
-    @property
-    def last_checkpoint(self) -> Path | None:
-        return latest_checkpoint(self.checkpoints_dir)
-
-    @property
-    def elapsed_seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started_at
-
-    def evaluate(self, stage: Stage, progress: TrainState, model: PreTrainedModel) -> float:
-        """Validation loss, logged and shown."""
-        loss = self.validation_loss(model)
-        require_finite(self, stage, progress, loss)
-        perplexity = perplexity_of(loss)
-        self.metrics.write(
-            "eval",
-            stage=stage.index,
-            step=progress.step,
-            tokens_seen=progress.tokens_seen,
-            loss=loss,
-            perplexity=perplexity,
-        )
-        self.display.evaluation(stage, progress, loss, perplexity)
-        return loss
-
-    def validation_loss(self, model: PreTrainedModel, max_tokens: int | None = None) -> float:
-        """Mean over so many validation tokens, by default those of an evaluation; each rank computes its share."""
-        batches = validation_windows(
-            self.validation,
-            self.config.train.sequence_length,
-            max_tokens or self.config.eval.max_tokens,
-            batch_size=self.config.eval_batch_size,
-            within_documents=self.config.data.within_documents,
-            rank=self.world.rank,
-            world_size=self.world.size,
-        )
-        chunk_size = self.config.train.loss_chunk_size
-        total, count = self.world.sum(*summed_loss(model, self._showing_life(batches), chunk_size=chunk_size))
-        return total / max(count, 1)
-
-    def _showing_life(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            self.world.alive()
-            yield batch
-
-    def agree_to_stop(self) -> None:
-        """A signal to one rank stops all of them at the same step; one that comes later waits for the next step."""
-        requested = self.requested_signal  # read once: it can come at any time
-        if self.world.any(requested):
-            self.stop_signal = requested or signal.SIGTERM
-
-    def prune_checkpoints(self) -> None:
-        prune_checkpoints(self.checkpoints_dir, self.config.train.save_total_limit)
-
-    def log_step(self, report: StepReport) -> None:
-        self.metrics.write(
-            "train",
-            stage=report.stage.index,
-            step=report.progress.step,
-            num_steps=report.num_steps,
-            tokens_seen=report.progress.tokens_seen,
-            loss=report.result.loss,
-            learning_rate=report.learning_rate,
-            grad_norm=report.result.grad_norm,
-            tokens_per_second=report.tokens_per_second,
-            elapsed_seconds=self.elapsed_seconds,
-            **to_json(report.peak),
-        )
-        self.display.step(report)
 
 
 def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
@@ -189,12 +89,12 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
 
 def _train(config: RunConfig, world: World, display: Display) -> RunResult:
     with world.first_goes_ahead():
-        run, checkpoint = _set_up(config, world, display)
+        run = _set_up(config, world, display)
     if run is None:
         return _result_of(config.run_dir)
     try:
         with stopping_on_signals(run), display:
-            checkpoint = _run_stages(run, checkpoint)
+            _run_phases(run)
             if run.stop_signal:
                 display.note(f"stopped by signal {run.stop_signal}; run the same command again to resume")
                 return RunResult(config.run_dir, run.plan, finished=False, stop_signal=run.stop_signal)
@@ -205,31 +105,35 @@ def _train(config: RunConfig, world: World, display: Display) -> RunResult:
         run.metrics.close()
 
 
-def _set_up(config: RunConfig, world: World, display: Display) -> tuple[Run | None, Path | None]:
-    """The run, and the checkpoint that it goes on from; no run if it is finished. The first rank writes and checks."""
-    run_dir, first = config.run_dir, world.is_first
-    config = _with_prepared_dir(config)
-    plan = make_plan(_with_layers_of_before(config), shape_of(config.model.hf_config()))
+def _set_up(config: RunConfig, world: World, display: Display) -> RunContext | None:
+    """The run, with the checkpoint that it goes on from; None if it is finished. The first rank writes and checks."""
+    folder, first = RunFolder.open(config.run_dir), world.is_first
+    config = _with_prepared_dir(config, folder)
+    shape = shape_of(config.model.hf_config())
+    require_this_version(folder)
     # All that can fail at once, before the data, which can take hours.
     hf_config(config.model.hf_config())
     require_sinks(config.log.report_to)
+    changed = check_same_run(config, folder) if first else []
+    resumes = bool(folder.checkpoints) and folder.has_plan
+    plan = price_again(config, shape, folder.plan) if resumes else make_plan(config, shape)
     check_init_from(config, plan)
-    changed = check_same_run(config, plan) if first else []
-    if (run_dir / "summary.json").is_file():
-        display.note(f"{run_dir} is finished already")
-        return None, None
-    checkpoints = run_dir / "checkpoints"
+    if folder.finished:
+        display.note(f"{folder.path} is finished already")
+        return None
     if first:
         _write_documents(config, plan, world)
     display.plan(plan)
-    checkpoint = _usable_checkpoint(checkpoints, display) if first else latest_checkpoint(checkpoints)
+    folder = folder.without_damage(display.note) if first else RunFolder.open(config.run_dir)
+    checkpoint = folder.last_checkpoint
     # A resumed run needs its shards, which the checkpoint names by their hash, but not the text any more.
     prepares = first and checkpoint is None
     manifest = prepare(config, display.prepare) if prepares else Manifest.load(config.prepared_dir)
     state = None if checkpoint is None else load_checkpoint_state(checkpoint)
     if checkpoint is not None and state is not None:
         check_checkpoint(checkpoint, state, plan, manifest)
-    run = Run(
+        display.resumed(checkpoint, state.progress)
+    run = RunContext(
         config=config,
         plan=plan,
         manifest=manifest,
@@ -245,13 +149,14 @@ def _set_up(config: RunConfig, world: World, display: Display) -> tuple[Run | No
         world=world,
         writer=None if world.is_alone else BackgroundWriter(world.rank, world.checkpoint_group),
         seconds_before=0.0 if state is None else state.elapsed_seconds,
+        last_checkpoint=checkpoint,
     )
     if changed and state is not None:
         display.note(f"resumed with {', '.join(changed)} changed")
         run.metrics.write("changed", tokens_seen=state.progress.tokens_seen, keys=changed)
     if first:
         _keep_tokenizer(config)
-    return run, checkpoint
+    return run
 
 
 def _on_these_devices(config: RunConfig) -> RunConfig:
@@ -261,9 +166,8 @@ def _on_these_devices(config: RunConfig) -> RunConfig:
         ConfigError: another number is written, or it divides something unevenly.
     """
     distributed = with_world_size(config.distributed)
-    train, written = config.train, config.run_dir / "config.yaml"
-    if written.is_file() and complete_checkpoints(config.run_dir / "checkpoints"):
-        before = load_config(written)
+    train, folder = config.train, RunFolder.open(config.run_dir)
+    if folder.checkpoints and (before := folder.written) is not None:
         kept = before.train.global_batch_size is not None  # by an earlier change of their number
         if train.global_batch_size is None and (kept or before.distributed.world_size != distributed.world_size):
             sequences = {"global_batch_size": before.global_batch_size, "gradient_accumulation_steps": 1}
@@ -275,31 +179,63 @@ def _on_these_devices(config: RunConfig) -> RunConfig:
     return load_config(values | parts)
 
 
-def _run_stages(run: Run, checkpoint: Path | None) -> Path | None:
-    for stage in _remaining_stages(run.plan, checkpoint):
-        with memory_errors(run, stage):
-            start = enter_stage(run, stage, checkpoint)
-            assembled = assemble(run.config, stage, start, run.world)
-            start.forget_tensors()  # the model holds what it needs
-            check_entrance(run, stage, start, assembled)
-            checkpoint = train_stage(run, stage, start, assembled)
-        # Gone before the next stage is built: at growth the device holds plain weights only. A compiled
-        # layer is a reference cycle, which only the collector ends.
-        del assembled, start
-        free_memory()
+def _run_phases(run: RunContext) -> None:
+    """Every phase that is left, each from the checkpoint or from the end of the one before it."""
+    before = _loaded(run)
+    phases = remaining_phases(run.plan.schedule, None if before is None else before.state.progress)
+    start: PhaseStart | None = None
+    assembled: Assembled | None = None
+    log = StageLog([])
+    for index, phase in enumerate(phases):
+        with memory_errors(run, phase):
+            if start is not None and assembled is not None:  # of the phase before, which is in memory
+                go_on(run, phase, start, assembled)
+            else:
+                start = enter(run, phase, before)
+                before = None
+                assembled = assemble(run.config, run.plan.shape, phase, start, run.world)
+                start.forget_tensors()  # the model holds what it needs
+                check_entrance(run, phase, start, assembled)
+                log = StageLog(list(start.unlogged_losses))
+            progress = train_phase(run, phase, start, assembled, log)
         if run.stop_signal:
             break
-    return checkpoint
+        following = phases[index + 1] if index + 1 < len(phases) else None
+        if following is not None and following.entry.kind == "go_on":
+            continue
+        if following is not None and not progress.stage_done:
+            before = in_memory(run, phase, start, assembled, progress, tuple(log.unlogged_losses))
+        # Gone before the next model is built: at growth the device holds plain weights only. A compiled layer is a
+        # reference cycle, which only the collector ends.
+        start = assembled = None
+        free_memory()
+        if following is not None and before is None:
+            _wait_for_writer(run)
+            before = _loaded(run)
+    _wait_for_writer(run)
 
 
-def _remaining_stages(plan: Plan, checkpoint: Path | None) -> list[Stage]:
-    if checkpoint is None:
-        return list(plan.stages)
-    progress = load_checkpoint_state(checkpoint).progress
-    return list(plan.stages[progress.stage_index - (0 if progress.stage_done else 1) :])
+def _loaded(run: RunContext) -> Checkpoint | None:
+    """The last checkpoint, verified when it was chosen."""
+    if run.last_checkpoint is None:
+        return None
+    return load_checkpoint(run.last_checkpoint, rows=run.world.rows, verify=False)
 
 
-def _finish(run: Run) -> RunResult:
+def _wait_for_writer(run: RunContext) -> None:
+    if run.writer is not None:
+        with run.world.patiently():
+            run.writer.wait()
+
+
+def remaining_phases(schedule: Schedule, progress: TrainState | None) -> tuple[Phase, ...]:
+    """The phases that are not done; the first of them may be done in part."""
+    if progress is None:
+        return schedule.phases
+    return schedule.phases[progress.phase_index - (0 if progress.phase_done else 1) :]
+
+
+def _finish(run: RunContext) -> RunResult:
     """Export, evaluate the exported model, write the summary."""
     run_dir = run.config.run_dir
     export_dir = run_dir / "export"
@@ -308,19 +244,18 @@ def _finish(run: Run) -> RunResult:
             export(run_dir)
     model = _exported_model(run, export_dir)
     tokens_seen = run.plan.total_tokens
-    last = latest_checkpoint(run.checkpoints_dir)
-    assert last is not None
+    assert run.last_checkpoint is not None
     run.metrics.write(
         "merge",
         stage=run.plan.num_stages,
         tokens_seen=tokens_seen,
-        loss_before=load_checkpoint_state(last).probe_loss,
+        loss_before=load_checkpoint_state(run.last_checkpoint).probe_loss,
         loss_after=probe_loss(run, model),
     )
-    loss = run.validation_loss(model)
+    loss = validation_loss(run, model)
     run.metrics.write("run_end", tokens_seen=tokens_seen, elapsed_seconds=run.elapsed_seconds, validation_loss=loss)
     summary = {
-        "plan_hash": run.plan.hash,
+        "schedule_hash": run.plan.schedule.hash,
         "tokens_seen": tokens_seen,
         "elapsed_seconds": run.elapsed_seconds,
         "validation_loss": loss,
@@ -335,7 +270,7 @@ def _finish(run: Run) -> RunResult:
     return _result_of(run_dir)
 
 
-def _exported_model(run: Run, export_dir: Path) -> PreTrainedModel:
+def _exported_model(run: RunContext, export_dir: Path) -> PreTrainedModel:
     """The exported model, to be evaluated; of several ranks each reads its rows."""
     if run.world.rows.is_whole:
         exported_config, weights = load_config_and_state(export_dir, dtype=DTYPES[run.config.train.precision])
@@ -356,51 +291,16 @@ def _result_of(run_dir: Path) -> RunResult:
             f"{file} cannot be used: {reason(error)}. Remove it, and run the same command again to write it anew.",
             path=str(file),
         ) from None
-    return RunResult(
-        run_dir, written_plan(run_dir), finished=True, validation_loss=loss, export_dir=run_dir / export_dir
-    )
+    return RunResult(run_dir, read_plan(run_dir), finished=True, validation_loss=loss, export_dir=run_dir / export_dir)
 
 
-def _with_prepared_dir(config: RunConfig) -> RunConfig:
+def _with_prepared_dir(config: RunConfig, folder: RunFolder) -> RunConfig:
     """The folder of shards that is given, that this run used before, or that its inputs name."""
-    written = config.run_dir / "config.yaml"
-    has_begun = written.is_file() and complete_checkpoints(config.run_dir / "checkpoints")
-    if config.data.prepared_dir is None and has_begun:
-        before = load_config(written).data.prepared_dir
+    if config.data.prepared_dir is None and folder.checkpoints and folder.written is not None:
+        before = folder.written.data.prepared_dir
         if before is not None and (Path(before) / MANIFEST).is_file():
             return config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": before})})
     return with_prepared_dir(config)
-
-
-def _with_layers_of_before(config: RunConfig) -> RunConfig:
-    """A run that has begun keeps its layers: at another micro-batch, others may have the least peak."""
-    if config.plan.layers is not None or not complete_checkpoints(config.run_dir / "checkpoints"):
-        return config
-    if not (config.run_dir / "plan.json").is_file():
-        return config
-    layers = written_plan(config.run_dir).layers
-    if len(layers) != config.plan.num_stages or sum(layers) != config.model.num_hidden_layers:
-        return config  # another run: the comparison of keys will name the difference
-    return config.model_copy(update={"plan": config.plan.model_copy(update={"layers": list(layers)})})
-
-
-def _usable_checkpoint(root: Path, display: Display) -> Path | None:
-    """The newest checkpoint whose files are as they were written; damaged ones are named and passed over."""
-    complete = complete_checkpoints(root)
-    for path in reversed(complete):
-        try:
-            verify_checkpoint(path)
-            return path
-        except CheckpointError as error:
-            display.note(f"passing over {path.name}: {error}")
-            mark_damaged(path)
-    if damaged := sorted(root.glob("*.damaged")):
-        raise CheckpointError(
-            f"no checkpoint in {root} is usable: {len(damaged)} are damaged, {damaged[-1].name} the last. "
-            f"Remove {root} to begin the run anew.",
-            path=str(root),
-        )
-    return None
 
 
 def _open_metrics(config: RunConfig, state: CheckpointState | None) -> MetricsLog:

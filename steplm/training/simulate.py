@@ -1,4 +1,4 @@
-"""The steps and the growth of a real stage, run to see what they hold: on fake tensors, in seconds, or on real ones.
+"""The steps and the growth of a real phase, run to see what they hold: on fake tensors, in seconds, or on real ones.
 
 Fake tensors have a shape, a device and no data. They run the code that training runs, so that all it allocates is
 counted; not seen are the insides of kernels, and the device's context, libraries and fragmentation.
@@ -19,11 +19,13 @@ from steplm.config import RunConfig
 from steplm.distributed.world import World
 from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.forward import batch_loss
+from steplm.models.shape import shape_of
 from steplm.optim.adamw import global_grad_norm
-from steplm.training.assemble import StageStart, assemble, probe_model
-from steplm.training.peak_meter import ALLOCATED, AllocatedBytes, CountedBytes, gauge_for
+from steplm.schedule import Phase
+from steplm.training.assemble import PhaseStart, assemble, probe_model
+from steplm.training.peak_meter import ALLOCATED, AllocatedBytes, CountedBytes, peak_meter_for
 from steplm.training.timeline import GROWN_WEIGHTS, STAGE_WEIGHTS, Part, RecordedBytes, on_device
-from steplm.types import Instant, MemoryEstimate, MemoryTerm, PeakEstimate, Stage, TrainState
+from steplm.types import Instant, MemoryEstimate, MemoryTerm, PeakEstimate, TrainState
 
 AT_REST, FORWARD, BACKWARD, STEP, GROWTH = "between steps", "forward", "backward", "optimizer step", "growth"
 ASSEMBLY = "assembly"
@@ -34,73 +36,73 @@ CPU = torch.device("cpu")
 T = TypeVar("T")
 
 
-def simulate_stage(config: RunConfig, stage: Stage) -> PeakEstimate:
-    """What the device would hold at most in each part of a stage's step, counted on fake tensors.
+def simulate_phase(config: RunConfig, phase: Phase) -> PeakEstimate:
+    """What the device would hold at most in each part of a phase's step, counted on fake tensors.
 
     The instants are ``AT_REST``, ``FORWARD``, ``BACKWARD`` and, unless the update is part of that, ``STEP``. The
     kinds of their terms are ``weights``, ``gradients``, ``optimizer``, ``rest`` (activations and workspace) and
     ``host``. A compiled model is counted as if it were not.
     """
     config = _without_compile(config)
-    return _simulated(config, stage, lambda shapes: _steps(config, stage, shapes, CountedBytes(), check=False))
+    return _simulated(config, phase, lambda shapes: _steps(config, phase, shapes, CountedBytes(), check=False))
 
 
-def measure_stage(config: RunConfig, stage: Stage, device: torch.device | str) -> PeakEstimate:
+def measure_phase(config: RunConfig, phase: Phase, device: torch.device | str) -> PeakEstimate:
     """The same on real tensors, with constant weights and random tokens.
 
     On a CPU counted as in the simulation. On CUDA the allocator's own peak: a term of kind ``allocated`` and, of the
     instants in a step, one of kind ``libraries``, the workspaces of cuBLAS, which no plan counts.
     """
     device = torch.device(device)
-    return _steps(config, stage, _weight_shapes(config, stage), gauge_for(device), device)
+    return _steps(config, phase, _weight_shapes(config, phase), peak_meter_for(device), device)
 
 
-def simulate_timeline(config: RunConfig, stage: Stage) -> list[Part]:
-    """The course of a stage, counted on fake tensors: the growth, if there is one, the assembly and two steps.
+def simulate_timeline(config: RunConfig, phase: Phase) -> list[Part]:
+    """The course of a phase, counted on fake tensors: the growth, if there is one, the assembly and two steps.
 
     The first step has one micro-batch, the second two where steps of this run have more than one.
     """
     config = _without_compile(config)
-    return _simulated(config, stage, lambda shapes: _timeline(config, stage, shapes, check=False))
+    return _simulated(config, phase, lambda shapes: _timeline(config, phase, shapes, check=False))
 
 
-def measure_timeline(config: RunConfig, stage: Stage) -> list[Part]:
+def measure_timeline(config: RunConfig, phase: Phase) -> list[Part]:
     """The same on real tensors, on the CPU."""
-    return _timeline(config, stage, _weight_shapes(config, stage), check=True)
+    return _timeline(config, phase, _weight_shapes(config, phase), check=True)
 
 
-def simulate_growth(config: RunConfig, stage: Stage) -> PeakEstimate:
-    """What the device would hold at most when this stage is entered: the grown model's loss, of plain weights.
+def simulate_growth(config: RunConfig, phase: Phase) -> PeakEstimate:
+    """What the device would hold at most when this phase is entered: the grown model's loss, of plain weights.
 
     Merge and growth themselves act in the host's memory, and the model before them is smaller.
     """
-    return _simulated(config, stage, lambda shapes: _growth(config, stage, shapes, CountedBytes()))
+    return _simulated(config, phase, lambda shapes: _growth(config, phase, shapes, CountedBytes()))
 
 
-def _simulated(config: RunConfig, stage: Stage, run: Callable[[dict[str, torch.Size]], T]) -> T:
-    shapes = _weight_shapes(config, stage)
+def _simulated(config: RunConfig, phase: Phase, run: Callable[[dict[str, torch.Size]], T]) -> T:
+    shapes = _weight_shapes(config, phase)
     with FakeTensorMode(), _unpacked_sequences(config):
         return run(shapes)
 
 
-def _timeline(config: RunConfig, stage: Stage, shapes: dict[str, torch.Size], *, check: bool) -> list[Part]:
+def _timeline(config: RunConfig, phase: Phase, shapes: dict[str, torch.Size], *, check: bool) -> list[Part]:
     growth, steps = RecordedBytes(), RecordedBytes()
-    if stage.layer_map is not None:
-        _growth(config, stage, shapes, growth, growth.start)
-    _steps(config, stage, shapes, steps, check=check, on_part=steps.start)
+    if phase.entry.kind in ("grow", "merge"):
+        _growth(config, phase, shapes, growth, growth.start)
+    _steps(config, phase, shapes, steps, check=check, on_part=steps.start)
     return growth.parts() + steps.parts()
 
 
 def _growth(
     config: RunConfig,
-    stage: Stage,
+    phase: Phase,
     shapes: dict[str, torch.Size],
     counter: CountedBytes,
     on_part: Callable[[str], None] = lambda name: None,
 ) -> PeakEstimate:
     with counter:
         on_part(GROWN_WEIGHTS)
-        start = _constant_start(config, stage, shapes)
+        start = _constant_start(config, phase, shapes)
         model = probe_model(config, start.hf_config, start.weights, World(CPU))
         start.forget_tensors()
         counter.watch(model)
@@ -114,9 +116,9 @@ def _growth(
 
 def _steps(
     config: RunConfig,
-    stage: Stage,
+    phase: Phase,
     shapes: dict[str, torch.Size],
-    gauge: CountedBytes | AllocatedBytes,
+    meter: CountedBytes | AllocatedBytes,
     device: torch.device = CPU,
     *,
     check: bool = True,
@@ -128,21 +130,21 @@ def _steps(
     @contextmanager
     def part(name: str) -> Iterator[None]:
         on_part(name)
-        gauge.reset()
+        meter.reset()
         yield
-        highest[name] = max(gauge.peak(), highest.get(name, {}), key=on_device)
+        highest[name] = max(meter.peak(), highest.get(name, {}), key=on_device)
 
-    fused, learning_rate = config.memory.fused_backward, config.learning_rate(stage.num_growths)
+    fused, learning_rate = config.memory.fused_backward, config.learning_rate(phase.stage)
     # A half stands for any clip coefficient: to scale a gradient may take memory.
     grad_scale = 1.0 if config.optim.max_grad_norm is None else 0.5
-    with gauge:
+    with meter:
         on_part(STAGE_WEIGHTS)
-        start = _constant_start(config, stage, shapes)
+        start = _constant_start(config, phase, shapes)
         on_part(ASSEMBLY)
-        assembled = assemble(config, stage, start, World(device), check=check)
+        assembled = assemble(config, shape_of(config.model.hf_config()), phase, start, World(device), check=check)
         start.forget_tensors()
-        model, optimizer = assembled.model, assembled.optimizer
-        gauge.watch(model, optimizer)
+        model, rules = assembled.model, assembled.rules
+        meter.watch(model, rules)
         with part(AT_REST):
             pass
         # The second step meets what the first has left behind, the second micro-batch the gradients of the first.
@@ -150,15 +152,15 @@ def _steps(
             for _ in range(num_micro_batches):
                 with part(FORWARD):
                     inputs, loss = _forward(config, model, device)
-                with part(BACKWARD), optimizer.in_backward(learning_rate) if fused else nullcontext():
+                with part(BACKWARD), rules.in_backward(learning_rate) if fused else nullcontext():
                     loss.backward()
                 del inputs, loss
             if not fused:
                 with part(STEP):
-                    global_grad_norm(optimizer.parameters.values())
-                    optimizer.step(learning_rate, grad_scale)
-                    optimizer.zero_grad()
-        libraries = gauge.library_bytes()
+                    global_grad_norm(rules.parameters.values())
+                    rules.step(learning_rate, grad_scale)
+                    rules.zero_grad()
+        libraries = meter.library_bytes()
     for name, by_kind in highest.items():
         if libraries and name != AT_REST:
             by_kind |= {ALLOCATED: by_kind[ALLOCATED] - libraries, LIBRARIES: libraries}
@@ -208,20 +210,20 @@ def _without_compile(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"compile": False})})
 
 
-def _weight_shapes(config: RunConfig, stage: Stage) -> dict[str, torch.Size]:
+def _weight_shapes(config: RunConfig, phase: Phase) -> dict[str, torch.Size]:
     with FakeTensorMode():
-        state = initial_state(_hf_config(config, stage), seed=0, dtype=torch.float32)
+        state = initial_state(_hf_config(config, phase), seed=0, dtype=torch.float32)
     return {name: weight.shape for name, weight in state.items()}
 
 
-def _hf_config(config: RunConfig, stage: Stage) -> PretrainedConfig:
-    return hf_config(config.model.hf_config(), stage.num_hidden_layers)
+def _hf_config(config: RunConfig, phase: Phase) -> PretrainedConfig:
+    return hf_config(config.model.hf_config(), phase.num_hidden_layers)
 
 
-def _constant_start(config: RunConfig, stage: Stage, shapes: dict[str, torch.Size]) -> StageStart:
+def _constant_start(config: RunConfig, phase: Phase, shapes: dict[str, torch.Size]) -> PhaseStart:
     dtype = DTYPES[config.train.precision]
     weights = {name: torch.full(shape, 0.01, dtype=dtype) for name, shape in shapes.items()}
-    return StageStart(_hf_config(config, stage), weights, (), TrainState(stage.index, 0, 0, 0))
+    return PhaseStart(_hf_config(config, phase), weights, (), TrainState(phase.stage, phase.index, 0, 0, 0))
 
 
 def _estimate(by_kind: dict[str, int]) -> MemoryEstimate:

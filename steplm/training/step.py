@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+from steplm.config import RunConfig
+from steplm.cost.measure import PeakMemory
 from steplm.data.loader import Batch
 from steplm.distributed.world import World
-from steplm.cost.measure import PeakMemory
 from steplm.models.forward import batch_loss, uncompiled
 from steplm.models.loss import IGNORE_INDEX
-from steplm.optim.adamw import AdamW, clip_coefficient, global_grad_norm
-from steplm.types import Stage, TrainState
+from steplm.optim.adamw import clip_coefficient, global_grad_norm
+from steplm.optim.build import UpdateRules
+from steplm.schedule import Phase
+from steplm.types import TrainState
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class StepResult:
 class StepReport:
     """A logged step, as ``metrics.jsonl`` and the display get it."""
 
-    stage: Stage
+    phase: Phase
     progress: TrainState
     num_steps: int  # of the stage
     result: StepResult  # the loss is the mean since the last report
@@ -42,7 +45,7 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class Pass:
+class StepOptions:
     """How a batch goes forward and backward."""
 
     micro_batch_size: int  # sequences at once
@@ -52,14 +55,25 @@ class Pass:
     world: World = field(default_factory=lambda: World(torch.device("cpu")))  # batches are a rank's part
 
 
-def forward_backward(model: PreTrainedModel, batch: Batch, how: Pass) -> torch.Tensor:
+def step_options(config: RunConfig, world: World) -> StepOptions:
+    """How every forward and backward pass of a run is computed."""
+    return StepOptions(
+        micro_batch_size=config.train.per_device_train_batch_size,
+        chunk_size=config.train.loss_chunk_size,
+        offload_activations=config.memory.offload_activations,
+        fused_backward=config.memory.fused_backward,
+        world=world,
+    )
+
+
+def forward_backward(model: PreTrainedModel, batch: Batch, options: StepOptions) -> torch.Tensor:
     """Gradients of the mean loss over all valid tokens of all ranks' batches, accumulated over micro-batches.
 
     Returns:
         This rank's share of the loss, a detached fp32 scalar on the model's device.
     """
     total = torch.zeros((), device=model.device)
-    for loss in _micro_losses(model, batch, how):
+    for loss in _micro_losses(model, batch, options):
         loss.backward()
         total += loss.detach()
     return total
@@ -67,9 +81,9 @@ def forward_backward(model: PreTrainedModel, batch: Batch, how: Pass) -> torch.T
 
 def train_step(
     model: PreTrainedModel,
-    optimizer: AdamW,
+    optimizer: UpdateRules,
     batch: Batch,
-    how: Pass,
+    options: StepOptions,
     *,
     learning_rate: float,
     max_grad_norm: float | None,
@@ -82,34 +96,34 @@ def train_step(
     Raises:
         ValueError: ``fused_backward`` with clipping or with more than one micro-batch.
     """
-    if how.fused_backward:
+    if options.fused_backward:
         if max_grad_norm is not None:
             raise ValueError(f"no clipping to {max_grad_norm} with fused_backward: each update precedes the norm")
-        return _fused_step(model, optimizer, batch, how, learning_rate)
-    loss = forward_backward(model, batch, how)
+        return _fused_step(model, optimizer, batch, options, learning_rate)
+    loss = forward_backward(model, batch, options)
     norm = global_grad_norm(optimizer.parameters.values())
     # One transfer for both numbers: on an accelerator each is a wait for the device.
-    result = _over_ranks(how.world, *torch.stack((loss, norm.to(loss))).tolist())
+    result = _over_ranks(options.world, *torch.stack((loss, norm.to(loss))).tolist())
     if result.is_finite:
         optimizer.step(learning_rate, grad_scale=clip_coefficient(result.grad_norm, max_grad_norm))
     optimizer.zero_grad()
     return result
 
 
-def trial(model: PreTrainedModel, optimizer: AdamW, batch: Batch, how: Pass) -> tuple[float, float]:
+def trial(model: PreTrainedModel, optimizer: UpdateRules, batch: Batch, options: StepOptions) -> tuple[float, float]:
     """Loss and gradient norm of a batch, in the memory of a step but without the update; no gradient is left.
 
     Raises:
         ValueError: ``fused_backward`` with more than one micro-batch.
     """
     with uncompiled(model):
-        if how.fused_backward:
-            result = _fused_step(model, optimizer, batch, how, None)
+        if options.fused_backward:
+            result = _fused_step(model, optimizer, batch, options, None)
             return result.loss, result.grad_norm
-        loss = forward_backward(model, batch, how)
+        loss = forward_backward(model, batch, options)
     norm = global_grad_norm(optimizer.parameters.values())
     optimizer.zero_grad()
-    result = _over_ranks(how.world, float(loss), float(norm))
+    result = _over_ranks(options.world, float(loss), float(norm))
     return result.loss, result.grad_norm
 
 
@@ -121,10 +135,10 @@ def _over_ranks(world: World, loss: float, norm: float) -> StepResult:
     return StepResult(loss, math.sqrt(square / world.num_replicas))  # replicas have the same gradients
 
 
-def _micro_losses(model: PreTrainedModel, batch: Batch, how: Pass) -> Iterator[torch.Tensor]:
+def _micro_losses(model: PreTrainedModel, batch: Batch, options: StepOptions) -> Iterator[torch.Tensor]:
     """Each micro-batch's share of the mean loss over all valid tokens of all ranks' batches; they sum to it."""
-    (num_valid,) = how.world.sum((batch.labels != IGNORE_INDEX).sum().item())
-    for micro_batch in batch.split(how.micro_batch_size):
+    (num_valid,) = options.world.sum((batch.labels != IGNORE_INDEX).sum().item())
+    for micro_batch in batch.split(options.micro_batch_size):
         on_device = micro_batch.to(model.device)
         yield batch_loss(
             model,
@@ -132,23 +146,23 @@ def _micro_losses(model: PreTrainedModel, batch: Batch, how: Pass) -> Iterator[t
             on_device.labels,
             on_device.position_ids,
             num_valid=max(int(num_valid), 1),
-            chunk_size=how.chunk_size,
-            offload_activations=how.offload_activations,
+            chunk_size=options.chunk_size,
+            offload_activations=options.offload_activations,
         )
 
 
 def _fused_step(
-    model: PreTrainedModel, optimizer: AdamW, batch: Batch, how: Pass, learning_rate: float | None
+    model: PreTrainedModel, optimizer: UpdateRules, batch: Batch, options: StepOptions, learning_rate: float | None
 ) -> StepResult:
-    if len(batch.input_ids) > how.micro_batch_size:
+    if len(batch.input_ids) > options.micro_batch_size:
         raise ValueError(
-            f"{len(batch.input_ids)} sequences in micro-batches of {how.micro_batch_size}: "
+            f"{len(batch.input_ids)} sequences in micro-batches of {options.micro_batch_size}: "
             "fused_backward frees the gradients that accumulation would add to"
         )
-    (loss,) = _micro_losses(model, batch, how)
-    (loss_value,) = how.world.sum(loss.item())
+    (loss,) = _micro_losses(model, batch, options)
+    (loss_value,) = options.world.sum(loss.item())
     if not math.isfinite(loss_value):
         return StepResult(loss_value, math.nan)
     with optimizer.in_backward(learning_rate) as norm:
         loss.backward()
-    return StepResult(loss_value, _over_ranks(how.world, 0.0, norm.total().item()).grad_norm)
+    return StepResult(loss_value, _over_ranks(options.world, 0.0, norm.total().item()).grad_norm)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from steplm.cost.count import REST
 from steplm.cost.measure import ADAPTER_TENSORS
-from steplm.optim.adamw import AdamW
+from steplm.optim.build import UpdateRules
 from steplm.training.peak_meter import CountedBytes
 from steplm.types import HOST
 
@@ -60,7 +60,7 @@ class RecordedBytes(CountedBytes):
         self._parts.append((part, len(self._events)))
         self._end_operation()
 
-    def watch(self, model: nn.Module, optimizer: AdamW | None = None) -> None:
+    def watch(self, model: nn.Module, optimizer: UpdateRules | None = None) -> None:
         super().watch(model, optimizer)
         states = optimizer.state_tensors() if optimizer else {}
         for name, parameter in model.named_parameters():

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from steplm.errors import CheckpointMismatch, ConfigError, SteplmError
-from steplm.memory import formats
-from steplm.memory.count import ByteCounter
-from steplm.memory.formats import (
+from steplm.cost import formats
+from steplm.cost.count import ByteCounter
+from steplm.cost.formats import (
     SIGNED_CODE_BOOK_BYTES,
     STATE_BLOCK,
     muon_state_bytes,

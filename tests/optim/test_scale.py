@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from steplm.errors import ConfigError
-from steplm.memory.count import ByteCounter
-from steplm.memory.formats import scale_step_bytes
+from steplm.cost.count import ByteCounter
+from steplm.cost.formats import scale_step_bytes
 from steplm.optim.scale import NORMS, SCALE
 
 SHAPE = (12, 20)  # out_features, in_features

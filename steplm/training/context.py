@@ -1,0 +1,57 @@
+"""What the parts of a run share: its configuration, plan, data, log and processes. Data, and no way of training."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from steplm.checkpoint.shards import BackgroundWriter
+from steplm.config import RunConfig
+from steplm.data.loader import BatchLoader
+from steplm.data.tokens import Manifest, TokenDataset
+from steplm.distributed.world import World
+from steplm.planner.plan import Plan
+from steplm.training.display import Display
+from steplm.training.metrics import MetricsLog
+
+
+@dataclass
+class RunContext:
+    """What every phase of a run shares."""
+
+    config: RunConfig
+    plan: Plan
+    manifest: Manifest
+    loader: BatchLoader
+    validation: TokenDataset
+    metrics: MetricsLog
+    display: Display
+    world: World
+    writer: BackgroundWriter | None = None  # of checkpoints, where there are several ranks
+    seconds_before: float = 0.0  # trained before this process
+    started_at: float = field(default_factory=time.monotonic)
+    last_checkpoint: Path | None = None
+    requested_signal: int | None = None  # to this process
+    stop_signal: int | None = None  # what all ranks stop at, at the same step
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.config.run_dir / "checkpoints"
+
+    @property
+    def elapsed_seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started_at
+
+    def agree_to_stop(self) -> None:
+        """A signal to one rank stops all of them at the same step; one that comes later waits for the next step."""
+        requested = self.requested_signal  # read once: it can come at any time
+        if self.world.any(requested):
+            self.stop_signal = requested or signal.SIGTERM

@@ -1,0 +1,171 @@
+"""The step loop of a phase, and what happens between steps: log, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from steplm.cost.measure import measure_peak
+from steplm.errors import SteplmError
+from steplm.optim.schedules import learning_rate
+from steplm.schedule import Phase
+from steplm.training.assemble import Assembled, PhaseStart
+from steplm.training.context import RunContext
+from steplm.training.evaluate import evaluate, require_finite
+from steplm.training.save import save
+from steplm.training.step import StepReport, StepResult, step_options, train_step, trial
+from steplm.types import TrainState, to_json
+from steplm.units import format_bytes
+
+
+@dataclass
+class StageLog:
+    """What the log of a stage has to know between two of its lines."""
+
+    unlogged_losses: list[float]
+    logged_at: float = field(default_factory=time.monotonic)  # moved on by what is no training
+    steps_since: int = 0
+
+
+def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled, log: StageLog) -> TrainState:
+    """Steps until the phase's tokens are seen, or a signal asks to stop; returns the progress."""
+    config, world = run.config, run.world
+    options = step_options(config, world)
+    num_steps = phase.tokens // config.step_tokens
+    stage_steps = sum(p.tokens for p in run.plan.schedule.stages[phase.stage - 1]) // config.step_tokens
+    save_steps = config.train.save_steps or max(stage_steps // 5, 1)
+    eval_steps = config.eval.eval_steps or max(stage_steps // 10, 1)
+    progress = start.progress
+    while progress.phase_step < num_steps and not run.stop_signal:
+        rate = rate_of_step(run, phase, progress)
+        # Dropout, where a model has it, is a function of the position too: a resumed run draws the same. Replicas draw
+        # alike, as stochastic rounding must give them the same weights.
+        torch.manual_seed(config.seed * 1_000_003 + progress.tokens_seen + world.rows.index)
+        batch = run.loader.batch(progress.tokens_seen, config.global_batch_size, world.rank, world.size)
+        result = train_step(
+            assembled.model,
+            assembled.rules,
+            batch,
+            options,
+            learning_rate=rate,
+            max_grad_norm=config.optim.max_grad_norm,
+        )
+        require_finite(run, progress, result.loss, result.grad_norm)
+        progress = _after_step(progress, config.step_tokens, num_steps)
+        at_end = progress.step == stage_steps
+        log.unlogged_losses.append(result.loss)
+        log.steps_since += 1
+        if progress.step % config.log.logging_steps == 0 or at_end:
+            _log_step(run, phase, progress, stage_steps, result, rate, log)
+        paused_at = time.monotonic()
+        if progress.step % eval_steps == 0 or at_end:
+            evaluate(run, progress, assembled.model)
+        run.agree_to_stop()
+        if progress.step % save_steps == 0 or at_end or run.stop_signal:
+            progress = replace(progress, stage_done=at_end)
+            _save_tried(run, phase, replace(start, progress=progress), assembled, log)
+        log.logged_at += time.monotonic() - paused_at  # speed counts training alone
+    start.progress = progress
+    return progress
+
+
+def rate_of_step(run: RunContext, phase: Phase, progress: TrainState) -> float:
+    """The learning rate of the step that comes next."""
+    config, optim = run.config, run.config.optim
+    num_steps, start_step = phase.tokens // config.step_tokens, phase.schedule_start_tokens // config.step_tokens
+    scheduled_steps = max(phase.scheduled_tokens // config.step_tokens, start_step + num_steps)
+    rises_again = start_step > 0 and phase.entry.warms_up_again
+    return learning_rate(
+        progress.phase_step if rises_again else start_step + progress.phase_step,
+        num_steps=scheduled_steps,
+        warmup_steps=round(optim.warmup_ratio * (num_steps if rises_again else scheduled_steps)),
+        base_warmup_steps=round(optim.warmup_ratio * scheduled_steps),
+        decay_steps=round(optim.decay_ratio * scheduled_steps),
+        peak=config.learning_rate(phase.stage),
+        start=start_step if rises_again else 0,
+        min_ratio=optim.min_lr_ratio,
+        kind=optim.lr_scheduler_type,
+    )
+
+
+def _after_step(progress: TrainState, step_tokens: int, num_steps: int) -> TrainState:
+    return replace(
+        progress,
+        step=progress.step + 1,
+        phase_step=progress.phase_step + 1,
+        tokens_seen=progress.tokens_seen + step_tokens,
+        phase_done=progress.phase_step + 1 == num_steps,
+    )
+
+
+def _log_step(
+    run: RunContext,
+    phase: Phase,
+    progress: TrainState,
+    stage_steps: int,
+    result: StepResult,
+    rate: float,
+    log: StageLog,
+) -> None:
+    now = time.monotonic()
+    speed = log.steps_since * run.config.step_tokens / max(now - log.logged_at, 1e-9)
+    mean = replace(result, loss=math.fsum(log.unlogged_losses) / len(log.unlogged_losses))
+    report = StepReport(phase, progress, stage_steps, mean, rate, speed, measure_peak(run.device))
+    run.metrics.write(
+        "train",
+        stage=progress.stage_index,
+        step=progress.step,
+        num_steps=stage_steps,
+        tokens_seen=progress.tokens_seen,
+        loss=mean.loss,
+        learning_rate=rate,
+        grad_norm=mean.grad_norm,
+        tokens_per_second=speed,
+        elapsed_seconds=run.elapsed_seconds,
+        **to_json(report.peak),
+    )
+    run.display.step(report)
+    log.unlogged_losses.clear()
+    log.logged_at, log.steps_since = now, 0
+
+
+def _save_tried(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled, log: StageLog) -> None:
+    """Save weights that have been tried.
+
+    The loss of a step says nothing about the weights that its update makes: before they are saved as good, they are
+    tried on the sequence that comes next.
+    """
+    progress, options = start.progress, step_options(run.config, run.world)
+    batch = run.loader.batch(progress.tokens_seen, 1)
+    require_finite(run, progress, *trial(assembled.model, assembled.rules, batch, options))
+    if progress.stage_done:
+        run.metrics.write("stage_end", stage=phase.stage, step=progress.step, tokens_seen=progress.tokens_seen)
+    run.last_checkpoint = save(run, phase, start, assembled, progress, tuple(log.unlogged_losses))
+
+
+@contextmanager
+def memory_errors(run: RunContext, phase: Phase) -> Iterator[None]:
+    """Out of memory, on any device, becomes one message that says what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        # On a CPU PyTorch has no class for it.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        train, cost = run.config.train, run.plan.cost(phase)
+        raise SteplmError(
+            f"stage {phase.stage} ran out of memory ({str(error).splitlines()[0]}). Its model state takes "
+            f"{format_bytes(cost.memory.total_bytes)}, and its planned peak, with micro-batches of "
+            f"{train.per_device_train_batch_size} x {train.sequence_length} tokens, is "
+            f"{format_bytes(cost.device_bytes) if cost.peak else 'not known'}. "
+            "Lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps by the same factor, "
+            "or set train.gradient_checkpointing=true or memory.offload_activations=true: the run then resumes where "
+            "it is. For a new run, `steplm fit` lists what would fit.",
+            stage=phase.stage,
+            model_state_bytes=cost.memory.total_bytes,
+        ) from None

@@ -1,0 +1,122 @@
+"""The state of a phase at one instant: as a checkpoint on the disk, or in memory for the phase that follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from steplm.checkpoint import Checkpoint, CheckpointState, prune_checkpoints, save_checkpoint, save_shards
+from steplm.distributed.shard import as_global
+from steplm.models.build import plain_state
+from steplm.pet.adapters import adapter_state
+from steplm.pet.frozen import unpacked_state
+from steplm.rows import on_this_rank
+from steplm.schedule import Phase
+from steplm.training.assemble import Assembled, PhaseStart
+from steplm.training.context import RunContext
+from steplm.training.evaluate import probe_loss
+from steplm.types import TrainState
+
+
+def save(
+    run: RunContext,
+    phase: Phase,
+    start: PhaseStart,
+    assembled: Assembled,
+    progress: TrainState,
+    unlogged_losses: tuple[float, ...] = (),
+) -> Path:
+    """Write a checkpoint of this instant and prune the older ones; with several ranks, while training goes on."""
+    model, rules = assembled.model, assembled.rules
+    adapters = adapter_state(model)
+    tensors, _ = rules.state_dict()
+    run.metrics.sync()
+    state = _state(run, phase, start, assembled, progress, unlogged_losses, probes=progress.stage_done)
+    weights = {name: tensor for name, tensor in plain_state(model).items() if name not in adapters}
+    if run.writer is None:
+        path = save_checkpoint(
+            run.checkpoints_dir,
+            config=start.hf_config,
+            # Packed weights are saved whole: packed again, they give the same codes.
+            weights=_on_cpu(weights) | dict(unpacked_state(model)),
+            adapters=_on_cpu(adapters),
+            optimizer=_on_cpu(tensors),
+            state=state,
+        )
+        _prune(run)
+        return path
+    with run.world.patiently():  # the one before may still be on its way to the disk
+        run.writer.wait()
+    num_rows = {name: len(parameter) for name, parameter in rules.parameters.items() if parameter.ndim}
+    return save_shards(
+        run.checkpoints_dir,
+        run.writer,
+        config=start.hf_config,
+        weights=weights | dict(unpacked_state(model)),
+        adapters=adapters,
+        optimizer={key: as_global(t, run.world, num_rows[key.rpartition(".")[0]]) for key, t in tensors.items()},
+        state=state,
+        then=lambda: _prune(run),
+    )
+
+
+def in_memory(
+    run: RunContext,
+    phase: Phase,
+    start: PhaseStart,
+    assembled: Assembled,
+    progress: TrainState,
+    unlogged_losses: tuple[float, ...],
+) -> Checkpoint:
+    """What the next phase of the same stage begins with, where no checkpoint is due."""
+    model = assembled.model
+    adapters = {name: _whole(tensor) for name, tensor in adapter_state(model).items()}
+    weights = {name: on_this_rank(t) for name, t in plain_state(model).items() if name not in adapters}
+    return Checkpoint(
+        path=None,
+        config=start.hf_config,
+        weights=_on_cpu(weights) | dict(unpacked_state(model)),
+        adapters=_on_cpu(adapters),
+        optimizer=_on_cpu(assembled.rules.state_dict()[0]),
+        state=_state(run, phase, start, assembled, progress, unlogged_losses, probes=True),
+    )
+
+
+def _state(
+    run: RunContext,
+    phase: Phase,
+    start: PhaseStart,
+    assembled: Assembled,
+    progress: TrainState,
+    unlogged_losses: tuple[float, ...],
+    *,
+    probes: bool,
+) -> CheckpointState:
+    return CheckpointState(
+        progress=progress,
+        schedule_hash=run.plan.schedule.hash_until(phase.index),
+        phase=phase,
+        data_fingerprint=run.manifest.fingerprint,
+        provenance=start.provenance,
+        trained_names=tuple(assembled.rules.parameters),
+        optimizer_steps=assembled.rules.steps,
+        metrics_bytes=run.metrics.num_bytes,
+        elapsed_seconds=run.elapsed_seconds,
+        unlogged_losses=unlogged_losses,
+        probe_loss=probe_loss(run, assembled.model) if probes else None,
+    )
+
+
+def _prune(run: RunContext) -> None:
+    prune_checkpoints(run.checkpoints_dir, run.config.train.save_total_limit)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+
+def _whole(tensor: Any) -> Tensor:
+    """All rows of a tensor that may be sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
