@@ -113,6 +113,7 @@ def test_saved_with_torch_save_and_loaded_it_goes_on_bit_for_bit():
 
 
 def test_the_trainer_of_hugging_face_trains_saves_and_resumes_with_it(tmp_path):
+    pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
     generator = torch.Generator().manual_seed(0)
