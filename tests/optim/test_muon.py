@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from steplm.memory.count import ByteCounter
+from steplm.memory.formats import muon_step_bytes
 from steplm.optim.adamw import AdamW
+from steplm.optim.matrix import STATES
 from steplm.optim.muon import Muon
 
 SHAPES = {"tall": (40, 17), "wide": (17, 40), "square": (24, 24), "another": (24, 24)}
@@ -85,6 +88,45 @@ def test_the_size_of_a_gradient_does_not_matter(power):
     Muon(theirs).step(0.1)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("shapes", [[(24, 24), (24, 24)], [(40, 17)], [(3, 17, 40)]])
+def test_in_bf16_it_has_the_workspace_of_the_formula(shapes, states):
+    named = {str(index): nn.Parameter(torch.randn(shape)) for index, shape in enumerate(shapes)}
+    optimizer = Muon(named, states=states, compute_dtype=torch.bfloat16)
+    for parameter in named.values():
+        parameter.grad = torch.randn(parameter.shape)
+    with ByteCounter() as counter:
+        optimizer.step(1e-2)
+    maps = [shape[-2:] for shape in shapes for _ in range(math.prod(shape[:-2]))]
+    assert counter.peak_bytes == muon_step_bytes(maps, states=states, masters="fp32", compute_width=2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"states": "8bit", "master_weights": "8bit"}, {"master_weights": False}])
+def test_on_a_gpu_its_update_is_that_of_a_cpu_and_its_peak_that_of_the_formula(options):
+    shapes = {"q": (1024, 1024), "k": (1024, 1024), "up": (1280, 512)}
+    of_cpu = {name: nn.Parameter(torch.randn(shape, dtype=torch.bfloat16)) for name, shape in shapes.items()}
+    of_gpu = {name: nn.Parameter(parameter.detach().cuda()) for name, parameter in of_cpu.items()}
+    optimizers = [Muon(of_cpu, compute_dtype=torch.bfloat16, **options), Muon(of_gpu, **options)]
+    for name, parameter in of_cpu.items():
+        parameter.grad = torch.randn_like(parameter)
+        of_gpu[name].grad = parameter.grad.cuda()
+    optimizers[1].step(0.0)  # loads what matrix products need
+    optimizers[0].step(0.0)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for optimizer in optimizers:
+        optimizer.step(0.02)
+    taken = torch.cuda.max_memory_allocated() - before
+    masters = {True: "fp32", False: "none", "8bit": "8bit"}[options.get("master_weights", True)]
+    formula = muon_step_bytes(shapes.values(), states=options.get("states", "fp32"), masters=masters, compute_width=2)
+    assert formula <= taken <= formula + 2**20  # the allocator rounds up
+    for name, parameter in of_cpu.items():
+        difference = (parameter.detach() - of_gpu[name].detach().cpu()).float()
+        assert difference.square().mean().sqrt() < 0.02 * 0.2 * 0.1 + 2**-8, name
 
 
 def test_a_gradient_that_is_not_finite_reaches_the_weights():
