@@ -27,7 +27,7 @@ from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.device import resolve_device
 from steplm.models.shape import shape_of
 from steplm.planner.plan import plan
-from steplm.training.assemble import Assembled, StageStart, assemble
+from steplm.training.assemble import Assembled, PhaseStart, assemble
 from steplm.training.environment import environment
 from steplm.training.step import Pass, train_step
 from steplm.types import TrainState
@@ -72,7 +72,7 @@ def main() -> None:
             for name, world in sides.items():
                 model_config = hf_config(config.model.hf_config(), stage.num_hidden_layers)
                 weights = initial_state(model_config, seed=0, dtype=DTYPES[train.precision])
-                start = StageStart(model_config, weights, (), TrainState(stage.index, 0, 0, 0))
+                start = PhaseStart(model_config, weights, (), TrainState(stage.index, 0, 0, 0))
                 assembled[name] = assemble(config, stage, start, world, check=False)
                 ways[name] = Pass(config.micro_batch_size, train.loss_chunk_size, world=world)
             rounds = []

@@ -30,7 +30,7 @@ from memory_grid import EVERY_OPTION
 from steplm import RunConfig, load_config, plan
 from steplm.models.device import resolve_device
 from steplm.training.environment import environment
-from steplm.training.simulate import LIBRARIES, measure_stage
+from steplm.training.simulate import LIBRARIES, measure_phase
 from steplm.types import Stage
 from steplm.units import format_bytes
 
@@ -49,7 +49,7 @@ OPTIONS = {
     "adapters on embeddings": ("plan.train_embeddings=adapters",),
     "embeddings frozen": ("plan.train_embeddings=first_stage",),
     "no adapters": ("pet.method=none",),
-    "no freezing": ("plan.freeze_old_layers=false",),
+    "no freezing": ("method=growth",),
     "within documents": ("data.within_documents=true",),
     "tied embeddings": ("model.tie_word_embeddings=true",),
     "fp32": ("train.precision=fp32",),
@@ -142,7 +142,7 @@ def _measure(config: RunConfig, stage: Stage, device: torch.device, trace: bool)
         if trace:
             torch.cuda.memory._record_memory_history(stacks="python", max_entries=400_000)
     started = time.monotonic()
-    measured = measure_stage(config, stage, device)
+    measured = measure_phase(config, stage, device)
     seconds = time.monotonic() - started
     assert stage.peak is not None
     planned = {i.name: i.memory.total_bytes for i in stage.peak.instants if i.name not in ("growth", "evaluation")}

@@ -23,7 +23,7 @@ from steplm.data.loader import Batch
 from steplm.distributed.world import World
 from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.device import resolve_device
-from steplm.training.assemble import StageStart, assemble
+from steplm.training.assemble import PhaseStart, assemble
 from steplm.training.environment import environment
 from steplm.training.step import Pass, train_step
 from steplm.types import Stage, TrainState
@@ -70,7 +70,7 @@ def _measure(config: RunConfig, stage: Stage, device: torch.device, arguments: a
     train = config.train
     model_config = hf_config(config.model.hf_config(), stage.num_hidden_layers)
     weights = initial_state(model_config, seed=0, dtype=DTYPES[train.precision])
-    start = StageStart(model_config, weights, (), TrainState(stage.index, 0, 0, 0))
+    start = PhaseStart(model_config, weights, (), TrainState(stage.index, 0, 0, 0))
     assembled = assemble(config, stage, start, World(device), check=False)
     shape = (train.per_device_train_batch_size, train.sequence_length)
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))

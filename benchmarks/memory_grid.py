@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from steplm import RunConfig, load_config, plan
-from steplm.training.simulate import simulate_growth, simulate_stage
+from steplm.training.simulate import simulate_growth, simulate_phase
 from steplm.types import Stage
 
 AXES: dict[str, tuple[Any, ...]] = {
@@ -65,7 +65,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "embeddings frozen": ("plan.train_embeddings=first_stage",),
     "no clipping": ("optim.max_grad_norm=null",),
     "no adapters": ("pet.method=none",),
-    "no freezing": ("plan.freeze_old_layers=false",),
+    "no freezing": ("method=growth",),
     "within documents": ("data.within_documents=true",),
     "tied embeddings": ("model.tie_word_embeddings=true",),
     "grouped queries": GQA,
@@ -135,7 +135,7 @@ def rows_of(config: RunConfig, case: dict[str, Any]) -> list[dict[str, Any]]:
 
 def compare(config: RunConfig, stage: Stage) -> dict[str, Any]:
     assert stage.peak is not None
-    instants = simulate_stage(config, stage).instants
+    instants = simulate_phase(config, stage).instants
     if stage.layer_map is not None:
         instants += simulate_growth(config, stage).instants
     simulated = max(instants, key=lambda instant: instant.memory.total_bytes)

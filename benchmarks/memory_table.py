@@ -184,7 +184,7 @@ def simulated() -> dict[str, Any]:
     import torch
     import transformers
 
-    from steplm.training.simulate import simulate_stage
+    from steplm.training.simulate import simulate_phase
 
     rows = []
     for model in SIMULATED_MODELS:
@@ -192,7 +192,7 @@ def simulated() -> dict[str, Any]:
             config = configured(model, WAYS[way])
             stage = max(plan(config).stages, key=lambda stage: stage.device_bytes)
             assert stage.peak is not None
-            counted = simulate_stage(config, stage)
+            counted = simulate_phase(config, stage)
             names = {"simulated_bytes": counted.total_bytes, "simulated_moment": counted.highest.name}
             planned = {"planned_bytes": stage.peak.total_bytes, "planned_moment": stage.peak.highest.name}
             rows.append({"model": model, "way": way, "stage": stage.index, **planned, **names})

@@ -54,7 +54,7 @@ SinkNames = Annotated[
     WithJsonSchema(_schema_of_one_or_many({"enum": ["tensorboard", "wandb"]})),
 ]
 MethodName = Literal["step", "vanilla", "growth", "thawed", "lora", "relora", "badam"]
-RuleName = Literal["adamw", "galore", "apollo", "apollo_mini"]
+RuleName = Literal["adamw", "muon", "scale", "galore", "apollo", "apollo_mini"]
 Scheduler = Literal["cosine", "warmup_stable_decay", "constant_with_warmup"]
 FOLDER_NAME = r"^\.*[\w\-][\w.\-]*$"  # and not "..", which is another folder
 SHORT_SCHEDULER_NAMES = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
@@ -195,6 +195,7 @@ class PetConfig(Section):
     restart_keep: float = Field(
         0.0, ge=0, le=1, description="share of the adapters' largest moments to keep at a restart"
     )
+    rule: RuleName = Field("adamw", description="update rule of the adapters' matrices")
     rank: int = Field(128, gt=0)
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank; default: 4 × rank")
     target_modules: Literal["all-linear"] | list[str] = Field(
@@ -278,10 +279,10 @@ class MemoryConfig(Section):
     optimizer_states: Literal["fp32", "8bit"] = Field(
         "fp32", description="Adam's moments: 4 bytes each, or 1 byte in blocks of 256 with one scale"
     )
-    master_weights: bool | RuleName = Field(
+    master_weights: bool | Literal["8bit"] | RuleName = Field(
         True,
-        description="false: no fp32 copy of bf16 weights, updates are rounded stochastically; "
-        "the name of an update rule: only its weights keep a copy",
+        description="false: no fp32 copy of bf16 weights, updates are rounded stochastically; 8bit: one byte of what "
+        "rounding lost, in place of four; the name of an update rule: only its weights keep an fp32 copy",
     )
     fused_backward: bool = Field(
         False, description="update each parameter inside the backward pass, so that gradients never all exist"

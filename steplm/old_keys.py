@@ -54,5 +54,6 @@ def translate_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     elif low_rank == "old":
         new["method"], optim["old_layers"], optim["name"] = "thawed", optim["name"], "adamw"
     else:
-        new["method"] = "step" if freezes_old else "growth"
+        one_stage = plan.get("num_stages") == 1
+        new["method"] = "vanilla" if one_stage else "step" if freezes_old else "growth"
     return new

@@ -92,7 +92,7 @@ def test_a_key_that_is_no_text_is_named(tmp_path: Path, key: str) -> None:
 
 
 def test_embeddings_that_nothing_would_train_are_refused() -> None:
-    lora = ["plan.num_stages=1", "pet.layers=all", "plan.train_embeddings=first_stage"]
+    lora = ["plan.num_stages=1", "method=lora", "plan.train_embeddings=first_stage"]
     with pytest.raises(ConfigError, match="trains nothing before its adapters"):
         load_config({}, lora)
     load_config({}, [*lora, "pet.warm_start=0.25"])
@@ -283,7 +283,7 @@ CLASHES = {
         "pet.method=lora",
     ),
     "adapters on embeddings need frozen layers": (
-        ["plan.train_embeddings=adapters", "plan.freeze_old_layers=false"],
+        ["plan.train_embeddings=adapters", "method=growth"],
         ["plan.train_embeddings=adapters", "plan.freeze_old_layers"],
         "plan.freeze_old_layers=true",
     ),
@@ -341,5 +341,5 @@ def test_a_device_must_have_the_corrected_peak_and_the_reserve() -> None:
 def test_options_of_frozen_layers_are_refused_where_none_is_frozen(override: str) -> None:
     load_config({}, [override])
     with pytest.raises(ConfigError, match=r"plan\.freeze_old_layers=false leaves none") as caught:
-        load_config({}, [override, "plan.freeze_old_layers=false"])
+        load_config({}, [override, "method=growth"])
     assert override.partition("=")[0] in str(caught.value)

@@ -20,7 +20,7 @@ from steplm.training import stage as stage_module
 from steplm.training.display import Display, RichDisplay, make_display
 from steplm.training.metrics import read_metrics
 from steplm.training.run import train
-from steplm.training.stage import PROBE_WINDOWS
+from steplm.training.loop import PROBE_WINDOWS
 
 Configure = Callable[..., RunConfig]
 
@@ -53,12 +53,12 @@ CHANGES_PLAN: dict[str, tuple[list[str], str]] = {
     "growth.position": (["plan.layers=[3,1]"], "lower"),
     "pet.method": ([], "none"),
     "pet.layers": (["plan.num_stages=1"], "all"),
-    "pet.warm_start": (["plan.num_stages=1", "pet.layers=all"], "0.5"),
+    "pet.warm_start": (["plan.num_stages=1", "method=lora"], "0.5"),
     "pet.restarts": ([], "1"),
     "optim.name": ([], "apollo_mini"),
     "optim.rank": (["optim.name=apollo"], "4"),
     "optim.schedule_over": ([], "run"),
-    "optim.low_rank_layers": (["optim.name=apollo_mini", "plan.freeze_old_layers=false"], "old"),
+    "optim.low_rank_layers": (["optim.name=apollo_mini", "method=growth"], "old"),
     "pet.rank": ([], "2"),
     "pet.alpha": ([], "1"),
     "pet.target_modules": ([], "[q_proj]"),
@@ -83,7 +83,7 @@ CHANGES_LOSSES: dict[str, tuple[list[str], str]] = {
     "optim.lr_scheduler_type": ([], "wsd"),
     "optim.update_proj_gap": (["optim.name=galore", "optim.rank=4"], "2"),
     "optim.scale": (["optim.name=apollo_mini"], "1"),
-    "optim.switch_steps": (["plan.num_stages=1", "optim.name=badam"], "2"),
+    "optim.switch_steps": (["plan.num_stages=1", "method=badam"], "2"),
     "pet.restart_keep": (["pet.restarts=1"], "0.5"),
     "optim.warmup_ratio": ([], "0.5"),
     "optim.decay_ratio": (["optim.lr_scheduler_type=wsd"], "0.9"),

@@ -44,16 +44,16 @@ def _blocks(num_elements: int, block: int) -> int:
     return -(-num_elements // block)
 
 
-def step_bytes(bucket: int, piece: int, *, states: str, has_master: bool) -> int:
+def step_bytes(bucket: int, piece: int, *, states: str, masters: str) -> int:
     """Workspace of the optimizer; see ``steplm.optim.adamw.AdamW``.
 
     Args:
         bucket: elements that it updates at once.
         piece: elements of the largest tensor, or part of one, among them: what is rounded at once.
-        has_master: fp32 weights, or bf16 ones with an fp32 copy.
+        masters: ``fp32`` (also where the weight is), ``8bit`` or ``none``.
     """
-    update = 4 * bucket + (0 if has_master else 4 * bucket)  # the gradient, and the weight, in fp32
-    round_weights = 0 if has_master else 4 * bucket + 5 * piece
+    update = 4 * bucket + (0 if masters == "fp32" else 4 * bucket)  # the gradient, and the weight, in fp32
+    round_weights = {"fp32": 0, "8bit": 4 * bucket + 4 * piece, "none": 4 * bucket + 5 * piece}[masters]
     if states != "8bit":
         return max(update, round_weights)
     moments = 8 * bucket

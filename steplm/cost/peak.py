@@ -9,6 +9,7 @@ N tokens of a micro-batch, d hidden size, V vocabulary, C rows of the loss at on
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import prod
@@ -23,8 +24,15 @@ from steplm.cost.formats import (
     step_bytes,
     unpack_bytes,
 )
-from steplm.cost.rules import ADAMW, RULES, keeps_master, split_by_rule
-from steplm.cost.terms import FETCH_SLOTS, adapter_shapes, component_of, embedding_adapter_shapes, model_state
+from steplm.cost.rules import ADAMW, RULES, matrices_of_layer, split_by_rule
+from steplm.cost.terms import (
+    FETCH_SLOTS,
+    Subject,
+    adapter_shapes,
+    component_of,
+    embedding_adapter_shapes,
+    model_state,
+)
 from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
 from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm, ModelShape, TensorShape
 
@@ -39,7 +47,7 @@ class Instants:
         self.work = Workload(
             shape, train.precision, config.micro_batch_size, train.sequence_length, config.data.within_documents
         )
-        self.state = model_state(config, shape, phase)
+        self.subject, self.state = Subject(config, shape, phase), model_state(config, shape, phase)
         self.outside, self.roles, self.num_layers = phase.embeddings_and_head, phase.layers, phase.num_hidden_layers
         self.trains_outside = isinstance(self.outside, Trained)
         self.outside_rank = self.outside.rank if isinstance(self.outside, Adapter) else 0
@@ -169,8 +177,8 @@ class Instants:
         layer, gradient = self.activations[kind], self.activations[kind].first_gradient
         backward, recomputed = layer.backward, layer.saved if self.recomputes[kind] else 0
         update = self._fused_update(gradient // self.work.width)
-        if self.frees_gradients and isinstance(kind, Trained):
-            update = max(update, self._rule_step_bytes(kind.rule, one_by_one=True))
+        if self.frees_gradients and not isinstance(kind, Frozen):
+            update = max(update, self._largest_step_bytes(kind))
         if self.memory.offload_activations:  # what the layer saved, or its input, is back
             if recomputed:
                 backward = layer.backward + self.work.stream_bytes
@@ -309,30 +317,32 @@ class Instants:
 
     def _adamw_shapes(self, kind: Role) -> tuple[TensorShape, ...]:
         """Of the tensors of a layer of this kind that AdamW updates."""
-        if isinstance(kind, Trained):
-            return split_by_rule(self.shape, kind.rule, self.optim)[1]
-        return self._trained_shapes(kind)
+        return () if isinstance(kind, Frozen) else self._split(kind)[1]
 
-    def _has_master(self, rule: str) -> bool:
-        return self.train.precision == "fp32" or keeps_master(rule, self.memory)
+    def _split(self, kind: Trained | Adapter) -> tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]:
+        """Shapes of what the rule of a layer of this kind takes, and of what AdamW updates."""
+        shapes = self._trained_shapes(kind)
+        candidates = shapes if isinstance(kind, Adapter) else matrices_of_layer(self.shape)
+        return split_by_rule(shapes, candidates, kind.rule, self.optim)
 
     def _step_bytes(self, bucket: int, piece: int) -> int:
-        return step_bytes(bucket, piece, states=self.memory.optimizer_states, has_master=self._has_master(ADAMW))
+        setting = self.subject.setting(ADAMW)
+        return step_bytes(bucket, piece, states=setting.states, masters=setting.masters)
 
     def _rules_step_bytes(self) -> int:
         """Workspace of the update of what other rules than AdamW take; the rules follow each other."""
-        rules = {kind.rule for kind in self.kinds if isinstance(kind, Trained)}
-        return max((self._rule_step_bytes(rule) for rule in rules), default=0)
-
-    def _rule_step_bytes(self, rule: str, *, one_by_one: bool = False) -> int:
-        taken, _ = split_by_rule(self.shape, rule, self.optim)
-        count = self._count(Trained(rule))
-        together = [[matrix] for matrix in taken] if one_by_one else [list(taken) * count]
-        states, width = self.memory.optimizer_states, self.work.width
+        taken: dict[str, list[TensorShape]] = defaultdict(list)
+        for kind, count in self.phase.groups.items():
+            if not isinstance(kind, Frozen):
+                taken[kind.rule] += [*self._split(kind)[0]] * count
         return max(
-            (RULES[rule].step_bytes(some, self.optim, states, width, self._has_master(rule)) for some in together),
-            default=0,
+            (RULES[rule].step_bytes(shapes, self.subject.setting(rule)) for rule, shapes in taken.items()), default=0
         )
+
+    def _largest_step_bytes(self, kind: Trained | Adapter) -> int:
+        """Of the updates of each matrix by itself, in a layer of this kind."""
+        setting = self.subject.setting(kind.rule)
+        return max((RULES[kind.rule].step_bytes([shape], setting) for shape in self._split(kind)[0]), default=0)
 
     def _step_formula(self) -> str:
         return f"{self._step_bytes(1, 1)} B at most × {STEP_CHUNK:,} elements at once at most"

@@ -7,12 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from steplm.config import MemoryConfig, OptimConfig
-from steplm.cost.formats import is_low_rank, low_rank_state_bytes, low_rank_step_bytes
+from steplm.cost.formats import (
+    is_low_rank,
+    low_rank_state_bytes,
+    low_rank_step_bytes,
+    muon_state_bytes,
+    muon_step_bytes,
+    scale_step_bytes,
+)
 from steplm.types import ModelShape, TensorShape
 
-ADAMW = "adamw"  # updates whatever no other rule takes: vectors, embeddings, head, adapters
+ADAMW = "adamw"  # updates whatever no other rule takes: vectors, embeddings, head
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the bytes of a rule depend on beside the shapes."""
+
+    optim: OptimConfig
+    states: str  # format of the states: "fp32", "8bit"
+    masters: str  # beside a bf16 weight: "fp32", "8bit" or "none"; of an fp32 weight "fp32"
+    width: int  # bytes of a weight
+    compute_width: int = 4  # bytes of a number in Newton–Schulz: 2 on CUDA
 
 
 @dataclass(frozen=True)
@@ -20,47 +39,78 @@ class Rule:
     """An update rule.
 
     ``takes(shape, optim)``: whether it updates a matrix of this shape, out of a layer's linear maps and stacks of
-    experts. ``state_bytes(shape, optim, states)``: of one such matrix, without a master weight. ``step_bytes(shapes,
-    optim, states, width, has_master)``: workspace of an update of all of them, in any order; ``width`` is the bytes of
-    a weight, ``has_master`` whether it is fp32 or has an fp32 copy.
+    experts. ``state_bytes(shape, setting)``: of one such matrix, without a master weight. ``step_bytes(shapes,
+    setting)``: workspace of one update of all of them.
     """
 
     source: str
     takes: Callable[[TensorShape, OptimConfig], bool]
-    state_bytes: Callable[[TensorShape, OptimConfig, str], int]
-    step_bytes: Callable[[Sequence[TensorShape], OptimConfig, str, int, bool], int]
+    state_bytes: Callable[[TensorShape, Setting], int]
+    step_bytes: Callable[[Sequence[TensorShape], Setting], int]
     states: tuple[str, ...] = ("fp32",)  # formats of its states
+    masters: tuple[str, ...] = ("fp32", "none")
     shardable: bool = False  # works on a rank's rows of a matrix
     fused_backward: bool = True
 
 
 def _low_rank(method: str, source: str) -> Rule:
-    def state_bytes(shape: TensorShape, optim: OptimConfig, states: str) -> int:
-        rows, columns = shape
-        return low_rank_state_bytes(method, rows, columns, optim.rank)
-
-    def step_bytes(shapes: Sequence[TensorShape], optim: OptimConfig, states: str, width: int, has_master: bool) -> int:
-        each = (
-            low_rank_step_bytes(method, rows, columns, optim.rank, width=width, has_master=has_master)
-            for rows, columns in shapes
-        )
-        return max(each, default=0)  # one after the other
-
     def takes(shape: TensorShape, optim: OptimConfig) -> bool:
         rank = 1 if method == "apollo_mini" else optim.rank
         return len(shape) == 2 and is_low_rank(shape[0], shape[1], rank)
 
+    def state_bytes(shape: TensorShape, setting: Setting) -> int:
+        rows, columns = shape
+        return low_rank_state_bytes(method, rows, columns, setting.optim.rank)
+
+    def step_bytes(shapes: Sequence[TensorShape], setting: Setting) -> int:
+        rank, has_master = setting.optim.rank, setting.masters == "fp32"
+        each = (
+            low_rank_step_bytes(method, shape[0], shape[1], rank, width=setting.width, has_master=has_master)
+            for shape in shapes
+        )
+        return max(each, default=0)  # one after the other
+
     return Rule(source, takes, state_bytes, step_bytes)
+
+
+def _is_matrix(shape: TensorShape, optim: OptimConfig) -> bool:
+    return len(shape) in (2, 3)
+
+
+def _maps(shapes: Sequence[TensorShape]) -> list[tuple[int, int]]:
+    """Rows and columns of each linear map: a stack of experts has several."""
+    return [(shape[-2], shape[-1]) for shape in shapes for _ in range(prod(shape[:-2]))]
 
 
 RULES: dict[str, Rule] = {
     ADAMW: Rule(
         source="arXiv 1711.05101",
         takes=lambda shape, optim: False,  # all is its own already
-        state_bytes=lambda shape, optim, states: 0,
-        step_bytes=lambda shapes, optim, states, width, has_master: 0,
+        state_bytes=lambda shape, setting: 0,
+        step_bytes=lambda shapes, setting: 0,
         states=("fp32", "8bit"),
+        masters=("fp32", "8bit", "none"),
         shardable=True,
+    ),
+    "muon": Rule(
+        source="arXiv 2502.16982; 8 bits: arXiv 2509.23106",
+        takes=_is_matrix,
+        state_bytes=lambda shape, setting: sum(muon_state_bytes(*sides, setting.states) for sides in _maps([shape])),
+        step_bytes=lambda shapes, setting: muon_step_bytes(
+            _maps(shapes), states=setting.states, masters=setting.masters, compute_width=setting.compute_width
+        ),
+        states=("fp32", "8bit"),
+        masters=("fp32", "8bit", "none"),
+    ),
+    "scale": Rule(
+        source="arXiv 2506.16659",
+        takes=_is_matrix,
+        state_bytes=lambda shape, setting: 0,
+        step_bytes=lambda shapes, setting: scale_step_bytes(
+            _maps(shapes), states=setting.states, masters=setting.masters
+        ),
+        states=("fp32", "8bit"),  # it has none
+        masters=("fp32", "8bit", "none"),
     ),
     "galore": _low_rank("galore", "arXiv 2403.03507"),
     "apollo": _low_rank("apollo", "arXiv 2412.05270"),
@@ -68,9 +118,11 @@ RULES: dict[str, Rule] = {
 }
 
 
-def keeps_master(rule: str, memory: MemoryConfig) -> bool:
-    """Whether bf16 weights that this rule updates have an fp32 copy."""
-    return memory.master_weights in (True, rule)
+def masters_of(rule: str, memory: MemoryConfig) -> str:
+    """What is held beside a bf16 weight that this rule updates: "fp32", "8bit" or "none"."""
+    if memory.master_weights == "8bit":
+        return "8bit"
+    return "fp32" if memory.master_weights in (True, rule) else "none"
 
 
 def matrices_of_layer(shape: ModelShape) -> tuple[TensorShape, ...]:
@@ -80,11 +132,11 @@ def matrices_of_layer(shape: ModelShape) -> tuple[TensorShape, ...]:
 
 
 def split_by_rule(
-    shape: ModelShape, rule: str, optim: OptimConfig
+    shapes: Sequence[TensorShape], candidates: Sequence[TensorShape], rule: str, optim: OptimConfig
 ) -> tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]:
-    """Shapes of a trained layer's tensors: those that the rule takes, and those that AdamW updates."""
-    taken = tuple(matrix for matrix in matrices_of_layer(shape) if RULES[rule].takes(matrix, optim))
-    rest = list(shape.layer_shapes)
+    """Of the shapes of trained tensors, those of ``candidates`` that the rule takes, and those that AdamW updates."""
+    taken = tuple(matrix for matrix in candidates if RULES[rule].takes(matrix, optim))
+    rest = list(shapes)
     for matrix in taken:
         rest.remove(matrix)
     return taken, tuple(rest)

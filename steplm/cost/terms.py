@@ -15,13 +15,14 @@ from math import prod
 
 from steplm.config import MemoryConfig, RunConfig
 from steplm.cost.formats import FROZEN_FORMATS, state_bytes
-from steplm.cost.rules import ADAMW, RULES, keeps_master, split_by_rule
+from steplm.cost.rules import ADAMW, RULES, Setting, masters_of, matrices_of_layer, split_by_rule
 from steplm.errors import ConfigError
 from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
 from steplm.types import HOST, MemoryEstimate, MemoryTerm, ModelShape, TensorShape, local_size
 from steplm.units import nearest
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}  # of a weight, and of its gradient
+MASTER_BYTES = {"fp32": 4, "8bit": 1, "none": 0}  # beside a bf16 weight
 OUTER_COMPONENTS = ("embeddings", "final_norm", "head")
 FETCH_SLOTS = 2  # frozen layers that the device holds where the others are in host memory
 
@@ -44,9 +45,16 @@ class Subject:
         """Ranks that share one copy."""
         return self.config.distributed.num_shards
 
+    def setting(self, rule: str) -> Setting:
+        """Under which this rule updates."""
+        memory = self.config.memory
+        masters = masters_of(rule, memory) if self.width == 2 else "fp32"
+        compute_width = 2 if self.config.train.device == "cuda" else 4
+        return Setting(self.config.optim, memory.optimizer_states, masters, self.width, compute_width)
+
     def master_bytes(self, rule: str) -> int:
-        """Of the fp32 copy of a weight that this rule updates."""
-        return 4 if self.width == 2 and keeps_master(rule, self.config.memory) else 0
+        """Of what is held beside a weight that this rule updates."""
+        return MASTER_BYTES[self.setting(rule).masters] if self.width == 2 else 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Tensors:
     formula: str
     shapes: tuple[TensorShape, ...]
     count: int = 1
-    rule: str | None = ADAMW  # that updates what it takes of them; None: nothing is trained
+    rule: str | None = ADAMW  # that updates what it takes of ``candidates``, AdamW the rest; None: nothing is trained
+    candidates: tuple[TensorShape, ...] = ()
 
     @cached_property
     def num_parameters(self) -> int:
@@ -72,7 +81,8 @@ def trained_layers(subject: Subject) -> Iterator[Tensors]:
     for role, count in subject.phase.groups.items():
         if isinstance(role, Trained):
             symbol = "n_i" if role.rule == ADAMW else f"n_{role.rule}"
-            yield Tensors(f"{symbol} × P_layer", subject.shape.layer_shapes, count, role.rule)
+            candidates = matrices_of_layer(subject.shape)
+            yield Tensors(f"{symbol} × P_layer", subject.shape.layer_shapes, count, role.rule, candidates)
 
 
 def frozen_layers(subject: Subject) -> Iterator[Tensors]:
@@ -89,7 +99,8 @@ def adapters(subject: Subject) -> Iterator[Tensors]:
     shape, outside = subject.shape, subject.phase.embeddings_and_head
     for role, count in subject.phase.groups.items():
         if isinstance(role, Adapter):
-            yield Tensors("N_{i-1} × E", adapter_shapes(shape, role), count)
+            factors = adapter_shapes(shape, role)
+            yield Tensors("N_{i-1} × E", factors, count, role.rule, factors)
     if isinstance(outside, Adapter):
         count = 1 + (shape.head_parameters > 0)
         yield Tensors("rank × (vocab + hidden)", embedding_adapter_shapes(shape, outside.rank), count)
@@ -142,10 +153,9 @@ def optimizer(subject: Subject, tensors: Tensors) -> tuple[int, str]:
         return 0, "0 B"
     if tensors.rule == ADAMW:
         return _adamw_states(subject, tensors.shapes, tensors.count)
-    config = subject.config
-    taken, rest = split_by_rule(subject.shape, tensors.rule, config.optim)
-    states = config.memory.optimizer_states
-    of_taken = sum(RULES[tensors.rule].state_bytes(matrix, config.optim, states) for matrix in taken)
+    setting = subject.setting(tensors.rule)
+    taken, rest = split_by_rule(tensors.shapes, tensors.candidates, tensors.rule, setting.optim)
+    of_taken = sum(RULES[tensors.rule].state_bytes(matrix, setting) for matrix in taken)
     of_taken += subject.master_bytes(tensors.rule) * sum(map(prod, taken))
     of_rest, per_parameter = _adamw_states(subject, rest, tensors.count)
     master = f" + {subject.master_bytes(tensors.rule)}" if subject.master_bytes(tensors.rule) else ""

@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 from steplm.cost.formats import STATE_BLOCK, STEP_CHUNK
 from steplm.errors import ConfigError
 from steplm.optim.base import CodeBooks, NamedParameters, RuleBase, decays, grad_norm
+from steplm.optim.masters import correct, new_master, split_
 from steplm.optim.quantized import round_stochastically_
 from steplm.rows import on_this_rank
 
@@ -54,6 +55,8 @@ class AdamW(RuleBase):
         8bit     yes             17   both moments; gradient (4), then indices, boundaries and comparison (9)
         8bit     no              17   the fp32 weight too (16 at the update; 17 when it is rounded, or the moments are)
 
+    With ``master_weights="8bit"`` it is as without, but splitting the fp32 weight takes 8 where rounding it takes 9.
+
     Args:
         named_parameters: the trained parameters by name; others may not be among them.
         betas: decay rates of the first and second moment.
@@ -63,7 +66,8 @@ class AdamW(RuleBase):
             rounded at every step; 2 bytes and a little a parameter instead of 8.
         master_weights: False: bf16 parameters have none. The new value is computed in fp32 and rounded
             stochastically, with bits from the device's default generator: seed it before every step where
-            runs shall repeat. Saves 4 bytes a parameter.
+            runs shall repeat. Saves 4 bytes a parameter. ``8bit``: one byte of what rounding the weight lost, in
+            place of 4; see ``steplm.optim.masters``.
 
     Raises:
         ConfigError: unknown ``states``.
@@ -77,7 +81,7 @@ class AdamW(RuleBase):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         states: str = "fp32",
-        master_weights: bool = True,
+        master_weights: bool | str = True,
         books: CodeBooks | None = None,
     ) -> None:
         if states not in STATES:
@@ -110,9 +114,7 @@ class AdamW(RuleBase):
                 # Where the scale is 0 every code stands for 0.
                 held[_scale(moment)] = weight.new_zeros(-(-weight.numel() // STATE_BLOCK), dtype=torch.float32)
                 self._book(signed=signed, device=weight.device)  # it is there before the first step
-        if weight.dtype != torch.float32 and self.master_weights:
-            held["master"] = weight.float()
-        return held
+        return held | new_master(weight, self.master_weights)
 
     def _update_pieces(self, pieces: list[Piece], learning_rate: float, grad_scale: float) -> None:
         """Pieces of one device and one weight decay. What is made here is gone before the next pieces' is made."""
@@ -131,10 +133,15 @@ class AdamW(RuleBase):
             learning_rate=learning_rate,
             weight_decay=self.weight_decay if decays(self.parameters[pieces[0].name]) else 0.0,
         )
-        apart = [index for index, weight in enumerate(weights) if masters[index] is not weight]
-        for index in apart:
-            if "master" not in self._states[pieces[index].name]:
-                round_stochastically_(masters[index])
+        apart = []
+        for index, piece in enumerate(pieces):
+            states = self._states[piece.name]
+            if "correction" in states:
+                split_(masters[index], weights[index], piece.of(states["correction"]))
+            elif masters[index] is not weights[index]:
+                apart.append(index)
+                if "master" not in states:
+                    round_stochastically_(masters[index])
         if apart:  # in one call: of a small model, a GPU waits for its kernels to be launched
             torch._foreach_copy_([weights[index] for index in apart], [masters[index] for index in apart])
         del masters  # before the moments are rounded, which needs as much
@@ -161,6 +168,8 @@ class AdamW(RuleBase):
     def _read_master(self, piece: Piece, weight: Tensor) -> Tensor:
         """Fp32: the master weight, the weight itself if it is fp32, or else a copy."""
         states = self._states[piece.name]
+        if "correction" in states:
+            return correct(weight, piece.of(states["correction"]))
         return piece.of(states["master"]) if "master" in states else weight.float()  # no copy of what is fp32
 
     def _gradients(self, pieces: list[Piece], scale: float) -> list[Tensor]:

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from steplm.config import RunConfig
 from steplm.cost.measure import ADAPTER_TENSORS
-from steplm.cost.rules import ADAMW, RULES, keeps_master
+from steplm.cost.rules import ADAMW, RULES, masters_of
 from steplm.errors import ConfigError
 from steplm.optim.adamw import AdamW
 from steplm.optim.base import CodeBooks, GradNorm, RuleBase
 from steplm.optim.low_rank import LowRankAdamW
-from steplm.schedule import Phase, Trained
+from steplm.optim.muon import Muon
+from steplm.optim.scale import SCALE
+from steplm.schedule import Frozen, Phase
+
+MASTER_WEIGHTS: dict[str, bool | str] = {"fp32": True, "8bit": "8bit", "none": False}
 
 Make = Callable[[RunConfig, str, CodeBooks], RuleBase]
 
@@ -29,9 +33,24 @@ def _adamw(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
         eps=config.optim.adam_epsilon,
         weight_decay=config.optim.weight_decay,
         states=config.memory.optimizer_states,
-        master_weights=keeps_master(rule, config.memory),
+        master_weights=MASTER_WEIGHTS[masters_of(rule, config.memory)],
         books=books,
     )
+
+
+def _muon(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
+    return Muon(
+        {},
+        states=config.memory.optimizer_states,
+        master_weights=MASTER_WEIGHTS[masters_of(rule, config.memory)],
+        weight_decay=config.optim.weight_decay,
+        books=books,
+    )
+
+
+def _scale(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
+    masters = MASTER_WEIGHTS[masters_of(rule, config.memory)]
+    return SCALE({}, master_weights=masters, weight_decay=config.optim.weight_decay, books=books)
 
 
 def _low_rank(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
@@ -46,13 +65,15 @@ def _low_rank(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
         betas=(optim.adam_beta1, optim.adam_beta2),
         eps=optim.adam_epsilon,
         weight_decay=optim.weight_decay,
-        master_weights=keeps_master(rule, config.memory),
+        master_weights=masters_of(rule, config.memory) == "fp32",
     )
 
 
 # Each makes a rule that has no parameters yet.
 MAKERS: dict[str, Make] = {
     ADAMW: _adamw,
+    "muon": _muon,
+    "scale": _scale,
     "galore": _low_rank,
     "apollo": _low_rank,
     "apollo_mini": _low_rank,
@@ -123,7 +144,7 @@ class UpdateRules:
 def build_rules(config: RunConfig, model: nn.Module, phase: Phase, layer_prefix: str) -> UpdateRules:
     """The rules of a phase over the trained parameters of ``model``, their states allocated."""
     books: CodeBooks = {}
-    names = {ADAMW, *(role.rule for role in phase.layers if isinstance(role, Trained))}
+    names = {ADAMW, *(role.rule for role in phase.layers if not isinstance(role, Frozen))}
     rules = {name: MAKERS[name](config, name, books) for name in sorted(names, key=lambda name: name != ADAMW)}
     made = UpdateRules(rules, {})
     reassign(made, config, model, phase, layer_prefix)
@@ -160,12 +181,13 @@ def rule_of_each(
 def _rule_of(
     name: str, shape: tuple[int, ...], phase: Phase, layer_prefix: str, linears: Collection[str], config: RunConfig
 ) -> str:
-    if not name.startswith(f"{layer_prefix}.") or name.rpartition(".")[2] in ADAPTER_TENSORS:
+    if not name.startswith(f"{layer_prefix}."):
         return ADAMW
     layer, _, below = name.removeprefix(f"{layer_prefix}.").partition(".")
     role = phase.layers[int(layer)]
-    is_matrix = below.removesuffix(".weight") in linears or len(shape) == 3
-    if isinstance(role, Trained) and is_matrix and RULES[role.rule].takes(shape, config.optim):
+    is_factor = name.rpartition(".")[2] in ADAPTER_TENSORS
+    is_matrix = is_factor or below.removesuffix(".weight") in linears or len(shape) == 3
+    if not isinstance(role, Frozen) and is_matrix and RULES[role.rule].takes(shape, config.optim):
         return role.rule
     return ADAMW
 

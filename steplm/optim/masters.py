@@ -19,6 +19,15 @@ import torch
 from torch import Tensor
 
 
+def new_master(weight: Tensor, master_weights: bool | str) -> dict[str, Tensor]:
+    """The state beside a bf16 weight: ``master`` (True), ``correction`` (``8bit``) or none (False); of fp32, none."""
+    if weight.dtype == torch.float32 or not master_weights:
+        return {}
+    if master_weights == "8bit":
+        return {"correction": torch.zeros_like(weight, dtype=torch.int8)}
+    return {"master": weight.float()}
+
+
 def correct(weight: Tensor, correction: Tensor) -> Tensor:
     """The fp32 values, a new tensor, that a bf16 weight and its int8 correction stand for."""
     bits = weight.view(torch.int16).int().bitwise_left_shift_(16)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from steplm.cost.formats import STATE_BLOCK, maps_at_once, row_pieces
 from steplm.errors import ConfigError
 from steplm.optim.base import CodeBooks, NamedParameters, RuleBase
-from steplm.optim.masters import correct, split_
+from steplm.optim.masters import correct, new_master, split_
 from steplm.optim.quantized import round_stochastically_
 
 STATES = ("fp32", "bf16", "8bit")
@@ -96,11 +96,7 @@ class MatrixRule(RuleBase):
                 # With a scale of 0 every code stands for 0.
                 held["momentum_buffer_scale"] = torch.zeros((*weight.shape[:-2], num_blocks), device=weight.device)
                 self._book(signed=True, device=weight.device)  # it is there before the first step
-        if weight.dtype != torch.float32 and self.master_weights is True:
-            held["master"] = weight.float()
-        elif weight.dtype != torch.float32 and self.master_weights == "8bit":
-            held["correction"] = torch.zeros_like(weight, dtype=torch.int8)
-        return held
+        return held | new_master(weight, self.master_weights)
 
     def _update(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
         for maps in self._batches(names):

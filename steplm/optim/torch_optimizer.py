@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from steplm.errors import CheckpointMismatch, ConfigError
-from steplm.optim.adamw import AdamW
 from steplm.optim.base import NamedParameters, RuleBase
 
 
@@ -28,7 +27,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         lr: learning rate of all groups.
     """
 
-    def __init__(self, rules: Sequence[AdamW | RuleBase], lr: float) -> None:
+    def __init__(self, rules: Sequence[RuleBase], lr: float) -> None:
         self.rules = list(rules)
         super().__init__([{"params": list(rule.parameters.values())} for rule in self.rules], {"lr": lr})
 
@@ -76,9 +75,21 @@ class TorchRule(RuleBase):
     def __init__(
         self, named_parameters: NamedParameters, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     ) -> None:
-        super().__init__(named_parameters, weight_decay=0.0)  # the optimizer has its own
-        self.optimizers = {name: make([parameter]) for name, parameter in self.parameters.items()}
-        self._options = {name: _options(optimizer) for name, optimizer in self.optimizers.items()}
+        super().__init__(weight_decay=0.0)  # the optimizer has its own
+        self._make = make
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._options: dict[str, dict[str, Any]] = {}
+        self.set_parameters(named_parameters)
+
+    def set_parameters(self, named_parameters: NamedParameters) -> None:
+        super().set_parameters(named_parameters)
+        for name in self.optimizers.keys() - self.parameters.keys():
+            del self.optimizers[name], self._options[name]
+
+    def _new_states(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
+        self.optimizers[name] = self._make([parameter])
+        self._options[name] = _options(self.optimizers[name])
+        return {}  # the optimizer makes them
 
     def _update(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
         for name in names:

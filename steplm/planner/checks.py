@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from steplm.config import RunConfig
-from steplm.cost.rules import ADAMW, RULES
+from steplm.cost.rules import ADAMW, RULES, masters_of
 from steplm.errors import ConfigError
 from steplm.planner.methods import METHODS, Draft
 from steplm.schedule import Adapter, Trained
@@ -66,13 +66,13 @@ NEEDS = (
     ),
     Need(
         "memory.master_weights",
-        lambda config: config.memory.master_weights is False,
+        lambda config: config.memory.master_weights in (False, "8bit"),
         lambda run: run.config.train.precision == "bf16",
         "is about the fp32 copy of bf16 weights, and train.precision=fp32 has none",
     ),
     Need(
         "memory.master_weights",
-        lambda config: isinstance(config.memory.master_weights, str),
+        lambda config: config.memory.master_weights in RULES,
         lambda run: run.rules > {run.config.memory.master_weights},
         "names one update rule of several, and {config.optim.name} is the only one: set it to true or false",
     ),
@@ -146,6 +146,9 @@ def _problems(run: Run) -> Iterator[str]:
             formats = " or ".join(row.states)
             yield (f"update rule {rule} has its states in {formats}: memory.optimizer_states={memory.optimizer_states} "
                    "is not for it.")  # fmt: skip
+        if masters_of(rule, memory) not in row.masters and config.train.precision == "bf16":
+            yield (f"update rule {rule} cannot keep memory.master_weights={memory.master_weights}: set it to true or "
+                   "false.")  # fmt: skip
         if config.distributed.num_shards > 1 and not row.shardable:
             yield (f"update rule {rule} works on whole matrices, and "
                    f"distributed.shard_size={config.distributed.num_shards} divides them: set "

@@ -49,7 +49,7 @@ class Parts:
     def adapter(self) -> Adapter:
         pet = self.config.pet
         alpha = ALPHA_OF_RANK * pet.rank if pet.alpha is None else pet.alpha
-        return Adapter(pet.rank, alpha, resolve_target_modules(self.shape, pet.target_modules), pet.method)
+        return Adapter(pet.rank, alpha, resolve_target_modules(self.shape, pet.target_modules), pet.method, pet.rule)
 
     @property
     def frozen(self) -> Role:

@@ -145,7 +145,10 @@ def is_one_of(key: str, names: tuple[str, ...]) -> bool:
 
 def _differing(before: RunConfig, now: RunConfig) -> dict[str, str]:
     """``"key: old -> new"`` of every key that differs."""
-    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    old, new = (flat(config.model_dump(mode="json")) for config in (before, now))
+    for values in (old, new):
+        if values["plan.num_stages"] == 1 and values["method"] in ("step", "growth", "thawed"):
+            values["method"] = "vanilla"  # in one stage they are the same
     return {key: f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value}
 
 

@@ -88,7 +88,7 @@ outer: embeddings, final norm and head, a part of every stage above
         ["plan.num_stages=4"],
         ["plan.count_embeddings=false"],
         ["plan.train_embeddings=first_stage"],
-        ["plan.freeze_old_layers=false"],
+        ["method=growth"],
         ["plan.layers=[12,6,6]"],
         ["model.hidden_size=32", "pet.rank=2", "model.vocab_size=20"],
         ["model.hidden_size=8192", "model.intermediate_size=28672", "model.num_hidden_layers=80"],

@@ -30,7 +30,7 @@ from steplm.models.forward import batch_loss
 from steplm.optim.adamw import global_grad_norm
 from steplm.planner.plan import plan
 from steplm.rows import Rows, on_this_rank
-from steplm.training.assemble import Assembled, StageStart, assemble
+from steplm.training.assemble import Assembled, PhaseStart, assemble
 from steplm.types import Stage, TrainState
 
 LOW, HIGH = -0.001, 0.03
@@ -67,7 +67,7 @@ def assembled(config: RunConfig, stage: Stage, world: World) -> Assembled:
     shape_config = hf_config(config.model.hf_config(), stage.num_hidden_layers)
     weights = initial_state(shape_config, seed=0, dtype=DTYPES[config.train.precision])
     cut = {name: world.rows.cut(weight) for name, weight in weights.items()}
-    start = StageStart(shape_config, cut, (), TrainState(stage.index, 0, 0, 0))
+    start = PhaseStart(shape_config, cut, (), TrainState(stage.index, 0, 0, 0))
     return assemble(config, stage, start, world, check=False)
 
 
@@ -180,7 +180,7 @@ def test_planned_and_counted_peak_of_a_rank_agree(world: str, stage: int) -> Non
 FUSED = ("memory.fused_backward=true", "optim.max_grad_norm=null")
 GALORE = ("optim.name=galore", "optim.rank=16")
 OLD_UNDER_GALORE = (
-    *GALORE, "optim.low_rank_layers=old", "plan.freeze_old_layers=false", "memory.master_weights=adamw"
+    *GALORE, "optim.low_rank_layers=old", "method=growth", "memory.master_weights=adamw"
 )  # fmt: skip
 FP32, SUMMED = "train.precision=fp32", "train.gradient_accumulation_steps=2"
 RUNS: dict[str, tuple[str, ...]] = {
@@ -195,7 +195,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "frozen embeddings": ("plan.train_embeddings=first_stage",),
     "no adapters": ("pet.method=none",),
     "few adapters": ("pet.target_modules=[down_proj]", RECOMPUTED),
-    "no freezing": ("plan.freeze_old_layers=false",),
+    "no freezing": ("method=growth",),
     "qwen2, which has biases": ("model.model_type=qwen2",),
     "qwen3, which normalises heads": ("model.model_type=qwen3", "model.extra={head_dim: 32, pad_token_id: 0}"),
     "new layers in between": ("growth.position=even", SUMMED),

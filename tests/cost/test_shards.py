@@ -75,8 +75,8 @@ def by_kind(memory: MemoryEstimate) -> dict[str, int]:
         ["plan.train_embeddings=first_stage"],
         ["plan.train_embeddings=adapters"],
         ["plan.train_embeddings=adapters", "model.tie_word_embeddings=true"],
-        ["plan.freeze_old_layers=false"],
-        ["pet.layers=all", "plan.num_stages=1", "plan.layers=null"],
+        ["method=growth"],
+        ["method=lora", "plan.num_stages=1", "plan.layers=null"],
     ],
 )
 def test_the_plan_is_the_first_rank_and_no_other_holds_more(num_shards: int, overrides: list[str]) -> None:

@@ -15,7 +15,7 @@ from steplm.config import RunConfig
 from steplm.models.folder import load_hf_config, load_state
 from steplm.training import run as run_module
 from steplm.training import stage as stage_module
-from steplm.training.assemble import StageStart
+from steplm.training.assemble import PhaseStart
 from steplm.training.export import export
 from steplm.training.metrics import read_metrics
 from steplm.training.run import Run, train
@@ -73,7 +73,7 @@ def of_four_ranks(
     run_dir, enter = tmp_path_factory.mktemp("four"), stage_module.enter_stage
     held = run_dir / "held"
 
-    def entered(run: Run, *arguments: object) -> StageStart:
+    def entered(run: Run, *arguments: object) -> PhaseStart:
         start = enter(run, *arguments)
         if run.world.is_first:
             with held.open("a") as file:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from steplm.memory.count import ByteCounter
-from steplm.memory.formats import muon_step_bytes
+from steplm.cost.count import ByteCounter
+from steplm.cost.formats import muon_step_bytes
 from steplm.optim.adamw import AdamW
 from steplm.optim.matrix import STATES
 from steplm.optim.muon import Muon

@@ -13,10 +13,10 @@ from steplm.config import RunConfig, load_config
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.fit import MAX_ALTERNATIVES, Alternative, fit, suggestions
 from steplm.planner.ladder import AXES, LADDER
-from steplm.planner.plan import Phase, StageCosts, plan
+from steplm.planner.plan import Plan, plan
 from steplm.planner.shape import shape_from_hf_config
+from steplm.planner.stages import StagePrices
 from steplm.planner.ways import ways
-from steplm.types import Plan
 
 TINY: dict[str, Any] = {
     "model": {
@@ -100,10 +100,10 @@ def test_the_depth_is_divided_as_the_plan_divides_it(
     [
         (),
         ("plan.objective=model_state",),
-        ("plan.freeze_old_layers=false",),
+        ("method=growth",),
         ("distributed.world_size=4", "train.global_batch_size=16", "train.gradient_accumulation_steps=1"),
-        ("plan.num_stages=1", "pet.layers=all"),
-        ("plan.num_stages=1", "pet.layers=all", "pet.warm_start=0.25", "pet.restarts=3"),
+        ("plan.num_stages=1", "method=lora"),
+        ("plan.num_stages=1", "method=relora", "pet.warm_start=0.25", "pet.restarts=3"),
         ("pet.rank=24",),  # more than the least width allows
         ("memory.fused_backward=true", "optim.max_grad_norm=null", "train.gradient_accumulation_steps=1"),
     ],
@@ -173,12 +173,12 @@ def test_a_size_that_is_refused_hides_no_larger_one(maximize: str, more: tuple[s
 
 
 def test_adapters_on_every_layer_have_options_for_frozen_layers() -> None:
-    lora = ("plan.num_stages=1", "pet.layers=all")
+    lora = ("plan.num_stages=1", "method=lora")
     found, skipped = ways(tiny(*lora), ["options", "rank"])
     assert {option for way in found for option in way.options} >= {"recompute frozen layers", "nf4 frozen"}
     assert {way.changes["pet.rank"] for way in found} == {16, 8}
     assert [reason for reason in skipped if "adapters on embeddings" in reason]
-    recomputed = StageCosts(
+    recomputed = StagePrices(
         tiny(*lora, "train.gradient_checkpointing=true"), shape_from_hf_config(tiny().model.hf_config())
     )
     assert recomputed.mean_flops_per_token(8, 0, recomputed=True) > recomputed.mean_flops_per_token(8, 0)
@@ -264,8 +264,8 @@ def test_refused_and_useless_options_are_skipped_with_the_reason() -> None:
     skipped = fit(tiny("train.compile=true", "train.precision=fp32"), 10**9).skipped
     assert any(line.startswith("frozen in host memory: memory.offload_frozen fetches") for line in skipped)
     assert any(line.startswith("no master weights: ") and "fp32" in line for line in skipped)
-    skipped = fit(tiny("pet.method=none", "plan.freeze_old_layers=false"), 10**9).skipped
-    assert any(line.startswith("int8 frozen: plan.freeze_old_layers=false") for line in skipped)
+    skipped = fit(tiny("pet.method=none", "method=growth"), 10**9).skipped
+    assert any(line.startswith("int8 frozen: method=growth freezes no layer") for line in skipped)
 
 
 def test_batches_keep_the_tokens_of_a_step() -> None:
@@ -291,22 +291,28 @@ def test_widths_keep_the_size_of_a_head() -> None:
         assert abs(model.intermediate_size - model.hidden_size * 176 / 64) <= 8
 
 
+def recomputed_flops(config: RunConfig, num_new: int, num_old: int) -> int:
+    """A token of the one phase of a stage."""
+    prices = StagePrices(config, shape_from_hf_config(config.model.hf_config()))
+    (draft,) = prices.drafts(num_new, num_old)
+    return prices.cost_of_draft(draft).recomputed_flops_per_token
+
+
 def test_recomputing_every_layer_costs_one_more_forward_pass() -> None:
     config = tiny("plan.num_stages=1", "train.gradient_checkpointing=true")
-    shape = shape_from_hf_config(config.model.hf_config())
     matrices = 8 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176)
-    assert StageCosts(config, shape).recomputed_flops_per_token(Phase(8, 0)) == 2 * matrices + 8 * 4 * 64 * 64
+    assert recomputed_flops(config, 8, 0) == 2 * matrices + 8 * 4 * 64 * 64
     frozen = tiny("train.gradient_checkpointing=frozen", "pet.target_modules=[q_proj]")
-    assert StageCosts(frozen, shape).recomputed_flops_per_token(Phase(8, 0)) == 0
+    assert recomputed_flops(frozen, 8, 0) == 0
     one_layer = matrices // 8 + 16 * (64 + 64)  # a frozen one with its adapters
-    assert StageCosts(frozen, shape).recomputed_flops_per_token(Phase(5, 3)) == 3 * (2 * one_layer + 4 * 64 * 64)
+    assert recomputed_flops(frozen, 5, 3) == 3 * (2 * one_layer + 4 * 64 * 64)
 
 
 def test_flops_are_those_of_all_tokens() -> None:
     best = fit(tiny("plan.num_stages=1"), 2**40).best
     made = plan(tiny("plan.num_stages=1"))
-    costs = StageCosts(tiny("plan.num_stages=1"), made.shape)
-    assert best.flops == made.total_tokens * costs.flops_per_token(Phase(8, 0))
+    (cost,) = made.costs
+    assert best.flops == made.total_tokens * cost.flops_per_token
 
 
 def test_suggestions_are_overrides_that_fit_and_at_most_three() -> None:
@@ -329,8 +335,8 @@ def test_an_unknown_name_is_told_the_nearest(arguments: dict[str, Any], message:
 
 def test_more_stages_come_after_options_that_cost_less_quality_where_layers_are_frozen() -> None:
     cheaper = {"8-bit states", "no master weights", "nf4 frozen"}
-    for freezes in (True, False):
-        config = tiny(f"plan.freeze_old_layers={freezes}")
+    for method, freezes in (("step", True), ("growth", False)):
+        config = tiny(f"method={method}")
         found, _ = ways(config, ("stages", "options"))
         more_stages = min(way.price for way in found if way.num_stages == config.plan.num_stages + 1)
         with_options = [

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from steplm.config import RunConfig, load_config
 from steplm.errors import ConfigError
-from steplm.planner.plan import plan
+from steplm.planner.plan import Plan, plan
 from steplm.planner.solve import peak_cost, solve_exhaustive
-from steplm.types import Plan, from_json, to_json
+from steplm.schedule import Adapter, Entry, Phase, trained_patterns
+from steplm.types import from_json, to_json
 
 LLAMA_368M = {
     "model": {
@@ -38,6 +39,16 @@ def plan_of(values: dict[str, Any], *overrides: str) -> Plan:
     return plan(load_config(values, overrides))
 
 
+def grown(values: dict[str, Any], *overrides: str) -> Phase:
+    """The first phase of the second stage."""
+    return plan_of(values, *overrides).schedule.stages[1][0]
+
+
+def patterns(phase: Phase) -> tuple[str, ...]:
+    """Over the trained parameters of a phase of ``TINY``."""
+    return trained_patterns(phase, plan_of(TINY).shape)
+
+
 @pytest.mark.parametrize("solver", ["dynamic_programming", "integer_programme"])
 @pytest.mark.parametrize(
     ("num_stages", "layers", "peak_bytes", "reduction"),
@@ -60,8 +71,8 @@ def test_one_stage_is_ordinary_pre_training() -> None:
     made = plan_of(LLAMA_368M, "plan.num_stages=1")
     assert made.layers == (24,)
     assert made.peak_model_state_bytes == made.vanilla_model_state_bytes == 16 * 367_969_280
-    (stage,) = made.stages
-    assert (stage.trained_patterns, stage.adapters, stage.layer_map) == (("*",), None, None)
+    (phase,) = made.schedule.phases
+    assert (trained_patterns(phase, made.shape), phase.adapters, phase.entry) == (("*",), {}, Entry("fresh"))
 
 
 @st.composite
@@ -80,10 +91,10 @@ def run_configs(draw: st.DrawFn, max_layers: int = 12) -> RunConfig:
                 "vocab_size": draw(st.integers(2, 500)),
                 "tie_word_embeddings": draw(st.booleans()),
             },
+            "method": draw(st.sampled_from(["step", "growth"])),
             "plan": {
                 "num_stages": draw(st.integers(1, min(4, num_layers))),
                 "count_embeddings": draw(st.booleans()),
-                "freeze_old_layers": draw(st.booleans()),
                 "train_embeddings": draw(st.sampled_from(["always", "first_stage"])),
                 "objective": draw(st.sampled_from(["peak", "model_state"])),
                 "total_tokens": 10**6,
@@ -105,14 +116,17 @@ def test_every_plan_is_consistent(config: RunConfig) -> None:
     made = plan(config)
     depth = 0
     for stage in made.stages:
+        (phase,) = stage.phases
         assert stage.num_hidden_layers == depth + stage.num_new_layers
+        assert stage.grows == bool(depth)
         if depth:
-            assert stage.layer_map is not None
-            assert stage.layer_map.num_layers == stage.num_hidden_layers
-            assert len(stage.layer_map.new_layers) == stage.num_new_layers
-            assert (stage.adapters is not None) == (config.plan.freeze_old_layers and config.pet.method == "lora")
-            if stage.adapters is not None:
-                assert stage.adapters.layers == stage.layer_map.kept_layers
+            layer_map = phase.entry.layer_map
+            assert layer_map is not None
+            assert layer_map.num_layers == stage.num_hidden_layers
+            assert len(layer_map.new_layers) == stage.num_new_layers
+            adapted = config.method == "step" and config.pet.method == "lora"
+            assert tuple(phase.adapters) == (layer_map.kept_layers if adapted else ())
+            assert phase.frozen_layers == (layer_map.kept_layers if config.method == "step" else ())
         depth = stage.num_hidden_layers
         assert all(term.num_bytes > 0 for term in stage.memory.terms)
     assert depth == made.shape.num_hidden_layers
@@ -147,7 +161,7 @@ def test_no_division_has_a_smaller_peak(config: RunConfig) -> None:
     stages = made.stages
     largest = max(s.device_bytes if config.plan.objective == "peak" else s.memory.total_bytes for s in stages)
     assert largest == peak_cost(cost, best)
-    if config.plan.freeze_old_layers:
+    if config.method == "step":
         assert made.layers == best
     assert by_hand(best).proved_optimal
 
@@ -156,7 +170,8 @@ def test_no_division_has_a_smaller_peak(config: RunConfig) -> None:
 @given(config=run_configs())
 def test_bare_formula_of_the_source_is_recovered(config: RunConfig) -> None:
     values = to_json(config)
-    values["plan"].update(count_embeddings=False, freeze_old_layers=True)
+    values["method"] = "step"
+    values["plan"].update(count_embeddings=False)
     values["pet"].update(method="lora")
     values["train"].update(precision="bf16")
     made = plan(RunConfig.model_validate(values))
@@ -185,35 +200,34 @@ def test_layers_that_do_not_fit_a_given_shape_are_refused() -> None:
 
 
 def test_without_freezing_layers_are_divided_evenly_and_everything_is_trained() -> None:
-    made = plan_of(TINY, "plan.num_stages=3", "plan.freeze_old_layers=false", "model.num_hidden_layers=11")
+    made = plan_of(TINY, "plan.num_stages=3", "method=growth", "model.num_hidden_layers=11")
     assert made.layers == (4, 4, 3)
-    assert {stage.trained_patterns for stage in made.stages} == {("*",)}
-    assert {stage.adapters for stage in made.stages} == {None}
+    assert {patterns(phase) for phase in made.schedule.phases} == {("*",)}
+    assert not any(phase.has_adapters for phase in made.schedule.phases)
     assert made.peak_model_state_bytes == made.vanilla_model_state_bytes
 
 
-def trained(patterns: tuple[str, ...], name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def trained(phase: Phase, name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns(phase))
 
 
 def test_only_new_layers_adapters_and_outer_parameters_are_trained_after_growth() -> None:
-    stage = plan_of(TINY, "plan.layers=[10,2]").stages[1]
-    assert stage.layer_map is not None
-    assert stage.layer_map.new_layers == (8, 10)
+    phase = grown(TINY, "plan.layers=[10,2]")
+    assert phase.new_layers == (8, 10)
     for layer in range(12):
         name = f"model.layers.{layer}.self_attn.q_proj"
-        assert trained(stage.trained_patterns, f"{name}.weight") == (layer in (8, 10))
-    assert trained(stage.trained_patterns, "model.layers.1.self_attn.q_proj.lora_A")
-    assert trained(stage.trained_patterns, "model.layers.11.mlp.up_proj.lora_B")
+        assert trained(phase, f"{name}.weight") == (layer in (8, 10))
+    assert trained(phase, "model.layers.1.self_attn.q_proj.lora_A")
+    assert trained(phase, "model.layers.11.mlp.up_proj.lora_B")
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
-        assert trained(stage.trained_patterns, name)
+        assert trained(phase, name)
 
 
 def test_layer_one_does_not_train_layer_eleven() -> None:
-    stage = plan_of(TINY, "plan.layers=[11,1]", "growth.position=lower", "pet.method=none").stages[1]
-    assert stage.trained_patterns[0] == "model.layers.1.*"
-    assert not trained(stage.trained_patterns, "model.layers.11.mlp.up_proj.weight")
-    assert not any("lora" in pattern for pattern in stage.trained_patterns)
+    phase = grown(TINY, "plan.layers=[11,1]", "growth.position=lower", "pet.method=none")
+    assert patterns(phase)[0] == "model.layers.1.*"
+    assert not trained(phase, "model.layers.11.mlp.up_proj.weight")
+    assert not any("lora" in pattern for pattern in patterns(phase))
 
 
 def test_embeddings_can_be_frozen_after_the_first_stage() -> None:
@@ -221,26 +235,29 @@ def test_embeddings_can_be_frozen_after_the_first_stage() -> None:
     first = plan_of(TINY, "plan.layers=[7,5]", "plan.train_embeddings=first_stage")
     outer = always.shape.outer_parameters
     assert first.stages[0] == always.stages[0]
-    assert not trained(first.stages[1].trained_patterns, "model.embed_tokens.weight")
+    assert not trained(first.schedule.phases[1], "model.embed_tokens.weight")
     assert always.stages[1].memory.total_bytes - first.stages[1].memory.total_bytes == 14 * outer
 
 
 def test_first_stage_embeddings_without_freezing_train_every_layer_and_nothing_outside() -> None:
-    stage = plan_of(TINY, "plan.freeze_old_layers=false", "plan.train_embeddings=first_stage").stages[1]
-    assert all(trained(stage.trained_patterns, f"model.layers.{i}.mlp.up_proj.weight") for i in range(12))
-    assert not trained(stage.trained_patterns, "lm_head.weight")
+    stage = plan_of(TINY, "method=growth", "plan.train_embeddings=first_stage").stages[1]
+    (phase,) = stage.phases
+    assert all(trained(phase, f"model.layers.{i}.mlp.up_proj.weight") for i in range(12))
+    assert not trained(phase, "lm_head.weight")
     assert stage.memory.bytes_of("frozen_layers") == 0
 
 
 def test_adapters_have_alpha_four_times_the_rank_and_every_linear_map_by_default() -> None:
-    adapters = plan_of(TINY).stages[1].adapters
-    assert adapters is not None
-    assert (adapters.method, adapters.rank, adapters.alpha, adapters.scaling) == ("lora", 4, 16.0, 4.0)
-    assert adapters.target_modules == (
+    def adapter(*overrides: str) -> Adapter:
+        (only,) = set(grown(TINY, *overrides).adapters.values())
+        return only
+
+    default = adapter()
+    assert (default.method, default.rank, default.alpha, default.scaling) == ("lora", 4, 16.0, 4.0)
+    assert default.target_modules == (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
-    few = plan_of(TINY, "pet.alpha=8", "pet.target_modules=[v_proj,q_proj]").stages[1].adapters
-    assert few is not None
+    few = adapter("pet.alpha=8", "pet.target_modules=[v_proj,q_proj]")
     assert (few.scaling, few.target_modules) == (2.0, ("q_proj", "v_proj"))
 
 
@@ -251,8 +268,8 @@ def test_a_rank_larger_than_a_matrix_is_refused_with_its_numbers() -> None:
 
 
 def test_a_plan_without_adapters_does_not_mind_the_rank() -> None:
-    for override in ("plan.num_stages=1", "pet.method=none", "plan.freeze_old_layers=false"):
-        assert not any(stage.adapters for stage in plan_of(TINY, "pet.rank=1000", override).stages)
+    for override in ("plan.num_stages=1", "pet.method=none", "method=growth"):
+        assert not any(phase.has_adapters for phase in plan_of(TINY, "pet.rank=1000", override).schedule.phases)
 
 
 def test_a_misspelt_target_gets_a_hint() -> None:
@@ -263,21 +280,20 @@ def test_a_misspelt_target_gets_a_hint() -> None:
 
 
 def test_the_seed_moves_random_growth_only() -> None:
-    random = [plan_of(TINY, "growth.position=random", f"seed={seed}").stages[1].layer_map for seed in range(8)]
+    random = [grown(TINY, "growth.position=random", f"seed={seed}").entry for seed in range(8)]
     assert len(set(random)) > 1
-    upper = [plan_of(TINY, f"seed={seed}").stages[1].layer_map for seed in range(8)]
+    upper = [grown(TINY, f"seed={seed}").entry for seed in range(8)]
     assert len(set(upper)) == 1
 
 
 def test_stacking_goes_on_top() -> None:
-    layer_map = plan_of(TINY, "growth.operator=stack").stages[1].layer_map
-    assert layer_map is not None
-    assert layer_map.new_layers == tuple(range(layer_map.num_layers))[-len(layer_map.new_layers) :]
+    phase = grown(TINY, "growth.operator=stack")
+    assert phase.new_layers == tuple(range(phase.num_hidden_layers))[-len(phase.new_layers) :]
 
 
 def test_a_flop_budget_buys_more_tokens_where_layers_are_frozen_without_adapters() -> None:
     budget = ("plan.total_tokens=null", "plan.total_flops=1e13", "plan.layers=[6,6]")
-    everything = plan_of(TINY, *budget, "plan.freeze_old_layers=false")
+    everything = plan_of(TINY, *budget, "method=growth")
     frozen = plan_of(TINY, *budget, "pet.method=none")
     outer_too = plan_of(TINY, *budget, "pet.method=none", "plan.train_embeddings=first_stage")
     assert everything.total_tokens < frozen.total_tokens < outer_too.total_tokens

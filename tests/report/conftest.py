@@ -119,7 +119,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...], float]] = {
     "step_3": ("STEP, 3 stages", ("plan.num_stages=3",), 0.012),
     "step_4": ("STEP, 4 stages", ("plan.num_stages=4",), 0.05),
     "rank_32": ("STEP, rank 32", ("plan.num_stages=2", "pet.rank=32"), 0.06),
-    "growth": ("Growth alone", ("plan.num_stages=2", "plan.freeze_old_layers=false"), -0.02),
+    "growth": ("Growth alone", ("plan.num_stages=2", "method=growth"), -0.02),
     "frozen": ("No adapters", ("plan.num_stages=2", "pet.method=none"), 0.16),
     "first": ("Embeddings frozen", ("plan.num_stages=2", "plan.train_embeddings=first_stage"), 0.11),
     "eight_bit": ("8-bit Adam", ("plan.num_stages=1", "memory.optimizer_states=8bit"), 0.01),

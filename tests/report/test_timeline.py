@@ -12,7 +12,7 @@ from steplm.config import RunConfig, load_config
 from steplm.planner.plan import plan
 from steplm.report import timeline
 from steplm.report.timeline import RunTimeline, draw_timelines, run_timeline, timeline_figure, with_every_option
-from steplm.training.simulate import simulate_growth, simulate_stage
+from steplm.training.simulate import simulate_growth, simulate_phase
 from steplm.types import HOST
 
 
@@ -41,7 +41,7 @@ def counted(measured: bool = False) -> RunTimeline:
 def test_the_highest_point_of_each_part_is_the_peak_that_is_counted_there(measured: bool) -> None:
     config = configure()
     for stage, drawn in zip(plan(config).stages, counted(measured).stages, strict=True):
-        peaks = {instant.name: instant.memory.total_bytes for instant in simulate_stage(config, stage).instants}
+        peaks = {instant.name: instant.memory.total_bytes for instant in simulate_phase(config, stage).instants}
         if stage.index > 1:
             peaks |= {i.name: i.memory.total_bytes for i in simulate_growth(config, stage).instants}
         names = {"growth": "growth", "forward": "forward", "backward": "backward", "update": "optimizer step"}

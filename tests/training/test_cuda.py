@@ -20,7 +20,7 @@ from steplm.planner.plan import plan
 from steplm.training import run as run_module
 from steplm.training.metrics import read_metrics
 from steplm.training.run import train
-from steplm.training.simulate import LIBRARIES, measure_stage
+from steplm.training.simulate import LIBRARIES, measure_phase
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -112,7 +112,7 @@ def test_the_planned_peak_is_what_the_allocator_gives_out(option: tuple[str, ...
     stage = plan(config).stages[1]
     assert stage.peak is not None
     planned = max(i.memory.total_bytes for i in stage.peak.instants if i.name not in ("growth", "evaluation"))
-    held = measure_stage(config, stage, "cuda").highest.memory
+    held = measure_phase(config, stage, "cuda").highest.memory
     measured = held.total_bytes - held.bytes_of("model", LIBRARIES)
     # Without expandable segments, which another test may have come too early for, up to 1 MiB a tensor is lost.
     assert 0.99 <= planned / measured <= 1.02

@@ -22,23 +22,23 @@ from steplm.types import to_json
 Configure = Callable[..., RunConfig]
 EqualRuns = Callable[[Path, Path], None]
 
-RELORA = ("plan.num_stages=1", "pet.layers=all", "pet.warm_start=0.25", "pet.restarts=2", "optim.schedule_over=run")
+RELORA = ("plan.num_stages=1", "method=relora", "pet.warm_start=0.25", "pet.restarts=2", "optim.schedule_over=run")
 METHODS = {
-    "lora": ("plan.num_stages=1", "pet.layers=all"),
+    "lora": ("plan.num_stages=1", "method=lora"),
     "relora": (*RELORA, "pet.restart_keep=0.1"),
     "step with restarts": ("pet.restarts=1",),
     "step with one schedule": ("optim.schedule_over=run",),
-    "badam": ("plan.num_stages=1", "optim.name=badam", "optim.switch_steps=3"),
+    "badam": ("plan.num_stages=1", "method=badam", "optim.switch_steps=3"),
     "galore": ("plan.num_stages=1", "optim.name=galore", "optim.rank=4", "optim.update_proj_gap=3"),
     "apollo": ("plan.num_stages=1", "optim.name=apollo", "optim.rank=4", "optim.update_proj_gap=3"),
     "apollo_mini": ("plan.num_stages=1", "optim.name=apollo_mini", "optim.update_proj_gap=3"),
     "step with galore": ("optim.name=galore", "optim.rank=4", "optim.update_proj_gap=3"),
     "old layers under apollo_mini": (
-        "plan.num_stages=3", "plan.layers=[2,1,1]", "plan.freeze_old_layers=false", "optim.name=apollo_mini",
+        "plan.num_stages=3", "plan.layers=[2,1,1]", "method=growth", "optim.name=apollo_mini",
         "optim.low_rank_layers=old", "optim.update_proj_gap=3", "memory.master_weights=adamw",
     ),
     "old layers under galore, fused": (
-        "plan.freeze_old_layers=false", "optim.name=galore", "optim.rank=4", "optim.low_rank_layers=old",
+        "method=growth", "optim.name=galore", "optim.rank=4", "optim.low_rank_layers=old",
         "memory.fused_backward=true", "optim.max_grad_norm=null",
     ),
     "galore, fused": (
@@ -169,7 +169,7 @@ def test_the_planner_makes_later_stages_smaller_only_where_old_layers_take_fewer
 def test_where_all_layers_have_low_rank_states_the_plan_has_the_hash_that_it_had_before_there_was_a_choice(
     tiny_run: Configure, tmp_path: Path
 ) -> None:
-    growing = ("plan.freeze_old_layers=false", "optim.name=apollo_mini")
+    growing = ("method=growth", "optim.name=apollo_mini")
     for overrides, is_same in ((growing, True), ((*growing, "optim.low_rank_layers=old"), False)):
         made = plan(tiny_run(tmp_path, *overrides))
         without = replace(made, stages=tuple(replace(stage, low_rank_layers=()) for stage in made.stages))
@@ -179,17 +179,17 @@ def test_where_all_layers_have_low_rank_states_the_plan_has_the_hash_that_it_had
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("pet.layers=all",), "plan.num_stages=1"),
-        (("plan.num_stages=1", "pet.layers=all", "pet.method=none"), "adapter method"),
-        (("pet.warm_start=0.5",), "pet.layers=all"),
+        (("method=lora",), "plan.num_stages=1"),
+        (("plan.num_stages=1", "method=lora", "pet.method=none"), "adapter method"),
+        (("pet.warm_start=0.5",), "method=lora"),
         (("plan.num_stages=1", "pet.restarts=1"), "this run has none"),
         (("pet.method=none", "pet.restarts=1"), "this run has none"),
-        (("optim.name=badam",), "plan.num_stages=1"),
-        (("plan.num_stages=1", "optim.name=badam", "memory.frozen_weights=nf4"), "leaves no layer frozen"),
-        (("plan.num_stages=1", "optim.name=badam", "train.gradient_checkpointing=frozen"), "leaves no layer frozen"),
+        (("method=badam",), "plan.num_stages=1"),
+        (("plan.num_stages=1", "method=badam", "memory.frozen_weights=nf4"), "leaves no layer frozen"),
+        (("plan.num_stages=1", "method=badam", "train.gradient_checkpointing=frozen"), "leaves no layer frozen"),
         (("optim.name=galore", "memory.optimizer_states=8bit"), "optimizer_states"),
         (("memory.master_weights=adamw", "train.precision=bf16"), "has none"),
-        (("optim.low_rank_layers=old", "plan.freeze_old_layers=false"), "under galore, apollo or apollo_mini"),
+        (("optim.low_rank_layers=old", "method=growth"), "under galore, apollo or apollo_mini"),
         (("optim.low_rank_layers=old", "optim.name=galore", "plan.num_stages=1"), "there before a growth"),
         (("optim.low_rank_layers=old", "optim.name=galore"), "freezes them"),
         (("pet.restarts=100",), "too few"),
@@ -213,7 +213,7 @@ def test_another_optimizer_cannot_take_over_a_run(tiny_run: Configure, tmp_path:
 def test_other_layers_cannot_get_low_rank_states_in_the_middle_of_a_run(tiny_run: Configure, tmp_path: Path) -> None:
     from steplm.errors import CheckpointMismatch
 
-    everywhere = ("plan.freeze_old_layers=false", "optim.name=apollo_mini")
+    everywhere = ("method=growth", "optim.name=apollo_mini")
     train(tiny_run(tmp_path, *everywhere))
     with pytest.raises(CheckpointMismatch, match=r"optim\.low_rank_layers: all -> old"):
         train(tiny_run(tmp_path, *everywhere, "optim.low_rank_layers=old"))

@@ -16,7 +16,7 @@ from steplm.config import RunConfig, load_config
 from steplm.cost.count import ByteCounter
 from steplm.models.loss import chunked_cross_entropy
 from steplm.planner.plan import plan
-from steplm.training.simulate import simulate_stage
+from steplm.training.simulate import simulate_phase
 
 LOW, HIGH = -0.001, 0.03
 FUSED = ("memory.fused_backward=true", "optim.max_grad_norm=null")
@@ -44,7 +44,7 @@ def difference(stage_index: int, *overrides: str) -> float:
     assert stage.peak is not None
     of_steps = [instant for instant in stage.peak.instants if instant.name not in ("growth", "evaluation")]
     planned = max(instant.memory.total_bytes for instant in of_steps)
-    return planned / simulate_stage(config, stage).total_bytes - 1
+    return planned / simulate_phase(config, stage).total_bytes - 1
 
 
 # Every pair of choices of two columns is in some row, or nearly so.
@@ -94,7 +94,7 @@ def test_so_they_do_in_other_families(name: str) -> None:
     assert LOW <= difference(2, *MODELS[name]) <= HIGH
 
 
-THAWED = ("plan.freeze_old_layers=false", "optim.low_rank_layers=old", "memory.master_weights=adamw")
+THAWED = ("method=growth", "optim.low_rank_layers=old", "memory.master_weights=adamw")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "8bit": ("memory.optimizer_states=8bit",),
     "no master": ("memory.master_weights=false",),
@@ -109,7 +109,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "few adapters": ("pet.target_modules=[down_proj]",),
     "frozen embeddings": ("plan.train_embeddings=first_stage", RECOMPUTED),
     "no adapters": ("pet.method=none",),
-    "no freezing": ("plan.freeze_old_layers=false",),
+    "no freezing": ("method=growth",),
     "old layers under apollo_mini": ("optim.name=apollo_mini", *THAWED),
     "old layers under galore, a small batch": (
         "optim.name=galore",
@@ -187,5 +187,5 @@ def test_that_is_the_whole_difference_of_a_tied_model_on_few_tokens() -> None:
     stage = plan(config).stages[0]
     assert stage.peak is not None
     assert stage.peak.highest.name == "backward of the embeddings"
-    more = simulate_stage(config, stage).total_bytes - stage.peak.total_bytes
+    more = simulate_phase(config, stage).total_bytes - stage.peak.total_bytes
     assert more == pytest.approx(4 * 30000 * 256, rel=0.02)

@@ -128,7 +128,7 @@ def test_a_difference_from_the_plan_stops_the_run(
     "overrides",
     [
         ["plan.layers=[3,1]", "growth.operator=identity"],
-        ["plan.layers=[3,1]", "growth.operator=identity", "plan.freeze_old_layers=false"],
+        ["plan.layers=[3,1]", "growth.operator=identity", "method=growth"],
         ["plan.layers=[3,1]", "growth.operator=identity", "pet.method=none"],
     ],
 )

@@ -20,10 +20,10 @@ from steplm.training.simulate import (
     FORWARD,
     GROWTH,
     STEP,
-    measure_stage,
+    measure_phase,
     measure_timeline,
     simulate_growth,
-    simulate_stage,
+    simulate_phase,
     simulate_timeline,
 )
 from steplm.training.timeline import GROWN_WEIGHTS, STAGE_WEIGHTS
@@ -68,7 +68,7 @@ def by_instant(peak: PeakEstimate) -> dict[str, dict[str, int]]:
 @cache
 def simulated(stage_index: int, *overrides: str) -> dict[str, dict[str, int]]:
     config = configure(*overrides)
-    return by_instant(simulate_stage(config, plan(config).stages[stage_index - 1]))
+    return by_instant(simulate_phase(config, plan(config).stages[stage_index - 1]))
 
 
 @pytest.mark.parametrize(
@@ -88,14 +88,14 @@ def test_simulated_bytes_are_the_counted_bytes_of_real_tensors(overrides: tuple[
     config = configure(*overrides)
     for stage in plan(config).stages:
         assert list(simulated(stage.index, *overrides)) == [AT_REST, FORWARD, BACKWARD, STEP]
-        assert simulated(stage.index, *overrides) == by_instant(measure_stage(config, stage, "cpu"))
+        assert simulated(stage.index, *overrides) == by_instant(measure_phase(config, stage, "cpu"))
 
 
 def test_so_they_are_with_every_memory_option() -> None:
     config = configure(*EVERYTHING)
     instants = simulated(2, *EVERYTHING)
     assert list(instants) == [AT_REST, FORWARD, BACKWARD]
-    assert instants == by_instant(measure_stage(config, plan(config).stages[1], "cpu"))
+    assert instants == by_instant(measure_phase(config, plan(config).stages[1], "cpu"))
     assert instants[FORWARD][HOST] > instants[AT_REST][HOST] > 0, "frozen weights are there, and activations come"
 
 
@@ -150,7 +150,7 @@ def test_fake_attention_is_the_flash_kernel(
 
     monkeypatch.setattr(simulate, "_forward", watched)
     config = configure(f"model.num_key_value_heads={num_key_value_heads}", f"train.sequence_length={sequence_length}")
-    simulate_stage(config, plan(config).stages[1])
+    simulate_phase(config, plan(config).stages[1])
     assert "_scaled_dot_product_flash_attention_for_cpu" in seen.names
     assert "_softmax" not in seen.names
     linear = 2 * sequence_length * 176  # the widest activation; attention scores would be 8 S^2
