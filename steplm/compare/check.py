@@ -95,7 +95,7 @@ def check_folders(suite: Suite, configs: dict[RunKey, RunConfig]) -> None:
     from steplm.training.folder import RunFolder
 
     fingerprint = cache(lambda folder: Manifest.load(folder).fingerprint)  # most runs have the same folder
-    for run, config in configs.items():
+    for config in configs.values():
         folder = RunFolder.open(config.run_dir)
         changed = check_same_run(config, folder)
         before, now = folder.data_fingerprint, fingerprint(config.prepared_dir)

@@ -121,7 +121,9 @@ def _plan_table(stages: Sequence[Stage]) -> str:
 
 
 def _trained_components(stage: Stage) -> list[str]:
-    return [words for name, words in COMPONENTS.items() if stage.memory.bytes_of(name, "optimizer")]
+    trained = [words for name, words in COMPONENTS.items() if stage.memory.bytes_of(name, "optimizer")]
+    num_layers = len(stage.highest_phase.trained_layers)
+    return [f"{num_layers} {words}" if words == "layers" else words for words in trained]
 
 
 def _pet_and_growth(config: RunConfig, plan: Plan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ from steplm.cost.activations import (
 )
 from steplm.pet.adapters import attach
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
-from steplm.types import AdapterSpec
+from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -31,9 +32,12 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 B, S = 3, 16
 
 
-def workload(model_type: str = "llama", precision: str = "bf16", *targets: str, rank: int = 4) -> Workload:
-    shape = shape_from_hf_config({"model_type": model_type, **SIZES})
-    return Workload(shape, precision, B, S, rank if targets else 0, targets)
+def workload(model_type: str = "llama", precision: str = "bf16") -> Workload:
+    return Workload(shape_from_hf_config({"model_type": model_type, **SIZES}), precision, B, S)
+
+
+def adapted_on(*targets: str) -> Adapter | Frozen:
+    return Adapter(4, 4.0, targets) if targets else Frozen()
 
 
 def test_a_trained_layer_by_hand() -> None:
@@ -45,7 +49,7 @@ def test_a_trained_layer_by_hand() -> None:
         "inputs of the attention's maps and of gate and up": 2 * (2 * N * d),
         "gate, its activation, up and their product": 4 * (2 * N * f),
     }
-    layer = layer_activations(workload(), trained=True)
+    layer = layer_activations(workload(), Trained())
     assert layer.saved == sum(expected.values())
     assert layer.backward == 2 * N * d + 2 * (2 * N * f)
     assert layer.product_gradient == 2 * N * d + 2 * N * f
@@ -54,28 +58,28 @@ def test_a_trained_layer_by_hand() -> None:
 
 def test_a_frozen_layer_saves_no_input_that_only_a_weights_gradient_needs() -> None:
     N, d, f, r = B * S, 32, 80, 4
-    trained = layer_activations(workload(), trained=True)
-    frozen = layer_activations(workload(), trained=False)
+    trained = layer_activations(workload(), Trained())
+    frozen = layer_activations(workload(), Frozen())
     inputs = 2 * (2 * N * d) + 2 * N * f
     normalised = 2 * (2 * N * d)
     assert trained.saved - frozen.saved == inputs + normalised
     assert (frozen.first_gradient, frozen.backward) == (0, 2 * N * d + 3 * (2 * N * f))
-    adapted = layer_activations(workload("llama", "bf16", *ALL), trained=False)
+    adapted = layer_activations(workload(), adapted_on(*ALL))
     assert adapted.saved - frozen.saved == inputs + 7 * 2 * N * r
     assert adapted.first_gradient == 2 * r * (d + f)
-    only_down = layer_activations(workload("llama", "bf16", "down_proj"), trained=False)
+    only_down = layer_activations(workload(), adapted_on("down_proj"))
     assert only_down.saved - frozen.saved == 2 * N * f + 2 * N * r
-    only_values = layer_activations(workload("llama", "bf16", "v_proj"), trained=False)
+    only_values = layer_activations(workload(), adapted_on("v_proj"))
     assert only_values.saved - frozen.saved == 2 * N * d + 2 * N * r
     assert only_values.first_gradient == 0
 
 
 def test_norms_of_heads_and_a_mask_are_saved_too() -> None:
     N, q, k = B * S, 32, 16
-    llama, qwen3 = (layer_activations(workload(name), trained=True).saved for name in ("llama", "qwen3"))
+    llama, qwen3 = (layer_activations(workload(name), Trained()).saved for name in ("llama", "qwen3"))
     assert qwen3 - llama == (4 + 2) * N * (q + k) + 4 * (N * 4 + N * 2)
     masked = replace(workload(), has_mask=True)
-    assert layer_activations(masked, trained=True).saved - llama == 2 * N * S
+    assert layer_activations(masked, Trained()).saved - llama == 2 * N * S
     assert masked.batch_bytes - workload().batch_bytes == 8 * N + 2 * 2 * (N - S) * 8
 
 
@@ -124,23 +128,29 @@ def saved_bytes(model: PreTrainedModel) -> int:
     return total
 
 
-def model_of(model_type: str, targets: tuple[str, ...] | None) -> PreTrainedModel:
-    """One bf16 layer, trained, or frozen under adapters of rank 4 on ``targets``."""
+def model_of(model_type: str, phase: Phase) -> PreTrainedModel:
+    """One bf16 layer in its role; nothing outside is trained."""
     config = AutoConfig.for_model(model_type, **SIZES)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    if targets is not None:
-        if targets:
-            attach(model, AdapterSpec("lora", 4, 4.0, targets, (0,)), "model.layers", seed=0)
+    attach(model, phase, "model.layers", seed=0)
+    if phase.frozen_layers:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora" in name)
     return model
 
 
-@pytest.mark.parametrize("targets", [None, (), ALL, ("down_proj",), ("q_proj", "v_proj")], ids=str)
+ROLES = {
+    "trained": Trained(),
+    "frozen": Frozen(),
+    **{" ".join(targets): adapted_on(*targets) for targets in (ALL, ("down_proj",), ("q_proj", "v_proj"))},
+}
+
+
+@pytest.mark.parametrize("role", ROLES.values(), ids=ROLES)
 @pytest.mark.parametrize("model_type", MODELLED)
-def test_autograd_saves_what_is_counted(model_type: str, targets: tuple[str, ...] | None) -> None:
-    planned = layer_activations(workload(model_type, "bf16", *(targets or ())), trained=targets is None).saved
-    saved = saved_bytes(model_of(model_type, targets))
+def test_autograd_saves_what_is_counted(make_phase: Callable[..., Phase], model_type: str, role: Role) -> None:
+    planned = layer_activations(workload(model_type), role).saved
+    saved = saved_bytes(model_of(model_type, make_phase([role])))
     assert abs(saved - planned) <= 64, "but for a few scalars"
 
 
@@ -156,13 +166,13 @@ def test_autograd_saves_what_is_counted(model_type: str, targets: tuple[str, ...
 def test_activations_grow_with_tokens_and_training_and_no_number_is_negative(
     model_type: str, precision: str, targets: list[str], sequences: int, length: int, trained: bool
 ) -> None:
-    work = replace(workload(model_type, precision, *targets), num_sequences=sequences, sequence_length=length)
-    here = layer_activations(work, trained=trained)
+    work = replace(workload(model_type, precision), num_sequences=sequences, sequence_length=length)
+    role = Trained() if trained else adapted_on(*targets)
+    here = layer_activations(work, role)
     assert min(vars(here).values()) >= 0
-    twice = layer_activations(replace(work, num_sequences=2 * sequences), trained=trained)
+    twice = layer_activations(replace(work, num_sequences=2 * sequences), role)
     assert twice.saved == 2 * here.saved, "each sequence is alone"
-    longer = layer_activations(replace(work, sequence_length=length + 1), trained=trained)
+    longer = layer_activations(replace(work, sequence_length=length + 1), role)
     assert longer.saved > here.saved
     assert here.product_gradient <= here.backward <= here.fetched_backward + here.saved
-    frozen = layer_activations(replace(work, adapter_targets=(), adapter_rank=0), trained=False)
-    assert frozen.saved <= here.saved
+    assert layer_activations(work, Frozen()).saved <= here.saved

@@ -11,10 +11,11 @@ from rich.console import Console
 
 from steplm.config import load_config
 from steplm.cost.measure import PeakMemory
+from steplm.planner.plan import Plan
 from steplm.planner.plan import plan as make_plan
 from steplm.training.display import Display, RichDisplay
 from steplm.training.step import StepReport, StepResult
-from steplm.types import MemoryEstimate, Plan, TrainState
+from steplm.types import MemoryEstimate, TrainState
 
 
 @pytest.fixture
@@ -40,9 +41,9 @@ def test_paths_with_brackets_are_printed_as_they_are(kind: type[Display]) -> Non
 
 def _show_step(display: Display, plan: Plan, seconds_left: int, speed: float) -> None:
     tokens_seen = plan.total_tokens - round(seconds_left * speed)
-    progress = TrainState(1, step=5, stage_tokens_seen=tokens_seen, tokens_seen=tokens_seen)
+    progress = TrainState(1, 1, step=5, phase_step=5, tokens_seen=tokens_seen)
     result = StepResult(loss=1.0, grad_norm=1.0)
-    display.step(StepReport(plan.stages[0], progress, 9, result, 1e-3, speed, PeakMemory()))
+    display.step(StepReport(plan.schedule.phases[0], progress, 9, result, 1e-3, speed, PeakMemory()))
 
 
 def test_a_log_line_tells_the_time_that_is_left_of_the_whole_plan(plan: Plan) -> None:
@@ -66,16 +67,17 @@ def test_the_bar_tells_the_same_time_from_the_first_step(plan: Plan) -> None:
 
 
 def test_the_table_of_a_stage_marks_the_rows_that_differ(plan: Plan) -> None:
-    stage = plan.stages[1]
-    first, *others = stage.memory.terms
+    phase = plan.schedule.phases[1]
+    cost = plan.cost(phase)
+    first, *others = cost.memory.terms
     for measured, differing in (
-        (stage.memory, 0),
+        (cost.memory, 0),
         (MemoryEstimate((replace(first, num_bytes=first.num_bytes + 1), *others)), 2),
     ):
         console, text = _console()
-        Display(console).stage_start(stage, measured)
+        Display(console).phase_start(phase, cost, measured)
         lines = text.getvalue().splitlines()
         rows = {line.split()[0]: line for line in lines[2:]}
         assert list(rows) == ["weights", "gradients", "optimizer", "adapters", "total"]
-        assert f"{stage.memory.total_bytes:,}" in rows["total"]
+        assert f"{cost.memory.total_bytes:,}" in rows["total"]
         assert sum("differs" in row for row in rows.values()) == differing

@@ -13,7 +13,7 @@ from steplm.config import RunConfig
 from steplm.errors import CheckpointMismatch
 from steplm.models.folder import load_state
 from steplm.planner.plan import plan
-from steplm.training import stage as stage_module
+from steplm.training import loop as loop_module
 from steplm.training.display import Display
 from steplm.training.metrics import read_metrics
 from steplm.training.run import RunResult, train
@@ -62,7 +62,7 @@ def test_a_stopped_run_ends_as_the_unbroken_one(
     options = (*BASE, *OPTIONS[name])
     unbroken = run(tiny_run(tmp_path / "unbroken", *options))
     config = tiny_run(tmp_path / "stopped", *options)
-    original, seen = stage_module.train_step, 0
+    original, seen = loop_module.train_step, 0
 
     def stopping(*args: object, **keys: object) -> object:
         nonlocal seen
@@ -71,7 +71,7 @@ def test_a_stopped_run_ends_as_the_unbroken_one(
             signal.raise_signal(signal.SIGTERM)
         return original(*args, **keys)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stage_module, "train_step", stopping)
+    monkeypatch.setattr(loop_module, "train_step", stopping)
     assert [train(config).finished for _ in range(3)] == [False, False, True]
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
     assert unbroken.export_dir is not None
@@ -124,13 +124,13 @@ def test_a_begun_run_keeps_its_layers_at_another_micro_batch(
     base = ("plan.total_tokens=1024", "model.num_hidden_layers=8")
     first, second = tiny_run(tmp_path, *base, *large), tiny_run(tmp_path, *base, *small)
     assert plan(first).layers != plan(second).layers, "what this test needs"
-    original = stage_module.train_step
+    original = loop_module.train_step
 
     def stopping(*args: object, **keys: object) -> object:
         signal.raise_signal(signal.SIGTERM)
         return original(*args, **keys)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stage_module, "train_step", stopping)
+    monkeypatch.setattr(loop_module, "train_step", stopping)
     assert not train(first).finished
     monkeypatch.undo()
     assert run(second).plan.layers == plan(first).layers

@@ -220,7 +220,8 @@ def test_other_layers_cannot_get_low_rank_states_in_the_middle_of_a_run(tiny_run
 
 
 def test_plans_survive_json(tiny_run: Configure, tmp_path: Path) -> None:
-    from steplm.types import Plan, from_json
+    from steplm.planner.plan import Plan
+from steplm.types import from_json
 
     made = plan(tiny_run(tmp_path, *RELORA))
     assert from_json(Plan, to_json(made)) == made

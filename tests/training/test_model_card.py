@@ -11,10 +11,11 @@ import yaml
 
 from steplm.checkpoint import CheckpointState
 from steplm.config import RunConfig, load_config
+from steplm.planner.plan import Plan
 from steplm.planner.plan import plan as make_plan
 from steplm.training.model_card import model_card, public_name
 from steplm.training.run import train
-from steplm.types import LayerProvenance, Plan, TrainState
+from steplm.types import LayerProvenance, TrainState
 
 CONFIG = load_config(
     {
@@ -36,8 +37,9 @@ def plan() -> Plan:
 def state_of(plan: Plan, stage_index: int = 2, stage_done: bool = True) -> CheckpointState:
     old = LayerProvenance(1, (), None)
     return CheckpointState(
-        progress=TrainState(stage_index, 10, plan.stages[stage_index - 1].tokens, plan.total_tokens, stage_done),
-        plan_hash=plan.hash,
+        progress=TrainState(stage_index, stage_index, 10, 10, plan.total_tokens, stage_done, stage_done),
+        schedule_hash=plan.schedule.hash,
+        phase=plan.schedule.phases[stage_index - 1],
         data_fingerprint="0",
         provenance=(
             old,
@@ -46,7 +48,6 @@ def state_of(plan: Plan, stage_index: int = 2, stage_done: bool = True) -> Check
             LayerProvenance(2, (1,), "identity"),
         ),
         trained_names=(),
-        adapters=None,
         optimizer_steps={},
         metrics_bytes=0,
         elapsed_seconds=1.0,
@@ -73,8 +74,8 @@ def test_the_plan_is_a_table_of_stages(plan: Plan) -> None:
     _, body = card(CONFIG, plan, state_of(plan))
     rows = [line for line in body.splitlines() if line.startswith(("| 1 | 2 (2 new)", "| 2 | 4 (2 new)"))]
     assert len(rows) == 2
-    assert "| 3M | new layers, embeddings, final norm, head |" in rows[0]
-    assert "new layers, adapters, embeddings" in rows[1]
+    assert "| 3M | 2 layers, embeddings, final norm, head |" in rows[0]
+    assert "2 layers, adapters, embeddings" in rows[1]
     assert f"{plan.reduction:.1%} less" in body
     assert "lora, rank 8, alpha 32" in body
 

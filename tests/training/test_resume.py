@@ -14,10 +14,12 @@ from steplm.checkpoint import folder as folder_module
 from steplm.checkpoint.folder import complete_checkpoints
 from steplm.config import RunConfig
 from steplm.errors import CheckpointError
-from steplm.training import run as run_module
-from steplm.training import stage as stage_module
+from steplm.training import enter as enter_module
+from steplm.training import loop as loop_module
+from steplm.training import save as save_module
+from steplm.training.context import RunContext
 from steplm.training.metrics import read_metrics
-from steplm.training.run import Run, train
+from steplm.training.run import train
 
 Configure = Callable[..., RunConfig]
 EqualRuns = Callable[[Path, Path], None]
@@ -66,16 +68,16 @@ def test_where_every_checkpoint_is_damaged_no_start_begins_anew(tiny_run: Config
 @pytest.mark.parametrize(
     ("module", "function", "call"),
     [
-        (stage_module, "train_step", 3),
-        (stage_module, "train_step", 9),
-        (stage_module, "grow", 1),
-        (stage_module, "grow", 2),
-        (stage_module, "merge_state", 1),
+        (loop_module, "train_step", 3),
+        (loop_module, "train_step", 9),
+        (enter_module, "grow", 1),
+        (enter_module, "grow", 2),
+        (enter_module, "merge_state", 1),
         (folder_module, "save_folder", 2),
         (folder_module, "_fingerprints", 1),
         (folder_module, "write_atomically", 1),
         (folder_module, "write_atomically", 4),
-        (run_module, "prune_checkpoints", 3),
+        (save_module, "prune_checkpoints", 3),
     ],
 )
 def test_killed_at_a_chosen_instant_a_run_equals_the_unbroken_one(
@@ -109,7 +111,7 @@ def test_sigterm_saves_and_ends_in_order_and_the_run_resumes(
     tiny_run: Configure, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_equal_runs: EqualRuns
 ) -> None:
     config = tiny_run(tmp_path, *OVERRIDES)
-    original, steps = stage_module.train_step, 0
+    original, steps = loop_module.train_step, 0
 
     def terminating(*args: object, **kwargs: object) -> object:
         nonlocal steps
@@ -119,7 +121,7 @@ def test_sigterm_saves_and_ends_in_order_and_the_run_resumes(
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage_module, "train_step", terminating)
+        patch.setattr(loop_module, "train_step", terminating)
         result = train(config)
     assert not result.finished
     assert result.stop_signal == signal.SIGTERM
@@ -137,9 +139,9 @@ def test_a_signal_that_comes_while_ranks_agree_waits_for_the_next_step() -> None
         return bool(flag)
 
     run.world = SimpleNamespace(any=any_rank)
-    Run.agree_to_stop(run)  # type: ignore[arg-type]
+    RunContext.agree_to_stop(run)  # type: ignore[arg-type]
     assert run.stop_signal is None
-    Run.agree_to_stop(run)  # type: ignore[arg-type]
+    RunContext.agree_to_stop(run)  # type: ignore[arg-type]
     assert run.stop_signal == signal.SIGTERM
 
 
@@ -150,7 +152,7 @@ def test_a_model_with_dropout_resumes_exactly_too(
     train(tiny_run(tmp_path / "unbroken", *overrides))
     config = tiny_run(tmp_path / "broken", *overrides)
     with monkeypatch.context() as patch:
-        patch.setattr(stage_module, "grow", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(enter_module, "grow", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
         assert _wait(_in_child(lambda: train(config))) == -signal.SIGKILL
     train(config)
     assert_equal_runs(tmp_path / "broken", tmp_path / "unbroken")
@@ -161,15 +163,15 @@ def test_resuming_continues_and_does_not_start_again(
 ) -> None:
     config = tiny_run(tmp_path, *OVERRIDES)
     with monkeypatch.context() as patch:
-        patch.setattr(stage_module, "grow", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(enter_module, "grow", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
         assert _wait(_in_child(lambda: train(config))) == -signal.SIGKILL
-    original, calls = stage_module.train_step, []
+    original, calls = loop_module.train_step, []
 
     def counting(*args: object, **kwargs: object) -> object:
         calls.append(1)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(stage_module, "train_step", counting)
+    monkeypatch.setattr(loop_module, "train_step", counting)
     train(config)
     ends = read_metrics(unbroken / "metrics.jsonl", "stage_end")
     assert len(calls) == sum(entry["step"] for entry in ends if entry["stage"] > 1) > 0

@@ -21,7 +21,8 @@ from steplm.models.build import build_model
 from steplm.optim import build as build_module
 from steplm.pet.adapters import attach, load_adapter_state
 from steplm.training import run as run_module
-from steplm.training import stage as stage_module
+from steplm.training import enter as enter_module
+from steplm.training import loop as loop_module
 from steplm.training.export import export
 from steplm.training.metrics import read_metrics
 from steplm.training.run import train
@@ -157,19 +158,19 @@ def test_after_growth_every_trained_parameter_moves_and_no_frozen_one(
     first: dict[int, dict[str, torch.Tensor]] = {}
     last: dict[int, dict[str, torch.Tensor]] = {}
     trained: dict[int, set[str]] = {}
-    entrance, save = stage_module.check_entrance, stage_module.save
+    entrance, save = enter_module.check_entrance, loop_module.save
 
-    def at_entrance(run, stage, start, assembled):  # type: ignore[no-untyped-def]
-        first[stage.index] = {name: p.detach().clone() for name, p in assembled.model.named_parameters()}
-        trained[stage.index] = set(assembled.optimizer.parameters)
-        entrance(run, stage, start, assembled)
+    def at_entrance(run, phase, start, assembled):  # type: ignore[no-untyped-def]
+        first[phase.stage] = {name: p.detach().clone() for name, p in assembled.model.named_parameters()}
+        trained[phase.stage] = set(assembled.rules.parameters)
+        entrance(run, phase, start, assembled)
 
-    def at_save(run, stage, start, model, *rest):  # type: ignore[no-untyped-def]
-        last[stage.index] = {name: p.detach().clone() for name, p in model.named_parameters()}
-        return save(run, stage, start, model, *rest)
+    def at_save(run, phase, start, assembled, *rest):  # type: ignore[no-untyped-def]
+        last[phase.stage] = {name: p.detach().clone() for name, p in assembled.model.named_parameters()}
+        return save(run, phase, start, assembled, *rest)
 
     monkeypatch.setattr(run_module, "check_entrance", at_entrance)
-    monkeypatch.setattr(stage_module, "save", at_save)
+    monkeypatch.setattr(loop_module, "save", at_save)
     train(tiny_run(tmp_path))
     for stage in (1, 2):
         moved = {name for name in first[stage] if not torch.equal(first[stage][name], last[stage][name])}
@@ -183,17 +184,17 @@ def test_the_old_model_is_gone_before_the_grown_one_is_built(
     tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[int] = []
-    enter = stage_module.enter_stage
+    enter = enter_module.enter
 
-    def counting(run, stage, checkpoint):  # type: ignore[no-untyped-def]
+    def counting(run, phase, before_phase):  # type: ignore[no-untyped-def]
         alive.append(sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects()))
-        return enter(run, stage, checkpoint)
+        return enter(run, phase, before_phase)
 
     # With the collector at rest, as it may be when a model is dropped: nothing may hang on to the old one.
     gc.collect()
     gc.disable()
     before = sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects())
-    monkeypatch.setattr(run_module, "enter_stage", counting)
+    monkeypatch.setattr(run_module, "enter", counting)
     try:
         train(tiny_run(tmp_path))
     finally:

@@ -66,9 +66,9 @@ def by_instant(peak: PeakEstimate) -> dict[str, dict[str, int]]:
 
 
 @cache
-def simulated(stage_index: int, *overrides: str) -> dict[str, dict[str, int]]:
+def simulated(phase_index: int, *overrides: str) -> dict[str, dict[str, int]]:
     config = configure(*overrides)
-    return by_instant(simulate_phase(config, plan(config).stages[stage_index - 1]))
+    return by_instant(simulate_phase(config, plan(config).schedule.phases[phase_index - 1]))
 
 
 @pytest.mark.parametrize(
@@ -86,16 +86,16 @@ def simulated(stage_index: int, *overrides: str) -> dict[str, dict[str, int]]:
 )
 def test_simulated_bytes_are_the_counted_bytes_of_real_tensors(overrides: tuple[str, ...]) -> None:
     config = configure(*overrides)
-    for stage in plan(config).stages:
-        assert list(simulated(stage.index, *overrides)) == [AT_REST, FORWARD, BACKWARD, STEP]
-        assert simulated(stage.index, *overrides) == by_instant(measure_phase(config, stage, "cpu"))
+    for phase in plan(config).schedule.phases:
+        assert list(simulated(phase.index, *overrides)) == [AT_REST, FORWARD, BACKWARD, STEP]
+        assert simulated(phase.index, *overrides) == by_instant(measure_phase(config, phase, "cpu"))
 
 
 def test_so_they_are_with_every_memory_option() -> None:
     config = configure(*EVERYTHING)
     instants = simulated(2, *EVERYTHING)
     assert list(instants) == [AT_REST, FORWARD, BACKWARD]
-    assert instants == by_instant(measure_phase(config, plan(config).stages[1], "cpu"))
+    assert instants == by_instant(measure_phase(config, plan(config).schedule.phases[1], "cpu"))
     assert instants[FORWARD][HOST] > instants[AT_REST][HOST] > 0, "frozen weights are there, and activations come"
 
 
@@ -150,7 +150,7 @@ def test_fake_attention_is_the_flash_kernel(
 
     monkeypatch.setattr(simulate, "_forward", watched)
     config = configure(f"model.num_key_value_heads={num_key_value_heads}", f"train.sequence_length={sequence_length}")
-    simulate_phase(config, plan(config).stages[1])
+    simulate_phase(config, plan(config).schedule.phases[1])
     assert "_scaled_dot_product_flash_attention_for_cpu" in seen.names
     assert "_softmax" not in seen.names
     linear = 2 * sequence_length * 176  # the widest activation; attention scores would be 8 S^2
@@ -169,7 +169,7 @@ def test_growth_holds_plain_weights_and_little_else() -> None:
 
 def test_the_timeline_has_every_part_and_its_peak() -> None:
     config = configure()
-    parts = simulate_timeline(config, plan(config).stages[1])
+    parts = simulate_timeline(config, plan(config).schedule.phases[1])
     steps = [FORWARD, BACKWARD, STEP, *2 * [FORWARD, BACKWARD], STEP]
     assert [part.name for part in parts] == [GROWN_WEIGHTS, GROWTH, STAGE_WEIGHTS, ASSEMBLY, AT_REST, *steps]
     peaks = {name: max(part.peak_bytes for part in parts if part.name == name) for name in simulated(2)}
@@ -178,8 +178,8 @@ def test_the_timeline_has_every_part_and_its_peak() -> None:
 
 def test_a_measured_timeline_is_the_simulated_one() -> None:
     config = configure()
-    stage = plan(config).stages[1]
-    fake, real = simulate_timeline(config, stage), measure_timeline(config, stage)
+    phase = plan(config).schedule.phases[1]
+    fake, real = simulate_timeline(config, phase), measure_timeline(config, phase)
     assert [(part.name, part.peak_bytes) for part in fake] == [(part.name, part.peak_bytes) for part in real]
 
 

@@ -7,7 +7,7 @@ import torch
 from steplm.data.loader import Batch
 from steplm.models.build import build_model, hf_config, initial_state
 from steplm.optim.adamw import AdamW, global_grad_norm
-from steplm.training.step import Pass, forward_backward, train_step, trial
+from steplm.training.step import StepOptions, forward_backward, train_step, trial
 
 MODEL = {
     "model_type": "llama",
@@ -20,8 +20,8 @@ MODEL = {
 }
 
 
-def how(fused: bool = False, micro_batch_size: int = 4) -> Pass:
-    return Pass(micro_batch_size=micro_batch_size, chunk_size=8, fused_backward=fused)
+def how(fused: bool = False, micro_batch_size: int = 4) -> StepOptions:
+    return StepOptions(micro_batch_size=micro_batch_size, chunk_size=8, fused_backward=fused)
 
 
 def build(tied: bool = False, dtype: torch.dtype = torch.float32):
