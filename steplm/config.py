@@ -236,7 +236,12 @@ class OptimConfig(Section):
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0, description="on matrices only, not on norms and biases")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="null: no clipping; with memory.fused_backward the norm is that of the step before"
+    )
+    max_skipped_steps: int = Field(
+        3, ge=0, description="steps in a row without an update, as their loss or gradient is not finite, before a stop"
+    )
     keep_state_at_growth: bool = Field(
         True, description="keep the optimizer state of parameters that are still trained after a growth"
     )
@@ -258,6 +263,9 @@ class TrainConfig(Section):
     sequence_length: int = Field(1024, gt=1, description="tokens")
     per_device_train_batch_size: int = Field(8, gt=0, description="sequences in one forward pass")
     gradient_accumulation_steps: int = Field(1, gt=0)
+    gradient_accumulation_dtype: Literal["param", "fp32"] = Field(
+        "param", description="type in which micro-batches' gradients are summed: the parameters' own, or fp32"
+    )
     global_batch_size: int | None = Field(
         None,
         gt=0,
@@ -451,6 +459,11 @@ class RunConfig(Section):
     def micro_batches(self) -> int:
         """Forward passes that each device makes in one step."""
         return -(-self.global_batch_size // (self.distributed.world_size * self.train.per_device_train_batch_size))
+
+    @property
+    def sums_in_fp32(self) -> bool:
+        """Whether gradients are fp32 beside bf16 weights."""
+        return self.train.gradient_accumulation_dtype == "fp32" and self.micro_batches > 1
 
     @property
     def micro_batch_size(self) -> int:

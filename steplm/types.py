@@ -242,6 +242,8 @@ class TrainState:
     step: int  # optimizer steps done in this stage
     phase_step: int  # optimizer steps done in this phase
     tokens_seen: int  # in the whole run
+    skipped_in_a_row: int = 0  # the last steps, without an update
+    grad_norm: float | None = None  # of the last step that was updated, before clipping
     phase_done: bool = False
     stage_done: bool = False
 

@@ -67,7 +67,8 @@ def measure_model_state(
         elif parameter.grad is not None:
             add(component, "gradients", parameter.grad)
         elif expect_gradients and parameter.requires_grad:
-            held[component, "gradients"] += _own_bytes(parameter)
+            dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+            held[component, "gradients"] += on_this_rank(parameter).numel() * dtype.itemsize
     for name, states in optimizer.state_tensors().items():
         for state in states.values():
             add(components[name], "optimizer", state)

@@ -141,10 +141,11 @@ def weights(subject: Subject, tensors: Tensors) -> tuple[int, str]:
 
 
 def gradients(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    """Of the weights' type; none that lasts where the update is fused into the backward pass."""
+    """Of the weights' type, or fp32 sums of micro-batches; none that lasts where the update is fused into the backward pass."""
     if tensors.rule is None or subject.config.memory.fused_backward:
         return 0, "0 B"
-    return tensors.local_parameters(subject.num_shards) * subject.width, f"{subject.width} B"
+    width = 4 if subject.config.sums_in_fp32 else subject.width
+    return tensors.local_parameters(subject.num_shards) * width, f"{width} B"
 
 
 def optimizer(subject: Subject, tensors: Tensors) -> tuple[int, str]:

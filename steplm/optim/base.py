@@ -86,18 +86,21 @@ class RuleBase(ABC):
             self.steps[name] += 1
 
     @contextmanager
-    def in_backward(self, learning_rate: float | None, norm: GradNorm | None = None) -> Iterator[GradNorm]:
+    def in_backward(
+        self, learning_rate: float | None, grad_scale: float = 1.0, norm: GradNorm | None = None
+    ) -> Iterator[GradNorm]:
         """A backward pass inside this context updates each parameter as soon as its gradient is complete.
 
             with rule.in_backward(learning_rate) as norm:
                 loss.backward()
             norm.total()
 
-        Each gradient is freed right after its update. Gradients can therefore be neither clipped nor accumulated.
-        Source: LOMO (arXiv 2306.09782).
+        Each gradient is freed right after its update. Gradients can therefore not be accumulated, and ``grad_scale``
+        must be known before their norm is. Source: LOMO (arXiv 2306.09782).
 
         Args:
             learning_rate: ``None`` measures and frees the gradients without an update.
+            grad_scale: multiplies the gradients in the update, not in the norm.
             norm: takes in the gradients beside those of other rules.
 
         Raises:
@@ -107,7 +110,14 @@ class RuleBase(ABC):
         done = set[str]()
         hooks = [
             parameter.register_post_accumulate_grad_hook(
-                partial(self._gradient_ready, name=name, learning_rate=learning_rate, norm=norm, done=done)
+                partial(
+                    self._gradient_ready,
+                    name=name,
+                    learning_rate=learning_rate,
+                    grad_scale=grad_scale,
+                    norm=norm,
+                    done=done,
+                )
             )
             for name, parameter in self.parameters.items()
         ]
@@ -119,7 +129,14 @@ class RuleBase(ABC):
 
     @torch.no_grad()
     def _gradient_ready(
-        self, parameter: Tensor, *, name: str, learning_rate: float | None, norm: GradNorm, done: set[str]
+        self,
+        parameter: Tensor,
+        *,
+        name: str,
+        learning_rate: float | None,
+        grad_scale: float,
+        norm: GradNorm,
+        done: set[str],
     ) -> None:
         if name in done:
             raise SteplmError(
@@ -131,7 +148,7 @@ class RuleBase(ABC):
         assert parameter.grad is not None
         norm.add(on_this_rank(parameter.grad))
         if learning_rate is not None and self._is_ready(name):
-            self._update([name], learning_rate, 1.0)
+            self._update([name], learning_rate, grad_scale)
             self.steps[name] += 1
         parameter.grad = None
 

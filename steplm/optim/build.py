@@ -99,12 +99,12 @@ class UpdateRules:
             rule.step(learning_rate, grad_scale)
 
     @contextmanager
-    def in_backward(self, learning_rate: float | None) -> Iterator[GradNorm]:
+    def in_backward(self, learning_rate: float | None, grad_scale: float = 1.0) -> Iterator[GradNorm]:
         """See ``RuleBase.in_backward``."""
         norm = GradNorm(next((p.device for p in self.parameters.values()), None))
         with ExitStack() as stack:
             for rule in self.rules.values():
-                stack.enter_context(rule.in_backward(learning_rate, norm))
+                stack.enter_context(rule.in_backward(learning_rate, grad_scale, norm))
             yield norm
 
     def zero_grad(self) -> None:

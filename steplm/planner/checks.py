@@ -58,11 +58,10 @@ NEEDS = (
         "train.gradient_accumulation_steps=1",
     ),
     Need(
-        "memory.fused_backward",
-        lambda config: config.memory.fused_backward,
-        lambda run: run.config.optim.max_grad_norm is None,
-        "updates before the norm of all gradients is known, and cannot clip to "
-        "optim.max_grad_norm={config.optim.max_grad_norm}: set it to null",
+        "train.gradient_accumulation_dtype",
+        lambda config: config.sums_in_fp32 and config.train.precision == "bf16",
+        lambda run: run.config.distributed.world_size == 1,
+        "needs whole parameters, and FSDP2 shards them over {config.distributed.world_size} devices",
     ),
     Need(
         "memory.master_weights",

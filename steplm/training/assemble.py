@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from steplm.config import RunConfig
 from steplm.distributed.shard import fill, shard
 from steplm.distributed.world import World
-from steplm.errors import CheckpointMismatch
+from steplm.errors import CheckpointMismatch, ConfigError
 from steplm.growth.grow import layer_prefix_of
 from steplm.models.activations import checkpoint_layers, layers_to_checkpoint
 from steplm.models.build import build_model, empty_model
@@ -84,6 +85,8 @@ def assemble(
             f"{differing[:4]}. The plan in the run directory is not the one that made this checkpoint.",
             differing=differing,
         )
+    if config.sums_in_fp32:
+        _sum_gradients_in_fp32(model)
     packing = pack_frozen(
         model,
         prefix,
@@ -115,6 +118,18 @@ def assemble(
         fresh = {key: tensor for key, tensor in rules.state_dict()[0].items() if key.endswith(".master")}
         rules.load_state_dict(fresh | start.optimizer, start.optimizer_steps, strict=False)
     return Assembled(model, rules, packing)
+
+
+def _sum_gradients_in_fp32(model: nn.Module) -> None:
+    """Let autograd add every gradient to an fp32 sum.
+
+    Raises:
+        ConfigError: this version of PyTorch cannot.
+    """
+    for parameter in model.parameters():
+        if not hasattr(parameter, "grad_dtype"):
+            raise ConfigError("train.gradient_accumulation_dtype=fp32 needs PyTorch 2.10 or newer: update it.")
+        parameter.grad_dtype = torch.float32
 
 
 def packed_rows(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

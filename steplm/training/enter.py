@@ -6,6 +6,7 @@ Merge and growth act on plain tensors, before the phase's model is assembled.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -88,7 +89,15 @@ def go_on(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled
 def next_phase(phase: Phase, progress: TrainState) -> TrainState:
     """Progress at the beginning of a phase, after that of the phase before."""
     step = progress.step if progress.stage_index == phase.stage else 0
-    return TrainState(phase.stage, phase.index, step, 0, progress.tokens_seen)
+    return replace(
+        progress,
+        stage_index=phase.stage,
+        phase_index=phase.index,
+        step=step,
+        phase_step=0,
+        phase_done=False,
+        stage_done=False,
+    )
 
 
 def _first_start(run: RunContext, phase: Phase) -> PhaseStart:

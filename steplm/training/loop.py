@@ -31,6 +31,11 @@ class StageLog:
     logged_at: float = field(default_factory=time.monotonic)  # moved on by what is no training
     steps_since: int = 0
 
+    def add(self, result: StepResult) -> None:
+        self.steps_since += 1
+        if result.is_finite:
+            self.unlogged_losses.append(result.loss)
+
 
 def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled, log: StageLog) -> TrainState:
     """Steps until the phase's tokens are seen, or a signal asks to stop; returns the progress."""
@@ -54,14 +59,15 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
             options,
             learning_rate=rate,
             max_grad_norm=config.optim.max_grad_norm,
+            last_grad_norm=progress.grad_norm,
         )
-        require_finite(run, progress, result.loss, result.grad_norm)
-        progress = _after_step(progress, config.step_tokens, num_steps)
+        if not result.is_finite:
+            _skip_or_stop(run, progress, result)
+        progress = _after_step(progress, result, config.step_tokens, num_steps)
         at_end = progress.step == stage_steps
-        log.unlogged_losses.append(result.loss)
-        log.steps_since += 1
-        if progress.step % config.log.logging_steps == 0 or at_end:
-            _log_step(run, phase, progress, stage_steps, result, rate, log)
+        log.add(result)
+        if log.unlogged_losses and (progress.step % config.log.logging_steps == 0 or at_end):
+            _log_step(run, phase, progress, stage_steps, rate, log)
         paused_at = time.monotonic()
         if progress.step % eval_steps == 0 or at_end:
             evaluate(run, progress, assembled.model)
@@ -93,9 +99,33 @@ def rate_of_step(run: RunContext, phase: Phase, progress: TrainState) -> float:
     )
 
 
-def _after_step(progress: TrainState, step_tokens: int, num_steps: int) -> TrainState:
+def _skip_or_stop(run: RunContext, progress: TrainState, result: StepResult) -> None:
+    """Go on without the update of a step whose loss or gradient is not finite, unless there were too many.
+
+    Raises:
+        TrainingDiverged: more in a row than ``optim.max_skipped_steps``, or the update has been made already.
+    """
+    was_updated = run.config.memory.fused_backward and math.isfinite(result.loss)
+    if was_updated or progress.skipped_in_a_row >= run.config.optim.max_skipped_steps:
+        require_finite(run, progress, result.loss, result.grad_norm)
+    run.metrics.write(
+        "skipped",
+        stage=progress.stage_index,
+        step=progress.step + 1,
+        tokens_seen=progress.tokens_seen + run.config.step_tokens,
+        loss=result.loss if math.isfinite(result.loss) else None,
+        skipped_in_a_row=progress.skipped_in_a_row + 1,
+    )
+    run.display.note(
+        f"step {progress.step + 1:,} skipped: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
+    )
+
+
+def _after_step(progress: TrainState, result: StepResult, step_tokens: int, num_steps: int) -> TrainState:
     return replace(
         progress,
+        skipped_in_a_row=0 if result.is_finite else progress.skipped_in_a_row + 1,
+        grad_norm=result.grad_norm if result.is_finite else progress.grad_norm,
         step=progress.step + 1,
         phase_step=progress.phase_step + 1,
         tokens_seen=progress.tokens_seen + step_tokens,
@@ -108,13 +138,13 @@ def _log_step(
     phase: Phase,
     progress: TrainState,
     stage_steps: int,
-    result: StepResult,
     rate: float,
     log: StageLog,
 ) -> None:
     now = time.monotonic()
     speed = log.steps_since * run.config.step_tokens / max(now - log.logged_at, 1e-9)
-    mean = replace(result, loss=math.fsum(log.unlogged_losses) / len(log.unlogged_losses))
+    assert progress.grad_norm is not None  # a step that was updated has a loss to log
+    mean = StepResult(math.fsum(log.unlogged_losses) / len(log.unlogged_losses), progress.grad_norm)
     report = StepReport(phase, progress, stage_steps, mean, rate, speed, measure_peak(run.device))
     run.metrics.write(
         "train",
@@ -138,11 +168,16 @@ def _save_tried(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
     """Save weights that have been tried.
 
     The loss of a step says nothing about the weights that its update makes: before they are saved as good, they are
-    tried on the sequence that comes next.
+    tried on the sequence that comes next, or on one of the steps that may be skipped after it.
     """
     progress, options = start.progress, step_options(run.config, run.world)
-    batch = run.loader.batch(progress.tokens_seen, 1)
-    require_finite(run, progress, *trial(assembled.model, assembled.rules, batch, options))
+    for steps_ahead in range(run.config.optim.max_skipped_steps + 1):
+        batch = run.loader.batch(progress.tokens_seen + steps_ahead * run.config.step_tokens, 1)
+        loss, grad_norm = trial(assembled.model, assembled.rules, batch, options)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            break
+    else:
+        require_finite(run, progress, loss, grad_norm)
     if progress.stage_done:
         run.metrics.write("stage_end", stage=phase.stage, step=progress.step, tokens_seen=progress.tokens_seen)
     run.last_checkpoint = save(run, phase, start, assembled, progress, tuple(log.unlogged_losses))

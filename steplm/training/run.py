@@ -219,7 +219,8 @@ def _loaded(run: RunContext) -> Checkpoint | None:
     """The last checkpoint, verified when it was chosen."""
     if run.last_checkpoint is None:
         return None
-    return load_checkpoint(run.last_checkpoint, rows=run.world.rows, verify=False)
+    with run.world.patiently():  # a network disk can be slow
+        return load_checkpoint(run.last_checkpoint, rows=run.world.rows, verify=False)
 
 
 def _wait_for_writer(run: RunContext) -> None:

@@ -87,19 +87,19 @@ def train_step(
     *,
     learning_rate: float,
     max_grad_norm: float | None,
+    last_grad_norm: float | None = None,
 ) -> StepResult:
-    """One step. Nothing is updated where the loss or the gradient is not finite: the caller stops.
+    """One step. Nothing is updated where the loss or the gradient is not finite.
 
-    With ``fused_backward`` each parameter is updated within the backward pass: a loss that is not finite
-    prevents it, but a gradient that is not is met too late.
+    With ``fused_backward`` each parameter is updated within the backward pass, before the norm of all gradients is
+    known: it is clipped by that of the step before, and a gradient that is not finite is met too late.
 
     Raises:
-        ValueError: ``fused_backward`` with clipping or with more than one micro-batch.
+        ValueError: ``fused_backward`` with more than one micro-batch.
     """
     if options.fused_backward:
-        if max_grad_norm is not None:
-            raise ValueError(f"no clipping to {max_grad_norm} with fused_backward: each update precedes the norm")
-        return _fused_step(model, optimizer, batch, options, learning_rate)
+        scale = 1.0 if last_grad_norm is None else clip_coefficient(last_grad_norm, max_grad_norm)
+        return _fused_step(model, optimizer, batch, options, learning_rate, scale)
     loss = forward_backward(model, batch, options)
     norm = global_grad_norm(optimizer.parameters.values())
     # One transfer for both numbers: on an accelerator each is a wait for the device.
@@ -118,7 +118,7 @@ def trial(model: PreTrainedModel, optimizer: UpdateRules, batch: Batch, options:
     """
     with uncompiled(model):
         if options.fused_backward:
-            result = _fused_step(model, optimizer, batch, options, None)
+            result = _fused_step(model, optimizer, batch, options, None, 1.0)
             return result.loss, result.grad_norm
         loss = forward_backward(model, batch, options)
     norm = global_grad_norm(optimizer.parameters.values())
@@ -152,7 +152,12 @@ def _micro_losses(model: PreTrainedModel, batch: Batch, options: StepOptions) ->
 
 
 def _fused_step(
-    model: PreTrainedModel, optimizer: UpdateRules, batch: Batch, options: StepOptions, learning_rate: float | None
+    model: PreTrainedModel,
+    optimizer: UpdateRules,
+    batch: Batch,
+    options: StepOptions,
+    learning_rate: float | None,
+    grad_scale: float,
 ) -> StepResult:
     if len(batch.input_ids) > options.micro_batch_size:
         raise ValueError(
@@ -163,6 +168,6 @@ def _fused_step(
     (loss_value,) = options.world.sum(loss.item())
     if not math.isfinite(loss_value):
         return StepResult(loss_value, math.nan)
-    with optimizer.in_backward(learning_rate) as norm:
+    with optimizer.in_backward(learning_rate, grad_scale) as norm:
         loss.backward()
     return StepResult(loss_value, _over_ranks(options.world, 0.0, norm.total().item()).grad_norm)
