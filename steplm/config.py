@@ -169,6 +169,9 @@ class GrowthConfig(Section):
     position: Literal["upper", "intermediate", "lower", "random", "even", "top"] | None = Field(
         None, description="default: upper; stack always goes on top"
     )
+    optimizer_states: Literal["fresh", "parents"] = Field(
+        "fresh", description="moments of a new layer: zero, or made of its parents' moments as its weights are"
+    )
 
     @model_validator(mode="after")
     def _stack_goes_on_top(self) -> GrowthConfig:

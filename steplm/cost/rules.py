@@ -51,6 +51,7 @@ class Rule:
     masters: tuple[str, ...] = ("fp32", "none")
     shardable: bool = False  # works on a rank's rows of a matrix
     fused_backward: bool = True
+    inheritable: bool = True  # a new layer can take over the moments of its parents
 
 
 def _low_rank(method: str, source: str) -> Rule:
@@ -70,7 +71,7 @@ def _low_rank(method: str, source: str) -> Rule:
         )
         return max(each, default=0)  # one after the other
 
-    return Rule(source, takes, state_bytes, step_bytes)
+    return Rule(source, takes, state_bytes, step_bytes, inheritable=False)  # each has a projection of its own
 
 
 def _is_matrix(shape: TensorShape, optim: OptimConfig) -> bool:

@@ -141,7 +141,7 @@ def weights(subject: Subject, tensors: Tensors) -> tuple[int, str]:
 
 
 def gradients(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    """Of the weights' type, or fp32 sums of micro-batches; none that lasts where the update is fused into the backward pass."""
+    """Of the weights' type, or fp32 sums of micro-batches; a fused backward pass leaves none."""
     if tensors.rule is None or subject.config.memory.fused_backward:
         return 0, "0 B"
     width = 4 if subject.config.sums_in_fp32 else subject.width

@@ -18,6 +18,7 @@ from steplm.optim.quantized import round_stochastically_
 from steplm.rows import on_this_rank
 
 STATES = ("fp32", "8bit")
+INHERITED = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # states that a new layer can take over
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether it has a sign
 
 
@@ -255,6 +256,31 @@ def carry_state(
         if name in renamed:
             flat[f"{renamed[name]}.{state}"] = tensor
     return flat, {renamed[name]: count for name, count in steps.items() if name in renamed}
+
+
+def inherited_state(
+    tensors: Mapping[str, Tensor], steps: Mapping[str, int], parents: Mapping[str, tuple[list[str], float]]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Moments for the weights of new layers, on the line between those of their parents; see ``LayerOrigin``.
+
+    Args:
+        tensors, steps: what ``state_dict`` gave before the growth.
+        parents: for each new weight its one or two parents' names, and where between them it stands.
+
+    Returns:
+        Tensors and steps, for ``load_state_dict(…, strict=False)``; nothing of weights whose parents have no moments,
+        or moments in 8 bits.
+    """
+    inherited: dict[str, Tensor] = {}
+    inherited_steps: dict[str, int] = {}
+    for name, (of, fraction) in parents.items():
+        held = [[tensors.get(f"{parent}.{key}") for parent in of] for key in INHERITED]
+        for key, moments in zip(INHERITED, held, strict=True):
+            known = [moment for moment in moments if moment is not None and moment.is_floating_point()]
+            if len(known) == len(of):
+                inherited[f"{name}.{key}"] = torch.lerp(known[0], known[-1], fraction)
+                inherited_steps[name] = min(steps[parent] for parent in of)
+    return inherited, inherited_steps
 
 
 @torch.no_grad()

@@ -115,7 +115,9 @@ def assemble(
         rules.load_state_dict(start.optimizer, start.optimizer_steps)
     elif start.optimizer:
         # The moments of adapters can outlive a restart; their factors, and so the master weights, are fresh.
-        fresh = {key: tensor for key, tensor in rules.state_dict()[0].items() if key.endswith(".master")}
+        fresh = {
+            key: tensor for key, tensor in rules.state_dict()[0].items() if key.endswith((".master", ".correction"))
+        }
         rules.load_state_dict(fresh | start.optimizer, start.optimizer_steps, strict=False)
     return Assembled(model, rules, packing)
 

@@ -43,7 +43,11 @@ def stage_keys(config: RunConfig, plan: Plan) -> tuple[str, ...]:
         own: dict[str, Any] = {"schedule": schedule.hash_until(phases[-1].index)}
         own["learning_rates"] = [config.learning_rate(earlier) for earlier in range(1, stage + 1)]
         if phases[-1].index > 1:
-            own["begin"] = [config.optim.keep_state_at_growth, config.pet.restart_keep]
+            own["begin"] = [
+                config.optim.keep_state_at_growth,
+                config.growth.optimizer_states,
+                config.pet.restart_keep,
+            ]
         text = json.dumps({**common, **own}, sort_keys=True)
         keys.append(hashlib.sha256(text.encode()).hexdigest()[:16])
     return tuple(keys)

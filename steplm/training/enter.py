@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 
 from steplm.checkpoint import Checkpoint
 from steplm.cost.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
+from steplm.cost.rules import RULES
 from steplm.growth.grow import grow, grow_config, layer_prefix_of, provenance, renamed
+from steplm.growth.operators import OPERATORS
 from steplm.models.build import DTYPES, config_values, fresh_layers, hf_config, initial_state
 from steplm.models.folder import load_config_and_state
-from steplm.optim.adamw import carry_state
+from steplm.optim.adamw import carry_state, inherited_state
 from steplm.optim.build import UpdateRules, reassign, rule_of_each
 from steplm.optim.restart import kept_moments
 from steplm.pet.adapters import merge_state
@@ -177,6 +179,9 @@ def _kept_optimizer(
     kept_steps: dict[str, int] = {}
     if config.optim.keep_state_at_growth or not grows:
         kept, kept_steps = carry_state(saved, steps, _under_the_same_rule(run, phase, before, names_after))
+    if grows and config.growth.optimizer_states == "parents":
+        of_new, of_new_steps = inherited_state(saved, steps, _parents_under_the_same_rule(run, phase, before))
+        kept, kept_steps = kept | of_new, kept_steps | of_new_steps
     if not grows and config.pet.restart_keep:
         names = [name for name in steps if name in before.adapters]
         kept |= kept_moments(saved, names, config.pet.restart_keep)
@@ -194,6 +199,34 @@ def _under_the_same_rule(
     shapes_after = {new: shapes[name] for name, new in names_after.items()}
     new = rule_of_each(shapes_after, phase, prefix, linears, run.config)
     return {name: after for name, after in names_after.items() if old[name] == new[after]}
+
+
+def _parents_under_the_same_rule(
+    run: RunContext, phase: Phase, before: Checkpoint
+) -> dict[str, tuple[list[str], float]]:
+    """Of each weight of a new layer that one rule updates as it did its parents: their names, and the place between."""
+    layer_map, operator = phase.entry.layer_map, phase.entry.operator
+    assert layer_map is not None
+    assert operator is not None
+    if OPERATORS[operator].fresh:
+        return {}
+    prefix, linears = layer_prefix_of(before.weights), {linear.name for linear in run.plan.shape.linears}
+    shapes = {name: tuple(weight.shape) for name, weight in before.weights.items()}
+    rules_before = rule_of_each(shapes, before.state.phase, prefix, linears, run.config)
+    found = {}
+    for index in layer_map.new_layers:
+        origin = layer_map.origins[index]
+        mixes = operator == "interpolation_mean" and len(origin.parents) > 1
+        own, *others = [f"{prefix}.{parent}." for parent in (origin.parents if mixes else origin.parents[:1])]
+        for name, shape in shapes.items():
+            if not name.startswith(own):
+                continue
+            below, new = name.removeprefix(own), f"{prefix}.{index}.{name.removeprefix(own)}"
+            of = [name, *(f"{other}{below}" for other in others)]
+            rule = rule_of_each({new: shape}, phase, prefix, linears, run.config)[new]
+            if all(rules_before[parent] == rule for parent in of) and RULES[rule].inheritable:
+                found[new] = of, origin.fraction if mixes else 0.0
+    return found
 
 
 def check_entrance(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled) -> None:
