@@ -6,6 +6,7 @@ A value comes from, in rising order: the default here, the YAML file, a ``sectio
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -483,13 +484,14 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     """Read a YAML file (or the name of a shipped recipe, or a mapping) and apply overrides.
 
     Args:
-        source: path of a YAML file, a recipe's name such as ``llama_368m``, or nested mappings.
+        source: path of a YAML file, a recipe's name such as ``llama_368m``, a Hugging Face model folder or its
+            ``config.json`` (a run with that model and defaults for all else), or nested mappings.
         overrides: ``section.key=value`` strings; the value is read as YAML.
 
     Raises:
         ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
     """
-    values = dict(source) if isinstance(source, Mapping) else read_yaml(find_config(source))
+    values = dict(source) if isinstance(source, Mapping) else _read(source)
     if "entries" in values and not isinstance(source, Mapping):
         raise ConfigError(f"{source} is a suite of runs: `steplm compare {source}`", path=str(source))
     for override in overrides:
@@ -505,6 +507,33 @@ def load_written_config(run_dir: Path) -> RunConfig:
         ConfigError: it cannot be used.
     """
     return validated(RunConfig, translate_old_keys(read_yaml(run_dir / "config.yaml")))
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if is_file(path / "config.json"):
+        path = path / "config.json"
+    return _of_hf_config(path) if path.suffix == ".json" and is_file(path) else read_yaml(find_config(source))
+
+
+def _of_hf_config(path: Path) -> dict[str, Any]:
+    """A run with the model of a Hugging Face configuration."""
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        values = written.get("text_config", written)
+        own = {key: values.pop(key) for key in ModelConfig.model_fields if values.get(key) is not None}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is not a Hugging Face configuration: {error}", path=str(path)) from None
+    if missing := {"model_type", "num_hidden_layers", "hidden_size", "intermediate_size"} - own.keys():
+        raise ConfigError(
+            f"{path} has no {', '.join(sorted(missing))}. Write a YAML with the section `model` instead.",
+            path=str(path),
+        )
+    # What says how the file was made, and special tokens, which belong to a tokenizer.
+    ignored = ("architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache")
+    extra = {key: value for key, value in values.items() if key not in ignored and not key.endswith("_token_id")}
+    length = min(TrainConfig().sequence_length, own.get("max_position_embeddings", 2048))
+    return {"name": path.parent.name or "run", "model": {**own, "extra": extra}, "train": {"sequence_length": length}}
 
 
 def dump_config(config: RunConfig) -> str:
