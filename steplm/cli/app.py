@@ -112,12 +112,13 @@ def fit(
         typer.Option(help="depth, width, batch or sequence; default: the sizes stay as written."),
     ] = None,
     vary: Annotated[str, typer.Option(help="What may change besides.")] = "stages,rank,options",
+    show: Annotated[int, typer.Option(help="Commands to print, from the gentlest way to the harshest.", min=1)] = 3,
     json: Json = False,
 ) -> None:
     """Find the ways of training that fit a memory budget, or the largest model, batch or sequence."""
     from steplm.cli.fit import show_fit
 
-    show_fit(run, overrides or [], budget=budget, maximize=maximize, vary=vary, as_json=json)
+    show_fit(run, overrides or [], budget=budget, maximize=maximize, vary=vary, show=show, as_json=json)
 
 
 @app.command()

@@ -29,9 +29,10 @@ def show_fit(
     budget: str,
     maximize: str | None = None,
     vary: str = ",".join(VARY),
+    show: int = 3,
     as_json: bool = False,
 ) -> None:
-    """Find what fits and print it."""
+    """Find what fits and print it, with the commands of ``show`` ways."""
     try:
         budget_bytes = parse_bytes(budget)
     except ValueError as error:
@@ -44,7 +45,7 @@ def show_fit(
     if as_json:
         print(json.dumps(fit_to_json(result), indent=2))
     else:
-        render_fit(result, Console(), run, overrides, budget)
+        render_fit(result, Console(), run, overrides, budget, show)
 
 
 def explained(error: PlanInfeasible, run: str, overrides: Sequence[str]) -> PlanInfeasible:
@@ -59,8 +60,8 @@ def fit_to_json(result: FitResult) -> dict[str, Any]:
     return asdict(result)
 
 
-def render_fit(result: FitResult, console: Console, run: str, overrides: Sequence[str], budget: str) -> None:
-    """The answer, the alternatives, and the command that runs the best; fits 80 columns."""
+def render_fit(result: FitResult, console: Console, run: str, overrides: Sequence[str], budget: str, show: int) -> None:
+    """The answer, the alternatives, and commands from the gentlest way to the harshest; fits 80 columns."""
     headline, size = _answer(result)
     for line in _wrapped(headline, console.width):
         console.print(line, style="bold", highlight=False, markup=False)
@@ -72,9 +73,26 @@ def render_fit(result: FitResult, console: Console, run: str, overrides: Sequenc
         console.print(line, style="dim", highlight=False, markup=False)
     if result.at_limit:
         console.print("the search stops at this value: more may fit", style="dim", highlight=False)
-    console.print("\nto train the first:", highlight=False)
-    for line in _command(run, overrides, result.best, budget, console.width):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for row in _shown(result.alternatives, show):
+        console.print()
+        for line in _wrapped(_summary(row, result.maximize), console.width - 2):
+            console.print(f"# {line}", style="dim", highlight=False, markup=False)
+        for line in _command(run, overrides, row, budget, console.width):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _shown(rows: Sequence[Alternative], count: int) -> list[Alternative]:
+    """So many of them, spread from the gentlest to the harshest."""
+    gentle_first = sorted(rows, key=lambda row: (bool(row.overrides), row.price))
+    if count >= len(rows) or count < 2:
+        return gentle_first[:count]
+    return [gentle_first[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]
+
+
+def _summary(row: Alternative, maximize: str | None) -> str:
+    layers = f"layers {'+'.join(map(str, row.layers))}"
+    size = [] if maximize is None else [f"{maximize} {row.value:,}"]
+    return f"{', '.join([*size, layers, *row.options])}: peak {format_bytes(row.peak_bytes)}"
 
 
 def _answer(result: FitResult) -> tuple[str, str]:

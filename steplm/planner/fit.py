@@ -14,6 +14,7 @@ from itertools import accumulate, islice
 from typing import Any
 
 from steplm.config import RunConfig
+from steplm.cost.activations import is_modelled
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.ladder import AXES, Changes
 from steplm.planner.shape import shape_from_hf_config
@@ -42,13 +43,13 @@ class Alternative:
     model_state_bytes: int
     needed_bytes: int  # the peak and the reserve
     flops: int  # of the whole token budget, recomputed activations counted
-    price: int  # points: what it gives up in time and quality
+    price: int  # points: what it gives up in time and quality, against the run as written
     fits: bool
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What fits, ranked by value (largest first), price, FLOPs and peak."""
+    """What fits, ranked by value (largest first), as written, price, FLOPs and peak."""
 
     budget_bytes: int
     reserve_bytes: int
@@ -85,13 +86,14 @@ def fit(
         ConfigError: an unknown name, or a configuration that cannot be planned.
         PlanInfeasible: nothing fits; ``details["smallest"]`` is the ``Alternative`` with the least memory.
     """
+    _require_known_peak(config, shape)
     search = _Search(config, budget_bytes, maximize, vary, shape)
     found = search.larger_values() if search.axis else list(search.lower_peaks())
     if not found:
         raise _nothing_fits(search)
     ranked = sorted(
-        {row.price: row for row in found}.values(),  # of equal prices the later one is better
-        key=lambda row: (-(row.value or 0), row.price, row.flops, row.peak_bytes),
+        {(row.price, not row.overrides): row for row in found}.values(),  # of equal prices the later one is better
+        key=lambda row: (-(row.value or 0), bool(row.overrides), row.price, row.flops, row.peak_bytes),
     )
     return FitResult(
         budget_bytes=budget_bytes,
@@ -102,6 +104,15 @@ def fit(
         skipped=search.skipped,
         at_limit=search.axis is not None and ranked[0].value == search.axis.value(config, search.axis.largest),
     )
+
+
+def _require_known_peak(config: RunConfig, shape: ModelShape | None) -> None:
+    if not is_modelled(shape or shape_from_hf_config(config.model.hf_config())):
+        raise ConfigError(
+            f"activations of model type {config.model.model_type!r} are not known by formula, so nothing can be said to "
+            "fit. Count the peak of one configuration with `steplm plan RUN --simulate`.",
+            model_type=config.model.model_type,
+        )
 
 
 def suggestions(config: RunConfig, budget_bytes: int, shape: ModelShape | None = None) -> str:

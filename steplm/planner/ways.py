@@ -24,9 +24,9 @@ from steplm.units import nearest
 VARY = ("stages", "rank", "options")
 MAX_STAGES = 6
 STAGE_PRICE = 1  # for each stage more or less than is written
-# For each more, where old layers are frozen. A judgement, as the two were measured at different budgets: at 11M
-# parameters a stage more cost 0.06 nats and above (docs/results.md), 8-bit states, no master weights and NF4 at most
-# 0.01 (docs/memory.md).
+# For each more where old layers are frozen, and gained for each less. A judgement, as the two were measured at
+# different budgets: at 11M parameters a stage more cost 0.06 nats and above (docs/results.md), 8-bit states, no master
+# weights and NF4 at most 0.01 (docs/memory.md).
 FREEZING_STAGE_PRICE = 15
 RANK_PRICE = 2  # for each halving: old layers can follow the new ones less
 
@@ -44,7 +44,7 @@ class Way:
 def ways(
     config: RunConfig, shape: ModelShape, vary: Collection[str], *, any_depth: bool = False
 ) -> tuple[list[Way], tuple[str, ...]]:
-    """All ways, the cheapest first, and the options that the configuration refuses, with the reason.
+    """All ways, the one as written and then the cheapest first, and the options that are refused, with the reason.
 
     Args:
         vary: of ``VARY``; what it does not name stays as it is written.
@@ -58,7 +58,8 @@ def ways(
     rungs, skipped = _allowed_rungs(config, shape) if "options" in vary else ([], ())
     counts = _stage_counts(config, any_depth) if "stages" in vary else {config.plan.num_stages}
     ranks = _ranks(config) if "rank" in vary else [config.pet.rank]
-    return sorted(_combined(config, rungs, counts, ranks), key=lambda way: (way.price, -way.num_stages)), skipped
+    found = _combined(config, rungs, counts, ranks)
+    return sorted(found, key=lambda way: (not _is_as_written(way, config), way.price, -way.num_stages)), skipped
 
 
 def changed(config: RunConfig, changes: Changes) -> RunConfig:
@@ -94,14 +95,19 @@ def _combined(config: RunConfig, rungs: Sequence[Rung], counts: Collection[int],
         for (halvings, rank), height in product(enumerate(ranks if has_frozen else ranks[:1]), heights):
             taken = useful[:height]
             more = num_stages - config.plan.num_stages
-            each = FREEZING_STAGE_PRICE if more > 0 and method.freezes else STAGE_PRICE
-            price = each * abs(more) + RANK_PRICE * halvings
+            price = FREEZING_STAGE_PRICE * more if method.freezes else STAGE_PRICE * abs(more)
+            price += RANK_PRICE * halvings
             if taken:
                 price += taken[-1].price
             if taken and taken[-1].needs:  # it ends accumulation, and steps become smaller
                 price += round(math.log2(config.micro_batches))
             options, changes = _together(taken)
             yield Way(price, num_stages, options, {"pet.rank": rank, **changes})
+
+
+def _is_as_written(way: Way, config: RunConfig) -> bool:
+    changes_nothing = all(written(config, key) == value for key, value in way.changes.items())
+    return changes_nothing and way.num_stages == config.plan.num_stages
 
 
 def _allowed_rungs(config: RunConfig, shape: ModelShape) -> tuple[list[Rung], tuple[str, ...]]:
