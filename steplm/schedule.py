@@ -93,12 +93,12 @@ class Phase:
         """Indices of the layers that the growth before this phase adds."""
         return () if self.entry.layer_map is None else self.entry.layer_map.new_layers
 
-    @property
+    @cached_property
     def trained_layers(self) -> tuple[int, ...]:
         """Indices of the layers whose weights are trained."""
         return tuple(index for index, role in enumerate(self.layers) if isinstance(role, Trained))
 
-    @property
+    @cached_property
     def frozen_layers(self) -> tuple[int, ...]:
         """Indices of the layers whose weights are frozen, under an adapter or not."""
         return tuple(index for index, role in enumerate(self.layers) if not isinstance(role, Trained))
@@ -112,12 +112,17 @@ class Phase:
     def has_adapters(self) -> bool:
         return any(isinstance(role, Adapter) for role in (*self.layers, self.embeddings_and_head))
 
-    @property
+    @cached_property
     def groups(self) -> dict[Role, int]:
         """The different roles of layers, each with the number of layers that have it."""
-        return dict(Counter(self.layers))
+        objects = Counter(map(id, self.layers))  # first by identity: roles are few objects, and slow to hash
+        roles = {id(role): role for role in self.layers}
+        groups: dict[Role, int] = {}
+        for key, count in objects.items():
+            groups[roles[key]] = groups.get(roles[key], 0) + count
+        return groups
 
-    @property
+    @cached_property
     def num_layers_without_backward(self) -> int:
         """Of the lowest layers, those that the backward pass does not reach: nothing in or below them is trained."""
         if not isinstance(self.embeddings_and_head, Frozen):

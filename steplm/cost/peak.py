@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import accumulate, chain
 from math import prod
 
 from steplm.config import RunConfig
@@ -48,16 +49,16 @@ class Instants:
             shape, train.precision, config.micro_batch_size, train.sequence_length, config.data.within_documents
         )
         self.subject, self.state = Subject(config, shape, phase), model_state(config, shape, phase)
-        self.outside, self.roles, self.num_layers = phase.embeddings_and_head, phase.layers, phase.num_hidden_layers
+        self.outside, self.num_layers = phase.embeddings_and_head, phase.num_hidden_layers
         self.trains_outside = isinstance(self.outside, Trained)
         self.outside_rank = self.outside.rank if isinstance(self.outside, Adapter) else 0
         self.frees_gradients = memory.fused_backward  # each as soon as it is there
         self.kinds = tuple(phase.groups)  # the different roles of layers
+        one_of = {kind: kind for kind in self.kinds}
+        same = {id(role): one_of[role] for role in {id(role): role for role in phase.layers}.values()}
+        self.roles = [same[id(role)] for role in phase.layers]  # equal ones are one object: compared by identity
         # Of each kind: layers among the lowest 0, 1, 2 ...
-        self.below = {kind: [0] for kind in self.kinds}
-        for role in self.roles:
-            for kind, counts in self.below.items():
-                counts.append(counts[-1] + (kind == role))
+        self.below = {kind: [0, *accumulate(role is kind for role in self.roles)] for kind in self.kinds}
         self.recomputes = {
             kind: train.gradient_checkpointing in (True, "new" if isinstance(kind, Trained) else "frozen")
             for kind in self.kinds
@@ -245,7 +246,7 @@ class Instants:
             index
             for index, role in enumerate(self.roles)
             if index >= self.unreached
-            if index in ends or not self.roles[index - 1] == role == self.roles[index + 1]
+            if index in ends or not (self.roles[index - 1] is role is self.roles[index + 1])
         ]
 
     def _count(self, kind: Role, num_below: int | None = None) -> int:
@@ -311,8 +312,7 @@ class Instants:
             outside = tuple(map(prod, embedding_adapter_shapes(self.shape, self.outside.rank)))
         in_layer = {kind: [prod(shape) for shape in self._adamw_shapes(kind) if len(shape) > 1] for kind in self.kinds}
         yield from outside
-        for role in self.roles:
-            yield from in_layer[role]
+        yield from chain.from_iterable(map(in_layer.__getitem__, self.roles))
         yield from () if self.shape.tie_word_embeddings else outside
 
     def _adamw_shapes(self, kind: Role) -> tuple[TensorShape, ...]:

@@ -109,8 +109,8 @@ def fit(
 def _require_known_peak(config: RunConfig, shape: ModelShape | None) -> None:
     if not is_modelled(shape or shape_from_hf_config(config.model.hf_config())):
         raise ConfigError(
-            f"activations of model type {config.model.model_type!r} are not known by formula, so nothing can be said to "
-            "fit. Count the peak of one configuration with `steplm plan RUN --simulate`.",
+            f"activations of model type {config.model.model_type!r} are not known by formula, so nothing can be said "
+            "to fit. Count the peak of one configuration with `steplm plan RUN --simulate`.",
             model_type=config.model.model_type,
         )
 
