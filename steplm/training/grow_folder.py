@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from steplm.config import GrowthConfig
 from steplm.errors import CheckpointError, GrowthError
 from steplm.growth.grow import grow as grow_state
-from steplm.growth.grow import grow_config, provenance
-from steplm.models.build import config_values, fresh_layers, hf_config
-from steplm.models.folder import load_config_and_state, save_folder
+from steplm.growth.grow import provenance
+from steplm.models.build import fresh_layers, grown_config
+from steplm.models.folder import copy_companions, load_config_and_state, save_folder
+from steplm.models.preserving import require_unchanged_function
 from steplm.planner.positions import make_layer_map
 from steplm.problems import validated
 from steplm.types import LayerMap, LayerProvenance, to_json
@@ -54,21 +53,14 @@ def grow(
             f"cannot grow to {to} layers: {model} has {num_old} already", num_hidden_layers=num_old, to=to
         )
     layer_map = make_layer_map(num_old, to - num_old, growth.resolved_position, seed)
-    grown_config = hf_config(grow_config(config_values(config), layer_map))
-    grown_config.use_cache = True
+    grown_hf_config = grown_config(config, layer_map)
+    require_unchanged_function(config, operator)
+    grown_hf_config.use_cache = True
     dtype = next(iter(state.values())).dtype
-    grown = grow_state(state, layer_map, operator, fresh_layer=fresh_layers(grown_config, seed=seed, dtype=dtype))
-    save_folder(output_dir, grown_config, grown)
+    grown = grow_state(state, layer_map, operator, fresh_layer=fresh_layers(grown_hf_config, seed=seed, dtype=dtype))
+    save_folder(output_dir, grown_hf_config, grown)
     old = tuple(LayerProvenance(1, (), None) for _ in range(num_old))
     layers = [to_json(layer) for layer in provenance(old, layer_map, 2, operator)]
     (output_dir / "provenance.json").write_text(json.dumps(layers, indent=1) + "\n")
-    _copy_tokenizer(model, output_dir)
+    copy_companions(model, output_dir)
     return layer_map
-
-
-def _copy_tokenizer(model: str | Path, output_dir: Path) -> None:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, TypeError):
-        return  # a folder without a tokenizer is grown all the same
-    tokenizer.save_pretrained(output_dir)
