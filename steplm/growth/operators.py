@@ -82,7 +82,7 @@ def copy_with_zero_output(parents: Sequence[Layer], fraction: float) -> dict[str
 
 def _is_output(name: str) -> bool:
     """``self_attn.o_proj.weight``, or ``mlp.experts.down_proj_bias``, where experts are one tensor without a module."""
-    return any(part.removesuffix("_bias") in OUTPUT_PROJECTIONS for part in name.split(".")[-2:])
+    return any(part.removesuffix("_bias") in OUTPUT_PROJECTIONS for part in name.split("."))
 
 
 OPERATORS: dict[str, Operator] = {

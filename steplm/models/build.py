@@ -13,17 +13,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from steplm.config import ModelConfig
 from steplm.errors import ConfigError
 from steplm.growth.grow import grow_config, select_layers
 from steplm.memory.measure import find_layers
 from steplm.models.device import move
 from steplm.types import LayerMap
-from steplm.units import nearest, reason
+from steplm.units import nearest
 
 # Keys of earlier transformers that its configurations still take, and turn into ``rope_parameters``.
 ACCEPTED_KEYS = ("rope_theta", "rope_scaling")
+OWN_KEYS = frozenset(ModelConfig.model_fields)
+TINY_VOCABULARY = 16  # tokens
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -34,32 +45,36 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
         values: Hugging Face configuration keys, ``model_type`` included.
         layers: the configuration of a shallower model instead: indices of the layers that it has.
 
+    A key that is None and that the family does not have is left out.
+
     Raises:
         ConfigError: an unknown model type, one that is no decoder-only language model, or a key that neither the
             configuration nor the modelling code of this type has.
     """
     values = dict(values)
     model_type = str(values.pop("model_type"))
-    try:
-        default = AutoConfig.for_model(model_type)
-    except (ValueError, KeyError):
-        from transformers import CONFIG_MAPPING
-
+    if model_type not in CONFIG_MAPPING:
         hint = nearest(model_type, CONFIG_MAPPING.keys(), otherwise="")
-        raise ConfigError(f"transformers knows no model type {model_type!r}.{hint}", model_type=model_type) from None
-    require_decoder_only(default)
+        raise ConfigError(f"transformers knows no model type {model_type!r}.{hint}", model_type=model_type)
+    default = _default_config(model_type)
     if not hasattr(default, "num_key_value_heads") and (
         values.get("num_key_value_heads") == values.get("num_attention_heads")
     ):
         values.pop("num_key_value_heads", None)  # a family without grouped queries
-    for key in values:
+    for key, value in list(values.items()):
         if not _is_read(default, key):
+            if value is None:  # a way to leave out a key of ``model`` that the family has not
+                del values[key]
+                continue
             hint = nearest(key, default.to_dict(), otherwise="")
+            if key in OWN_KEYS:
+                hint += f" Set model.extra.{key}=null, and the family's own key, if it has one, in model.extra."
             raise ConfigError(f"the configuration of {model_type!r} has no key {key!r}.{hint}", key=key)
     try:
         config = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # of any kind: a key of the wrong type is found only where it is used
-        raise ConfigError(f"transformers refuses this configuration of {model_type!r}: {reason(error)}") from None
+        raise ConfigError(f"transformers refuses this configuration of {model_type!r}: {_in_one_line(error)}") from None
+    require_decoder_only(config)
     config.use_cache = False
     if layers is None:
         return config
@@ -68,31 +83,44 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
 
 def config_values(config: PretrainedConfig) -> dict[str, Any]:
     """The keys of a configuration that ``hf_config`` takes back."""
-    default = AutoConfig.for_model(config.model_type)
+    default = _default_config(config.model_type)
     values = {key: value for key, value in config.to_dict().items() if _is_read(default, key)}
     return {**values, "model_type": config.model_type}
 
 
+def _in_one_line(error: Exception) -> str:
+    # The first line of an error of a configuration says only which check has failed.
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _default_config(model_type: str) -> PretrainedConfig:
+    try:
+        config = AutoConfig.for_model(model_type)
+    except Exception as error:  # of any kind: a few have no valid default
+        raise ConfigError(f"transformers makes no configuration of {model_type!r}: {_in_one_line(error)}") from None
+    config.allow_global_per_layer_attribute_access = True  # where layers differ by default, asking for a key raises
+    require_decoder_only(config)
+    return config
+
+
 def require_decoder_only(config: PretrainedConfig) -> None:
-    """Raises ConfigError for encoder-decoders, and for models of images or sound beside text."""
+    """Raises ConfigError for what is more than one decoder of text, or has layers of several widths."""
+    kind = f"model type {config.model_type!r}"
     try:
         text_config = config.get_text_config()
     except ValueError:  # it has several
         text_config = None
     if text_config is not config:
         own = getattr(text_config, "model_type", None)
-        hint = f" Its text model is {own!r}." if own and own != config.model_type else ""
-        raise ConfigError(
-            f"model type {config.model_type!r} is more than a language model: only a decoder of text can be planned, "
-            f"trained and grown.{hint}",
-            model_type=config.model_type,
-        )
+        hint = f" Its text model is {own!r}." if own in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""
+        raise ConfigError(f"{kind} is more than a language model, and only text is trained and grown here.{hint}")
     if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(
-            f"model type {config.model_type!r} is an encoder-decoder: only decoder-only models can be planned, "
-            "trained and grown.",
-            model_type=config.model_type,
-        )
+        raise ConfigError(f"{kind} is an encoder-decoder, and only decoders are trained and grown here.")
+    if config.is_heterogeneous and not config.allow_global_per_layer_attribute_access:
+        widths = ", ".join(sorted(config.per_layer_attributes or ()))
+        raise ConfigError(f"{kind} has layers that differ in {widths}: only models of equal layers can grow.")
+    if not hasattr(config, "num_hidden_layers"):
+        raise ConfigError(f"{kind} is not one list of layers, and only such models are trained and grown here.")
 
 
 def with_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
@@ -126,10 +154,12 @@ def build_model(
         ConfigError: a tensor is missing, unexpected or of the wrong shape.
     """
     with _parameters_on_meta():
-        model = _from_config(config, next(iter(state.values())).dtype)
+        model = _from_config(config, dtype_of(state))
     _check_state(model, {name: tuple(tensor.shape) for name, tensor in state.items()})
     model.load_state_dict(dict(state), strict=False, assign=True)
     model.tie_weights()
+    if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ConfigError(f"the weights do not fit the model: {describe_misfit(absent, [])}", missing=absent)
     move(model, device)
     return model
 
@@ -182,24 +212,27 @@ def initial_state(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) ->
 def fresh_layers(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> Callable[[int], dict[str, Tensor]]:
     """A function from a layer's index to freshly initialised tensors of one layer, named below the layer.
 
-    Nothing is built before it is called, and then only the layer itself, as it stands in a model of this depth.
+    Nothing is built before it is called, and then one layer with a tiny vocabulary, initialised as in a model of the
+    configuration's depth: GPT-2 draws its output projections narrower the deeper it is.
     """
-
-    @cache
-    def model_and_layers() -> tuple[PreTrainedModel, nn.ModuleList]:
-        model = meta_model(config)
-        return model, find_layers(model, config.num_hidden_layers)[1]
 
     @torch.no_grad()
     def fresh(index: int) -> dict[str, Tensor]:
-        model, layers = model_and_layers()
-        layer = copy.deepcopy(layers[index]).to_empty(device="cpu")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1_000_003 + index)
+            model = _from_config(with_tiny_vocabulary(config, [index]), torch.float32)
+            layer = find_layers(model, 1)[1][0]
+            model.config.num_hidden_layers = config.num_hidden_layers
             layer.apply(model._init_weights)
         return plain_state(layer, dtype=dtype)
 
     return fresh
+
+
+def with_tiny_vocabulary(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """The configuration of a model of these layers with few tokens, to try a layer at little cost."""
+    special = {key: 0 for key in ("pad_token_id", "bos_token_id", "eos_token_id") if hasattr(config, key)}
+    return _parsed(config, select_layers(config.to_dict(), layers) | special | {"vocab_size": TINY_VOCABULARY})
 
 
 def plain_state(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -209,6 +242,11 @@ def plain_state(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[s
     """
     parameters = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
     return parameters | saved_buffers(model)
+
+
+def dtype_of(state: Mapping[str, Tensor]) -> torch.dtype:
+    """That of the weights: of the largest tensor, as buffers can have one of their own."""
+    return max(state.values(), key=Tensor.numel).dtype
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -236,13 +274,7 @@ def _checked(config: PretrainedConfig, values: dict[str, Any], layers: Sequence[
     """The configuration of ``values``, if each of its layers is set up as the one in ``config`` that it stands for."""
     if list(layers) == list(range(config.num_hidden_layers)):
         return copy.deepcopy(config)
-    try:
-        result = type(config).from_dict(values)
-    except Exception as error:  # as above
-        raise ConfigError(
-            f"transformers refuses a {config.model_type!r} model of {len(layers)} layers: {reason(error)}"
-        ) from None
-    result.use_cache = config.use_cache
+    result = _parsed(config, values)
     before, after = meta_model(config), meta_model(result)
     prefix, old_layers = find_layers(before, config.num_hidden_layers)
     _, new_layers = find_layers(after, result.num_hidden_layers)
@@ -257,6 +289,18 @@ def _checked(config: PretrainedConfig, values: dict[str, Any], layers: Sequence[
                 layer=new,
                 key=key,
             )
+    return result
+
+
+def _parsed(config: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig:
+    """A configuration of the same type from other values."""
+    try:
+        result = type(config).from_dict(values)
+    except Exception as error:  # as above
+        raise ConfigError(
+            f"transformers refuses this configuration of {config.model_type!r}: {_in_one_line(error)}"
+        ) from None
+    result.use_cache = config.use_cache
     return result
 
 
@@ -329,14 +373,16 @@ def describe_misfit(missing: Sequence[str], unexpected: Sequence[str]) -> str:
 
 
 def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    implementations = ["sdpa", "eager"]  # a few families (Gemma 2) soft-cap their attention logits, which SDPA cannot
     with no_padding_index():
-        try:
-            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-        except Exception as error:  # as above
-            if "scaled_dot_product_attention" not in str(error):
-                raise ConfigError(f"transformers refuses this model configuration: {reason(error)}") from None
-            # A few families (Gemma 2) soft-cap their attention logits, which SDPA cannot.
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+        for implementation in implementations:
+            try:
+                return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype)
+            except Exception as error:  # as above
+                why = _in_one_line(error)
+                if "scaled_dot_product_attention" not in str(error):
+                    break
+    raise ConfigError(f"transformers makes no causal language model of this {config.model_type!r} configuration: {why}")
 
 
 @contextmanager

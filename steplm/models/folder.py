@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from steplm.errors import CheckpointError, HubUnavailable
-from steplm.models.build import check_state, describe_misfit, no_padding_index, plain_state, require_decoder_only
+from steplm.models.build import check_state, describe_misfit, dtype_of, no_padding_index, plain_state, require_decoder_only
 from steplm.units import reason
 
 MAX_SHARD_SIZE = "5GB"
@@ -34,7 +34,7 @@ def save_folder(folder: Path, config: PretrainedConfig, state: Mapping[str, Tens
     Raises:
         ConfigError: ``config.json`` as it was written asks for other tensors than these.
     """
-    save_hf_config(folder, config, next(iter(state.values())).dtype)
+    save_hf_config(folder, config, dtype_of(state))
     check_state(load_hf_config(folder), {name: tuple(tensor.shape) for name, tensor in state.items()})
     save_torch_state_dict(dict(state), folder, max_shard_size=MAX_SHARD_SIZE)
 

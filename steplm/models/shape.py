@@ -60,7 +60,7 @@ def shape_from_model(model: PreTrainedModel) -> ModelShape:
         tensors.append((component, tuple(parameter.shape)))
         modules[component][name.rpartition(".")[0]] = None
 
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # recurrent layers have none
     return ModelShape(
         model_type=config.model_type,
         vocab_size=config.vocab_size,

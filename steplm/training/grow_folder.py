@@ -9,9 +9,9 @@ from steplm.config import GrowthConfig
 from steplm.errors import CheckpointError, GrowthError
 from steplm.growth.grow import grow as grow_state
 from steplm.growth.grow import provenance
-from steplm.models.build import fresh_layers, grown_config
+from steplm.models.build import dtype_of, fresh_layers, grown_config
 from steplm.models.folder import copy_companions, load_config_and_state, save_folder
-from steplm.models.preserving import require_unchanged_function
+from steplm.models.trial import require_unchanged_function
 from steplm.planner.positions import make_layer_map
 from steplm.problems import validated
 from steplm.types import LayerMap, LayerProvenance, to_json
@@ -56,7 +56,7 @@ def grow(
     grown_hf_config = grown_config(config, layer_map)
     require_unchanged_function(config, operator)
     grown_hf_config.use_cache = True
-    dtype = next(iter(state.values())).dtype
+    dtype = dtype_of(state)
     grown = grow_state(state, layer_map, operator, fresh_layer=fresh_layers(grown_hf_config, seed=seed, dtype=dtype))
     save_folder(output_dir, grown_hf_config, grown)
     old = tuple(LayerProvenance(1, (), None) for _ in range(num_old))
