@@ -257,13 +257,13 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _is_read(default: PretrainedConfig, key: str) -> bool:
     """Whether a model type does anything with a key: it has a default, or is read where it is there (``head_dim``)."""
-    return key in ACCEPTED_KEYS or hasattr(default, key) or _is_read_by_model(type(default), key)
+    return key in ACCEPTED_KEYS or hasattr(default, key) or _is_read_by_model(default.model_type, key)
 
 
 @cache
-def _is_read_by_model(config_class: type[PretrainedConfig], key: str) -> bool:
+def _is_read_by_model(model_type: str, key: str) -> bool:
     try:
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
     except KeyError:  # no causal language model
         return False
     source = inspect.getsource(sys.modules[model_class.__module__])
@@ -393,7 +393,9 @@ def no_padding_index() -> Iterator[None]:
     """
     initialise = nn.Embedding.__init__
 
-    def without(self: nn.Embedding, num: int, dim: int, padding_idx: int | None = None, *args: Any, **keys: Any) -> None:
+    def without(
+        self: nn.Embedding, num: int, dim: int, padding_idx: int | None = None, *args: Any, **keys: Any
+    ) -> None:
         initialise(self, num, dim, None, *args, **keys)
 
     nn.Embedding.__init__ = without  # type: ignore[method-assign, assignment]

@@ -16,7 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from steplm.errors import CheckpointError, HubUnavailable
-from steplm.models.build import check_state, describe_misfit, dtype_of, no_padding_index, plain_state, require_decoder_only
+from steplm.models.build import (
+    check_state,
+    describe_misfit,
+    dtype_of,
+    no_padding_index,
+    plain_state,
+    require_decoder_only,
+)
 from steplm.units import reason
 
 MAX_SHARD_SIZE = "5GB"

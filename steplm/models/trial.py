@@ -1,4 +1,4 @@
-"""A family tried on a small model of its own layers: whether it can be trained, and what growth does to its function."""
+"""A model tried by a small one of its own layers: whether it can be trained, and whether growth keeps its function."""
 
 from __future__ import annotations
 

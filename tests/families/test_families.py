@@ -22,11 +22,19 @@ from steplm.config import ModelConfig
 from steplm.errors import ConfigError, GrowthError, SteplmError
 from steplm.growth.grow import grow
 from steplm.growth.operators import OPERATORS
-from steplm.models.build import build_model, fresh_layers, grown_config, hf_config, initial_state, meta_model, plain_state
+from steplm.models.build import (
+    build_model,
+    fresh_layers,
+    grown_config,
+    hf_config,
+    initial_state,
+    meta_model,
+    plain_state,
+)
 from steplm.models.folder import load_config_and_state, save_folder
 from steplm.models.forward import batch_loss, check_loss
-from steplm.models.trial import require_unchanged_function
 from steplm.models.shape import shape_of
+from steplm.models.trial import require_unchanged_function
 from steplm.planner.positions import make_layer_map
 
 PAGE = Path(__file__).parents[2] / "docs/families.md"
