@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -34,6 +34,7 @@ from steplm.units import nearest
 # Keys of earlier transformers that its configurations still take, and turn into ``rope_parameters``.
 ACCEPTED_KEYS = ("rope_theta", "rope_scaling")
 OWN_KEYS = frozenset(ModelConfig.model_fields)
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TINY_VOCABULARY = 16  # tokens
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -75,10 +76,31 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
     except Exception as error:  # of any kind: a key of the wrong type is found only where it is used
         raise ConfigError(f"transformers refuses this configuration of {model_type!r}: {_in_one_line(error)}") from None
     require_decoder_only(config)
+    _leave_out_foreign_tokens(config, given=values)
     config.use_cache = False
     if layers is None:
         return config
     return with_layers(config, range(layers) if isinstance(layers, int) else layers)
+
+
+def _leave_out_foreign_tokens(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
+    """Special tokens by a family's default are of another tokenizer: beyond this vocabulary, no model would load.
+
+    Raises:
+        ConfigError: one that is given lies beyond it.
+    """
+    for key in SPECIAL_TOKENS:
+        value = getattr(config, key, None)
+        if not isinstance(value, int) or value < config.vocab_size:
+            continue
+        if key in given:
+            raise ConfigError(
+                f"model.extra.{key} is {value}, but the vocabulary ends at {config.vocab_size - 1}",
+                key=key,
+                value=value,
+            )
+        with suppress(Exception):  # a few families insist on a number
+            setattr(config, key, None)
 
 
 def config_values(config: PretrainedConfig) -> dict[str, Any]:
@@ -231,7 +253,7 @@ def fresh_layers(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> 
 
 def with_tiny_vocabulary(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
     """The configuration of a model of these layers with few tokens, to try a layer at little cost."""
-    special = {key: 0 for key in ("pad_token_id", "bos_token_id", "eos_token_id") if hasattr(config, key)}
+    special = {key: 0 for key in SPECIAL_TOKENS if hasattr(config, key)}
     return _parsed(config, select_layers(config.to_dict(), layers) | special | {"vocab_size": TINY_VOCABULARY})
 
 
