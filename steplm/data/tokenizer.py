@@ -60,7 +60,9 @@ def without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeni
         values = json.loads(backend.to_str())
         backend = Tokenizer.from_str(json.dumps({**values, "post_processor": None}))
     # A plain class: those of a model family make a post-processor of their own when they are loaded.
-    return _wrap(backend, {**tokenizer.special_tokens_map, "bos_token": tokenizer.eos_token})
+    plain = _wrap(backend, {**tokenizer.special_tokens_map, "bos_token": tokenizer.eos_token})
+    plain.chat_template = tokenizer.chat_template
+    return plain
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

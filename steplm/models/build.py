@@ -44,7 +44,7 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
 
     Args:
         values: Hugging Face configuration keys, ``model_type`` included.
-        layers: the configuration of a shallower model instead: indices of the layers that it has.
+        layers: of a shallower model instead: indices of the layers that it has, or how many from the bottom.
 
     A key that is None and that the family does not have is left out.
 

@@ -297,3 +297,9 @@ def test_a_panic_of_the_tokenizers_library_is_an_unusable_tokenizer(
     monkeypatch.setitem(tokenizer_module.FORMATS, ("tokenizer.json",), read)
     with pytest.raises(DataError, match="range end index 46"):
         load_tokenizer(tokenizer_dir)
+
+
+def test_a_tokenizer_stripped_of_its_bos_keeps_its_chat_template(texts: list[str]) -> None:
+    before = train_tokenizer(texts, 300)
+    before.chat_template = "{{ messages }}"
+    assert without_added_tokens(before).chat_template == "{{ messages }}"
