@@ -43,10 +43,9 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
     """A ``transformers`` configuration from its keys.
 
     Args:
-        values: Hugging Face configuration keys, ``model_type`` included.
+        values: Hugging Face configuration keys, ``model_type`` included. A key that is None and that the family does
+            not have is left out.
         layers: of a shallower model instead: indices of the layers that it has, or how many from the bottom.
-
-    A key that is None and that the family does not have is left out.
 
     Raises:
         ConfigError: an unknown model type, one that is no decoder-only language model, or a key that neither the
@@ -90,12 +89,12 @@ def _leave_out_foreign_tokens(config: PretrainedConfig, given: Mapping[str, Any]
         ConfigError: one that is given lies beyond it.
     """
     for key in SPECIAL_TOKENS:
-        value = getattr(config, key, None)
-        if not isinstance(value, int) or value < config.vocab_size:
+        value, vocab_size = getattr(config, key, None), getattr(config, "vocab_size", None)
+        if not isinstance(value, int) or vocab_size is None or value < vocab_size:
             continue
         if key in given:
             raise ConfigError(
-                f"model.extra.{key} is {value}, but the vocabulary ends at {config.vocab_size - 1}",
+                f"model.extra.{key} is {value}, but the vocabulary ends at {vocab_size - 1}",
                 key=key,
                 value=value,
             )
@@ -138,7 +137,9 @@ def require_decoder_only(config: PretrainedConfig) -> None:
         raise ConfigError(f"{kind} is more than a language model, and only text is trained and grown here.{hint}")
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{kind} is an encoder-decoder, and only decoders are trained and grown here.")
-    if config.is_heterogeneous and not config.allow_global_per_layer_attribute_access:
+    # Neither attribute is there in the first releases of transformers 5.
+    asks_globally = getattr(config, "allow_global_per_layer_attribute_access", False)
+    if getattr(config, "is_heterogeneous", False) and not asks_globally:
         widths = ", ".join(sorted(config.per_layer_attributes or ()))
         raise ConfigError(f"{kind} has layers that differ in {widths}: only models of equal layers can grow.")
     if not hasattr(config, "num_hidden_layers"):

@@ -109,3 +109,11 @@ def test_an_encoder_decoder_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bart", "d_model": 16, "vocab_size": 32}))
     with pytest.raises(ConfigError, match="'bart' is an encoder-decoder"):
         grow(tmp_path, to=4, output_dir=tmp_path / "grown")
+
+
+def test_a_growth_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_model(tmp_path / "model", "llama")
+    monkeypatch.setattr("steplm.training.grow_folder.provenance", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        grow(model, to=4, output_dir=tmp_path / "grown")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
