@@ -60,7 +60,9 @@ def without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeni
         values = json.loads(backend.to_str())
         backend = Tokenizer.from_str(json.dumps({**values, "post_processor": None}))
     # A plain class: those of a model family make a post-processor of their own when they are loaded.
-    return _wrap(backend, {**tokenizer.special_tokens_map, "bos_token": tokenizer.eos_token})
+    plain = _wrap(backend, {**tokenizer.special_tokens_map, "bos_token": tokenizer.eos_token})
+    plain.chat_template = tokenizer.chat_template
+    return plain
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -99,8 +101,9 @@ def tokenizer_files(spec: str | Path) -> list[Path]:
     """The local files that ``load_tokenizer`` would read; none for a name on the hub."""
     path = local_path(spec)
     files = list(_locate(path)[0]) if path.exists() else []
-    if files and files[0].name == "tokenizer.json":
-        files += [file for file in (files[0].with_name("tokenizer_config.json"),) if file.is_file()]
+    config = files[0].with_name("tokenizer_config.json") if files else path
+    if files and files[0].name in ("tokenizer.json", "tokenizer.model") and config.is_file():
+        files.append(config)
     return files
 
 
@@ -171,7 +174,24 @@ def _read_json(file: Path) -> PreTrainedTokenizerFast:
 
 
 def _read_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
-    return _wrap(*read_sentencepiece(file))
+    """With the special and added tokens, BOS, EOS and chat template that the files beside ``tokenizer.model`` give.
+
+    Where they say nothing, a text begins with BOS, as it does for every model that is published with such a file.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    backend, special = read_sentencepiece(file)
+    if file.name == "tokenizer.model":
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            str(file.parent), tokenizer_object=backend, clean_up_tokenization_spaces=False
+        )
+    else:
+        tokenizer = _wrap(backend, {})
+    for name, text in special.items():
+        if getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, text)
+    tokenizer.add_bos_token = tokenizer.init_kwargs.get("add_bos_token", True)  # remakes the post-processor
+    return tokenizer
 
 
 def _read_byte_level(vocabulary: Path, merges: Path) -> PreTrainedTokenizerFast:

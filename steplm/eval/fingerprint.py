@@ -10,7 +10,7 @@ from pathlib import Path
 from steplm.data.sources import find_sources
 from steplm.data.tokenizer import load_tokenizer, tokenizer_files
 from steplm.data.tokens import file_sha256
-from steplm.models.folder import load_hf_config
+from steplm.models.folder import load_hf_config, weight_files
 
 
 def model_fingerprint(model: str) -> str:
@@ -24,9 +24,8 @@ def model_fingerprint(model: str) -> str:
     if not folder.is_dir():
         return f"{model}@{getattr(config, '_commit_hash', None)}"
     load_tokenizer(model)
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.index.json")]
     digest = hashlib.sha256()
-    for file in sorted({folder / "config.json", *weights, *tokenizer_files(model)}):
+    for file in sorted({folder / "config.json", *weight_files(folder), *tokenizer_files(model)}):
         digest.update(f"{file.name} {_sha256(file)}\n".encode())
     return digest.hexdigest()
 

@@ -5,6 +5,7 @@ N tokens, S positions of a window, W windows.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-import yaml
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from steplm.config import load_config
 from steplm.data.loader import Batch
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError, DataError
@@ -130,9 +131,8 @@ def evaluate_folder(
 
 def default_sequence_length(folder: str | Path, config: PretrainedConfig) -> int:
     """The length of the model's training, where its folder says so; else its context, within a limit."""
-    training_config = Path(folder) / "training_config.yaml"
-    if training_config.is_file():
-        return yaml.safe_load(training_config.read_text())["train"]["sequence_length"]
+    with contextlib.suppress(ConfigError):  # none, or a file of this name by another program
+        return load_config(Path(folder) / "training_config.yaml").train.sequence_length
     return min(getattr(config, "max_position_embeddings", None) or LONGEST_DEFAULT, LONGEST_DEFAULT)
 
 

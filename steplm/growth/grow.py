@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +21,11 @@ from steplm.units import nearest
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Lists of layer indices; every other list with "layer" or "types" in its name holds one entry per layer.
 LAYER_INDEX_KEYS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices")
+# Numbers of layers at the bottom, or the index of the first layer above them; and the index of a last layer.
+FIRST_LAYERS_KEYS = (
+    "first_k_dense_replace", "num_dense_layers", "num_hash_layers", "max_window_layers", "moe_layer_start_index",
+)  # fmt: skip
+LAST_LAYER_KEYS = ("moe_layer_end_index",)
 
 _NAME_IN_LAYER = re.compile(r"^(.+?)\.(\d+)\.(.+)$")
 
@@ -104,31 +109,72 @@ def renamed(names: Iterable[str], layer_map: LayerMap) -> dict[str, str]:
 
 
 def grow_config(hf_config: Mapping[str, Any], layer_map: LayerMap) -> dict[str, Any]:
-    """The Hugging Face configuration of the grown model.
-
-    Renews the depth and every per-layer list (``layer_types`` …), in which a new layer takes the entry of
-    its first parent; lists of layer indices (``mlp_only_layers`` …) follow in the same way.
+    """The Hugging Face configuration of the grown model: a new layer is set up as its first parent is.
 
     Raises:
         GrowthError: the configuration names no depth, or another one than the map's.
     """
+    _check_map(layer_map, depth_of(hf_config))
+    return select_layers(hf_config, [origin.parents[0] for origin in layer_map.origins])
+
+
+def depth_of(hf_config: Mapping[str, Any]) -> int:
+    """Number of layers that a Hugging Face configuration asks for.
+
+    Raises:
+        GrowthError: the configuration names no depth.
+    """
+    for key in DEPTH_KEYS:
+        if isinstance(hf_config.get(key), int):
+            return hf_config[key]
+    raise GrowthError(f"the configuration has none of the keys {', '.join(DEPTH_KEYS)}: its depth is unknown.")
+
+
+def select_layers(hf_config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """The configuration of a model whose layer ``i`` is set up as layer ``layers[i]`` of this one.
+
+    Renews the depth, lists with one entry per layer (``layer_types`` ...), lists of layer indices
+    (``mlp_only_layers`` ...) and boundaries between layers (``first_k_dense_replace`` ...).
+
+    Args:
+        layers: indices in the given model, ascending; an index may be repeated or left out.
+
+    Raises:
+        GrowthError: the configuration names no depth.
+    """
+    num_layers = depth_of(hf_config)
     config = copy.deepcopy(dict(hf_config))
-    depth_keys = [key for key in DEPTH_KEYS if isinstance(config.get(key), int)]
-    if not depth_keys:
-        raise GrowthError(f"the configuration has none of the keys {', '.join(DEPTH_KEYS)}: its depth is unknown.")
-    num_old = config[depth_keys[0]]
-    _check_map(layer_map, num_old)
-    first_parents = [origin.parents[0] for origin in layer_map.origins]
+    if list(layers) == list(range(num_layers)):
+        return config
     for key, value in config.items():
-        if not isinstance(value, list | tuple):
-            continue
-        if key in LAYER_INDEX_KEYS:
-            config[key] = [index for index, parent in enumerate(first_parents) if parent in value]
-        elif len(value) == num_old and ("layer" in key or key.endswith("types")) and not key.startswith("mtp"):
-            config[key] = [value[parent] for parent in first_parents]
-    for key in depth_keys:
-        config[key] = layer_map.num_layers
+        if key in DEPTH_KEYS and value == num_layers:
+            config[key] = len(layers)
+        elif key in LAYER_INDEX_KEYS and isinstance(value, list | tuple):
+            config[key] = [index for index, source in enumerate(layers) if source in value]
+        elif key in FIRST_LAYERS_KEYS and isinstance(value, int):
+            below = sum(source < value for source in layers)
+            config[key] = max(value, below) if value >= num_layers else below  # all layers, whatever the depth
+        elif key in LAST_LAYER_KEYS and isinstance(value, int) and value >= 0:  # -1 is the last layer of any depth
+            config[key] = sum(source <= value for source in layers) - 1
+        elif key == "attention_types":  # GPT-Neo: [[["global", "local"], 12]], the types and how often they repeat
+            types = [name for names, repeats in value for _ in range(repeats) for name in names]
+            config[key] = [[[types[source]], 1] for source in layers]
+        elif isinstance(value, list | tuple) and len(value) >= num_layers and _is_per_layer(key):
+            config[key] = [value[source] for source in layers]
     return config
+
+
+def _is_per_layer(key: str) -> bool:
+    return ("layer" in key or key.endswith("types")) and not key.startswith("mtp")  # those of multi-token prediction
+
+
+def positions_in_final(growths: Sequence[LayerMap], num_layers: int) -> list[int]:
+    """For each layer of a model, its index after all of these growths, one after the other."""
+    positions = list(range(num_layers))
+    for layer_map in growths:
+        kept = layer_map.kept_layers
+        positions = [kept[position] for position in positions]
+    return positions
 
 
 def provenance(

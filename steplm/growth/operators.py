@@ -49,31 +49,40 @@ def interpolate(parents: Sequence[Layer], fraction: float) -> dict[str, Tensor]:
         return copy_lower(parents, fraction)
     lower, upper = parents
     return {
-        name: torch.lerp(lower[name].float(), upper[name].float(), fraction).to(lower[name].dtype) for name in lower
+        name: torch.lerp(tensor.float(), upper[name].float(), fraction).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor.clone()  # of counts and masks there is no middle
+        for name, tensor in lower.items()
     }
 
 
 def copy_with_zero_output(parents: Sequence[Layer], fraction: float) -> dict[str, Tensor]:
     """A copy of the lower parent that adds nothing to the residual stream: the function is unchanged.
 
+    ``require_unchanged_function`` tries it: a layer can add to the stream by more than its output projections.
+
     Raises:
-        GrowthError: the layer has not both attention's and the MLP's output projection.
+        GrowthError: the layer has no output projection of a known name.
 
     Source: LLaMA-Pro's block expansion (arXiv 2401.02415).
     """
     layer = copy_lower(parents, fraction)
-    outputs = [name for name in layer if name.split(".")[-2:-1] and name.split(".")[-2] in OUTPUT_PROJECTIONS]
-    modules = {name.rpartition(".")[0] for name in outputs}
-    if len(modules) < 2:
+    outputs = [name for name in layer if _is_output(name)]
+    if not outputs:
         raise GrowthError(
-            f"operator 'identity' must set attention's and the MLP's output projection to zero, but found "
-            f"{len(modules)} of them by name ({', '.join(OUTPUT_PROJECTIONS)}) among {sorted(layer)}. "
+            "operator 'identity' must set the output projections of a new layer to zero, but none of "
+            f"{', '.join(OUTPUT_PROJECTIONS)} is among {', '.join(sorted(layer)[:8])}. "
             "Use another growth operator for this model.",
-            found=sorted(modules),
+            found=sorted(layer),
         )
     for name in outputs:
         layer[name].zero_()
     return layer
+
+
+def _is_output(name: str) -> bool:
+    """``self_attn.o_proj.weight``, or ``mlp.experts.down_proj_bias``, where experts are one tensor without a module."""
+    return any(part.removesuffix("_bias") in OUTPUT_PROJECTIONS for part in name.split("."))
 
 
 OPERATORS: dict[str, Operator] = {

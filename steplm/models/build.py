@@ -2,63 +2,168 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import copy
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import torch
+from steplm.cost.measure import find_layers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from steplm.config import ModelConfig
 from steplm.errors import ConfigError
+from steplm.growth.grow import grow_config, select_layers
 from steplm.models.device import move
-from steplm.units import nearest, reason
+from steplm.types import LayerMap
+from steplm.units import nearest
 
 # Keys of earlier transformers that its configurations still take, and turn into ``rope_parameters``.
 ACCEPTED_KEYS = ("rope_theta", "rope_scaling")
+OWN_KEYS = frozenset(ModelConfig.model_fields)
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TINY_VOCABULARY = 16  # tokens
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def hf_config(values: Mapping[str, Any], num_hidden_layers: int | None = None) -> PretrainedConfig:
-    """A ``transformers`` configuration from its keys, at another depth if asked for.
+def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = None) -> PretrainedConfig:
+    """A ``transformers`` configuration from its keys.
+
+    Args:
+        values: Hugging Face configuration keys, ``model_type`` included. A key that is None and that the family does
+            not have is left out.
+        layers: of a shallower model instead: indices of the layers that it has, or how many from the bottom.
 
     Raises:
-        ConfigError: unknown model type, or a key that this type does not have.
+        ConfigError: an unknown model type, one that is no decoder-only language model, or a key that neither the
+            configuration nor the modelling code of this type has.
     """
     values = dict(values)
     model_type = str(values.pop("model_type"))
-    try:
-        default = AutoConfig.for_model(model_type)
-    except (ValueError, KeyError):
-        from transformers import CONFIG_MAPPING
-
+    if model_type not in CONFIG_MAPPING:
         hint = nearest(model_type, CONFIG_MAPPING.keys(), otherwise="")
-        raise ConfigError(f"transformers knows no model type {model_type!r}.{hint}", model_type=model_type) from None
+        raise ConfigError(f"transformers knows no model type {model_type!r}.{hint}", model_type=model_type)
+    default = _default_config(model_type)
     if not hasattr(default, "num_key_value_heads") and (
         values.get("num_key_value_heads") == values.get("num_attention_heads")
     ):
         values.pop("num_key_value_heads", None)  # a family without grouped queries
-    for key in values:
-        if not hasattr(default, key) and key not in ACCEPTED_KEYS:
+    for key, value in list(values.items()):
+        if not _is_read(default, key):
+            if value is None:  # a way to leave out a key of ``model`` that the family has not
+                del values[key]
+                continue
             hint = nearest(key, default.to_dict(), otherwise="")
+            if key in OWN_KEYS:
+                hint += f" Set model.extra.{key}=null, and the family's own key, if it has one, in model.extra."
             raise ConfigError(f"the configuration of {model_type!r} has no key {key!r}.{hint}", key=key)
-    if num_hidden_layers is not None:
-        values["num_hidden_layers"] = num_hidden_layers
-        if "layer_types" in values:
-            values["layer_types"] = values["layer_types"][:num_hidden_layers]
     try:
         config = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # of any kind: a key of the wrong type is found only where it is used
-        raise ConfigError(f"transformers refuses this configuration of {model_type!r}: {reason(error)}") from None
+        raise ConfigError(f"transformers refuses this configuration of {model_type!r}: {_in_one_line(error)}") from None
+    require_decoder_only(config)
+    _leave_out_foreign_tokens(config, given=values)
     config.use_cache = False
-    return config
+    if layers is None:
+        return config
+    return with_layers(config, range(layers) if isinstance(layers, int) else layers)
+
+
+def _leave_out_foreign_tokens(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
+    """Special tokens by a family's default are of another tokenizer: beyond this vocabulary, no model would load.
+
+    Raises:
+        ConfigError: one that is given lies beyond it.
+    """
+    for key in SPECIAL_TOKENS:
+        value, vocab_size = getattr(config, key, None), getattr(config, "vocab_size", None)
+        if not isinstance(value, int) or vocab_size is None or value < vocab_size:
+            continue
+        if key in given:
+            raise ConfigError(
+                f"model.extra.{key} is {value}, but the vocabulary ends at {vocab_size - 1}",
+                key=key,
+                value=value,
+            )
+        with suppress(Exception):  # a few families insist on a number
+            setattr(config, key, None)
 
 
 def config_values(config: PretrainedConfig) -> dict[str, Any]:
     """The keys of a configuration that ``hf_config`` takes back."""
-    known = AutoConfig.for_model(config.model_type)
-    values = {key: value for key, value in config.to_dict().items() if hasattr(known, key)}
+    default = _default_config(config.model_type)
+    values = {key: value for key, value in config.to_dict().items() if _is_read(default, key)}
     return {**values, "model_type": config.model_type}
+
+
+def _in_one_line(error: Exception) -> str:
+    # The first line of an error of a configuration says only which check has failed.
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _default_config(model_type: str) -> PretrainedConfig:
+    try:
+        config = AutoConfig.for_model(model_type)
+    except Exception as error:  # of any kind: a few have no valid default
+        raise ConfigError(f"transformers makes no configuration of {model_type!r}: {_in_one_line(error)}") from None
+    config.allow_global_per_layer_attribute_access = True  # where layers differ by default, asking for a key raises
+    require_decoder_only(config)
+    return config
+
+
+def require_decoder_only(config: PretrainedConfig) -> None:
+    """Raises ConfigError for what is more than one decoder of text, or has layers of several widths."""
+    kind = f"model type {config.model_type!r}"
+    try:
+        text_config = config.get_text_config()
+    except ValueError:  # it has several
+        text_config = None
+    if text_config is not config:
+        own = getattr(text_config, "model_type", None)
+        hint = f" Its text model is {own!r}." if own in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""
+        raise ConfigError(f"{kind} is more than a language model, and only text is trained and grown here.{hint}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"{kind} is an encoder-decoder, and only decoders are trained and grown here.")
+    # Neither attribute is there in the first releases of transformers 5.
+    asks_globally = getattr(config, "allow_global_per_layer_attribute_access", False)
+    if getattr(config, "is_heterogeneous", False) and not asks_globally:
+        widths = ", ".join(sorted(config.per_layer_attributes or ()))
+        raise ConfigError(f"{kind} has layers that differ in {widths}: only models of equal layers can grow.")
+    if not hasattr(config, "num_hidden_layers"):
+        raise ConfigError(f"{kind} is not one list of layers, and only such models are trained and grown here.")
+
+
+def with_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """The configuration of a model whose layer ``i`` is set up as layer ``layers[i]`` of this one.
+
+    Raises:
+        ConfigError: the layers of the new model would differ from those that they stand for.
+    """
+    return _checked(config, select_layers(config.to_dict(), layers), layers)
+
+
+def grown_config(config: PretrainedConfig, layer_map: LayerMap) -> PretrainedConfig:
+    """The configuration of the grown model: a new layer is set up as its first parent is.
+
+    Raises:
+        GrowthError: the map is for another depth.
+        ConfigError: as ``with_layers``.
+    """
+    values = grow_config(config.to_dict(), layer_map)
+    return _checked(config, values, [origin.parents[0] for origin in layer_map.origins])
 
 
 def build_model(
@@ -71,31 +176,52 @@ def build_model(
     Raises:
         ConfigError: a tensor is missing, unexpected or of the wrong shape.
     """
-    dtype = next(iter(state.values())).dtype
     with _parameters_on_meta():
-        model = _from_config(config, dtype)
-    try:
-        missing, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
-    except RuntimeError as error:
-        raise ConfigError(f"the weights do not fit the model: {error}") from None
+        model = _from_config(config, dtype_of(state))
+    _check_state(model, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    model.load_state_dict(dict(state), strict=False, assign=True)
     model.tie_weights()
-    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if absent or unexpected:
-        raise ConfigError(
-            f"the weights do not fit the model: missing {absent[:5]}, unexpected {list(unexpected)[:5]}",
-            missing=list(missing),
-            unexpected=list(unexpected),
-        )
+    if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ConfigError(f"the weights do not fit the model: {describe_misfit(absent, [])}", missing=absent)
     move(model, device)
     return model
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model whose parameters are on the meta device; buffers have their values."""
+    """A causal language model whose parameters are on the meta device; buffers have their values.
+
+    Raises:
+        ConfigError: it has buffers that are a part of its state, which shards do not carry.
+    """
     with _parameters_on_meta():
         model = _from_config(config, dtype)
+    if buffers := saved_buffers(model):
+        raise ConfigError(
+            f"model type {config.model_type!r} keeps {next(iter(buffers))} as a buffer, which is not carried through "
+            "sharded training. Use one device, or set distributed.shard_size=1.",
+            model_type=config.model_type,
+        )
     model.tie_weights()
     return model
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A causal language model without values: names, shapes and settings, in no memory.
+
+    Raises:
+        ConfigError: transformers makes none of this configuration.
+    """
+    with torch.device("meta"):
+        return _from_config(config, torch.float32)
+
+
+def check_state(config: PretrainedConfig, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Tensors of these names and shapes are a whole model of this configuration, which then leaves none to chance.
+
+    Raises:
+        ConfigError: a tensor is missing, unexpected or of the wrong shape.
+    """
+    _check_state(meta_model(config), shapes)
 
 
 def initial_state(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -107,34 +233,199 @@ def initial_state(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) ->
 
 
 def fresh_layers(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> Callable[[int], dict[str, Tensor]]:
-    """A function from a layer's index to freshly initialised tensors of one layer, named below the layer."""
-    from steplm.growth.grow import layer_prefix_of
+    """A function from a layer's index to freshly initialised tensors of one layer, named below the layer.
 
-    # Two tokens: embeddings and head are built with the layer, and thrown away.
-    tiny = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    one_layer = hf_config({**config_values(config), **tiny, "vocab_size": 2}, num_hidden_layers=1)
+    Nothing is built before it is called, and then one layer with a tiny vocabulary, initialised as in a model of the
+    configuration's depth: GPT-2 draws its output projections narrower the deeper it is.
+    """
 
+    @torch.no_grad()
     def fresh(index: int) -> dict[str, Tensor]:
-        state = initial_state(one_layer, seed=seed * 1_000_003 + index, dtype=dtype)
-        prefix = f"{layer_prefix_of(state)}.0."
-        return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed * 1_000_003 + index)
+            model = _from_config(with_tiny_vocabulary(config, [index]), torch.float32)
+            layer = find_layers(model, 1)[1][0]
+            model.config.num_hidden_layers = config.num_hidden_layers
+            layer.apply(model._init_weights)
+        return plain_state(layer, dtype=dtype)
 
     return fresh
 
 
+def with_tiny_vocabulary(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
+    """The configuration of a model of these layers with few tokens, to try a layer at little cost."""
+    special = {key: 0 for key in SPECIAL_TOKENS if hasattr(config, key)}
+    return _parsed(config, select_layers(config.to_dict(), layers) | special | {"vocab_size": TINY_VOCABULARY})
+
+
 def plain_state(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The model's parameters by name; a tied tensor appears once. Shares storage unless cast."""
-    return {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
+    """The model's parameters, and the buffers that are saved with them, by name; a tied tensor appears once.
+
+    Shares storage unless parameters are cast to ``dtype``. Buffers keep their own type.
+    """
+    parameters = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
+    return parameters | saved_buffers(model)
+
+
+def dtype_of(state: Mapping[str, Tensor]) -> torch.dtype:
+    """That of the weights: of the largest tensor, as buffers can have one of their own."""
+    return max(state.values(), key=Tensor.numel).dtype
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are saved with a model, such as the biases of routers, by name."""
+    saved = model.state_dict().keys()
+    return {name: buffer.detach() for name, buffer in model.named_buffers() if name in saved}
+
+
+def _is_read(default: PretrainedConfig, key: str) -> bool:
+    """Whether a model type does anything with a key: it has a default, or is read where it is there (``head_dim``)."""
+    return key in ACCEPTED_KEYS or hasattr(default, key) or _is_read_by_model(default.model_type, key)
+
+
+@cache
+def _is_read_by_model(model_type: str, key: str) -> bool:
+    try:
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    except KeyError:  # no causal language model
+        return False
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    return re.search(rf"(config\.|[\"']){re.escape(key)}\b", source) is not None
+
+
+def _checked(config: PretrainedConfig, values: dict[str, Any], layers: Sequence[int]) -> PretrainedConfig:
+    """The configuration of ``values``, if each of its layers is set up as the one in ``config`` that it stands for."""
+    if list(layers) == list(range(config.num_hidden_layers)):
+        return copy.deepcopy(config)
+    result = _parsed(config, values)
+    before, after = meta_model(config), meta_model(result)
+    prefix, old_layers = find_layers(before, config.num_hidden_layers)
+    _, new_layers = find_layers(after, result.num_hidden_layers)
+    _check_outside(before, after, f"{prefix}.")
+    for new, old in enumerate(layers):
+        if differing := _differing(old_layers[old], old, new_layers[new], new):
+            key, was, would_be = differing
+            raise ConfigError(
+                f"a {config.model_type!r} model of {len(layers)} layers cannot be made of one of {len(old_layers)}: "
+                f"its layer {new} would have {key} {would_be}, and layer {old}, which it stands for, has {was}. "
+                "The configuration sets up layers in a way that steplm does not follow.",
+                layer=new,
+                key=key,
+            )
+    return result
+
+
+def _parsed(config: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig:
+    """A configuration of the same type from other values."""
+    try:
+        result = type(config).from_dict(values)
+    except Exception as error:  # as above
+        raise ConfigError(
+            f"transformers refuses this configuration of {config.model_type!r}: {_in_one_line(error)}"
+        ) from None
+    result.use_cache = config.use_cache
+    return result
+
+
+def _check_outside(before: nn.Module, after: nn.Module, layers: str) -> None:
+    """Nothing outside the layers depends on the depth."""
+    shapes = [
+        {name: tuple(t.shape) for name, t in plain_state(model).items() if not name.startswith(layers)}
+        for model in (before, after)
+    ]
+    if differing := sorted(dict(shapes[0].items() ^ shapes[1].items())):
+        raise ConfigError(f"{differing[0]} has another shape at another depth: this model cannot grow.")
+
+
+def _differing(old: nn.Module, old_index: int, new: nn.Module, new_index: int) -> tuple[str, Any, Any] | None:
+    """The first setting in which two layers differ but for their own index, and its values."""
+    was, would_be = _settings(old), _settings(new)
+    for key in sorted(was.keys() | would_be.keys()):
+        values = was.get(key, "none"), would_be.get(key, "none")
+        if values[0] != values[1] and values != (old_index, new_index):
+            return key, *values
+    return None
+
+
+def _settings(layer: nn.Module) -> dict[str, Any]:
+    """Shapes of a layer's tensors, and the plain attributes of its modules, by name."""
+    found: dict[str, Any] = {name: list(tensor.shape) for name, tensor in plain_state(layer).items()}
+    for name, module in layer.named_modules():
+        for key, value in vars(module).items():
+            # Not floats: a few families scale by depth, which is not set up by the configuration's lists.
+            if not key.startswith("_") and (value is None or isinstance(value, bool | int | str)):
+                found[f"{name}.{key}".lstrip(".")] = value
+    return found
+
+
+def _check_state(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in plain_state(model).items()}
+    # A tied tensor may also be there under its other names.
+    known = expected.keys() | model.state_dict().keys()
+    missing, unexpected = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - known)
+    if missing or unexpected:
+        raise ConfigError(
+            f"the weights do not fit the model: {describe_misfit(missing, unexpected)}",
+            missing=missing,
+            unexpected=unexpected,
+        )
+    for name, shape in expected.items():
+        if tuple(shapes[name]) != shape:
+            raise ConfigError(
+                f"the weights do not fit the model: {name} is {list(shapes[name])}, and its configuration says "
+                f"{list(shape)}",
+                name=name,
+            )
+
+
+def describe_misfit(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """Names of tensors that a model lacks or does not know, and the prefix that a wrapper has put before them."""
+    for prefix in ("_orig_mod.", "module."):
+        if any(name.startswith(prefix) for name in unexpected):
+            wrapper = "torch.compile" if prefix == "_orig_mod." else "DistributedDataParallel"
+            return (
+                f"{len(unexpected)} tensors are named {prefix!r}…, as {wrapper} does ({unexpected[0]}). "
+                f"Remove this prefix from their names."
+            )
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    return ", ".join(parts)
 
 
 def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    implementations = ["sdpa", "eager"]  # a few families (Gemma 2) soft-cap their attention logits, which SDPA cannot
+    with no_padding_index():
+        for implementation in implementations:
+            try:
+                return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype)
+            except Exception as error:  # as above
+                why = _in_one_line(error)
+                if "scaled_dot_product_attention" not in str(error):
+                    break
+    raise ConfigError(f"transformers makes no causal language model of this {config.model_type!r} configuration: {why}")
+
+
+@contextmanager
+def no_padding_index() -> Iterator[None]:
+    """Inside, no embedding has a padding index, whose row would start at zero and stay there.
+
+    Training pads nothing, and a family's default ``pad_token_id`` is any token of the tokenizer that is used here.
+    """
+    initialise = nn.Embedding.__init__
+
+    def without(
+        self: nn.Embedding, num: int, dim: int, padding_idx: int | None = None, *args: Any, **keys: Any
+    ) -> None:
+        initialise(self, num, dim, None, *args, **keys)
+
+    nn.Embedding.__init__ = without  # type: ignore[method-assign, assignment]
     try:
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-    except Exception as error:  # as above
-        if "scaled_dot_product_attention" not in str(error):
-            raise ConfigError(f"transformers refuses this model configuration: {reason(error)}") from None
-        # A few families (Gemma 2) soft-cap their attention logits, which SDPA cannot.
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+        yield
+    finally:
+        nn.Embedding.__init__ = initialise  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from steplm.errors import CheckpointError, HubUnavailable
-from steplm.models.build import plain_state
+from steplm.models.build import (
+    check_state,
+    describe_misfit,
+    dtype_of,
+    no_padding_index,
+    plain_state,
+    require_decoder_only,
+)
 from steplm.units import reason
 
 MAX_SHARD_SIZE = "5GB"
+# Files that travel with a model, whatever is done to its weights.
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "encoder.json",
+    "spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*", "generation_config.json",
+)  # fmt: skip
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def save_folder(folder: Path, config: PretrainedConfig, state: Mapping[str, Tensor]) -> None:
-    """Write ``config.json`` and the weights, sharded above 5 GB. ``from_pretrained`` loads the folder."""
-    save_hf_config(folder, config, next(iter(state.values())).dtype)
+    """Write ``config.json`` and the weights, sharded above 5 GB, and check that they are a whole model.
+
+    Raises:
+        ConfigError: ``config.json`` as it was written asks for other tensors than these.
+    """
+    save_hf_config(folder, config, dtype_of(state))
+    check_state(load_hf_config(folder), {name: tuple(tensor.shape) for name, tensor in state.items()})
     save_torch_state_dict(dict(state), folder, max_shard_size=MAX_SHARD_SIZE)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a Hugging Face folder that hold its weights, in any format, and the indices of their shards."""
+    return sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(WEIGHT_SUFFIXES))
 
 
 def save_hf_config(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
@@ -67,28 +91,66 @@ def load_tensors(file: Path, *, dtype: torch.dtype | None = None) -> dict[str, T
 
 
 def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A model from a Hugging Face folder or from the hub; never runs remote code.
+    """A model from a Hugging Face folder or from the hub, every tensor of it; never runs remote code.
+
+    No embedding has a padding index: whoever goes on training it trains every row.
 
     Raises:
-        CheckpointError: the folder holds no model.
+        CheckpointError: the folder holds no model, or other tensors than those of the model in its ``config.json``.
         HubUnavailable: not a folder, and the hub cannot be reached or does not have it.
     """
     _require_model(name)
     try:
-        with without_bars():
-            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+        with without_bars(), no_padding_index():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
     except Exception as error:  # transformers checks little of what a config.json says before it uses it
         raise _cannot_load(name, error) from None
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing or unexpected:
+        raise CheckpointError(
+            f"the weights in {name} are not those of its config.json: {describe_misfit(missing, unexpected)}",
+            path=str(name),
+            missing=missing,
+            unexpected=unexpected,
+        )
+    return model
+
+
+def copy_companions(model: str | Path, folder: Path) -> None:
+    """Copy what belongs to a model besides configuration and weights: tokenizer, chat templates, generation defaults.
+
+    Raises:
+        CheckpointError: a file cannot be copied.
+        HubUnavailable: a hub model, and the hub cannot be reached.
+    """
+    source = Path(model)
+    if not source.is_dir():
+        try:
+            source = Path(snapshot_download(str(model), allow_patterns=list(COMPANIONS)))
+        except Exception as error:  # as above
+            raise _cannot_load(model, error) from None
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            try:
+                shutil.copyfile(file, target)
+            except OSError as error:
+                raise CheckpointError(f"cannot copy {file}: {error.strerror}", path=str(file)) from None
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """No progress bars of transformers, which would tear ours apart."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """No progress bars of transformers, which would tear ours apart, and no report of tensors, which we check."""
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()
 
@@ -96,7 +158,13 @@ def without_bars() -> Iterator[None]:
 def load_config_and_state(
     name: str | Path, *, dtype: torch.dtype | None = None
 ) -> tuple[PretrainedConfig, dict[str, Tensor]]:
-    """Configuration and parameters of a Hugging Face folder or hub model, in the file's dtype by default."""
+    """Configuration and tensors of a Hugging Face folder or hub model, in the file's dtype by default.
+
+    Raises:
+        ConfigError: it is no decoder-only language model.
+        CheckpointError, HubUnavailable: as ``load_pretrained``.
+    """
+    require_decoder_only(load_hf_config(name))
     model = load_pretrained(name, dtype=dtype or "auto")
     return model.config, plain_state(model)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from steplm.errors import ConfigError
 from steplm.models.activations import offloaded_activations
 from steplm.models.loss import IGNORE_INDEX, chunked_cross_entropy
+from steplm.units import reason
 
 # B sequences, S positions, D hidden size, N = B S rows, V vocabulary
 
@@ -55,7 +56,7 @@ def batch_loss(
 
     def loss() -> Tensor:
         with offloaded_activations(model) if offload_activations else nullcontext():
-            output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            output = _decoder(model)(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)
         head = model.get_output_embeddings()
         return chunked_cross_entropy(
@@ -73,6 +74,12 @@ def batch_loss(
     # A sharded model gathers the head's matrix for a call of its own.
     as_forward: Any = getattr(model, "as_forward", None)
     return loss() if as_forward is None else as_forward(loss)
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """All but the head; a family's own name for it (Llama 4's) can be wrong."""
+    decoder = model.base_model
+    return model.model if decoder is model and hasattr(model, "model") else decoder
 
 
 def _low_rank(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -123,40 +130,57 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
-@torch.no_grad()
 def check_loss(model: PreTrainedModel, sequence_length: int) -> None:
     """Compare ``batch_loss`` with cross-entropy on the model's own logits, on one row of at most 16 tokens.
 
-    A family may do to its logits what ``batch_loss`` does not know of: scale, cap or shift them.
+    A family may do to its logits what ``batch_loss`` does not know of: scale, cap or shift them. And it may let
+    tokens see those that follow, which they are to predict.
 
     Raises:
-        ConfigError: they differ.
+        ConfigError: the losses differ, the model is not causal, or it cannot be run.
     """
     was_training = model.training
     model.eval()
+    try:
+        _check_loss(model, min(sequence_length, 16))
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        is_about_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if is_about_memory or hasattr(model, "as_forward"):  # or about another rank
+            raise
+        raise ConfigError(
+            f"model_type {model.config.model_type!r} cannot be run on a row of tokens: {reason(error)}",
+            model_type=model.config.model_type,
+        ) from None
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def _check_loss(model: PreTrainedModel, length: int) -> None:
     vocab_size = model.config.get_text_config().vocab_size
-    length = min(sequence_length, 16)
     input_ids = (torch.arange(length, device=model.device) * 7919 % vocab_size).unsqueeze(0)
     logits = model(input_ids=input_ids, use_cache=False).logits[0].float()
     # Fresh weights give nearly equal logits, whose mean loss is log V whatever their scale. Between the
     # likeliest and the unlikeliest tokens lie all the differences that there are.
-    pairs = [
-        (
-            F.cross_entropy(logits, labels).item(),
-            batch_loss(model, input_ids, labels.unsqueeze(0), num_valid=length, chunk_size=length).item(),
+    expected = [F.cross_entropy(logits, labels).item() for labels in (logits.argmax(dim=1), logits.argmin(dim=1))]
+    tolerance = (1e-4 if model.dtype == torch.float32 else 2e-2) * (expected[1] - expected[0]) + 1e-5
+    with_another_end = input_ids.clone()
+    with_another_end[0, -1] = (input_ids[0, -1] + 1) % vocab_size
+    changed = model(input_ids=with_another_end, use_cache=False).logits[0].float()
+    if not bool(((changed - logits)[:-1].abs() <= tolerance).all()):
+        raise ConfigError(
+            f"model_type {model.config.model_type!r} is not causal: its logits depend on the tokens that follow, which "
+            "they are to predict. Choose another model_type or another configuration of it (is_decoder).",
+            model_type=model.config.model_type,
         )
-        for labels in (logits.argmax(dim=1), logits.argmin(dim=1))
-    ]
-    model.train(was_training)
-    spread = pairs[1][0] - pairs[0][0]
-    tolerance = (1e-4 if model.dtype == torch.float32 else 2e-2) * spread + 1e-5
-    for expected, actual in pairs:
-        if not abs(actual - expected) <= tolerance:  # not >: NaN must not pass
+    for wanted, labels in zip(expected, (logits.argmax(dim=1), logits.argmin(dim=1)), strict=True):
+        actual = batch_loss(model, input_ids, labels.unsqueeze(0), num_valid=length, chunk_size=length).item()
+        if not abs(actual - wanted) <= tolerance:  # not >: NaN must not pass
             raise ConfigError(
                 f"model_type {model.config.model_type!r} makes its logits in a way that the chunked loss does not "
-                f"know: loss {actual:.6f}, but {expected:.6f} from the model's own logits. "
+                f"know: loss {actual:.6f}, but {wanted:.6f} from the model's own logits. "
                 "Choose another model_type or another configuration of it.",
                 model_type=model.config.model_type,
                 loss=actual,
-                expected_loss=expected,
+                expected_loss=wanted,
             )

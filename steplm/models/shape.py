@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,7 +12,6 @@ from steplm.cost.measure import find_layers, name_of_head, outer_component
 from steplm.errors import ConfigError
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
 from steplm.types import LinearShape, ModelShape
-from steplm.units import reason
 
 
 def shape_of(values: Mapping[str, Any]) -> ModelShape:
@@ -24,19 +22,9 @@ def shape_of(values: Mapping[str, Any]) -> ModelShape:
     """
     if str(values.get("model_type")) in FAMILIES:
         return shape_from_hf_config(values)
-    from transformers import AutoModelForCausalLM
+    from steplm.models.build import hf_config, meta_model
 
-    from steplm.models.build import hf_config
-
-    config = hf_config(values)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # of any kind: a key of the wrong type is found only where it is used
-        raise ConfigError(
-            f"transformers makes no causal language model of this configuration: {reason(error)}"
-        ) from None
-    return shape_from_model(model)
+    return shape_from_model(meta_model(hf_config(values)))
 
 
 def shape_from_model(model: PreTrainedModel) -> ModelShape:
@@ -72,7 +60,7 @@ def shape_from_model(model: PreTrainedModel) -> ModelShape:
         tensors.append((component, tuple(parameter.shape)))
         modules[component][name.rpartition(".")[0]] = None
 
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # recurrent layers have none
     return ModelShape(
         model_type=config.model_type,
         vocab_size=config.vocab_size,

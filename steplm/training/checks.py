@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from steplm.checkpoint import CheckpointState
 from steplm.config import ModelConfig, OptimConfig, RunConfig
 from steplm.data.tokens import Manifest
 from steplm.errors import CheckpointMismatch, ConfigError
-from steplm.models.build import config_values, hf_config
+from steplm.growth.grow import positions_in_final, select_layers
+from steplm.models.build import config_values, hf_config, require_decoder_only
 from steplm.models.folder import load_hf_config
+from steplm.models.trial import require_trainable, require_unchanged_function
 from steplm.planner.plan import Plan
+from steplm.schedule import Phase, Schedule
 from steplm.training.folder import RunFolder
 
 # Of ``optim``, what the schedule or the saved states depend on.
@@ -54,6 +59,28 @@ NOT_COMPARED = (
 )  # fmt: skip
 
 
+def check_family(config: RunConfig, plan: Plan) -> None:
+    """Refuse families that cannot be trained, and growth that does not do what its operator declares.
+
+    Raises:
+        ConfigError, GrowthError: before any data are read.
+    """
+    final = hf_config(config.model.hf_config())
+    grown = [phase for phase in plan.schedule.phases if phase.entry.operator is not None]
+    for phase in (plan.schedule.phases[0], *grown):
+        phase_config(config, plan.schedule, phase)
+    require_trainable(final)
+    for operator in {phase.entry.operator for phase in grown if phase.entry.operator is not None}:
+        require_unchanged_function(final, operator)
+
+
+def phase_config(config: RunConfig, schedule: Schedule, phase: Phase) -> PretrainedConfig:
+    """The configuration of the final model, with only the layers that this phase's are to become."""
+    later = (other.entry.layer_map for other in schedule.phases[phase.index :])
+    growths = [layer_map for layer_map in later if layer_map is not None]
+    return hf_config(config.model.hf_config(), positions_in_final(growths, phase.num_hidden_layers))
+
+
 def check_init_from(config: RunConfig, plan: Plan) -> None:
     """The given model is the one that ``model`` describes, of stage 1's depth, with its own tokenizer.
 
@@ -63,6 +90,7 @@ def check_init_from(config: RunConfig, plan: Plan) -> None:
     if config.init_from is None:
         return
     given = load_hf_config(config.init_from)
+    require_decoder_only(given)
     if config.data.tokenizer == "train":
         raise ConfigError(
             f"init_from {config.init_from} has embeddings for its own tokenizer, and data.tokenizer=train would make "
@@ -75,16 +103,20 @@ def check_init_from(config: RunConfig, plan: Plan) -> None:
             f"{plan.layers[0]}. Set plan.layers by hand, beginning with {given.num_hidden_layers}.",
             num_hidden_layers=given.num_hidden_layers,
         )
-    if config.train.sequence_length > given.max_position_embeddings:
+    positions = getattr(given, "max_position_embeddings", None)
+    if positions is not None and config.train.sequence_length > positions:
         raise ConfigError(
-            f"train.sequence_length={config.train.sequence_length} is more than the {given.max_position_embeddings} "
+            f"train.sequence_length={config.train.sequence_length} is more than the {positions} "
             f"positions of init_from {config.init_from}.",
-            max_position_embeddings=given.max_position_embeddings,
+            max_position_embeddings=positions,
         )
     ours = hf_config(config.model.hf_config())
+    values = config_values(ours)
+    # What is set up layer by layer, the given model says too.
+    per_layer = {key for key, value in select_layers(values, [0]).items() if value != values[key]}
     for key, theirs in config_values(given).items():
         value = getattr(ours, key, theirs)
-        if key not in NOT_COMPARED and theirs != value:
+        if key not in per_layer and key not in NOT_COMPARED and theirs != value:
             name = f"model.{key}" if key in ModelConfig.model_fields else f"model.extra.{key}"
             raise ConfigError(
                 f"{name} is {value}, but that of init_from {config.init_from} is {theirs}: set {name}={theirs}", key=key

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from steplm.checkpoint import Checkpoint
 from steplm.cost.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
 from steplm.cost.rules import RULES
-from steplm.growth.grow import grow, grow_config, layer_prefix_of, provenance, renamed
+from steplm.growth.grow import grow, layer_prefix_of, provenance, renamed
 from steplm.growth.operators import OPERATORS
-from steplm.models.build import DTYPES, config_values, fresh_layers, hf_config, initial_state
+from steplm.models.build import DTYPES, fresh_layers, grown_config, initial_state
 from steplm.models.folder import load_config_and_state
 from steplm.optim.adamw import carry_state, inherited_state
 from steplm.optim.build import UpdateRules, reassign, rule_of_each
@@ -25,6 +25,7 @@ from steplm.pet.adapters import merge_state
 from steplm.pet.trainable import apply_trainable
 from steplm.schedule import Phase, trained_patterns
 from steplm.training.assemble import Assembled, PhaseStart, packed_rows, probe_model
+from steplm.training.checks import phase_config
 from steplm.training.context import RunContext
 from steplm.training.evaluate import probe_loss
 from steplm.training.peak_meter import peak_meter_for
@@ -106,7 +107,7 @@ def _first_start(run: RunContext, phase: Phase) -> PhaseStart:
     dtype = DTYPES[run.config.train.precision]
     with run.world.in_turn():  # the whole model, in host memory, until it is sharded
         if run.config.init_from is None:
-            config = hf_config(run.config.model.hf_config(), phase.num_hidden_layers)
+            config = phase_config(run.config, run.plan.schedule, phase)
             weights = initial_state(config, seed=run.config.seed, dtype=dtype)
         else:
             config, weights = load_config_and_state(run.config.init_from, dtype=dtype)
@@ -145,7 +146,10 @@ def _later_start(run: RunContext, phase: Phase, before: Checkpoint) -> PhaseStar
     if entry.operator is None:
         run.display.restart(phase, state.probe_loss, loss_merged)
         return start
-    start.hf_config = hf_config(grow_config(config_values(before.config), layer_map))
+    if run.config.init_from is None:
+        start.hf_config = phase_config(run.config, run.plan.schedule, phase)
+    else:  # the given model says how its layers are set up
+        start.hf_config = grown_config(before.config, layer_map)
     fresh = fresh_layers(start.hf_config, seed=run.config.seed + phase.stage, dtype=DTYPES[run.config.train.precision])
     cut = run.world.rows.cut  # no operator mixes rows: what grows out of a rank's rows are the rows of the whole
     start.weights = grow(

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from steplm.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from steplm.config import RunConfig, load_written_config
-from steplm.errors import CheckpointError
+from steplm.data.tokenizer import load_tokenizer
+from steplm.errors import CheckpointError, DataError
 from steplm.models.folder import save_folder
 from steplm.pet.adapters import merge_state
 from steplm.planner.plan import Plan
@@ -108,10 +111,8 @@ def _write(folder: Path, checkpoint: Checkpoint, config: RunConfig, plan: Plan, 
     hf_config = checkpoint.config
     hf_config.use_cache = True
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=False)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # for a broken file the tokenizers library raises bare Exception, or panics
+        tokenizer = load_tokenizer(tokenizer_dir)
+    except DataError as error:
         raise CheckpointError(
             f"the tokenizer in {tokenizer_dir} cannot be used: {reason(error)}. "
             "Copy the folder 'tokenizer' of the run's prepared data in its place.",
@@ -127,9 +128,21 @@ def _write(folder: Path, checkpoint: Checkpoint, config: RunConfig, plan: Plan, 
         setattr(hf_config, name, token_id)
     save_folder(folder, hf_config, weights)
     shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
-    GenerationConfig(**special, do_sample=True, temperature=0.8, top_p=0.95).save_pretrained(folder)
+    _generation_config(config, special).save_pretrained(folder)
     provenance = [to_json(layer) for layer in checkpoint.state.provenance]
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
     (folder / "plan.json").write_text(json.dumps(to_json(plan), indent=1) + "\n")
     (folder / "training_config.yaml").write_text(dump_yaml(_public(config)), encoding="utf-8")
     (folder / "README.md").write_text(model_card(config, plan, checkpoint.state))
+
+
+def _generation_config(config: RunConfig, special: Mapping[str, Any]) -> GenerationConfig:
+    """That of the given model, which may end an answer at more tokens than one; else plain sampling."""
+    generation = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95)
+    if config.init_from is not None:
+        with suppress(OSError):  # it has none, or is gone
+            generation = GenerationConfig.from_pretrained(config.init_from)
+    given = generation.eos_token_id
+    ends = sorted({*(given if isinstance(given, list) else [given]), special["eos_token_id"]} - {None})
+    generation.update(**{**special, "eos_token_id": ends if len(ends) > 1 else ends[0]})
+    return generation

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
-
-from transformers import AutoTokenizer
 
 from steplm.config import GrowthConfig
 from steplm.errors import CheckpointError, GrowthError
 from steplm.growth.grow import grow as grow_state
-from steplm.growth.grow import grow_config, provenance
-from steplm.models.build import config_values, fresh_layers, hf_config
-from steplm.models.folder import load_config_and_state, save_folder
+from steplm.growth.grow import provenance
+from steplm.models.build import dtype_of, fresh_layers, grown_config, require_decoder_only
+from steplm.models.folder import copy_companions, load_config_and_state, load_hf_config, save_folder
+from steplm.models.trial import require_unchanged_function
 from steplm.planner.positions import make_layer_map
 from steplm.problems import validated
 from steplm.types import LayerMap, LayerProvenance, to_json
@@ -47,28 +48,30 @@ def grow(
     if output_dir.exists() and any(output_dir.iterdir()):
         raise CheckpointError(f"{output_dir} is not empty: choose another folder", path=str(output_dir))
     growth = validated(GrowthConfig, {"operator": operator, "position": position})
-    config, state = load_config_and_state(model)
+    config = load_hf_config(model)
+    require_decoder_only(config)
     num_old = config.num_hidden_layers
     if to <= num_old:
         raise GrowthError(
             f"cannot grow to {to} layers: {model} has {num_old} already", num_hidden_layers=num_old, to=to
         )
     layer_map = make_layer_map(num_old, to - num_old, growth.resolved_position, seed)
-    grown_config = hf_config(grow_config(config_values(config), layer_map))
-    grown_config.use_cache = True
-    dtype = next(iter(state.values())).dtype
-    grown = grow_state(state, layer_map, operator, fresh_layer=fresh_layers(grown_config, seed=seed, dtype=dtype))
-    save_folder(output_dir, grown_config, grown)
-    old = tuple(LayerProvenance(1, (), None) for _ in range(num_old))
-    layers = [to_json(layer) for layer in provenance(old, layer_map, 2, operator)]
-    (output_dir / "provenance.json").write_text(json.dumps(layers, indent=1) + "\n")
-    _copy_tokenizer(model, output_dir)
-    return layer_map
-
-
-def _copy_tokenizer(model: str | Path, output_dir: Path) -> None:
+    grown_hf_config = grown_config(config, layer_map)
+    require_unchanged_function(config, operator)
+    _, state = load_config_and_state(model)
+    grown_hf_config.use_cache = True
+    fresh = fresh_layers(grown_hf_config, seed=seed, dtype=dtype_of(state))
+    grown = grow_state(state, layer_map, operator, fresh_layer=fresh)
+    final = output_dir.resolve()
+    temporary = final.with_name(f".{final.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, TypeError):
-        return  # a folder without a tokenizer is grown all the same
-    tokenizer.save_pretrained(output_dir)
+        save_folder(temporary, grown_hf_config, grown)
+        old = tuple(LayerProvenance(1, (), None) for _ in range(num_old))
+        layers = [to_json(layer) for layer in provenance(old, layer_map, 2, operator)]
+        (temporary / "provenance.json").write_text(json.dumps(layers, indent=1) + "\n")
+        copy_companions(model, temporary)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return layer_map

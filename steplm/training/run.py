@@ -25,7 +25,7 @@ from steplm.data.tokens import MANIFEST, Manifest, TokenDataset
 from steplm.distributed.world import World, joined, with_world_size
 from steplm.errors import CheckpointError, ConfigError, SteplmError
 from steplm.files import write_atomically
-from steplm.models.build import DTYPES, hf_config
+from steplm.models.build import DTYPES
 from steplm.models.device import free_memory, resolve_device
 from steplm.models.folder import load_config_and_state, load_hf_config
 from steplm.models.shape import shape_of
@@ -33,7 +33,7 @@ from steplm.planner.plan import Plan, price_again
 from steplm.planner.plan import plan as make_plan
 from steplm.schedule import Phase, Schedule
 from steplm.training.assemble import Assembled, PhaseStart, assemble, probe_model
-from steplm.training.checks import check_checkpoint, check_init_from, check_same_run
+from steplm.training.checks import check_checkpoint, check_family, check_init_from, check_same_run
 from steplm.training.context import RunContext
 from steplm.training.display import Display, make_display
 from steplm.training.enter import check_entrance, enter, go_on
@@ -112,11 +112,11 @@ def _set_up(config: RunConfig, world: World, display: Display) -> RunContext | N
     shape = shape_of(config.model.hf_config())
     require_this_version(folder)
     # All that can fail at once, before the data, which can take hours.
-    hf_config(config.model.hf_config())
     require_sinks(config.log.report_to)
     changed = check_same_run(config, folder) if first else []
     resumes = bool(folder.checkpoints) and folder.has_plan
     plan = price_again(config, shape, folder.plan) if resumes else make_plan(config, shape)
+    check_family(config, plan)
     check_init_from(config, plan)
     if folder.finished:
         display.note(f"{folder.path} is finished already")

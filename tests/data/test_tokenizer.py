@@ -21,6 +21,8 @@ from steplm.data.tokenizer import (
     without_added_tokens,
 )
 from steplm.errors import ConfigError, DataError, HubUnavailable
+from steplm.eval.text import opening_token
+from steplm.models.folder import copy_companions
 
 HARD_TEXTS = [
     "  two spaces first, and last  ",
@@ -115,6 +117,66 @@ def test_a_sentencepiece_tokenizer_saved_as_a_folder_stays_the_same(shared_data:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
     for again in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
         assert [again(text).input_ids for text in HARD_TEXTS] == [tokenizer(text).input_ids for text in HARD_TEXTS]
+
+
+@pytest.fixture
+def mistral(shared_data: Path, tmp_path: Path) -> Path:
+    """A folder with ``tokenizer.model`` alone, as LLaMA 1, 2 and Mistral 7B were published."""
+    shutil.copy(shared_data / "tokenizers/mistral-v1/tokenizer.model", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "begins", "ends"),
+    [
+        (None, True, False),
+        ({}, True, False),
+        ({"add_bos_token": True, "add_eos_token": False}, True, False),
+        ({"add_bos_token": False}, False, False),
+        ({"add_bos_token": True, "add_eos_token": True}, True, True),
+    ],
+)
+def test_a_text_begins_and_ends_as_the_files_beside_a_sentencepiece_model_say(
+    mistral: Path, given: dict[str, bool] | None, begins: bool, ends: bool
+) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    from transformers import AutoTokenizer
+
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(mistral / "tokenizer.model"))
+    if given is not None:
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        config = {"tokenizer_class": "LlamaTokenizer", **names, **given}
+        (mistral / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(mistral)
+    for text in ("hello world", "", "  two  spaces ", "tabs\tand\nlines", "é 語 🎉", "1,234.5"):
+        assert tokenizer(text).input_ids == reference.encode(text, add_bos=begins, add_eos=ends)
+        assert tokenizer(text, add_special_tokens=False).input_ids == reference.encode(text)
+    if given:  # where nothing is said, transformers 5 forgets the BOS that its own LlamaTokenizer documents
+        theirs = AutoTokenizer.from_pretrained(mistral)
+        assert tokenizer("hello world").input_ids == theirs("hello world").input_ids
+    assert opening_token(tokenizer) == (reference.bos_id() if begins else reference.eos_id())
+
+
+def test_added_tokens_and_the_chat_template_beside_a_sentencepiece_model_are_read(mistral: Path) -> None:
+    added = {"32000": {"content": "<|im_end|>", "special": True, "normalized": False}}
+    config = {"eos_token": "<|im_end|>", "chat_template": "{{ messages }}", "added_tokens_decoder": added}
+    (mistral / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(mistral)
+    assert (tokenizer.eos_token_id, len(tokenizer), tokenizer.bos_token) == (32_000, 32_001, "<s>")
+    assert tokenizer("hello<|im_end|>").input_ids[-1] == 32_000
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert [file.name for file in tokenizer_files(mistral)] == ["tokenizer.model", "tokenizer_config.json"]
+
+
+def test_a_copy_gives_the_ids_of_its_original(mistral: Path, tmp_path: Path) -> None:
+    """As ``steplm grow`` copies it, and as ``transformers`` saves it."""
+    before = load_tokenizer(mistral)
+    (tmp_path / "copied").mkdir()
+    copy_companions(mistral, tmp_path / "copied")
+    before.save_pretrained(tmp_path / "saved")
+    for folder in (tmp_path / "copied", tmp_path / "saved"):
+        after = load_tokenizer(folder)
+        assert [after(text).input_ids for text in HARD_TEXTS] == [before(text).input_ids for text in HARD_TEXTS]
 
 
 @pytest.mark.parametrize("name", ["", "encoder.json", "vocab.bpe"])
@@ -235,3 +297,9 @@ def test_a_panic_of_the_tokenizers_library_is_an_unusable_tokenizer(
     monkeypatch.setitem(tokenizer_module.FORMATS, ("tokenizer.json",), read)
     with pytest.raises(DataError, match="range end index 46"):
         load_tokenizer(tokenizer_dir)
+
+
+def test_a_tokenizer_stripped_of_its_bos_keeps_its_chat_template(texts: list[str]) -> None:
+    before = train_tokenizer(texts, 300)
+    before.chat_template = "{{ messages }}"
+    assert without_added_tokens(before).chat_template == "{{ messages }}"

@@ -6,7 +6,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from steplm.errors import GrowthError
-from steplm.growth.grow import grow, grow_config, layer_prefix_of, provenance, renamed
+from steplm.growth.grow import (
+    grow,
+    grow_config,
+    layer_prefix_of,
+    positions_in_final,
+    provenance,
+    renamed,
+    select_layers,
+)
 from steplm.growth.operators import OPERATORS
 from steplm.types import LayerMap, LayerOrigin, LayerProvenance
 
@@ -248,6 +256,36 @@ def test_grow_config_refuses_another_depth_or_none():
         grow_config({"num_hidden_layers": 4}, MIXED)
     with pytest.raises(GrowthError, match="num_hidden_layers"):
         grow_config({"hidden_size": 4}, MIXED)
+
+
+def test_selected_layers_keep_their_settings_and_boundaries_between_them():
+    config = {
+        "num_hidden_layers": 6,
+        "layer_types": ["a", "b", "c", "d", "e", "f"],
+        "mlp_only_layers": [0, 4],
+        "first_k_dense_replace": 2,
+        "max_window_layers": 28,
+        "moe_layer_end_index": 4,
+        "attention_types": [[["global", "local"], 3]],
+    }
+    assert select_layers(config, range(6)) == config
+    assert select_layers(config, [1, 3, 4]) == {
+        "num_hidden_layers": 3,
+        "layer_types": ["b", "d", "e"],
+        "mlp_only_layers": [2],
+        "first_k_dense_replace": 1,
+        "max_window_layers": 28,
+        "moe_layer_end_index": 2,
+        "attention_types": [[["local"], 1], [["local"], 1], [["global"], 1]],
+    }
+    assert select_layers({"n_layer": 2, "first_k_dense_replace": 2}, [0, 0, 1])["first_k_dense_replace"] == 3
+
+
+def test_positions_in_the_final_model_follow_kept_layers_through_every_growth():
+    second = LayerMap((*(LayerOrigin((i,)) for i in range(5)), LayerOrigin((4,), True), LayerOrigin((5,))))
+    assert positions_in_final([], 3) == [0, 1, 2]
+    assert positions_in_final([MIXED], 3) == [0, 2, 5]
+    assert positions_in_final([MIXED, second], 3) == [0, 2, 6]
 
 
 def test_provenance_keeps_the_history_of_kept_layers():

@@ -145,10 +145,23 @@ def test_identity_sets_output_projections_to_zero_and_copies_the_rest():
 
 
 def test_identity_refuses_a_layer_whose_output_projections_it_does_not_know():
-    state = {f"model.layers.{i}.mixer.out_proj.weight": torch.ones(2, 2) for i in range(2)}
-    with pytest.raises(GrowthError, match="found 1 of them") as error:
+    state = {f"model.layers.{i}.mixer.projection.weight": torch.ones(2, 2) for i in range(2)}
+    with pytest.raises(GrowthError, match=r"none of .*o_proj.* is among mixer\.projection\.weight"):
         grow_toy("identity", state)
-    assert error.value.found == ["mixer.out_proj"]
+
+
+def test_identity_zeroes_experts_that_are_one_tensor_and_shared_ones():
+    names = ("mlp.experts.down_proj", "mlp.experts.down_proj_bias", "mlp.shared_experts.down_proj.weight")
+    kept = "mlp.experts.gate_up_proj"
+    state = {f"model.layers.{i}.{name}": torch.ones(2, 3, 4) for i in range(2) for name in (*names, kept)}
+    grown = grow_toy("identity", state)
+    assert all(grown[f"model.layers.1.{name}"].count_nonzero() == 0 for name in names)
+    assert torch.equal(grown[f"model.layers.1.{kept}"], torch.ones(2, 3, 4))
+
+
+def test_a_mean_of_what_is_no_number_is_the_lower_parents():
+    state = {f"model.layers.{i}.mask": torch.tensor([i, 1, 7]) for i in range(2)}
+    assert torch.equal(grow_toy("interpolation_mean", state)["model.layers.1.mask"], torch.tensor([0, 1, 7]))
 
 
 def test_random_takes_each_new_layer_from_fresh_layer_in_the_models_dtype():

@@ -15,7 +15,7 @@ from steplm.models.build import build_model, hf_config, initial_state
 from steplm.models.forward import batch_loss
 from steplm.pet.adapters import adapter_state, attach
 from steplm.pet.trainable import apply_trainable
-from steplm.types import AdapterSpec
+from steplm.schedule import Adapter, Entry, Phase, Trained
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NUM_LAYERS, NEW_LAYERS = 4, (2, 3)
@@ -38,7 +38,8 @@ def stage_model(*, adapters: bool = True, train_embeddings: bool = True, model_t
     model = build_model(config, initial_state(config, seed=0, dtype=torch.float32)).train()
     patterns = ["model.layers.2.*", "model.layers.3.*", "model.norm.*"]
     if adapters:
-        attach(model, AdapterSpec("lora", 4, 6.0, TARGETS, (0, 1)), "model.layers", seed=0)
+        layers = (Adapter(4, 6.0, TARGETS),) * 2 + (Trained(),) * 2
+        attach(model, Phase(1, 1, Entry("fresh"), layers, Trained(), 0, 0, 0), "model.layers", seed=0)
         generator = torch.Generator().manual_seed(1)
         for tensor in adapter_state(model).values():
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from steplm.checkpoint import CheckpointState, save_checkpoint
+from steplm.checkpoint.shards import fingerprint
 from steplm.config import RunConfig, dump_config, load_config
-from steplm.errors import CheckpointError
+from steplm.errors import CheckpointError, ConfigError
 from steplm.models.build import hf_config, initial_state
 from steplm.planner.plan import plan as make_plan
 from steplm.training.export import export
@@ -140,3 +141,23 @@ def test_no_file_of_an_export_tells_where_it_was_made(run_dir: Path, tmp_path: P
     assert published.output_dir is None
     assert published.data.prepared_dir is None
     assert published.model == load_config(run_dir / "config.yaml").model
+
+
+def test_generation_stops_where_that_of_the_given_model_does(run_dir: Path, tmp_path: Path) -> None:
+    """Its answers end at a token of their own, beside the end of text of the run's tokenizer."""
+    own = GenerationConfig.from_pretrained(export(run_dir))
+    assert (own.eos_token_id, own.temperature) == (0, 0.8)
+    (tmp_path / "my-model").mkdir()
+    GenerationConfig(eos_token_id=[2, 7], temperature=0.5, do_sample=True).save_pretrained(tmp_path / "my-model")
+    given = GenerationConfig.from_pretrained(export(run_dir))
+    assert (given.eos_token_id, given.temperature) == ([0, 2, 7], 0.5)
+
+
+def test_an_export_holds_just_the_tensors_of_its_configuration(run_dir: Path) -> None:
+    file = run_dir / "checkpoints/stage1-step000002/config.json"
+    file.write_text(file.read_text().replace('"num_hidden_layers": ', '"num_hidden_layers": 1'))
+    marker = file.with_name("COMPLETE")
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"config.json": fingerprint(file)}))
+    with pytest.raises(ConfigError, match=r"the weights do not fit the model: .* missing"):
+        export(run_dir)
+    assert not (run_dir / "export").exists()

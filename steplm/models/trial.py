@@ -1,0 +1,66 @@
+"""A model tried by a small one of its own layers: whether it can be trained, and whether growth keeps its function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from steplm.errors import GrowthError
+from steplm.growth.grow import grow
+from steplm.growth.operators import OPERATORS
+from steplm.models.build import TINY_VOCABULARY, build_model, grown_config, initial_state, with_tiny_vocabulary
+from steplm.models.forward import check_loss
+from steplm.types import LayerMap, LayerOrigin
+
+# A new layer between two old ones: it copies the lower one, and the upper one moves up.
+BETWEEN = LayerMap((LayerOrigin((0,)), LayerOrigin((0, 1), is_new=True, fraction=0.5), LayerOrigin((1,))))
+
+
+def require_trainable(config: PretrainedConfig) -> None:
+    """The model predicts tokens from those before them, and its loss is the one that training computes.
+
+    Raises:
+        ConfigError: as ``check_loss``.
+    """
+    small, state = _two_layers(config)
+    check_loss(build_model(small, state), TINY_VOCABULARY)
+
+
+@torch.no_grad()
+def require_unchanged_function(config: PretrainedConfig, operator: str) -> None:
+    """Grow two layers of this configuration to three, and compare every logit.
+
+    Operators that do not declare that they preserve the function are not tried.
+
+    Raises:
+        GrowthError: the operator declares it, and the logits change.
+    """
+    if not OPERATORS[operator].function_preserving:
+        return
+    small, state = _two_layers(config)
+    grown = grow(state, BETWEEN, operator)
+    tokens = torch.arange(TINY_VOCABULARY).view(2, -1)
+    before, after = (
+        build_model(hf_config, tensors).eval()(tokens, use_cache=False).logits
+        for hf_config, tensors in ((small, state), (grown_config(small, BETWEEN), grown))
+    )
+    if not torch.equal(before, after):
+        raise GrowthError(
+            f"operator {operator!r} would change what a {config.model_type!r} model computes: its layers do more than "
+            "add to the residual stream by output projections that can be set to zero, or depend on how deep they "
+            "stand. Use another growth operator.",
+            model_type=config.model_type,
+            operator=operator,
+        )
+
+
+def _two_layers(config: PretrainedConfig) -> tuple[PretrainedConfig, dict[str, Tensor]]:
+    """The bottom and the top layer, with random weights and biases: ones and zeros would hide what is added."""
+    small = with_tiny_vocabulary(config, [0, config.num_hidden_layers - 1])
+    state = initial_state(small, seed=0, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            tensor.add_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype), alpha=0.1)
+    return small, state
