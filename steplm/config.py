@@ -500,13 +500,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     return validated(RunConfig, values)
 
 
-def load_written_config(run_dir: Path) -> RunConfig:
-    """``config.yaml`` of a run directory, which an older version may have written.
+def load_written_config(path: Path) -> RunConfig:
+    """A file that a run wrote (``config.yaml``, ``training_config.yaml``), maybe by an earlier version.
 
     Raises:
         ConfigError: it cannot be used.
     """
-    return validated(RunConfig, translate_old_keys(read_yaml(run_dir / "config.yaml")))
+    return validated(RunConfig, translate_old_keys(read_yaml(path)))
 
 
 def _read(source: str | Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from steplm.config import load_config
+from steplm.config import load_written_config
 from steplm.data.loader import Batch
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError, DataError
@@ -132,7 +132,7 @@ def evaluate_folder(
 def default_sequence_length(folder: str | Path, config: PretrainedConfig) -> int:
     """The length of the model's training, where its folder says so; else its context, within a limit."""
     with contextlib.suppress(ConfigError):  # none, or a file of this name by another program
-        return load_config(Path(folder) / "training_config.yaml").train.sequence_length
+        return load_written_config(Path(folder) / "training_config.yaml").train.sequence_length
     return min(getattr(config, "max_position_embeddings", None) or LONGEST_DEFAULT, LONGEST_DEFAULT)
 
 

@@ -48,7 +48,7 @@ def export(source: str | Path, output_dir: str | Path | None = None) -> Path:
     if checkpoint_path is None:
         raise CheckpointError(f"{source} holds no complete checkpoint: is it a run directory?", path=str(source))
     checkpoint = load_checkpoint(checkpoint_path, with_optimizer=False)
-    config, plan = load_written_config(run_dir), read_plan(run_dir)
+    config, plan = load_written_config(run_dir / "config.yaml"), read_plan(run_dir)
     output_dir = Path(output_dir) if output_dir is not None else run_dir / "export"
     final = output_dir.resolve()  # "." has no name of its own
     _require_replaceable(final)

@@ -51,7 +51,7 @@ class RunFolder:
         Raises:
             ConfigError: it cannot be used.
         """
-        return load_written_config(self.path) if (self.path / "config.yaml").is_file() else None
+        return load_written_config(self.path / "config.yaml") if (self.path / "config.yaml").is_file() else None
 
     @property
     def begun_with(self) -> RunConfig | None:
@@ -154,7 +154,7 @@ def require_this_version(folder: RunFolder) -> None:
 
 
 def _plan_of_old_run(run_dir: Path, values: dict[str, Any]) -> Plan:
-    config = load_written_config(run_dir)
+    config = load_written_config(run_dir / "config.yaml")
     layers = [stage["num_new_layers"] for stage in values["stages"] if stage["num_new_layers"]]
     plan = config.plan.model_copy(update={"layers": layers, "budget": None})
     return make_plan(config.model_copy(update={"plan": plan}), from_json(ModelShape, values["shape"]))
