@@ -29,17 +29,17 @@ from steplm.models.shape import shape_of
 from steplm.planner.plan import plan
 from steplm.training.assemble import Assembled, PhaseStart, assemble
 from steplm.training.environment import environment
-from steplm.training.step import Pass, train_step
+from steplm.training.step import StepOptions, train_step
 from steplm.types import TrainState
 
 
-def step_seconds(assembled: Assembled, batch: Batch, how: Pass, num_steps: int) -> tuple[float, float]:
+def step_seconds(assembled: Assembled, batch: Batch, how: StepOptions, num_steps: int) -> tuple[float, float]:
     """Median over steps, the first left out, and the last loss."""
     seconds, loss = [], 0.0
     for _ in range(num_steps):
         started = time.perf_counter()
         # The step ends by reading its loss, which waits for the device.
-        loss = train_step(assembled.model, assembled.optimizer, batch, how, learning_rate=1e-4, max_grad_norm=1.0).loss
+        loss = train_step(assembled.model, assembled.rules, batch, how, learning_rate=1e-4, max_grad_norm=1.0).loss
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:]), loss
 
@@ -69,12 +69,13 @@ def main() -> None:
         for stage in made.stages:
             sides = {"plain": World(one.device), "sharded": one}
             assembled, ways = {}, {}
+            phase = stage.highest_phase
             for name, world in sides.items():
-                model_config = hf_config(config.model.hf_config(), stage.num_hidden_layers)
+                model_config = hf_config(config.model.hf_config(), phase.num_hidden_layers)
                 weights = initial_state(model_config, seed=0, dtype=DTYPES[train.precision])
-                start = PhaseStart(model_config, weights, (), TrainState(stage.index, 0, 0, 0))
-                assembled[name] = assemble(config, stage, start, world, check=False)
-                ways[name] = Pass(config.micro_batch_size, train.loss_chunk_size, world=world)
+                start = PhaseStart(model_config, weights, (), TrainState(phase.stage, phase.index, 0, 0, 0))
+                assembled[name] = assemble(config, made.shape, phase, start, world, check=False)
+                ways[name] = StepOptions(config.micro_batch_size, train.loss_chunk_size, world=world)
             rounds = []
             for _ in range(arguments.rounds):
                 measured = {name: step_seconds(assembled[name], batch, ways[name], arguments.steps) for name in sides}

@@ -29,9 +29,9 @@ from memory_grid import EVERY_OPTION
 
 from steplm import RunConfig, load_config, plan
 from steplm.models.device import resolve_device
+from steplm.planner.plan import Stage
 from steplm.training.environment import environment
 from steplm.training.simulate import LIBRARIES, measure_phase
-from steplm.types import Stage
 from steplm.units import format_bytes
 
 CHECKPOINTING = ("train.gradient_checkpointing=true",)
@@ -142,7 +142,7 @@ def _measure(config: RunConfig, stage: Stage, device: torch.device, trace: bool)
         if trace:
             torch.cuda.memory._record_memory_history(stacks="python", max_entries=400_000)
     started = time.monotonic()
-    measured = measure_phase(config, stage, device)
+    measured = measure_phase(config, stage.highest_phase, device)
     seconds = time.monotonic() - started
     assert stage.peak is not None
     planned = {i.name: i.memory.total_bytes for i in stage.peak.instants if i.name not in ("growth", "evaluation")}

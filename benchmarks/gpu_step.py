@@ -23,10 +23,12 @@ from steplm.data.loader import Batch
 from steplm.distributed.world import World
 from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.device import resolve_device
+from steplm.planner.plan import Stage
+from steplm.planner.shape import shape_from_hf_config
 from steplm.training.assemble import PhaseStart, assemble
 from steplm.training.environment import environment
-from steplm.training.step import Pass, train_step
-from steplm.types import Stage, TrainState
+from steplm.training.step import StepOptions, train_step
+from steplm.types import TrainState
 
 WARMUP_STEPS = 3
 
@@ -67,24 +69,24 @@ def main() -> None:
 
 
 def _measure(config: RunConfig, stage: Stage, device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
-    train = config.train
-    model_config = hf_config(config.model.hf_config(), stage.num_hidden_layers)
+    train, phase, model = config.train, stage.highest_phase, config.model.hf_config()
+    model_config = hf_config(model, stage.num_hidden_layers)
     weights = initial_state(model_config, seed=0, dtype=DTYPES[train.precision])
-    start = PhaseStart(model_config, weights, (), TrainState(stage.index, 0, 0, 0))
-    assembled = assemble(config, stage, start, World(device), check=False)
+    start = PhaseStart(model_config, weights, (), TrainState(phase.stage, phase.index, 0, 0, 0))
+    assembled = assemble(config, shape_from_hf_config(model), phase, start, World(device), check=False)
     shape = (train.per_device_train_batch_size, train.sequence_length)
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    batch, how = Batch(tokens, tokens.roll(-1, dims=1)), Pass(shape[0], train.loss_chunk_size)
+    batch, how = Batch(tokens, tokens.roll(-1, dims=1)), StepOptions(shape[0], train.loss_chunk_size)
     seconds = []
     for _ in range(arguments.steps):
         started = time.perf_counter()
-        train_step(assembled.model, assembled.optimizer, batch, how, learning_rate=1e-4, max_grad_norm=1.0)
+        train_step(assembled.model, assembled.rules, batch, how, learning_rate=1e-4, max_grad_norm=1.0)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     if arguments.profile:
         with torch.profiler.profile() as profile:
-            train_step(assembled.model, assembled.optimizer, batch, how, learning_rate=1e-4, max_grad_norm=1.0)
+            train_step(assembled.model, assembled.rules, batch, how, learning_rate=1e-4, max_grad_norm=1.0)
         arguments.profile.mkdir(parents=True, exist_ok=True)
         sort = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         name = f"{config.name}-{stage.index}of{stage.num_hidden_layers}{'-compiled' if train.compile else ''}.txt"

@@ -23,8 +23,8 @@ import torch
 import transformers
 
 from steplm import RunConfig, load_config, plan
+from steplm.planner.plan import Stage
 from steplm.training.simulate import simulate_growth, simulate_phase
-from steplm.types import Stage
 
 AXES: dict[str, tuple[Any, ...]] = {
     "train.per_device_train_batch_size": (1, 3, 8),
@@ -135,9 +135,10 @@ def rows_of(config: RunConfig, case: dict[str, Any]) -> list[dict[str, Any]]:
 
 def compare(config: RunConfig, stage: Stage) -> dict[str, Any]:
     assert stage.peak is not None
-    instants = simulate_phase(config, stage).instants
-    if stage.layer_map is not None:
-        instants += simulate_growth(config, stage).instants
+    phase = stage.highest_phase
+    instants = simulate_phase(config, phase).instants
+    if phase.entry.kind in ("grow", "merge"):
+        instants += simulate_growth(config, phase).instants
     simulated = max(instants, key=lambda instant: instant.memory.total_bytes)
     return {
         "planned_bytes": stage.peak.total_bytes,

@@ -22,8 +22,8 @@ from rich.console import Console
 import steplm
 from steplm.cli.plan import render_explain
 from steplm.config import RunConfig, load_config
-from steplm.planner.plan import plan
-from steplm.types import HOST, Plan
+from steplm.planner.plan import Plan, plan
+from steplm.types import HOST
 
 MODELS = {
     "368M": "llama_368m", "680M": "llama_680m", "1.2B": "llama_1.2b", "3B": "llama_3b", "7B": "llama_7b",
@@ -192,7 +192,7 @@ def simulated() -> dict[str, Any]:
             config = configured(model, WAYS[way])
             stage = max(plan(config).stages, key=lambda stage: stage.device_bytes)
             assert stage.peak is not None
-            counted = simulate_phase(config, stage)
+            counted = simulate_phase(config, stage.highest_phase)
             names = {"simulated_bytes": counted.total_bytes, "simulated_moment": counted.highest.name}
             planned = {"planned_bytes": stage.peak.total_bytes, "planned_moment": stage.peak.highest.name}
             rows.append({"model": model, "way": way, "stage": stage.index, **planned, **names})

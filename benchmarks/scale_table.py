@@ -16,8 +16,8 @@ from typing import Any
 import steplm
 from steplm.config import RunConfig, load_config
 from steplm.cost.sharded import COMMUNICATION, GATHERED
+from steplm.cost.traffic import GPUS, LINK_SHARE, UTILIZATION, estimate_step
 from steplm.planner.plan import plan
-from steplm.cost.traffic import GPUS, LINK_SHARE, UTILIZATION, estimate_steps
 from steplm.types import MemoryEstimate
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def terms_of(memory: MemoryEstimate) -> dict[str, int]:
 def row_of(model: str, way: str, world_size: int, shard_size: int | None = None) -> dict[str, Any]:
     config = configure(model, way, world_size, shard_size)
     made = plan(config)
-    steps = estimate_steps(config, made, GPUS[GPU])
+    steps = [estimate_step(config, made.shape, phase, GPUS[GPU]) for phase in made.schedule.phases]
     highest = max(made.stages, key=lambda stage: stage.device_bytes)
     assert highest.peak is not None
     moment = highest.peak.highest

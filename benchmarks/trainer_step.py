@@ -30,7 +30,7 @@ from steplm.models.build import DTYPES, build_model, hf_config, initial_state
 from steplm.models.device import move
 from steplm.optim.adamw import AdamW
 from steplm.training.environment import environment
-from steplm.training.step import Pass, train_step
+from steplm.training.step import StepOptions, train_step
 
 
 class StepTimes(TrainerCallback):
@@ -87,7 +87,7 @@ def our_seconds(
             model,
             optimizer,
             batch,
-            Pass(micro_batch_size=tokens.shape[0], chunk_size=chunk_size),
+            StepOptions(micro_batch_size=tokens.shape[0], chunk_size=chunk_size),
             learning_rate=1e-3,
             max_grad_norm=1.0,
         )

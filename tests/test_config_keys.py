@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,16 +17,19 @@ from steplm.errors import ConfigError, DataError, PlanInfeasible
 from steplm.models.build import hf_config
 from steplm.planner.plan import plan
 from steplm.planner.solve import SOLVERS
-from steplm.training import stage as stage_module
+from steplm.training import enter as enter_module
+from steplm.training import evaluate as evaluate_module
+from steplm.training import loop as loop_module
 from steplm.training.display import Display, RichDisplay, make_display
+from steplm.training.evaluate import PROBE_WINDOWS
 from steplm.training.metrics import read_metrics
 from steplm.training.run import train
-from steplm.training.loop import PROBE_WINDOWS
 
 Configure = Callable[..., RunConfig]
 
 # Keys that change the plan, each with a base and a change on top of it.
 CHANGES_PLAN: dict[str, tuple[list[str], str]] = {
+    "method": ([], "growth"),
     "model.model_type": ([], "qwen2"),
     "model.hidden_size": ([], "64"),
     "model.intermediate_size": ([], "64"),
@@ -37,7 +41,6 @@ CHANGES_PLAN: dict[str, tuple[list[str], str]] = {
     "model.extra": ([], "{attention_bias: true}"),
     "plan.num_stages": ([], "3"),
     "plan.layers": ([], "[1,3]"),
-    "plan.freeze_old_layers": ([], "false"),
     "plan.count_embeddings": ([], "false"),
     "plan.train_embeddings": ([], "first_stage"),
     "plan.objective": (
@@ -52,13 +55,13 @@ CHANGES_PLAN: dict[str, tuple[list[str], str]] = {
     "plan.grow_at": ([], "0.5"),
     "growth.position": (["plan.layers=[3,1]"], "lower"),
     "pet.method": ([], "none"),
-    "pet.layers": (["plan.num_stages=1"], "all"),
-    "pet.warm_start": (["plan.num_stages=1", "method=lora"], "0.5"),
+    "pet.warm_start": (["plan.num_stages=1", "method=relora", "pet.restarts=1"], "0.5"),
     "pet.restarts": ([], "1"),
+    "pet.rule": ([], "muon"),
     "optim.name": ([], "apollo_mini"),
     "optim.rank": (["optim.name=apollo"], "4"),
     "optim.schedule_over": ([], "run"),
-    "optim.low_rank_layers": (["optim.name=apollo_mini", "method=growth"], "old"),
+    "optim.old_layers": (["method=thawed", "optim.old_layers=adamw"], "apollo_mini"),
     "pet.rank": ([], "2"),
     "pet.alpha": ([], "1"),
     "pet.target_modules": ([], "[q_proj]"),
@@ -66,6 +69,7 @@ CHANGES_PLAN: dict[str, tuple[list[str], str]] = {
     "train.sequence_length": ([], "32"),
     "train.per_device_train_batch_size": ([], "2"),
     "train.gradient_accumulation_steps": ([], "2"),
+    "train.gradient_accumulation_dtype": (["train.precision=bf16", "train.gradient_accumulation_steps=2"], "fp32"),
     "memory.optimizer_states": ([], "8bit"),
     "memory.master_weights": (["train.precision=bf16"], "false"),
     "memory.fused_backward": (["optim.max_grad_norm=null"], "true"),
@@ -79,6 +83,7 @@ CHANGES_LOSSES: dict[str, tuple[list[str], str]] = {
     "model.initializer_range": ([], "0.05"),
     "data.within_documents": ([], "true"),
     "growth.operator": ([], "random"),
+    "growth.optimizer_states": ([], "parents"),
     "optim.learning_rate": ([], "[1e-2, 5e-3]"),
     "optim.lr_scheduler_type": ([], "wsd"),
     "optim.update_proj_gap": (["optim.name=galore", "optim.rank=4"], "2"),
@@ -106,6 +111,7 @@ TESTED_ALONE = {
     "train.global_batch_size", "distributed.world_size", "distributed.shard_size",  # tests/distributed/test_world.py
     "distributed.timeout",  # tests/distributed/test_faults.py
     "memory.offload_activations", "memory.reserve", "memory.correction",
+    "optim.max_skipped_steps",  # tests/training/test_skipped_steps.py
     "eval.eval_steps", "eval.max_tokens", "eval.per_device_eval_batch_size",
     "log.logging_steps", "log.progress", "log.report_to", "log.wandb_project",
 }  # fmt: skip
@@ -258,7 +264,7 @@ def test_activations_on_the_host_lower_the_peak_and_change_no_hash(tiny_run: Con
         plan(tiny_run(tmp_path, "plan.layers=[3,1]", f"memory.offload_activations={value}"))
         for value in ("false", "true")
     )
-    assert here.hash == there.hash
+    assert here.schedule.hash == there.schedule.hash
     assert here.peak_bytes is not None
     assert there.peak_bytes is not None
     assert there.peak_bytes < here.peak_bytes
@@ -286,8 +292,8 @@ def test_how_a_step_is_computed_is_as_asked(
 ) -> None:
     seen: list[tuple[bool, bool, int]] = []
 
-    def watch(name: str) -> None:
-        original = getattr(stage_module, name)
+    def watch(module: ModuleType, name: str) -> None:
+        original = getattr(module, name)
 
         def watching(model, *rest):  # type: ignore[no-untyped-def]
             compiled = model.model.layers[0]._compiled_call_impl is not None
@@ -296,10 +302,10 @@ def test_how_a_step_is_computed_is_as_asked(
                 layer._compiled_call_impl = None  # compiling itself takes long, and is PyTorch's to test
             return original(model, *rest)
 
-        monkeypatch.setattr(stage_module, name, watching)
+        monkeypatch.setattr(module, name, watching)
 
-    watch("forward_backward")  # of the dry run
-    watch("trial")
+    watch(enter_module, "forward_backward")  # of the dry run
+    watch(loop_module, "trial")
     one_stage = ("plan.num_stages=1", "plan.total_tokens=64")
     train(tiny_run(tmp_path / "a", *one_stage))
     options = ("train.gradient_checkpointing=true", "train.compile=true", "train.loss_chunk_size=7")
@@ -321,16 +327,14 @@ def test_checkpoints_are_as_many_and_as_often_as_asked(tiny_run: Configure, tmp_
 
 
 def test_evaluation_is_as_asked(tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from steplm.training import run as run_module
-
     asked: list[tuple] = []
-    original = run_module.validation_windows
+    original = evaluate_module.validation_windows
 
     def watching(dataset, sequence_length, max_tokens, **keys):  # type: ignore[no-untyped-def]
         asked.append((max_tokens, keys["batch_size"]))
         return original(dataset, sequence_length, max_tokens, **keys)
 
-    monkeypatch.setattr(run_module, "validation_windows", watching)
+    monkeypatch.setattr(evaluate_module, "validation_windows", watching)
     options = ("eval.eval_steps=3", "eval.max_tokens=32", "eval.per_device_eval_batch_size=1")
     train(tiny_run(tmp_path, "plan.num_stages=1", "plan.total_tokens=448", *options))
     assert [event["step"] for event in read_metrics(tmp_path / "metrics.jsonl", "eval")] == [3, 6, 7]

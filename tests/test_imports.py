@@ -1,10 +1,12 @@
-"""The house rules: imports point down only, and planning loads no torch."""
+"""The house rules: imports point down only and in no circle, and planning loads no torch."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,8 @@ import steplm
 PACKAGE = Path(steplm.__file__).parent
 
 # Each room with what it may import, besides itself. A lower room never names a higher one.
-BASE = {"types", "errors", "units", "files", "yaml_files", "problems", "config", "rows", "launch"}
-PLANNING = BASE | {"memory", "planner"}
+BASE = {"types", "errors", "units", "files", "rows", "launch", "yaml_files", "problems", "old_keys", "config"}
+PLANNING = BASE | {"schedule", "cost", "planner"}
 SIBLINGS = PLANNING | {"steplm"}  # `import steplm` for the version
 ALLOWED = {
     "types": set(),
@@ -26,9 +28,11 @@ ALLOWED = {
     "launch": set(),
     "yaml_files": {"errors", "units"},
     "problems": {"errors", "units"},
-    "config": {"errors", "units", "files", "yaml_files", "problems"},
-    "memory": BASE,
-    "planner": PLANNING,
+    "old_keys": {"errors"},
+    "config": {"errors", "units", "files", "yaml_files", "problems", "old_keys"},
+    "schedule": {"types"},
+    "cost": BASE | {"schedule"},
+    "planner": BASE | {"schedule", "cost"},
     "growth": SIBLINGS,
     "pet": SIBLINGS,
     "optim": SIBLINGS,
@@ -50,23 +54,78 @@ def _room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def _imported(node: ast.AST) -> Iterator[str]:
+    """Dotted names of the package's own that a statement imports: modules, or what stands in them."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.module:
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+        return
+    yield from (name for name in names if name.partition(".")[0] == "steplm")
+
+
 def _imported_rooms(path: Path) -> set[str]:
+    """Anywhere in the file: in functions, and for the type checker alone."""
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "steplm":
-                rooms.add(parts[1] if len(parts) > 1 else "steplm")
+        for name in _imported(node):
+            part = name.partition(".")[2].partition(".")[0]
+            is_room = (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").is_file()
+            rooms.add(part if part and is_room else "steplm")
     return rooms
 
 
 def _modules() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if _room(path) not in ("__init__", "__main__"))
+
+
+def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements that are run when a module is imported, or read by the type checker."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+            yield from _outside_functions(child)
+
+
+def _imports_of_files(package: Path) -> dict[str, set[str]]:
+    """For each file, by its dotted name, the files that it imports; ``steplm.checkpoint`` is an ``__init__.py``."""
+    names = {}
+    for path in package.rglob("*.py"):
+        parts = (package.name, *path.relative_to(package).with_suffix("").parts)
+        names[".".join(parts).removesuffix(".__init__")] = path
+    graph = {}
+    for name, path in names.items():
+        imported = {
+            target if target in names else target.rpartition(".")[0]
+            for node in _outside_functions(ast.parse(path.read_text()))
+            for target in _imported(node)
+        }
+        graph[name] = imported
+    graph[package.name] = set()  # it shows the public names of all parts, which ask it for the version alone
+    return graph
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = _imports_of_files(PACKAGE)
+    assert graph["steplm.planner.plan"] >= {"steplm.schedule", "steplm.cost.price"}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+def test_a_circle_is_found_where_only_the_type_checker_sees_it(tmp_path: Path) -> None:
+    package = tmp_path / "steplm"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "one.py").write_text("import typing\nif typing.TYPE_CHECKING:\n    from steplm.two import Two\n")
+    (package / "two.py").write_text("from steplm import one\n\nclass Two:\n    pass\n")
+    (package / "three.py").write_text("def late():\n    from steplm import three\n    return three\n")
+    graph = _imports_of_files(package)
+    assert graph == {"steplm": set(), "steplm.one": {"steplm.two"}, "steplm.two": {"steplm.one"}, "steplm.three": set()}
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -327,6 +327,10 @@ def mtbench(
     max_judge_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of a judge's reply at most, those of its thinking too.")
     ] = 2048,
+    rating: Annotated[
+        str,
+        typer.Option(help="The rating of a reply that counts: first (FastChat's rule), or last outside of <think>."),
+    ] = "first",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show requests and tokens; ask nothing.")] = False,
     device: Device = "auto",
     json: Json = False,
@@ -360,6 +364,7 @@ def mtbench(
             backoff=backoff,
             ask_again=ask_again,
             max_judge_tokens=max_judge_tokens,
+            rating=rating,
             dry_run=dry_run,
             json_output=json,
         )
@@ -510,6 +515,7 @@ def main() -> None:
     """Entry point: errors of this package become one message and an exit code, never a traceback."""
     from steplm.cli.ranks import failure_told_to_launcher, who
     from steplm.errors import SteplmError
+    from steplm.files import refusal
 
     # Set before tokenizers is loaded: it warns, and can hang, where a process forks after it ran threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -528,4 +534,9 @@ def main() -> None:
     except OSError as error:
         what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
         print(f"{who()}error: {what}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:  # safetensors, tokenizers and torch have errors of their own for a refused write
+        if (why := refusal(error)) is None:
+            raise
+        print(f"{who()}error: a file cannot be written: {why}", file=sys.stderr)
         sys.exit(1)

@@ -145,6 +145,7 @@ class MtBenchConfig(Section):
     backoff: float = Field(1.0, ge=0)
     ask_again: int = Field(2, ge=0)
     max_judge_tokens: int = Field(2048, gt=0)
+    rating: Literal["first", "last"] = "first"
 
 
 class AfterwardsConfig(Section):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steplm.config import RunConfig, load_config
+from steplm.config import RunConfig, load_written_config
 from steplm.errors import SteplmError
 from steplm.planner.plan import Plan
 from steplm.report.documents import Summary, read_document, read_events, read_plan
@@ -76,7 +76,7 @@ def load_run(run_dir: str | Path, label: str | None = None) -> RunRecord:
     run_dir = Path(run_dir)
     if not (run_dir / "plan.json").is_file():
         raise SteplmError(f"{run_dir} is no run directory: it has no plan.json", path=str(run_dir))
-    config = load_config(run_dir / "config.yaml")
+    config = load_written_config(run_dir / "config.yaml")
     plan = read_plan(run_dir / "plan.json")
     return RunRecord(
         label=label or config.name,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steplm.eval.bootstrap import Difference
-from steplm.eval.perplexity import PerplexityResult
+from steplm.eval.perplexity import PerplexityResult, comparison_note
 from steplm.eval.scores import Metric
 from steplm.eval.zero_shot import ZeroShotResults
 from steplm.files import write_atomically
@@ -132,19 +132,26 @@ def _caption(results: ZeroShotResults) -> str:
 
 
 def texts_table(scores: Sequence[TextScore]) -> Table | None:
-    """Perplexity and bits per byte, a row a model and text; ``None`` without texts."""
+    """Perplexity and bits per byte, a row a model and text; ``None`` without texts.
+
+    Where models split a text into different tokens, bits per byte stand first and the caption says why.
+    """
     if not scores:
         return None
     named = any(score.name for score in scores)
+    found = {name: comparison_note([s.result for s in scores if s.name == name]) for name in {s.name for s in scores}}
+    notes = [f"{name or 'Text'}: {note}." for name, note in sorted(found.items()) if note]
     rows = []
     for score in scores:
         result = score.result
         bits = Cell(NOT_YET) if result.bits_per_byte is None else Cell(f"{result.bits_per_byte:.4f}")
         text = [Cell(score.name)] if named else []
-        numbers = [Cell(f"{result.num_tokens:,}"), Cell(f"{result.perplexity:.3f}"), bits]
-        rows.append((Cell(score.model), *text, *numbers))
-    columns = ("model", *(["text"] if named else []), "tokens", "perplexity", "bits per byte")
-    return Table("Perplexity", columns, tuple(rows))
+        perplexity = Cell(f"{result.perplexity:.3f}")
+        values = (bits, perplexity) if notes else (perplexity, bits)
+        rows.append((Cell(score.model), *text, Cell(f"{result.num_tokens:,}"), *values))
+    names = ("bits per byte", "perplexity") if notes else ("perplexity", "bits per byte")
+    columns = ("model", *(["text"] if named else []), "tokens", *names)
+    return Table("Perplexity", columns, tuple(rows), " ".join(notes))
 
 
 def document(results: ZeroShotResults | None, texts: Sequence[TextScore]) -> dict[str, Any] | list[dict[str, Any]]:

@@ -24,7 +24,8 @@ from steplm.checkpoint import folder as folder_module
 from steplm.checkpoint.folder import MARKER, complete_checkpoints
 from steplm.errors import CheckpointError
 from steplm.models.build import build_model, hf_config, initial_state
-from steplm.types import AdapterSpec, LayerProvenance, TrainState
+from steplm.schedule import Adapter, Entry, Frozen, Phase, Trained
+from steplm.types import LayerMap, LayerOrigin, LayerProvenance, TrainState
 
 CONFIG = {
     "model_type": "llama",
@@ -37,14 +38,26 @@ CONFIG = {
 }
 
 
+PHASE = Phase(
+    index=2,
+    stage=2,
+    entry=Entry("grow", LayerMap((LayerOrigin((0,)), LayerOrigin((0,), is_new=True))), "interpolation_mean"),
+    layers=(Adapter(2, 2.0, ("q_proj",)), Trained("muon")),
+    embeddings_and_head=Frozen(),
+    tokens=640,
+    scheduled_tokens=6400,
+    schedule_start_tokens=64,
+)
+
+
 def _state(step: int, *, stage: int = 1, done: bool = False) -> CheckpointState:
     return CheckpointState(
-        progress=TrainState(stage, step, 64 * step, 64 * step, stage_done=done),
-        plan_hash="abc",
+        progress=TrainState(stage, stage, step, step, 64 * step, phase_done=done, stage_done=done),
+        schedule_hash="abc",
+        phase=PHASE,
         data_fingerprint="def",
         provenance=(LayerProvenance(1, (), None), LayerProvenance(2, (0, 1), "interpolation_mean")),
         trained_names=("lm_head.weight",),
-        adapters=AdapterSpec("lora", 2, 2.0, ("q_proj",), (0,)),
         optimizer_steps={"lm_head.weight": step},
         metrics_bytes=123,
         elapsed_seconds=4.5,
@@ -73,7 +86,7 @@ def test_a_checkpoint_reads_back_to_the_bit(tmp_path: Path) -> None:
     assert read.optimizer["lm_head.weight.master"].dtype == torch.float32
     assert read.state.versions["torch"] == torch.__version__
     assert read.state.progress == _state(3).progress
-    assert read.state.adapters == _state(3).adapters
+    assert read.state.phase == PHASE
     assert read.state.provenance == _state(3).provenance
 
 
@@ -97,7 +110,7 @@ def test_the_latest_is_the_one_with_the_most_progress(tmp_path: Path) -> None:
         "stage1-end",
         "stage2-step000001",
     ]
-    assert checkpoint_name(TrainState(2, 1, 0, 0)) == "stage2-step000001"
+    assert checkpoint_name(TrainState(2, 5, 1, 0, 0)) == "stage2-step000001"
 
 
 def test_stage_ends_are_kept_and_others_pruned(tmp_path: Path) -> None:

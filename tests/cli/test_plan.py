@@ -13,8 +13,8 @@ from rich.console import Console
 
 from steplm.cli.plan import plan_to_json, render_explain, render_plan, show_plan
 from steplm.config import load_config
-from steplm.planner.plan import plan
-from steplm.types import Plan, from_json
+from steplm.planner.plan import Plan, plan
+from steplm.types import from_json
 
 LLAMA_368M = {
     "model": {
@@ -56,8 +56,8 @@ def test_json_parameters_of_every_stage_add_up_to_its_model() -> None:
     for stage, values in zip(made.stages, plan_to_json(made)["stages"], strict=True):
         depth = stage.num_hidden_layers
         assert values["trained_parameters"] + values["frozen_parameters"] == made.shape.num_parameters(depth)
-        adapted = len(stage.adapters.layers) if stage.adapters else 0
-        assert values["adapter_parameters"] == adapted * 2_492_416
+        (phase,) = stage.phases
+        assert values["adapter_parameters"] == len(phase.adapters) * 2_492_416
 
 
 def test_table_of_the_368m_plan() -> None:

@@ -12,9 +12,9 @@ from rich.console import Console
 from steplm.cli.plan import render_explain, render_plan, show_plan
 from steplm.cli.scale import choose_gpu, show_scale
 from steplm.config import load_config
+from steplm.cost.traffic import GPUS, UTILIZATION
 from steplm.errors import ConfigError
 from steplm.planner.plan import plan
-from steplm.cost.traffic import GPUS, UTILIZATION
 
 VALUES: dict[str, Any] = {
     "model": {"hidden_size": 1024, "intermediate_size": 2736, "num_hidden_layers": 24, "num_attention_heads": 16},

@@ -54,7 +54,7 @@ def test_layers_below_the_lowest_trained_tensor_are_only_run_forward(flops_of: F
     spared = flops_of([Frozen(), Frozen(), Frozen(), Trained(), Frozen(), Trained()], Frozen())
     assert whole - spared == 3 * (2 * MATRICES + 8 * 32 * 16)
     adapted = flops_of([Adapter(1, 1.0, ("q_proj",)), Frozen(), Frozen(), Trained(), Frozen(), Trained()], Frozen())
-    assert adapted - whole == 6 * 32 - 2 * MATRICES, "an adapter is reached too, its layer's weights get no gradient"
+    assert adapted - whole == 6 * 32, "an adapter is reached too"
 
 
 def test_a_frozen_head_gets_no_weight_gradient(flops_of: FlopsOf) -> None:

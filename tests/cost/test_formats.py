@@ -81,24 +81,26 @@ def test_the_largest_bucket_is_the_optimizers(sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("states", "has_master", "of_one_piece", "of_small_pieces"),
+    ("states", "masters", "of_one_piece", "of_small_pieces"),
     [
-        ("fp32", True, 4, 4),  # the gradient in fp32
-        ("fp32", False, 9, 8),  # the weight too; where one piece is rounded, random bits and a mask
-        ("8bit", True, 17, 12),  # both moments too; where one piece is rounded, indices, boundaries and comparison
-        ("8bit", False, 17, 16),
+        ("fp32", "fp32", 4, 4),  # the gradient in fp32
+        ("fp32", "8bit", 8, 8),  # the weight too; where one piece is split, its bits
+        ("fp32", "none", 9, 8),  # the same; where one piece is rounded, random bits and a mask
+        ("8bit", "fp32", 17, 12),  # both moments too; where one piece is rounded, indices, boundaries and comparison
+        ("8bit", "8bit", 17, 16),
+        ("8bit", "none", 17, 16),
     ],
 )
 def test_a_step_takes_the_bytes_that_the_optimizer_says(
-    states: str, has_master: bool, of_one_piece: int, of_small_pieces: int
+    states: str, masters: str, of_one_piece: int, of_small_pieces: int
 ) -> None:
-    assert step_bytes(1000, 1000, states=states, has_master=has_master) == of_one_piece * 1000
-    assert step_bytes(1000, 1, states=states, has_master=has_master) == of_small_pieces * 1000
+    assert step_bytes(1000, 1000, states=states, masters=masters) == of_one_piece * 1000
+    assert step_bytes(1000, 1, states=states, masters=masters) == of_small_pieces * 1000
     for bucket in range(1, 40):
         for piece in range(1, bucket):
-            here = step_bytes(bucket, piece, states=states, has_master=has_master)
+            here = step_bytes(bucket, piece, states=states, masters=masters)
             assert of_small_pieces * bucket <= here <= of_one_piece * bucket
-            assert here <= step_bytes(bucket, piece + 1, states=states, has_master=has_master)
+            assert here <= step_bytes(bucket, piece + 1, states=states, masters=masters)
 
 
 def test_a_plain_matrix_is_whole_already_and_a_packed_one_has_a_chunk_in_fp32_beside_it() -> None:

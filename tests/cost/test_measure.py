@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from steplm.config import load_config
-from steplm.errors import MemoryMismatch
 from steplm.cost.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
-from steplm.planner.plan import plan
-from steplm.types import Plan, Stage
+from steplm.errors import MemoryMismatch
+from steplm.planner.plan import Plan, Stage, plan
+from steplm.schedule import trained_patterns
+from steplm.types import MemoryEstimate
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -56,20 +57,26 @@ def stage_model(made: Plan, stage: Stage, model_type: str = "llama") -> PreTrain
         num_attention_heads=4, num_key_value_heads=2, vocab_size=30, pad_token_id=0,
         tie_word_embeddings=made.shape.tie_word_embeddings,
     )  # fmt: skip
-    dtype = DTYPES[made.precision]
+    dtype, (phase,) = DTYPES[made.precision], stage.phases
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if stage.adapters is not None:
-        for index in stage.adapters.layers:
-            for name, module in model.model.layers[index].named_modules():
-                if isinstance(module, nn.Linear) and name.rpartition(".")[2] in stage.adapters.target_modules:
-                    rank = stage.adapters.rank
-                    module.lora_A = nn.Parameter(torch.zeros(rank, module.in_features, dtype=dtype))
-                    module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, dtype=dtype))
+    for index, adapter in phase.adapters.items():
+        for name, module in model.model.layers[index].named_modules():
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in adapter.target_modules:
+                module.lora_A = nn.Parameter(torch.zeros(adapter.rank, module.in_features, dtype=dtype))
+                module.lora_B = nn.Parameter(torch.zeros(module.out_features, adapter.rank, dtype=dtype))
+    patterns = trained_patterns(phase, made.shape)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in stage.trained_patterns))
+        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     return model
+
+
+def measured_of(
+    model: nn.Module, stage: Stage, optimizer: FakeOptimizer | None = None, *, expect_gradients: bool = False
+) -> MemoryEstimate:
+    states = FakeOptimizer(model) if optimizer is None else optimizer
+    return measure_model_state(model, states, stage.num_hidden_layers, expect_gradients=expect_gradients)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -93,7 +100,7 @@ def test_measured_bytes_are_the_planned_bytes(precision: str, num_stages: int, o
     made = make_plan(f"train.precision={precision}", f"plan.num_stages={num_stages}", *overrides)
     for stage in made.stages:
         model = stage_model(made, stage)
-        measured = measure_model_state(model, FakeOptimizer(model), stage)
+        measured = measured_of(model, stage)
         check_against_plan(measured, stage.memory)
         assert comparable(measured, stage.memory).by_kind() == stage.memory.by_kind()
 
@@ -103,12 +110,12 @@ def test_measured_bytes_are_the_planned_bytes_in_other_families(model_type: str)
     made = make_plan(model_type=model_type)
     for stage in made.stages:
         model = stage_model(made, stage, model_type)
-        check_against_plan(measure_model_state(model, FakeOptimizer(model), stage), stage.memory)
+        check_against_plan(measured_of(model, stage), stage.memory)
 
 
 def rows_that_differ(model: nn.Module, optimizer: FakeOptimizer, stage: Stage) -> list[tuple[str, str]]:
     with pytest.raises(MemoryMismatch) as caught:
-        check_against_plan(measure_model_state(model, optimizer, stage), stage.memory)
+        check_against_plan(measured_of(model, stage, optimizer), stage.memory)
     return [(component, kind) for component, kind, _, _ in caught.value.rows]
 
 
@@ -144,7 +151,7 @@ def test_what_the_plan_does_not_count_is_measured_but_not_compared() -> None:
     made = make_plan("plan.count_embeddings=false")
     stage = made.stages[1]
     model = stage_model(made, stage)
-    measured = measure_model_state(model, FakeOptimizer(model), stage)
+    measured = measured_of(model, stage)
     left_out = measured.total_bytes - comparable(measured, stage.memory).total_bytes
     assert left_out == 16 * made.shape.outer_parameters
     counting = make_plan().stages[1].memory
@@ -156,7 +163,7 @@ def test_the_message_shows_both_numbers_and_their_difference() -> None:
     optimizer = FakeOptimizer(model)
     del optimizer.states["model.norm.weight"]
     with pytest.raises(MemoryMismatch, match=r"final_norm optimizer +192 +0 +-192"):
-        check_against_plan(measure_model_state(model, optimizer, stage), stage.memory)
+        check_against_plan(measured_of(model, stage, optimizer), stage.memory)
 
 
 def test_gradients_that_are_still_to_come_can_be_counted() -> None:
@@ -164,8 +171,8 @@ def test_gradients_that_are_still_to_come_can_be_counted() -> None:
     optimizer = FakeOptimizer(model)
     for parameter in model.parameters():
         parameter.grad = None
-    assert measure_model_state(model, optimizer, stage).bytes_of(kind="gradients") == 0
-    check_against_plan(measure_model_state(model, optimizer, stage, expect_gradients=True), stage.memory)
+    assert measured_of(model, stage, optimizer).bytes_of(kind="gradients") == 0
+    check_against_plan(measured_of(model, stage, optimizer, expect_gradients=True), stage.memory)
 
 
 def test_a_storage_is_counted_once_and_whole() -> None:
@@ -174,7 +181,7 @@ def test_a_storage_is_counted_once_and_whole() -> None:
     both = torch.zeros(2, 8, 16, dtype=torch.bfloat16)
     layer.k_proj.weight = nn.Parameter(both[0], requires_grad=False)
     layer.v_proj.weight = nn.Parameter(both[1], requires_grad=False)
-    check_against_plan(measure_model_state(model, FakeOptimizer(model), stage), stage.memory)
+    check_against_plan(measured_of(model, stage), stage.memory)
     # A view of a storage that is larger than the tensor keeps all of it alive.
     layer.k_proj.weight = nn.Parameter(torch.zeros(3, 8, 16, dtype=torch.bfloat16)[0], requires_grad=False)
     assert rows_that_differ(model, FakeOptimizer(model), stage) == [("frozen_layers", "weights")]
@@ -185,8 +192,8 @@ def test_layers_are_measured_as_numbered_not_as_spelt() -> None:
     made = make_plan("model.num_hidden_layers=12", "plan.num_stages=2", "plan.layers=[11,1]", "growth.position=lower")
     stage = made.stages[1]
     model = stage_model(made, stage)
-    measured = measure_model_state(model, FakeOptimizer(model), stage)
-    assert measured.bytes_of("new_layers", "weights") == 2 * made.shape.layer_parameters
+    measured = measured_of(model, stage)
+    assert measured.bytes_of("trained_layers", "weights") == 2 * made.shape.layer_parameters
     check_against_plan(measured, stage.memory)
 
 

@@ -6,7 +6,6 @@ inequality that holds for every model and plan, and a corollary: from which size
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from steplm.config import RunConfig, load_config
-from steplm.errors import ConfigError
 from steplm.cost.activations import MODELLED
 from steplm.cost.formats import (
     CODE_BOOK_BYTES,
@@ -23,9 +21,11 @@ from steplm.cost.formats import (
     step_bytes,
     unpack_bytes,
 )
-from steplm.planner.plan import Phase, StageCosts, plan
+from steplm.errors import ConfigError
+from steplm.planner.plan import plan
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
 from steplm.planner.solve import SOLVERS, peak_cost, solve_exhaustive
+from steplm.planner.stages import StagePrices
 from steplm.types import HOST, PeakEstimate, to_json
 
 QUICK = settings(max_examples=40, deadline=None)
@@ -53,7 +53,6 @@ def values(draw: st.DrawFn, max_layers: int = 6) -> dict[str, Any]:
         "model.tie_word_embeddings": draw(st.booleans()),
         "model.extra": {"head_dim": hidden // heads},
         "plan.num_stages": num_stages,
-        "plan.freeze_old_layers": True,
         "plan.train_embeddings": draw(st.sampled_from(["always", "first_stage"])),
         "plan.total_tokens": 10**9,
         "growth.position": draw(st.sampled_from(["upper", "intermediate", "lower", "even"])),
@@ -69,7 +68,7 @@ def values(draw: st.DrawFn, max_layers: int = 6) -> dict[str, Any]:
         "optim.max_grad_norm": None,
         "data.within_documents": draw(st.booleans()),
         "memory.optimizer_states": draw(st.sampled_from(["fp32", "8bit"])),
-        "memory.master_weights": draw(st.booleans()) or not bf16,
+        "memory.master_weights": draw(st.sampled_from([True, False, "8bit"])) if bf16 else True,
         "memory.fused_backward": fused,
         "memory.frozen_weights": draw(st.sampled_from(["full", "int8", "nf4"])),
         "memory.offload_frozen": draw(st.booleans()),
@@ -79,10 +78,10 @@ def values(draw: st.DrawFn, max_layers: int = 6) -> dict[str, Any]:
 
 def configure(drawn: dict[str, Any], **changes: Any) -> RunConfig:
     """``changes`` are spelled ``section__key``."""
-    sections: dict[str, dict[str, Any]] = {}
+    sections: dict[str, Any] = {}
     for key, value in {**drawn, **{key.replace("__", "."): value for key, value in changes.items()}}.items():
-        section, name = key.split(".")
-        sections.setdefault(section, {})[name] = value
+        section, _, name = key.rpartition(".")
+        (sections.setdefault(section, {}) if section else sections)[name] = value
     return load_config(sections)
 
 
@@ -277,19 +276,20 @@ def test_groups_of_matrices_may_fit_worse_into_the_optimizers_chunk_in_a_larger_
 @given(drawn=values(), seed=st.integers(0, 5))
 def test_one_more_layer_of_either_kind_never_lowers_a_stages_peak(drawn: dict[str, Any], seed: int) -> None:
     config = configure(drawn, plan__num_stages=2, model__num_hidden_layers=8)
-    costs = StageCosts(config, shape_from_hf_config(config.model.hf_config()))
+    costs = StagePrices(config, shape_from_hf_config(config.model.hf_config()))
     assume(costs.shape.num_parameters(8) < STEP_CHUNK)
     num_new, num_old = 1 + seed, 2 + seed % 3
 
     def total(new: int, old: int) -> int:
-        peak = costs.peak(Phase(new, old))
+        (draft,) = costs.drafts(new, old)
+        peak = costs.cost_of_draft(draft).peak
         assert peak is not None
         return peak.total_bytes
 
     here = total(num_new, num_old)
     assert total(num_new + 1, num_old) >= here, "one more new layer"
     assert total(num_new, 0) <= total(num_new + 1, 0), "in stage 1"
-    if config.plan.freeze_old_layers and drawn["growth.position"] == "lower":
+    if drawn["growth.position"] == "lower":
         # The new layers stay where they are, and the frozen one comes on top.
         assert total(num_new, num_old + 1) >= here
 
@@ -311,6 +311,11 @@ def bucket_elements(config: RunConfig) -> int:
     shape = plan(config).shape
     adapters = sum(4 * (linear.in_features + linear.out_features) for linear in shape.linears)
     return min(STEP_CHUNK, shape.num_parameters() + shape.num_hidden_layers * adapters)
+
+
+def masters(config: RunConfig) -> str:
+    """What is held beside a weight."""
+    return {True: "fp32", False: "none", "8bit": "8bit"}[config.memory.master_weights]
 
 
 def by_stage(drawn: dict[str, Any], option: dict[str, Any], without: dict[str, Any]) -> list[tuple[int, int, int]]:
@@ -338,8 +343,7 @@ def test_8_bit_states_cost_at_most_their_tables_and_a_larger_step(drawn: dict[st
     """
     key = "memory.optimizer_states"
     config = configure(drawn)
-    has_master = config.train.precision == "fp32" or config.memory.master_weights
-    larger = 17 - step_bytes(100, 1, states="fp32", has_master=has_master) // 100
+    larger = 17 - step_bytes(100, 1, states="fp32", masters=masters(config)) // 100
     for with_option, without, saved in by_stage(drawn, {key: "8bit"}, {key: "fp32"}):
         assert with_option <= without - saved + CODE_BOOK_BYTES + larger * bucket_elements(config)
     most = CODE_BOOK_BYTES + (17 - 4) * STEP_CHUNK
@@ -369,9 +373,8 @@ def test_a_fused_update_costs_at_most_the_step_of_one_tensor(drawn: dict[str, An
     """Inside the backward pass the update stands beside activations, which it does not where it comes after."""
     drawn = {**drawn, "train.gradient_accumulation_steps": 1, "optim.max_grad_norm": None}
     key, config = "memory.fused_backward", configure(drawn)
-    has_master = config.train.precision == "fp32" or config.memory.master_weights
     piece = min(STEP_CHUNK, largest_trained_matrix(config))
-    most = step_bytes(piece, piece, states=config.memory.optimizer_states, has_master=has_master)
+    most = step_bytes(piece, piece, states=config.memory.optimizer_states, masters=masters(config))
     for with_option, without, _ in by_stage(drawn, {key: True}, {key: False}):
         assert with_option <= without + most
 
@@ -538,7 +541,7 @@ def test_the_objectives_differ_where_activations_decide() -> None:
 @given(drawn=values(), objective=st.sampled_from(["peak", "model_state"]))
 def test_all_solvers_agree_under_both_objectives(drawn: dict[str, Any], objective: str) -> None:
     config = configure(drawn, plan__objective=objective)
-    costs = StageCosts(config, shape_from_hf_config(config.model.hf_config()))
+    costs = StagePrices(config, shape_from_hf_config(config.model.hf_config()))
     num_layers, num_stages = config.model.num_hidden_layers, config.plan.num_stages
     reference = solve_exhaustive(costs.objective_bytes, num_layers, num_stages)
     for name, solve in SOLVERS.items():
@@ -550,20 +553,21 @@ def test_all_solvers_agree_under_both_objectives(drawn: dict[str, Any], objectiv
     assert best == peak_cost(costs.objective_bytes, reference)
 
 
-def test_the_peak_changes_no_hash_and_the_model_state_does() -> None:
+def test_the_peak_changes_no_hash_and_the_rank_does() -> None:
     """A run may be resumed with another micro-batch, not with another plan."""
-    made = plan(configure({"pet.rank": 8}))
-    without = replace(made, stages=tuple(replace(stage, peak=None) for stage in made.stages))
-    assert made.hash == without.hash
-    assert to_json(made) != to_json(without)
-    assert plan(configure({"pet.rank": 16})).hash != made.hash
+    at_once = {"pet.rank": 8, "train.global_batch_size": 8, "plan.objective": "model_state"}
+    made, smaller = (plan(configure(at_once, train__per_device_train_batch_size=size)) for size in (8, 2))
+    assert made.peak_bytes != smaller.peak_bytes
+    assert made.schedule.hash == smaller.schedule.hash
+    assert to_json(made) != to_json(smaller)
+    assert plan(configure({**at_once, "pet.rank": 16})).schedule.hash != made.schedule.hash
 
 
 @QUICK
 @given(drawn=values())
 def test_without_freezing_the_last_stage_is_the_whole_model(drawn: dict[str, Any]) -> None:
     plain = {key: value for key, value in drawn.items() if not key.startswith("memory.")}
-    config = configure(plain, plan__freeze_old_layers=False, train__gradient_checkpointing=False)
+    config = configure(plain, method="growth", train__gradient_checkpointing=False)
     if config.plan.train_embeddings == "always":
         last = plan(config).stages[-1].peak
         assert last is not None

@@ -23,15 +23,16 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from steplm.config import RunConfig, load_config
-from steplm.distributed.world import World
 from steplm.cost.count import ByteCounter
+from steplm.distributed.world import World
 from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.forward import batch_loss
 from steplm.optim.adamw import global_grad_norm
 from steplm.planner.plan import plan
 from steplm.rows import Rows, on_this_rank
+from steplm.schedule import Phase
 from steplm.training.assemble import Assembled, PhaseStart, assemble
-from steplm.types import Stage, TrainState
+from steplm.types import ModelShape, TrainState
 
 LOW, HIGH = -0.001, 0.03
 RECOMPUTED = "train.gradient_checkpointing=true"
@@ -63,12 +64,12 @@ def fake_world(num_shards: int, num_replicas: int, rank: int = 0) -> Iterator[Wo
         dist.destroy_process_group()
 
 
-def assembled(config: RunConfig, stage: Stage, world: World) -> Assembled:
-    shape_config = hf_config(config.model.hf_config(), stage.num_hidden_layers)
+def assembled(config: RunConfig, shape: ModelShape, phase: Phase, world: World) -> Assembled:
+    shape_config = hf_config(config.model.hf_config(), phase.num_hidden_layers)
     weights = initial_state(shape_config, seed=0, dtype=DTYPES[config.train.precision])
     cut = {name: world.rows.cut(weight) for name, weight in weights.items()}
-    start = PhaseStart(shape_config, cut, (), TrainState(stage.index, 0, 0, 0))
-    return assemble(config, stage, start, world, check=False)
+    start = PhaseStart(shape_config, cut, (), TrainState(phase.stage, phase.index, 0, 0, 0))
+    return assemble(config, shape, phase, start, world, check=False)
 
 
 class Counter(ByteCounter):
@@ -104,15 +105,16 @@ def counted(stage_index: int, *overrides: str) -> dict[str, int]:
 def count(stage_index: int, *overrides: str) -> dict[str, int]:
     torch.set_num_threads(1)  # of the parent's threads none is here
     config = configure(*overrides)
-    stage, distributed = plan(config).stages[stage_index - 1], config.distributed
+    planned, distributed = plan(config), config.distributed
+    (phase,) = planned.schedule.stages[stage_index - 1]
     num_replicas = distributed.world_size // distributed.num_shards
     fused = config.memory.fused_backward
     highest: dict[str, int] = {}
     with fake_world(distributed.num_shards, num_replicas) as world, Counter() as counter:
-        made = assembled(config, stage, world)
+        made = assembled(config, planned.shape, phase, world)
         for parameter in made.model.parameters():
             counter.track(on_this_rank(parameter.detach()), "weights")
-        for states in made.optimizer.state_tensors().values():
+        for states in made.rules.state_tensors().values():
             for state in states.values():
                 counter.track(state, "optimizer")
 
@@ -129,14 +131,14 @@ def count(stage_index: int, *overrides: str) -> dict[str, int]:
                 loss = batch_loss(
                     made.model, tokens, labels, num_valid=labels.numel(), chunk_size=config.train.loss_chunk_size
                 )
-            with part("backward"), made.optimizer.in_backward(1e-3) if fused else nullcontext():
+            with part("backward"), made.rules.in_backward(1e-3) if fused else nullcontext():
                 loss.backward()
             del loss, tokens, labels
         with part("step"):
             if not fused:
-                global_grad_norm(made.optimizer.parameters.values())
-                made.optimizer.step(1e-3, 0.5)
-            made.optimizer.zero_grad()
+                global_grad_norm(made.rules.parameters.values())
+                made.rules.step(1e-3, 0.5)
+            made.rules.zero_grad()
         with part("rest"):
             pass
     return highest
@@ -179,9 +181,7 @@ def test_planned_and_counted_peak_of_a_rank_agree(world: str, stage: int) -> Non
 
 FUSED = ("memory.fused_backward=true", "optim.max_grad_norm=null")
 GALORE = ("optim.name=galore", "optim.rank=16")
-OLD_UNDER_GALORE = (
-    *GALORE, "optim.low_rank_layers=old", "method=growth", "memory.master_weights=adamw"
-)  # fmt: skip
+OLD_UNDER_GALORE = ("method=thawed", "optim.old_layers=galore", "optim.rank=16", "memory.master_weights=adamw")
 FP32, SUMMED = "train.precision=fp32", "train.gradient_accumulation_steps=2"
 RUNS: dict[str, tuple[str, ...]] = {
     "recomputed": (RECOMPUTED,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from steplm.config import load_config
+from steplm.cost.terms import model_state
 from steplm.models.shape import shape_from_model
 from steplm.pet.adapters import attach
 from steplm.pet.trainable import apply_trainable
-from steplm.planner.plan import Phase, StageCosts, plan
+from steplm.planner.plan import Plan, plan
 from steplm.planner.solve import SOLVERS, peak_cost, solve_exhaustive
-from steplm.types import MemoryEstimate, Plan, Stage, local_size
+from steplm.planner.stages import StagePrices
+from steplm.schedule import Phase, Trained, trained_patterns
+from steplm.types import MemoryEstimate, local_size
 
 SMALL = {
     "hidden_size": 20, "intermediate_size": 27, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 31,
@@ -35,15 +39,14 @@ def make_plan(*overrides: str, model_type: str = "llama") -> Plan:
     return plan(load_config(values, overrides))
 
 
-def stage_model(made: Plan, stage: Stage) -> nn.Module:
+def phase_model(made: Plan, phase: Phase) -> nn.Module:
     config = AutoConfig.for_model(
-        made.shape.model_type, **SMALL, head_dim=10, num_hidden_layers=stage.num_hidden_layers,
+        made.shape.model_type, **SMALL, head_dim=10, num_hidden_layers=phase.num_hidden_layers,
         tie_word_embeddings=made.shape.tie_word_embeddings, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    if stage.adapters is not None:
-        attach(model, stage.adapters, made.shape.layer_prefix, seed=0)
-    apply_trainable(model, stage.trained_patterns)
+    attach(model, phase, made.shape.layer_prefix, seed=0)
+    apply_trainable(model, trained_patterns(phase, made.shape))
     return model
 
 
@@ -81,10 +84,10 @@ def by_kind(memory: MemoryEstimate) -> dict[str, int]:
 )
 def test_the_plan_is_the_first_rank_and_no_other_holds_more(num_shards: int, overrides: list[str]) -> None:
     made = make_plan(f"distributed.world_size={num_shards}", *overrides)
-    for stage in made.stages:
-        model = stage_model(made, stage)
+    for phase in made.schedule.phases:
+        model = phase_model(made, phase)
         ranks = [cut_bytes(model, num_shards, rank) for rank in range(num_shards)]
-        assert by_kind(stage.memory) == ranks[0]
+        assert by_kind(made.cost(phase).memory) == ranks[0]
         assert all(rank[kind] <= ranks[0][kind] for rank in ranks for kind in rank)
         whole = sum(parameter.numel() for parameter in model.parameters())
         assert sum(rank["weights"] for rank in ranks) == 2 * whole
@@ -93,12 +96,14 @@ def test_the_plan_is_the_first_rank_and_no_other_holds_more(num_shards: int, ove
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "gemma2", "olmo2", "phi3", "olmo"])
 def test_so_it_is_in_families_with_biases_and_other_norms(model_type: str) -> None:
     made = make_plan("distributed.world_size=6", model_type=model_type)
-    for stage in made.stages:
-        assert by_kind(stage.memory) == cut_bytes(stage_model(made, stage), 6, 0)
+    for phase in made.schedule.phases:
+        assert by_kind(made.cost(phase).memory) == cut_bytes(phase_model(made, phase), 6, 0)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "stablelm", "phi"])
-def test_so_it_is_in_families_that_are_counted_by_building_them(model_type: str) -> None:
+def test_so_it_is_in_families_that_are_counted_by_building_them(
+    make_phase: Callable[..., Phase], model_type: str
+) -> None:
     extra = {"ffn_dim": 27, "word_embed_proj_dim": 12} if model_type == "opt" else {}
     sizes = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
     config = AutoConfig.for_model(model_type, **sizes, **extra, num_hidden_layers=2, bos_token_id=0, eos_token_id=0)
@@ -108,7 +113,7 @@ def test_so_it_is_in_families_that_are_counted_by_building_them(model_type: str)
         {"model": {**SMALL, "num_hidden_layers": 2}, "plan": {"num_stages": 1, "total_tokens": 10**6}},
         ["distributed.world_size=3", "train.sequence_length=16"],
     )
-    assert by_kind(StageCosts(of_run, shape).model_state(Phase(2, 0))) == cut_bytes(model, 3, 0)
+    assert by_kind(model_state(of_run, shape, make_phase([Trained()] * 2))) == cut_bytes(model, 3, 0)
 
 
 @given(rows=st.integers(1, 50), columns=st.integers(1, 5), num_shards=st.integers(1, 60))
@@ -141,7 +146,7 @@ def test_the_division_into_stages_is_still_the_best(world: list[str], objective:
         overrides,
     )
     made = plan(config)
-    costs = StageCosts(config, made.shape)
+    costs = StagePrices(config, made.shape)
     reference = solve_exhaustive(costs.objective_bytes, 9, 3)
     for solve in SOLVERS.values():
         assert solve(costs.objective_bytes, 9, 3) == reference

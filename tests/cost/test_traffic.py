@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from steplm.config import RunConfig, load_config
+from steplm.cost.traffic import GPUS, LINK_SHARE, Gpu, StepEstimate, Traffic, estimate_step, step_traffic
 from steplm.planner.plan import plan
-from steplm.cost.traffic import GPUS, LINK_SHARE, Gpu, Traffic, estimate_steps, step_traffic
-from steplm.types import Plan
 
 # P_layer: q, k, v and o 8 x 8, gate and up 16 x 8, down 8 x 16, two norms of 8. Outside: twice 32 x 8, and a norm of 8.
 P_LAYER, P_OUTER = 4 * 64 + 3 * 128 + 16, 2 * 256 + 8
@@ -34,7 +33,8 @@ def configure(*overrides: str) -> RunConfig:
 def traffic(stage: int, *overrides: str) -> Traffic:
     config = configure(*overrides)
     made = plan(config)
-    return step_traffic(config, made, made.stages[stage - 1])
+    (phase,) = made.schedule.stages[stage - 1]
+    return step_traffic(config, made.shape, phase)
 
 
 def test_a_ring_sends_all_but_its_own_part() -> None:
@@ -67,8 +67,8 @@ def test_layers_that_no_gradient_reaches_are_gathered_once_but_for_the_highest()
     silent = ("pet.method=none", "plan.train_embeddings=first_stage", "plan.layers=[4,1]", "distributed.world_size=4")
     config = configure(*silent)
     made = plan(config)
-    unreached = min(made.stages[1].whole_layers)
-    assert unreached == 3
+    unreached = made.schedule.phases[1].num_layers_without_backward
+    assert unreached == min(made.schedule.phases[1].trained_layers) == 3
     gathers = 5 + 5 - (unreached - 1)
     assert traffic(2, *silent).all_gather == (gathers * P_LAYER + 2 * P_OUTER) * 2 * 3 // 4
     assert traffic(2, *silent).reduce_scatter == P_LAYER * 4 * 3 // 4
@@ -77,9 +77,13 @@ def test_layers_that_no_gradient_reaches_are_gathered_once_but_for_the_highest()
 GPU = Gpu({"bf16": 1e9, "fp32": 1e8}, node_bandwidth=1e6, network_bandwidth=1e4, per_node=8)
 
 
+def steps(config: RunConfig, **options: float) -> list[StepEstimate]:
+    made = plan(config)
+    return [estimate_step(config, made.shape, phase, GPU, **options) for phase in made.schedule.phases]
+
+
 def seconds(*overrides: str) -> float:
-    config = configure(*overrides)
-    return estimate_steps(config, plan(config), GPU)[0].communication_seconds
+    return steps(configure(*overrides))[0].communication_seconds
 
 
 def test_a_ring_is_as_fast_as_its_slowest_link() -> None:
@@ -95,10 +99,9 @@ def test_a_ring_is_as_fast_as_its_slowest_link() -> None:
 
 def test_a_step_takes_its_operations_at_the_share_of_the_peak_and_its_bounds_hold() -> None:
     config = configure("distributed.world_size=4", "train.gradient_checkpointing=true")
-    made: Plan = plan(config)
-    first, second = estimate_steps(config, made, GPU, utilization=0.5)
-    plain = configure("distributed.world_size=4")
-    without = estimate_steps(plain, plan(plain), GPU, utilization=0.5)[0]
+    made = plan(config)
+    first, second = steps(config, utilization=0.5)
+    without = steps(configure("distributed.world_size=4"), utilization=0.5)[0]
     assert without.flops == made.stages[0].flops_per_token * config.step_tokens // 4
     layers = sum(linear.num_parameters for linear in made.shape.linears)
     again = 3 * (2 * layers + 4 * 16 * 8) * config.step_tokens // 4

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from steplm.errors import CheckpointMismatch
 from steplm.cost.count import ByteCounter
+from steplm.errors import CheckpointMismatch
 from steplm.optim import adamw as module
 from steplm.optim.adamw import AdamW, carry_state, clip_coefficient, decays, global_grad_norm
 

@@ -1,4 +1,4 @@
-"""AdamW with 8-bit moments, without master weights, in pieces."""
+"""AdamW with 8-bit moments, with 8-bit master weights or none, in pieces."""
 
 import itertools
 
@@ -7,14 +7,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from steplm.cost.count import ByteCounter
+from steplm.cost.formats import STATE_BLOCK, state_bytes, step_bytes
 from steplm.errors import CheckpointMismatch, ConfigError
-from steplm.cost.formats import STATE_BLOCK, state_bytes
 from steplm.optim import adamw as module
 from steplm.optim.adamw import AdamW, carry_state
+from steplm.optim.masters import correct
 
 SHAPES = {"embed": (70, 16), "a": (64, 64), "bias": (64,), "short": (3, 5), "norm": (16,)}
 OPTIONS = [
-    dict(zip(("states", "master_weights"), v, strict=True)) for v in itertools.product(("fp32", "8bit"), (True, False))
+    {"states": states, "master_weights": master_weights}
+    for states, master_weights in itertools.product(("fp32", "8bit"), (True, False, "8bit"))
 ]
 
 
@@ -55,7 +58,8 @@ def test_state_bytes_are_those_of_the_formula_and_no_step_adds_any(options, dtyp
     for parameter in named.values():
         quantized = options["states"] == "8bit" and parameter.ndim >= 2
         expected += 2 * (state_bytes(parameter.numel()) if quantized else 4 * parameter.numel())
-        expected += 4 * parameter.numel() if dtype == torch.bfloat16 and options["master_weights"] else 0
+        if dtype == torch.bfloat16:
+            expected += {True: 4, "8bit": 1, False: 0}[options["master_weights"]] * parameter.numel()
     assert sum(before.values()) == expected
     train(named, optimizer, range(2))
     assert held() == before
@@ -102,7 +106,7 @@ def test_8bit_equals_adamw_on_moments_that_are_rounded_between_steps():
         for name, states in reference.state_tensors().items():
             if theirs[name].ndim == 2:
                 for key in ("exp_avg", "exp_avg_sq"):
-                    book = optimizer._books[key, torch.device("cpu")]
+                    book = optimizer._books[key == "exp_avg", torch.device("cpu")]
                     states[key].copy_(book.dequantize(*book.quantize(states[key].flatten())).view_as(states[key]))
     assert equal(ours, theirs)
     assert all(
@@ -231,3 +235,41 @@ def test_scales_are_carried_through_a_growth():
     assert before["exp_avg_sq_scale"].all()
     assert equal(before, after)
     assert not any(tensor.any() for tensor in new.state_tensors()["layers.1.w"].values())
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+def test_bytes_with_8_bit_masters_are_those_of_the_formulas(states):
+    named = parameters()
+    optimizer = AdamW(named, states=states, master_weights="8bit")
+    assert all(held["correction"].nbytes == named[name].numel() for name, held in optimizer.state_tensors().items())
+    set_gradients(named, 0)
+    with ByteCounter() as counter:
+        optimizer.step(1e-2, grad_scale=0.5)
+    buckets = [[named[name].numel() for name in named if named[name].ndim == n] for n in (1, 2)]
+    expected = max(step_bytes(sum(b), max(b), states=states, masters="8bit") for b in buckets)
+    assert expected <= counter.peak_bytes <= expected + 4 * len(named)  # the counts of steps
+
+
+def test_over_a_thousand_steps_8_bit_masters_stay_with_fp32_ones_where_bf16_alone_does_not():
+    def final(master_weights):
+        generator = torch.Generator().manual_seed(0)
+        target = torch.randn(16, 24, generator=generator)
+        weight = nn.Parameter(torch.randn(16, 24, generator=generator).bfloat16())
+        optimizer = AdamW({"w": weight}, master_weights=master_weights)
+        torch.manual_seed(0)
+
+        def held():
+            states = optimizer.state_tensors()["w"]
+            if "correction" in states:
+                return correct(weight.detach(), states["correction"])
+            return states.get("master", weight.detach()).float()
+
+        for step in range(1000):
+            inputs = torch.randn(32, 24, generator=generator)
+            weight.grad = ((inputs @ (held() - target).T).T @ inputs / 32).bfloat16()
+            optimizer.step(1e-2 * (1 - step / 1000))
+        return held()
+
+    exact = final(True)
+    kept, alone = ((final(masters) - exact).square().mean().sqrt() for masters in ("8bit", False))
+    assert kept < 3e-4 < 3e-3 < alone

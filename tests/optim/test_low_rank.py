@@ -11,24 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from steplm.errors import CheckpointMismatch, ConfigError
 from steplm.cost.count import ByteCounter
 from steplm.cost.formats import low_rank_state_bytes, low_rank_step_bytes
+from steplm.errors import CheckpointMismatch, ConfigError
 from steplm.optim.adamw import AdamW, carry_state
-from steplm.optim.low_rank import SCALES, LowRankAdamW, has_low_rank_states
+from steplm.optim.build import UpdateRules
+from steplm.optim.low_rank import SCALES, LowRankAdamW
 from steplm.optim.projection import leading_vectors, random_projector
 
 METHODS = list(SCALES)
 DTYPES = [torch.float32, torch.bfloat16]
 MATRICES = {"layers.0.tall.weight": (24, 10), "layers.0.wide.weight": (10, 24), "layers.1.square.weight": (12, 12)}
-OTHERS = {
-    "embed.weight": (30, 10),
-    "layers.0.norm.weight": (10,),
-    "layers.0.narrow.weight": (4, 24),  # its smaller side is the rank
-    "layers.0.tall.lora_A": (8, 10),
-    "layers.0.tall.lora_B": (24, 8),
-}
-OPTIONS = {"rank": 4, "layer_prefix": "layers", "update_proj_gap": 3}
+OPTIONS = {"rank": 4, "update_proj_gap": 3}
 NAME, WIDE = "layers.0.q.weight", (6, 9)
 
 
@@ -174,81 +168,20 @@ def test_with_unit_vectors_for_a_projector_galore_is_adamw_on_these_rows():
     assert torch.allclose(parameter[4:], rest, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
-def test_all_other_parameters_are_those_of_adamw_bit_for_bit(method, dtype):
-    rank = 1 if method == "apollo_mini" else 4
-    others = {name: shape for name, shape in OTHERS.items() if "narrow" not in name or rank == 4}
-    named = parameters(MATRICES | others, dtype)
-    optimizer = LowRankAdamW(named, method=method, **OPTIONS)
-    assert optimizer.low_rank == set(MATRICES)
-    alone = {name: nn.Parameter(named[name].detach().clone()) for name in others}
-    adamw = AdamW(alone)
-    for step in range(4):
-        set_gradients(named, step)
-        for name, parameter in alone.items():
-            parameter.grad = named[name].grad.clone()
-        optimizer.step(1e-2, 0.5)
-        adamw.step(1e-2, 0.5)
-    assert equal({name: values(named)[name] for name in others}, values(alone))
-    states = optimizer.state_tensors()
-    assert all(equal(states[name], held) for name, held in adamw.state_tensors().items())
+@pytest.mark.parametrize("shape", [(9,), (8, 9, 5), (1, 9), (9, 1)])
+def test_what_is_no_matrix_with_both_sides_longer_than_the_rank_is_refused(method, shape):
+    with pytest.raises(ConfigError, match=rf"{method} has states of rank \d.*leave it to AdamW"):
+        LowRankAdamW(parameters({NAME: shape}), method=method, **OPTIONS)
 
 
-@settings(max_examples=20, deadline=None)
-@given(rows=st.integers(1, 7), columns=st.integers(1, 7), excess=st.integers(0, 3), method=st.sampled_from(METHODS[:2]))
-def test_a_rank_that_is_not_below_a_side_means_adamw(rows, columns, excess, method):
-    named, plain = parameters({NAME: (rows, columns)}), parameters({NAME: (rows, columns)})
-    optimizer = LowRankAdamW(named, method=method, **{**OPTIONS, "rank": min(rows, columns) + excess})
-    adamw = AdamW(plain)
-    train(named, optimizer, range(4))
-    train(plain, adamw, range(4))
-    assert equal(values(named), values(plain))
-    assert equal(optimizer.state_dict()[0], adamw.state_dict()[0])
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "linears", "expected"),
-    [
-        ("model.layers.3.mlp.up_proj.weight", (9, 5), None, True),
-        ("model.layers.13.mlp.up_proj.weight", (5, 9), {"mlp.up_proj"}, True),
-        ("model.layers.3.mlp.up_proj.weight", (9, 4), None, False),
-        ("model.layers.3.mlp.gate.weight", (9, 5), {"mlp.up_proj"}, False),
-        ("model.layers.3.input_layernorm.weight", (9,), None, False),
-        ("model.layers.3.mlp.experts.up_proj", (8, 9, 5), None, False),
-        ("model.layers.3.mlp.up_proj.lora_A", (9, 5), None, False),
-        ("model.layers.3.mlp.up_proj.lora_B", (9, 5), None, False),
-        ("model.layers_norm.weight", (9, 5), None, False),
-        ("model.embed_tokens.weight", (9, 5), None, False),
-        ("lm_head.weight", (9, 5), None, False),
-    ],
-)
-def test_matrices_of_layers_have_low_rank_states(name, shape, linears, expected):
-    assert has_low_rank_states(name, shape, "model.layers", 4, linears) is expected
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_layers_that_are_not_named_are_updated_as_adamw_does(method):
-    shapes = MATRICES | OTHERS
-    named, everywhere, nowhere = (parameters(shapes, torch.bfloat16) for _ in range(3))
-    train(named, LowRankAdamW(named, method=method, layers=(1,), **OPTIONS), range(5))
-    train(everywhere, LowRankAdamW(everywhere, method=method, **OPTIONS), range(5))
-    train(nowhere, AdamW(nowhere), range(5))
-    for name, parameter in named.items():
-        reference = everywhere if name.startswith("layers.1.") else nowhere
-        assert torch.equal(parameter, reference[name]), name
-    assert not torch.equal(named["layers.1.square.weight"], nowhere["layers.1.square.weight"])
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_master_weights_of_adamw_alone(method):
-    named = parameters(MATRICES | OTHERS, torch.bfloat16)
-    optimizer = LowRankAdamW(named, method=method, master_weights="adamw", **OPTIONS)
-    without = {name for name, states in optimizer.state_tensors().items() if "master" not in states}
-    assert without == optimizer.low_rank >= set(MATRICES)
-    before = values(named)
-    train(named, optimizer, range(3))
-    assert not any(torch.equal(named[name], before[name]) for name in named)
+@pytest.mark.parametrize("method", METHODS[:2])
+@pytest.mark.parametrize("shape", [(4, 24), (24, 4)])
+def test_a_side_as_long_as_the_rank_is_too_short(method, shape):
+    with pytest.raises(ConfigError, match="leave it to AdamW"):
+        one(method, shape)
+    one(method, (5, 24))
+    one("apollo_mini", shape)  # its rank is 1
 
 
 @settings(max_examples=40, deadline=None)
@@ -287,10 +220,9 @@ def test_bytes_of_states_and_workspace_are_those_of_the_formulas(method, shape, 
 @pytest.mark.parametrize("precision", [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
 def test_a_run_that_stops_anywhere_goes_on_bit_for_bit(tmp_path, method, precision):
     dtype, master_weights = precision
-    shapes = MATRICES | OTHERS
 
     def build(seed=0):
-        named = parameters(shapes, dtype, seed)
+        named = parameters(MATRICES, dtype, seed)
         return named, LowRankAdamW(named, method=method, master_weights=master_weights, **OPTIONS)
 
     whole, optimizer = build()
@@ -342,6 +274,15 @@ class Small(nn.Module):
         return hidden @ self.embed.weight.T
 
 
+def small_rules(model, method, **options):
+    """As training has them: the layers' matrices by this method, everything else by AdamW."""
+    named = dict(model.named_parameters())
+    matrices = {name: p for name, p in named.items() if name.startswith("layers.") and p.ndim == 2}
+    rest = {name: p for name, p in named.items() if name not in matrices}
+    low_rank = LowRankAdamW(matrices, method=method, **{**OPTIONS, **options})
+    return UpdateRules({"adamw": AdamW(rest), method: low_rank}, named)
+
+
 def small_loss(model, step):
     ids = torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(step))
     return nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
@@ -353,7 +294,7 @@ def test_the_update_inside_the_backward_pass_equals_the_one_after_it(method, dty
     def build():
         torch.manual_seed(0)
         model = Small().to(dtype)
-        return model, LowRankAdamW(model.named_parameters(), method=method, **OPTIONS)
+        return model, small_rules(model, method)
 
     (model, optimizer), (reference, stepping) = build(), build()
     for step in range(5):
@@ -372,7 +313,7 @@ def test_the_update_inside_the_backward_pass_equals_the_one_after_it(method, dty
 def test_a_loss_falls(method):
     torch.manual_seed(0)
     model = Small()
-    optimizer = LowRankAdamW(model.named_parameters(), method=method, **{**OPTIONS, "update_proj_gap": 10})
+    optimizer = small_rules(model, method, update_proj_gap=10)
     first = small_loss(model, 0).item()
     for _ in range(60):
         with optimizer.in_backward(1e-2):

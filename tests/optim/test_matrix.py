@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from steplm.errors import CheckpointMismatch, ConfigError, SteplmError
 from steplm.cost import formats
 from steplm.cost.count import ByteCounter
 from steplm.cost.formats import (
@@ -23,6 +22,7 @@ from steplm.cost.formats import (
     scale_state_bytes,
     scale_step_bytes,
 )
+from steplm.errors import CheckpointMismatch, ConfigError, SteplmError
 from steplm.optim.adamw import carry_state, global_grad_norm
 from steplm.optim.matrix import MASTER_WEIGHTS, STATES
 from steplm.optim.muon import Muon

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from steplm.errors import ConfigError
 from steplm.cost.count import ByteCounter
 from steplm.cost.formats import scale_step_bytes
+from steplm.errors import ConfigError
 from steplm.optim.scale import NORMS, SCALE
 
 SHAPE = (12, 20)  # out_features, in_features

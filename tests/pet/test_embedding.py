@@ -13,10 +13,10 @@ from steplm.models.forward import batch_loss, check_loss
 from steplm.pet.adapters import adapter_state, attach, load_adapter_state, merge_state
 from steplm.pet.embedding import LoRAEmbedding, TiedLoRAHead
 from steplm.pet.trainable import apply_trainable
-from steplm.types import AdapterSpec
+from steplm.schedule import Adapter, Entry, Phase, Role, Trained
 
 VOCAB_SIZE, HIDDEN_SIZE, RANK = 50, 32, 4
-SPEC = AdapterSpec("lora", RANK, 6.0, ("q_proj",), (0,), embeddings=True)
+ADAPTER = Adapter(RANK, 6.0, ("q_proj",))
 TIED = {"gemma": True, "gemma2": True, "cohere": True, "llama": False, "granite": False, "qwen3": False}
 IDS = torch.arange(24).view(2, 12) * 7 % VOCAB_SIZE
 
@@ -37,8 +37,13 @@ def build(model_type="llama", dtype=torch.float32, **overrides):
     return build_model(config, initial_state(config, seed=0, dtype=dtype))
 
 
+def phase_of(first: Role = ADAPTER) -> Phase:
+    """A first layer of this role, a trained one, and adapters on embedding and head."""
+    return Phase(1, 1, Entry("fresh"), (first, Trained()), ADAPTER, 0, 0, 0)
+
+
 def adapted(model, seed=0, stirred=True):
-    attach(model, SPEC, "model.layers", seed)
+    attach(model, phase_of(), "model.layers", seed)
     if stirred:  # as after training: no factor is zero
         generator = torch.Generator().manual_seed(1)
         for tensor in adapter_state(model).values():
@@ -90,7 +95,7 @@ def test_merged_logits_equal_unmerged_ones(model_type):
     plain, untouched = copy.deepcopy(model), logits(model)
     unmerged = logits(adapted(model))
     assert not torch.allclose(unmerged, untouched, atol=1e-3)
-    merged = merge_state(plain_weights(model), adapter_state(model), SPEC)
+    merged = merge_state(plain_weights(model), adapter_state(model), phase_of())
     plain.load_state_dict(merged, strict=False)
     plain.tie_weights()
     torch.testing.assert_close(logits(plain), unmerged, rtol=1e-4, atol=1e-5)
@@ -143,12 +148,12 @@ def test_a_tied_step_is_the_step_of_the_shared_matrix():
     apply_trainable(model, ["*.lora_?"])
     batch_loss(model, IDS, labels, num_valid=24, chunk_size=7).backward()
     plain = build("gemma").double()
-    plain.load_state_dict(merge_state(plain_weights(model), adapter_state(model), SPEC), strict=False)
+    plain.load_state_dict(merge_state(plain_weights(model), adapter_state(model), phase_of()), strict=False)
     plain.tie_weights()
     batch_loss(plain, IDS, labels, num_valid=24, chunk_size=7).backward()
     whole = plain.get_input_embeddings().weight.grad
     embedding = model.get_input_embeddings()
-    scaling = SPEC.scaling
+    scaling = ADAPTER.scaling
     torch.testing.assert_close(embedding.lora_B.grad, scaling * whole @ embedding.lora_A.T, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(embedding.lora_A.grad, scaling * embedding.lora_B.T @ whole, rtol=1e-4, atol=1e-6)
 
@@ -203,7 +208,7 @@ def test_a_family_that_changes_its_rows_keeps_doing_so():
     adapted(model)
     assert isinstance(halved, LoRAEmbedding)
     assert isinstance(halved, Halved)
-    whole = halved.weight + SPEC.scaling * halved.lora_B @ halved.lora_A
+    whole = halved.weight + ADAPTER.scaling * halved.lora_B @ halved.lora_A
     torch.testing.assert_close(halved(IDS), whole[IDS] / 2)
 
 
@@ -228,4 +233,4 @@ def test_what_cannot_be_adapted_is_refused_and_nothing_changed():
         adapted(headless)
     twice = adapted(build())
     with pytest.raises(ConfigError, match="LoRA"):
-        attach(twice, AdapterSpec("lora", RANK, 6.0, ("k_proj",), (0,), embeddings=True), "model.layers", 0)
+        attach(twice, phase_of(Adapter(RANK, 6.0, ("k_proj",))), "model.layers", 0)

@@ -8,20 +8,21 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from steplm.errors import ConfigError
 from steplm.cost.formats import FROZEN_FORMATS
+from steplm.errors import ConfigError
 from steplm.pet.adapters import adapter_state, attach, load_adapter_state, merge_state
 from steplm.pet.frozen import frozen_tensors, pack_frozen, unpacked_state
 from steplm.pet.frozen_linear import FrozenLinear
 from steplm.pet.lora import LoRALinear
 from steplm.pet.packing import FORMATS
 from steplm.pet.trainable import apply_trainable
-from steplm.types import AdapterSpec
+from steplm.schedule import Adapter, Entry, Phase, Trained
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "model.layers"
 FROZEN = (0, 1, 3)  # layer 2 is new
-SPEC = AdapterSpec("lora", 4, 6.0, TARGETS, FROZEN)
+ADAPTER = Adapter(4, 6.0, TARGETS)
+PHASE = Phase(1, 1, Entry("fresh"), (ADAPTER, ADAPTER, Trained(), ADAPTER), Trained(), 0, 0, 0)
 SHAPES = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]  # of one layer
 WAYS = [(fmt, offload) for fmt, offload in itertools.product(FORMATS, (False, True)) if offload or fmt != "full"]
 
@@ -42,7 +43,7 @@ def stage_model(family: str = "llama", dtype: torch.dtype = torch.float32, adapt
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
     if adapters:
-        attach(model, SPEC, PREFIX, seed=0)
+        attach(model, PHASE, PREFIX, seed=0)
         for tensor in adapter_state(model).values():
             tensor.copy_(torch.randn(tensor.shape) * 0.3)
     patterns = ["model.layers.2.*", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
@@ -186,7 +187,7 @@ def test_merging_into_the_unpacked_weights_gives_the_packed_models_logits(fmt, o
     adapters = adapter_state(small)
     others = {name: p.detach() for name, p in small.named_parameters() if name not in adapters}
     merged = stage_model(dtype=dtype, adapters=False)
-    merged.load_state_dict(merge_state(ChainMap(others, unpacked_state(small)), adapters, SPEC))
+    merged.load_state_dict(merge_state(ChainMap(others, unpacked_state(small)), adapters, PHASE))
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(logits(merged), logits(small), rtol=tolerance, atol=tolerance)
     assert not torch.allclose(logits(merged), logits(stage_model(dtype=dtype, adapters=False)), atol=tolerance)

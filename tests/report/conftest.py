@@ -12,17 +12,21 @@ from typing import Any, cast
 import pytest
 
 from steplm.config import RunConfig, dump_config, load_config
+from steplm.cost.price import Cost
+from steplm.planner.plan import Plan
 from steplm.planner.plan import plan as make_real_plan
+from steplm.planner.positions import make_layer_map
 from steplm.report.runs import RunRecord
 from steplm.report.suite import EntryRecord, Question, RunEntry, SuiteRecord, save_suite
-from steplm.types import LinearShape, MemoryEstimate, MemoryTerm, ModelShape, Plan, Stage, to_json
+from steplm.schedule import Adapter, Entry, Phase, Schedule, Trained
+from steplm.types import LinearShape, MemoryEstimate, MemoryTerm, ModelShape, to_json
 
 P_LAYER, P_ADAPTER, P_EMBEDDING = 12_600_000, 2_700_000, 65_500_000
 BYTES = {"weights": 2, "gradients": 2, "optimizer": 12}
 
 
 def estimate(num_new: int, num_old: int) -> MemoryEstimate:
-    trained = {"new_layers": num_new * P_LAYER, "adapters": num_old * P_ADAPTER, "embeddings": P_EMBEDDING}
+    trained = {"trained_layers": num_new * P_LAYER, "adapters": num_old * P_ADAPTER, "embeddings": P_EMBEDDING}
     terms = [MemoryTerm(c, kind, n * b, "", n) for c, n in trained.items() if n for kind, b in BYTES.items()]
     if num_old:
         terms.append(MemoryTerm("frozen_layers", "weights", 2 * num_old * P_LAYER, "", num_old * P_LAYER))
@@ -43,12 +47,17 @@ def make_plan(layers: Sequence[int], tokens: Sequence[int]) -> Plan:
         0,
         0,
     )
-    depths = [sum(layers[: i + 1]) for i in range(len(layers))]
-    stages = tuple(
-        Stage(i + 1, n, depth, None, (), ("*",), None, round(t / 0.75), t, estimate(n, depth - n))
-        for i, (n, depth, t) in enumerate(zip(layers, depths, tokens, strict=True))
-    )
-    return Plan(shape, "bf16", stages, True, estimate(sum(layers), 0).total_bytes)
+    phases, costs = [], []
+    for index, (num_new, of_stage) in enumerate(zip(layers, tokens, strict=True), start=1):
+        num_old = sum(layers[: index - 1])
+        layer_map = make_layer_map(num_old, num_new, "upper") if num_old else None
+        entry = Entry("grow", layer_map, "interpolation_mean") if num_old else Entry("fresh")
+        roles = (*[Adapter(128, 512.0, ("up_proj",))] * num_old, *[Trained()] * num_new)
+        phases.append(Phase(index, index, entry, roles, Trained(), of_stage, round(of_stage / 0.75), 0))
+        costs.append(Cost(estimate(num_new, num_old), None, 0, 0))
+    schedule, indices = Schedule(tuple(phases)), tuple(range(len(costs)))
+    vanilla = estimate(sum(layers), 0).total_bytes
+    return Plan(shape, "bf16", schedule, tuple(costs), indices, True, vanilla)
 
 
 def by_kind(memory: MemoryEstimate) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,15 +13,17 @@ import torch
 from steplm.checkpoint import load_checkpoint
 from steplm.checkpoint.folder import complete_checkpoints
 from steplm.config import RunConfig
-from steplm.errors import ConfigError
-from steplm.planner.plan import plan
+from steplm.errors import CheckpointMismatch, ConfigError
+from steplm.planner.plan import Plan, plan
+from steplm.schedule import Phase, Trained, trained_patterns
 from steplm.training.metrics import read_metrics
 from steplm.training.run import train
-from steplm.types import to_json
+from steplm.types import from_json, to_json
 
 Configure = Callable[..., RunConfig]
 EqualRuns = Callable[[Path, Path], None]
 
+FUSED = ("memory.fused_backward=true", "optim.max_grad_norm=null")
 RELORA = ("plan.num_stages=1", "method=relora", "pet.warm_start=0.25", "pet.restarts=2", "optim.schedule_over=run")
 METHODS = {
     "lora": ("plan.num_stages=1", "method=lora"),
@@ -34,17 +36,22 @@ METHODS = {
     "apollo_mini": ("plan.num_stages=1", "optim.name=apollo_mini", "optim.update_proj_gap=3"),
     "step with galore": ("optim.name=galore", "optim.rank=4", "optim.update_proj_gap=3"),
     "old layers under apollo_mini": (
-        "plan.num_stages=3", "plan.layers=[2,1,1]", "method=growth", "optim.name=apollo_mini",
-        "optim.low_rank_layers=old", "optim.update_proj_gap=3", "memory.master_weights=adamw",
+        "plan.num_stages=3", "plan.layers=[2,1,1]", "method=thawed", "optim.old_layers=apollo_mini",
+        "optim.update_proj_gap=3", "memory.master_weights=adamw",
     ),
-    "old layers under galore, fused": (
-        "method=growth", "optim.name=galore", "optim.rank=4", "optim.low_rank_layers=old",
-        "memory.fused_backward=true", "optim.max_grad_norm=null",
+    "old layers under galore, fused": ("method=thawed", "optim.old_layers=galore", "optim.rank=4", *FUSED),
+    "galore, fused": ("plan.num_stages=1", "optim.name=galore", "optim.rank=4", *FUSED),
+    "muon": ("optim.name=muon",),
+    "muon, 8 bits and no master weights": (
+        "plan.num_stages=1", "optim.name=muon", "memory.optimizer_states=8bit", "memory.master_weights=false",
     ),
-    "galore, fused": (
-        "plan.num_stages=1", "optim.name=galore", "optim.rank=4", "memory.fused_backward=true",
-        "optim.max_grad_norm=null",
-    ),
+    "muon, fused": ("plan.num_stages=1", "optim.name=muon", *FUSED),
+    "scale": ("plan.num_stages=1", "optim.name=scale"),
+    "growth under scale, old layers under muon": ("method=thawed", "optim.name=scale", "optim.old_layers=muon"),
+    "8-bit master weights": ("memory.master_weights=8bit",),
+    "muon on adapters": ("pet.rule=muon", "pet.restarts=1"),
+    "badam with muon": ("plan.num_stages=1", "method=badam", "optim.switch_steps=3", "optim.name=muon"),
+    "badam, fused": ("plan.num_stages=1", "method=badam", "optim.switch_steps=3", *FUSED),
 }  # fmt: skip
 
 
@@ -87,9 +94,9 @@ def test_relora_merges_at_every_restart_and_keeps_the_function(tiny_run: Configu
 
 def test_relora_has_one_schedule_with_a_rise_after_every_restart(tiny_run: Configure, tmp_path: Path) -> None:
     overrides = (*RELORA, "plan.total_tokens=4096", "optim.warmup_ratio=0.2", "log.logging_steps=1")
-    made = plan(tiny_run(tmp_path, *overrides))
-    assert [stage.scheduled_tokens for stage in made.stages] == [4096] * 4
-    assert [stage.schedule_start_tokens for stage in made.stages] == [0, 1024, 2048, 3072]
+    phases = plan(tiny_run(tmp_path, *overrides)).schedule.phases
+    assert [phase.scheduled_tokens for phase in phases] == [4096] * 4
+    assert [phase.schedule_start_tokens for phase in phases] == [0, 1024, 2048, 3072]
     train(tiny_run(tmp_path, *overrides))
     rates = [event["learning_rate"] for event in read_metrics(tmp_path / "metrics.jsonl", "train")]
     assert len(rates) == 64
@@ -100,16 +107,48 @@ def test_relora_has_one_schedule_with_a_rise_after_every_restart(tiny_run: Confi
     assert rates[63] == min(rates[4:16] + rates[63:])
 
 
+def test_a_restart_writes_no_checkpoint_unless_one_is_due(
+    tiny_run: Configure, tmp_path: Path, assert_equal_runs: EqualRuns
+) -> None:
+    overrides = (*RELORA, "pet.restart_keep=0.1", "train.precision=bf16", "train.save_total_limit=99")
+    train(tiny_run(tmp_path / "seldom", *overrides, "train.save_steps=6"))
+    made = plan(tiny_run(tmp_path, *overrides))
+    assert [phase.tokens // 64 for phase in made.schedule.phases] == [4, 4, 4, 4]  # restarts after steps 4, 8, 12
+    names = [path.name for path in complete_checkpoints(tmp_path / "seldom" / "checkpoints")]
+    assert names == ["stage1-step000006", "stage1-step000012", "stage1-end"]
+    # Entered from memory or from the disk, a phase is the same.
+    train(tiny_run(tmp_path / "often", *overrides, "train.save_steps=1"))
+    assert_equal_runs(tmp_path / "seldom", tmp_path / "often")
+
+
+@pytest.mark.parametrize("method", ["relora", "step with restarts", "badam"])
+def test_the_log_counts_growths_as_stages_and_steps_within_them(
+    tiny_run: Configure, tmp_path: Path, method: str
+) -> None:
+    config = tiny_run(tmp_path, *METHODS[method])
+    train(config)
+    made = plan(config)
+    steps = [(event["stage"], event["step"]) for event in read_metrics(tmp_path / "metrics.jsonl", "train")]
+    expected = [(stage.index, 1 + n) for stage in made.stages for n in range(stage.tokens // config.step_tokens)]
+    assert steps == expected
+    assert len(read_metrics(tmp_path / "metrics.jsonl", "stage_end")) == made.num_stages
+    assert len(made.schedule.phases) > made.num_stages
+
+
 def test_a_restart_inside_a_stage_trains_the_same_new_layers(tiny_run: Configure, tmp_path: Path) -> None:
-    first, second, third = plan(tiny_run(tmp_path, "pet.restarts=1", "plan.layers=[3,1]")).stages
-    assert (second.num_new_layers, third.num_new_layers) == (1, 0)
+    made = plan(tiny_run(tmp_path, "pet.restarts=1", "plan.layers=[3,1]"))
+    first, second, third = made.schedule.phases
+    assert [(phase.stage, phase.entry.kind) for phase in (first, second, third)] == [
+        (1, "fresh"), (2, "grow"), (2, "merge"),
+    ]  # fmt: skip
+    assert (len(second.new_layers), len(third.new_layers)) == (1, 0)
     assert second.frozen_layers == third.frozen_layers
     assert len(third.frozen_layers) == 3
-    assert second.trained_patterns == third.trained_patterns
+    assert trained_patterns(second, made.shape) == trained_patterns(third, made.shape)
     assert second.adapters == third.adapters
     assert third.schedule_start_tokens == second.tokens
     assert second.scheduled_tokens == third.scheduled_tokens
-    assert first.adapters is None
+    assert not first.adapters
     without = plan(tiny_run(tmp_path, "plan.layers=[3,1]"))
     assert second.tokens + third.tokens == without.stages[1].tokens
 
@@ -121,7 +160,40 @@ def test_badam_holds_one_layer_of_states_at_a_time(tiny_run: Configure, tmp_path
     train(tiny_run(tmp_path, *METHODS["badam"], "train.precision=bf16"))
 
 
+def test_badam_trains_one_layer_after_the_other_and_each_once_in_a_pass(tiny_run: Configure, tmp_path: Path) -> None:
+    made = plan(tiny_run(tmp_path, *METHODS["badam"], "plan.total_tokens=1792"))  # 28 steps: 9 turns of 3, and one of 1
+    phases = made.schedule.phases
+    assert [phase.tokens // 64 for phase in phases] == [3] * 9 + [1]
+    assert [phase.entry.kind for phase in phases] == ["fresh"] + ["go_on"] * 9
+    turns = [phase.trained_layers for phase in phases]
+    assert all(len(layers) == 1 for layers in turns)
+    assert sorted(turns[:4]) == sorted(turns[4:8]) == [(0,), (1,), (2,), (3,)]
+    # One schedule over the stage, without a new rise at each turn.
+    assert [phase.schedule_start_tokens for phase in phases] == [192 * turn for turn in range(10)]
+    assert not any(phase.entry.warms_up_again for phase in phases)
+
+
+def test_in_a_run_of_badam_only_the_layer_whose_turn_it_is_moves(tiny_run: Configure, tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, *METHODS["badam"], "train.save_steps=1", "train.save_total_limit=99")
+    train(config)
+    phases = plan(config).schedule.phases
+    kept = [load_checkpoint(path) for path in complete_checkpoints(tmp_path / "checkpoints")]
+    for before, after in pairwise(kept):
+        moved = {name for name in after.weights if not torch.equal(before.weights[name], after.weights[name])}
+        layers = {int(name.split(".")[2]) for name in moved if ".layers." in name}
+        assert layers == set(phases[after.state.progress.phase_index - 1].trained_layers)
+        assert {"model.embed_tokens.weight", "lm_head.weight"} <= moved
+        turn_steps = after.state.progress.phase_step
+        of_layers = {count for name, count in after.state.optimizer_steps.items() if ".layers." in name}
+        assert of_layers == {turn_steps}  # states begin anew with the turn
+        assert after.state.optimizer_steps["lm_head.weight"] == after.state.progress.step  # and these go on
+
+
 THAWED = METHODS["old layers under apollo_mini"]
+
+
+def _trained_by(phase: Phase, rule: str) -> tuple[int, ...]:
+    return tuple(index for index, role in enumerate(phase.layers) if role == Trained(rule))
 
 
 def test_old_layers_that_are_trained_on_hold_four_bytes_a_parameter_and_a_little(
@@ -135,8 +207,9 @@ def test_old_layers_that_are_trained_on_hold_four_bytes_a_parameter_and_a_little
     whole = 16 * (shape.layer_parameters + shape.outer_parameters)
     states = [stage.memory.total_bytes for stage in made.stages]
     assert states == [whole + 16 * shape.layer_parameters, whole + 2 * old, whole + 3 * old]
-    assert [stage.low_rank_layers for stage in made.stages] == [(), (0, 2), (0, 1, 3)]
-    assert not any(stage.frozen_layers or stage.adapters for stage in made.stages)
+    phases = made.schedule.phases
+    assert [_trained_by(phase, "apollo_mini") for phase in phases] == [(), (0, 2), (0, 1, 3)]
+    assert not any(phase.frozen_layers or phase.has_adapters for phase in phases)
 
 
 def test_a_layer_that_grows_old_begins_its_states_anew_and_others_keep_theirs(
@@ -160,39 +233,61 @@ def test_the_planner_makes_later_stages_smaller_only_where_old_layers_take_fewer
 ) -> None:
     thawed = [key for key in THAWED if not key.startswith(("plan.num_stages", "plan.layers"))]
     eight = ("model.num_hidden_layers=8", "train.precision=bf16", "plan.objective=model_state", *thawed)
-    smaller, equal = (plan(tiny_run(tmp_path, *eight, *more)) for more in ((), ("optim.name=galore", "optim.rank=64")))
+    galore = ("optim.old_layers=galore", "optim.rank=64")
+    smaller, equal = (plan(tiny_run(tmp_path, *eight, *more)) for more in ((), galore))
     assert smaller.layers[0] > smaller.layers[1]
     assert equal.layers == (4, 4)  # no side is longer than the rank: every layer has AdamW's states
-    assert not any(stage.low_rank_layers for stage in equal.stages)
+    all_by_adamw = plan(tiny_run(tmp_path, "method=growth", *eight[:3], "plan.layers=[4,4]"))
+    assert [stage.memory.by_kind() for stage in equal.stages] == [
+        stage.memory.by_kind() for stage in all_by_adamw.stages
+    ]
 
 
-def test_where_all_layers_have_low_rank_states_the_plan_has_the_hash_that_it_had_before_there_was_a_choice(
+def test_schedules_say_which_rule_trains_which_layer_and_nothing_of_how_it_was_asked_for(
     tiny_run: Configure, tmp_path: Path
 ) -> None:
-    growing = ("method=growth", "optim.name=apollo_mini")
-    for overrides, is_same in ((growing, True), ((*growing, "optim.low_rank_layers=old"), False)):
-        made = plan(tiny_run(tmp_path, *overrides))
-        without = replace(made, stages=tuple(replace(stage, low_rank_layers=()) for stage in made.stages))
-        assert (made.hash == without.hash) is is_same
+    everywhere, old_alone, none, by_adamw = (
+        plan(tiny_run(tmp_path, "plan.layers=[2,2]", *overrides)).schedule
+        for overrides in (
+            ("method=growth", "optim.name=apollo_mini"),
+            ("method=thawed", "optim.old_layers=apollo_mini"),
+            ("method=growth",),
+            ("method=thawed", "optim.old_layers=adamw"),
+        )
+    )
+    assert len({everywhere.hash, old_alone.hash, none.hash}) == 3
+    assert old_alone.hash_until(1) == none.hash_until(1)  # there are no old layers yet
+    assert by_adamw == none
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("method=lora",), "plan.num_stages=1"),
-        (("plan.num_stages=1", "method=lora", "pet.method=none"), "adapter method"),
-        (("pet.warm_start=0.5",), "method=lora"),
+        (("method=lora",), r"plan\.num_stages=1"),
+        (("plan.num_stages=1", "method=lora", "pet.method=none"), "method=lora needs adapters"),
+        (("plan.num_stages=1", "method=lora", "pet.restarts=1"), r"does not read pet\.restarts.*step, relora"),
+        (("plan.num_stages=1", "method=relora"), "set pet.restarts to 1 or more, or method=lora"),
+        (("pet.warm_start=0.5",), r"method=step does not read pet\.warm_start.* relora"),
         (("plan.num_stages=1", "pet.restarts=1"), "this run has none"),
         (("pet.method=none", "pet.restarts=1"), "this run has none"),
-        (("method=badam",), "plan.num_stages=1"),
-        (("plan.num_stages=1", "method=badam", "memory.frozen_weights=nf4"), "leaves no layer frozen"),
-        (("plan.num_stages=1", "method=badam", "train.gradient_checkpointing=frozen"), "leaves no layer frozen"),
-        (("optim.name=galore", "memory.optimizer_states=8bit"), "optimizer_states"),
-        (("memory.master_weights=adamw", "train.precision=bf16"), "has none"),
-        (("optim.low_rank_layers=old", "method=growth"), "under galore, apollo or apollo_mini"),
-        (("optim.low_rank_layers=old", "optim.name=galore", "plan.num_stages=1"), "there before a growth"),
-        (("optim.low_rank_layers=old", "optim.name=galore"), "freezes them"),
+        (("method=badam",), r"plan\.num_stages=1"),
+        (("method=vanilla",), r"plan\.num_stages=1"),
+        (("plan.num_stages=1", "method=badam", "memory.frozen_weights=nf4"), "badam trains them again"),
+        (("plan.num_stages=1", "method=badam", "memory.offload_frozen=true"), "badam trains them again"),
+        (("plan.num_stages=1", "method=badam", "train.gradient_checkpointing=frozen"), "badam trains them again"),
+        (("plan.num_stages=1", "method=badam", "train.gradient_checkpointing=new"), "badam trains them again"),
+        (("method=growth", "memory.frozen_weights=nf4"), "growth freezes none"),
+        (("method=growth", "memory.offload_frozen=true"), "growth freezes none"),
+        (("method=growth", "train.gradient_checkpointing=frozen"), "growth freezes none"),
+        (("optim.name=galore", "memory.optimizer_states=8bit"), r"memory\.optimizer_states=8bit is not for it"),
+        (("optim.name=apollo", "train.precision=bf16", "memory.master_weights=8bit"), "true or false"),
+        (("memory.master_weights=adamw", "train.precision=bf16"), "adamw is the only one"),
+        (("memory.master_weights=8bit", "train.precision=fp32"), r"train\.precision=fp32 has none"),
+        (("method=thawed",), r"set optim\.old_layers"),
+        (("optim.old_layers=galore",), r"method=step does not read optim\.old_layers.*thawed"),
+        (("method=growth", "optim.old_layers=galore"), r"method=growth does not read optim\.old_layers.*thawed"),
         (("pet.restarts=100",), "too few"),
+        (("pet.rule=muon", "pet.restarts=1", "pet.restart_keep=0.1"), r"pet\.restart_keep"),  # it has no Adam moments
     ],
 )
 def test_parts_of_different_methods_are_refused(
@@ -203,27 +298,19 @@ def test_parts_of_different_methods_are_refused(
 
 
 def test_another_optimizer_cannot_take_over_a_run(tiny_run: Configure, tmp_path: Path) -> None:
-    from steplm.errors import CheckpointMismatch
-
     train(tiny_run(tmp_path))
     with pytest.raises(CheckpointMismatch, match=r"optim\.name"):
         train(tiny_run(tmp_path, "optim.name=apollo_mini"))
 
 
-def test_other_layers_cannot_get_low_rank_states_in_the_middle_of_a_run(tiny_run: Configure, tmp_path: Path) -> None:
-    from steplm.errors import CheckpointMismatch
-
-    everywhere = ("method=growth", "optim.name=apollo_mini")
-    train(tiny_run(tmp_path, *everywhere))
-    with pytest.raises(CheckpointMismatch, match=r"optim\.low_rank_layers: all -> old"):
-        train(tiny_run(tmp_path, *everywhere, "optim.low_rank_layers=old"))
+def test_old_layers_cannot_get_another_rule_in_the_middle_of_a_run(tiny_run: Configure, tmp_path: Path) -> None:
+    train(tiny_run(tmp_path, "method=growth"))
+    with pytest.raises(CheckpointMismatch, match=r"method: growth -> thawed, optim\.old_layers: None -> apollo_mini"):
+        train(tiny_run(tmp_path, "method=thawed", "optim.old_layers=apollo_mini"))
 
 
 def test_plans_survive_json(tiny_run: Configure, tmp_path: Path) -> None:
-    from steplm.planner.plan import Plan
-from steplm.types import from_json
-
     made = plan(tiny_run(tmp_path, *RELORA))
     assert from_json(Plan, to_json(made)) == made
     assert made.layers == (4,)
-    assert len({made.hash_until(index) for index in range(1, 5)}) == 4
+    assert len({made.schedule.hash_until(index) for index in range(1, 5)}) == 4
