@@ -21,7 +21,7 @@ ALLOWED = {
     "types": set(),
     "errors": set(),
     "units": set(),
-    "files": set(),
+    "files": {"errors"},
     "rows": set(),
     "launch": set(),
     "yaml_files": {"errors", "units"},
