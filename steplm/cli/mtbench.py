@@ -51,6 +51,7 @@ def run_mtbench(
     backoff: float = 1.0,
     ask_again: int = 2,
     max_judge_tokens: int = MAX_TOKENS,
+    rating: str = "first",
     dry_run: bool = False,
     check_only: bool = False,
     json_output: bool = False,
@@ -72,6 +73,7 @@ def run_mtbench(
         categories=categories,
         limit=limit,
         max_judge_tokens=max_judge_tokens,
+        rating=rating,
     )
     expected = cost(benchmark, judge_model, max_new_tokens=max_new_tokens, ask_again=ask_again)
     url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
@@ -93,13 +95,15 @@ def run_mtbench(
     client: JudgeClient | None = None
     if expected.num_requests:
         _require_key(endpoint, named=api_key_env is not None)
-        client = JudgeClient(endpoint, _say)  # before hours of generation: without the library it ends here
+        client = JudgeClient(endpoint, _say)
     if check_only:
         if chat_template is not None:
             from steplm.mt_bench.answers import read_chat_template
 
             read_chat_template(chat_template)
         return 0
+    if client is not None:
+        client.check()  # before hours of generation
     if models:
         from steplm.mt_bench.answers import AnswerSettings
 
@@ -123,6 +127,11 @@ def run_mtbench(
         progress=_progress,
     )
     _show(outcome, json_output)
+    if outcome.num_thinking and rating == "first":
+        _say(
+            f"note: {outcome.num_thinking:,} replies think aloud (<think>), and the first rating in each counts, as in "
+            "FastChat, even where it stands in a thought. --rating last counts the last one outside of <think>."
+        )
     return 1 if outcome.failures else 0
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
 from steplm.mt_bench.data import Answers, Bench, Question, Turns, prompt_for
 from steplm.mt_bench.journal import Journal
-from steplm.mt_bench.parse import PARSERS
+from steplm.mt_bench.parse import Which, parsed
 
 TEMPERATURE = 0
 MAX_TOKENS = 2048  # of a reply, as published
@@ -108,7 +108,7 @@ def _request(
     reference = bench.references.get(question.question_id, ())
     # The second may be missing: then nothing asks for it.
     fields |= {f"ref_answer_{number}": text for number, text in enumerate((*reference, "", "")[:2], 1)}
-    return Request(kind, prompt.name, judge, prompt.system, prompt.template.format(**fields), max_tokens)
+    return Request(kind, prompt.name, judge, prompt.system_prompt, prompt.prompt_template.format(**fields), max_tokens)
 
 
 # --- replies ----------------------------------------------------------------------------------------------
@@ -116,48 +116,52 @@ def _request(
 
 @dataclass(frozen=True)
 class Reply:
+    """As it is saved: ``key`` is its request's, ``judge`` the name of the judge and of the prompt."""
+
     content: str
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     tstamp: float = 0.0
     temperature: float | None = TEMPERATURE  # that was asked for; None: none, as the judge takes its own alone
+    key: str = ""
+    judge: tuple[str, str] = ("", "")
 
 
 class Replies:
-    """Every reply that was ever got, by request, on the disk."""
+    """Every reply that was ever got, by request, on the disk.
 
-    def __init__(self, journal: Journal | None) -> None:  # None: there are none, and none will be added
+    Args:
+        journal: None: there are none, and none will be added.
+        which: rating of a reply counts.
+    """
+
+    def __init__(self, journal: Journal[Reply] | None, which: Which = "first") -> None:
         self._journal = journal
+        self._which = which
         self._of: dict[str, list[Reply]] = {}
-        for row in journal.rows if journal else ():
-            self._of.setdefault(row.get("key", ""), []).append(_reply(row))
+        for reply in journal.rows if journal else ():
+            self._of.setdefault(reply.key, []).append(reply)
 
     def add(self, request: Request, reply: Reply) -> None:
         """Save it; on return it survives a power cut."""
         assert self._journal is not None
-        self._journal.append(
-            {
-                "key": request.key,
-                "judge": [request.judge, request.prompt_name],
-                "content": reply.content,
-                "finish_reason": reply.finish_reason,
-                "prompt_tokens": reply.prompt_tokens,
-                "completion_tokens": reply.completion_tokens,
-                "tstamp": reply.tstamp,
-                "temperature": reply.temperature,
-            }
-        )
+        reply = replace(reply, key=request.key, judge=(request.judge, request.prompt_name))
+        self._journal.append(reply)
         self._of.setdefault(request.key, []).append(reply)
 
     def to(self, request: Request) -> list[Reply]:
         return self._of.get(request.key, [])
 
+    def is_open(self, request: Request, ask_again: int) -> bool:
+        """Whether it is still to be asked: no reply can be read yet, and there are at most ``ask_again``."""
+        return len(self.to(request)) <= ask_again and self.outcome(request).value is None
+
     def outcome(self, request: Request) -> Outcome:
         """The first reply that can be read; else the last, which cannot; else none."""
         replies = self.to(request)
         for reply in replies:
-            if (value := PARSERS[request.kind](reply.content)) is not None:
+            if (value := parsed(request.kind, reply.content, self._which)) is not None:
                 return Outcome(True, value, reply)
         return Outcome(bool(replies), None, replies[-1] if replies else None)
 
@@ -175,25 +179,10 @@ class Outcome:
         return self.answered and self.value is None
 
 
-def _reply(row: dict[str, Any]) -> Reply:
-    return Reply(
-        str(row.get("content", "")),
-        row.get("finish_reason"),
-        row.get("prompt_tokens"),
-        row.get("completion_tokens"),
-        row.get("tstamp", 0.0),
-        row.get("temperature", TEMPERATURE),
-    )
-
-
 def open_requests(judgments: Iterable[Grading | Comparison], replies: Replies, *, ask_again: int) -> list[Request]:
     """What is still to be asked: no reply yet, or only unparsable ones and fewer than ``1 + ask_again`` of them."""
     wanted = {request.key: request for judgment in judgments for request in judgment.requests}
-    return [
-        request
-        for request in wanted.values()
-        if replies.outcome(request).value is None and len(replies.to(request)) <= ask_again
-    ]
+    return [request for request in wanted.values() if replies.is_open(request, ask_again)]
 
 
 def estimated_tokens(requests: Sequence[Request]) -> tuple[int, int]:

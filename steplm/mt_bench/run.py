@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast, get_args
 
 from steplm.errors import ConfigError
 from steplm.files import write_atomically
 from steplm.models.names import short_names
 from steplm.mt_bench.client import Failure, JudgeClient, ask_all
-from steplm.mt_bench.data import Answers, Bench, QuestionId, Turns, answer_turns, check_row, load_answers, load_bench
+from steplm.mt_bench.data import Answer, Answers, Bench, QuestionId, Turns, load_answers, load_bench
 from steplm.mt_bench.figure import radar_figure
 from steplm.mt_bench.journal import Journal
 from steplm.mt_bench.judge import (
@@ -30,6 +30,7 @@ from steplm.mt_bench.judge import (
     Grading,
     Judged,
     Replies,
+    Reply,
     comparisons,
     estimated_tokens,
     fastchat_row,
@@ -37,6 +38,7 @@ from steplm.mt_bench.judge import (
     judged,
     open_requests,
 )
+from steplm.mt_bench.parse import Which
 from steplm.mt_bench.scores import Scores, all_scores
 from steplm.mt_bench.tables import all_tables, write_results
 from steplm.report.evaluations import Evaluation, save_evaluation
@@ -68,6 +70,7 @@ class Benchmark:
     output: Path
     questions: str | None = None  # where they are from, if not from the folder
     max_judge_tokens: int = MAX_TOKENS
+    which: Which = "first"  # rating of a reply counts
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,34 +85,28 @@ class Benchmark:
 
     def saved_answers(self) -> dict[str, dict[QuestionId, Turns]]:
         """Those given, and those that an earlier run generated."""
-        wanted = {question.question_id for question in self.bench.questions}
-        generated = {
-            name: {row["question_id"]: answer_turns(row) for row in self._rows(name) if row["question_id"] in wanted}
-            for name in self.models
-        }
+        generated = {name: {a.question_id: a.turns for a in self._generated(name)} for name in self.models}
         return {**generated, **{name: dict(given) for name, given in self.given.items()}}
 
     def limits(self) -> dict[str, Limits]:
         """Where the generated answers met the end of the context or of ``max_new_tokens``."""
-        wanted = {question.question_id for question in self.bench.questions}
-        rows = {name: [r for r in self._rows(name) if r["question_id"] in wanted] for name in self.models}
+        generated = {name: self._generated(name) for name in self.models}
         return {
             name: Limits(
-                sum(len(row["ended"]) for row in of_model),
-                sum(not ended for row in of_model for ended in row["ended"]),
-                sum(number > 0 for row in of_model for number in row["num_cut_tokens"]),
+                sum(len(answer.ended) for answer in answers),
+                sum(not ended for answer in answers for ended in answer.ended),
+                sum(number > 0 for answer in answers for number in answer.num_cut_tokens),
             )
-            for name, of_model in rows.items()
+            for name, answers in generated.items()
         }
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
+    def _generated(self, name: str) -> list[Answer]:
+        """Of the questions that are asked."""
         if not self.answer_file(name).is_file():
             return []
-        with Journal(self.answer_file(name)) as journal:
-            rows = journal.rows
-        for row in rows:
-            check_row(self.answer_file(name), row)
-        return rows
+        asked = {question.question_id for question in self.bench.questions}
+        with Journal(self.answer_file(name), Answer) as journal:
+            return [answer for answer in journal.rows if answer.question_id in asked]
 
     def judgments(self, answers: Answers, judge: str) -> list[Grading | Comparison]:
         """All that there are to be, of these answers."""
@@ -131,6 +128,7 @@ def prepare(
     categories: Sequence[str] = (),
     limit: int | None = None,
     max_judge_tokens: int = MAX_TOKENS,
+    rating: str = "first",
 ) -> Benchmark:
     """Read all files and check what can be checked before time and money are spent.
 
@@ -139,6 +137,8 @@ def prepare(
     """
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}: use single, pairwise or both", mode=mode)
+    if rating not in get_args(Which):
+        raise ConfigError(f"unknown rating {rating!r}: use first (FastChat's rule) or last", rating=rating)
     for name, number in (("limit", limit), ("max_judge_tokens", max_judge_tokens)):
         if number is not None and number < 1:
             raise ConfigError(f"{name} is {number}, but must be at least 1")
@@ -161,7 +161,14 @@ def prepare(
         raise ConfigError("a pairwise comparison needs two models or more; there is one")
     bench = load_bench(data, questions=questions, categories=categories, limit=limit)
     return Benchmark(
-        bench, dict(zip(labels, models, strict=True)), given, MODES[mode], output, questions, max_judge_tokens
+        bench,
+        dict(zip(labels, models, strict=True)),
+        given,
+        MODES[mode],
+        output,
+        questions,
+        max_judge_tokens,
+        cast(Which, rating),
     )
 
 
@@ -188,8 +195,8 @@ def cost(benchmark: Benchmark, judge: str, *, max_new_tokens: int, ask_again: in
                 answers[name][question.question_id] = (longest,) * len(question.turns)
     judgments = benchmark.judgments(answers, judge)
     file = benchmark.output / "replies.jsonl"
-    with Journal(file) if file.is_file() else nullcontext() as journal:  # asking leaves no trace
-        to_ask = open_requests(judgments, Replies(journal), ask_again=ask_again)
+    with Journal(file, Reply) if file.is_file() else nullcontext() as journal:  # asking leaves no trace
+        to_ask = open_requests(judgments, Replies(journal, benchmark.which), ask_again=ask_again)
     num_requests = len({request.key for judgment in judgments for request in judgment.requests})
     return Cost(num_missing, len(to_ask), num_requests - len(to_ask), *estimated_tokens(to_ask))
 
@@ -238,6 +245,7 @@ class Outcome:
     prompt_tokens: int = 0  # of them, as the server counts
     completion_tokens: int = 0
     files: list[Path] = field(default_factory=list)
+    num_thinking: int = 0  # replies with a <think> block
 
 
 def judge_answers(
@@ -258,8 +266,8 @@ def judge_answers(
         JudgeError: the judge cannot be asked; what was judged is saved.
     """
     output = benchmark.output
-    with Journal(output / "replies.jsonl") as journal:
-        replies = Replies(journal)
+    with Journal(output / "replies.jsonl", Reply) as journal:
+        replies = Replies(journal, benchmark.which)
         judgments = benchmark.judgments(answers, judge)
         to_ask = open_requests(judgments, replies, ask_again=ask_again)
         num_before = len(journal.rows)
@@ -277,10 +285,15 @@ def judge_answers(
     given = [outcome.reply for each in results for outcome in each.outcomes if outcome.reply is not None]
     num_otherwise = sum(reply.temperature is None for reply in given)
     label = f"{judge} at its own temperature" if num_otherwise else judge
-    used = [sum(row[name] or 0 for row in new) for name in ("prompt_tokens", "completion_tokens")]
+    num_thinking = sum("</think>" in reply.content for reply in given)
+    if benchmark.which == "last":
+        label += ", last rating outside <think>"
+    used = [sum(getattr(reply, name) or 0 for reply in new) for name in ("prompt_tokens", "completion_tokens")]
     about = {
         "judge": judge,
         "num_replies_at_its_own_temperature": num_otherwise,
+        "rating": benchmark.which,
+        "num_replies_with_thoughts": num_thinking,
         "max_judge_tokens": benchmark.max_judge_tokens,
         "models": {name: benchmark.models.get(name, "given answers") for name in benchmark.names},
         "modes": list(benchmark.modes),
@@ -298,7 +311,7 @@ def judge_answers(
     figures = () if figure is None else (figure,)
     save_evaluation(output, "mt_bench", Evaluation("MT-Bench", tuple(tables), figures))
     files = [*write_results(scores, tables, output, about), *figures]
-    return Outcome(label, scores, results, failures, len(new), used[0], used[1], files)
+    return Outcome(label, scores, results, failures, len(new), used[0], used[1], files, num_thinking)
 
 
 def _write_judgments(folder: Path, judge: str, modes: Iterable[str], results: Sequence[Judged]) -> None:

@@ -71,18 +71,28 @@ def test_replies_are_found_again_and_unparsable_ones_asked_so_many_times(
 ) -> None:
     all_gradings = gradings(load_bench(bench_folder), answers, "j")[:3]
     requests = [grading.request for grading in all_gradings]
-    with Journal(tmp_path / "replies.jsonl") as journal:
+    with Journal(tmp_path / "replies.jsonl", Reply) as journal:
         replies = Replies(journal)
         replies.add(requests[0], Reply("[[4]]"))
         for content in ("no idea", "none"):
             replies.add(requests[1], Reply(content))
-    with Journal(tmp_path / "replies.jsonl") as journal:
+    with Journal(tmp_path / "replies.jsonl", Reply) as journal:
         replies = Replies(journal)
         assert open_requests(all_gradings, replies, ask_again=2) == requests[1:]
         assert open_requests(all_gradings, replies, ask_again=1) == requests[2:]
         replies.add(requests[1], Reply("[[9]]"))
         assert open_requests(all_gradings, replies, ask_again=2) == requests[2:]
         assert [each.score for each in judged(all_gradings, replies)] == [4.0, 9.0, None]
+
+
+def test_a_judge_that_thinks_aloud_is_read_by_its_last_rating_without_being_asked_again(
+    bench_folder: Path, answers, tmp_path: Path
+) -> None:
+    (grading,) = gradings(load_bench(bench_folder), answers, "j")[:1]
+    with Journal(tmp_path / "replies.jsonl", Reply) as journal:
+        Replies(journal).add(grading.request, Reply("<think>[[2]] or [[3]]?</think> First [[4]], no: [[7]]"))
+        scores = {which: judged([grading], Replies(journal, which))[0].score for which in ("first", "last")}
+    assert scores == {"first": 2.0, "last": 7.0}
 
 
 def _judged_pair(first: str | None, second: str | None, comparison: Comparison) -> Judged:
