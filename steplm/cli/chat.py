@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 
+from steplm.cli.model_paths import find_model
 from steplm.errors import ConfigError
-from steplm.eval.chat import ChatModel, Message
-from steplm.eval.generate import sampling_arguments
+
+Message = dict[str, str]
 
 HELP = """/system TEXT   say who the model is, and begin anew (without TEXT: nobody in particular)
 /reset         forget what was said
@@ -27,9 +28,13 @@ def run_chat(
     device: str = "auto",
 ) -> None:
     """Read messages until the input ends; answers go to standard output, remarks to standard error."""
+    found = find_model(model)
+    from steplm.eval.chat import ChatModel
+    from steplm.eval.generate import sampling_arguments
+
     sampling_arguments(temperature, top_p, max_new_tokens)
     is_terminal = sys.stdin.isatty()
-    chat = ChatModel(model, chat_template=chat_template, device=device)
+    chat = ChatModel(found, chat_template=chat_template, device=device)
     history = _begun(system)
     if is_terminal:
         with suppress(ImportError):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steplm.cli.model_paths import find_model, require_hub
 from steplm.errors import ConfigError
 from steplm.units import format_count, format_seconds, parse_count
 
@@ -53,8 +54,12 @@ def run_eval(
         raise ConfigError("nothing to evaluate on: name tasks (--tasks piqa,arc_easy) or texts (--data FILE), or both")
     if not wanted and (limit is not None or num_fewshot is not None):
         raise ConfigError("--limit and --num-fewshot are for tasks: name some with --tasks")
+    models = [find_model(model) for model in models]
+    if any("hub://" in entry for entry in data):
+        require_hub()
     results = None
     if wanted:
+        require_hub()  # for the sets of the tasks
         results = _score_tasks(
             models,
             wanted,

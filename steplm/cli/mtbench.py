@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.progress import Progress
 
+from steplm.cli.model_paths import find_model, require_hub
 from steplm.cli.tables import print_table
 from steplm.errors import ConfigError
 from steplm.mt_bench.client import Endpoint, JudgeClient
@@ -62,6 +63,10 @@ def run_mtbench(
         dry_run: say what it would cost, and no more.
         check_only: and refuse what cannot be judged, as far as that is known while the models need not be there.
     """
+    if not check_only:  # of models that are there already
+        models = [find_model(model) for model in models]
+    if questions is not None and questions.startswith("hub://"):
+        require_hub()
     benchmark = prepare(
         models,
         data=data,

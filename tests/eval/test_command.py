@@ -53,7 +53,7 @@ def test_hub_data_is_read_to_a_limit_that_is_stated(
         return PerplexityResult(1.0, 1)
 
     monkeypatch.setattr("steplm.eval.perplexity.evaluate_folder", evaluated)
-    run_eval(["model"], ["hub://owner/name"], max_tokens=max_tokens)
+    run_eval(["owner/model"], ["hub://owner/name"], max_tokens=max_tokens)
     assert limits == [limit]
     assert ("10M tokens at most" in capsys.readouterr().err) == (max_tokens is None)
 
