@@ -63,7 +63,7 @@ def write_errors(*paths: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = _refusal(error)
+        why = refusal(error)
         file = getattr(error, "filename", None)
         if why is None or (isinstance(file, str) and not any(_is_on_the_way(Path(file), path) for path in paths)):
             raise
@@ -76,7 +76,7 @@ def _is_on_the_way(file: Path, path: Path) -> bool:
     return file.is_relative_to(path) or path.is_relative_to(file)
 
 
-def _refusal(error: Exception) -> str | None:
+def refusal(error: Exception) -> str | None:
     """Why the file system refused to write, also where a library has wrapped it; ``None`` for other errors."""
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno in _REFUSALS else None

@@ -86,6 +86,12 @@ def run_eval(
         dtype=dtype,
     )
     _print(results, texts, json_output)
+    from steplm.eval.perplexity import comparison_note
+
+    for name in dict.fromkeys(score.name for score in texts):
+        note = comparison_note([score.result for score in texts if score.name == name])
+        if note is not None:
+            print(f"note: {name or 'perplexity'}: {note}", file=sys.stderr)
     if output is not None:
         from steplm.report.zero_shot import write_results
 

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError
 from steplm.eval.generate import sampling_arguments
+from steplm.files import is_unicode
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
 from steplm.units import reason
@@ -65,8 +66,10 @@ class ChatModel:
         """The tokens that the model is given: the template's, which asks for an answer.
 
         Raises:
-            ConfigError: the template refuses the messages.
+            ConfigError: the template refuses the messages, or one is not valid Unicode.
         """
+        if not all(is_unicode(message["content"]) for message in messages):
+            raise ConfigError("a message is not valid UTF-8: it holds a half character (a lone surrogate)")
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program: it can fail in any way

@@ -26,6 +26,7 @@ from steplm.models.folder import load_pretrained
 from steplm.models.forward import mean_loss
 from steplm.models.loss import IGNORE_INDEX
 from steplm.units import perplexity_of
+from steplm.yaml_files import parse_yaml
 
 LOSS_CHUNK_SIZE = 1024  # rows of logits that exist at once
 LONGEST_DEFAULT = 1024  # tokens
@@ -53,6 +54,20 @@ class PerplexityResult:
     def bits_per_byte(self) -> float | None:
         """Comparable between tokenizers, as perplexity is not."""
         return self.nll_sum / math.log(2) / self.num_text_bytes if self.num_text_bytes else None
+
+
+def comparison_note(results: Sequence[PerplexityResult]) -> str | None:
+    """What a reader must know who compares models by their results on one text; ``None`` where there is nothing."""
+    if len({(result.num_tokens, result.num_text_bytes) for result in results}) < 2:
+        return None
+    note = "the models split this text into different tokens: compare bits per byte, not perplexity"
+    sizes = {result.num_text_bytes for result in results if result.num_text_bytes is not None}
+    if len(sizes) > 1:
+        note += (
+            f". The limit of tokens cut it after {min(sizes):,} bytes for one model and {max(sizes):,} for another: "
+            "without --max-tokens all are scored on the same text"
+        )
+    return note
 
 
 def perplexity(
@@ -130,9 +145,13 @@ def evaluate_folder(
 
 def default_sequence_length(folder: str | Path, config: PretrainedConfig) -> int:
     """The length of the model's training, where its folder says so; else its context, within a limit."""
-    training_config = Path(folder) / "training_config.yaml"
-    if training_config.is_file():
-        return yaml.safe_load(training_config.read_text())["train"]["sequence_length"]
+    try:
+        text = (Path(folder) / "training_config.yaml").read_text(encoding="utf-8")
+        length = parse_yaml(text)["train"]["sequence_length"]
+        if isinstance(length, int) and length > 0:
+            return length
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        pass  # none, or a file of another program under this name
     return min(getattr(config, "max_position_embeddings", None) or LONGEST_DEFAULT, LONGEST_DEFAULT)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from steplm.cli.evaluate import run_eval
+from steplm.data.tokenizer import train_tokenizer
 from steplm.errors import ConfigError
 from steplm.eval.perplexity import PerplexityResult, evaluate_folder
 
@@ -40,6 +41,18 @@ def test_the_table_shows_perplexity_and_says_what_was_skipped(
     output = capsys.readouterr().out
     assert f"{evaluate_folder(folder, [data], device='cpu').perplexity:.3f}" in output
     assert "1 empty or unusable records" in output
+
+
+def test_models_with_different_tokenizers_are_told_to_be_compared_by_bytes(
+    folder: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], save_tiny_model: Any
+) -> None:
+    other = save_tiny_model(tmp_path / "other", train_tokenizer(["The model grows, small."] * 3, 290))
+    run_eval([str(folder), str(other)], [data], device="cpu")
+    assert "note: perplexity: the models split this text into different tokens" in capsys.readouterr().err
+    run_eval([str(folder), str(other)], [data], device="cpu", max_tokens=4)
+    assert "The limit of tokens cut it after" in capsys.readouterr().err
+    run_eval([str(folder), f"{folder}/"], [data], device="cpu")
+    assert "note:" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("max_tokens", "limit"), [(None, 10_000_000), ("5k", 5000)])
