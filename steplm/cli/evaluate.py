@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from steplm.cli.model_paths import find_model, require_hub
 from steplm.errors import ConfigError
+from steplm.files import write_errors
 from steplm.units import format_count, format_seconds, parse_count
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def run_eval(
     if output is not None:
         from steplm.report.zero_shot import write_results
 
-        paths = write_results(results, texts, output)
+        with write_errors(output):
+            paths = write_results(results, texts, output)
         print(f"written: {', '.join(map(str, paths))}", file=sys.stderr)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from steplm.files import replacing
 from steplm.mt_bench.parse import HIGHEST
 from steplm.mt_bench.scores import ALL, Scores
 from steplm.report.style import FAINT, MUTED, RC, RUN_COLOURS
@@ -76,8 +77,8 @@ def radar_figure(scores: Scores, path: Path) -> Path | None:
             name = model if len(model) <= 26 else f"{model[:25]}…"
             figure.text(0.79, top, name, color=colour, fontweight="bold", va="bottom")
             figure.text(0.79, top - 0.008, result, color=MUTED, fontsize=8.5, va="top")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
     return path
 
 
