@@ -19,7 +19,7 @@ from steplm.errors import ConfigError
 from steplm.mt_bench.client import Endpoint, JudgeClient
 from steplm.mt_bench.judge import MAX_TOKENS
 from steplm.mt_bench.run import Benchmark, Cost, Outcome, cost, generate_answers, judge_answers, prepare
-from steplm.mt_bench.tables import all_tables, score_rows
+from steplm.mt_bench.tables import all_tables
 from steplm.units import format_count
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -180,7 +180,7 @@ def _say_limits(benchmark: Benchmark, max_new_tokens: int) -> None:
 
 def _show(outcome: Outcome, json_output: bool) -> None:
     if json_output:
-        print(json.dumps(list(score_rows(outcome.scores)), indent=1))
+        print(json.dumps([score.row for score in outcome.scores.scores], indent=1))
     else:
         console = Console(highlight=False)
         for table in all_tables(outcome.scores, outcome.judge):

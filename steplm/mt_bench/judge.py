@@ -50,6 +50,10 @@ class Grading:
     request: Request
 
     @property
+    def models(self) -> tuple[str, ...]:
+        return (self.model,)
+
+    @property
     def requests(self) -> tuple[Request, ...]:
         return (self.request,)
 
@@ -64,6 +68,10 @@ class Comparison:
     model_2: str
     first: Request  # model_1 is A
     second: Request  # model_2 is A
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.model_1, self.model_2)
 
     @property
     def requests(self) -> tuple[Request, ...]:
