@@ -169,13 +169,13 @@ def _announcement(benchmark: Benchmark, endpoint: Endpoint, expected: Cost) -> s
 
 def _say_limits(benchmark: Benchmark, max_new_tokens: int) -> None:
     for name, limits in benchmark.limits().items():
-        if limits.num_unended:
+        if limits["num_unended"]:
             _say(
-                f"note: {limits.num_unended:,} of {limits.num_turns:,} turns of {name} ended at a limit "
+                f"note: {limits['num_unended']:,} of {limits['num_turns']:,} turns of {name} ended at a limit "
                 f"({max_new_tokens:,} new tokens, or the model's context), not by themselves"
             )
-        if limits.num_cut_prompts:
-            _say(f"note: {limits.num_cut_prompts:,} prompts of {name} lost their beginning to the model's context")
+        if limits["num_cut_prompts"]:
+            _say(f"note: {limits['num_cut_prompts']:,} prompts of {name} lost their beginning to the model's context")
 
 
 def _show(outcome: Outcome, json_output: bool) -> None:

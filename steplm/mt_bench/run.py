@@ -12,12 +12,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
 from steplm.errors import ConfigError
-from steplm.files import write_atomically
+from steplm.files import write_atomically, write_errors
 from steplm.models.names import short_names
 from steplm.mt_bench.client import Failure, JudgeClient, ask_all
 from steplm.mt_bench.data import Answer, Answers, Bench, QuestionId, Turns, load_answers, load_bench
@@ -26,9 +26,8 @@ from steplm.mt_bench.journal import Journal
 from steplm.mt_bench.judge import (
     CHARACTERS_PER_TOKEN,
     MAX_TOKENS,
-    Comparison,
-    Grading,
     Judged,
+    Judgment,
     Replies,
     Reply,
     comparisons,
@@ -48,15 +47,6 @@ if TYPE_CHECKING:
 
 MODES = {"single": ("single",), "pairwise": ("pairwise",), "both": ("single", "pairwise")}
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of a model's answers, by turn: how many there are, ran into the limit of tokens, had their prompt cut."""
-
-    num_turns: int
-    num_unended: int
-    num_cut_prompts: int
 
 
 @dataclass(frozen=True)
@@ -88,17 +78,15 @@ class Benchmark:
         generated = {name: {a.question_id: a.turns for a in self._generated(name)} for name in self.models}
         return {**generated, **{name: dict(given) for name, given in self.given.items()}}
 
-    def limits(self) -> dict[str, Limits]:
-        """Where the generated answers met the end of the context or of ``max_new_tokens``."""
-        generated = {name: self._generated(name) for name in self.models}
-        return {
-            name: Limits(
-                sum(len(answer.ended) for answer in answers),
-                sum(not ended for answer in answers for ended in answer.ended),
-                sum(number > 0 for answer in answers for number in answer.num_cut_tokens),
-            )
-            for name, answers in generated.items()
-        }
+    def limits(self) -> dict[str, dict[str, int]]:
+        """Of each model's answers the number of turns, of those that ran into a limit, and of prompts that were cut."""
+        found = {}
+        for name in self.models:
+            answers = self._generated(name)
+            ended = [ended for answer in answers for ended in answer.ended]
+            num_cut = sum(number > 0 for answer in answers for number in answer.num_cut_tokens)
+            found[name] = {"num_turns": len(ended), "num_unended": ended.count(False), "num_cut_prompts": num_cut}
+        return found
 
     def _generated(self, name: str) -> list[Answer]:
         """Of the questions that are asked."""
@@ -108,12 +96,10 @@ class Benchmark:
         with Journal(self.answer_file(name), Answer) as journal:
             return [answer for answer in journal.rows if answer.question_id in asked]
 
-    def judgments(self, answers: Answers, judge: str) -> list[Grading | Comparison]:
+    def judgments(self, answers: Answers, judge: str) -> list[Judgment]:
         """All that there are to be, of these answers."""
-        makers: dict[str, Callable[[Bench, Answers, str, int], Sequence[Grading | Comparison]]]
         makers = {"single": gradings, "pairwise": comparisons}
-        how = self.bench, answers, judge, self.max_judge_tokens
-        return [judgment for mode in self.modes for judgment in makers[mode](*how)]
+        return [j for mode in self.modes for j in makers[mode](self.bench, answers, judge, self.max_judge_tokens)]
 
 
 def prepare(
@@ -301,26 +287,25 @@ def judge_answers(
         "num_questions": benchmark.num_questions,
         "num_references_of_the_questions_own": benchmark.bench.num_own_references,
         "categories": list(benchmark.bench.categories),
-        "answers": {name: asdict(limits) for name, limits in benchmark.limits().items()},
+        "answers": benchmark.limits(),
         "requests_without_reply": [
             {"key": f.request.key, "prompt": f.request.prompt_name, "reason": f.reason} for f in failures
         ],
     }
     tables = all_tables(scores, label)
-    figure = radar_figure(scores, output / "radar.png")
-    figures = () if figure is None else (figure,)
-    save_evaluation(output, "mt_bench", Evaluation("MT-Bench", tuple(tables), figures))
-    files = [*write_results(scores, tables, output, about), *figures]
+    with write_errors(output):
+        figure = radar_figure(scores, output / "radar.png")
+        figures = () if figure is None else (figure,)
+        save_evaluation(output, "mt_bench", Evaluation("MT-Bench", tuple(tables), figures))
+        files = [*write_results(scores, tables, output, about), *figures]
     return Outcome(label, scores, results, failures, len(new), used[0], used[1], files, num_thinking)
 
 
 def _write_judgments(folder: Path, judge: str, modes: Iterable[str], results: Sequence[Judged]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    kinds = {"single": ("single", Grading), "pairwise": ("pair", Comparison)}
     for mode in modes:
-        suffix, kind = kinds[mode]
-        rows = [row for each in results if isinstance(each.judgment, kind) and (row := fastchat_row(each)) is not None]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        suffix, num_models = {"single": ("single", 1), "pairwise": ("pair", 2)}[mode]
+        rows = (fastchat_row(each) for each in results if len(each.judgment.models) == num_models)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row is not None)
         write_atomically(folder / f"{file_name(judge)}_{suffix}.jsonl", lines)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from steplm.mt_bench.data import Bench, Question
 from steplm.mt_bench.figure import radar_figure
-from steplm.mt_bench.judge import Comparison, Grading, Judged, Outcome, Reply, Request
+from steplm.mt_bench.judge import Judged, Judgment, Outcome, Reply, Request
 from steplm.mt_bench.scores import Scores, all_scores, interval
 from steplm.mt_bench.tables import all_tables
 
@@ -24,7 +24,7 @@ def _bench(num_questions: int = 4) -> Bench:
 
 def _single(bench: Bench, model: str, value: Callable[[int, int], float | None]) -> list[Judged]:
     return [
-        Judged(Grading(q, turn, model, NOTHING), (Outcome(True, value(n, turn), Reply("")),))
+        Judged(Judgment(q, turn, (model,), (NOTHING,)), (Outcome(value(n, turn), Reply("")),))
         for n, q in enumerate(bench.questions)
         for turn in (1, 2)
     ]
@@ -33,8 +33,8 @@ def _single(bench: Bench, model: str, value: Callable[[int, int], float | None])
 def _pairs(bench: Bench, verdicts: dict[tuple[int, int], tuple[str | None, str | None]]) -> list[Judged]:
     return [
         Judged(
-            Comparison(bench.questions[n], turn, "a", "b", NOTHING, NOTHING),
-            tuple(Outcome(True, v, Reply("")) for v in found),
+            Judgment(bench.questions[n], turn, ("a", "b"), (NOTHING, NOTHING)),
+            tuple(Outcome(v, Reply("")) for v in found),
         )
         for (n, turn), found in verdicts.items()
     ]
