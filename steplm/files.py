@@ -27,7 +27,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         WriteError: the file system refuses.
     """
     with replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(as_unicode(content).encode() if isinstance(content, str) else content)
 
 
 @contextmanager

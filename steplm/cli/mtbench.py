@@ -150,18 +150,19 @@ def _require_key(endpoint: Endpoint, *, named: bool) -> None:
 
 
 def _announcement(benchmark: Benchmark, endpoint: Endpoint, expected: Cost) -> str:
-    lines = [f"{len(benchmark.names)} models, {benchmark.num_questions} questions: {', '.join(benchmark.names)}"]
+    names = benchmark.names
+    lines = [f"{_of(len(names), 'model')}, {_of(benchmark.num_questions, 'question')}: {', '.join(names)}"]
     if benchmark.bench.num_own_references:
         lines.append(
             f"note: {benchmark.bench.num_own_references:,} questions are judged against the references of their own "
             "set, not against published ones of GPT-4: scores differ from published ones"
         )
     if expected.num_answers:
-        lines.append(f"{expected.num_answers:,} answers to generate")
+        lines.append(f"{_of(expected.num_answers, 'answer')} to generate")
     if_long = " (if every answer is as long as it may be)" if expected.num_answers else ""
     asked_before = f" ({expected.num_saved:,} have their reply)" if expected.num_saved else ""
     lines.append(
-        f"{expected.num_requests:,} requests to {endpoint.model} at {endpoint.shown_url}{asked_before}: about "
+        f"{_of(expected.num_requests, 'request')} to {endpoint.model} at {endpoint.shown_url}{asked_before}: about "
         f"{format_count(expected.prompt_tokens)} tokens sent{if_long}, {format_count(expected.reply_tokens)} received"
     )
     return "\n".join(lines)
@@ -171,11 +172,11 @@ def _say_limits(benchmark: Benchmark, max_new_tokens: int) -> None:
     for name, limits in benchmark.limits().items():
         if limits["num_unended"]:
             _say(
-                f"note: {limits['num_unended']:,} of {limits['num_turns']:,} turns of {name} ended at a limit "
+                f"note: {limits['num_unended']:,} of {_of(limits['num_turns'], 'turn')} of {name} ended at a limit "
                 f"({max_new_tokens:,} new tokens, or the model's context), not by themselves"
             )
-        if limits["num_cut_prompts"]:
-            _say(f"note: {limits['num_cut_prompts']:,} prompts of {name} lost their beginning to the model's context")
+        if num_cut := limits["num_cut_prompts"]:
+            _say(f"note: {_of(num_cut, 'prompt')} of {name} cut at the beginning to fit the model's context")
 
 
 def _show(outcome: Outcome, json_output: bool) -> None:
@@ -194,11 +195,15 @@ def _show(outcome: Outcome, json_output: bool) -> None:
             if outcome.prompt_tokens
             else "the server does not tell the tokens"
         )
-        _say(f"{outcome.num_asked:,} replies: {tokens}")
+        _say(f"replies: {outcome.num_asked:,}; {tokens}")
     for reason, count in _counted([failure.reason for failure in outcome.failures]).items():
-        _say(f"{count:,} requests got no reply: {reason}")
+        _say(f"{_of(count, 'request')} got no reply: {reason}")
     if outcome.failures:
         _say("Start the same command again to ask only these.")
+
+
+def _of(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _counted(texts: Sequence[str]) -> dict[str, int]:

@@ -95,7 +95,7 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
         DataError: no such file, or a line that is not of this kind.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", path=str(path)) from None
     return _parsed(path, lines, TypeAdapter(kind))
@@ -106,7 +106,12 @@ def parsed_row(where: str, line: str | bytes, adapter: TypeAdapter[Row]) -> Row:
     try:
         return adapter.validate_json(line, strict=True)
     except ValidationError as error:
-        raise DataError(f"{where}: {reason(error)}") from None
+        problem = error.errors(include_url=False)[0]
+        if problem["type"] != "json_invalid":
+            raise DataError(f"{where}: {reason(error)}") from None
+        why = problem["ctx"]["error"]
+        half = ", half of a surrogate pair" if "hex escape" in why or "surrogate" in why else ""
+        raise DataError(f"{where}: not valid JSON: {why}{half}") from None
 
 
 def _parsed(path: Path, lines: list[bytes], adapter: TypeAdapter[Row]) -> list[Row]:

@@ -105,9 +105,13 @@ def prepare_records(
 
 def _notes(records: Records) -> Iterator[str]:
     if records.unread:
-        columns = ", ".join(f"{name} ({count:,} records)" for name, count in records.unread.most_common(MOST_COLUMNS))
-        more = len(records.unread) - MOST_COLUMNS
-        yield f"not read: {columns}{f', and {more:,} more columns' if more > 0 else ''}"
+        shown = [
+            f"{name} ({count:,} of {records.num_records:,} records)"
+            for name, count in records.unread.most_common(MOST_COLUMNS)
+        ]
+        if (more := len(records.unread) - MOST_COLUMNS) > 0:
+            shown.append(f"and {more:,} more")
+        yield f"columns not read: {', '.join(shown)}"
     yield from (f"unusable: {line}" for line in records.reasons())
 
 

@@ -167,7 +167,7 @@ def test_missing_judgments_are_told_and_asked_for_by_the_same_command(
     result = mtbench(judge, *arguments)
     assert result.returncode == 1
     assert "8 of 10" in result.stdout
-    assert "1 requests got no reply: HTTP 500" in result.stderr
+    assert "1 request got no reply: HTTP 500" in result.stderr
     result = mtbench(judge, *arguments)
     assert result.returncode == 0
     assert "2 requests to stub" in result.stderr

@@ -131,7 +131,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "half a character": (
         lambda f: (f / "question.jsonl").write_text('{"question_id": 1, "category": "a", "turns": ["\\ud83d"]}\n'),
-        r"question\.jsonl, line 1: .*Invalid JSON: unexpected end of hex escape",
+        r"question\.jsonl, line 1: not valid JSON: unexpected end of hex escape",
     ),
     "a torn template": (
         lambda f: (f / "judge_prompts.jsonl").write_text(

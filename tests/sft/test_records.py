@@ -118,9 +118,10 @@ def test_columns_that_are_not_read_are_named_once(tokenizer: PreTrainedTokenizer
         written(tmp_path, [named, named, {**ALPACA, "id": 7}]), tokenizer, config, sequence_length=999
     )
     (note,) = prepared.notes
-    assert note.startswith("not read: ")
-    assert set(note.removeprefix("not read: ").split(", ")) == {
-        "source (2 records)", "messages[].name (2 records)", "id (1 records)",
+    before, _, columns = note.partition(": ")
+    assert before == "columns not read"
+    assert set(columns.split(", ")) == {
+        "source (2 of 3 records)", "messages[].name (2 of 3 records)", "id (1 of 3 records)",
     }  # fmt: skip
 
 
