@@ -103,7 +103,7 @@ def run_mtbench(
         client = JudgeClient(endpoint, _say)
     if check_only:
         if chat_template is not None:
-            from steplm.mt_bench.answers import read_chat_template
+            from steplm.eval.chat import read_chat_template
 
             read_chat_template(chat_template)
         return 0

@@ -25,8 +25,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError, DataError
+from steplm.eval.chat import load_chat_tokenizer
 from steplm.eval.fingerprint import model_fingerprint
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
@@ -69,39 +69,6 @@ class Completion:
     num_tokens: int
     ended: bool  # by itself, not at the limit
     num_cut_tokens: int  # of the prompt's beginning, where it left no room
-
-
-def read_chat_template(file: Path) -> str:
-    """A Jinja file.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the chat template {file}: {reason(error)}") from None
-
-
-def load_chat_tokenizer(folder: str | Path, chat_template: Path | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model that can chat.
-
-    Args:
-        chat_template: a Jinja file; default: the template in the folder.
-
-    Raises:
-        ConfigError: there is no chat template.
-    """
-    tokenizer = load_tokenizer(folder)
-    if chat_template is not None:
-        tokenizer.chat_template = read_chat_template(chat_template)
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"{folder} has no chat template, so it is not known how a question is put to it. Tune it on "
-            "instructions (steplm sft), which adds one, or give a Jinja file with --chat-template.",
-            path=str(folder),
-        )
-    return tokenizer
 
 
 def answer_questions(

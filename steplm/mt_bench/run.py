@@ -197,7 +197,8 @@ def generate_answers(
     progress: Progress,
 ) -> dict[str, dict[QuestionId, Turns]]:
     """All answers; those that are saved are not generated again."""
-    from steplm.mt_bench.answers import answer_questions, load_chat_tokenizer
+    from steplm.eval.chat import load_chat_tokenizer
+    from steplm.mt_bench.answers import answer_questions
 
     saved = benchmark.saved_answers()
     for folder in benchmark.models.values():  # all, before the first spends its hours
