@@ -67,7 +67,9 @@ def write_errors(*paths: Path) -> Iterator[None]:
         file = getattr(error, "filename", None)
         if why is None or (isinstance(file, str) and not any(_is_on_the_way(Path(file), path) for path in paths)):
             raise
-        raise WriteError(f"cannot write {file or paths[0]}: {why}{_free(why, paths[0])}", path=str(paths[0])) from None
+        inside = isinstance(file, str) and Path(file).is_relative_to(paths[0])
+        named = file if inside else paths[0]
+        raise WriteError(f"cannot write {named}: {why}{_way_out(why, paths[0])}", path=str(named)) from None
 
 
 def _is_on_the_way(file: Path, path: Path) -> bool:
@@ -87,11 +89,12 @@ def refusal(error: Exception) -> str | None:
     return next((os.strerror(number) for number in _REFUSALS if f"(os error {number})" in text), None)
 
 
-def _free(why: str, path: Path) -> str:
+def _way_out(why: str, path: Path) -> str:
     if why not in (_UNKNOWN, os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)):
         return ""
     folder = next(folder for folder in path.absolute().parents if folder.is_dir())
-    return f" ({shutil.disk_usage(folder).free:,} bytes are free in {folder})"
+    free = shutil.disk_usage(folder).free
+    return f" ({free:,} bytes are free in {folder}): free some space, and run the same command again"
 
 
 def remove(path: Path) -> None:

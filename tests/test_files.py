@@ -77,7 +77,7 @@ def test_whatever_the_file_system_refuses_is_one_line_with_the_file_and_the_reas
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(WriteError, match=r"^cannot write .*file/run: Not a directory"):
+    with pytest.raises(WriteError, match=r"^cannot write .*file/run/plan\.json: Not a directory"):
         write_atomically(tmp_path / "file/run/plan.json", "")
 
 
