@@ -56,11 +56,10 @@ def run_eval(
     if not wanted and (limit is not None or num_fewshot is not None):
         raise ConfigError("--limit and --num-fewshot are for tasks: name some with --tasks")
     models = [find_model(model) for model in models]
-    if any("hub://" in entry for entry in data):
+    if any("hub://" in entry for entry in data) or _are_from_the_hub(wanted, tasks_data):
         require_hub()
     results = None
     if wanted:
-        require_hub()  # for the sets of the tasks
         results = _score_tasks(
             models,
             wanted,
@@ -109,6 +108,13 @@ def _score_tasks(models: list[str], tasks: list[str], **how: Any) -> ZeroShotRes
 
     with _TaskDisplay() as display:
         return evaluate_tasks(models, tasks, progress=display, **how)
+
+
+def _are_from_the_hub(tasks: list[str], tasks_data: Path | None) -> bool:
+    """Whether the items of some task may have to be fetched."""
+    from steplm.eval.task_list import KNOWN_SETS
+
+    return bool(tasks) and (tasks_data is None or not set(tasks) <= set(KNOWN_SETS))
 
 
 class _TaskDisplay:
