@@ -202,7 +202,7 @@ class PetConfig(Section):
     rule: RuleName = Field("adamw", description="update rule of the adapters' matrices")
     rank: int = Field(128, gt=0)
     alpha: float | None = Field(None, gt=0, description="the update is scaled by alpha / rank; default: 4 × rank")
-    target_modules: Literal["all-linear"] | list[str] = Field(
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear", description="all-linear, or last parts of module names: [q_proj, v_proj]"
     )
 

@@ -9,6 +9,7 @@
     ├── GrowthError              a growth that makes no model
     ├── CheckpointError          a checkpoint that cannot be used
     │   └── CheckpointMismatch   a checkpoint of another plan or trainable set
+    ├── WriteError               the file system refuses to write
     ├── RankLost                 another process of this run is gone
     ├── JudgeError               the judge of an evaluation cannot be asked
     ├── MemoryMismatch           measured bytes differ from the planned bytes
@@ -71,6 +72,10 @@ class CheckpointError(SteplmError):
 
 class CheckpointMismatch(CheckpointError):
     """A checkpoint belongs to another plan, or trains other parameters than the plan says."""
+
+
+class WriteError(SteplmError):
+    """The file system refuses to write: it is full or read-only, a file is too large, a quota is spent."""
 
 
 class RankLost(SteplmError):

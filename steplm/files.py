@@ -1,18 +1,108 @@
-"""Writing that a power cut cannot undo, and what is there."""
+"""Files that neither a power cut nor a full disk leaves half-written, and text that a file can hold."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from steplm.errors import WriteError
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by a file of this text: a reader, or a machine that dies, finds the old file or the new one."""
+_REFUSALS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
+_UNKNOWN = "a write failed"
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` by a file of this content: a reader, or a machine that dies, finds the old file or the new one.
+
+    Raises:
+        WriteError: the file system refuses.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(as_unicode(content).encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` for a new file or folder, which at the end takes the place of what is at ``path``.
+
+    If anything fails, ``path`` stays as it was, and nothing stays under the other name.
+
+    Raises:
+        WriteError: the file system refuses.
+    """
     temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)  # a rename lives in the folder
+    with write_errors(path, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            remove(temporary)
+            yield temporary
+            for file in temporary.rglob("*"):
+                sync(file)
+            sync(temporary)
+            if temporary.is_dir():  # a folder, unlike a file, cannot be renamed to what is there
+                remove(path)
+            os.replace(temporary, path)
+            sync(path.parent)  # a rename lives in the folder
+        except BaseException:
+            remove(temporary)
+            raise
+
+
+@contextmanager
+def write_errors(*paths: Path) -> Iterator[None]:
+    """What the file system refuses while ``paths`` are written, as one ``WriteError`` with the file and the reason."""
+    try:
+        yield
+    except Exception as error:
+        why = refusal(error)
+        file = getattr(error, "filename", None)
+        if why is None or (isinstance(file, str) and not any(_is_on_the_way(Path(file), path) for path in paths)):
+            raise
+        inside = isinstance(file, str) and Path(file).is_relative_to(paths[0])
+        named = file if inside else paths[0]
+        raise WriteError(f"cannot write {named}: {why}{_way_out(why, paths[0])}", path=str(named)) from None
+
+
+def _is_on_the_way(file: Path, path: Path) -> bool:
+    """In the folder ``path``, or a folder above it."""
+    file, path = file.absolute(), path.absolute()
+    return file.is_relative_to(path) or path.is_relative_to(file)
+
+
+def refusal(error: Exception) -> str | None:
+    """Why the file system refused to write, also where a library has wrapped it; ``None`` for other errors."""
+    if isinstance(error, OSError):
+        return os.strerror(error.errno) if error.errno in _REFUSALS else None
+    text = str(error)
+    if "inline_container.cc" in text:  # torch.save, which does not say why
+        return _UNKNOWN
+    # safetensors and tokenizers: "... File too large (os error 27)"
+    return next((os.strerror(number) for number in _REFUSALS if f"(os error {number})" in text), None)
+
+
+def _way_out(why: str, path: Path) -> str:
+    if why not in (_UNKNOWN, os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)):
+        return ""
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    return f" ({free:,} bytes are free in {folder}): free some space, and run the same command again"
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; there need not be one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -30,3 +120,13 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold the text: a JSON escape or a terminal can give half a character, a lone surrogate."""
+    return _SURROGATES.search(text) is None
+
+
+def as_unicode(text: str) -> str:
+    """The text with U+FFFD in place of each lone surrogate."""
+    return _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -68,12 +68,18 @@ def _explained(problems: Iterable[Mapping[str, Any]], root: type[BaseModel], who
 
 
 def _line(where: str, problems: Sequence[Mapping[str, Any]]) -> str:
-    message = ", or: ".join(dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in problems))
+    message = ", or: ".join(dict.fromkeys(map(_message, problems)))
     if not where:
         return message
     value = problems[0]["input"]
     given = "" if isinstance(value, dict) else f" (got {shortened(value)})"
     return f"{where}: {message}{given}{''.join(dict.fromkeys(map(_nearest_choice, problems)))}"
+
+
+def _message(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "too_short" and not problem["input"]:
+        return f"is empty, but needs at least {problem['ctx']['min_length']} value"
+    return str(problem["msg"].removeprefix("Value error, "))
 
 
 def _keys(place: Iterable[str | int], root: type[BaseModel]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from steplm.errors import ConfigError
-from steplm.units import shortened
+from steplm.units import reason, shortened
 
 MOST_YAML_VALUES = 100_000
 _UNWRITABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff\ud800-\udfff]")
@@ -20,7 +20,21 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Reads ``1e-5`` as a number, as YAML 1.2 does; PyYAML, which is of YAML 1.1, wants ``1.0e-5``."""
+    """Reads ``1e-5`` as a number, as YAML 1.2 does, where PyYAML (YAML 1.1) wants ``1.0e-5``. Refuses a key that
+    stands twice in a mapping, of which PyYAML takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # its own stubs are wrong
+        # Here and not in construct_mapping, where "<<" has already put the keys of other mappings beside the own ones.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.YAMLError(f"the key {shortened(key.value)} stands twice, in lines {lines[name]} and {line}")
+            lines[name] = line
+        return node
 
 
 class YamlDumper(yaml.SafeDumper):
@@ -88,7 +102,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {str(error)[:1000]}", path=str(path)) from None
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}", path=str(path)) from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", path=str(path)) from None
     if values is None:
@@ -96,6 +110,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections with keys.", path=str(path))
     return with_environment(values, path)
+
+
+def _one_line(error: Exception) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark and problem else reason(error)
 
 
 def with_environment(value: Any, path: Path | str) -> Any:

@@ -153,6 +153,23 @@ def stub_judge() -> Iterator[Callable[..., Any]]:
         yield lambda *arguments, **options: running.enter_context(module.StubJudge(*arguments, **options))
 
 
+@pytest.fixture
+def largest_file() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """``with largest_file(1000):`` a file that would grow beyond so many bytes is refused, as a full disk does."""
+    resource = pytest.importorskip("resource", reason="needs POSIX")
+
+    @contextlib.contextmanager
+    def limited(num_bytes: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
+
+
 class Result(NamedTuple):
     returncode: int
     stdout: str

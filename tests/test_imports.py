@@ -23,7 +23,7 @@ ALLOWED = {
     "types": set(),
     "errors": set(),
     "units": set(),
-    "files": set(),
+    "files": {"errors"},
     "rows": set(),
     "launch": set(),
     "yaml_files": {"errors", "units"},
@@ -45,7 +45,7 @@ ALLOWED = {
     "sft": SIBLINGS | {"training", "models", "data"},
     "report": SIBLINGS | {"training", "eval"},
     "compare": SIBLINGS | {"training", "eval", "sft", "report", "data", "models", "checkpoint"},
-    "mt_bench": SIBLINGS | {"report", "data", "models"},
+    "mt_bench": SIBLINGS | {"eval", "report", "data", "models"},
     "cli": SIBLINGS | {"training", "eval", "sft", "report", "compare", "mt_bench", "data", "models"},
 }
 

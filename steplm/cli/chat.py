@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
+from steplm.cli.model_paths import find_model
 from steplm.errors import ConfigError
-from steplm.eval.chat import ChatModel, Message
-from steplm.eval.generate import sampling_arguments
+
+if TYPE_CHECKING:
+    from steplm.eval.chat import Message
 
 HELP = """/system TEXT   say who the model is, and begin anew (without TEXT: nobody in particular)
 /reset         forget what was said
@@ -27,9 +31,15 @@ def run_chat(
     device: str = "auto",
 ) -> None:
     """Read messages until the input ends; answers go to standard output, remarks to standard error."""
+    found = find_model(model)
+    from steplm.eval.chat import ChatModel
+    from steplm.eval.generate import sampling_arguments
+
     sampling_arguments(temperature, top_p, max_new_tokens)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is one message that is refused
     is_terminal = sys.stdin.isatty()
-    chat = ChatModel(model, chat_template=chat_template, device=device)
+    chat = ChatModel(found, chat_template=chat_template, device=device)
     history = _begun(system)
     if is_terminal:
         with suppress(ImportError):

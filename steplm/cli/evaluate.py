@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steplm.cli.model_paths import find_model, require_hub
 from steplm.errors import ConfigError
+from steplm.files import write_errors
 from steplm.units import format_count, format_seconds, parse_count
 
 if TYPE_CHECKING:
@@ -53,6 +55,9 @@ def run_eval(
         raise ConfigError("nothing to evaluate on: name tasks (--tasks piqa,arc_easy) or texts (--data FILE), or both")
     if not wanted and (limit is not None or num_fewshot is not None):
         raise ConfigError("--limit and --num-fewshot are for tasks: name some with --tasks")
+    models = [find_model(model) for model in models]
+    if any("hub://" in entry for entry in data) or _are_from_the_hub(wanted, tasks_data):
+        require_hub()
     results = None
     if wanted:
         results = _score_tasks(
@@ -81,10 +86,17 @@ def run_eval(
         dtype=dtype,
     )
     _print(results, texts, json_output)
+    from steplm.eval.perplexity import comparison_note
+
+    for name in dict.fromkeys(score.name for score in texts):
+        note = comparison_note([score.result for score in texts if score.name == name])
+        if note is not None:
+            print(f"note: {name or 'perplexity'}: {note}", file=sys.stderr)
     if output is not None:
         from steplm.report.zero_shot import write_results
 
-        paths = write_results(results, texts, output)
+        with write_errors(output):
+            paths = write_results(results, texts, output)
         print(f"written: {', '.join(map(str, paths))}", file=sys.stderr)
 
 
@@ -96,6 +108,13 @@ def _score_tasks(models: list[str], tasks: list[str], **how: Any) -> ZeroShotRes
 
     with _TaskDisplay() as display:
         return evaluate_tasks(models, tasks, progress=display, **how)
+
+
+def _are_from_the_hub(tasks: list[str], tasks_data: Path | None) -> bool:
+    """Whether the items of some task may have to be fetched."""
+    from steplm.eval.task_list import KNOWN_SETS
+
+    return bool(tasks) and (tasks_data is None or not set(tasks) <= set(KNOWN_SETS))
 
 
 class _TaskDisplay:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from steplm.eval.generate import generate
+from steplm.cli.model_paths import find_model
 
 
 def run_generate(
@@ -16,8 +16,11 @@ def run_generate(
     device: str = "auto",
 ) -> None:
     """Print the prompt and its continuation."""
+    found = find_model(model)
+    from steplm.eval.generate import generate
+
     continuation = generate(
-        model,
+        found,
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

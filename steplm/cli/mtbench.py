@@ -13,12 +13,13 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.progress import Progress
 
+from steplm.cli.model_paths import find_model, require_hub
 from steplm.cli.tables import print_table
 from steplm.errors import ConfigError
 from steplm.mt_bench.client import Endpoint, JudgeClient
 from steplm.mt_bench.judge import MAX_TOKENS
 from steplm.mt_bench.run import Benchmark, Cost, Outcome, cost, generate_answers, judge_answers, prepare
-from steplm.mt_bench.tables import all_tables, score_rows
+from steplm.mt_bench.tables import all_tables
 from steplm.units import format_count
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -51,6 +52,7 @@ def run_mtbench(
     backoff: float = 1.0,
     ask_again: int = 2,
     max_judge_tokens: int = MAX_TOKENS,
+    rating: str = "first",
     dry_run: bool = False,
     check_only: bool = False,
     json_output: bool = False,
@@ -61,6 +63,10 @@ def run_mtbench(
         dry_run: say what it would cost, and no more.
         check_only: and refuse what cannot be judged, as far as that is known while the models need not be there.
     """
+    if not check_only:  # of models that are there already
+        models = [find_model(model) for model in models]
+    if questions is not None and questions.startswith("hub://"):
+        require_hub()
     benchmark = prepare(
         models,
         data=data,
@@ -72,6 +78,7 @@ def run_mtbench(
         categories=categories,
         limit=limit,
         max_judge_tokens=max_judge_tokens,
+        rating=rating,
     )
     expected = cost(benchmark, judge_model, max_new_tokens=max_new_tokens, ask_again=ask_again)
     url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
@@ -93,13 +100,15 @@ def run_mtbench(
     client: JudgeClient | None = None
     if expected.num_requests:
         _require_key(endpoint, named=api_key_env is not None)
-        client = JudgeClient(endpoint, _say)  # before hours of generation: without the library it ends here
+        client = JudgeClient(endpoint, _say)
     if check_only:
         if chat_template is not None:
-            from steplm.mt_bench.answers import read_chat_template
+            from steplm.eval.chat import read_chat_template
 
             read_chat_template(chat_template)
         return 0
+    if client is not None:
+        client.check()  # before hours of generation
     if models:
         from steplm.mt_bench.answers import AnswerSettings
 
@@ -123,6 +132,11 @@ def run_mtbench(
         progress=_progress,
     )
     _show(outcome, json_output)
+    if outcome.num_thinking and rating == "first":
+        _say(
+            f"note: {outcome.num_thinking:,} replies think aloud (<think>), and the first rating in each counts, as in "
+            "FastChat, even where it stands in a thought. --rating last counts the last one outside of <think>."
+        )
     return 1 if outcome.failures else 0
 
 
@@ -136,18 +150,19 @@ def _require_key(endpoint: Endpoint, *, named: bool) -> None:
 
 
 def _announcement(benchmark: Benchmark, endpoint: Endpoint, expected: Cost) -> str:
-    lines = [f"{len(benchmark.names)} models, {benchmark.num_questions} questions: {', '.join(benchmark.names)}"]
+    names = benchmark.names
+    lines = [f"{_of(len(names), 'model')}, {_of(benchmark.num_questions, 'question')}: {', '.join(names)}"]
     if benchmark.bench.num_own_references:
         lines.append(
             f"note: {benchmark.bench.num_own_references:,} questions are judged against the references of their own "
             "set, not against published ones of GPT-4: scores differ from published ones"
         )
     if expected.num_answers:
-        lines.append(f"{expected.num_answers:,} answers to generate")
+        lines.append(f"{_of(expected.num_answers, 'answer')} to generate")
     if_long = " (if every answer is as long as it may be)" if expected.num_answers else ""
     asked_before = f" ({expected.num_saved:,} have their reply)" if expected.num_saved else ""
     lines.append(
-        f"{expected.num_requests:,} requests to {endpoint.model} at {endpoint.shown_url}{asked_before}: about "
+        f"{_of(expected.num_requests, 'request')} to {endpoint.model} at {endpoint.shown_url}{asked_before}: about "
         f"{format_count(expected.prompt_tokens)} tokens sent{if_long}, {format_count(expected.reply_tokens)} received"
     )
     return "\n".join(lines)
@@ -155,18 +170,18 @@ def _announcement(benchmark: Benchmark, endpoint: Endpoint, expected: Cost) -> s
 
 def _say_limits(benchmark: Benchmark, max_new_tokens: int) -> None:
     for name, limits in benchmark.limits().items():
-        if limits.num_unended:
+        if limits["num_unended"]:
             _say(
-                f"note: {limits.num_unended:,} of {limits.num_turns:,} turns of {name} ended at a limit "
+                f"note: {limits['num_unended']:,} of {_of(limits['num_turns'], 'turn')} of {name} ended at a limit "
                 f"({max_new_tokens:,} new tokens, or the model's context), not by themselves"
             )
-        if limits.num_cut_prompts:
-            _say(f"note: {limits.num_cut_prompts:,} prompts of {name} lost their beginning to the model's context")
+        if num_cut := limits["num_cut_prompts"]:
+            _say(f"note: {_of(num_cut, 'prompt')} of {name} cut at the beginning to fit the model's context")
 
 
 def _show(outcome: Outcome, json_output: bool) -> None:
     if json_output:
-        print(json.dumps(list(score_rows(outcome.scores)), indent=1))
+        print(json.dumps([score.row for score in outcome.scores.scores], indent=1))
     else:
         console = Console(highlight=False)
         for table in all_tables(outcome.scores, outcome.judge):
@@ -180,11 +195,15 @@ def _show(outcome: Outcome, json_output: bool) -> None:
             if outcome.prompt_tokens
             else "the server does not tell the tokens"
         )
-        _say(f"{outcome.num_asked:,} replies: {tokens}")
+        _say(f"replies: {outcome.num_asked:,}; {tokens}")
     for reason, count in _counted([failure.reason for failure in outcome.failures]).items():
-        _say(f"{count:,} requests got no reply: {reason}")
+        _say(f"{_of(count, 'request')} got no reply: {reason}")
     if outcome.failures:
         _say("Start the same command again to ask only these.")
+
+
+def _of(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _counted(texts: Sequence[str]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError
 from steplm.eval.generate import sampling_arguments
+from steplm.files import is_unicode
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
 from steplm.units import reason
@@ -34,6 +35,36 @@ class Reply:
     num_messages_left_out: int = 0  # the oldest, that had no room in the context
 
 
+def read_chat_template(file: str | Path) -> str:
+    """A Jinja file; ``ConfigError`` where it cannot be read."""
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {file}: {reason(error)}", path=str(file)) from None
+
+
+def load_chat_tokenizer(model: str | Path, chat_template: str | Path | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model that can chat.
+
+    Args:
+        chat_template: a Jinja file, in place of the tokenizer's own.
+
+    Raises:
+        ConfigError: no template, or no such file.
+        DataError, HubUnavailable: no tokenizer there.
+    """
+    tokenizer = load_tokenizer(model)
+    if chat_template is not None:
+        tokenizer.chat_template = read_chat_template(chat_template)
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"{model} has no chat template, so there is no known way to put a question to it. Tune it on instructions "
+            "(steplm sft), or give the template that it was tuned with (--chat-template FILE).",
+            model=str(model),
+        )
+    return tokenizer
+
+
 class ChatModel:
     """A model with its chat template.
 
@@ -47,16 +78,7 @@ class ChatModel:
     """
 
     def __init__(self, model: str | Path, *, chat_template: str | None = None, device: str = "auto") -> None:
-        # The template first: it is there at once, the weights are not.
-        self.tokenizer = load_tokenizer(model)
-        if chat_template is not None:
-            self.tokenizer.chat_template = _read(chat_template)
-        if self.tokenizer.chat_template is None:
-            raise ConfigError(
-                f"{model} has no chat template: it goes on from a text, and answers nobody. Tune it on instructions "
-                "(steplm sft), or give the template that it was tuned with (--chat-template FILE).",
-                model=str(model),
-            )
+        self.tokenizer = load_chat_tokenizer(model, chat_template)  # in no time; the weights take theirs
         self.model = load_pretrained(model).to(resolve_device(device)).eval()
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.stop_ids = _stop_ids(model, self.tokenizer.eos_token_id)
@@ -65,8 +87,10 @@ class ChatModel:
         """The tokens that the model is given: the template's, which asks for an answer.
 
         Raises:
-            ConfigError: the template refuses the messages.
+            ConfigError: the template refuses the messages, or one is not valid Unicode.
         """
+        if not all(is_unicode(message["content"]) for message in messages):
+            raise ConfigError("a message is not valid UTF-8: it holds a half character (a lone surrogate)")
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program: it can fail in any way
@@ -182,10 +206,3 @@ def _stop_ids(model: str | Path, eos_token_id: int) -> list[int]:
         known = None
     known_ids = known if isinstance(known, list) else [] if known is None else [known]
     return list(dict.fromkeys([eos_token_id, *known_ids]))
-
-
-def _read(file: str) -> str:
-    try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the chat template {file}: {reason(error)}", path=file) from None

@@ -11,6 +11,7 @@ from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError
 from steplm.eval.perplexity import resolve_device
 from steplm.eval.text import opening_token
+from steplm.files import is_unicode
 from steplm.models.folder import load_pretrained
 
 
@@ -37,6 +38,8 @@ def generate(
         CheckpointError, DataError, HubUnavailable: no model or tokenizer there.
     """
     sampling = sampling_arguments(temperature, top_p, max_new_tokens)
+    if not is_unicode(prompt):
+        raise ConfigError("the prompt is not valid UTF-8: it holds a half character (a lone surrogate)")
     model = load_pretrained(folder).to(resolve_device(device)).eval()
     tokenizer = load_tokenizer(folder)
     prompt_ids = [opening_token(tokenizer), *tokenizer(prompt, add_special_tokens=False).input_ids]

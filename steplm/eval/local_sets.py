@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steplm.errors import DataError
+from steplm.files import is_unicode
 from steplm.units import reason, shortened
 
 if TYPE_CHECKING:
@@ -30,30 +31,94 @@ Record = dict[str, Any]
 Fields = dict[str, Callable[[Any], bool]]
 
 
-def last_word(*, folder: str, file: str, **_: Any) -> dict[str, Dataset]:
-    """Records ``context`` and ``continuation``, one JSON object a line (LAMBADA)."""
-    path = _find(folder, file)
-    return _as_split(path, _records(path, {"context": _is_text, "continuation": _is_text}))
+def last_word(*, folder: str, file: str | list[str], **_: Any) -> dict[str, Dataset]:
+    """Records ``context`` and ``continuation``, or ``text`` (LAMBADA)."""
+    return _as_split(folder, file, {"context": _is_text, "continuation": _is_text})
 
 
-def multiple_choice(*, folder: str, file: str, **_: Any) -> dict[str, Dataset]:
-    """Records ``query``, ``choices`` and ``gold``, one JSON object a line (PIQA, ARC)."""
-    path = _find(folder, file)
+def multiple_choice(*, folder: str, file: str | list[str], prefix: str = "", **_: Any) -> dict[str, Dataset]:
+    """Records ``query``, ``choices`` and ``gold``, or those of a set as it is published (``PUBLISHED``).
+
+    Args:
+        prefix: of the query of a published record.
+    """
     fields: Fields = {"query": _is_text, "choices": _is_choices, "gold": _is_index}
-    return _as_split(path, _records(path, fields, chosen_from="choices"))
+    return _as_split(folder, file, fields, chosen_from="choices", prefix=prefix)
 
 
-def partial_scoring(*, folder: str, file: str, **_: Any) -> dict[str, Dataset]:
-    """Records ``context_options``, ``continuation`` and ``gold``: contexts compete for one end (WinoGrande)."""
-    path = _find(folder, file)
+def partial_scoring(*, folder: str, file: str | list[str], **_: Any) -> dict[str, Dataset]:
+    """Records ``context_options``, ``continuation`` and ``gold``: contexts compete for one end. Or WinoGrande's own."""
     fields: Fields = {"context_options": _is_choices, "continuation": _is_text, "gold": _is_index}
-    return _as_split(path, _records(path, fields, chosen_from="context_options"))
+    return _as_split(folder, file, fields, chosen_from="context_options")
 
 
-def hellaswag_lines(*, folder: str, file: str, **_: Any) -> dict[str, Dataset]:
-    """Text with six lines an item: context, number of the right ending, four endings (HellaSwag)."""
+def hellaswag_lines(*, folder: str, file: str | list[str], **_: Any) -> dict[str, Dataset]:
+    """Text with six lines an item (context, number of the right ending, four endings), or records (HellaSwag)."""
     path = _find(folder, file)
-    return _as_split(path, _hellaswag_records(path))
+    if ".txt" not in path.suffixes:
+        return multiple_choice(folder=folder, file=file)
+    return {SPLIT: _dataset(path, _hellaswag_records(path))}
+
+
+# --- records as sets are published ------------------------------------------------------------------------
+
+
+def _from_text(record: Record) -> Record:
+    context, _, word = record["text"].rpartition(" ")
+    return {"context": context, "continuation": f" {word}"}
+
+
+def _from_answer_key(record: Record) -> Record:
+    """ARC, OpenBookQA: in the original files the question holds the choices, on the hub these are two lists."""
+    question = record.get("question_stem", record.get("question"))
+    if isinstance(question, dict):
+        choices = question["choices"]
+        texts, labels = [choice["text"] for choice in choices], [choice["label"] for choice in choices]
+        question = question["stem"]
+    else:
+        texts, labels = record["choices"]["text"], record["choices"]["label"]
+    return {"query": question, "choices": texts, "gold": labels.index(record["answerKey"].strip())}
+
+
+def _from_piqa(record: Record) -> Record:
+    return {"query": record["goal"], "choices": [record["sol1"], record["sol2"]], "gold": record["label"]}
+
+
+def _from_copa(record: Record) -> Record:
+    connector = {"cause": "because", "effect": "therefore"}[record["question"]]
+    choices = [f" {text[0].lower()}{text[1:]}" for text in (record["choice1"], record["choice2"])]
+    return {"query": f"{record['premise'].strip()[:-1]} {connector}", "choices": choices, "gold": record["label"]}
+
+
+def _from_boolq(record: Record) -> Record:
+    query = f"{record['passage']}\nQuestion: {record['question']}?"
+    answer = record["label"] if "label" in record else record["answer"]
+    return {"query": query, "choices": ["no", "yes"], "gold": int(answer)}
+
+
+def _from_winogrande(record: Record) -> Record:
+    before, _, after = record["sentence"].partition("_")
+    options = [before + record[name] for name in ("option1", "option2")]
+    return {"context_options": options, "continuation": after.strip(), "gold": ["1", "2"].index(record["answer"])}
+
+
+def _from_hellaswag(record: Record) -> Record:
+    context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+    choices = [_without_brackets(ending) for ending in record["endings"]]
+    return {"query": _without_brackets(context), "choices": choices, "gold": int(record["label"])}
+
+
+# The columns that tell a published record, and what lm_eval's own task makes of it.
+PUBLISHED: dict[tuple[str, ...], Callable[[Record], Record]] = {
+    ("question", "answerKey"): _from_answer_key,
+    ("question_stem", "choices", "answerKey"): _from_answer_key,
+    ("goal", "sol1", "sol2", "label"): _from_piqa,
+    ("premise", "choice1", "choice2", "question", "label"): _from_copa,
+    ("passage", "question", "label"): _from_boolq,
+    ("passage", "question", "answer"): _from_boolq,
+    ("sentence", "option1", "option2", "answer"): _from_winogrande,
+    ("activity_label", "ctx_a", "ctx_b", "endings", "label"): _from_hellaswag,
+}
 
 
 def hellaswag_query(context: str) -> str:
@@ -97,16 +162,19 @@ def _without_brackets(text: str) -> str:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def _find(folder: str, file: str) -> Path:
-    """The file in the folder, packed or not."""
-    for suffix in PACKED:
-        path = Path(folder) / f"{file}{suffix}"
-        if path.is_file():
-            return path
+def _find(folder: str, file: str | list[str]) -> Path:
+    """The first of the files that is in the folder, packed or not."""
+    files = [file] if isinstance(file, str) else file
+    for name in files:
+        for suffix in PACKED:
+            path = Path(folder) / f"{name}{suffix}"
+            if path.is_file():
+                return path
     raise DataError(
-        f"no file {Path(folder) / file} (nor .gz, .bz2): the set of this task is not in the folder",
+        f"no file {' or '.join(str(Path(folder) / name) for name in files)} (nor .gz, .bz2): the set of this task is "
+        "not in the folder",
         folder=folder,
-        file=file,
+        file=files[0],
     )
 
 
@@ -120,37 +188,48 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"cannot read {path}: {reason(error)}", path=str(path)) from None
 
 
-def _records(path: Path, fields: Fields, chosen_from: str = "") -> Iterator[Record]:
+def _records(path: Path, fields: Fields, chosen_from: str, prefix: str) -> Iterator[Record]:
     for number, line in _lines(path):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            record = _unified(json.loads(line), fields, prefix)
+            _check(record, fields, chosen_from)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where} is not JSON: {reason(error)}", path=str(path), line=number) from None
         except ValueError as error:
-            raise DataError(f"{where} is no JSON: {reason(error)}", path=str(path), line=number) from None
-        known = sorted(record) if isinstance(record, dict) else []
-        for name, is_right in fields.items():
-            if name not in known:
-                has = ", ".join(known) or "none"
-                raise DataError(f"{where} has no field {name!r} (its fields: {has})", path=str(path), line=number)
-            if not is_right(record[name]):
-                raise DataError(
-                    f"{where}: {name!r} must be {EXPECTED[is_right]}, not {shortened(record[name])}",
-                    path=str(path),
-                    line=number,
-                )
-        if chosen_from and record["gold"] >= len(record[chosen_from]):
-            raise DataError(
-                f"{where}: gold is {record['gold']}, but there are {len(record[chosen_from])} {chosen_from}",
-                path=str(path),
-                line=number,
-            )
+            raise DataError(f"{where}: {error}", path=str(path), line=number) from None
         yield {name: record[name] for name in fields}
 
 
+def _unified(record: Any, fields: Fields, prefix: str) -> Record:
+    """A record with the fields, made of a published one if it is of that kind."""
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, not {shortened(record)}")
+    published = {("text",): _from_text} if "context" in fields and "context" not in record else PUBLISHED
+    convert = next((convert for columns, convert in published.items() if all(c in record for c in columns)), None)
+    if convert is None or all(name in record for name in fields):
+        return record
+    try:
+        unified = convert(record)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"no right answer, or a value that cannot be: {shortened(record)} ({error})") from None
+    return {**unified, "query": prefix + unified["query"]} if "query" in unified else unified
+
+
+def _check(record: Record, fields: Fields, chosen_from: str) -> None:
+    for name, is_right in fields.items():
+        if name not in record:
+            raise ValueError(f"no field {name!r} (its fields: {', '.join(sorted(record)) or 'none'})")
+        if not is_right(record[name]):
+            raise ValueError(f"{name!r} must be {EXPECTED[is_right]}, not {shortened(record[name])}")
+    if chosen_from and record["gold"] >= len(record[chosen_from]):
+        raise ValueError(f"gold is {record['gold']}, but there are {len(record[chosen_from])} {chosen_from}")
+
+
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
 
 
 def _is_choices(value: Any) -> bool:
@@ -162,16 +241,23 @@ def _is_index(value: Any) -> bool:
 
 
 EXPECTED: dict[Callable[[Any], bool], str] = {
-    _is_text: "a text that is not empty",
+    _is_text: "a text that is not empty and has no lone surrogate",
     _is_choices: "two texts or more, none empty",
     _is_index: "a number from 0",
 }
 
 
-def _as_split(path: Path, records: Iterator[Record]) -> dict[str, Dataset]:
+def _as_split(
+    folder: str, file: str | list[str], fields: Fields, *, chosen_from: str = "", prefix: str = ""
+) -> dict[str, Dataset]:
+    path = _find(folder, file)
+    return {SPLIT: _dataset(path, _records(path, fields, chosen_from, prefix))}
+
+
+def _dataset(path: Path, records: Iterator[Record]) -> Dataset:
     from datasets import Dataset
 
     items = list(records)
     if not items:
         raise DataError(f"{path} is empty: no item to be scored on", path=str(path))
-    return {SPLIT: Dataset.from_list(items)}
+    return Dataset.from_list(items)

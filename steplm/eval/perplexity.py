@@ -56,6 +56,20 @@ class PerplexityResult:
         return self.nll_sum / math.log(2) / self.num_text_bytes if self.num_text_bytes else None
 
 
+def comparison_note(results: Sequence[PerplexityResult]) -> str | None:
+    """What a reader must know who compares models by their results on one text; ``None`` where there is nothing."""
+    if len({(result.num_tokens, result.num_text_bytes) for result in results}) < 2:
+        return None
+    note = "the models split this text into different tokens: compare bits per byte, not perplexity"
+    sizes = {result.num_text_bytes for result in results if result.num_text_bytes is not None}
+    if len(sizes) > 1:
+        note += (
+            f". The limit of tokens cut it after {min(sizes):,} bytes for one model and {max(sizes):,} for another: "
+            "without --max-tokens all are scored on the same text"
+        )
+    return note
+
+
 def perplexity(
     model: PreTrainedModel,
     token_ids: Sequence[int] | npt.NDArray[np.uint32] | Tensor,

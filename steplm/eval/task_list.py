@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 # Builders of ``datasets`` that read local files; any other path is a name on the hub.
 FILE_BUILDERS = ("json", "csv", "text", "parquet", "arrow", "xml", "pandas")
+KNOWN_SETS = sorted(file.stem for file in TASKS_FOLDER.glob("*.yaml"))
 SHOWN_NAMES = 12
+_NAMES = re.compile(r"""^["']?(?:task|group)["']?[ \t]*:[ \t]*["']?([\w.-]+)""", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,28 @@ class TaskFolders:
 
     paths: tuple[Path, ...] = ()
     data: Path | None = None
+
+
+def check_names(names: Sequence[str], folders: TaskFolders) -> None:
+    """Refuse a name that no task, group or tag has, in about a second: lm_eval's list takes ten to read.
+
+    Raises:
+        ConfigError: no such folder, or no such task (with near names).
+    """
+    in_folders = {name for manager in _local_managers(folders) for name in manager.task_index}
+    for name in names:
+        if name not in in_folders and not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", _standard_text()):
+            raise _unknown(name, sorted(in_folders), _NAMES.findall(_standard_text()), folders)
+
+
+@cache
+def _standard_text() -> str:
+    """What lm_eval's own task files say, together: a name that does not occur in it is no name of its list."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    files = (file for file in root.rglob("*") if file.suffix in (".yaml", "") and file.is_file())  # "": included ones
+    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
 def load_tasks(names: Sequence[str], folders: TaskFolders, num_fewshot: int | None = None) -> dict[str, Task]:
@@ -55,7 +80,8 @@ def load_tasks(names: Sequence[str], folders: TaskFolders, num_fewshot: int | No
         if manager is None and name in _standard_manager().task_index:
             manager = _standard_manager()
         if manager is None:
-            raise _unknown(name, local, folders)
+            in_folders = sorted({task for manager in local for task in manager.all_tasks})
+            raise _unknown(name, in_folders, _standard_manager().all_tasks, folders)
         tasks.update(_load(name, manager))
     for task in tasks.values():
         _set_fewshot(task, num_fewshot)
@@ -123,16 +149,15 @@ def _cannot_load(name: str, entry: Any, error: Exception) -> SteplmError:
     if from_network:
         return HubUnavailable(
             f"task {name!r} needs {dataset or 'a data set'} of the hub, which did not give it ({reason(error)}). "
-            "Check the network, or use a local copy: a folder of sets (--tasks-data), or a task file of your own "
-            "(--tasks-path).",
+            f"Check the network, or use a local copy: a folder of sets (--tasks-data) for {', '.join(KNOWN_SETS)}; "
+            "for another set a task file of your own (--tasks-path).",
             task=name,
         )
     return ConfigError(f"{where} makes no task {name!r}: {type(error).__name__}: {reason(error)}", task=name)
 
 
-def _unknown(name: str, local: Sequence[TaskManager], folders: TaskFolders) -> ConfigError:
-    in_folders = sorted({task for manager in local for task in manager.all_tasks})
-    near = difflib.get_close_matches(name, sorted({*in_folders, *_standard_manager().all_tasks}), n=3)
+def _unknown(name: str, in_folders: Sequence[str], standard: Iterable[str], folders: TaskFolders) -> ConfigError:
+    near = difflib.get_close_matches(name, sorted({*in_folders, *standard}), n=3)
     advice = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     if in_folders:
         shown = ", ".join(in_folders[:SHOWN_NAMES]) + (" …" if len(in_folders) > SHOWN_NAMES else "")

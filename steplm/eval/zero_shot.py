@@ -31,7 +31,7 @@ from steplm.errors import ConfigError
 from steplm.eval.bootstrap import Difference, mean_difference
 from steplm.eval.fingerprint import model_fingerprint
 from steplm.eval.scores import TaskResult, difference, load, mean_of, save
-from steplm.eval.task_list import TaskFolders, load_tasks
+from steplm.eval.task_list import TaskFolders, check_names, load_tasks
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
 from steplm.models.names import short_name, short_names
@@ -187,6 +187,7 @@ def evaluate_tasks(
     _check(paths, names, tasks, limit, num_fewshot, batch_size)
     resolve_device(device)
     require_lm_eval()
+    check_names(tasks, _folders(tasks_path, tasks_data))
     fingerprints = {path: model_fingerprint(path) for path in paths}  # wrong names are found before minutes of work
     loaded = tasks_of(tasks, num_fewshot=num_fewshot, tasks_path=tasks_path, tasks_data=tasks_data)
 
@@ -225,8 +226,13 @@ def tasks_of(
 ) -> dict[str, Task]:
     """The tasks with their items; arguments and errors as in ``evaluate_tasks``."""
     require_lm_eval()
-    folders = TaskFolders(tuple(map(Path, tasks_path)), None if tasks_data is None else Path(tasks_data))
+    folders = _folders(tasks_path, tasks_data)
+    check_names(tasks, folders)
     return load_tasks(list(dict.fromkeys(tasks)), folders, num_fewshot)
+
+
+def _folders(tasks_path: Sequence[str | Path], tasks_data: str | Path | None) -> TaskFolders:
+    return TaskFolders(tuple(map(Path, tasks_path)), None if tasks_data is None else Path(tasks_data))
 
 
 def _score_task(lm: Scorer, name: str, task: Task, limit: int | None, progress: Progress | None) -> TaskResult:

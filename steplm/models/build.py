@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from steplm.cost.measure import find_layers
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -25,6 +24,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from steplm.config import ModelConfig
+from steplm.cost.measure import find_layers
 from steplm.errors import ConfigError
 from steplm.growth.grow import grow_config, select_layers
 from steplm.models.device import move

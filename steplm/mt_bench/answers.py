@@ -25,11 +25,12 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError, DataError
+from steplm.eval.chat import load_chat_tokenizer
+from steplm.eval.fingerprint import model_fingerprint
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
-from steplm.mt_bench.data import NUM_TURNS, Question, QuestionId, Turns, answer_turns, check_row
+from steplm.mt_bench.data import NUM_TURNS, Answer, Choice, Question, QuestionId, Turns
 from steplm.mt_bench.journal import Journal
 from steplm.units import reason
 
@@ -46,7 +47,6 @@ TEMPERATURES = {
 }
 OTHER_TEMPERATURE = 0.7
 LEAST_ANSWER_SHARE = 0.25  # of the context that a long prompt must leave to its answer
-_SAMPLED_BYTES = 2**16  # of a file of weights, at each of a few places
 
 
 @dataclass(frozen=True)
@@ -69,39 +69,6 @@ class Completion:
     num_tokens: int
     ended: bool  # by itself, not at the limit
     num_cut_tokens: int  # of the prompt's beginning, where it left no room
-
-
-def read_chat_template(file: Path) -> str:
-    """A Jinja file.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the chat template {file}: {reason(error)}") from None
-
-
-def load_chat_tokenizer(folder: str | Path, chat_template: Path | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model that can chat.
-
-    Args:
-        chat_template: a Jinja file; default: the template in the folder.
-
-    Raises:
-        ConfigError: there is no chat template.
-    """
-    tokenizer = load_tokenizer(folder)
-    if chat_template is not None:
-        tokenizer.chat_template = read_chat_template(chat_template)
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"{folder} has no chat template, so it is not known how a question is put to it. Tune it on "
-            "instructions (steplm sft), which adds one, or give a Jinja file with --chat-template.",
-            path=str(folder),
-        )
-    return tokenizer
 
 
 def answer_questions(
@@ -129,14 +96,13 @@ def answer_questions(
         ConfigError: no chat template, or ``file`` has answers of another model or other settings.
         CheckpointError, DataError, HubUnavailable: no model or tokenizer there.
     """
-    with Journal(file) as journal:
+    with Journal(file, Answer) as journal:
         tokenizer = load_chat_tokenizer(folder, chat_template)
-        made_by = {**asdict(settings), "model": fingerprint(folder, tokenizer)}
-        answers: dict[QuestionId, Turns] = {}
+        made_by = {**asdict(settings), "model": _fingerprint(folder, tokenizer)}
         digests = {question.question_id: _digest(question.turns) for question in questions}
-        for row in journal.rows:
-            _check_origin(file, row, made_by, digests)
-            answers[row["question_id"]] = answer_turns(row)
+        for answer in journal.rows:
+            _check_origin(file, answer, made_by, digests)
+        answers = {answer.question_id: answer.turns for answer in journal.rows}
         missing = {q.question_id for q in questions} - set(answers)
         model: PreTrainedModel | None = None
         for first in range(0, len(questions), batch_size):
@@ -154,7 +120,7 @@ def answer_questions(
                 if question.question_id in missing
             ]
             journal.append(*rows)
-            answers.update((row["question_id"], answer_turns(row)) for row in rows)
+            answers.update((row.question_id, row.turns) for row in rows)
             on_answers(len(rows))
     return {question.question_id: answers[question.question_id] for question in questions}
 
@@ -316,28 +282,29 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> l
 # --- the file -------------------------------------------------------------------------------------------
 
 
-def _row(
-    model_id: str, question: Question, completions: Sequence[Completion], made_by: dict[str, Any]
-) -> dict[str, Any]:
-    turns = [completion.text for completion in completions]
+def _row(model_id: str, question: Question, completions: Sequence[Completion], made_by: dict[str, Any]) -> Answer:
+    turns = tuple(completion.text for completion in completions)
     digest = hashlib.sha256(json.dumps([model_id, question.question_id, turns]).encode())
-    return {
-        "question_id": question.question_id,
-        "answer_id": digest.hexdigest()[:22],
-        "model_id": model_id,
-        "choices": [{"index": 0, "turns": turns}],
-        "tstamp": time.time(),
-        "num_tokens": [completion.num_tokens for completion in completions],
-        "ended": [completion.ended for completion in completions],
-        "num_cut_tokens": [completion.num_cut_tokens for completion in completions],
-        "made_by": {**made_by, "question": _digest(question.turns)},
-    }
+    return Answer(
+        question_id=question.question_id,
+        answer_id=digest.hexdigest()[:22],
+        model_id=model_id,
+        choices=(Choice(turns=turns),),
+        tstamp=time.time(),
+        num_tokens=tuple(completion.num_tokens for completion in completions),
+        ended=tuple(completion.ended for completion in completions),
+        num_cut_tokens=tuple(completion.num_cut_tokens for completion in completions),
+        made_by={**made_by, "question": _digest(question.turns)},
+    )
 
 
-def _check_origin(file: Path, row: dict[str, Any], made_by: dict[str, Any], digests: dict[QuestionId, str]) -> None:
-    check_row(file, row)
-    found = row["made_by"]
-    wanted = {**made_by, "question": digests.get(row["question_id"], found.get("question"))}
+def _check_origin(file: Path, answer: Answer, made_by: dict[str, Any], digests: dict[QuestionId, str]) -> None:
+    found = answer.made_by
+    if not found:
+        raise DataError(
+            f"{file} has answers that were not made here. Judge them as they are with --answers {file}.", path=str(file)
+        )
+    wanted = {**made_by, "question": digests.get(answer.question_id, found.get("question"))}
     if different := [name for name, value in wanted.items() if found.get(name) != value]:
         name = different[0]
         what = {"model": "by another model", "question": "to other questions"}.get(
@@ -350,26 +317,10 @@ def _check_origin(file: Path, row: dict[str, Any], made_by: dict[str, Any], dige
         )
 
 
-def fingerprint(folder: str | Path, tokenizer: PreTrainedTokenizerFast) -> str:
-    """A short hash that another model, or another chat template, does not share.
-
-    Of each file of weights its size and a sample of its bytes: training changes nearly all of them. A hub model goes
-    by its name.
-    """
-    digest = hashlib.sha256(str(tokenizer.chat_template).encode())
-    path = Path(folder)
-    if not path.is_dir():
-        digest.update(str(folder).encode())
-        return digest.hexdigest()[:16]
-    for file in sorted((path / "config.json", *path.glob("*.safetensors"))):
-        if file.is_file():
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            with file.open("rb") as stream:
-                for place in range(8):
-                    stream.seek(size * place // 8)
-                    digest.update(stream.read(_SAMPLED_BYTES))
-    return digest.hexdigest()[:16]
+def _fingerprint(folder: str | Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """A hash that another model, or another chat template, does not share."""
+    known_by = [model_fingerprint(str(folder)), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(known_by).encode()).hexdigest()[:16]
 
 
 def _digest(turns: Turns) -> str:

@@ -1,5 +1,8 @@
 """Asking the judge: an OpenAI-compatible endpoint that may be slow, busy, broken, or not there.
 
+The retries are not those of the ``openai`` client: here a pause that the server asks for holds for all threads, however
+long it is, malformed replies are retried too, and Ctrl-C ends a wait.
+
 The key is read from the environment by whoever calls, held in memory, and cut out of every text that leaves here.
 """
 
@@ -7,29 +10,30 @@ from __future__ import annotations
 
 import email.utils
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from steplm.errors import ConfigError, JudgeError
+from steplm.files import as_unicode
 from steplm.mt_bench.judge import TEMPERATURE, Replies, Reply, Request
 from steplm.units import format_seconds, reason
 
 if TYPE_CHECKING:
-    from openai import APIStatusError
+    from openai import APIConnectionError, APIStatusError
 
+CONNECT_SECONDS = 5.0
 LONG_WAIT_SECONDS = 10.0  # is told of
 LONGEST_WAIT_SECONDS = 60.0  # of our own back-off; a server's Retry-After may ask for more
 LONGEST_RETRY_AFTER_SECONDS = 3600.0
 MOST_FAILURES_IN_A_ROW = 5  # then the server is taken for down
-_PASSING = (408, 409, 425, 429)  # and every 5xx
+_RETRIED = (408, 409, 425, 429)  # and every 5xx
 _SHORTEST_SECRET = 8  # characters; a local server's key may be an "x", which stands in many replies
-_PLACEHOLDER_KEY = "none"
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,10 @@ class Endpoint:
     requests_per_minute: float | None = None
 
     def __post_init__(self) -> None:
-        try:
-            parts = urlsplit(self.base_url)
-            is_url = parts.scheme in ("http", "https") and bool(parts.hostname)
-        except ValueError:
-            is_url = False
-        if not is_url:
+        if not self.shown_url.startswith(("http://", "https://")) or not urlsplit(self.base_url).hostname:
             raise ConfigError(
-                f"the base URL {self.shown_url!r} is no URL. Write it as http://localhost:8000/v1.", url=self.shown_url
+                f"the base URL {self.shown_url!r} is not a valid URL. Write it as http://localhost:8000/v1.",
+                url=self.shown_url,
             )
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ConfigError(
@@ -77,9 +77,12 @@ class Endpoint:
             return "?"
 
     def redacted(self, text: str) -> str:
-        """The text without the key, should a server have sent it back."""
+        """The text without the key, should a server have sent it back, whole or only its beginning or end."""
         key = self.api_key or ""
-        return text.replace(key, "***") if len(key) >= _SHORTEST_SECRET else text
+        if len(key) < _SHORTEST_SECRET:
+            return text
+        ends = "|".join(map(re.escape, (key[:_SHORTEST_SECRET], key[-_SHORTEST_SECRET:])))
+        return re.sub(rf"[\w*.-]*(?:{ends})[\w*-]*", "***", text.replace(key, "***"))
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,12 @@ class Failure:
     reason: str
 
 
-class _Passing(Exception):
-    """Worth another try."""
+class _Retryable(Exception):
+    """This try failed, another may not."""
 
-    def __init__(self, reason: str, *, retry_after: float | None = None, reached: bool = True) -> None:
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
-        self.reached = reached  # the server, at all
 
 
 class _Refused(Exception):
@@ -118,20 +120,35 @@ class JudgeClient:
     """
 
     def __init__(self, endpoint: Endpoint, say: Callable[[str], None] = lambda text: None) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise ConfigError("MT-Bench's judge needs the openai library: pip install '.[mtbench]'") from None
         self.endpoint = endpoint
         self._say = say
-        self._openai = _library()
-        self._client = self._openai.OpenAI(
-            api_key=endpoint.api_key or _PLACEHOLDER_KEY,
+        self._openai = openai
+        self._client = openai.OpenAI(
+            api_key=endpoint.api_key or "none",
             base_url=endpoint.base_url,
-            timeout=endpoint.timeout_seconds,
-            max_retries=0,  # ours can be interrupted, slow all threads down together, and retry torn bodies
+            timeout=openai.Timeout(endpoint.timeout_seconds, connect=min(CONNECT_SECONDS, endpoint.timeout_seconds)),
+            max_retries=0,
         )
         self._pace = _Pace(endpoint.requests_per_minute)
         self._options: tuple[str, ...] = ("temperature", "max_tokens")
         self._lock = threading.Lock()
-        self._reached = False
+        self._was_reached = False
         self.stopped = threading.Event()
+
+    def check(self) -> None:
+        """Raise ``JudgeError`` where nobody answers at the address. Whatever the answer is, somebody is there."""
+        try:
+            self._client.models.list()
+        except self._openai.APIConnectionError as error:
+            if isinstance(found := self._connection_error(error), JudgeError):
+                raise found from None
+        except (self._openai.OpenAIError, ValueError, TypeError, AttributeError):
+            pass
+        self._was_reached = True
 
     def ask(self, request: Request) -> Reply:
         """The judge's reply, after as many tries as the endpoint allows.
@@ -142,106 +159,89 @@ class JudgeClient:
             _Stopped: ``stopped`` was set.
         """
         endpoint = self.endpoint
-        last = _Passing("")
         for attempt in range(endpoint.retries + 1):
-            self._pace.wait(self.stopped)
-            if self.stopped.is_set():
-                raise _Stopped
             try:
-                reply = self._try(request)
-            except _Passing as passing:
-                last = passing
+                reply = self._send(request)
+            except _Retryable as error:
+                last = error
             else:
-                self._reached = True
+                self._was_reached = True
                 return reply
-            self._reached |= last.reached
-            if attempt == endpoint.retries:
-                break
-            if last.retry_after is not None:  # holds for all threads: the server has had enough of us
-                wait = min(last.retry_after, LONGEST_RETRY_AFTER_SECONDS)
-                self._pace.pause(wait)
-            else:
-                wait = min(endpoint.backoff_seconds * 2**attempt, LONGEST_WAIT_SECONDS)
-                wait *= random.uniform(0.75, 1.25)  # so that threads do not come back as one
-            if wait >= LONG_WAIT_SECONDS:
-                self._say(f"the judge is waited for, {format_seconds(wait)}: {last}")
-            if last.retry_after is None:
-                self.stopped.wait(wait)
-        tries = f"{endpoint.retries + 1} tries" if endpoint.retries else "1 try"
-        if not self._reached:
-            raise JudgeError(
-                f"the judge at {endpoint.shown_url} cannot be reached after {tries}: {last}. Check --base-url and "
-                "the network, or start the server.",
-                url=endpoint.shown_url,
-            )
-        raise _Refused(f"{last}, after {tries}")
+            if attempt < endpoint.retries:
+                self._wait(last, attempt)
+        raise _Refused(f"{last}, after {endpoint.retries + 1} {'tries' if endpoint.retries else 'try'}")
 
-    def _try(self, request: Request) -> Reply:
-        """One try, in the options that this judge takes: of its refusals it is learned which."""
-        options = known = self._options
+    def _wait(self, error: _Retryable, attempt: int) -> None:
+        if error.retry_after is not None:  # holds for all threads: the server has had enough of us
+            wait = min(error.retry_after, LONGEST_RETRY_AFTER_SECONDS)
+            self._pace.pause(wait)
+        else:
+            wait = min(self.endpoint.backoff_seconds * 2**attempt, LONGEST_WAIT_SECONDS)
+            wait *= random.uniform(0.75, 1.25)  # so that threads do not come back as one
+        if wait >= LONG_WAIT_SECONDS:
+            self._say(f"waiting {format_seconds(wait)} for the judge: {error}")
+        if error.retry_after is None:
+            self.stopped.wait(wait)
+
+    def _send(self, request: Request) -> Reply:
+        """One try, with the options that this judge takes: which it takes is learned from its refusals."""
+        openai = self._openai
+        values = {"temperature": TEMPERATURE, "max_tokens": request.max_tokens}
+        values["max_completion_tokens"] = request.max_tokens
+        messages: Any = [{"role": "system", "content": request.system}, {"role": "user", "content": request.user}]
         while True:
+            self._pace.wait(self.stopped)
+            options = self._options
+            chosen: Any = {name: values[name] for name in options}
             try:
-                reply = self._send(request, options)
-            except self._openai.APIStatusError as error:
-                other = _accepted_instead(error, options)
-                if other is None:
-                    raise self._of_status(error) from None
-                options = other
-                self._pace.wait(self.stopped)
-                if self.stopped.is_set():
-                    raise _Stopped from None
-            else:
-                if options is not known:
-                    self._remember(options)
-                return reply
+                completion = self._client.chat.completions.create(model=request.judge, messages=messages, **chosen)
+                return self._reply(completion, TEMPERATURE if "temperature" in options else None)
+            except openai.APIStatusError as error:  # before its base class below
+                if not self._learned(error, options):
+                    raise self._status_error(error) from None
+            except openai.APIConnectionError as error:  # timeouts too
+                raise self._connection_error(error) from None
+            except (openai.OpenAIError, ValueError, TypeError) as error:
+                raise _Retryable(f"a malformed reply ({self.endpoint.redacted(reason(error))})") from None
 
-    def _remember(self, options: tuple[str, ...]) -> None:
+    def _learned(self, error: APIStatusError, options: tuple[str, ...]) -> bool:
+        """Whether the judge refused for the sake of an option, and may take the request otherwise."""
+        said = _said(error)
+        if error.status_code != 400:
+            return False
+        is_temperature = error.param == "temperature" or ("temperature" in said and "support" in said.lower())
+        if "max_tokens" in options and "max_completion_tokens" in said:  # as newer models call the same limit
+            other = tuple("max_completion_tokens" if name == "max_tokens" else name for name in options)
+        elif "temperature" in options and is_temperature:  # reasoning models have their own
+            other = tuple(name for name in options if name != "temperature")
+        else:
+            return False
         with self._lock:
-            before, self._options = self._options, options
-        if "temperature" in before and "temperature" not in options:
+            is_news = "temperature" in self._options and "temperature" not in other
+            if self._options == options:
+                self._options = other
+        if is_news:
             self._say(
                 f"note: {self.endpoint.model} refuses temperature {TEMPERATURE} and is asked at its own: asked again, "
                 "it may give other scores"
             )
-
-    def _send(self, request: Request, options: tuple[str, ...]) -> Reply:
-        openai = self._openai
-        limit = request.max_tokens
-        values = {"temperature": TEMPERATURE, "max_tokens": limit, "max_completion_tokens": limit}
-        try:
-            completion = self._client.chat.completions.create(
-                model=request.judge,
-                messages=[
-                    {"role": "system", "content": request.system},
-                    {"role": "user", "content": request.user},
-                ],
-                **{name: values[name] for name in options},
-            )
-        except openai.APIStatusError:  # of the kind below too, and for whoever sent it to understand
-            raise
-        except openai.APIConnectionError as error:  # timeouts too
-            cause = error.__cause__ or error
-            said = f"the connection failed ({self.endpoint.redacted(reason(cause))})"
-            if isinstance(error, openai.APITimeoutError):
-                said = f"no reply within {self.endpoint.timeout_seconds:g} s"
-            # ConnectError and ConnectTimeout, and not a connection that broke: somebody was there.
-            raise _Passing(said, reached=not type(cause).__name__.startswith("Connect")) from None
-        except (openai.APIError, ValueError, TypeError, AttributeError) as error:  # a body that is no JSON
-            raise _Passing(f"a malformed reply ({self.endpoint.redacted(reason(error))})") from None
-        return self._reply(completion, TEMPERATURE if "temperature" in options else None)
+        return True
 
     def _reply(self, completion: Any, temperature: int | None) -> Reply:
         try:
-            choice = completion.choices[0]
-            content = choice.message.content
+            choice = (completion.choices or [None])[0]
+            error = getattr(choice, "error", None) or getattr(completion, "error", None)
+            content = None if error else choice.message.content
             if not isinstance(content, str | None):
                 raise TypeError
-        except (AttributeError, IndexError, TypeError, KeyError):
+        except (AttributeError, TypeError):
             shown = self.endpoint.redacted(str(completion))[:120]
-            raise _Passing(f"a reply that is no chat completion: {shown!r}") from None
+            raise _Retryable(f"a reply that is not a chat completion: {shown!r}") from None
+        if error:  # some gateways send their errors with HTTP 200
+            raise _Retryable(f"the judge says: {self.endpoint.redacted(_text_of(error))}")
         usage = completion.usage
         return Reply(
-            self.endpoint.redacted(content or ""),  # nothing: a refusal or a filter, unparsable
+            as_unicode(self.endpoint.redacted(content or "")),  # nothing: a refusal or a filter, unparsable
             getattr(choice, "finish_reason", None),
             _whole(getattr(usage, "prompt_tokens", None)),
             _whole(getattr(usage, "completion_tokens", None)),
@@ -249,35 +249,45 @@ class JudgeClient:
             temperature,
         )
 
-    def _of_status(self, error: APIStatusError) -> Exception:
+    def _connection_error(self, error: APIConnectionError) -> Exception:
+        """A ``JudgeError`` where nobody was ever there: only what has worked before gets better by itself."""
+        cause = error.__cause__ or error
+        said = f"the connection failed ({self.endpoint.redacted(reason(cause))})"
+        # ConnectError and ConnectTimeout, and not a connection that broke: somebody was there.
+        if type(cause).__name__.startswith("Connect") and not self._was_reached:
+            url = self.endpoint.shown_url
+            return JudgeError(
+                f"nobody answers at {url}: {said}. Check --base-url and the network, or start the server.", url=url
+            )
+        if isinstance(error, self._openai.APITimeoutError):
+            said = f"no reply within {self.endpoint.timeout_seconds:g} s"
+        return _Retryable(said)
+
+    def _status_error(self, error: APIStatusError) -> Exception:
         endpoint, status = self.endpoint, error.status_code
-        said = endpoint.redacted(_message(error))
+        said = f"HTTP {status}: {endpoint.redacted(_said(error))}"
         url = endpoint.shown_url
-        if status in (401, 403):  # what the server says may quote the key in part
+        if status in (401, 403):
             held = "there is none" if endpoint.api_key is None else "the one there is refused"
-            return JudgeError(
-                f"the judge at {url} asks for a valid key (HTTP {status}). It is read from the environment variable "
-                f"{endpoint.api_key_env}: {held}. Export the right one, or name another variable with --api-key-env.",
-                url=url,
-                status=status,
+            problem = (
+                f"asks for a valid key ({said}). It is read from the environment variable {endpoint.api_key_env}: "
+                f"{held}. Export the right one, or name another variable with --api-key-env."
             )
-        if status == 404 or error.code == "model_not_found":
-            return JudgeError(
-                f"the judge at {url} knows no model {endpoint.model!r}, or the URL is wrong (HTTP {status}: {said}). "
-                "Check --judge-model, and --base-url, which usually ends in /v1.",
-                url=url,
-                status=status,
+        elif status == 404 or error.code == "model_not_found":
+            problem = (
+                f"knows no model {endpoint.model!r}, or the URL is wrong ({said}). "
+                "Check --judge-model, and --base-url, which usually ends in /v1."
             )
-        if error.code == "insufficient_quota":
-            return JudgeError(
-                f"the account at {url} has no credit left (HTTP {status}: {said}). What was judged is saved: top it "
-                "up and start the same command again.",
-                url=url,
-                status=status,
+        elif error.code == "insufficient_quota":
+            problem = (
+                f"says that the account has no credit left ({said}). What was judged is saved: top it up and start "
+                "the same command again."
             )
-        if status in _PASSING or status >= 500:
-            return _Passing(f"HTTP {status}: {said}", retry_after=_retry_after(error.response.headers))
-        return _Refused(f"HTTP {status}: {said}")
+        elif status in _RETRIED or status >= 500:
+            return _Retryable(said, _retry_after(error.response.headers.get("retry-after")))
+        else:
+            return _Refused(said)
+        return JudgeError(f"the judge at {url} {problem}", url=url, status=status)
 
 
 def ask_all(
@@ -302,26 +312,23 @@ def ask_all(
     """
 
     def work(request: Request) -> Failure | None:
-        while not client.stopped.is_set() and len(replies.to(request)) <= ask_again:
-            try:
+        try:
+            while replies.is_open(request, ask_again):
                 replies.add(request, client.ask(request))
-            except _Stopped:
-                return None
-            except _Refused as refused:
-                return Failure(request, str(refused))
-            except JudgeError:
-                client.stopped.set()  # at once, before another thread takes the next request
-                raise
-            if replies.outcome(request).value is not None:
-                break
+        except _Refused as refused:
+            return Failure(request, str(refused))
+        except _Stopped:
+            pass
+        except BaseException:
+            client.stopped.set()  # at once, before another thread takes the next request
+            raise
         return None
 
     failures: list[Failure] = []
     in_a_row = 0
     with ThreadPoolExecutor(client.endpoint.concurrency, thread_name_prefix="judge") as pool:
-        futures: list[Future[Failure | None]] = [pool.submit(work, request) for request in requests]
         try:
-            for future in as_completed(futures):
+            for future in as_completed([pool.submit(work, request) for request in requests]):
                 failure = future.result()
                 on_done()
                 in_a_row = 0 if failure is None else in_a_row + 1
@@ -355,53 +362,34 @@ class _Pace:
             self._next = mine + self._interval
         while not stopped.is_set() and (left := mine - time.monotonic()) > 0:
             stopped.wait(left)
+        if stopped.is_set():
+            raise _Stopped
 
     def pause(self, seconds: float) -> None:
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
-def _accepted_instead(error: APIStatusError, options: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Options that the judge may take after it has refused these; ``None`` where it was not for their sake."""
-    said = _message(error)
-    if error.status_code != 400:
-        return None
-    if "max_tokens" in options and "max_completion_tokens" in said:  # as newer models call the same limit
-        return tuple("max_completion_tokens" if name == "max_tokens" else name for name in options)
-    is_temperature = error.param == "temperature" or ("temperature" in said and "support" in said.lower())
-    if "temperature" in options and is_temperature:  # reasoning models have theirs
-        return tuple(name for name in options if name != "temperature")
-    return None
+def _said(error: APIStatusError) -> str:
+    """A server's own words for its error."""
+    return _text_of(error.body or error.message)
 
 
-def _library() -> ModuleType:
-    try:
-        import openai
-    except ImportError:
-        raise ConfigError("MT-Bench's judge needs the openai library: pip install '.[mtbench]'") from None
-    return openai
+def _text_of(body: Any) -> str:
+    """The message in ``{"error": {"message": …}}`` and in what servers send instead of it, in one line."""
+    for key in ("error", "message", "detail"):
+        if isinstance(body, dict) and body.get(key):
+            body = body[key]
+    return as_unicode(" ".join(str(body).split()))[:300]
 
 
-def _message(error: APIStatusError) -> str:
-    body = error.body
-    if isinstance(body, dict):
-        inner = body.get("error", body)
-        text = inner.get("message") if isinstance(inner, dict) else inner
-        if isinstance(text, str) and text.strip():
-            return text.strip()[:300]
-    return str(body or error.message).strip()[:300]
-
-
-def _retry_after(headers: Any) -> float | None:
+def _retry_after(value: str | None) -> float | None:
     """Seconds from ``Retry-After``, which holds a number or a date."""
-    value = headers.get("retry-after")
-    if value is None:
-        return None
     try:
-        seconds = float(value)
+        seconds = float(value or "")
     except ValueError:
         try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+            seconds = email.utils.parsedate_to_datetime(value or "").timestamp() - time.time()
         except (TypeError, ValueError, OverflowError):
             return None
     return max(seconds, 0.0) if seconds < float("inf") else None

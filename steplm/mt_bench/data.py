@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from steplm.data.sources import find_sources
 from steplm.errors import ConfigError, DataError
-from steplm.mt_bench.journal import read_rows
+from steplm.mt_bench.journal import Row, parsed_row, read_rows
 from steplm.units import nearest
 
 QuestionId = int | str
@@ -42,15 +45,40 @@ WHERE_TO_GET = (
 class Question:
     question_id: QuestionId
     category: str
-    turns: Turns
+    turns: Annotated[Turns, Field(min_length=1)]
     own_reference: Turns = ()  # what its set gives beside it
 
 
 @dataclass(frozen=True)
 class JudgePrompt:
     name: str
-    system: str
-    template: str  # for ``str.format``
+    system_prompt: str
+    prompt_template: str  # for ``str.format``
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    index: int = 0
+    turns: Turns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A row of FastChat's ``model_answer`` format, and what is kept beside it of answers that are made here."""
+
+    question_id: QuestionId
+    answer_id: str = ""
+    model_id: str
+    choices: Annotated[tuple[Choice, ...], Field(min_length=1)]  # the first counts
+    tstamp: float = 0.0
+    num_tokens: tuple[int, ...] = ()  # by turn, as the two below
+    ended: tuple[bool, ...] = ()  # by itself, not at the limit
+    num_cut_tokens: tuple[int, ...] = ()  # of the prompt's beginning
+    made_by: dict[str, Any] = field(default_factory=dict)  # all that the answer depends on
+
+    @property
+    def turns(self) -> Turns:
+        return self.choices[0].turns
 
 
 @dataclass(frozen=True)
@@ -90,8 +118,10 @@ def load_bench(
     asked = _selected(_questions(folder, questions), categories, limit)
     references, num_own = _references(folder, asked)
     prompt_file = next((p for p in (folder, folder.parent) if (p / "judge_prompts.jsonl").is_file()), folder)
-    prompts = {prompt.name: prompt for prompt in map(_prompt, _rows(prompt_file / "judge_prompts.jsonl"))}
-    return Bench(asked, references, prompts, num_own)
+    prompts = _rows(prompt_file / "judge_prompts.jsonl", JudgePrompt)
+    for prompt in prompts:
+        _check_template(prompt)
+    return Bench(asked, references, {prompt.name: prompt for prompt in prompts}, num_own)
 
 
 def load_answers(path: Path) -> dict[str, dict[QuestionId, Turns]]:
@@ -101,35 +131,11 @@ def load_answers(path: Path) -> dict[str, dict[QuestionId, Turns]]:
         DataError: no such file, or a row that is no answer.
     """
     answers: dict[str, dict[QuestionId, Turns]] = {}
-    for row in read_rows(path):
-        try:
-            answers.setdefault(_text(row["model_id"]), {})[_identity(row["question_id"])] = answer_turns(row)
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise DataError(
-                f"{path}: a row is no answer in FastChat's format (question_id, model_id, choices[0].turns): "
-                f"{str(row)[:120]}",
-                path=str(path),
-            ) from None
+    for answer in read_rows(path, Answer):
+        answers.setdefault(answer.model_id, {})[answer.question_id] = answer.turns
     if not answers:
         raise DataError(f"{path} holds no answers", path=str(path))
     return answers
-
-
-def answer_turns(row: Mapping[str, Any]) -> Turns:
-    """What a row of the ``model_answer`` format says, turn by turn."""
-    return tuple(map(_text, row["choices"][0]["turns"]))
-
-
-def check_row(file: Path, row: Mapping[str, Any]) -> None:
-    """Refuse a row of a model's own answers that was not written by ``answers.answer_questions``.
-
-    Raises:
-        DataError: it is of another origin.
-    """
-    if not {"question_id", "choices", "ended", "num_cut_tokens", "made_by"} <= set(row):
-        raise DataError(
-            f"{file} has answers that were not made here. Judge them as they are with --answers {file}.", path=str(file)
-        )
 
 
 def prompt_for(bench: Bench, kind: str, question: Question, turn: int) -> JudgePrompt:
@@ -144,41 +150,32 @@ def prompt_for(bench: Bench, kind: str, question: Question, turn: int) -> JudgeP
     return bench.prompts[name]
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path, kind: type[Row]) -> list[Row]:
     if not path.is_file():
         raise DataError(f"no file {path}. {WHERE_TO_GET}.", path=str(path))
-    return read_rows(path)
+    return read_rows(path, kind)
 
 
 def _questions(folder: Path, entry: str | None) -> list[Question]:
     if entry is None:
-        file = folder / "question.jsonl"
-        return [_question(str(file), row) for row in _rows(file)]
+        return [_two_turns(question) for question in _rows(folder / "question.jsonl", Question)]
+    adapter = TypeAdapter(Question)
     found = []
     for source in find_sources([entry]):
         for place, row in source.records():
+            where = f"{source.name}:{place}"
             if not isinstance(row, Mapping):
-                raise DataError(f"{source.name}:{place}: {row if isinstance(row, Exception) else 'no question'}")
-            question = _question(source.name, {**row, **{new: row[old] for new, old in _OTHER_NAMES if old in row}})
+                raise DataError(f"{where}: {row if isinstance(row, Exception) else 'not a question'}")
+            named = {**row, **{new: row[old] for new, old in _OTHER_NAMES if old in row}}
+            question = _two_turns(parsed_row(where, json.dumps(named, default=str), adapter))
             reference = row.get("reference")
             is_text = isinstance(reference, list) and all(isinstance(text, str) for text in reference)
             found.append(replace(question, own_reference=tuple(reference or ()) if is_text else ()))
     return found
 
 
-def _question(origin: str, row: Mapping[str, Any]) -> Question:
-    try:
-        question = Question(
-            _identity(row["question_id"]), _text(row["category"]), tuple(map(_text, row["turns"]))[:NUM_TURNS]
-        )
-    except (KeyError, TypeError, ValueError):
-        question = None
-    if question is None or not question.turns:
-        raise DataError(
-            f"{origin}: a row needs question_id, category and turns (a list of texts): {str(dict(row))[:120]}",
-            path=origin,
-        )
-    return question
+def _two_turns(question: Question) -> Question:
+    return replace(question, turns=question.turns[:NUM_TURNS])
 
 
 def _selected(questions: list[Question], categories: Sequence[str], limit: int | None) -> tuple[Question, ...]:
@@ -214,11 +211,9 @@ def _references(folder: Path, questions: Sequence[Question]) -> tuple[dict[Quest
     if file is None:
         found = f"; found {', '.join(f.name for f in files)}" if files else ""
         raise DataError(f"no {folder / 'reference_answer' / 'gpt-4.jsonl'}{found}. {WHERE_TO_GET}.", path=str(folder))
-    (answers, *others) = load_answers(file).values()
-    for other in others:
-        answers = {**answers, **other}
+    answers = {number: turns for of_model in load_answers(file).values() for number, turns in of_model.items()}
     published = {q.question_id for q in needed if len(answers.get(q.question_id, ())) >= len(q.turns)}
-    answers = {**answers, **{number: text for number, text in own.items() if number not in published}}
+    answers |= {number: turns for number, turns in own.items() if number not in published}
     if missing := [q.question_id for q in needed if len(answers.get(q.question_id, ())) < len(q.turns)]:
         raise DataError(
             f"{file} has no reference for {len(missing)} of {len(needed)} questions of "
@@ -229,21 +224,17 @@ def _references(folder: Path, questions: Sequence[Question]) -> tuple[dict[Quest
     return {q.question_id: answers[q.question_id] for q in needed}, len(own.keys() - published)
 
 
-def _prompt(row: Mapping[str, Any]) -> JudgePrompt:
+def _check_template(prompt: JudgePrompt) -> None:
     try:
-        prompt = JudgePrompt(_text(row["name"]), _text(row["system_prompt"]), _text(row["prompt_template"]))
-        fields = {name for _, name, _, _ in Formatter().parse(prompt.template) if name is not None}
-    except (KeyError, TypeError, ValueError):
-        raise DataError(
-            f"judge_prompts.jsonl: a row needs name, system_prompt and prompt_template: {str(dict(row))[:120]}"
-        ) from None
+        fields = {name for _, name, _, _ in Formatter().parse(prompt.prompt_template) if name is not None}
+    except ValueError as error:
+        raise DataError(f"judge_prompts.jsonl: the template of {prompt.name!r}: {error}", name=prompt.name) from None
     if prompt.name in PROMPT_NAMES.values() and (unknown := fields - _fields(prompt.name)):
         raise DataError(
             f"judge_prompts.jsonl: the template of {prompt.name!r} asks for {{{min(unknown)}}}, which is none of "
             f"{', '.join(sorted(_fields(prompt.name)))}",
             name=prompt.name,
         )
-    return prompt
 
 
 def _fields(name: str) -> set[str]:
@@ -252,15 +243,3 @@ def _fields(name: str) -> set[str]:
     numbers = ("_1", "_2") if turn == 2 else ("",)
     fields = {f"{field}{number}" for field in ("question", *sides) for number in numbers}
     return fields | ({"ref_answer_1", "ref_answer_2"} if has_reference else set())
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _identity(value: Any) -> QuestionId:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise TypeError
-    return value

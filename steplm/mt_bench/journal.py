@@ -1,4 +1,4 @@
-"""A file of JSON lines that only grows: what was paid for, in time or money, is on the disk before it is used."""
+"""Files of JSON lines, and one that only grows: what was paid for, in time or money, is on the disk at once."""
 
 from __future__ import annotations
 
@@ -7,103 +7,119 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Generic, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from steplm.errors import DataError, SteplmError
-from steplm.files import sync
+from steplm.files import sync, write_errors
 from steplm.units import reason
 
+Row = TypeVar("Row")
 
-class Journal:
+
+class Journal(Generic[Row]):
     """Rows of an append-only file. One process holds it at a time; threads may append together.
 
     A line that a kill tore is cut off when the file is opened.
 
+    Args:
+        kind: what each line holds, e.g. a dataclass; other keys are passed over.
+
     Raises:
-        DataError: a line that is no JSON object and not the last.
+        DataError: a line that is not of this kind.
         SteplmError: another process holds the file.
+        WriteError: the file system refuses.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
+    def __init__(self, path: Path, kind: type[Row]) -> None:
         self.path = path
+        self._adapter: TypeAdapter[Row] = TypeAdapter(kind)
         self._lock = threading.Lock()
-        self._stream = path.open("a+b")
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = path.open("a+b", buffering=0)
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.rows = self._healed()
         except BlockingIOError:
-            self._stream.close()
+            self.close()
             raise SteplmError(
                 f"another process writes {path}. Wait for it, stop it, or use another --output.", path=str(path)
             ) from None
-        try:
-            self.rows = self._heal()
         except BaseException:
             self.close()
             raise
-        if is_new:
-            sync(path.parent)
+        sync(path.parent)
 
-    def append(self, *rows: dict[str, Any]) -> None:
-        """Write rows; on return they survive a power cut."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with self._lock:
-            self._stream.write(text.encode("utf-8", "replace"))
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
+    def append(self, *rows: Row) -> None:
+        """Write rows; on return they survive a power cut. Of rows that the file system refuses nothing stays."""
+        data = b"".join(self._adapter.dump_json(row) + b"\n" for row in rows)
+        with self._lock, write_errors(self.path):
+            size = os.fstat(self._stream.fileno()).st_size
+            try:
+                while data:
+                    data = data[self._stream.write(data) :]
+                os.fsync(self._stream.fileno())
+            except BaseException:
+                self._stream.truncate(size)
+                raise
             self.rows.extend(rows)
 
     def close(self) -> None:
         self._stream.close()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> Journal[Row]:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _heal(self) -> list[dict[str, Any]]:
+    def _healed(self) -> list[Row]:
         self._stream.seek(0)
         content = self._stream.read()
         whole = content.rfind(b"\n") + 1
         lines = content[:whole].splitlines(keepends=True)
-        if lines and _row(lines[-1]) is None:  # its end reached the disk, its middle did not
+        if lines and not _is_json(lines[-1]):  # its end reached the disk, its middle did not
             whole -= len(lines.pop())
         if whole < len(content):
             self._stream.truncate(whole)
             os.fsync(self._stream.fileno())
-        return [_checked(self.path, number, line) for number, line in enumerate(lines, 1)]
+        return _parsed(self.path, lines, self._adapter)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; empty lines are passed over.
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """The rows of a file of JSON lines; empty lines are passed over.
 
     Raises:
-        DataError: no such file, or a line that is no JSON object.
+        DataError: no such file, or a line that is not of this kind.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", path=str(path)) from None
-    return [_checked(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    return _parsed(path, lines, TypeAdapter(kind))
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def parsed_row(where: str, line: str | bytes, adapter: TypeAdapter[Row]) -> Row:
+    """A row from JSON, strictly: a text is no number. ``DataError`` says where it stands and what is wrong."""
     try:
-        row = json.loads(line)
+        return adapter.validate_json(line, strict=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        if problem["type"] != "json_invalid":
+            raise DataError(f"{where}: {reason(error)}") from None
+        why = problem["ctx"]["error"]
+        half = ", half of a surrogate pair" if "hex escape" in why or "surrogate" in why else ""
+        raise DataError(f"{where}: not valid JSON: {why}{half}") from None
+
+
+def _parsed(path: Path, lines: list[bytes], adapter: TypeAdapter[Row]) -> list[Row]:
+    return [parsed_row(f"{path}, line {number}", line, adapter) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _checked(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    row = _row(line)
-    if row is None:
-        try:
-            json.loads(line)
-            why = "it is no JSON object"
-        except (ValueError, RecursionError) as error:
-            why = reason(error)
-        raise DataError(f"{path}, line {number}: {why}", path=str(path), line=number)
-    return row
+        return False

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 from steplm.mt_bench.data import Answers, Bench, Question, Turns, prompt_for
 from steplm.mt_bench.journal import Journal
-from steplm.mt_bench.parse import PARSERS
+from steplm.mt_bench.parse import Which, parsed
 
 TEMPERATURE = 0
 MAX_TOKENS = 2048  # of a reply, as published
@@ -41,39 +41,19 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Grading:
-    """One answer, to be given 1 to 10."""
+class Judgment:
+    """One answer, to be given 1 to 10, by one request; or two, by one in each order, the first model's first."""
 
     question: Question
     turn: int
-    model: str
-    request: Request
-
-    @property
-    def requests(self) -> tuple[Request, ...]:
-        return (self.request,)
+    models: tuple[str, ...]
+    requests: tuple[Request, ...]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two answers, shown in both orders."""
-
-    question: Question
-    turn: int
-    model_1: str
-    model_2: str
-    first: Request  # model_1 is A
-    second: Request  # model_2 is A
-
-    @property
-    def requests(self) -> tuple[Request, ...]:
-        return (self.first, self.second)
-
-
-def gradings(bench: Bench, answers: Answers, judge: str, max_tokens: int = MAX_TOKENS) -> list[Grading]:
+def gradings(bench: Bench, answers: Answers, judge: str, max_tokens: int = MAX_TOKENS) -> list[Judgment]:
     """All single gradings of the answers that there are: model by model, question by question, turn by turn."""
     return [
-        Grading(question, turn, model, _request(bench, judge, max_tokens, "single", question, turn, {"answer": turns}))
+        Judgment(question, turn, (model,), (_request(bench, judge, max_tokens, question, turn, {"answer": turns}),))
         for model, given in answers.items()
         for question in bench.questions
         for turn in range(1, len(question.turns) + 1)
@@ -81,26 +61,25 @@ def gradings(bench: Bench, answers: Answers, judge: str, max_tokens: int = MAX_T
     ]
 
 
-def comparisons(bench: Bench, answers: Answers, judge: str, max_tokens: int = MAX_TOKENS) -> list[Comparison]:
+def comparisons(bench: Bench, answers: Answers, judge: str, max_tokens: int = MAX_TOKENS) -> list[Judgment]:
     """Every model against every other, on the questions that both have answered."""
     found = []
-    for one, two in combinations(answers, 2):
+    for pair in combinations(answers, 2):
         for question in bench.questions:
-            turns_1, turns_2 = (answers[model].get(question.question_id, ()) for model in (one, two))
-            for turn in range(1, min(len(question.turns), len(turns_1), len(turns_2)) + 1):
-                first, second = (
-                    _request(bench, judge, max_tokens, "pairwise", question, turn, {"answer_a": a, "answer_b": b})
-                    for a, b in ((turns_1, turns_2), (turns_2, turns_1))
-                )
-                found.append(Comparison(question, turn, one, two, first, second))
+            one, two = (answers[model].get(question.question_id, ()) for model in pair)
+            for turn in range(1, min(len(question.turns), len(one), len(two)) + 1):
+                orders = ({"answer_a": one, "answer_b": two}, {"answer_a": two, "answer_b": one})
+                requests = tuple(_request(bench, judge, max_tokens, question, turn, order) for order in orders)
+                found.append(Judgment(question, turn, pair, requests))
     return found
 
 
 def _request(
-    bench: Bench, judge: str, max_tokens: int, kind: str, question: Question, turn: int, said: dict[str, Turns]
+    bench: Bench, judge: str, max_tokens: int, question: Question, turn: int, answers: dict[str, Turns]
 ) -> Request:
+    kind = "single" if len(answers) == 1 else "pairwise"
     prompt = prompt_for(bench, kind, question, turn)
-    sides = {"question": question.turns, **said}
+    sides = {"question": question.turns, **answers}
     if turn == 1:
         fields = {name: turns[0] for name, turns in sides.items()}
     else:
@@ -108,7 +87,7 @@ def _request(
     reference = bench.references.get(question.question_id, ())
     # The second may be missing: then nothing asks for it.
     fields |= {f"ref_answer_{number}": text for number, text in enumerate((*reference, "", "")[:2], 1)}
-    return Request(kind, prompt.name, judge, prompt.system, prompt.template.format(**fields), max_tokens)
+    return Request(kind, prompt.name, judge, prompt.system_prompt, prompt.prompt_template.format(**fields), max_tokens)
 
 
 # --- replies ----------------------------------------------------------------------------------------------
@@ -116,38 +95,50 @@ def _request(
 
 @dataclass(frozen=True)
 class Reply:
+    """As it is saved: ``key`` is its request's, ``judge`` the name of the judge and of the prompt."""
+
     content: str
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     tstamp: float = 0.0
     temperature: float | None = TEMPERATURE  # that was asked for; None: none, as the judge takes its own alone
+    key: str = ""
+    judge: tuple[str, str] = ("", "")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a request came to; ``value`` is ``None`` where there is no reply, or none that can be read."""
+
+    value: float | str | None
+    reply: Reply | None
+
+    @property
+    def unparsable(self) -> bool:
+        return self.reply is not None and self.value is None
 
 
 class Replies:
-    """Every reply that was ever got, by request, on the disk."""
+    """Every reply that was ever got, by request, on the disk.
 
-    def __init__(self, journal: Journal | None) -> None:  # None: there are none, and none will be added
+    Args:
+        journal: None: there are none, and none will be added.
+        which: rating of a reply counts.
+    """
+
+    def __init__(self, journal: Journal[Reply] | None, which: Which = "first") -> None:
         self._journal = journal
+        self._which = which
         self._of: dict[str, list[Reply]] = {}
-        for row in journal.rows if journal else ():
-            self._of.setdefault(row.get("key", ""), []).append(_reply(row))
+        for reply in journal.rows if journal else ():
+            self._of.setdefault(reply.key, []).append(reply)
 
     def add(self, request: Request, reply: Reply) -> None:
         """Save it; on return it survives a power cut."""
         assert self._journal is not None
-        self._journal.append(
-            {
-                "key": request.key,
-                "judge": [request.judge, request.prompt_name],
-                "content": reply.content,
-                "finish_reason": reply.finish_reason,
-                "prompt_tokens": reply.prompt_tokens,
-                "completion_tokens": reply.completion_tokens,
-                "tstamp": reply.tstamp,
-                "temperature": reply.temperature,
-            }
-        )
+        reply = replace(reply, key=request.key, judge=(request.judge, request.prompt_name))
+        self._journal.append(reply)
         self._of.setdefault(request.key, []).append(reply)
 
     def to(self, request: Request) -> list[Reply]:
@@ -157,43 +148,19 @@ class Replies:
         """The first reply that can be read; else the last, which cannot; else none."""
         replies = self.to(request)
         for reply in replies:
-            if (value := PARSERS[request.kind](reply.content)) is not None:
-                return Outcome(True, value, reply)
-        return Outcome(bool(replies), None, replies[-1] if replies else None)
+            if (value := parsed(request.kind, reply.content, self._which)) is not None:
+                return Outcome(value, reply)
+        return Outcome(None, replies[-1] if replies else None)
+
+    def is_open(self, request: Request, ask_again: int) -> bool:
+        """Whether it is still to be asked: no reply can be read yet, and there are at most ``ask_again``."""
+        return len(self.to(request)) <= ask_again and self.outcome(request).value is None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """``value`` is ``None`` where there is no reply, or none that can be read."""
-
-    answered: bool
-    value: float | str | None
-    reply: Reply | None
-
-    @property
-    def unparsable(self) -> bool:
-        return self.answered and self.value is None
-
-
-def _reply(row: dict[str, Any]) -> Reply:
-    return Reply(
-        str(row.get("content", "")),
-        row.get("finish_reason"),
-        row.get("prompt_tokens"),
-        row.get("completion_tokens"),
-        row.get("tstamp", 0.0),
-        row.get("temperature", TEMPERATURE),
-    )
-
-
-def open_requests(judgments: Iterable[Grading | Comparison], replies: Replies, *, ask_again: int) -> list[Request]:
-    """What is still to be asked: no reply yet, or only unparsable ones and fewer than ``1 + ask_again`` of them."""
+def open_requests(judgments: Iterable[Judgment], replies: Replies, *, ask_again: int) -> list[Request]:
+    """What is still to be asked, each once."""
     wanted = {request.key: request for judgment in judgments for request in judgment.requests}
-    return [
-        request
-        for request in wanted.values()
-        if replies.outcome(request).value is None and len(replies.to(request)) <= ask_again
-    ]
+    return [request for request in wanted.values() if replies.is_open(request, ask_again)]
 
 
 def estimated_tokens(requests: Sequence[Request]) -> tuple[int, int]:
@@ -212,12 +179,8 @@ _WINNERS = {"A": ("model_1", "model_2"), "B": ("model_2", "model_1"), "tie": ("t
 class Judged:
     """A judgment with the outcome of its requests."""
 
-    judgment: Grading | Comparison
-    outcomes: tuple[Outcome, ...] = field(default=())
-
-    @property
-    def answered(self) -> bool:
-        return all(outcome.answered for outcome in self.outcomes)
+    judgment: Judgment
+    outcomes: tuple[Outcome, ...] = ()
 
     @property
     def score(self) -> float | None:
@@ -240,39 +203,40 @@ class Judged:
         return first if first == second else "tie"
 
 
-def judged(judgments: Iterable[Grading | Comparison], replies: Replies) -> list[Judged]:
+def judged(judgments: Iterable[Judgment], replies: Replies) -> list[Judged]:
     """Each judgment with what the replies say of it."""
     return [Judged(each, tuple(map(replies.outcome, each.requests))) for each in judgments]
 
 
 def fastchat_row(each: Judged) -> dict[str, Any] | None:
     """A row of FastChat's ``model_judgment`` files; ``None`` where a reply is missing."""
-    if not each.answered:
-        return None
     judgment = each.judgment
-    replies = [outcome.reply or Reply("") for outcome in each.outcomes]
-    tail = {"turn": judgment.turn, "tstamp": max(reply.tstamp for reply in replies)}
-    if isinstance(judgment, Grading):
+    replies = [outcome.reply for outcome in each.outcomes if outcome.reply is not None]
+    if len(replies) < len(judgment.requests):
+        return None
+    requests = judgment.requests
+    judge = [requests[0].judge, requests[0].prompt_name]
+    if len(requests) == 1:
         score = each.score
-        return {
+        row = {
             "question_id": judgment.question.question_id,
-            "model": judgment.model,
-            "judge": [judgment.request.judge, judgment.request.prompt_name],
-            "user_prompt": judgment.request.user,
+            "model": judgment.models[0],
+            "judge": judge,
+            "user_prompt": requests[0].user,
             "judgment": replies[0].content,
             "score": _UNPARSABLE_SCORE if score is None else int(score) if score.is_integer() else score,
-            **tail,
         }
-    return {
-        "question_id": judgment.question.question_id,
-        "model_1": judgment.model_1,
-        "model_2": judgment.model_2,
-        "g1_winner": each.winners[0],
-        "g2_winner": each.winners[1],
-        "judge": [judgment.first.judge, judgment.first.prompt_name],
-        "g1_user_prompt": judgment.first.user,
-        "g1_judgment": replies[0].content,
-        "g2_user_prompt": judgment.second.user,
-        "g2_judgment": replies[1].content,
-        **tail,
-    }
+    else:
+        row = {
+            "question_id": judgment.question.question_id,
+            "model_1": judgment.models[0],
+            "model_2": judgment.models[1],
+            "g1_winner": each.winners[0],
+            "g2_winner": each.winners[1],
+            "judge": judge,
+            "g1_user_prompt": requests[0].user,
+            "g1_judgment": replies[0].content,
+            "g2_user_prompt": requests[1].user,
+            "g2_judgment": replies[1].content,
+        }
+    return {**row, "turn": judgment.turn, "tstamp": max(reply.tstamp for reply in replies)}

@@ -12,24 +12,24 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast, get_args
 
 from steplm.errors import ConfigError
-from steplm.files import write_atomically
+from steplm.files import write_atomically, write_errors
 from steplm.models.names import short_names
 from steplm.mt_bench.client import Failure, JudgeClient, ask_all
-from steplm.mt_bench.data import Answers, Bench, QuestionId, Turns, answer_turns, check_row, load_answers, load_bench
+from steplm.mt_bench.data import Answer, Answers, Bench, QuestionId, Turns, load_answers, load_bench
 from steplm.mt_bench.figure import radar_figure
 from steplm.mt_bench.journal import Journal
 from steplm.mt_bench.judge import (
     CHARACTERS_PER_TOKEN,
     MAX_TOKENS,
-    Comparison,
-    Grading,
     Judged,
+    Judgment,
     Replies,
+    Reply,
     comparisons,
     estimated_tokens,
     fastchat_row,
@@ -37,6 +37,7 @@ from steplm.mt_bench.judge import (
     judged,
     open_requests,
 )
+from steplm.mt_bench.parse import Which
 from steplm.mt_bench.scores import Scores, all_scores
 from steplm.mt_bench.tables import all_tables, write_results
 from steplm.report.evaluations import Evaluation, save_evaluation
@@ -46,15 +47,6 @@ if TYPE_CHECKING:
 
 MODES = {"single": ("single",), "pairwise": ("pairwise",), "both": ("single", "pairwise")}
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of a model's answers, by turn: how many there are, ran into the limit of tokens, had their prompt cut."""
-
-    num_turns: int
-    num_unended: int
-    num_cut_prompts: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +60,7 @@ class Benchmark:
     output: Path
     questions: str | None = None  # where they are from, if not from the folder
     max_judge_tokens: int = MAX_TOKENS
+    which: Which = "first"  # rating of a reply counts
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,41 +75,31 @@ class Benchmark:
 
     def saved_answers(self) -> dict[str, dict[QuestionId, Turns]]:
         """Those given, and those that an earlier run generated."""
-        wanted = {question.question_id for question in self.bench.questions}
-        generated = {
-            name: {row["question_id"]: answer_turns(row) for row in self._rows(name) if row["question_id"] in wanted}
-            for name in self.models
-        }
+        generated = {name: {a.question_id: a.turns for a in self._generated(name)} for name in self.models}
         return {**generated, **{name: dict(given) for name, given in self.given.items()}}
 
-    def limits(self) -> dict[str, Limits]:
-        """Where the generated answers met the end of the context or of ``max_new_tokens``."""
-        wanted = {question.question_id for question in self.bench.questions}
-        rows = {name: [r for r in self._rows(name) if r["question_id"] in wanted] for name in self.models}
-        return {
-            name: Limits(
-                sum(len(row["ended"]) for row in of_model),
-                sum(not ended for row in of_model for ended in row["ended"]),
-                sum(number > 0 for row in of_model for number in row["num_cut_tokens"]),
-            )
-            for name, of_model in rows.items()
-        }
+    def limits(self) -> dict[str, dict[str, int]]:
+        """Of each model's answers the number of turns, of those that ran into a limit, and of prompts that were cut."""
+        found = {}
+        for name in self.models:
+            answers = self._generated(name)
+            ended = [ended for answer in answers for ended in answer.ended]
+            num_cut = sum(number > 0 for answer in answers for number in answer.num_cut_tokens)
+            found[name] = {"num_turns": len(ended), "num_unended": ended.count(False), "num_cut_prompts": num_cut}
+        return found
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
+    def _generated(self, name: str) -> list[Answer]:
+        """Of the questions that are asked."""
         if not self.answer_file(name).is_file():
             return []
-        with Journal(self.answer_file(name)) as journal:
-            rows = journal.rows
-        for row in rows:
-            check_row(self.answer_file(name), row)
-        return rows
+        asked = {question.question_id for question in self.bench.questions}
+        with Journal(self.answer_file(name), Answer) as journal:
+            return [answer for answer in journal.rows if answer.question_id in asked]
 
-    def judgments(self, answers: Answers, judge: str) -> list[Grading | Comparison]:
+    def judgments(self, answers: Answers, judge: str) -> list[Judgment]:
         """All that there are to be, of these answers."""
-        makers: dict[str, Callable[[Bench, Answers, str, int], Sequence[Grading | Comparison]]]
         makers = {"single": gradings, "pairwise": comparisons}
-        how = self.bench, answers, judge, self.max_judge_tokens
-        return [judgment for mode in self.modes for judgment in makers[mode](*how)]
+        return [j for mode in self.modes for j in makers[mode](self.bench, answers, judge, self.max_judge_tokens)]
 
 
 def prepare(
@@ -131,6 +114,7 @@ def prepare(
     categories: Sequence[str] = (),
     limit: int | None = None,
     max_judge_tokens: int = MAX_TOKENS,
+    rating: str = "first",
 ) -> Benchmark:
     """Read all files and check what can be checked before time and money are spent.
 
@@ -139,6 +123,8 @@ def prepare(
     """
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}: use single, pairwise or both", mode=mode)
+    if rating not in get_args(Which):
+        raise ConfigError(f"unknown rating {rating!r}: use first (FastChat's rule) or last", rating=rating)
     for name, number in (("limit", limit), ("max_judge_tokens", max_judge_tokens)):
         if number is not None and number < 1:
             raise ConfigError(f"{name} is {number}, but must be at least 1")
@@ -161,7 +147,14 @@ def prepare(
         raise ConfigError("a pairwise comparison needs two models or more; there is one")
     bench = load_bench(data, questions=questions, categories=categories, limit=limit)
     return Benchmark(
-        bench, dict(zip(labels, models, strict=True)), given, MODES[mode], output, questions, max_judge_tokens
+        bench,
+        dict(zip(labels, models, strict=True)),
+        given,
+        MODES[mode],
+        output,
+        questions,
+        max_judge_tokens,
+        cast(Which, rating),
     )
 
 
@@ -188,8 +181,8 @@ def cost(benchmark: Benchmark, judge: str, *, max_new_tokens: int, ask_again: in
                 answers[name][question.question_id] = (longest,) * len(question.turns)
     judgments = benchmark.judgments(answers, judge)
     file = benchmark.output / "replies.jsonl"
-    with Journal(file) if file.is_file() else nullcontext() as journal:  # asking leaves no trace
-        to_ask = open_requests(judgments, Replies(journal), ask_again=ask_again)
+    with Journal(file, Reply) if file.is_file() else nullcontext() as journal:  # asking leaves no trace
+        to_ask = open_requests(judgments, Replies(journal, benchmark.which), ask_again=ask_again)
     num_requests = len({request.key for judgment in judgments for request in judgment.requests})
     return Cost(num_missing, len(to_ask), num_requests - len(to_ask), *estimated_tokens(to_ask))
 
@@ -204,7 +197,8 @@ def generate_answers(
     progress: Progress,
 ) -> dict[str, dict[QuestionId, Turns]]:
     """All answers; those that are saved are not generated again."""
-    from steplm.mt_bench.answers import answer_questions, load_chat_tokenizer
+    from steplm.eval.chat import load_chat_tokenizer
+    from steplm.mt_bench.answers import answer_questions
 
     saved = benchmark.saved_answers()
     for folder in benchmark.models.values():  # all, before the first spends its hours
@@ -238,6 +232,7 @@ class Outcome:
     prompt_tokens: int = 0  # of them, as the server counts
     completion_tokens: int = 0
     files: list[Path] = field(default_factory=list)
+    num_thinking: int = 0  # replies with a <think> block
 
 
 def judge_answers(
@@ -258,8 +253,8 @@ def judge_answers(
         JudgeError: the judge cannot be asked; what was judged is saved.
     """
     output = benchmark.output
-    with Journal(output / "replies.jsonl") as journal:
-        replies = Replies(journal)
+    with Journal(output / "replies.jsonl", Reply) as journal:
+        replies = Replies(journal, benchmark.which)
         judgments = benchmark.judgments(answers, judge)
         to_ask = open_requests(judgments, replies, ask_again=ask_again)
         num_before = len(journal.rows)
@@ -277,10 +272,15 @@ def judge_answers(
     given = [outcome.reply for each in results for outcome in each.outcomes if outcome.reply is not None]
     num_otherwise = sum(reply.temperature is None for reply in given)
     label = f"{judge} at its own temperature" if num_otherwise else judge
-    used = [sum(row[name] or 0 for row in new) for name in ("prompt_tokens", "completion_tokens")]
+    num_thinking = sum("</think>" in reply.content for reply in given)
+    if benchmark.which == "last":
+        label += ", last rating outside <think>"
+    used = [sum(getattr(reply, name) or 0 for reply in new) for name in ("prompt_tokens", "completion_tokens")]
     about = {
         "judge": judge,
         "num_replies_at_its_own_temperature": num_otherwise,
+        "rating": benchmark.which,
+        "num_replies_with_thoughts": num_thinking,
         "max_judge_tokens": benchmark.max_judge_tokens,
         "models": {name: benchmark.models.get(name, "given answers") for name in benchmark.names},
         "modes": list(benchmark.modes),
@@ -288,26 +288,25 @@ def judge_answers(
         "num_questions": benchmark.num_questions,
         "num_references_of_the_questions_own": benchmark.bench.num_own_references,
         "categories": list(benchmark.bench.categories),
-        "answers": {name: asdict(limits) for name, limits in benchmark.limits().items()},
+        "answers": benchmark.limits(),
         "requests_without_reply": [
             {"key": f.request.key, "prompt": f.request.prompt_name, "reason": f.reason} for f in failures
         ],
     }
     tables = all_tables(scores, label)
-    figure = radar_figure(scores, output / "radar.png")
-    figures = () if figure is None else (figure,)
-    save_evaluation(output, "mt_bench", Evaluation("MT-Bench", tuple(tables), figures))
-    files = [*write_results(scores, tables, output, about), *figures]
-    return Outcome(label, scores, results, failures, len(new), used[0], used[1], files)
+    with write_errors(output):
+        figure = radar_figure(scores, output / "radar.png")
+        figures = () if figure is None else (figure,)
+        save_evaluation(output, "mt_bench", Evaluation("MT-Bench", tuple(tables), figures))
+        files = [*write_results(scores, tables, output, about), *figures]
+    return Outcome(label, scores, results, failures, len(new), used[0], used[1], files, num_thinking)
 
 
 def _write_judgments(folder: Path, judge: str, modes: Iterable[str], results: Sequence[Judged]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    kinds = {"single": ("single", Grading), "pairwise": ("pair", Comparison)}
     for mode in modes:
-        suffix, kind = kinds[mode]
-        rows = [row for each in results if isinstance(each.judgment, kind) and (row := fastchat_row(each)) is not None]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        suffix, num_models = {"single": ("single", 1), "pairwise": ("pair", 2)}[mode]
+        rows = (fastchat_row(each) for each in results if len(each.judgment.models) == num_models)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row is not None)
         write_atomically(folder / f"{file_name(judge)}_{suffix}.jsonl", lines)
 
 

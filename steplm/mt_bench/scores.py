@@ -5,85 +5,84 @@ The unit that is drawn again is the question, with both its turns: they are not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
 from steplm.mt_bench.data import Bench, QuestionId
-from steplm.mt_bench.judge import Grading, Judged
+from steplm.mt_bench.judge import Judged
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
 ALL = "all"
-WHERE = (None, 1, 2)  # turns of a mean: both together, the first, the second
+TURNS = (None, 1, 2)  # of a mean: both together, the first, the second
 _WORTH = {"model_1": 1.0, "tie": 0.5, "model_2": 0.0}
+
+Cell = tuple[QuestionId, int]  # a question's turn
+Where = tuple[str, int | None]  # a category or ``ALL``, a turn or None for both
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean over judgments; ``None`` where nothing was judged, an interval only from two questions on."""
+class Score:
+    """A mean over judgments; ``None`` where nothing was judged, an interval only from two questions on.
 
+    Attributes:
+        kind: ``score`` of one model, 1 to 10; ``score_difference`` of two, over what both were judged on, above 0 where
+            the first is better; ``win_share`` of the first of two, where a tie counts as half a win.
+        judged: judgments that the mean is of.
+        expected: that there would be if none were missing.
+        unparsable: replies that say nothing; the rest of those missing were not asked or not answered.
+        counts: of a win share: ``wins``, ``ties``, ``losses``, and ``orders_disagree`` among the ties.
+    """
+
+    kind: str
+    models: tuple[str, ...]
+    category: str
+    turn: int | None
     mean: float | None
     low: float | None
     high: float | None
-    judged: int  # judgments that the mean is of
-    expected: int  # that there would be if none were missing
-    unparsable: int = 0  # replies that say nothing; the rest of those missing were not asked or not answered
+    judged: int
+    expected: int
+    unparsable: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
         return self.judged == self.expected
 
-
-@dataclass(frozen=True)
-class SingleScore:
-    """Of one model; ``category`` may be ``ALL``, ``turn`` ``None`` for both."""
-
-    model: str
-    category: str
-    turn: int | None
-    score: Mean  # 1 to 10
-
-
-@dataclass(frozen=True)
-class ScoreDifference:
-    """Of the single scores of two models, over what both were judged on."""
-
-    model_1: str
-    model_2: str
-    category: str
-    turn: int | None
-    difference: Mean  # model_1 less model_2
-
-
-@dataclass(frozen=True)
-class PairScore:
-    """How often one of two models won against the other."""
-
-    model_1: str
-    model_2: str
-    category: str
-    turn: int | None
-    wins: int  # of model_1, in both orders
-    ties: int  # or the orders disagree
-    losses: int
-    disagreements: int  # between the two orders, among the ties
-    win_share: Mean  # a tie counts as half a win
+    @property
+    def row(self) -> dict[str, Any]:
+        """Flat, for CSV and JSON."""
+        return {
+            "kind": self.kind,
+            **dict(zip(("model", "other"), self.models, strict=False)),
+            "category": self.category,
+            "turn": self.turn or "both",
+            "mean": self.mean,
+            "ci95_low": self.low,
+            "ci95_high": self.high,
+            "judged": self.judged,
+            "expected": self.expected,
+            "unparsable": self.unparsable,
+            **self.counts,
+        }
 
 
 @dataclass(frozen=True)
 class Scores:
-    singles: tuple[SingleScore, ...]
-    differences: tuple[ScoreDifference, ...]
-    pairs: tuple[PairScore, ...]
+    scores: tuple[Score, ...]
 
-    def single(self, model: str, category: str = ALL, turn: int | None = None) -> SingleScore:
-        return next(s for s in self.singles if (s.model, s.category, s.turn) == (model, category, turn))
-
-
-Cell = tuple[QuestionId, int]  # a question's turn
+    def of(self, kind: str) -> dict[tuple[str, ...], dict[Where, Score]]:
+        """Those of a kind by model or pair of models, each by category and turn."""
+        found: dict[tuple[str, ...], dict[Where, Score]] = {}
+        for score in self.scores:
+            if score.kind == kind:
+                found.setdefault(score.models, {})[score.category, score.turn] = score
+        return found
 
 
 def all_scores(bench: Bench, models: Sequence[str], modes: Sequence[str], judgments: Iterable[Judged]) -> Scores:
@@ -93,104 +92,68 @@ def all_scores(bench: Bench, models: Sequence[str], modes: Sequence[str], judgme
         modes: of ``single`` and ``pairwise``.
         judgments: what was judged; whatever is not among them counts as missing.
     """
-    singles: dict[str, dict[Cell, Judged]] = {model: {} for model in models}
-    pairs: dict[tuple[str, str], dict[Cell, Judged]] = {pair: {} for pair in combinations(models, 2)}
+    found: dict[tuple[str, ...], dict[Cell, Judged]] = {}
     for each in judgments:
         cell = (each.judgment.question.question_id, each.judgment.turn)
-        if isinstance(each.judgment, Grading):
-            singles[each.judgment.model][cell] = each
-        else:
-            pairs[each.judgment.model_1, each.judgment.model_2][cell] = each
-    where = [(category, turn) for category in (*bench.categories, ALL) for turn in WHERE]
-    with_pairs = list(pairs) if "pairwise" in modes else []
-    in_single = list(models) if "single" in modes else []
-    return Scores(
-        tuple(
-            SingleScore(model, category, turn, _mean(_cells(bench, category, turn), singles[model], _score))
-            for model in in_single
-            for category, turn in where
-        ),
-        tuple(
-            ScoreDifference(
-                one, two, category, turn, _difference(_cells(bench, category, turn), singles[one], singles[two])
-            )
-            for one, two in combinations(in_single, 2)
-            for category, turn in where
-        ),
-        tuple(
-            _pair(one, two, category, turn, _cells(bench, category, turn), pairs[one, two])
-            for one, two in with_pairs
-            for category, turn in where
-        ),
-    )
+        found.setdefault(each.judgment.models, {})[cell] = each
+    scores: list[Score] = []
+    if "single" in modes:
+        of_model = {name: {c: j.score for c, j in found.get((name,), {}).items()} for name in models}
+        for name in models:
+            scores += _scores(bench, "score", (name,), of_model[name], found)
+        for one, two in combinations(models, 2):
+            gaps = {
+                c: a - b for c, a in of_model[one].items() if a is not None and (b := of_model[two].get(c)) is not None
+            }
+            scores += _scores(bench, "score_difference", (one, two), gaps, {})
+    if "pairwise" in modes:
+        for pair in combinations(models, 2):
+            worth = {c: None if j.winner is None else _WORTH[j.winner] for c, j in found.get(pair, {}).items()}
+            scores += _scores(bench, "win_share", pair, worth, found)
+    return Scores(tuple(scores))
 
 
-def _cells(bench: Bench, category: str, turn: int | None) -> list[Cell]:
-    return [
-        (question.question_id, number)
-        for question in bench.questions
-        if category in (ALL, question.category)
-        for number in range(1, len(question.turns) + 1)
-        if turn in (None, number)
-    ]
+def _scores(
+    bench: Bench,
+    kind: str,
+    models: tuple[str, ...],
+    values: Mapping[Cell, float | None],
+    found: Mapping[tuple[str, ...], Mapping[Cell, Judged]],
+) -> Iterable[Score]:
+    judged = found.get(models, {})
+    for category in (*bench.categories, ALL):
+        for turn in TURNS:
+            cells = [
+                (question.question_id, number)
+                for question in bench.questions
+                if category in (ALL, question.category)
+                for number in range(1, len(question.turns) + 1)
+                if turn in (None, number)
+            ]
+            known = {cell: value for cell in cells if (value := values.get(cell)) is not None}
+            unparsable = sum(cell in judged and any(o.unparsable for o in judged[cell].outcomes) for cell in cells)
+            counts = _counts([judged[cell] for cell in known]) if kind == "win_share" else {}
+            yield Score(kind, models, category, turn, *interval(known), len(known), len(cells), unparsable, counts)
 
 
-def _score(each: Judged) -> float | None:
-    return each.score
+def _counts(compared: Sequence[Judged]) -> dict[str, int]:
+    winners = [each.winner for each in compared]
+    counts = {name: winners.count(who) for name, who in (("wins", "model_1"), ("ties", "tie"), ("losses", "model_2"))}
+    return {**counts, "orders_disagree": sum(each.winners[0] != each.winners[1] for each in compared)}
 
 
-def _win_worth(each: Judged) -> float | None:
-    return None if each.winner is None else _WORTH[each.winner]
-
-
-def _mean(cells: Sequence[Cell], found: dict[Cell, Judged], value: Callable[[Judged], float | None]) -> Mean:
-    values = {cell: v for cell in cells if cell in found and (v := value(found[cell])) is not None}
-    unparsable = sum(cell in found and any(o.unparsable for o in found[cell].outcomes) for cell in cells)
-    mean, low, high = interval(values)
-    return Mean(mean, low, high, len(values), len(cells), unparsable)
-
-
-def _difference(cells: Sequence[Cell], one: dict[Cell, Judged], two: dict[Cell, Judged]) -> Mean:
-    values = {
-        cell: a - b
-        for cell in cells
-        if cell in one and cell in two and (a := one[cell].score) is not None and (b := two[cell].score) is not None
-    }
-    mean, low, high = interval(values)
-    return Mean(mean, low, high, len(values), len(cells))
-
-
-def _pair(
-    one: str, two: str, category: str, turn: int | None, cells: Sequence[Cell], found: dict[Cell, Judged]
-) -> PairScore:
-    won = [found[cell] for cell in cells if cell in found and found[cell].winner is not None]
-    winners = [each.winner for each in won]
-    return PairScore(
-        one,
-        two,
-        category,
-        turn,
-        winners.count("model_1"),
-        winners.count("tie"),
-        winners.count("model_2"),
-        sum(each.winners[0] != each.winners[1] for each in won),
-        _mean(cells, found, _win_worth),
-    )
-
-
-def interval(values: dict[Cell, float]) -> tuple[float | None, float | None, float | None]:
+def interval(values: Mapping[Cell, float]) -> tuple[float | None, float | None, float | None]:
     """Mean of values by question and turn, with the 95% percentile interval of a bootstrap over questions.
 
     No interval from fewer than two questions. The same values give the same interval.
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
     """
-    if not values:
-        return None, None, None
     by_question: dict[QuestionId, list[float]] = {}
     for (question_id, _), value in values.items():
         by_question.setdefault(question_id, []).append(value)
-    sums = np.array([sum(turns) for turns in by_question.values()])
-    counts = np.array([len(turns) for turns in by_question.values()])
+    if not by_question:
+        return None, None, None
+    sums, counts = (np.array([measure(turns) for turns in by_question.values()]) for measure in (sum, len))
     mean = float(sums.sum() / counts.sum())
     if len(sums) < 2:
         return mean, None, None

@@ -71,6 +71,8 @@ class Encoder:
             if found := next((text for text in self._special_texts if text in message["content"]), None):
                 raise ValueError(f"the special token {found} in a message")
         whole = self._render(messages)
+        if any(message["role"] == "system" and message["content"].strip() not in whole for message in messages):
+            raise ValueError("the chat template leaves out the system message")
         pieces: list[tuple[str, bool]] = []
         position = 0
         for index in answers:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING
 import yaml
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from steplm.files import replacing
 from steplm.models.build import plain_state
 from steplm.models.folder import save_folder
 from steplm.models.names import short_name
@@ -43,18 +42,15 @@ def export_model(
         hf_config: of the model that was trained; training may have changed the model's own.
         end_ids: tokens that end an answer, at which generation stops.
     """
-    temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
     hf_config.use_cache = True
     hf_config.pad_token_id = tokenizer.pad_token_id
     if hf_config.eos_token_id is None:
         hf_config.eos_token_id = tokenizer.eos_token_id
-    save_folder(temporary, hf_config, plain_state(model))
-    tokenizer.save_pretrained(temporary)
-    _generation_config(model_name, hf_config, tokenizer, end_ids).save_pretrained(temporary)
-    (temporary / "README.md").write_text(_card(model_name, data, config, result, counts), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    with replacing(folder) as temporary:
+        save_folder(temporary, hf_config, plain_state(model))
+        tokenizer.save_pretrained(temporary)
+        _generation_config(model_name, hf_config, tokenizer, end_ids).save_pretrained(temporary)
+        (temporary / "README.md").write_text(_card(model_name, data, config, result, counts), encoding="utf-8")
 
 
 def _generation_config(

@@ -18,6 +18,8 @@ from steplm.sft.records import Records, read_conversations
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MOST_COLUMNS = 10  # named in a note
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -31,6 +33,7 @@ class Prepared:
     num_truncated: int  # among those that are used
     num_too_long: int  # dropped: no token of the answer would be left, or too_long=drop
     end_ids: tuple[int, ...]  # tokens that end an answer
+    notes: tuple[str, ...] = ()  # columns that are not read, and why records are unusable; for people
 
     @property
     def num_train_tokens(self) -> int:
@@ -46,7 +49,7 @@ class Prepared:
             "records": self.num_records,
             "train": len(self.train),
             "validation": len(self.validation),
-            "empty answers, dropped": self.num_empty,
+            "without an answer to learn, dropped": self.num_empty,
             "too long, dropped": self.num_too_long,
             "too long, cut at the end": self.num_truncated,
             "unusable, dropped": self.num_unusable,
@@ -96,7 +99,20 @@ def prepare_records(
         num_truncated=num_truncated,
         num_too_long=num_too_long,
         end_ids=tuple(sorted(end_ids)),
+        notes=tuple(_notes(records)),
     )
+
+
+def _notes(records: Records) -> Iterator[str]:
+    if records.unread:
+        shown = [
+            f"{name} ({count:,} of {records.num_records:,} records)"
+            for name, count in records.unread.most_common(MOST_COLUMNS)
+        ]
+        if (more := len(records.unread) - MOST_COLUMNS) > 0:
+            shown.append(f"and {more:,} more")
+        yield f"columns not read: {', '.join(shown)}"
+    yield from (f"unusable: {line}" for line in records.reasons())
 
 
 def _is_held_out(key: bytes, fraction: float) -> bool:
@@ -105,8 +121,8 @@ def _is_held_out(key: bytes, fraction: float) -> bool:
 
 def _nothing_left(records: Records, num_too_long: int, sequence_length: int) -> str:
     return (
-        f"nothing to learn from {records.num_records:,} records: {records.num_empty:,} have no answer, "
-        f"{num_too_long:,} no token of it within sequence_length={sequence_length}. "
+        f"nothing to learn from {records.num_records:,} records: {records.num_empty:,} have no answer to "
+        f"learn, {num_too_long:,} no token of it within sequence_length={sequence_length}. "
         "Name other data, or raise sequence_length; with few records also lower validation_fraction."
     )
 

@@ -1,11 +1,13 @@
 """Records of instructions -> conversations, whatever columns they come in.
 
-    Alpaca                  instruction, input (may be missing or empty), output
+    Alpaca                  instruction, input (may be missing or empty), output; history: [["question", "answer"], …]
     chat                    messages: [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]
     ShareGPT                conversations: [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}, …]
     prompt and completion   prompt, completion: two texts, or two lists of messages
 
-Duplicates stay. What has no answer is dropped, what cannot be read is unusable; both are counted.
+Any of them may have ``system``, a text. An answer with ``weight: 0`` or ``train: false`` is context without a loss.
+Duplicates stay. Records without an answer to learn are dropped, records that cannot be read are unusable; both are
+counted. Columns that are not read are named.
 """
 
 from __future__ import annotations
@@ -15,30 +17,52 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from steplm.data.sources import find_sources
 from steplm.errors import DataError
+from steplm.files import is_unicode
 from steplm.sft.templates import with_input
 from steplm.units import shortened
 
-COLUMNS = ("instruction, output and perhaps input", "messages", "conversations", "prompt and completion")
+# The columns that make a record one of a kind -> all columns that are read of it.
+KINDS = {
+    ("instruction", "output"): ("instruction", "input", "output", "history", "system"),
+    ("messages",): ("messages", "system"),
+    ("conversations",): ("conversations", "system"),
+    ("prompt", "completion"): ("prompt", "completion", "system"),
+}
+EXPECTED = "instruction, output and perhaps input; or messages; or conversations; or prompt and completion"
+MESSAGE_KEYS = ("role", "content", "from", "value", "weight", "train")
 # Who speaks in ShareGPT's records -> the role in a chat template.
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+MOST_REASONS = 5  # in one message
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, ``{"role": …, "content": …}``; those of the assistant after the first ``num_given`` are learned."""
+    """Messages, ``{"role": …, "content": …}``.
+
+    Attributes:
+        num_given: so many messages at the beginning are a prompt, and no answer among them is learned.
+        unlearned: indices of further answers that are not learned.
+        place: ``FILE:NUMBER``, for messages.
+        unread: columns of the record, and keys of its messages, that are not read.
+    """
 
     messages: tuple[Mapping[str, str], ...]
     num_given: int = 0
-    place: str = ""  # "FILE:NUMBER", for messages
+    unlearned: frozenset[int] = frozenset()
+    place: str = ""
+    unread: frozenset[str] = frozenset()
 
     def answers(self) -> list[int]:
         """Indices of the messages that are learned."""
-        roles = enumerate(message["role"] for message in self.messages)
-        return [index for index, role in roles if role == "assistant" and index >= self.num_given]
+        return [
+            index
+            for index, message in enumerate(self.messages)
+            if message["role"] == "assistant" and index >= self.num_given and index not in self.unlearned
+        ]
 
     def key(self) -> bytes:
         """Equal for equal conversations."""
@@ -51,9 +75,10 @@ class Records:
 
     conversations: list[Conversation] = field(default_factory=list)
     num_records: int = 0
-    num_empty: int = 0  # without an answer
+    num_empty: int = 0  # without an answer to learn
     unusable: Counter[str] = field(default_factory=Counter)  # by reason
     first_places: dict[str, str] = field(default_factory=dict)  # of each reason
+    unread: Counter[str] = field(default_factory=Counter)  # records by column that is not read
 
     @property
     def num_unusable(self) -> int:
@@ -63,18 +88,22 @@ class Records:
         self.unusable[reason] += 1
         self.first_places.setdefault(reason, place)
 
+    def reasons(self) -> list[str]:
+        """Why records are unusable: a line for each of the commonest reasons, with the first record's place."""
+        return [
+            f"{count:,} x {reason}, first in {self.first_places[reason]}"
+            for reason, count in self.unusable.most_common(MOST_REASONS)
+        ]
+
     def check(self, max_bad_share: float) -> None:
         """Raise ``DataError``, with the reasons, if more than this share of the records is unusable, or all are."""
         share = self.num_unusable / max(self.num_records, 1)
         if not self.num_unusable or (share <= max_bad_share and self.conversations):
             return
-        reasons = "\n".join(
-            f"  {count:,} x {reason}, first in {self.first_places[reason]}"
-            for reason, count in self.unusable.most_common(5)
-        )
+        reasons = "".join(f"\n  {line}" for line in self.reasons())
         raise DataError(
             f"{self.num_unusable:,} of {self.num_records:,} records ({share:.2%}) are unusable, more than "
-            f"max_bad_share={max_bad_share:g}:\n{reasons}\nMend the data, or raise max_bad_share.",
+            f"max_bad_share={max_bad_share:g}:{reasons}\nFix the data, or raise max_bad_share.",
             num_unusable=self.num_unusable,
             num_records=self.num_records,
             max_bad_share=max_bad_share,
@@ -95,6 +124,7 @@ def read_conversations(entries: Sequence[str]) -> Records:
         except ValueError as error:
             records.add_unusable(str(error), place)
             continue
+        records.unread.update(conversation.unread)
         answers = [conversation.messages[index]["content"].strip() for index in conversation.answers()]
         if all(answers) and answers:
             records.conversations.append(conversation)
@@ -106,7 +136,11 @@ def read_conversations(entries: Sequence[str]) -> Records:
 def _values(entries: Sequence[str]) -> Iterator[tuple[str, Any]]:
     for source in find_sources(entries):
         for place, value in source.records():
-            yield f"{source.name}:{place}", value
+            listed = value.get("data") if isinstance(value, Mapping) and _kind(value) is None else None
+            if isinstance(listed, list):  # the whole file is {"data": [record, …]}
+                yield from ((f"{source.name}:data[{index}]", record) for index, record in enumerate(listed))
+            else:
+                yield f"{source.name}:{place}", value
 
 
 def as_conversation(record: Any) -> Conversation:
@@ -119,21 +153,108 @@ def as_conversation(record: Any) -> Conversation:
         raise ValueError(str(record))
     if not isinstance(record, Mapping):
         raise ValueError(f"a {type(record).__name__}, not an object with columns")
-    if "instruction" in record and "output" in record:
-        question = with_input(_text(record, "instruction"), _text(record, "input", optional=True))
-        return Conversation((_message("user", question), _message("assistant", _text(record, "output"))))
-    if "messages" in record:
-        return Conversation(tuple(_messages(record["messages"], "messages")))
-    if "conversations" in record:
-        return Conversation(tuple(_spoken(record["conversations"])))
-    if "prompt" in record and "completion" in record:
-        if isinstance(record["prompt"], str):
-            pair = _message("user", record["prompt"]), _message("assistant", _text(record, "completion"))
-            return Conversation(pair, num_given=1)
-        prompt = _messages(record["prompt"], "prompt")
-        return Conversation((*prompt, *_messages(record["completion"], "completion")), num_given=len(prompt))
-    found = ", ".join(shortened(name, 40).strip("'") for name in islice(record, 10)) if record else "none"
-    raise ValueError(f"the columns are {found}; expected {'; or '.join(COLUMNS)}")
+    kind = _kind(record)
+    if kind is None:
+        found = ", ".join(shortened(name, 40).strip("'") for name in islice(record, 10)) if record else "none"
+        raise ValueError(f"the columns are {found}; expected {EXPECTED}")
+    num_given = 0
+    if kind == ("instruction", "output"):
+        turns = _alpaca(record)
+    elif kind == ("conversations",):
+        turns = _from_first_question(_messages(record, "conversations"))
+    elif kind == ("messages",):
+        turns = _messages(record, "messages")
+    elif isinstance(record["prompt"], str):
+        turns, num_given = [Turn("user", _text(record, "prompt")), Turn("assistant", _text(record, "completion"))], 1
+    else:
+        prompt = _messages(record, "prompt")
+        turns, num_given = [*prompt, *_messages(record, "completion")], len(prompt)
+    if (system := _text(record, "system", optional=True)) and not (turns and turns[0].role == "system"):
+        turns, num_given = [Turn("system", system), *turns], num_given + bool(num_given)
+    elif system and turns[0].content != system:
+        raise ValueError("two different system messages: the column system, and the first message")
+    return Conversation(
+        tuple({"role": turn.role, "content": turn.content} for turn in turns),
+        num_given,
+        frozenset(index for index, turn in enumerate(turns) if not turn.is_learned),
+        unread=_unread(record, kind),
+    )
+
+
+class Turn(NamedTuple):
+    """A message while its record is read; ``is_learned`` counts for answers only."""
+
+    role: str
+    content: str
+    is_learned: bool = True
+
+
+def _kind(record: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The kind whose columns are there; one with a null in them only where no other kind fits."""
+    complete = (kind for kind in KINDS if all(record.get(name) is not None for name in kind))
+    return next(complete, next((kind for kind in KINDS if all(name in record for name in kind)), None))
+
+
+def _unread(record: Mapping[str, Any], kind: tuple[str, ...]) -> frozenset[str]:
+    unread = {str(name) for name, value in record.items() if name not in KINDS[kind] and value is not None}
+    for column in kind:
+        for message in record[column] if isinstance(record[column], list) else ():
+            unread |= {f"{column}[].{key}" for key in message if key not in MESSAGE_KEYS and message[key] is not None}
+    return frozenset(unread)
+
+
+def _alpaca(record: Mapping[str, Any]) -> list[Turn]:
+    """Earlier turns, then the question and its answer. Earlier answers are learned too, as LLaMA-Factory does."""
+    history = record.get("history") or ()
+    pairs = isinstance(history, list | tuple) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
+        raise ValueError("history is not a list of pairs, each a question and its answer")
+    earlier = [
+        Turn(role, _unicode(text, "history"))
+        for pair in history
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    question = with_input(_text(record, "instruction"), _text(record, "input", optional=True))
+    return [*earlier, Turn("user", question), Turn("assistant", _text(record, "output"))]
+
+
+def _messages(record: Mapping[str, Any], column: str) -> list[Turn]:
+    """The messages of a column, in the spelling of chats or of ShareGPT."""
+    value = record[column]
+    if not isinstance(value, list):
+        raise ValueError(f"{column} is {_described(value)}, not a list of messages")
+    if not value:
+        raise ValueError(f"{column} is empty")
+    is_shared = column == "conversations" and not any("role" in each for each in value if isinstance(each, Mapping))
+    speaker, said = ("from", "value") if is_shared else ("role", "content")
+    turns = []
+    for message in value:
+        form = f"a message of {column} is not {{{speaker}: text, {said}: text}}"
+        if not isinstance(message, Mapping):
+            raise ValueError(form)
+        for key in (speaker, said):
+            if not isinstance(message.get(key), str):
+                raise ValueError(f"{form}: {key} is {_described(message[key]) if key in message else 'missing'}")
+        role = message[speaker]
+        if is_shared and role not in SPEAKERS:
+            raise ValueError(f"a message of {column} is from {shortened(role)}; known: {', '.join(SPEAKERS)}")
+        role = SPEAKERS[role] if is_shared else _unicode(role, f"{speaker} of a message of {column}")
+        content = _unicode(message[said], f"a message of {column}")
+        turns.append(Turn(role, content, _is_learned(message, column)))
+    return turns
+
+
+def _is_learned(message: Mapping[str, Any], column: str) -> bool:
+    for key in ("weight", "train"):
+        if message.get(key) not in (None, 0, 1):
+            raise ValueError(f"{key} of a message of {column} is {shortened(message[key])}, not 0, 1, false or true")
+    return all(message.get(key) in (None, 1) for key in ("weight", "train"))
+
+
+def _from_first_question(turns: Sequence[Turn]) -> list[Turn]:
+    """Without the answers before the first question: many of ShareGPT's records begin in the middle of a talk."""
+    first = next((index for index, turn in enumerate(turns) if turn.role == "user"), len(turns))
+    return [turn for index, turn in enumerate(turns) if index > first or turn.role != "assistant"]
 
 
 def _text(record: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
@@ -141,37 +262,15 @@ def _text(record: Mapping[str, Any], name: str, *, optional: bool = False) -> st
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {type(value).__name__}, not text")
-    return value
+        raise ValueError(f"{name} is {_described(value)}, not text")
+    return _unicode(value, name)
 
 
-def _messages(value: Any, name: str) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{name} is {type(value).__name__}, not a list of messages" if value else f"{name} is empty")
-    for message in value:
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise ValueError(f"a message of {name} is not {{role: text, content: text}}")
-    return [_message(message["role"], message["content"]) for message in value]
+def _unicode(text: str, where: str) -> str:
+    if not is_unicode(text):
+        raise ValueError(f"a lone surrogate, which is not valid Unicode, in {where}")
+    return text
 
 
-def _spoken(value: Any) -> list[dict[str, str]]:
-    """Of ShareGPT's turns those from the first that is not an answer: many records begin in the midst of a talk."""
-    if not isinstance(value, list) or not value:
-        what = f"is {type(value).__name__}, not a list of turns" if value else "is empty"
-        raise ValueError(f"conversations {what}")
-    messages = []
-    for turn in value:
-        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
-        if not isinstance(speaker, str) or not isinstance(text, str):
-            raise ValueError("a turn of conversations is not {from: text, value: text}")
-        if speaker not in SPEAKERS:
-            raise ValueError(f"a turn of conversations is from {shortened(speaker)}; known: {', '.join(SPEAKERS)}")
-        messages.append(_message(SPEAKERS[speaker], text))
-    first = next((index for index, message in enumerate(messages) if message["role"] != "assistant"), len(messages))
-    return messages[first:]
-
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
+def _described(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

@@ -18,8 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from steplm.data.shards import locked
 from steplm.data.tokenizer import load_tokenizer
-from steplm.errors import ConfigError, DataError
-from steplm.files import write_atomically
+from steplm.errors import ConfigError, DataError, WriteError
+from steplm.files import write_atomically, write_errors
 from steplm.launch import launched_size
 from steplm.models.build import DTYPES
 from steplm.models.device import resolve_device
@@ -96,6 +96,7 @@ def instruction_tune(
         CheckpointMismatch: the folder holds another run.
         DataError: nothing to learn from.
         TrainingDiverged: the loss is not finite.
+        WriteError: the file system refuses.
     """
     config = config or SftConfig()
     hf_config = load_hf_config(model)
@@ -106,7 +107,7 @@ def instruction_tune(
     template = set_chat_template(tokenizer, config.chat_template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # labels, not pad tokens, say what has a loss
-    with locked(folder, lambda: say(f"waiting for another process that works in {folder}")):
+    with _write_errors(folder), locked(folder, lambda: say(f"waiting for another process that works in {folder}")):
         resolved = {"sequence_length": sequence_length, "template_sha256": _sha256(tokenizer.chat_template)}
         check_same_run(folder, str(model), data, config, resolved)
         if (folder / "result.json").is_file():
@@ -114,6 +115,8 @@ def instruction_tune(
             return _read_result(folder)
         prepared = prepare_records(data, tokenizer, config, sequence_length=sequence_length)
         say(f"data  {_listing(prepared.counts())}; template: {template}")
+        for note in prepared.notes:
+            say(f"note  {note}")
         run = _Run(str(model), data, config, folder, device, hf_config, tokenizer, prepared, sequence_length, say)
         with _quiet_libraries():
             return run.train()
@@ -250,6 +253,17 @@ class _Run:
         write_atomically(self.folder / "result.json", json.dumps(values, indent=1) + "\n")
         self.say(summary(result))
         return result
+
+
+@contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    """What the file system refuses, as one ``WriteError``; a checkpoint that was being written is removed."""
+    try:
+        with write_errors(folder):
+            yield
+    except WriteError:
+        last_checkpoint(folder / "checkpoints")
+        raise
 
 
 def summary(result: SftResult) -> str:

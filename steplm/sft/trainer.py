@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer, pack_dataset
@@ -112,6 +113,21 @@ def _arguments(config: SftConfig, schedule: Schedule, folder: Path, device: torc
 
 
 class _Trainer(SFTTrainer):
+    lr_scheduler: Any
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """transformers' schedule, but with a warm-up from 1 / warmup_steps, as in pre-training, and not from 0."""
+        if self.lr_scheduler is None:
+            schedule = super().create_scheduler(num_training_steps, optimizer)
+            num_warmup = self.args.get_warmup_steps(num_training_steps)
+            (share,) = set(schedule.lr_lambdas)
+
+            def shifted(step: int) -> float:
+                return (step + 1) / num_warmup if step < num_warmup else share(step)
+
+            self.lr_scheduler = LambdaLR(schedule.optimizer, shifted)
+        return self.lr_scheduler
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Of a checkpoint: none. The export has its own."""
 

@@ -159,6 +159,16 @@ def test_reset_forgets_system_begins_anew_and_quit_ends(
     assert "no command /nonsense" in ended.stderr
 
 
+def test_a_line_that_is_not_utf_8_is_refused_and_the_next_one_answered(
+    path: Path, steplm: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nold\n"), encoding="utf-8"))
+    ended = steplm("chat", path, "--device", "cpu", "--max-new-tokens", "6", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("(a message is not valid UTF-8") == 1
+    assert len(ended.stdout.splitlines()) >= 1
+
+
 def test_a_full_context_is_told_and_a_message_too_long_ends_nothing(path: Path, talk: Callable[..., Any]) -> None:
     lines = ["New layers stand between old ones."] * 4 + ["grows " * 90, "old"]
     ended = talk(path, "\n".join(lines))

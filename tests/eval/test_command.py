@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from steplm.cli.evaluate import run_eval
+from steplm.data.tokenizer import train_tokenizer
 from steplm.errors import ConfigError
 from steplm.eval.perplexity import PerplexityResult, evaluate_folder
 
@@ -42,6 +43,18 @@ def test_the_table_shows_perplexity_and_says_what_was_skipped(
     assert "1 empty or unusable records" in output
 
 
+def test_models_with_different_tokenizers_are_told_to_be_compared_by_bytes(
+    folder: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], save_tiny_model: Any
+) -> None:
+    other = save_tiny_model(tmp_path / "other", train_tokenizer(["The model grows, small."] * 3, 290))
+    run_eval([str(folder), str(other)], [data], device="cpu")
+    assert "note: perplexity: the models split this text into different tokens" in capsys.readouterr().err
+    run_eval([str(folder), str(other)], [data], device="cpu", max_tokens=4)
+    assert "The limit of tokens cut it after" in capsys.readouterr().err
+    run_eval([str(folder), f"{folder}/"], [data], device="cpu")
+    assert "note:" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("max_tokens", "limit"), [(None, 10_000_000), ("5k", 5000)])
 def test_hub_data_is_read_to_a_limit_that_is_stated(
     max_tokens: str | None, limit: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -53,7 +66,7 @@ def test_hub_data_is_read_to_a_limit_that_is_stated(
         return PerplexityResult(1.0, 1)
 
     monkeypatch.setattr("steplm.eval.perplexity.evaluate_folder", evaluated)
-    run_eval(["model"], ["hub://owner/name"], max_tokens=max_tokens)
+    run_eval(["owner/model"], ["hub://owner/name"], max_tokens=max_tokens)
     assert limits == [limit]
     assert ("10M tokens at most" in capsys.readouterr().err) == (max_tokens is None)
 

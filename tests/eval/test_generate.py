@@ -45,6 +45,11 @@ def test_an_empty_prompt_begins_a_document(folder: Path) -> None:
     assert generate(folder, "", max_new_tokens=10, seed=0)
 
 
+def test_a_prompt_with_half_a_character_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="not valid UTF-8"):
+        generate(folder, "caf\udce9")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -65,13 +65,21 @@ def test_the_half_sentence_of_a_caption_begins_with_a_capital(context: str, quer
 @pytest.mark.parametrize(
     ("read", "record", "message"),
     [
-        (multiple_choice, {"query": "a", "choices": ["b", "c"]}, r"line 2 has no field 'gold' \(its fields: choices"),
+        (multiple_choice, {"query": "a", "choices": ["b", "c"]}, r"line 2: no field 'gold' \(its fields: choices"),
         (multiple_choice, {**CHOICE, "choices": ["one"]}, "'choices' must be two texts or more"),
         (multiple_choice, {**CHOICE, "choices": ["one", " "]}, "'choices' must be two texts or more"),
         (multiple_choice, {**CHOICE, "gold": 2}, "line 2: gold is 2, but there are 2 choices"),
         (multiple_choice, {**CHOICE, "gold": True}, "'gold' must be a number from 0"),
         (multiple_choice, {**CHOICE, "query": ""}, "'query' must be a text that is not empty"),
-        (multiple_choice, [1], "line 2 has no field 'query'"),
+        (multiple_choice, {**CHOICE, "query": "half \ud83d"}, "has no lone surrogate"),
+        (multiple_choice, [1], r"line 2: expected an object, not \[1\]"),
+        (
+            multiple_choice,
+            {"question": "a", "choices": {"text": ["b"], "label": ["A"]}, "answerKey": ""},
+            "no right answer",
+        ),
+        (multiple_choice, {"question": "a", "choices": None, "answerKey": "A"}, "no right answer"),
+        (partial_scoring, {"sentence": "a _", "option1": "b", "option2": "c", "answer": ""}, "no right answer"),
         (partial_scoring, {"context_options": "ab", "continuation": "c", "gold": 0}, "'context_options' must be"),
         (last_word, {"context": "a", "text": "b"}, r"no field 'continuation' \(its fields: context, text\)"),
     ],
@@ -94,7 +102,7 @@ def test_files_that_are_no_sets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"empty.jsonl is empty"):
         multiple_choice(folder=str(tmp_path), file="empty.jsonl")
     (tmp_path / "text.jsonl").write_text("no json\n")
-    with pytest.raises(DataError, match="line 1 is no JSON"):
+    with pytest.raises(DataError, match="line 1 is not JSON"):
         multiple_choice(folder=str(tmp_path), file="text.jsonl")
     (tmp_path / "cut.txt.bz2").write_bytes(bz2.compress(b"a\n0\n" * 9000)[:-50])
     with pytest.raises(DataError, match="cannot read"):

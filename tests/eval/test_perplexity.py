@@ -12,16 +12,35 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from steplm.errors import ConfigError, DataError
 from steplm.eval.perplexity import (
     PerplexityResult,
     _batches,
+    comparison_note,
     default_sequence_length,
     evaluate_folder,
     perplexity,
 )
+
+
+def test_a_note_says_what_of_two_models_can_be_compared() -> None:
+    one, same, other = PerplexityResult(9.0, 10, 40), PerplexityResult(8.0, 10, 40), PerplexityResult(9.0, 14, 40)
+    assert comparison_note([one]) is None
+    assert comparison_note([one, same]) is None
+    assert comparison_note([one, other]) == (
+        "the models split this text into different tokens: compare bits per byte, not perplexity"
+    )
+    cut = comparison_note([one, PerplexityResult(9.0, 10, 1_500)])
+    assert cut is not None
+    assert "after 40 bytes for one model and 1,500 for another" in cut
+
+
+@pytest.mark.parametrize("text", ["model: x\n", "- a\n", "train: {sequence_length: long}\n", "a: [\n", "\udcff"])
+def test_a_training_config_of_another_program_is_passed_over(tmp_path: Path, text: str) -> None:
+    (tmp_path / "training_config.yaml").write_bytes(text.encode(errors="surrogateescape"))
+    assert default_sequence_length(tmp_path, LlamaConfig(max_position_embeddings=64)) == 64
 
 
 def stream(num_tokens: int, seed: int = 1) -> Tensor:

@@ -54,6 +54,16 @@ HELLASWAG = [
     ("Health", "Rest well. [title] Drink water.", "", ["Then sleep.", "Then rain.", "Cars.", "[step] Blue."], 1),
     ("Cooking", "Two women stand in a kitchen. They talk.", "one of them", ["flies.", "cooks.", "is.", "sea."], 1),
 ]
+COPA = [
+    ("The grass was wet.", "It rained.", "It snowed.", "cause", 0),
+    ("He dropped the cup. ", "It flew.", "Broken glass lay there.", "effect", 1),
+    ("She opened the window.", "It was warm.", "it was cold.", "cause", 0),
+]
+BOOLQ = [
+    ("Ice -- Ice is water that is frozen.", "is ice made of water", True),
+    ("A door is made of wood.", "can a door sing", False),
+    ("Iron melts.", "does iron melt", True),
+]
 
 
 def native() -> dict[str, str]:
@@ -77,11 +87,21 @@ def native() -> dict[str, str]:
 
 
 def as_on_the_hub(task: str) -> list[dict[str, Any]]:
+    if task == "openbookqa":
+        return [
+            {"question_stem": q, "choices": {"text": c, "label": list("ABCD")}, "answerKey": "ABCD"[gold]}
+            for q, c, gold in ARC
+        ]
+    if task == "copa":
+        names = ("premise", "choice1", "choice2", "question", "label")
+        return [dict(zip(names, item, strict=True)) for item in COPA]
+    if task == "boolq":
+        return [{"passage": text, "question": q, "label": int(answer)} for text, q, answer in BOOLQ]
     if task == "lambada_openai":
         return [{"text": f"{context} {word}"} for context, word in LAMBADA]
     if task == "piqa":
         return [{"goal": goal, "sol1": c[0], "sol2": c[1], "label": gold} for goal, c, gold in PIQA]
-    if task == "arc_easy":
+    if task in ("arc_easy", "arc_challenge"):
         return [
             {"question": q, "choices": {"text": c, "label": list("ABCD")}, "answerKey": "ABCD"[gold]}
             for q, c, gold in ARC
@@ -101,6 +121,10 @@ OWN_FILES = {
     "lambada_openai": "lambada/lambada_openai.yaml",
     "piqa": "piqa/piqa.yaml",
     "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "copa": "super_glue/copa/default.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
     "winogrande": "winogrande/default.yaml",
     "hellaswag": "hellaswag/hellaswag.yaml",
 }
@@ -113,6 +137,7 @@ def own_task(name: str, records: list[dict[str, Any]]) -> Any:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / OWN_FILES[name])
+    assert config["task"] == name
     config.pop("tag", None)
     rows = Dataset.from_list(records)
     config["custom_dataset"] = lambda **_: {"train": rows, "validation": rows, "test": rows}
@@ -190,6 +215,54 @@ def test_a_local_copy_scores_every_item_as_lm_evals_own_task(name: str, sets: Pa
     assert set(local.metrics) == ({"perplexity", "acc"} if name == "lambada_openai" else set(own.metrics))
     assert ("acc_norm" in local.metrics) == (name in ("piqa", "arc_easy", "hellaswag"))
     assert local.chance == own.chance == {"piqa": 0.5, "winogrande": 0.5, "lambada_openai": None}.get(name, 0.25)
+
+
+# The file of each set as it is published, and what its records look like where they differ from those on the hub.
+PUBLISHED_FILES = {
+    "lambada_openai": "lambada_openai.jsonl",
+    "piqa": "piqa.jsonl",
+    "arc_easy": "ARC-Easy-Test.jsonl",
+    "arc_challenge": "ARC-Challenge-Test.jsonl",
+    "openbookqa": "openbookqa.jsonl",
+    "copa": "COPA/val.jsonl",
+    "boolq": "BoolQ/val.jsonl",
+    "winogrande": "winogrande_1.1/dev.jsonl",
+    "hellaswag": "hellaswag_val.jsonl",
+}
+OTHER_FORMS: dict[str, list[dict[str, Any]]] = {
+    "openbookqa": [
+        {
+            "question": {
+                "stem": q,
+                "choices": [{"text": text, "label": label} for text, label in zip(c, "ABCD", strict=True)],
+            },
+            "answerKey": "ABCD"[gold],
+        }
+        for q, c, gold in ARC
+    ],
+    "boolq": [{"passage": text, "question": q, "title": "x", "answer": answer} for text, q, answer in BOOLQ],
+    "hellaswag": [{**item, "label": int(item["label"])} for item in as_on_the_hub("hellaswag")],
+}
+
+
+FORMS = [*((name, as_on_the_hub(name)) for name in PUBLISHED_FILES), *OTHER_FORMS.items()]
+
+
+@pytest.mark.parametrize(("name", "records"), FORMS)
+def test_a_set_as_it_is_published_is_scored_as_lm_evals_own_task(
+    name: str, records: list[dict[str, Any]], scorer: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / PUBLISHED_FILES[name]
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps({**record, "idx": 7}) + "\n" for record in records))
+    (task,) = load_tasks([name], TaskFolders(data=tmp_path)).values()
+    local = harness.score(scorer, name, task, None)
+    own = harness.score(scorer, name, own_task(name, as_on_the_hub(name)), None)
+    assert local.num_items == 3
+    assert local.item_ids == own.item_ids  # the same words
+    assert local.item_scores == own.item_scores
+    assert local.metrics == own.metrics
+    assert local.chance == own.chance
 
 
 def requests_of(task: Any, limit: int) -> list[Any]:
@@ -425,12 +498,27 @@ def test_an_unknown_task_gets_near_names(models: list[str], sets: Path, mine: Pa
         evaluate_tasks(models[:1], ["broken"], tasks_path=[mine])
     with pytest.raises(ConfigError, match=r"unknown task 'lambada_openia'. Did you mean 'lambada_openai'") as caught:
         evaluate_tasks(models[:1], ["lambada_openia"], tasks_data=sets)
-    assert "Tasks of the folders: arc_easy, hellaswag, lambada_openai, piqa, winogrande." in str(caught.value)
+    known = "arc_challenge, arc_easy, boolq, copa, hellaswag, lambada_openai, openbookqa, piqa, winogrande"
+    assert f"Tasks of the folders: {known}." in str(caught.value)
 
 
 def test_a_set_that_the_hub_does_not_give_is_one_error(models: list[str], sets: Path) -> None:
-    with pytest.raises(HubUnavailable, match="task 'openbookqa' needs allenai/openbookqa of the hub"):
-        evaluate_tasks(models[:1], ["piqa", "openbookqa"], tasks_data=sets)
+    known = r"arc_challenge, arc_easy, boolq, copa, hellaswag, lambada_openai, openbookqa, piqa, winogrande;"
+    with pytest.raises(
+        HubUnavailable, match=rf"task 'sciq' needs allenai/sciq of the hub.*\(--tasks-data\) for {known}"
+    ):
+        evaluate_tasks(models[:1], ["piqa", "sciq"], tasks_data=sets)
+
+
+def test_a_mistyped_task_is_told_without_reading_lm_evals_list(
+    models: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read() -> Any:
+        raise AssertionError("lm_eval's list takes ten seconds")
+
+    monkeypatch.setattr("steplm.eval.task_list._standard_manager", read)
+    with pytest.raises(ConfigError, match=r"unknown task 'boolqq'\. Did you mean 'boolq'"):
+        evaluate_tasks(models[:1], ["arc_easy", "boolqq"])
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ class StubJudge:
         reply: what is said to the messages; default: ``usual_reply``.
         seconds: that each reply takes.
         refuse_max_tokens: a judge of the kind that calls it ``max_completion_tokens``.
+        raw: sent with ``status`` to every request, whatever it is.
         refuse_temperature: one that has a temperature of its own, as models have that reason.
     """
 
@@ -64,11 +65,14 @@ class StubJudge:
         seconds: float = 0.0,
         refuse_max_tokens: bool = False,
         refuse_temperature: bool = False,
+        raw: bytes | None = None,
+        status: int = 200,
         port: int = 0,
     ) -> None:
         self.faults, self.forever = list(faults), forever
         self.key, self.model, self.reply, self.seconds = key, model, reply, seconds
         self.refuse_max_tokens, self.refuse_temperature = refuse_max_tokens, refuse_temperature
+        self.raw, self.status = raw, status
         self.requests: list[dict[str, Any]] = []  # bodies, in the order of arrival
         self.times: list[float] = []
         self.keys: set[str] = set()
@@ -142,6 +146,8 @@ class StubJudge:
                 if stub.refuse_temperature and "temperature" in body:
                     said = "Unsupported value: 'temperature' does not support 0 with this model."
                     return self._error(400, said, code="unsupported_value")
+                if stub.raw is not None:
+                    return self._send(stub.status, stub.raw)
                 words = fault.split()
                 if words and words[0].isdigit():
                     after = {"Retry-After": words[2]} if len(words) > 2 else {}

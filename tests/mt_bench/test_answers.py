@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError, DataError
+from steplm.eval.chat import load_chat_tokenizer
 from steplm.models.folder import load_pretrained
 from steplm.mt_bench.answers import (
     TEMPERATURES,
@@ -22,7 +23,6 @@ from steplm.mt_bench.answers import (
     SeededSampling,
     answer_questions,
     complete,
-    load_chat_tokenizer,
 )
 from steplm.mt_bench.data import Question, load_answers
 

@@ -15,7 +15,7 @@ pytest.importorskip("openai", reason="needs the extra steplm[mtbench]")
 from steplm.errors import ConfigError, JudgeError
 from steplm.mt_bench.client import Endpoint, Failure, JudgeClient, ask_all
 from steplm.mt_bench.journal import Journal
-from steplm.mt_bench.judge import Replies, Request
+from steplm.mt_bench.judge import Replies, Reply, Request
 
 KEY = "sk-very-secret-0123456789"
 
@@ -26,7 +26,7 @@ def _requests(number: int) -> list[Request]:
 
 @pytest.fixture
 def replies(tmp_path: Path) -> Iterator[Replies]:
-    with Journal(tmp_path / "replies.jsonl") as journal:
+    with Journal(tmp_path / "replies.jsonl", Reply) as journal:
         yield Replies(journal)
 
 
@@ -105,7 +105,7 @@ def test_a_long_wait_is_told(stub_judge: Callable[..., Any], replies: Replies) -
 
     client = JudgeClient(Endpoint("stub", judge.url, KEY), wait)
     assert ask_all(client, _requests(1), replies) == []
-    assert told == ["the judge is waited for, 50m00s: HTTP 429: told to fail; the key was ***"]
+    assert told == ["waiting 50m00s for the judge: HTTP 429: told to fail; the key was ***"]
 
 
 def test_waits_double(stub_judge: Callable[..., Any], replies: Replies) -> None:
@@ -187,10 +187,63 @@ def test_a_wrong_path_is_named(stub_judge: Callable[..., Any], replies: Replies)
         ask_all(client, _requests(3), replies)
 
 
-def test_nobody_there_is_said_after_the_retries(replies: Replies) -> None:
-    client = JudgeClient(Endpoint("stub", "http://127.0.0.1:9/v1", KEY, retries=1, backoff_seconds=0.01))
-    with pytest.raises(JudgeError, match=r"http://127.0.0.1:9/v1 cannot be reached after 2 tries"):
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1", "http://no-such-host.invalid/v1"])
+def test_nobody_there_is_said_at_once(replies: Replies, url: str) -> None:
+    client = JudgeClient(Endpoint("stub", url, KEY, retries=6, backoff_seconds=60))
+    began = time.monotonic()
+    with pytest.raises(JudgeError, match=rf"^nobody answers at {url}: the connection failed .*Check --base-url"):
+        client.check()
+    with pytest.raises(JudgeError, match="nobody answers"):
         ask_all(client, _requests(30), replies)
+    assert time.monotonic() - began < 5, "without a retry"
+
+
+def test_a_server_that_was_there_and_goes_is_waited_for(stub_judge: Callable[..., Any], replies: Replies) -> None:
+    judge = stub_judge()
+    client = JudgeClient(Endpoint("stub", judge.url, KEY, retries=1, backoff_seconds=0.01))
+    client.check()
+    judge.__exit__(None, None, None)
+    (failure,) = ask_all(client, _requests(1), replies)
+    assert failure.reason.startswith("the connection failed")
+    assert failure.reason.endswith("after 2 tries")
+
+
+def test_the_check_asks_nothing_of_the_model(stub_judge: Callable[..., Any]) -> None:
+    judge = stub_judge()
+    JudgeClient(Endpoint("stub", judge.url, KEY)).check()
+    assert judge.requests == []
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"error": {"message": "upstream provider is overloaded", "code": 502}}', "upstream provider is overloaded"),
+        (b'{"error": "out of memory"}', "out of memory"),
+        (b'{"choices": [{"index": 0, "error": {"message": "filtered"}, "message": {}}]}', "filtered"),
+    ],
+)
+def test_an_error_that_comes_as_a_success_is_shown_in_the_judges_words(
+    stub_judge: Callable[..., Any], replies: Replies, body: bytes, said: str
+) -> None:
+    judge = stub_judge(raw=body)
+    (failure,) = _ask(judge, replies)
+    assert failure.reason == f"the judge says: {said}, after 3 tries"
+
+
+@pytest.mark.parametrize(
+    "body", ['{"detail": "too long\\nby far"}', '{"message": "too long by far"}', "too long by far"]
+)
+def test_a_refusal_is_shown_in_the_servers_words(stub_judge: Callable[..., Any], replies: Replies, body: str) -> None:
+    (failure,) = _ask(stub_judge(raw=body.encode(), status=422), replies)
+    assert failure.reason == "HTTP 422: too long by far"
+
+
+def test_half_a_character_in_a_reply_is_saved_as_a_replacement(
+    stub_judge: Callable[..., Any], replies: Replies, tmp_path: Path
+) -> None:
+    assert _ask(stub_judge(reply=lambda messages: "ok \ud83d [[6]]"), replies) == []
+    assert replies.to(_requests(1)[0])[0].content == "ok \N{REPLACEMENT CHARACTER} [[6]]"
+    assert "\N{REPLACEMENT CHARACTER}" in (tmp_path / "replies.jsonl").read_text(encoding="utf-8")
 
 
 def test_a_judge_that_wants_the_limit_under_its_new_name_gets_it(
@@ -238,6 +291,7 @@ def test_secrets_are_neither_in_the_address_shown_nor_in_what_is_printed_of_an_e
     assert endpoint.shown_url == "http://host:1/v1"
     assert KEY not in repr(endpoint)
     assert endpoint.redacted(f"you sent {KEY}!") == "you sent ***!"
+    assert endpoint.redacted(f"wrong key: {KEY[:9]}****{KEY[-4:]}.") == "wrong key: ***."
 
 
 @pytest.mark.parametrize(

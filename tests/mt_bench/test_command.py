@@ -105,6 +105,45 @@ def test_a_judge_at_its_own_temperature_is_named_so_beside_its_scores(
         assert "judged by stub at its own temperature" in text
 
 
+def test_a_judge_that_thinks_aloud_is_named_and_can_be_read_by_its_last_rating(
+    mtbench: Callable[..., Any],
+    stub_judge: Callable[..., Any],
+    bench_folder: Path,
+    answer_file: Any,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from steplm.cli.mtbench import run_mtbench
+
+    judge = stub_judge(reply=lambda messages: "<think>[[2]]?</think> Rating: [[8]]")
+    file = answer_file("one")
+    result = mtbench(judge, "--answers", file, "--limit", 1)
+    assert "note: 6 replies think aloud" in result.stderr
+    assert "2.00" in result.stdout
+    options: dict[str, Any] = {"judge_model": "stub", "data": bench_folder, "answers": [file], "limit": 1}
+    assert run_mtbench([], output=tmp_path / "out", rating="last", **options) == 0
+    printed = capfd.readouterr()
+    assert "judged by stub, last rating outside <think>" in printed.out
+    assert "8.00" in printed.out
+    assert "think aloud" not in printed.err
+    assert len(judge.requests) == 6, "what is saved is read anew"
+    assert json.loads((tmp_path / "out/scores.json").read_text())["rating"] == "last"
+
+
+def test_nobody_at_the_address_is_one_line_before_anything_is_generated(
+    mtbench: Callable[..., Any], model_folder: Path
+) -> None:
+    class Nobody:
+        url = "http://127.0.0.1:9/v1"
+
+    result = mtbench(Nobody(), model_folder, "--backoff", 60)
+    assert result.returncode == 1
+    *_, last = result.stderr.splitlines()
+    assert last.startswith("JudgeError: nobody answers at http://127.0.0.1:9/v1: the connection failed")
+    assert "Traceback" not in result.stderr
+    assert "answers of" not in result.stderr
+
+
 def test_the_key_is_nowhere(
     mtbench: Callable[..., Any], stub_judge: Callable[..., Any], answer_file: Any, tmp_path: Path
 ) -> None:
@@ -128,7 +167,7 @@ def test_missing_judgments_are_told_and_asked_for_by_the_same_command(
     result = mtbench(judge, *arguments)
     assert result.returncode == 1
     assert "8 of 10" in result.stdout
-    assert "1 requests got no reply: HTTP 500" in result.stderr
+    assert "1 request got no reply: HTTP 500" in result.stderr
     result = mtbench(judge, *arguments)
     assert result.returncode == 0
     assert "2 requests to stub" in result.stderr

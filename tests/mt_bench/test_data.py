@@ -91,7 +91,10 @@ def test_questions_of_another_file_are_read_and_a_row_that_is_none_is_named(benc
     file.write_text('{"question_id": 1, "category": "stem", "turns": ["Why?"]}\n')
     bench = load_bench(bench_folder, questions=str(file))
     assert [question.turns for question in bench.questions] == [("Why?",)]
-    for row, words in {"[1]": "mine.jsonl:2: a JSON list", '{"turns": ["?"]}': "mine.jsonl: a row needs"}.items():
+    for row, words in {
+        "[1]": "mine.jsonl:2: a JSON list",
+        '{"turns": ["?"]}': "mine.jsonl:2: question_id: Field",
+    }.items():
         with file.open("a") as stream:
             stream.write(row + "\n")
         with pytest.raises(DataError, match=words):
@@ -120,11 +123,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no questions file": (lambda f: (f / "question.jsonl").unlink(), "question.jsonl.*FastChat's layout"),
     "no turns": (
         lambda f: (f / "question.jsonl").write_text('{"question_id": 1, "category": "a"}\n'),
-        "needs question_id",
+        r"question\.jsonl, line 1: turns: Field required",
     ),
     "turns of no text": (
         lambda f: (f / "question.jsonl").write_text('{"question_id": 1, "category": "a", "turns": [1]}\n'),
-        "needs question_id",
+        r"question\.jsonl, line 1: turns\.0: Input should be a valid string",
+    ),
+    "half a character": (
+        lambda f: (f / "question.jsonl").write_text('{"question_id": 1, "category": "a", "turns": ["\\ud83d"]}\n'),
+        r"question\.jsonl, line 1: not valid JSON: unexpected end of hex escape",
+    ),
+    "a torn template": (
+        lambda f: (f / "judge_prompts.jsonl").write_text(
+            '{"name": "single-v1", "system_prompt": "", "prompt_template": "{answer"}\n'
+        ),
+        "the template of 'single-v1': expected '}'",
     ),
     "twice": (
         lambda f: (f / "question.jsonl").write_text('{"question_id": 1, "category": "a", "turns": ["x"]}\n' * 2),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from steplm.mt_bench.parse import rating, verdict
+from steplm.mt_bench.parse import parsed, rating, verdict
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,35 @@ def test_a_rating_is_the_first_number_in_brackets_within_1_to_10(reply: str, exp
 )
 def test_a_verdict_stands_in_double_brackets(reply: str, expected: str | None) -> None:
     assert verdict(reply) == expected
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("<think>[[2]]? No, [[3]].</think>Rating: [[8]]", 8.0),
+        ("[[3]] at first, [[9]] at last", 9.0),
+        ("[[5]] <think>[[6]]</think>", 5.0),
+        ("opened by the template, [[2]]</think> [[7]]", 7.0),
+        ("<think>a</think>[[4]]<think>b [[1]]</think> so [6].", 4.0),
+        ("<think>cut off in the middle of [[2]]", None),
+        ("Rating: [[12]]", None),
+    ],
+)
+def test_the_last_rating_outside_of_a_thought_is_read_if_asked_for(reply: str, expected: float | None) -> None:
+    assert parsed("single", reply, "last") == expected
+
+
+@pytest.mark.parametrize(
+    ("reply", "first", "last"),
+    [
+        ("<think>[[A]]?</think> [[B]]", "A", "B"),
+        ("[[B]], then [[A]], at last [[C]]", "A", "tie"),
+        ("[[C]] [[B]] [[C]] [[A]] [[B]]", "A", "B"),
+        ("<think>[[A]]", "A", None),
+    ],
+)
+def test_the_last_verdict_outside_of_a_thought_is_read_if_asked_for(reply: str, first: str, last: str | None) -> None:
+    assert (parsed("pairwise", reply), parsed("pairwise", reply, "last")) == (first, last)
 
 
 def _real(shared_data: Path, name: str) -> list[dict[str, object]]:

@@ -10,7 +10,7 @@ import pytest
 
 from steplm.mt_bench.data import Bench, Question
 from steplm.mt_bench.figure import radar_figure
-from steplm.mt_bench.judge import Comparison, Grading, Judged, Outcome, Reply, Request
+from steplm.mt_bench.judge import Judged, Judgment, Outcome, Reply, Request
 from steplm.mt_bench.scores import Scores, all_scores, interval
 from steplm.mt_bench.tables import all_tables
 
@@ -24,7 +24,7 @@ def _bench(num_questions: int = 4) -> Bench:
 
 def _single(bench: Bench, model: str, value: Callable[[int, int], float | None]) -> list[Judged]:
     return [
-        Judged(Grading(q, turn, model, NOTHING), (Outcome(True, value(n, turn), Reply("")),))
+        Judged(Judgment(q, turn, (model,), (NOTHING,)), (Outcome(value(n, turn), Reply("")),))
         for n, q in enumerate(bench.questions)
         for turn in (1, 2)
     ]
@@ -33,8 +33,8 @@ def _single(bench: Bench, model: str, value: Callable[[int, int], float | None])
 def _pairs(bench: Bench, verdicts: dict[tuple[int, int], tuple[str | None, str | None]]) -> list[Judged]:
     return [
         Judged(
-            Comparison(bench.questions[n], turn, "a", "b", NOTHING, NOTHING),
-            tuple(Outcome(True, v, Reply("")) for v in found),
+            Judgment(bench.questions[n], turn, ("a", "b"), (NOTHING, NOTHING)),
+            tuple(Outcome(v, Reply("")) for v in found),
         )
         for (n, turn), found in verdicts.items()
     ]
@@ -42,14 +42,15 @@ def _pairs(bench: Bench, verdicts: dict[tuple[int, int], tuple[str | None, str |
 
 def test_means_are_of_what_was_judged_and_say_of_how_many() -> None:
     bench = _bench()
-    found = _single(bench, "a", lambda n, turn: None if (n, turn) == (0, 2) else float(n + turn))[:-1]
-    scores = all_scores(bench, ["a"], ["single"], found)
-    both = scores.single("a").score
+    judged = _single(bench, "a", lambda n, turn: None if (n, turn) == (0, 2) else float(n + turn))[:-1]
+    scores = all_scores(bench, ["a"], ["single"], judged)
+    found = scores.of("score")["a",]
+    both = found["all", None]
     assert (both.judged, both.expected, both.unparsable) == (6, 8, 1)
     assert both.mean == pytest.approx((1 + 2 + 3 + 3 + 4 + 4) / 6)
-    assert scores.single("a", "writing").score.mean == 1.0
-    assert scores.single("a", "coding", 2).score.mean is None
-    assert scores.single("a", turn=1).score.mean == 2.5
+    assert found["writing", None].mean == 1.0
+    assert found["coding", 2].mean is None
+    assert found["all", 1].mean == 2.5
     assert "6 of 8" in all_tables(scores, "j")[0].markdown()
 
 
@@ -76,24 +77,18 @@ def test_differences_are_paired() -> None:
     bench = _bench(40)
     better = _single(bench, "a", lambda n, turn: float(n % 9 + 2))
     worse = _single(bench, "b", lambda n, turn: float(n % 9 + 1))
-    (gap,) = [
-        d
-        for d in all_scores(bench, ["a", "b"], ["single"], better + worse).differences
-        if (d.category, d.turn) == ("all", None)
-    ]
-    assert (gap.difference.mean, gap.difference.low, gap.difference.high) == (1.0, 1.0, 1.0)
-    assert gap.difference.judged == 80
+    gap = all_scores(bench, ["a", "b"], ["single"], better + worse).of("score_difference")["a", "b"]["all", None]
+    assert (gap.mean, gap.low, gap.high, gap.judged) == (1.0, 1.0, 1.0, 80)
 
 
 def test_wins_ties_and_losses_are_counted_and_errors_are_none_of_them() -> None:
     bench = _bench()
     verdicts = {(0, 1): ("A", "B"), (0, 2): ("A", "A"), (1, 1): ("B", "A"), (2, 1): ("A", None), (3, 1): ("tie", "tie")}
     scores = all_scores(bench, ["a", "b"], ["pairwise"], _pairs(bench, verdicts))
-    (whole,) = [p for p in scores.pairs if (p.category, p.turn) == ("all", None)]
-    assert (whole.wins, whole.ties, whole.losses, whole.disagreements) == (1, 2, 1, 1)
-    assert (whole.win_share.mean, whole.win_share.judged, whole.win_share.expected) == (0.5, 4, 8)
-    assert whole.win_share.unparsable == 1
-    assert scores.singles == ()
+    whole = scores.of("win_share")["a", "b"]["all", None]
+    assert whole.counts == {"wins": 1, "ties": 2, "losses": 1, "orders_disagree": 1}
+    assert (whole.mean, whole.judged, whole.expected, whole.unparsable) == (0.5, 4, 8, 1)
+    assert scores.of("score") == {}
 
 
 def test_real_judgments_give_the_wins_that_counting_gives(shared_data: Path) -> None:
@@ -111,13 +106,10 @@ def test_real_judgments_give_the_wins_that_counting_gives(shared_data: Path) -> 
         )
         for n, row in enumerate(rows)
     }
-    (whole,) = [
-        p
-        for p in all_scores(bench, ["a", "b"], ["pairwise"], _pairs(bench, verdicts)).pairs  # type: ignore[arg-type]
-        if (p.category, p.turn) == ("all", None)
-    ]
-    assert (whole.wins, whole.losses, whole.ties) == (18, 20, 35)  # 2 of 75 rows are errors
-    assert whole.win_share.unparsable == 2
+    scores = all_scores(bench, ["a", "b"], ["pairwise"], _pairs(bench, verdicts))  # type: ignore[arg-type]
+    whole = scores.of("win_share")["a", "b"]["all", None]
+    assert [whole.counts[name] for name in ("wins", "losses", "ties")] == [18, 20, 35]  # 2 of 75 rows are errors
+    assert whole.unparsable == 2
 
 
 def _scores(num_questions: int, models: tuple[str, ...] = ("a", "b")) -> Scores:

@@ -74,6 +74,25 @@ def test_every_answer_of_a_conversation_is_learned_and_nothing_that_follows_its_
     assert given.input_ids == example.input_ids
 
 
+def test_an_answer_of_weight_0_is_in_the_prompt_of_the_next_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    set_chat_template(tokenizer, None)
+    whole = Encoder(tokenizer).encode(as_conversation({"messages": TURNS}))
+    masked = [*TURNS[:2], {**TURNS[2], "weight": 0}, *TURNS[3:]]
+    example = Encoder(tokenizer).encode(as_conversation({"messages": masked}))
+    assert learned(tokenizer, whole) == [f"cat{END}", f"dog{END}"]
+    assert learned(tokenizer, example) == [f"dog{END}"]
+    assert example.input_ids == whole.input_ids
+
+
+def test_a_template_that_leaves_out_the_system_message_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(ValueError, match="leaves out the system message"):
+        Encoder(tokenizer).encode(as_conversation({"messages": TURNS}))
+
+
 def test_an_answer_that_the_template_does_not_end_gets_an_end_with_a_loss(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"

@@ -20,6 +20,7 @@ ALPACA = {"instruction": "Say cat.", "input": "", "output": "cat"}
 PAIR = {"prompt": "Say cat.", "completion": "cat"}
 CHAT = {"messages": [{"role": "user", "content": "Say cat."}, {"role": "assistant", "content": "cat"}]}
 SHARED = {"conversations": [{"from": "human", "value": "Say cat."}, {"from": "gpt", "value": "cat"}], "id": "1"}
+SYSTEM = {"role": "system", "content": "Be brief."}
 LISTS = {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}
 
 
@@ -62,6 +63,93 @@ def test_turns_before_the_first_question_are_left_out_and_what_has_no_answer_aft
     assert (records.num_empty, records.num_unusable) == (2, 0)
 
 
+@pytest.mark.parametrize("record", [ALPACA, PAIR, CHAT, SHARED, LISTS])
+def test_the_column_system_is_the_first_message_in_every_form(tmp_path: Path, record: dict[str, Any]) -> None:
+    entries = written(
+        tmp_path, [{**record, "system": "Be brief."}, {**record, "system": ""}, {**record, "system": None}]
+    )
+    first, *others = read_conversations(entries).conversations
+    assert list(first.messages) == [SYSTEM, *CHAT["messages"]]
+    assert first.answers() == [2]
+    assert [list(other.messages) for other in others] == [CHAT["messages"]] * 2
+
+
+def test_a_system_message_that_is_told_twice_stands_once(tmp_path: Path) -> None:
+    record = {"system": "Be brief.", "messages": [SYSTEM, *CHAT["messages"]]}
+    (conversation,) = read_conversations(written(tmp_path, [record])).conversations
+    assert list(conversation.messages) == [SYSTEM, *CHAT["messages"]]
+
+
+def test_history_is_earlier_turns_and_their_answers_are_learned(tmp_path: Path) -> None:
+    record = {**ALPACA, "history": [["Who?", "Me."], ["Where?", "Here."]], "system": "Be brief."}
+    (conversation,) = read_conversations(written(tmp_path, [record])).conversations
+    assert [message["content"] for message in conversation.messages] == [
+        "Be brief.", "Who?", "Me.", "Where?", "Here.", "Say cat.", "cat",
+    ]  # fmt: skip
+    assert conversation.answers() == [2, 4, 6]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}])
+@pytest.mark.parametrize("form", ["messages", "conversations", "completion"])
+def test_an_answer_of_weight_0_is_context_without_a_loss(tmp_path: Path, form: str, mark: dict[str, Any]) -> None:
+    question, answer = CHAT["messages"]
+    turns = [question, {**answer, **mark}, question, {**answer, "weight": 1, "train": True}]
+    if form == "conversations":
+        names = {"user": "human", "assistant": "gpt"}
+        turns = [{"from": names[turn.pop("role")], "value": turn.pop("content"), **turn} for turn in map(dict, turns)]
+    record = {form: turns} | ({"prompt": [question]} if form == "completion" else {})
+    (conversation,) = read_conversations(written(tmp_path, [record])).conversations
+    assert [message["content"] for message in conversation.messages][-4:] == ["Say cat.", "cat"] * 2
+    assert conversation.answers() == [len(conversation.messages) - 1]
+
+
+def test_a_record_whose_answers_all_have_weight_0_is_left_out(tmp_path: Path) -> None:
+    question, answer = CHAT["messages"]
+    records = read_conversations(written(tmp_path, [{"messages": [question, {**answer, "weight": 0}]}]))
+    assert (len(records.conversations), records.num_empty) == (0, 1)
+
+
+def test_columns_that_are_not_read_are_named_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    set_chat_template(tokenizer, None)
+    question, answer = CHAT["messages"]
+    named = {"messages": [question, {**answer, "name": "Tom", "tool_calls": None}], "source": "web", "score": None}
+    config = SftConfig(validation_fraction=0)
+    prepared = prepare_records(
+        written(tmp_path, [named, named, {**ALPACA, "id": 7}]), tokenizer, config, sequence_length=999
+    )
+    (note,) = prepared.notes
+    before, _, columns = note.partition(": ")
+    assert before == "columns not read"
+    assert set(columns.split(", ")) == {
+        "source (2 of 3 records)", "messages[].name (2 of 3 records)", "id (1 of 3 records)",
+    }  # fmt: skip
+
+
+def test_a_list_of_records_under_data_is_read_and_a_bad_one_named_by_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "wrapped.json"
+    path.write_text(json.dumps({"data": [ALPACA, CHAT, {"text": "?"}]}))
+    records = read_conversations([str(path)])
+    assert [list(conversation.messages) for conversation in records.conversations] == [CHAT["messages"]] * 2
+    assert (records.num_records, list(records.first_places.values())) == (3, [f"{path}:data[2]"])
+
+
+def test_the_columns_that_hold_something_decide_what_a_record_is(tmp_path: Path) -> None:
+    """Parquet files of several sets put together have every column in every row."""
+    every = {name: None for record in (ALPACA, PAIR, CHAT, SHARED) for name in record}
+    records = read_conversations(written(tmp_path, [{**every, **record} for record in (ALPACA, PAIR, CHAT, SHARED)]))
+    assert [list(conversation.messages) for conversation in records.conversations] == [CHAT["messages"]] * 4
+
+
+def test_unusable_records_within_the_allowed_share_are_named(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    set_chat_template(tokenizer, None)
+    entries = written(tmp_path, [ALPACA, {**ALPACA, "output": None}, {**ALPACA, "output": None}])
+    config = SftConfig(validation_fraction=0, max_bad_share=0.9)
+    prepared = prepare_records(entries, tokenizer, config, sequence_length=999)
+    assert prepared.notes == (f"unusable: 2 x output is null, not text, first in {entries[0]}:2",)
+
+
 def test_missing_columns_are_one_error_with_those_found_and_expected(tmp_path: Path) -> None:
     records = read_conversations(written(tmp_path, [{"question": "Say cat.", "answer": "cat"}] * 3))
     with pytest.raises(DataError) as caught:
@@ -80,13 +168,27 @@ def test_missing_columns_are_one_error_with_those_found_and_expected(tmp_path: P
         ({"messages": "cat"}, "messages is str, not a list"),
         ({"messages": []}, "messages is empty"),
         ({"messages": [{"role": "user"}]}, "a message of messages is not"),
-        ({"messages": [*CHAT["messages"], {"role": "tool", "content": None}]}, "a message of messages is not"),
-        ({"conversations": {"from": "human"}}, "conversations is dict, not a list of turns"),
-        ({"conversations": None}, "conversations is empty"),
-        ({"conversations": ["cat"]}, "a turn of conversations is not {from: text, value: text}"),
-        ({"conversations": [{"from": "human", "value": None}]}, "a turn of conversations is not"),
+        ({"messages": [*CHAT["messages"], {"role": "tool", "content": None}]}, "content: text}: content is null"),
+        ({"conversations": {"from": "human"}}, "conversations is dict, not a list of messages"),
+        ({"conversations": None}, "conversations is null, not a list"),
+        ({"conversations": ["cat"]}, "a message of conversations is not {from: text, value: text}"),
+        ({"conversations": [{"from": "human", "value": None}]}, "value is null"),
         ({"conversations": [{"from": "Human", "value": "?"}]}, "is from 'Human'; known: human, user, gpt,"),
-        ({**PAIR, "completion": None}, "completion is NoneType"),
+        ({"conversations": [{"role": "user", "value": "?"}]}, "{role: text, content: text}: content is missing"),
+        ({**PAIR, "completion": None}, "completion is null"),
+        ({**ALPACA, "instruction": None}, "instruction is null, not text"),
+        ({**ALPACA, "system": 1}, "system is int, not text"),
+        ({**ALPACA, "history": [["Who?"]]}, "history is not a list of pairs"),
+        ({**ALPACA, "history": "Who?"}, "history is not a list of pairs"),
+        (
+            {**CHAT, "messages": [{**CHAT["messages"][0], "weight": 0.5}]},
+            "weight of a message of messages is 0.5, not 0",
+        ),
+        ({"system": "A.", "messages": [SYSTEM, *CHAT["messages"]]}, "two different system messages"),
+        ({**ALPACA, "output": "cat \ud83d"}, "a lone surrogate, which is not valid Unicode, in output"),
+        ({**ALPACA, "history": [["a", "\udc00"]]}, "a lone surrogate, which is not valid Unicode, in history"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "a lone surrogate, which is not valid Unicode, in a"),
+        ({"version": 1, "data": 3}, "the columns are version, data; expected"),
         ("cat", "not an object"),
         ({}, "the columns are none"),
     ],

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 pytest.importorskip("trl", reason="trl is not installed: pip install 'steplm[sft]'")
 
 from steplm.data.tokenizer import load_tokenizer
-from steplm.errors import CheckpointMismatch, ConfigError, DataError, TrainingDiverged
+from steplm.errors import CheckpointMismatch, ConfigError, DataError, TrainingDiverged, WriteError
 from steplm.models.folder import load_pretrained, load_state
 from steplm.sft import SftResult, instruction_tune, load_sft_config, prepare_records
 from steplm.sft.packing import check_packing
@@ -82,6 +82,33 @@ def test_every_step_is_logged_and_every_epoch_counts_its_tokens(finished: SftRes
     assert [event["step"] for event in steps] == list(range(1, start["num_steps"] + 1))
     assert steps[-1]["tokens_seen"] == 2 * start["num_train_tokens"]
     assert math.ceil(start["num_sequences"] / 4) * 2 == start["num_steps"] == finished.num_steps
+
+
+def test_the_warm_up_begins_above_0_and_the_peak_is_reached(folder: Path, data: Path, tmp_path: Path) -> None:
+    result = tune(folder, data, tmp_path / "out", "max_steps=6", "warmup_ratio=0.5", "lr_scheduler_type=linear")
+    rates = [event["learning_rate"] for event in events(result, "train")]
+    assert rates == pytest.approx([1e-2 * share for share in (1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3)])
+
+
+def test_the_one_step_of_a_short_run_is_taken_at_the_full_rate(folder: Path, data: Path, tmp_path: Path) -> None:
+    result = tune(folder, data, tmp_path / "out", "max_steps=1")
+    assert [event["learning_rate"] for event in events(result, "train")] == [1e-2]
+    assert result.export_dir is not None
+    before, after = load_state(folder), load_state(result.export_dir)
+    assert any(not torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("share", [0.5, 1.2])  # of the weights' bytes in a checkpoint: they, or the optimizer's, fail
+def test_a_refused_write_is_one_line_and_leaves_no_half_checkpoint(
+    folder: Path, data: Path, tmp_path: Path, largest_file: Callable[..., Any], share: float
+) -> None:
+    num_bytes = 4 * sum(tensor.numel() for tensor in load_state(folder).values())
+    with largest_file(int(share * num_bytes)), pytest.raises(WriteError, match=r"cannot write .*out") as caught:
+        tune(folder, data, tmp_path / "out", "max_steps=2")
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "out/checkpoints").iterdir()) == []
+    assert not (tmp_path / "out/export").exists()
+    assert tune(folder, data, tmp_path / "out", "max_steps=2").finished
 
 
 def test_the_planned_bytes_are_the_measured_ones(finished: SftResult) -> None:
