@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from steplm.config import RunConfig
 from steplm.data.shards import ShardWriter, disk_errors, locked, write_json
-from steplm.data.sources import BadRecords, Source, find_sources
+from steplm.data.sources import BadRecords, Source, describe_skipped, find_sources
 from steplm.data.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer, without_added_tokens
 from steplm.data.tokens import (
     MANIFEST,
@@ -65,6 +65,7 @@ class PrepareProgress:
     max_train_tokens: int | None
     elapsed_seconds: float
     phase_seconds: float
+    notes: tuple[str, ...] = ()  # what the user should know, known from the start: files that are not read
 
     @property
     def tokens_per_second(self) -> float:
@@ -95,8 +96,9 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
     """
     config = with_prepared_dir(config)
     folder, data = config.prepared_dir, config.data
+    skipped: list[Path] = []
     try:
-        sources = _find_sources(config)
+        sources = _find_sources(config, skipped)
     except DataError:
         # Prepared elsewhere: the shards are here, the text need not be.
         if (folder / MANIFEST).is_file():
@@ -106,7 +108,8 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
     fingerprint = _sha256(inputs)
     if (folder / MANIFEST).is_file():
         return _finished(folder, inputs, config)
-    progress = _Progress(config, sources, on_progress)
+    notes = (describe_skipped(skipped),) if skipped else ()
+    progress = _Progress(config, sources, on_progress, notes)
     with disk_errors(folder), locked(folder, lambda: progress.report("waiting for another process", Counts())):
         if (folder / MANIFEST).is_file():
             return _finished(folder, inputs, config)
@@ -152,10 +155,13 @@ def with_prepared_dir(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": str(folder)})})
 
 
-def _find_sources(config: RunConfig) -> dict[str, list[Source]]:
+def _find_sources(config: RunConfig, skipped: list[Path] | None = None) -> dict[str, list[Source]]:
     if not config.data.train:
         raise ConfigError("data.train is empty. Name files, folders or a hub data set, or builtin://python-docs.")
-    return {"validation": find_sources(config.data.validation), "train": find_sources(config.data.train)}
+    return {
+        "validation": find_sources(config.data.validation, skipped),
+        "train": find_sources(config.data.train, skipped),
+    }
 
 
 # Inputs: what the shards depend on, and nothing else. num_workers and within_documents change no token.
@@ -199,9 +205,9 @@ def _finished(folder: Path, inputs: dict[str, Any], config: RunConfig) -> Manife
         )
     check_sizes(folder, manifest)
     _check_vocabulary(manifest.tokenizer.vocab_size, config)
-    BadRecords(manifest.num_records, manifest.num_bad_records, list(manifest.bad_records)).check(
-        config.data.max_bad_share
-    )
+    BadRecords(
+        manifest.num_records, manifest.num_bad_records, list(manifest.bad_records), config.data.max_bad_share
+    ).check()
     return manifest
 
 
@@ -322,7 +328,7 @@ def _sample(config: RunConfig, sources: Mapping[str, Sequence[Source]], progress
     """Training text for the tokenizer: an equal share of each source, 50 MB in all."""
     share = TOKENIZER_SAMPLE_BYTES // len(sources["train"])
     for source in sources["train"]:
-        counts = Counts(source=source.name)
+        counts = Counts(BadRecords(max_bad_share=config.data.max_bad_share), source=source.name)
         num_bytes = 0
         for entry in _stream(config, {"train": [source], "validation": []}, counts):
             if entry.split == "train" or sources["validation"]:
@@ -394,7 +400,7 @@ def _write_shards(
     finished_tokens = {split: writer.num_tokens for split, writer in writers.items()}
     finished_documents = {split: writer.last_document for split, writer in writers.items()}
     progress.num_reused_tokens = sum(finished_tokens.values())
-    counts = Counts()
+    counts = Counts(BadRecords(max_bad_share=config.data.max_bad_share))
     progress.report("tokens", counts, 0, writers)
     encode = _encoder(tokenizer, writers["train"].dtype)
     batches = _batches(_stream(config, sources, counts), finished_documents, counts)
@@ -411,12 +417,12 @@ def _write_shards(
                 break
         used = batch.counts
         if used.bad.num_records >= MIN_RECORDS_TO_JUDGE:
-            used.bad.check(config.data.max_bad_share)
+            used.bad.check()
         progress.report("tokens", used, batch.entries[-1].position + 1, writers)
         if stop:
             counts = used
             break
-    counts.bad.check(config.data.max_bad_share)
+    counts.bad.check()
     for writer in writers.values():
         writer.close()
     return counts
@@ -485,8 +491,13 @@ class _Progress:
     """Puts a ``PrepareProgress`` together and hands it on."""
 
     def __init__(
-        self, config: RunConfig, sources: Mapping[str, Sequence[Source]], on_progress: OnProgress | None
+        self,
+        config: RunConfig,
+        sources: Mapping[str, Sequence[Source]],
+        on_progress: OnProgress | None,
+        notes: tuple[str, ...],
     ) -> None:
+        self.notes = notes
         self.max_train_tokens = config.data.max_train_tokens
         self.num_sources = sum(map(len, sources.values()))
         self.on_progress = on_progress
@@ -519,5 +530,6 @@ class _Progress:
                 max_train_tokens=self.max_train_tokens,
                 elapsed_seconds=time.monotonic() - self.started_at,
                 phase_seconds=time.monotonic() - self.phase_started_at,
+                notes=self.notes,
             )
         )

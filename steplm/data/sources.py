@@ -10,25 +10,24 @@ import difflib
 import glob
 import gzip
 import hashlib
-import json
 import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from steplm.data.builtin import describe_python_docs, python_docs
+from steplm.data.formats import READERS, Fields, Record, listed
 from steplm.errors import DataError, HubUnavailable
 from steplm.units import nearest, reason, shortened
 
 NUM_EXAMPLES = 10
-TEXT_PIECE_BYTES = 32 * 2**10
+HOPELESS_RECORDS = 1000  # where so many come and not one can be used, the rest is not read
 HUB_RETRY_SECONDS = (1, 5, 25, 125)  # waits after a stream has broken off
 COMMIT = re.compile("[0-9a-f]{40}")
 HUB_KEYS = ("name", "split", "revision", "data_dir", "data_files")
@@ -42,17 +41,21 @@ class Document:
 
 @dataclass(frozen=True)
 class BadRecord:
+    """Why records are unusable, how many of them were, and the place of the first."""
+
     origin: str
     reason: str
+    count: int = 1
 
 
 @dataclass
 class BadRecords:
-    """How many records were read, how many of them were unusable, and the first few of those."""
+    """How many records were read, how many of them were unusable, and the first few reasons."""
 
     num_records: int = 0
     num_bad: int = 0
     examples: list[BadRecord] = field(default_factory=list)
+    max_bad_share: float = 1.0
 
     @property
     def share(self) -> float:
@@ -61,29 +64,34 @@ class BadRecords:
     def add(self, origin: str, reason: str) -> None:
         self.num_records += 1
         self.num_bad += 1
-        if len(self.examples) < NUM_EXAMPLES:
-            self.examples.append(BadRecord(origin, reason))
+        for index, example in enumerate(self.examples):
+            if example.reason == reason:
+                self.examples[index] = replace(example, count=example.count + 1)
+                break
+        else:
+            if len(self.examples) < NUM_EXAMPLES:
+                self.examples.append(BadRecord(origin, reason))
+        if self.num_bad == self.num_records == HOPELESS_RECORDS:
+            self.check()
 
     def snapshot(self) -> BadRecords:
-        return BadRecords(self.num_records, self.num_bad, list(self.examples))
+        return replace(self, examples=list(self.examples))
 
-    def check(self, max_bad_share: float) -> None:
-        """Raise ``DataError``, with the first examples, if more than this share of the records is bad."""
-        if self.num_bad and self.share > max_bad_share:
-            examples = "\n".join(f"  {bad.origin}: {bad.reason}" for bad in self.examples)
+    def check(self) -> None:
+        """Raise ``DataError``, with the first reasons, if more than ``max_bad_share`` of the records is bad."""
+        if self.num_bad and self.share > self.max_bad_share:
+            examples = "\n".join(
+                f"  {bad.origin}: {bad.reason}{f' (and {bad.count - 1:,} more like it)' if bad.count > 1 else ''}"
+                for bad in self.examples
+            )
             raise DataError(
                 f"{self.num_bad:,} of {self.num_records:,} records ({self.share:.2%}) are unusable, "
-                f"more than data.max_bad_share={max_bad_share}:\n{examples}\n"
+                f"more than data.max_bad_share={self.max_bad_share}:\n{examples}\n"
                 "Mend the files, name the right data.text_field, or raise data.max_bad_share.",
                 num_bad=self.num_bad,
                 num_records=self.num_records,
-                max_bad_share=max_bad_share,
+                max_bad_share=self.max_bad_share,
             )
-
-
-# A record is (place in the file, value). The value is a mapping with the text field, or the text itself,
-# or, if the record is broken, an exception that says why.
-Record = tuple[int, Any]
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ class Source:
         Neither the folder nor the time of modification counts: a copied or moved file is the same text.
         """
         if self.path is not None:
-            return f"{self.path.name} ({self.path.stat().st_size} bytes, ends {_digest_of_ends(self.path)})"
+            return f"{_printable(self.path.name)} ({self.path.stat().st_size} bytes, ends {_digest_of_ends(self.path)})"
         return describe_python_docs() if self.name.startswith("builtin://") else self.name
 
     @property
@@ -115,13 +123,14 @@ class Source:
         Raises:
             DataError: the source cannot be read at all.
         """
-        yield from _usable(self.name, self.records(text_field), text_field, bad)
+        yield from _usable(self.name, self.records([text_field]), text_field, bad)
 
-    def records(self, field: str | None = None) -> Iterator[Record]:
+    def records(self, fields: Fields = None) -> Iterator[Record]:
         """Each record with its place; for one that cannot be read, an exception that says why.
 
         Args:
-            field: the only one that is asked for, where the format can read it alone; default: all.
+            fields: those that are used. A format with columns reads no others, so that nothing that they hold can
+                be an error. Default: all.
 
         Raises:
             DataError: the source cannot be read at all.
@@ -134,7 +143,7 @@ class Source:
             is_gzip = self.path.suffix.lower() == ".gz"
             stream: Any = gzip.GzipFile(fileobj=raw) if is_gzip else raw
             try:
-                for place, value in READERS[_format(self.path)](stream, field):
+                for place, value in READERS[_format(self.path)](stream, fields):
                     yield place, value
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 yield place + 1, ValueError(f"damaged or truncated gzip, the rest of the file is lost: {error}")
@@ -148,8 +157,11 @@ def _digest_of_ends(path: Path, num_bytes: int = 2**16) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_sources(entries: Sequence[str]) -> list[Source]:
+def find_sources(entries: Sequence[str], skipped: list[Path] | None = None) -> list[Source]:
     """The sources that the entries name, each once, in order; the files of a folder or glob sorted by name.
+
+    Args:
+        skipped: the files of folders that have no known format are added to it.
 
     Raises:
         DataError: an entry matches nothing or has an unknown format.
@@ -159,8 +171,13 @@ def find_sources(entries: Sequence[str]) -> list[Source]:
         if "://" in entry:
             sources.append(_remote(entry))
         else:
-            sources += [Source(str(path), path) for path in _matching_files(entry)]
+            sources += [Source(_printable(path), path) for path in _matching_files(entry, skipped)]
     return list(dict.fromkeys(sources))
+
+
+def _printable(path: Path | str) -> str:
+    """A name that can be written anywhere: bytes of it that are not UTF-8 as ``\\xe9``."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _remote(entry: str) -> Source:
@@ -190,7 +207,7 @@ def local_path(text: str | Path) -> Path:
     return path
 
 
-def _matching_files(entry: str) -> list[Path]:
+def _matching_files(entry: str, skipped: list[Path] | None) -> list[Path]:
     path = local_path(entry)
     matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     files: list[Path] = []
@@ -199,6 +216,8 @@ def _matching_files(entry: str) -> list[Path]:
             found = sorted(p for p in match.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(match)))
             # A folder may hold anything; a file that was named must be understood.
             files += [p for p in found if _format(p) in READERS]
+            if skipped is not None:
+                skipped += [p for p in found if _format(p) not in READERS]
         elif match.is_file():
             if _format(match) not in READERS:
                 known = ", ".join(READERS)
@@ -212,6 +231,13 @@ def _matching_files(entry: str) -> list[Path]:
         hint = " STEPLM_DATA, the folder in which shipped recipes look, is not set." if unset else ""
         raise DataError(f"no text found at {entry!r}. {_what_is_there(path)}{hint}", entry=entry)
     return files
+
+
+def describe_skipped(files: Sequence[Path], most: int = 5) -> str:
+    """``"2 files of unknown format are not read: a.pdf, b.png"``."""
+    names = ", ".join([*(_printable(file.name) for file in files[:most]), *(["..."] if len(files) > most else [])])
+    what = f"{len(files):,} files of unknown format are" if len(files) > 1 else "a file of unknown format is"
+    return f"{what} not read: {names}"
 
 
 def _is_hidden(path: Path) -> bool:
@@ -259,7 +285,9 @@ def _why_unusable(value: Any, text: Any, text_field: str) -> str | None:
     if isinstance(value, Exception):
         return str(value)
     if text is None:
-        return f"no field {text_field!r}; fields are {_listed(value)}" if value else "an empty record"
+        if isinstance(value, dict) and text_field in value:
+            return f"field {text_field!r} is null"
+        return f"no field {text_field!r}; fields are {listed(value)}" if value else "an empty record"
     if not isinstance(text, str):
         what = f"field {text_field!r}" if isinstance(value, dict) else "the record"
         return f"{what} is {type(text).__name__}, not text"
@@ -270,100 +298,6 @@ def _why_unusable(value: Any, text: Any, text_field: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"text that is not Unicode: a lone surrogate at character {error.start}"
     return None
-
-
-def _listed(names: Iterable[str], most: int = 10) -> str:
-    first = [shortened(name, 40) for name in islice(names, most + 1)]
-    return ", ".join([*first[:most], *(["..."] if len(first) > most else [])])
-
-
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(stream, 1):
-        yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-
-
-def _parse_json(data: bytes) -> Any:
-    try:
-        value = json.loads(data.decode())
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8: {error.reason} at byte {error.start}")
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"broken JSON: {error}")
-    return value
-
-
-def _as_record(value: Any) -> Any:
-    if isinstance(value, dict | Exception):
-        return value
-    return ValueError(f"a JSON {type(value).__name__}, not an object with fields")
-
-
-def _read_json_lines(stream: BinaryIO, field: str | None) -> Iterator[Record]:
-    for number, line in _lines(stream):
-        if line.strip():
-            yield number, _as_record(_parse_json(line))
-
-
-def _read_json(stream: BinaryIO, field: str | None) -> Iterator[Record]:
-    """A list of objects, one object, or, as many data sets have it under this name, an object per line."""
-    lines = _lines(stream)
-    number, first = next(((n, line) for n, line in lines if line.strip()), (0, b""))
-    if not first:
-        return
-    if not first.lstrip().startswith(b"[") and first.strip() != b"{":
-        yield number, _as_record(_parse_json(first))
-        for number, line in lines:
-            if line.strip():
-                yield number, _as_record(_parse_json(line))
-        return
-    value = _parse_json(first + b"".join(line for _, line in lines))
-    for place, record in enumerate(value if isinstance(value, list) else [value], 1):
-        yield place, _as_record(record)
-
-
-def _read_text(stream: BinaryIO, field: str | None) -> Iterator[Record]:
-    """Documents of 32 to 64 KiB, cut at blank lines (at any line where none comes); put together, the file.
-
-    One document per file would leave nothing to split off for validation where there is one large file.
-    """
-    piece: list[bytes] = []
-    start, size = 1, 0
-    for number, line in _lines(stream):
-        if not piece:
-            start = number
-        piece.append(line)
-        size += len(line)
-        if size >= TEXT_PIECE_BYTES and (not line.strip() or size >= 2 * TEXT_PIECE_BYTES):
-            yield start, _decode(b"".join(piece))
-            piece, size = [], 0
-    if b"".join(piece).strip():
-        yield start, _decode(b"".join(piece))
-
-
-def _decode(data: bytes) -> str | ValueError:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8: {error.reason} at byte {error.start}")
-
-
-def _read_parquet(stream: BinaryIO, field: str | None) -> Iterator[Record]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(stream)
-        columns = table.schema_arrow.names
-        if field is not None and field not in columns:
-            yield 1, ValueError(f"no column {field!r}; columns are {_listed(columns)}")
-            return
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=None if field is None else [field]):
-            for record in batch.to_pylist():
-                row += 1
-                yield row, record
-    except pyarrow.ArrowException as error:
-        yield 1, ValueError(f"damaged Parquet: {error}")
 
 
 def _hub_arguments(entry: str) -> tuple[str, dict[str, str]]:
@@ -431,18 +365,5 @@ def _is_connection_error(error: BaseException | None) -> bool:
 def _stream_builtin(entry: str) -> Iterator[Record]:
     yield from enumerate(python_docs(), 1)
 
-
-READERS: dict[str, Callable[[BinaryIO, str | None], Iterator[Record]]] = {
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-    ".text": _read_text,
-    ".md": _read_text,
-    ".rst": _read_text,
-    ".raw": _read_text,
-    ".tokens": _read_text,
-}
 
 STREAMS: dict[str, Callable[[str], Iterator[Record]]] = {"hub": _stream_hub, "builtin": _stream_builtin}

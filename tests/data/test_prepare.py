@@ -347,7 +347,8 @@ def test_too_many_bad_records_stop_a_long_run_early(configure: Configure, jsonl:
 
 
 def test_a_wrong_text_field_names_the_fields_there_are(configure: Configure, jsonl: Jsonl, texts: list[str]) -> None:
-    with pytest.raises(DataError, match=r"100.00%.*\n.*no field 'content'; fields are 'text'"):
+    once = r"100.00%.*\n.*:1: no field 'content'; fields are 'text' \(and 59 more like it\)\nMend"
+    with pytest.raises(DataError, match=once):
         prepare(configure(train=str(jsonl(texts)), text_field="content"))
 
 
@@ -482,6 +483,18 @@ def test_progress_rises_and_ends_with_the_totals(configure: Configure, jsonl: Js
     assert seen[-1].num_documents == 60
     assert seen[-1].fraction == 1.0
     assert seen[-1].tokens_per_second > 0
+
+
+def test_files_of_unknown_format_in_a_folder_are_named(
+    configure: Configure, jsonl: Jsonl, texts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    jsonl(texts, "in/a.jsonl")
+    for name in ("table.xlsx", "notes.pdf", ".hidden", "no_suffix"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    seen: list[PrepareProgress] = []
+    prepare(configure(train=str(tmp_path / "in")), seen.append)
+    assert seen[0].notes == ("3 files of unknown format are not read: no_suffix, notes.pdf, table.xlsx",)
 
 
 def test_the_environment_is_left_as_it_was(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from steplm.data import sources
-from steplm.data.sources import BadRecords, Document, Source, find_sources
+from steplm.data import formats, sources
+from steplm.data.sources import BadRecord, BadRecords, Document, Source, find_sources
 from steplm.errors import DataError, HubUnavailable
 
 RECORDS = [{"text": "one"}, {"text": "two"}, {"text": "three é"}]
@@ -53,22 +56,105 @@ def test_every_json_layout_gives_the_same_documents(tmp_path: Path, name: str, d
     assert (bad.num_records, bad.num_bad) == (3, 0)
 
 
-def test_one_indented_object_is_one_record(tmp_path: Path) -> None:
-    documents, _ = read(write(tmp_path / "one.json", json.dumps(RECORDS[0], indent=2).encode()))
+@pytest.mark.parametrize(
+    "layout", ['{{"text": "one"}}', '{{\n "text": "one"\n}}', '{{"text": "one",\n "id": 3}}', '\n{{"text"\n:"one"}}\n']
+)
+def test_one_object_is_one_record_whatever_its_line_breaks(tmp_path: Path, layout: str) -> None:
+    documents, bad = read(write(tmp_path / "one.json", layout.format().encode()))
     assert [document.text for document in documents] == ["one"]
+    assert bad.num_records == 1
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_under_the_key_data_is_read_and_under_another_key_its_fields_are_named(
+    tmp_path: Path, indent: int | None
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": 1, "data": RECORDS}, indent=indent))
+    documents, _ = read(path)
+    assert [document.text for document in documents] == TEXTS
+    path.write_text(json.dumps({"version": 1, "rows": RECORDS}, indent=indent))
+    _, bad = read(path)
+    assert [example.reason for example in bad.examples] == ["no field 'text'; fields are 'version', 'rows'"]
+
+
+def test_lines_after_a_broken_first_line_are_read(tmp_path: Path) -> None:
+    documents, bad = read(write(tmp_path / "a.json", b'{"text": "cut\n' + lines(RECORDS)))
+    assert [document.text for document in documents] == TEXTS
+    assert [example.origin for example in bad.examples] == [f"{tmp_path / 'a.json'}:1"]
+
+
+def test_a_broken_object_of_many_lines_is_one_bad_record(tmp_path: Path) -> None:
+    whole = json.dumps({"text": "one", "tags": ["a", "b"]}, indent=1).encode()
+    documents, bad = read(write(tmp_path / "a.json", whole[:-3]))
+    assert documents == []
+    assert (bad.num_records, bad.num_bad) == (1, 1)
+    assert "broken JSON" in bad.examples[0].reason
 
 
 def test_parquet_gives_its_text_column_and_counts_null_rows(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"content": ["one", None, "three"], "id": [1, 2, 3]}), path)
     documents, bad = read(path, text_field="content")
     assert documents == [Document("one", f"{path}:1"), Document("three", f"{path}:3")]
-    assert [example.origin for example in bad.examples] == [f"{path}:2"]
+    assert bad.examples == [BadRecord(f"{path}:2", "field 'content' is null")]
     _, bad = read(path)
-    assert "no column 'text'; columns are 'content', 'id'" in bad.examples[0].reason
+    assert bad.examples == [BadRecord(f"{path}:1", "no column 'text'; columns are 'content', 'id'", count=3)]
+
+
+def not_utf8(rows: list[bytes]) -> pyarrow.StringArray:
+    """A column of strings, as a writer leaves it that does not check its bytes."""
+    values = pyarrow.array(rows, pyarrow.binary())
+    return pyarrow.StringArray.from_buffers(len(values), values.buffers()[1], values.buffers()[2])
+
+
+@pytest.mark.parametrize("bad_row", [1, 1024, 1025, 3000])
+def test_a_string_of_a_parquet_file_that_is_not_utf8_is_one_bad_record(tmp_path: Path, bad_row: int) -> None:
+    path = tmp_path / "a.parquet"
+    rows = [b"text %d" % row for row in range(1, 3001)]
+    rows[bad_row - 1] = b"caf\xe9 au lait"
+    parquet.write_table(pyarrow.table({"text": not_utf8(rows)}), path)
+    documents, bad = read(path)
+    assert [document.text for document in documents] == [f"text {row}" for row in range(1, 3001) if row != bad_row]
+    assert bad.examples == [BadRecord(f"{path}:{bad_row}", "not UTF-8: invalid continuation byte at byte 3")]
+
+
+def test_a_column_that_is_not_used_is_not_read_and_one_that_is_used_spoils_its_row_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    no_date = pyarrow.array([0, 2**61, 0], pyarrow.timestamp("us"))
+    parquet.write_table(pyarrow.table({"text": TEXTS, "id": [1, 2, 3], "created": no_date}), path)
+    source = Source(str(path), path)
+    assert [value for _, value in source.records(["text", "id"])] == [
+        {"text": text, "id": number} for number, text in enumerate(TEXTS, 1)
+    ]
+    first, second, third = (value for _, value in source.records())
+    assert (first["text"], third["text"]) == (TEXTS[0], TEXTS[2])
+    assert str(second).startswith("column 'created' cannot be read: ")
+
+
+def test_damage_of_a_parquet_file_loses_its_row_group_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"{number} " * 50 for number in range(4000)]
+    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=1000, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    middle = parquet.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
+    data[middle : middle + 2000] = bytes(2000)
+    path.write_bytes(data)
+    documents, bad = read(path)
+    assert [document.text for document in documents] == texts[:2000] + texts[3000:]
+    assert [example.origin for example in bad.examples] == [f"{path}:2001"]
+    assert bad.examples[0].reason.startswith("damaged Parquet, rows up to 3,000 are lost: ")
+
+
+def test_a_file_name_that_is_not_utf8_is_read_and_can_be_written_down(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    try:
+        write(tmp_path / name, lines(RECORDS))
+    except OSError:
+        pytest.skip("this file system has no such names")
+    documents, _ = read(tmp_path)
+    assert [document.origin for document in documents][:1] == [f"{tmp_path}/caf\\xe9.jsonl:1"]
+    assert find_sources([str(tmp_path)])[0].describe().startswith("caf\\xe9.jsonl (")
 
 
 def test_a_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -85,7 +171,7 @@ def test_a_text_file_without_blank_lines_is_cut_at_lines(tmp_path: Path) -> None
     text = "a line of some length\n" * 10_000
     documents, _ = read(write(tmp_path / "a.md.gz", text.encode()))
     assert "".join(document.text for document in documents) == text
-    assert max(len(document.text) for document in documents) <= 2 * sources.TEXT_PIECE_BYTES + 100
+    assert max(len(document.text) for document in documents) <= 2 * formats.TEXT_PIECE_BYTES + 100
 
 
 def test_folders_and_globs_give_their_files_in_order_each_once(tmp_path: Path) -> None:
@@ -175,15 +261,34 @@ def test_a_wrong_address_tells_the_right_one(entry: str, hint: str) -> None:
 
 
 def test_a_share_of_bad_records_above_the_limit_raises_with_the_first_examples() -> None:
-    bad = BadRecords()
+    bad = BadRecords(max_bad_share=0.02)
     for number in range(20):
-        bad.add(f"a.jsonl:{number}", "broken")
+        bad.add(f"a.jsonl:{number}", f"broken at byte {number}")
     bad.num_records = 1000
-    bad.check(0.02)
+    bad.check()
+    bad.max_bad_share = 0.0199
     with pytest.raises(DataError, match=r"(?s)20 of 1,000 records \(2\.00%\).*a\.jsonl:0: broken") as caught:
-        bad.check(0.0199)
+        bad.check()
     assert caught.value.num_bad == 20
     assert len(bad.examples) == sources.NUM_EXAMPLES
+
+
+def test_a_reason_is_told_once_with_its_first_place_and_its_count() -> None:
+    bad = BadRecords(max_bad_share=0.5)
+    for number in range(1, 31):
+        bad.add(f"a.jsonl:{number}", "no field 'content'; fields are 'text'")
+    with pytest.raises(DataError) as caught:
+        bad.check()
+    listing = [line for line in str(caught.value).splitlines() if "no field" in line]
+    assert listing == ["  a.jsonl:1: no field 'content'; fields are 'text' (and 29 more like it)"]
+
+
+def test_a_source_of_which_nothing_can_be_used_is_not_read_to_its_end(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"content": "text"}\n' * (2 * sources.HOPELESS_RECORDS))
+    bad = BadRecords(max_bad_share=0.5)
+    with pytest.raises(DataError, match="no field 'text'; fields are 'content'"):
+        list(Source(str(path), path).documents("text", bad))
+    assert bad.num_records == sources.HOPELESS_RECORDS
 
 
 def test_a_hub_address_becomes_a_streamed_data_set(

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from steplm.config import RunConfig
+from steplm.data.formats import READERS
 from steplm.data.prepare import prepare
-from steplm.data.sources import READERS, BadRecords, find_sources
+from steplm.data.sources import BadRecords, find_sources
 from steplm.data.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer
 
 fuzz = settings.get_profile("fuzz")
@@ -47,6 +48,16 @@ WHOLE = [
     _parquet({"text": [b"\xff\xfe", b"x", None]}),
     _parquet({"text": [1, 2, 3], "other": ["a", "b", "c"]}),
     _parquet({"text": [{"a": 1}, {"a": 2}]}),
+    _parquet({"text": ["a", "b"], "created": pyarrow.array([0, 2**61], pyarrow.timestamp("us"))}),
+    _parquet({"text": pyarrow.array([0, 2**61], pyarrow.timestamp("us"))}),
+    _parquet(
+        {
+            "text": pyarrow.StringArray.from_buffers(
+                2, *map(pyarrow.py_buffer, (bytes(4) + b"\1\0\0\0\2\0\0\0", b"\xe9a"))
+            )
+        }
+    ),
+    json.dumps({"data": RECORDS}, indent=1).encode(),
     b'{"text": "\\ud800"}\n',
     b'{"text": 1' + b"0" * 5000 + b"}\n",
     b'{"' + b"k" * 20_000 + b'": 1}\n',
@@ -66,12 +77,12 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_documents(entry: str) -> None:
-    bad = BadRecords()
+    bad = BadRecords(max_bad_share=0.001)
     for source in find_sources([entry]):
         source.describe()
         for document in source.documents("text", bad):
             document.text.encode()
-    bad.check(0.001)
+    bad.check()
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
