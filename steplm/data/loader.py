@@ -1,13 +1,22 @@
 """Token shards -> batches, as a pure function of (seed, tokens seen, rank, world size).
 
-An epoch: the documents in a shuffled order, put end to end, cut into windows of ``sequence_length`` inputs
-whose labels are the tokens that follow, and the windows visited in a second shuffled order.
+An epoch is cut into windows of ``sequence_length`` inputs, whose labels are the tokens that follow, and visits each
+window once. There are two orders:
+
+``documents``, of smaller data: the documents are put end to end in a shuffled order, cut into windows, and the windows
+are visited in a second shuffled order. Both orders are sorted in memory.
+
+``windows``, of larger data: the documents stay as they are stored, on a circle that is cut from another place in each
+epoch, and the windows are visited in the order of a permutation that is computed index by index. Any place of any
+epoch takes the same time, and nothing is held in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +29,11 @@ from steplm.errors import DataError
 # B sequences, S positions
 
 IGNORE_INDEX = -100  # a label that does not count, in Hugging Face models and torch
-_DOCUMENT_ORDER, _WINDOW_ORDER = 0, 1
+_DOCUMENT_ORDER, _WINDOW_ORDER, _FIRST_CUT = 0, 1, 2
+MAX_SORTED_WINDOWS = 2**20  # of an epoch in the order ``documents``, where the order is not given
+FEISTEL_ROUNDS = 8
+
+Order = Literal["documents", "windows"]
 
 Array = npt.NDArray[np.int64]
 
@@ -44,8 +57,16 @@ class Batch:
             yield Batch(self.input_ids[part], self.labels[part], positions)
 
     def to(self, device: torch.device | str) -> Batch:
-        positions = None if self.position_ids is None else self.position_ids.to(device)
-        return Batch(self.input_ids.to(device), self.labels.to(device), positions)
+        """On ``device``; of a pinned batch, without waiting for the copy."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pin_memory(self) -> Batch:
+        """In memory that a CUDA device can read by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        positions = None if self.position_ids is None else change(self.position_ids)
+        return Batch(change(self.input_ids), change(self.labels), positions)
 
 
 class BatchLoader:
@@ -56,13 +77,21 @@ class BatchLoader:
         sequence_length: inputs per sequence.
         within_documents: position ids restart at each document, and the first token of a document is never
             a label, so that with attention kept inside documents none is predicted from another.
+        order: of the module's two; default: ``documents`` up to ``MAX_SORTED_WINDOWS`` an epoch. A run that goes on
+            gives the one that it began with.
 
     Raises:
         DataError: the data set is shorter than one window.
     """
 
     def __init__(
-        self, dataset: TokenDataset, *, seed: int, sequence_length: int, within_documents: bool = False
+        self,
+        dataset: TokenDataset,
+        *,
+        seed: int,
+        sequence_length: int,
+        within_documents: bool = False,
+        order: Order | None = None,
     ) -> None:
         self.dataset = dataset
         self.seed = seed
@@ -78,7 +107,8 @@ class BatchLoader:
                 num_tokens=dataset.num_tokens,
                 sequence_length=sequence_length,
             )
-        self._epoch: _Epoch | None = None
+        self.order: Order = order or ("documents" if self.windows_per_epoch <= MAX_SORTED_WINDOWS else "windows")
+        self._last_epoch: _Epoch | None = None
 
     def batch(self, tokens_seen: int, num_sequences: int, rank: int = 0, world_size: int = 1) -> Batch:
         """This rank's part of the global batch that starts after ``tokens_seen`` tokens.
@@ -98,15 +128,64 @@ class BatchLoader:
                 tokens_seen=tokens_seen,
                 sequence_length=self.sequence_length,
             )
-        part = range(first + rank * num_sequences // world_size, first + (rank + 1) * num_sequences // world_size)
-        return _to_batch([self._window(index) for index in part], self.sequence_length, self.within_documents)
+        part = np.arange(first + rank * num_sequences // world_size, first + (rank + 1) * num_sequences // world_size)
+        epochs, places = np.divmod(part, self.windows_per_epoch)
+        windows: list[_Window] = []
+        for number in np.unique(epochs).tolist():
+            epoch = self._epoch(number)
+            for start in epoch.window_starts(places[epochs == number]).tolist():
+                windows.append(epoch.read(start, start + self.sequence_length + 1))
+        return _to_batch(windows, self.sequence_length, self.within_documents)
 
-    def _window(self, index: int) -> _Window:
-        number, place = divmod(index, self.windows_per_epoch)
-        if self._epoch is None or self._epoch.number != number:
-            self._epoch = _Epoch(self.dataset, self.seed, number, self.windows_per_epoch)
-        start = int(self._epoch.window_order[place]) * self.sequence_length
-        return self._epoch.read(start, start + self.sequence_length + 1)
+    def _epoch(self, number: int) -> _Epoch:
+        # In a local variable, because a prefetching thread may be in another epoch.
+        epoch = self._last_epoch
+        if epoch is None or epoch.number != number:
+            kind = _SortedEpoch if self.order == "documents" else _PermutedEpoch
+            epoch = kind(self.dataset, self.seed, number, self.sequence_length, self.within_documents)
+            self._last_epoch = epoch
+        return epoch
+
+
+class Prefetcher:
+    """The batches of one rank's steps, each made in a background thread while the step before it is computed.
+
+    The batches are those of ``loader.batch``; a jump to another place is made at once.
+
+    Args:
+        num_sequences, rank, world_size: as ``BatchLoader.batch`` takes them.
+        pin_memory: batches are put where a CUDA device copies them from without the processor.
+    """
+
+    def __init__(
+        self,
+        loader: BatchLoader,
+        num_sequences: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        self.loader = loader
+        self.num_sequences, self.rank, self.world_size = num_sequences, rank, world_size
+        self.pin_memory = pin_memory
+        self._pool = ThreadPoolExecutor(1, "prefetch")
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def batch(self, tokens_seen: int) -> Batch:
+        """This rank's part of the global batch that starts after ``tokens_seen`` tokens."""
+        expected, self._next = self._next, None
+        batch = expected[1].result() if expected and expected[0] == tokens_seen else self._make(tokens_seen)
+        following = tokens_seen + self.num_sequences * self.loader.sequence_length
+        self._next = following, self._pool.submit(self._make, following)
+        return batch
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _make(self, tokens_seen: int) -> Batch:
+        batch = self.loader.batch(tokens_seen, self.num_sequences, self.rank, self.world_size)
+        return batch.pin_memory() if self.pin_memory else batch
 
 
 @dataclass(frozen=True)
@@ -115,16 +194,31 @@ class _Window:
     document_starts: Array  # places in ``tokens`` at which a document begins
 
 
-class _Epoch:
-    """The documents of one epoch end to end, in its order; found by binary search, nothing copied."""
+class _Epoch(Protocol):
+    number: int
 
-    def __init__(self, dataset: TokenDataset, seed: int, number: int, num_windows: int) -> None:
+    def window_starts(self, places: Array) -> Array:
+        """Where the windows begin that are visited at these places of the epoch."""
+
+    def read(self, start: int, stop: int) -> _Window: ...
+
+
+class _SortedEpoch:
+    """The order ``documents``: the documents are found by binary search, nothing is copied."""
+
+    def __init__(
+        self, dataset: TokenDataset, seed: int, number: int, sequence_length: int, within_documents: bool
+    ) -> None:
         self.dataset = dataset
         self.number = number
-        self.window_order = shuffled(num_windows, seed, number, _WINDOW_ORDER)
+        self.sequence_length = sequence_length
+        self.window_order = shuffled((dataset.num_tokens - 1) // sequence_length, seed, number, _WINDOW_ORDER)
         self.document_order = shuffled(dataset.num_documents, seed, number, _DOCUMENT_ORDER)
         # Place in the epoch at which each document of the order starts, and the end of the last.
         self.starts = np.concatenate(([0], np.cumsum(dataset.document_lengths[self.document_order])))
+
+    def window_starts(self, places: Array) -> Array:
+        return self.window_order[places] * self.sequence_length
 
     def read(self, start: int, stop: int) -> _Window:
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
@@ -139,12 +233,66 @@ class _Epoch:
         return _Window(np.concatenate(parts).astype(np.int64), starts[starts >= 0])
 
 
+class _PermutedEpoch:
+    """The order ``windows``: the stored tokens as a circle, which this epoch cuts from a place of its own."""
+
+    def __init__(
+        self, dataset: TokenDataset, seed: int, number: int, sequence_length: int, within_documents: bool
+    ) -> None:
+        self.dataset = dataset
+        self.seed, self.number = seed, number
+        self.sequence_length, self.within_documents = sequence_length, within_documents
+        self.num_windows = (dataset.num_tokens - 1) // sequence_length
+        self.first_cut = int(_hash_of(seed, number, _FIRST_CUT)[0]) % dataset.num_tokens
+
+    def window_starts(self, places: Array) -> Array:
+        windows = permuted(places, self.num_windows, self.seed, self.number, _WINDOW_ORDER)
+        return (self.first_cut + windows * self.sequence_length) % self.dataset.num_tokens
+
+    def read(self, start: int, stop: int) -> _Window:
+        end = self.dataset.num_tokens
+        ranges = [(start, stop)] if stop <= end else [(start, end), (0, stop - end)]
+        tokens = np.concatenate([self.dataset.read(*part) for part in ranges]).astype(np.int64)
+        starts = np.empty(0, np.int64)
+        if self.within_documents:
+            starts = np.concatenate([self.dataset.document_starts(*part) for part in ranges])
+        return _Window(tokens, (starts - start) % end)
+
+
 def shuffled(size: int, seed: int, epoch: int, purpose: int) -> Array:
     """``range(size)`` sorted by a hash (splitmix64): an order that no library version can change."""
+    hashes = _splitmix64(np.arange(size, dtype=np.uint64) ^ _hash_of(seed, epoch, purpose))
+    return np.argsort(hashes, kind="stable")
+
+
+def permuted(indices: Array, size: int, seed: int, epoch: int, purpose: int) -> Array:
+    """Where ``indices`` go in a pseudorandom permutation of ``range(size)``, of which nothing else is computed.
+
+    A Feistel network (Luby and Rackoff, 1988) permutes the numbers below the next power of two. What it sends beyond
+    ``size`` goes through it again ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains", 2002),
+    less than once on average.
+    """
+    num_bits = max((size - 1).bit_length(), 2)
+    low_bits = np.uint64(num_bits // 2)
+    low_mask, high_mask = np.uint64(2 ** (num_bits // 2) - 1), np.uint64(2 ** (num_bits - num_bits // 2) - 1)
+    keys = _splitmix64(np.arange(FEISTEL_ROUNDS, dtype=np.uint64) ^ _hash_of(seed, epoch, purpose))
+    values = indices.astype(np.uint64)
+    walking = np.arange(len(values))
+    while len(walking):
+        low, high = values[walking] & low_mask, values[walking] >> low_bits
+        for low_key, high_key in keys.reshape(-1, 2):
+            high ^= _splitmix64(low ^ low_key) & high_mask
+            low ^= _splitmix64(high ^ high_key) & low_mask
+        values[walking] = high << low_bits | low
+        walking = walking[values[walking] >= size]
+    return values.astype(np.int64)
+
+
+def _hash_of(*values: int) -> npt.NDArray[np.uint64]:
     state = np.zeros(1, np.uint64)
-    for value in (seed, epoch, purpose):
+    for value in values:
         state = _splitmix64(state ^ np.uint64(value))
-    return np.argsort(_splitmix64(np.arange(size, dtype=np.uint64) ^ state), kind="stable")
+    return state
 
 
 def _splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,7 +149,7 @@ class TokenDataset:
 
     @property
     def num_tokens(self) -> int:
-        return self.manifest.split(self.split).num_tokens
+        return int(self._shard_starts[-1])
 
     @property
     def num_documents(self) -> int:
@@ -163,8 +164,18 @@ class TokenDataset:
     def document_offsets(self) -> npt.NDArray[np.int64]:
         """(num_documents + 1,): where each document starts; the last entry is ``num_tokens``."""
         parts = [np.zeros(1, np.int64)]
-        for shard, start in zip(self.shards, self._shard_starts, strict=False):
-            parts.append(start + _load_offsets(self.prepared_dir, self.split, shard)[1:])
+        for index, start in enumerate(self._shard_starts[:-1]):
+            parts.append(start + self._offsets(index)[1:])
+        return np.concatenate(parts)
+
+    def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Where documents start from ``start`` to ``stop`` (exclusive), of all tokens."""
+        parts = [np.empty(0, np.int64)]
+        for index in self._shards_of(start, stop):
+            begin = int(self._shard_starts[index])
+            offsets = self._offsets(index)
+            first, last = np.searchsorted(offsets[:-1], (start - begin, stop - begin))
+            parts.append(begin + offsets[first:last])
         return np.concatenate(parts)
 
     @property
@@ -176,14 +187,10 @@ class TokenDataset:
         """Tokens ``start`` to ``stop`` (exclusive); a view where they lie in one shard."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
-        first = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         parts = []
-        while start < stop:
-            begin = int(self._shard_starts[first])
-            part = self._maps[first][start - begin : stop - begin]
-            parts.append(part)
-            start += len(part)
-            first += 1
+        for index in self._shards_of(start, stop):
+            begin = int(self._shard_starts[index])
+            parts.append(self._tokens(index)[max(start - begin, 0) : stop - begin])
         if not parts:
             return np.empty(0, _dtype(self.manifest))
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -205,10 +212,36 @@ class TokenDataset:
     def _shard_starts(self) -> npt.NDArray[np.int64]:
         return np.cumsum([0, *(shard.num_tokens for shard in self.shards)], dtype=np.int64)
 
+    def _shards_of(self, start: int, stop: int) -> range:
+        """Indices of the shards that hold the tokens ``start`` to ``stop`` (exclusive)."""
+        first, last = np.searchsorted(self._shard_starts, (start, stop - 1), side="right")
+        return range(int(first) - 1, int(last) if stop > start else 0)
+
+    # Each shard is mapped when it is first read: of thousands, a run may need a few.
+
     @cached_property
-    def _maps(self) -> list[npt.NDArray[np.unsignedinteger]]:
-        folder, dtype = self.prepared_dir / self.split, _dtype(self.manifest)
-        return [np.memmap(folder / f"{shard.name}.bin", dtype, mode="r") for shard in self.shards]
+    def _mapped_tokens(self) -> dict[int, npt.NDArray[np.unsignedinteger]]:
+        return {}
+
+    @cached_property
+    def _mapped_offsets(self) -> dict[int, npt.NDArray[np.int64]]:
+        return {}
+
+    def _tokens(self, index: int) -> npt.NDArray[np.unsignedinteger]:
+        if index not in self._mapped_tokens:
+            path = self.prepared_dir / self.split / f"{self.shards[index].name}.bin"
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # Windows lie anywhere: around each, the system would read 128 KiB that nobody asks for.
+            if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+                mapped.madvise(mmap.MADV_RANDOM)
+            self._mapped_tokens[index] = np.frombuffer(mapped, _dtype(self.manifest))
+        return self._mapped_tokens[index]
+
+    def _offsets(self, index: int) -> npt.NDArray[np.int64]:
+        if index not in self._mapped_offsets:
+            self._mapped_offsets[index] = _load_offsets(self.prepared_dir, self.split, self.shards[index])
+        return self._mapped_offsets[index]
 
 
 def check_sizes(prepared_dir: Path, manifest: Manifest, *splits: str) -> None:
@@ -277,7 +310,7 @@ def _files(prepared_dir: Path, manifest: Manifest, splits: tuple[str, ...]) -> I
 def _load_offsets(prepared_dir: Path, split: str, shard: Shard) -> npt.NDArray[np.int64]:
     path = prepared_dir / split / f"{shard.name}.offsets.npy"
     try:
-        offsets = np.load(path, allow_pickle=False)
+        offsets = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # the header is a Python literal: damaged, it can be any error of the parser
         raise DataError(f"{path} is damaged: {reason(error)}. {_start_over(prepared_dir)}", path=str(path)) from None
     is_whole = offsets.dtype == np.dtype("<i8") and offsets.shape == (shard.num_documents + 1,)
