@@ -6,16 +6,23 @@ of the record, or the text itself; for a record that cannot be read it is an exc
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from steplm.units import reason, shortened
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
-    from pyarrow.parquet import ParquetFile
 
 TEXT_PIECE_BYTES = 32 * 2**10
 ROWS_AT_ONCE = 1024
@@ -118,50 +125,122 @@ def _read_text(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
         yield start, _decode(b"".join(piece))
 
 
+def _read_csv(stream: BinaryIO, fields: Fields, *, delimiter: str = ",") -> Iterator[Record]:
+    """Rows under a header of names; a record is placed by its first line."""
+    csv.field_size_limit(2**31 - 1)  # by default a text of 128 KiB is an error
+    # What is not UTF-8 is kept as lone surrogates, so that it spoils its own row alone.
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.reader(text, delimiter=delimiter)
+    names: list[str] = []
+    while True:
+        place = rows.line_num + 1
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield place, ValueError(f"broken CSV: {error}")
+            continue
+        if row is None:
+            return
+        if not names:
+            names = row
+        elif row:
+            yield place, _csv_record(names, row, fields)
+
+
+def _csv_record(names: list[str], row: list[str], fields: Fields) -> Any:
+    if len(row) != len(names):
+        return ValueError(f"the row has {len(row)} values, and the header has {len(names)} names")
+    record = dict(zip(names, row, strict=True))
+    try:
+        "".join(value for name, value in record.items() if fields is None or name in fields).encode()
+    except UnicodeEncodeError:
+        return ValueError("not UTF-8")
+    return record
+
+
 def _read_parquet(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
     from pyarrow import parquet
 
-    first_row = 1
     try:
         table = parquet.ParquetFile(stream)
         names, num_groups = table.schema_arrow.names, table.num_row_groups
     except Exception as error:
-        yield 1, _damage(error, "Parquet")
+        yield 1, _damage(error)
         return
-    used = names if fields is None else [name for name in names if name in fields]
+    used = _used(names, fields)
+    first_row = 1
     for group in range(num_groups):
-        num_rows = table.metadata.row_group(group).num_rows
-        if used:
-            yield from _read_row_group(table, group, used, first_row, num_rows)
+        last_row = first_row + table.metadata.row_group(group).num_rows - 1
+        batches = table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=used)
+        yield from _table_records(batches, names, fields, first_row, f", rows up to {last_row:,} are lost")
+        first_row = last_row + 1
+
+
+def _read_arrow(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
+    """Arrow's format of streams, which ``datasets`` writes, or that of files."""
+    from pyarrow import ipc
+
+    is_file = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    batches: Iterator[RecordBatch]
+    try:
+        if is_file:
+            file = ipc.open_file(stream)
+            names = file.schema.names
+            batches = (file.get_batch(index) for index in range(file.num_record_batches))
         else:
-            missing = ValueError(f"no column {listed(fields or ())}; columns are {listed(names)}")
-            yield from ((first_row + row, missing) for row in range(num_rows))
-        first_row += num_rows
+            reader = ipc.open_stream(stream)
+            names, batches = reader.schema.names, iter(reader)
+    except Exception as error:
+        yield 1, _damage(error)
+        return
+    used = _used(names, fields)
+    checked = (_checked(batch.select(used)) for batch in batches)
+    yield from _table_records(checked, names, fields, 1, ", the rest of the file is lost")
 
 
-def _read_row_group(
-    table: ParquetFile, group: int, columns: list[str], first_row: int, num_rows: int
+def _used(names: Iterable[str], fields: Fields) -> list[str]:
+    return [name for name in names if fields is None or name in fields]
+
+
+def _checked(batch: RecordBatch) -> RecordBatch:
+    """Of a damaged file that is mapped as it is, strings may lie anywhere in memory; the bytes of each may be any."""
+    import pyarrow
+
+    binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    columns = [column.cast(binary.get(column.type, column.type)) for column in batch.columns]
+    for column in columns:
+        column.validate(full=True)
+    return batch
+
+
+def _table_records(
+    batches: Iterator[RecordBatch], names: list[str], fields: Fields, first_row: int, lost: str
 ) -> Iterator[Record]:
     row = first_row
-    batches = table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns)
     while True:
         try:
             batch = next(batches, None)
         except Exception as error:
-            yield row, _damage(error, "Parquet", f", rows up to {first_row + num_rows - 1:,} are lost")
+            yield row, _damage(error, lost)
             return
         if batch is None:
             return
-        for record in _rows(batch):
+        if _used(names, fields):
+            records = _rows(batch)
+        else:
+            missing = ValueError(f"no column {listed(fields or ())}; columns are {listed(names)}")
+            records = [missing] * batch.num_rows
+        for record in records:
             yield row, record
             row += 1
 
 
-def _damage(error: Exception, what: str, lost: str = "") -> ValueError:
+def _damage(error: Exception, lost: str = "") -> ValueError:
     """Arrow has an error for each kind of damage; what the disk refuses is no damage of the file."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
-    return ValueError(f"damaged {what}{lost}: {reason(error)}")
+    return ValueError(f"a damaged table{lost}: {reason(error)}")
 
 
 def _rows(batch: RecordBatch) -> list[Any]:
@@ -183,11 +262,16 @@ def _row(batch: RecordBatch, index: int) -> Any:
     return values
 
 
-READERS: dict[str, Callable[[BinaryIO, Fields], Iterator[Record]]] = {
+Reader = Callable[[BinaryIO, Fields], Iterator[Record]]
+
+READERS: dict[str, Reader] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".txt": _read_text,
     ".text": _read_text,
     ".md": _read_text,
@@ -195,3 +279,58 @@ READERS: dict[str, Callable[[BinaryIO, Fields], Iterator[Record]]] = {
     ".raw": _read_text,
     ".tokens": _read_text,
 }
+RANDOM_ACCESS = (".parquet", ".arrow")  # which a compressed file does not give
+
+
+def _open_zstd(stream: BinaryIO) -> BinaryIO:
+    import pyarrow
+
+    raw: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), "zstd")
+    return io.BufferedReader(raw)
+
+
+COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda stream: gzip.GzipFile(fileobj=stream),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _open_zstd,
+}
+
+
+def split_format(path: Path) -> tuple[str, str]:
+    """The extension by which a file is read, and that of its compression: ``(".jsonl", ".gz")``."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    name = suffixes[-1] if suffixes else ""
+    return (name + compression, "") if name in ("", *RANDOM_ACCESS) else (name, compression)
+
+
+def is_readable(path: Path) -> bool:
+    return split_format(path)[0] in READERS
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether the file is one text, and not a table or list of records."""
+    return READERS.get(split_format(path)[0]) is _read_text
+
+
+def known_formats() -> str:
+    tables, compressions = ", ".join(READERS), ", ".join(COMPRESSIONS)
+    return f"Known: {tables}; compressed ({compressions}) all of them but {' and '.join(RANDOM_ACCESS)}."
+
+
+def read_records(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[Record]:
+    """The records of an open file, read as its name says."""
+    name, compression = split_format(path)
+    if not compression:
+        yield from READERS[name](stream, fields)
+        return
+    place = 0
+    try:
+        for place, value in READERS[name](COMPRESSIONS[compression](stream), fields):
+            yield place, value
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's error, not the file's
+            raise
+        lost = f"damaged or truncated {compression}, the rest of the file is lost"
+        yield place + 1, ValueError(f"{lost}: {error}")

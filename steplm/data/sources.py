@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import difflib
 import glob
-import gzip
 import hashlib
 import os
 import re
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +20,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from steplm.data.builtin import describe_python_docs, python_docs
-from steplm.data.formats import READERS, Fields, Record, listed
+from steplm.data.formats import Fields, Record, is_readable, known_formats, listed, read_records, split_format
 from steplm.errors import DataError, HubUnavailable
 from steplm.units import nearest, reason, shortened
 
@@ -138,15 +136,8 @@ class Source:
         if self.path is None:
             yield from STREAMS[self.name.partition("://")[0]](self.name)
             return
-        place = 0
-        with _errors_of(self.path), self.path.open("rb") as raw:
-            is_gzip = self.path.suffix.lower() == ".gz"
-            stream: Any = gzip.GzipFile(fileobj=raw) if is_gzip else raw
-            try:
-                for place, value in READERS[_format(self.path)](stream, fields):
-                    yield place, value
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                yield place + 1, ValueError(f"damaged or truncated gzip, the rest of the file is lost: {error}")
+        with _errors_of(self.path), self.path.open("rb") as stream:
+            yield from read_records(stream, self.path, fields)
 
 
 def _digest_of_ends(path: Path, num_bytes: int = 2**16) -> str:
@@ -213,24 +204,35 @@ def _matching_files(entry: str, skipped: list[Path] | None) -> list[Path]:
     files: list[Path] = []
     for match in matches:
         if match.is_dir():
-            found = sorted(p for p in match.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(match)))
+            found = _files_of_folder(match)
             # A folder may hold anything; a file that was named must be understood.
-            files += [p for p in found if _format(p) in READERS]
+            files += filter(is_readable, found)
             if skipped is not None:
-                skipped += [p for p in found if _format(p) not in READERS]
+                skipped += [file for file in found if not is_readable(file)]
         elif match.is_file():
-            if _format(match) not in READERS:
-                known = ", ".join(READERS)
-                raise DataError(
-                    f"{match} has the unknown format {_format(match)!r}. Known: {known}, and .gz of each but .parquet.",
-                    path=str(match),
-                )
+            if not is_readable(match):
+                unknown = split_format(match)[0]
+                raise DataError(f"{match} has the unknown format {unknown!r}. {known_formats()}", path=str(match))
             files.append(match)
     if not files:
         unset = entry.startswith("data/") and "STEPLM_DATA" not in os.environ
         hint = " STEPLM_DATA, the folder in which shipped recipes look, is not set." if unset else ""
         raise DataError(f"no text found at {entry!r}. {_what_is_there(path)}{hint}", entry=entry)
     return files
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    """Its files, sorted by name, but hidden ones and what ``datasets`` writes beside the rows."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(folder)))
+    for file in files:
+        if file.name == "dataset_dict.json":
+            splits = ", ".join(sorted(p.name for p in file.parent.iterdir() if p.is_dir()))
+            raise DataError(
+                f"{file.parent} holds several splits of a data set: {splits}. Name one, as {file.parent}/SPLIT.",
+                path=str(file.parent),
+            )
+    saved_sets = {file.parent for file in files if file.suffix == ".arrow"}
+    return [p for p in files if p.parent not in saved_sets or p.name not in ("dataset_info.json", "state.json")]
 
 
 def describe_skipped(files: Sequence[Path], most: int = 5) -> str:
@@ -242,15 +244,6 @@ def describe_skipped(files: Sequence[Path], most: int = 5) -> str:
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _format(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [".gz"]:
-        suffixes.pop()
-        # A Parquet file needs random access, which gzip does not give.
-        return ".gz" if suffixes[-1:] == [".parquet"] or not suffixes else suffixes[-1]
-    return suffixes[-1] if suffixes else ""
 
 
 def _what_is_there(path: Path) -> str:

@@ -361,7 +361,7 @@ def test_a_truncated_gzip_is_reported_and_the_rest_is_prepared(
     path.write_bytes(path.read_bytes()[:-3000])
     manifest = prepare(configure(train=[str(path), str(jsonl(texts))], max_bad_share=0.01))
     assert manifest.num_bad_records == 1
-    assert "truncated gzip" in manifest.bad_records[0].reason
+    assert "truncated .gz" in manifest.bad_records[0].reason
     assert sum(split.num_documents for split in manifest.splits.values()) > 500
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -19,6 +24,14 @@ from steplm.errors import DataError, HubUnavailable
 
 RECORDS = [{"text": "one"}, {"text": "two"}, {"text": "three é"}]
 TEXTS = [record["text"] for record in RECORDS]
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": partial(pyarrow.compress, codec="zstd", asbytes=True),
+}
 
 
 def read(*entries: str | Path, text_field: str = "text") -> tuple[list[Document], BadRecords]:
@@ -33,11 +46,11 @@ def lines(records: list[dict[str, str]]) -> bytes:
 
 def write(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(COMPRESS.get(path.suffix, bytes)(data))
     return path
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("suffix", ["", *COMPRESS])
 @pytest.mark.parametrize(
     ("name", "data"),
     [
@@ -143,7 +156,7 @@ def test_damage_of_a_parquet_file_loses_its_row_group_alone(tmp_path: Path) -> N
     documents, bad = read(path)
     assert [document.text for document in documents] == texts[:2000] + texts[3000:]
     assert [example.origin for example in bad.examples] == [f"{path}:2001"]
-    assert bad.examples[0].reason.startswith("damaged Parquet, rows up to 3,000 are lost: ")
+    assert bad.examples[0].reason.startswith("a damaged table, rows up to 3,000 are lost: ")
 
 
 def test_a_file_name_that_is_not_utf8_is_read_and_can_be_written_down(tmp_path: Path) -> None:
@@ -155,6 +168,93 @@ def test_a_file_name_that_is_not_utf8_is_read_and_can_be_written_down(tmp_path: 
     documents, _ = read(tmp_path)
     assert [document.origin for document in documents][:1] == [f"{tmp_path}/caf\\xe9.jsonl:1"]
     assert find_sources([str(tmp_path)])[0].describe().startswith("caf\\xe9.jsonl (")
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
+def test_a_table_of_text_gives_its_text_column(tmp_path: Path, name: str, delimiter: str) -> None:
+    text = (
+        delimiter.join(["id", "text"]) + "\r\n" + "".join(f'{n}{delimiter}"{t}"\r\n' for n, t in enumerate(CSV_TEXTS))
+    )
+    documents, bad = read(write(tmp_path / name, b"\xef\xbb\xbf" + text.encode()))
+    assert [document.text for document in documents] == [
+        "one",
+        'a ""quoted"" word'.replace('""', '"'),
+        "two\nlines",
+        "é, ü",
+    ]
+    assert [document.origin.rpartition(":")[2] for document in documents] == ["2", "3", "4", "6"]
+    assert bad.num_bad == 0
+
+
+CSV_TEXTS = ["one", 'a ""quoted"" word', "two\nlines", "é, ü"]
+
+
+def test_each_row_of_a_table_of_text_is_used_or_named(tmp_path: Path) -> None:
+    rows = [
+        b"text,id",
+        b"one,1",
+        b"two, too,2",
+        b"caf\xe9,3",
+        b"three,\xe9",
+        b"",
+        b",5",
+        b"x" * 200_000 + b",6",
+        b"last",
+    ]
+    documents, bad = read(write(tmp_path / "a.csv", b"\n".join(rows)))
+    assert [document.text for document in documents] == ["one", "three", "x" * 200_000]
+    assert [(example.origin.rpartition(":")[2], example.reason) for example in bad.examples] == [
+        ("3", "the row has 3 values, and the header has 2 names"),
+        ("4", "not UTF-8"),
+        ("7", "field 'text' is empty"),
+        ("9", "the row has 1 values, and the header has 2 names"),
+    ]
+    _, bad = read(write(tmp_path / "b.csv", b"body\none\ntwo"))
+    assert bad.examples == [BadRecord(f"{tmp_path / 'b.csv'}:2", "no field 'text'; fields are 'body'", count=2)]
+
+
+@pytest.mark.parametrize("open_writer", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+def test_arrow_files_give_their_text_column(
+    tmp_path: Path, open_writer: Callable[..., pyarrow.RecordBatchWriter]
+) -> None:
+    table = pyarrow.table({"text": not_utf8([b"one", b"caf\xe9", b"three"]), "id": [1, 2, 3]})
+    path = tmp_path / "a.arrow"
+    with path.open("wb") as file, open_writer(file, table.schema) as writer:
+        for _ in range(2):
+            writer.write_table(table)
+    documents, bad = read(path)
+    assert [(document.text, document.origin) for document in documents] == [
+        ("one", f"{path}:1"), ("three", f"{path}:3"), ("one", f"{path}:4"), ("three", f"{path}:6"),
+    ]  # fmt: skip
+    assert bad.examples == [BadRecord(f"{path}:2", "not UTF-8: unexpected end of data at byte 3", count=2)]
+    _, bad = read(path, text_field="body")
+    assert bad.examples == [BadRecord(f"{path}:1", "no column 'body'; columns are 'text', 'id'", count=6)]
+
+
+def test_a_string_that_lies_outside_an_arrow_file_is_damage_and_not_read(tmp_path: Path) -> None:
+    offsets = np.array([0, 3, 2**30, 5], np.int32)
+    outside = pyarrow.StringArray.from_buffers(3, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"onetwo"))
+    path = tmp_path / "a.arrow"
+    batch = pyarrow.RecordBatch.from_arrays([outside], ["text"])
+    with path.open("wb") as file, pyarrow.ipc.new_stream(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    documents, bad = read(path)
+    assert documents == []
+    assert bad.examples[0].reason.startswith("a damaged table, the rest of the file is lost: ")
+
+
+def test_a_folder_that_datasets_saved_is_read_and_of_several_splits_one_is_asked_for(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(RECORDS)
+    datasets.disable_progress_bars()
+    rows.save_to_disk(tmp_path / "saved", num_shards=2)
+    documents, bad = read(tmp_path / "saved")
+    assert [document.text for document in documents] == TEXTS
+    assert bad.num_bad == 0
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "splits")
+    with pytest.raises(DataError, match=r"several splits of a data set: test, train\. Name one"):
+        read(tmp_path / "splits")
+    assert len(read(tmp_path / "splits" / "test")[0]) == 3
 
 
 def test_a_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -205,19 +305,31 @@ def test_each_broken_record_is_placed_explained_and_skipped(tmp_path: Path) -> N
         assert reason in example.reason
 
 
-def test_what_comes_before_the_cut_of_a_truncated_gzip_is_kept(tmp_path: Path) -> None:
-    whole = gzip.compress(lines([{"text": f"{number} " + "text" * number} for number in range(5000)]))
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(whole[: len(whole) // 2])
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_what_comes_before_the_cut_of_a_truncated_file_is_kept(tmp_path: Path, suffix: str) -> None:
+    noise = random.Random(0)
+    texts = [f"{number} " + "".join(noise.choices("abcdefgh ", k=300)) for number in range(9000)]
+    whole = COMPRESS[suffix](lines([{"text": text} for text in texts]))
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(whole[: len(whole) * 3 // 4])
     documents, bad = read(path)
-    assert 100 < len(documents) < 5000
-    assert [document.text.split()[0] for document in documents] == [str(n) for n in range(len(documents))]
+    assert 100 < len(documents) < 9000
+    assert [document.text for document in documents] == texts[: len(documents)]
     assert bad.num_bad == 1
     assert bad.examples[0].origin == f"{path}:{len(documents) + 1}"
-    assert "truncated gzip" in bad.examples[0].reason
+    assert f"truncated {suffix}, the rest of the file is lost" in bad.examples[0].reason
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.txt.gz", "a.parquet"])
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_files_put_together_are_one_file(tmp_path: Path, suffix: str) -> None:
+    """As parallel compressors write them."""
+    parts = [COMPRESS[suffix](json.dumps(record).encode() + b"\n") for record in RECORDS]
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(b"".join(parts))
+    assert [document.text for document in read(path)[0]] == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.bz2", "a.txt.xz", "a.csv.zst", "a.parquet", "a.arrow"])
 def test_a_file_that_is_not_what_its_name_says_is_one_bad_record(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(b"this is neither gzip nor parquet" * 10)
@@ -241,7 +353,7 @@ def test_a_pattern_without_a_match_tells_what_is_there(tmp_path: Path) -> None:
 
 
 def test_a_named_file_of_an_unknown_format_is_refused(tmp_path: Path) -> None:
-    for name in ("a.zip", "a", "a.parquet.gz", "a.jsonl.zst"):
+    for name in ("a.zip", "a", ".gz", "a.gz", "a.parquet.gz", "a.arrow.zst"):
         with pytest.raises(DataError, match="unknown format"):
             find_sources([str(write(tmp_path / name, b"x"))])
 
