@@ -149,7 +149,7 @@ def _read_csv(stream: BinaryIO, fields: Fields, *, delimiter: str = ",") -> Iter
 
 def _csv_record(names: list[str], row: list[str], fields: Fields) -> Any:
     if len(row) != len(names):
-        return ValueError(f"the row has {len(row)} values, and the header has {len(names)} names")
+        return ValueError(f"the row has {len(row)} value{'s' * (len(row) > 1)}, and the header has {len(names)} names")
     record = dict(zip(names, row, strict=True))
     try:
         "".join(value for name, value in record.items() if fields is None or name in fields).encode()

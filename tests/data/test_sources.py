@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
+import io
 import json
 import lzma
 import os
@@ -172,42 +174,25 @@ def test_a_file_name_that_is_not_utf8_is_read_and_can_be_written_down(tmp_path: 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
 def test_a_table_of_text_gives_its_text_column(tmp_path: Path, name: str, delimiter: str) -> None:
-    text = (
-        delimiter.join(["id", "text"]) + "\r\n" + "".join(f'{n}{delimiter}"{t}"\r\n' for n, t in enumerate(CSV_TEXTS))
-    )
-    documents, bad = read(write(tmp_path / name, b"\xef\xbb\xbf" + text.encode()))
-    assert [document.text for document in documents] == [
-        "one",
-        'a ""quoted"" word'.replace('""', '"'),
-        "two\nlines",
-        "é, ü",
-    ]
+    texts = ["one", 'a "quoted" word', "two\nlines", f"é{delimiter} ü"]
+    table = io.StringIO(newline="")
+    csv.writer(table, delimiter=delimiter).writerows([["id", "text"], *enumerate(texts)])
+    documents, bad = read(write(tmp_path / name, b"\xef\xbb\xbf" + table.getvalue().encode()))
+    assert [document.text for document in documents] == texts
     assert [document.origin.rpartition(":")[2] for document in documents] == ["2", "3", "4", "6"]
     assert bad.num_bad == 0
 
 
-CSV_TEXTS = ["one", 'a ""quoted"" word', "two\nlines", "é, ü"]
-
-
 def test_each_row_of_a_table_of_text_is_used_or_named(tmp_path: Path) -> None:
-    rows = [
-        b"text,id",
-        b"one,1",
-        b"two, too,2",
-        b"caf\xe9,3",
-        b"three,\xe9",
-        b"",
-        b",5",
-        b"x" * 200_000 + b",6",
-        b"last",
-    ]
+    long = b"x" * 200_000
+    rows = [b"text,id", b"one,1", b"two, too,2", b"caf\xe9,3", b"three,\xe9", b"", b",5", long + b",6", b"last"]
     documents, bad = read(write(tmp_path / "a.csv", b"\n".join(rows)))
-    assert [document.text for document in documents] == ["one", "three", "x" * 200_000]
+    assert [document.text for document in documents] == ["one", "three", long.decode()]
     assert [(example.origin.rpartition(":")[2], example.reason) for example in bad.examples] == [
         ("3", "the row has 3 values, and the header has 2 names"),
         ("4", "not UTF-8"),
         ("7", "field 'text' is empty"),
-        ("9", "the row has 1 values, and the header has 2 names"),
+        ("9", "the row has 1 value, and the header has 2 names"),
     ]
     _, bad = read(write(tmp_path / "b.csv", b"body\none\ntwo"))
     assert bad.examples == [BadRecord(f"{tmp_path / 'b.csv'}:2", "no field 'text'; fields are 'body'", count=2)]
