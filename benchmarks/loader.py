@@ -54,15 +54,21 @@ def resident_bytes(key: str) -> int:
 def measure(folder: Path, order: str, num_sequences: int) -> None:
     before = resident_bytes("VmRSS")
     began = time.perf_counter()
-    loader = BatchLoader(TokenDataset(folder, "train"), seed=0, sequence_length=SEQUENCE_LENGTH, order=order)
+    loader = BatchLoader(
+        TokenDataset(folder, "train"),
+        seed=0,
+        sequence_length=SEQUENCE_LENGTH,
+        max_sorted_windows=None if order == "documents" else 0,
+    )
+    per_epoch = loader.sources[0].per_epoch
     loader.batch(0, num_sequences)
     started = time.perf_counter()
-    places = [number * loader.windows_per_epoch // 20 for number in range(20)]  # 20 batches, far from each other
+    places = [number * per_epoch // 20 for number in range(20)]  # 20 batches, far from each other
     for place in places:
         loader.batch(place * SEQUENCE_LENGTH, num_sequences)
     batch_seconds = (time.perf_counter() - started) / len(places)
     print(
-        f"{order:10} {loader.windows_per_epoch:>12,} windows  first batch after {started - began:6.2f} s  "
+        f"{order:10} {per_epoch:>12,} windows  first batch after {started - began:6.2f} s  "
         f"peak +{(resident_bytes('VmHWM') - before) / 2**20:8.1f} MiB  "
         f"{1000 * batch_seconds:6.1f} ms a batch of {num_sequences} x {SEQUENCE_LENGTH}",
         flush=True,

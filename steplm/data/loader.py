@@ -9,20 +9,24 @@ are visited in a second shuffled order. Both orders are sorted in memory.
 ``windows``, of larger data: the documents stay as they are stored, on a circle that is cut from another place in each
 epoch, and the windows are visited in the order of a permutation that is computed index by index. Any place of any
 epoch takes the same time, and nothing is held in memory.
+
+A mixture of several data sets takes its sequences from them in the order that ``Mixture`` gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from steplm.config import RunConfig
+from steplm.data.mixture import Mixture
 from steplm.data.tokens import TokenDataset
 from steplm.errors import DataError
 
@@ -30,10 +34,8 @@ from steplm.errors import DataError
 
 IGNORE_INDEX = -100  # a label that does not count, in Hugging Face models and torch
 _DOCUMENT_ORDER, _WINDOW_ORDER, _FIRST_CUT = 0, 1, 2
-MAX_SORTED_WINDOWS = 2**20  # of an epoch in the order ``documents``, where the order is not given
+MAX_SORTED_WINDOWS = 2**20  # of an epoch in the order ``documents``
 FEISTEL_ROUNDS = 8
-
-Order = Literal["documents", "windows"]
 
 Array = npt.NDArray[np.int64]
 
@@ -45,6 +47,7 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None = None  # restart at each document; None: 0 ... S-1
+    source_ids: Tensor | None = None  # (B,) int64, of a mixture: the index of each sequence's source
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -53,8 +56,7 @@ class Batch:
         """Consecutive parts of at most ``micro_batch_size`` sequences."""
         for start in range(0, len(self), micro_batch_size):
             part = slice(start, start + micro_batch_size)
-            positions = None if self.position_ids is None else self.position_ids[part]
-            yield Batch(self.input_ids[part], self.labels[part], positions)
+            yield self._each(lambda tensor, part=part: tensor[part])  # type: ignore[misc]
 
     def to(self, device: torch.device | str) -> Batch:
         """On ``device``; of a pinned batch, without waiting for the copy."""
@@ -65,50 +67,44 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        positions = None if self.position_ids is None else change(self.position_ids)
-        return Batch(change(self.input_ids), change(self.labels), positions)
+        positions, sources = (None if t is None else change(t) for t in (self.position_ids, self.source_ids))
+        return Batch(change(self.input_ids), change(self.labels), positions, sources)
 
 
 class BatchLoader:
-    """Batches of training windows.
+    """Batches of training windows, of one data set or of a mixture of several.
 
     Args:
-        seed: of the orders of documents and windows; each epoch has its own orders.
+        dataset: one, or those of a mixture.
+        weights: of a mixture; a data set's share of the sequences is its weight over the sum of all.
+        seed: of the orders of documents and windows; each epoch of each data set has its own orders.
         sequence_length: inputs per sequence.
         within_documents: position ids restart at each document, and the first token of a document is never
             a label, so that with attention kept inside documents none is predicted from another.
-        order: of the module's two; default: ``documents`` up to ``MAX_SORTED_WINDOWS`` an epoch. A run that goes on
-            gives the one that it began with.
+        max_sorted_windows: a data set with more an epoch has the order ``windows``; ``None``: none has. A run that
+            goes on gives the value that it began with.
 
     Raises:
-        DataError: the data set is shorter than one window.
+        DataError: a data set is shorter than one window.
     """
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: TokenDataset | Sequence[TokenDataset],
         *,
         seed: int,
         sequence_length: int,
+        weights: Sequence[float] = (1.0,),
         within_documents: bool = False,
-        order: Order | None = None,
+        max_sorted_windows: int | None = MAX_SORTED_WINDOWS,
     ) -> None:
-        self.dataset = dataset
-        self.seed = seed
+        datasets = [dataset] if isinstance(dataset, TokenDataset) else list(dataset)
         self.sequence_length = sequence_length
         self.within_documents = within_documents
-        # The last token of an epoch is a label only, and what does not fill a window is left out.
-        self.windows_per_epoch = (dataset.num_tokens - 1) // sequence_length
-        if self.windows_per_epoch < 1:
-            raise DataError(
-                f"{dataset.prepared_dir} has {dataset.num_tokens:,} {dataset.split} tokens, "
-                f"fewer than one window of train.sequence_length={sequence_length} + 1. "
-                "Add text, or lower train.sequence_length.",
-                num_tokens=dataset.num_tokens,
-                sequence_length=sequence_length,
-            )
-        self.order: Order = order or ("documents" if self.windows_per_epoch <= MAX_SORTED_WINDOWS else "windows")
-        self._last_epoch: _Epoch | None = None
+        self.sources = [
+            _Windows(dataset, seed, sequence_length, within_documents, max_sorted_windows) for dataset in datasets
+        ]
+        self.mixture = Mixture(weights) if len(datasets) > 1 else None
 
     def batch(self, tokens_seen: int, num_sequences: int, rank: int = 0, world_size: int = 1) -> Batch:
         """This rank's part of the global batch that starts after ``tokens_seen`` tokens.
@@ -129,22 +125,33 @@ class BatchLoader:
                 sequence_length=self.sequence_length,
             )
         part = np.arange(first + rank * num_sequences // world_size, first + (rank + 1) * num_sequences // world_size)
-        epochs, places = np.divmod(part, self.windows_per_epoch)
-        windows: list[_Window] = []
-        for number in np.unique(epochs).tolist():
-            epoch = self._epoch(number)
-            for start in epoch.window_starts(places[epochs == number]).tolist():
-                windows.append(epoch.read(start, start + self.sequence_length + 1))
-        return _to_batch(windows, self.sequence_length, self.within_documents)
+        if self.mixture is None:
+            return _to_batch(self.sources[0].read(part), self.sequence_length, self.within_documents)
+        source_ids, places = self.mixture.locate(part)
+        of_source = [iter(source.read(places[source_ids == index])) for index, source in enumerate(self.sources)]
+        windows = [next(of_source[index]) for index in source_ids]
+        batch = _to_batch(windows, self.sequence_length, self.within_documents)
+        return replace(batch, source_ids=torch.from_numpy(source_ids))
 
-    def _epoch(self, number: int) -> _Epoch:
-        # In a local variable, because a prefetching thread may be in another epoch.
-        epoch = self._last_epoch
-        if epoch is None or epoch.number != number:
-            kind = _SortedEpoch if self.order == "documents" else _PermutedEpoch
-            epoch = kind(self.dataset, self.seed, number, self.sequence_length, self.within_documents)
-            self._last_epoch = epoch
-        return epoch
+
+def training_loader(config: RunConfig, max_sorted_windows: int | None = MAX_SORTED_WINDOWS) -> BatchLoader:
+    """The batches of a run over its prepared data.
+
+    Args:
+        max_sorted_windows: of a run that goes on, the value that it began with.
+
+    Raises:
+        DataError: the data are not prepared, damaged, or shorter than one window.
+    """
+    weights = config.data.weights or {"train": 1.0}
+    return BatchLoader(
+        [TokenDataset(config.prepared_dir, split) for split in weights],
+        weights=list(weights.values()),
+        seed=config.seed,
+        sequence_length=config.train.sequence_length,
+        within_documents=config.data.within_documents,
+        max_sorted_windows=max_sorted_windows,
+    )
 
 
 class Prefetcher:
@@ -192,6 +199,51 @@ class Prefetcher:
 class _Window:
     tokens: Array  # inputs, and the label of the last
     document_starts: Array  # places in ``tokens`` at which a document begins
+
+
+class _Windows:
+    """The windows of one data set, numbered through all its epochs."""
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        seed: int,
+        sequence_length: int,
+        within_documents: bool,
+        max_sorted_windows: int | None,
+    ) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.sequence_length, self.within_documents = sequence_length, within_documents
+        # The last token of an epoch is a label only, and what does not fill a window is left out.
+        self.per_epoch = (dataset.num_tokens - 1) // sequence_length
+        if self.per_epoch < 1:
+            raise DataError(
+                f"{dataset.prepared_dir} has {dataset.num_tokens:,} {dataset.split} tokens, "
+                f"fewer than one window of train.sequence_length={sequence_length} + 1. "
+                "Add text, or lower train.sequence_length.",
+                num_tokens=dataset.num_tokens,
+                sequence_length=sequence_length,
+            )
+        self.is_sorted = max_sorted_windows is None or self.per_epoch <= max_sorted_windows
+        self._last_epoch: _Epoch | None = None
+
+    def read(self, indices: Array) -> list[_Window]:
+        epochs, places = np.divmod(indices, self.per_epoch)
+        windows: list[_Window] = []
+        for number in np.unique(epochs).tolist():
+            epoch = self._epoch(number)
+            for start in epoch.window_starts(places[epochs == number]).tolist():
+                windows.append(epoch.read(start, start + self.sequence_length + 1))
+        return windows
+
+    def _epoch(self, number: int) -> _Epoch:
+        # In a local variable, because a prefetching thread may be in another epoch.
+        epoch = self._last_epoch
+        if epoch is None or epoch.number != number:
+            kind = _SortedEpoch if self.is_sorted else _PermutedEpoch
+            epoch = kind(self.dataset, self.seed, number, self.sequence_length, self.within_documents)
+            self._last_epoch = epoch
+        return epoch
 
 
 class _Epoch(Protocol):

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,7 +30,6 @@ from steplm.data.tokenizer import load_tokenizer, tokenizer_files, train_tokeniz
 from steplm.data.tokens import (
     MANIFEST,
     SCHEMA_VERSION,
-    SPLITS,
     Manifest,
     SplitManifest,
     TokenizerManifest,
@@ -118,7 +117,7 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
         vocab_size = _vocab_size(tokenizer)
         _check_vocabulary(vocab_size, config)
         dtype: Literal["uint16", "uint32"] = "uint16" if vocab_size <= 2**16 else "uint32"
-        writers = {split: ShardWriter(folder / split, dtype=dtype, shard_tokens=data.shard_tokens) for split in SPLITS}
+        writers = {s: ShardWriter(folder / s, dtype=dtype, shard_tokens=data.shard_tokens) for s in sources}
         try:
             counts = _write_shards(config, sources, tokenizer, writers, progress)
         finally:
@@ -156,12 +155,14 @@ def with_prepared_dir(config: RunConfig) -> RunConfig:
 
 
 def _find_sources(config: RunConfig, skipped: list[Path] | None = None) -> dict[str, list[Source]]:
-    if not config.data.train:
+    data = config.data
+    if not data.train:
         raise ConfigError("data.train is empty. Name files, folders or a hub data set, or builtin://python-docs.")
-    return {
-        "validation": find_sources(config.data.validation, skipped),
-        "train": find_sources(config.data.train, skipped),
-    }
+    if data.weights and data.max_train_tokens is not None:
+        raise ConfigError(
+            "data.max_train_tokens limits one list of text, and data.train is a mixture. Name fewer files."
+        )
+    return {split: find_sources(entries, skipped) for split, entries in data.splits.items()}
 
 
 # Inputs: what the shards depend on, and nothing else. num_workers and within_documents change no token.
@@ -234,7 +235,7 @@ def _discard_other_work(folder: Path, inputs: dict[str, Any]) -> None:
     if _read_inputs(folder) == inputs:
         return
     (folder / INPUTS).unlink(missing_ok=True)
-    for name in (*SPLITS, "tokenizer"):
+    for name in ("train", "validation", "tokenizer"):
         if (folder / name).exists():
             shutil.rmtree(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -258,10 +259,15 @@ def _check_vocabulary(vocab_size: int, config: RunConfig) -> None:
 
 
 def _check_not_empty(manifest: Manifest, config: RunConfig) -> None:
-    num_train, num_validation = (manifest.split(split).num_documents for split in SPLITS)
-    if num_train and num_validation:
+    empty = next((name for name, split in manifest.splits.items() if not split.num_documents), None)
+    if empty is None:
         return
-    split = "validation" if num_train else "training"
+    counts = Counter[str]()
+    for name, split in manifest.splits.items():
+        counts[name.partition("/")[0]] += split.num_documents
+    num_train, num_validation = counts["train"], counts["validation"]
+    kind, _, set_name = empty.partition("/")
+    what = f"{'training' if kind == 'train' else kind} text{f' in {set_name}' if set_name else ''}"
     way_out = (
         "Check data.validation."
         if config.data.validation
@@ -269,7 +275,7 @@ def _check_not_empty(manifest: Manifest, config: RunConfig) -> None:
         f"data.validation_fraction={config.data.validation_fraction}, or name files in data.validation."
     )
     raise DataError(
-        f"no {split} text: {num_train:,} training and {num_validation:,} validation documents of "
+        f"no {what}: {num_train:,} training and {num_validation:,} validation documents of "
         f"{manifest.num_records:,} records. {way_out}",
         num_train=num_train,
         num_validation=num_validation,
@@ -304,9 +310,8 @@ class Counts:
 def _stream(config: RunConfig, sources: Mapping[str, Sequence[Source]], counts: Counts) -> Iterator[Entry]:
     """Distinct documents. Validation text comes first, so that a training copy of it is the duplicate."""
     seen: set[int] = set()
-    split_by_hash = not sources["validation"]
-    for named_split in ("validation", "train"):
-        for source in sources[named_split]:
+    for named_split, sources_of_split in sources.items():
+        for source in sources_of_split:
             counts.source = source.name
             for document in source.documents(config.data.text_field, counts.bad):
                 data = document.text.encode()
@@ -314,27 +319,23 @@ def _stream(config: RunConfig, sources: Mapping[str, Sequence[Source]], counts: 
                 if key in seen:
                     counts.num_duplicates += 1
                     continue
-                split = _split_of(key, config.data.validation_fraction) if split_by_hash else named_split
-                yield Entry(len(seen), split, document.text, len(data))
+                split_off = not config.data.validation and key < config.data.validation_fraction * 2**64
+                yield Entry(len(seen), "validation" if split_off else named_split, document.text, len(data))
                 seen.add(key)
             counts.num_sources_done += 1
 
 
-def _split_of(key: int, validation_fraction: float) -> str:
-    return "validation" if key < validation_fraction * 2**64 else "train"
-
-
 def _sample(config: RunConfig, sources: Mapping[str, Sequence[Source]], progress: _Progress) -> Iterator[str]:
     """Training text for the tokenizer: an equal share of each source, 50 MB in all."""
-    share = TOKENIZER_SAMPLE_BYTES // len(sources["train"])
-    for source in sources["train"]:
+    texts = [source for split, found in sources.items() if split.startswith("train") for source in found]
+    for source in texts:
         counts = Counts(BadRecords(max_bad_share=config.data.max_bad_share), source=source.name)
         num_bytes = 0
-        for entry in _stream(config, {"train": [source], "validation": []}, counts):
-            if entry.split == "train" or sources["validation"]:
+        for entry in _stream(config, {"train": [source]}, counts):
+            if entry.split == "train":
                 num_bytes += entry.num_bytes
                 yield entry.text
-            if num_bytes >= share:
+            if num_bytes >= TOKENIZER_SAMPLE_BYTES // len(texts):
                 break
         progress.report("tokenizer", counts)
 
@@ -402,7 +403,7 @@ def _write_shards(
     progress.num_reused_tokens = sum(finished_tokens.values())
     counts = Counts(BadRecords(max_bad_share=config.data.max_bad_share))
     progress.report("tokens", counts, 0, writers)
-    encode = _encoder(tokenizer, writers["train"].dtype)
+    encode = _encoder(tokenizer, next(iter(writers.values())).dtype)
     batches = _batches(_stream(config, sources, counts), finished_documents, counts)
     for batch, encoded in _in_order(batches, encode, config.data.num_workers or os.cpu_count() or 1):
         new = iter(encoded)
@@ -412,7 +413,7 @@ def _write_shards(
                 writers[entry.split].append(entry.position, next(new), entry.num_bytes)
             # Inside the finished shards the count runs ahead of the stream, so it says nothing there.
             is_counted = entry.split == "train" and entry.position >= finished_documents["train"]
-            if is_counted and limit is not None and writers["train"].num_tokens >= limit:
+            if limit is not None and is_counted and writers["train"].num_tokens >= limit:
                 stop = True
                 break
         used = batch.counts
@@ -523,8 +524,8 @@ class _Progress:
                 num_sources_done=counts.num_sources_done,
                 num_sources=self.num_sources,
                 num_documents=num_documents,
-                num_train_tokens=writers["train"].num_tokens if writers else 0,
-                num_validation_tokens=writers["validation"].num_tokens if writers else 0,
+                num_train_tokens=_num_tokens(writers, "train"),
+                num_validation_tokens=_num_tokens(writers, "validation"),
                 num_reused_tokens=self.num_reused_tokens,
                 num_bad_records=counts.bad.num_bad,
                 max_train_tokens=self.max_train_tokens,
@@ -533,3 +534,7 @@ class _Progress:
                 notes=self.notes,
             )
         )
+
+
+def _num_tokens(writers: Mapping[str, ShardWriter] | None, kind: str) -> int:
+    return sum(writer.num_tokens for split, writer in (writers or {}).items() if split.partition("/")[0] == kind)

@@ -5,7 +5,7 @@ PREPARED/tokenizer/                       a Hugging Face folder
 PREPARED/train/shard-00000.bin            tokens, little-endian uint16 or uint32, end of text after each
 PREPARED/train/shard-00000.offsets.npy    int64, where each document starts, and the end of the last
 PREPARED/train/shard-00000.json           counts and hashes of the two; written after them
-PREPARED/validation/...
+PREPARED/validation/...                   of a mixture train/NAME/..., of several sets validation/NAME/...
 PREPARED/manifest.json                    the whole; written last, so that it stands for finished work
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,6 @@ from steplm.units import reason, shortened
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-SPLITS = ("train", "validation")
 
 
 Count = Annotated[int, Field(ge=0)]
@@ -80,7 +79,7 @@ class Manifest:
     fingerprint: str  # of inputs.json
     dtype: Literal["uint16", "uint32"]
     tokenizer: TokenizerManifest
-    splits: dict[str, SplitManifest]  # "train" and "validation"
+    splits: dict[str, SplitManifest]  # "train" and "validation"; of a mixture or several sets "train/NAME", ...
     num_records: Count
     num_bad_records: Count
     num_duplicates: Count  # dropped, exact
@@ -91,6 +90,10 @@ class Manifest:
         if name not in self.splits:
             raise DataError(f"there is no split {name!r}. There are: {', '.join(self.splits)}.", split=name)
         return self.splits[name]
+
+    def splits_of(self, kind: str) -> dict[str, str]:
+        """The splits of ``train`` or ``validation`` by their names: ``{"train": "train"}``, or of a mixture its own."""
+        return {name.partition("/")[2] or kind: name for name in self.splits if name.partition("/")[0] == kind}
 
     @classmethod
     def load(cls, prepared_dir: Path) -> Manifest:
@@ -246,7 +249,7 @@ class TokenDataset:
 
 def check_sizes(prepared_dir: Path, manifest: Manifest, *splits: str) -> None:
     """Raise ``DataError`` if a file of a shard is missing or has another size than the manifest says."""
-    for _, path, num_bytes, _ in _files(prepared_dir, manifest, splits or SPLITS):
+    for _, path, num_bytes, _ in _files(prepared_dir, manifest, splits):
         if not path.is_file():
             raise DataError(f"the shard {path} is missing. {_start_over(prepared_dir)}", path=str(path))
         if path.stat().st_size != num_bytes:
@@ -268,7 +271,7 @@ def verify(prepared_dir: Path | str) -> Manifest:
     folder = Path(prepared_dir)
     manifest = Manifest.load(folder)
     check_sizes(folder, manifest)
-    for _, path, _, sha256 in _files(folder, manifest, SPLITS):
+    for _, path, _, sha256 in _files(folder, manifest):
         if file_sha256(path) != sha256:
             raise DataError(f"{path} is not what was written: its hash differs. {_start_over(folder)}", path=str(path))
     tokenizer = folder / "tokenizer" / "tokenizer.json"
@@ -293,9 +296,11 @@ def offsets_file_bytes(num_documents: int) -> int:
     return 128 + 8 * (num_documents + 1)
 
 
-def _files(prepared_dir: Path, manifest: Manifest, splits: tuple[str, ...]) -> Iterator[tuple[Shard, Path, int, str]]:
+def _files(
+    prepared_dir: Path, manifest: Manifest, splits: Sequence[str] = ()
+) -> Iterator[tuple[Shard, Path, int, str]]:
     itemsize = _dtype(manifest).itemsize
-    for split in splits:
+    for split in splits or manifest.splits:
         for shard in manifest.split(split).shards:
             stem = prepared_dir / split / shard.name
             yield shard, Path(f"{stem}.bin"), shard.num_tokens * itemsize, shard.tokens_sha256

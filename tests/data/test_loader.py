@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from steplm.data.loader import (
     IGNORE_INDEX,
     Batch,
     BatchLoader,
-    Order,
     Prefetcher,
     _splitmix64,
     permuted,
@@ -41,23 +39,22 @@ def dataset(make_dataset: Callable[..., TokenDataset]) -> TokenDataset:
     return make_dataset([[next(numbers) for _ in range(length)] for length in LENGTHS], shard_tokens=15)
 
 
-@pytest.fixture(params=get_args(Order))
-def order(request: pytest.FixtureRequest) -> Order:
+@pytest.fixture(params=["documents", "windows"])
+def order(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def loader(
-    dataset: TokenDataset, seed: int = 0, within_documents: bool = False, order: Order | None = None
-) -> BatchLoader:
-    return BatchLoader(dataset, seed=seed, sequence_length=S, within_documents=within_documents, order=order)
+def loader(dataset: TokenDataset, seed: int = 0, within_documents: bool = False, order: str = "") -> BatchLoader:
+    limit = {"max_sorted_windows": None if order == "documents" else 0} if order else {}
+    return BatchLoader(dataset, seed=seed, sequence_length=S, within_documents=within_documents, **limit)
 
 
 def epoch_inputs(batches: BatchLoader, epoch: int) -> torch.Tensor:
-    windows = batches.windows_per_epoch
+    windows = batches.sources[0].per_epoch
     return batches.batch(epoch * windows * S, windows).input_ids
 
 
-def test_the_same_arguments_give_the_same_batch_in_any_order(dataset: TokenDataset, order: Order) -> None:
+def test_the_same_arguments_give_the_same_batch_in_any_order(dataset: TokenDataset, order: str) -> None:
     forward, backward = loader(dataset, order=order), loader(dataset, order=order)
     places = range(0, 40 * S, S)
     first = {place: forward.batch(place, 3).input_ids for place in places}
@@ -65,7 +62,7 @@ def test_the_same_arguments_give_the_same_batch_in_any_order(dataset: TokenDatas
         assert torch.equal(backward.batch(place, 3).input_ids, first[place])
 
 
-def test_large_batches_are_small_batches_put_together(dataset: TokenDataset, order: Order) -> None:
+def test_large_batches_are_small_batches_put_together(dataset: TokenDataset, order: str) -> None:
     """Also across the end of an epoch."""
     batches = loader(dataset, order=order)
     large = batches.batch(0, 40)
@@ -75,7 +72,7 @@ def test_large_batches_are_small_batches_put_together(dataset: TokenDataset, ord
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
-def test_the_parts_of_all_ranks_are_the_global_batch(dataset: TokenDataset, world_size: int, order: Order) -> None:
+def test_the_parts_of_all_ranks_are_the_global_batch(dataset: TokenDataset, world_size: int, order: str) -> None:
     for num_sequences in (1, 6, 8):
         whole = loader(dataset, order=order).batch(2 * S, num_sequences)
         parts = [
@@ -85,20 +82,21 @@ def test_the_parts_of_all_ranks_are_the_global_batch(dataset: TokenDataset, worl
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_an_epoch_visits_every_window_once(dataset: TokenDataset, order: Order) -> None:
+def test_an_epoch_visits_every_window_once(dataset: TokenDataset, order: str) -> None:
     total = sum(LENGTHS)
     for epoch in range(5):
         seen = epoch_inputs(loader(dataset, order=order), epoch).flatten().tolist()
         assert len(seen) == len(set(seen)) == (total - 1) // S * S
 
 
-def test_labels_are_the_next_tokens_and_documents_stay_whole(dataset: TokenDataset, order: Order) -> None:
+def test_labels_are_the_next_tokens_and_documents_stay_whole(dataset: TokenDataset, order: str) -> None:
     """Inside a document the next token is known; after its last comes the first of another."""
     firsts = {int(token) for token in 1000 + dataset.document_offsets[:-1]}
     lasts = {int(token) - 1 for token in 1000 + dataset.document_offsets[1:]}
     for epoch in range(3):
         batch = loader(dataset, order=order).batch(
-            epoch * loader(dataset, order=order).windows_per_epoch * S, loader(dataset, order=order).windows_per_epoch
+            epoch * loader(dataset, order=order).sources[0].per_epoch * S,
+            loader(dataset, order=order).sources[0].per_epoch,
         )
         assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
         pairs = zip(batch.input_ids.flatten().tolist(), batch.labels.flatten().tolist(), strict=True)
@@ -106,7 +104,7 @@ def test_labels_are_the_next_tokens_and_documents_stay_whole(dataset: TokenDatas
             assert following == token + 1 if token not in lasts else following in firsts
 
 
-def test_documents_and_windows_come_in_another_order_each_epoch_and_seed(dataset: TokenDataset, order: Order) -> None:
+def test_documents_and_windows_come_in_another_order_each_epoch_and_seed(dataset: TokenDataset, order: str) -> None:
     orders = {
         tuple(epoch_inputs(loader(dataset, seed, order=order), epoch).flatten().tolist())
         for seed in range(3)
@@ -122,19 +120,19 @@ def test_each_epoch_puts_the_documents_together_anew(dataset: TokenDataset) -> N
 
     def neighbours(epoch: int) -> set[tuple[int, int]]:
         batches = loader(dataset)
-        batch = batches.batch(epoch * batches.windows_per_epoch * S, batches.windows_per_epoch)
+        batch = batches.batch(epoch * batches.sources[0].per_epoch * S, batches.sources[0].per_epoch)
         pairs = zip(batch.input_ids.flatten().tolist(), batch.labels.flatten().tolist(), strict=True)
         return {(token, following) for token, following in pairs if token in lasts}
 
     assert all(len(neighbours(epoch) - neighbours(epoch + 1)) > 3 for epoch in range(4))
 
 
-def test_windows_side_by_side_are_not_visited_one_after_the_other(dataset: TokenDataset, order: Order) -> None:
+def test_windows_side_by_side_are_not_visited_one_after_the_other(dataset: TokenDataset, order: str) -> None:
     for epoch in range(4):
         batches = loader(dataset, order=order)
-        batch = batches.batch(epoch * batches.windows_per_epoch * S, batches.windows_per_epoch)
+        batch = batches.batch(epoch * batches.sources[0].per_epoch * S, batches.sources[0].per_epoch)
         follows = batch.labels[:-1, -1] == batch.input_ids[1:, 0]
-        assert follows.sum() < batches.windows_per_epoch / 2
+        assert follows.sum() < batches.sources[0].per_epoch / 2
 
 
 def test_an_order_is_a_permutation_and_never_changes_between_versions() -> None:
@@ -199,14 +197,16 @@ def test_firsts_of_permutations_are_fair() -> None:
 def test_the_order_of_smaller_data_is_sorted_and_that_of_larger_data_is_not_held(
     dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    windows = loader(dataset).windows_per_epoch
-    assert loader(dataset).order == "documents"
-    monkeypatch.setattr(loader_module, "MAX_SORTED_WINDOWS", windows - 1)
-    assert loader(dataset).order == "windows"
-    assert loader(dataset, order="documents").order == "documents"  # a run that began so goes on so
+    def windows(most: int | None) -> BatchLoader:
+        return BatchLoader(dataset, seed=0, sequence_length=S, max_sorted_windows=most)
+
+    per_epoch = loader(dataset).sources[0].per_epoch
+    batches = {most: windows(most).batch(0, per_epoch).input_ids for most in (None, per_epoch, per_epoch - 1)}
+    assert torch.equal(batches[None], batches[per_epoch])
+    assert not torch.equal(batches[None], batches[per_epoch - 1])
     monkeypatch.setattr(loader_module, "shuffled", None)
     monkeypatch.setattr(TokenDataset, "document_offsets", None)
-    assert len(loader(dataset).batch(3 * windows * S, 5)) == 5
+    assert len(windows(per_epoch - 1).batch(3 * per_epoch * S, 5)) == 5
 
 
 def test_each_epoch_cuts_the_stored_tokens_at_other_places(dataset: TokenDataset) -> None:
@@ -216,7 +216,7 @@ def test_each_epoch_cuts_the_stored_tokens_at_other_places(dataset: TokenDataset
     assert len({cuts(epoch) for epoch in range(8)}) > 5
 
 
-def test_prefetched_batches_are_those_of_the_loader(dataset: TokenDataset, order: Order) -> None:
+def test_prefetched_batches_are_those_of_the_loader(dataset: TokenDataset, order: str) -> None:
     """In step, after a jump, over the ends of epochs, and for each rank."""
     plain = loader(dataset, within_documents=True, order=order)
     places = [0, 6 * S, 12 * S, 18 * S, 60 * S, 66 * S, 6 * S]
@@ -265,9 +265,9 @@ def test_an_error_in_the_background_reaches_the_caller(dataset: TokenDataset) ->
 
 
 def test_within_documents_positions_restart_and_no_document_predicts_the_next(
-    dataset: TokenDataset, order: Order
+    dataset: TokenDataset, order: str
 ) -> None:
-    windows = loader(dataset, order=order).windows_per_epoch
+    windows = loader(dataset, order=order).sources[0].per_epoch
     plain = loader(dataset, order=order).batch(0, windows)
     batch = loader(dataset, within_documents=True, order=order).batch(0, windows)
     assert plain.position_ids is None
