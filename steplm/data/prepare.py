@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -26,6 +26,7 @@ import numpy.typing as npt
 from steplm.config import RunConfig
 from steplm.data.shards import ShardWriter, disk_errors, locked, write_json
 from steplm.data.sources import BadRecords, Source, describe_skipped, find_sources
+from steplm.data.token_files import TokenFile, find_token_files, names_tokens, take_over
 from steplm.data.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer, without_added_tokens
 from steplm.data.tokens import (
     MANIFEST,
@@ -97,18 +98,20 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
     folder, data = config.prepared_dir, config.data
     skipped: list[Path] = []
     try:
+        token_files = _find_token_files(config)
         sources = _find_sources(config, skipped)
     except DataError:
         # Prepared elsewhere: the shards are here, the text need not be.
         if (folder / MANIFEST).is_file():
             return _finished(folder, _describe_inputs(config, None), config)
         raise
-    inputs = _describe_inputs(config, sources)
+    inputs = _describe_inputs(config, sources, token_files)
     fingerprint = _sha256(inputs)
     if (folder / MANIFEST).is_file():
         return _finished(folder, inputs, config)
     notes = (describe_skipped(skipped),) if skipped else ()
-    progress = _Progress(config, sources, on_progress, notes)
+    num_sources = sum(map(len, (*sources.values(), *token_files.values())))
+    progress = _Progress(config, num_sources, on_progress, notes)
     with disk_errors(folder), locked(folder, lambda: progress.report("waiting for another process", Counts())):
         if (folder / MANIFEST).is_file():
             return _finished(folder, inputs, config)
@@ -116,10 +119,17 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
         tokenizer = _make_tokenizer(folder, config, sources, progress)
         vocab_size = _vocab_size(tokenizer)
         _check_vocabulary(vocab_size, config)
-        dtype: Literal["uint16", "uint32"] = "uint16" if vocab_size <= 2**16 else "uint32"
+        all_token_files = [file for files in token_files.values() for file in files]
+        is_wide = vocab_size > 2**16 or any(file.itemsize == 4 for file in all_token_files)
+        dtype: Literal["uint16", "uint32"] = "uint32" if is_wide else "uint16"
         writers = {s: ShardWriter(folder / s, dtype=dtype, shard_tokens=data.shard_tokens) for s in sources}
         try:
             counts = _write_shards(config, sources, tokenizer, writers, progress)
+            for split, files in token_files.items():
+                count_text = split.startswith("validation")  # bits per byte are told of these alone
+                take_over(files, writers[split], tokenizer, vocab_size, count_text=count_text)
+                counts.num_sources_done += len(files)
+                progress.report("tokens", counts, writers)
         finally:
             for writer in writers.values():
                 writer.abandon()
@@ -150,7 +160,8 @@ def with_prepared_dir(config: RunConfig) -> RunConfig:
     """
     if config.data.prepared_dir is not None:
         return config
-    folder = Path("prepared") / _sha256(_describe_inputs(config, _find_sources(config)))[:12]
+    inputs = _describe_inputs(config, _find_sources(config), _find_token_files(config))
+    folder = Path("prepared") / _sha256(inputs)[:12]
     return config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": str(folder)})})
 
 
@@ -162,13 +173,38 @@ def _find_sources(config: RunConfig, skipped: list[Path] | None = None) -> dict[
         raise ConfigError(
             "data.max_train_tokens limits one list of text, and data.train is a mixture. Name fewer files."
         )
-    return {split: find_sources(entries, skipped) for split, entries in data.splits.items()}
+    return {
+        split: [] if any(map(names_tokens, entries)) else find_sources(entries, skipped)
+        for split, entries in data.splits.items()
+    }
+
+
+def _find_token_files(config: RunConfig) -> dict[str, list[TokenFile]]:
+    """Of each split that is made of another program's tokens, their files."""
+    data = config.data
+    splits = {split: entries for split, entries in data.splits.items() if any(map(names_tokens, entries))}
+    if not splits:
+        return {}
+    mixed = next((split for split, entries in splits.items() if not all(map(names_tokens, entries))), None)
+    if mixed is not None:
+        raise ConfigError(f"data.{mixed} names text and tokens (.bin) in one list: give each a name of its own.")
+    if data.tokenizer == "train":
+        raise ConfigError(f"data.{next(iter(splits))} holds tokens: set data.tokenizer to the one that made them.")
+    if not data.validation:
+        raise ConfigError("data.train holds tokens, of which no validation text is split off: set data.validation.")
+    if data.max_train_tokens is not None:
+        raise ConfigError("data.max_train_tokens limits text, and data.train holds tokens. Name fewer files.")
+    return {split: find_token_files(entries) for split, entries in splits.items()}
 
 
 # Inputs: what the shards depend on, and nothing else. num_workers and within_documents change no token.
 
 
-def _describe_inputs(config: RunConfig, sources: Mapping[str, Sequence[Source]] | None) -> dict[str, Any]:
+def _describe_inputs(
+    config: RunConfig,
+    sources: Mapping[str, Sequence[Source]] | None,
+    token_files: Mapping[str, Sequence[TokenFile]] | None = None,
+) -> dict[str, Any]:
     """``sources`` is ``None`` where the text is no longer at hand."""
     data = config.data
     inputs: dict[str, Any] = {
@@ -186,7 +222,8 @@ def _describe_inputs(config: RunConfig, sources: Mapping[str, Sequence[Source]] 
         files = tokenizer_files(data.tokenizer)
         inputs["tokenizer files"] = {file.name: file_sha256(file) for file in files}
     for split, found in (sources or {}).items():
-        inputs[f"data.{split}"] = [source.describe() for source in found]
+        others = (token_files or {}).get(split, ())
+        inputs[f"data.{split}"] = [*(source.describe() for source in found), *(file.describe() for file in others)]
     return inputs
 
 
@@ -301,10 +338,11 @@ class Counts:
     bad: BadRecords = field(default_factory=BadRecords)
     num_duplicates: int = 0
     num_sources_done: int = 0
+    num_documents: int = 0
     source: str = ""
 
     def snapshot(self) -> Counts:
-        return Counts(self.bad.snapshot(), self.num_duplicates, self.num_sources_done, self.source)
+        return replace(self, bad=self.bad.snapshot())
 
 
 def _stream(config: RunConfig, sources: Mapping[str, Sequence[Source]], counts: Counts) -> Iterator[Entry]:
@@ -319,6 +357,7 @@ def _stream(config: RunConfig, sources: Mapping[str, Sequence[Source]], counts: 
                 if key in seen:
                     counts.num_duplicates += 1
                     continue
+                counts.num_documents += 1
                 split_off = not config.data.validation and key < config.data.validation_fraction * 2**64
                 yield Entry(len(seen), "validation" if split_off else named_split, document.text, len(data))
                 seen.add(key)
@@ -402,7 +441,7 @@ def _write_shards(
     finished_documents = {split: writer.last_document for split, writer in writers.items()}
     progress.num_reused_tokens = sum(finished_tokens.values())
     counts = Counts(BadRecords(max_bad_share=config.data.max_bad_share))
-    progress.report("tokens", counts, 0, writers)
+    progress.report("tokens", counts, writers)
     encode = _encoder(tokenizer, next(iter(writers.values())).dtype)
     batches = _batches(_stream(config, sources, counts), finished_documents, counts)
     for batch, encoded in _in_order(batches, encode, config.data.num_workers or os.cpu_count() or 1):
@@ -419,7 +458,7 @@ def _write_shards(
         used = batch.counts
         if used.bad.num_records >= MIN_RECORDS_TO_JUDGE:
             used.bad.check()
-        progress.report("tokens", used, batch.entries[-1].position + 1, writers)
+        progress.report("tokens", used, writers)
         if stop:
             counts = used
             break
@@ -494,13 +533,13 @@ class _Progress:
     def __init__(
         self,
         config: RunConfig,
-        sources: Mapping[str, Sequence[Source]],
+        num_sources: int,
         on_progress: OnProgress | None,
         notes: tuple[str, ...],
     ) -> None:
         self.notes = notes
         self.max_train_tokens = config.data.max_train_tokens
-        self.num_sources = sum(map(len, sources.values()))
+        self.num_sources = num_sources
         self.on_progress = on_progress
         self.started_at = time.monotonic()
         self.num_reused_tokens = 0
@@ -510,7 +549,6 @@ class _Progress:
         self,
         phase: str,
         counts: Counts,
-        num_documents: int = 0,
         writers: Mapping[str, ShardWriter] | None = None,
     ) -> None:
         if self.on_progress is None:
@@ -523,7 +561,7 @@ class _Progress:
                 source=counts.source,
                 num_sources_done=counts.num_sources_done,
                 num_sources=self.num_sources,
-                num_documents=num_documents,
+                num_documents=counts.num_documents,
                 num_train_tokens=_num_tokens(writers, "train"),
                 num_validation_tokens=_num_tokens(writers, "validation"),
                 num_reused_tokens=self.num_reused_tokens,

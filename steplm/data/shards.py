@@ -96,6 +96,36 @@ class ShardWriter:
         write_json(Path(f"{self._stem}.json"), to_json(shard))
         self.shards.append(shard)
 
+    def add_file(
+        self,
+        tokens_file: Path,
+        header_bytes: int,
+        offsets: npt.NDArray[np.int64],
+        tokens_sha256: str,
+        num_text_bytes: int,
+        last_document: int,
+    ) -> None:
+        """Another program's file of tokens as a shard of its own; it stays where it is."""
+        self.close()
+        name = f"shard-{len(self.shards):05d}"
+        data = io.BytesIO()
+        np.save(data, offsets.astype("<i8"), allow_pickle=False)
+        shard = Shard(
+            name=name,
+            num_tokens=int(offsets[-1]),
+            num_documents=len(offsets) - 1,
+            num_text_bytes=num_text_bytes,
+            last_document=last_document,
+            tokens_sha256=tokens_sha256,
+            offsets_sha256=hashlib.sha256(data.getvalue()).hexdigest(),
+            tokens_file=str(tokens_file.resolve()),
+            header_bytes=header_bytes,
+        )
+        write_atomically(self.folder / f"{name}.offsets.npy", data.getvalue())
+        write_json(self.folder / f"{name}.json", to_json(shard))
+        self.shards.append(shard)
+        self.num_tokens += shard.num_tokens
+
     def abandon(self) -> None:
         """Drop the shard that is being written, if any; the closed ones stay."""
         if self._file is not None:
@@ -112,8 +142,10 @@ def _whole_shards(folder: Path, itemsize: int) -> list[Shard]:
             shard = from_json(Shard, json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, RecursionError):
             break
-        sizes = {".bin": shard.num_tokens * itemsize, ".offsets.npy": offsets_file_bytes(shard.num_documents)}
-        files = {path.with_suffix(suffix): size for suffix, size in sizes.items()}
+        files = {
+            shard.tokens_path(folder): shard.file_bytes(itemsize),
+            path.with_suffix(".offsets.npy"): offsets_file_bytes(shard.num_documents),
+        }
         if shard.name != path.stem or any(not f.is_file() or f.stat().st_size != size for f, size in files.items()):
             break
         shards.append(shard)

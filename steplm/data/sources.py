@@ -136,7 +136,7 @@ class Source:
         if self.path is None:
             yield from STREAMS[self.name.partition("://")[0]](self.name)
             return
-        with _errors_of(self.path), self.path.open("rb") as stream:
+        with errors_of(self.path), self.path.open("rb") as stream:
             yield from read_records(stream, self.path, fields)
 
 
@@ -256,7 +256,7 @@ def _what_is_there(path: Path) -> str:
 
 
 @contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
+def errors_of(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -4,7 +4,8 @@ PREPARED/inputs.json                      what the shards are made of; written f
 PREPARED/tokenizer/                       a Hugging Face folder
 PREPARED/train/shard-00000.bin            tokens, little-endian uint16 or uint32, end of text after each
 PREPARED/train/shard-00000.offsets.npy    int64, where each document starts, and the end of the last
-PREPARED/train/shard-00000.json           counts and hashes of the two; written after them
+PREPARED/train/shard-00000.json           counts and hashes of the two; written after them. It may name another
+                                          program's file, that the tokens are in
 PREPARED/validation/...                   of a mixture train/NAME/..., of several sets validation/NAME/...
 PREPARED/manifest.json                    the whole; written last, so that it stands for finished work
 """
@@ -45,6 +46,15 @@ class Shard:
     last_document: Count  # position in the stream of distinct documents, from 0
     tokens_sha256: str
     offsets_sha256: str
+    tokens_file: str | None = None  # another program's, that the tokens are in; None: NAME.bin beside the offsets
+    header_bytes: Count = 0  # of that file
+
+    def tokens_path(self, folder: Path) -> Path:
+        return folder / f"{self.name}.bin" if self.tokens_file is None else Path(self.tokens_file)
+
+    def file_bytes(self, itemsize: int) -> int:
+        """Size of the file of the tokens."""
+        return self.header_bytes + self.num_tokens * itemsize
 
 
 @dataclass(frozen=True)
@@ -232,13 +242,16 @@ class TokenDataset:
 
     def _tokens(self, index: int) -> npt.NDArray[np.unsignedinteger]:
         if index not in self._mapped_tokens:
-            path = self.prepared_dir / self.split / f"{self.shards[index].name}.bin"
+            shard = self.shards[index]
+            path = shard.tokens_path(self.prepared_dir / self.split)
             with path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             # Windows lie anywhere: around each, the system would read 128 KiB that nobody asks for.
             if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
                 mapped.madvise(mmap.MADV_RANDOM)
-            self._mapped_tokens[index] = np.frombuffer(mapped, _dtype(self.manifest))
+            self._mapped_tokens[index] = np.frombuffer(
+                mapped, _dtype(self.manifest), shard.num_tokens, shard.header_bytes
+            )
         return self._mapped_tokens[index]
 
     def _offsets(self, index: int) -> npt.NDArray[np.int64]:
@@ -302,11 +315,11 @@ def _files(
     itemsize = _dtype(manifest).itemsize
     for split in splits or manifest.splits:
         for shard in manifest.split(split).shards:
-            stem = prepared_dir / split / shard.name
-            yield shard, Path(f"{stem}.bin"), shard.num_tokens * itemsize, shard.tokens_sha256
+            folder = prepared_dir / split
+            yield shard, shard.tokens_path(folder), shard.file_bytes(itemsize), shard.tokens_sha256
             yield (
                 shard,
-                Path(f"{stem}.offsets.npy"),
+                folder / f"{shard.name}.offsets.npy",
                 offsets_file_bytes(shard.num_documents),
                 shard.offsets_sha256,
             )
