@@ -110,7 +110,7 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
     if (folder / MANIFEST).is_file():
         return _finished(folder, inputs, config)
     notes = (describe_skipped(skipped),) if skipped else ()
-    num_sources = sum(map(len, (*sources.values(), *token_files.values())))
+    num_sources = sum(map(len, sources.values())) + sum(map(len, token_files.values()))
     progress = _Progress(config, num_sources, on_progress, notes)
     with disk_errors(folder), locked(folder, lambda: progress.report("waiting for another process", Counts())):
         if (folder / MANIFEST).is_file():
