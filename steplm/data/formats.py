@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 TEXT_PIECE_BYTES = 32 * 2**10
 ROWS_AT_ONCE = 1024
 
-Record = tuple[int, Any]
+Place = int | str
+Record = tuple[Any, Any]  # a Place, and the value
 Fields = Collection[str] | None  # the fields that are used; None: all. A format may give more.
 
 

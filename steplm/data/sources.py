@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from steplm.data.builtin import describe_python_docs, python_docs
-from steplm.data.formats import Fields, Record, is_readable, known_formats, listed, read_records, split_format
+from steplm.data.formats import Fields, Place, Record, is_readable, known_formats, listed, read_records, split_format
 from steplm.errors import DataError, HubUnavailable
 from steplm.units import nearest, reason, shortened
 
@@ -35,6 +35,7 @@ HUB_KEYS = ("name", "split", "revision", "data_dir", "data_files")
 class Document:
     text: str
     origin: str  # "FILE:LINE"
+    place: Place = field(default=0, compare=False)  # in its source
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Source:
 
     name: str
     path: Path | None = None
+    revision: str | None = None  # of a data set on the hub, whatever its name says
 
     def describe(self) -> str:
         """Changes whenever the content does, as far as its size and its two ends can tell.
@@ -115,18 +117,35 @@ class Source:
             return True
         return COMMIT.fullmatch(_hub_arguments(self.name)[1].get("revision", "")) is not None
 
-    def documents(self, text_field: str, bad: BadRecords) -> Iterator[Document]:
+    def pinned(self) -> Source:
+        """Of a data set on the hub that may change, the present state, where the hub can be asked; else as it is."""
+        if self.is_pinned:
+            return self
+        from huggingface_hub import HfApi
+
+        name, arguments = _hub_arguments(self.name)
+        try:
+            commit = HfApi().dataset_info(name, revision=arguments.get("revision"), timeout=10).sha
+        except Exception:  # no network, no such data set: reading it will tell
+            return self
+        return replace(self, revision=commit)
+
+    def documents(self, text_field: str, bad: BadRecords, after: Place | None = None) -> Iterator[Document]:
         """The documents in order; unusable records go to ``bad``.
+
+        Args:
+            after: only those that come after this place.
 
         Raises:
             DataError: the source cannot be read at all.
         """
-        yield from _usable(self.name, self.records([text_field]), text_field, bad)
+        yield from _usable(self.name, self.records([text_field], after), text_field, bad)
 
-    def records(self, fields: Fields = None) -> Iterator[Record]:
+    def records(self, fields: Fields = None, after: Place | None = None) -> Iterator[Record]:
         """Each record with its place; for one that cannot be read, an exception that says why.
 
         Args:
+            after: as ``documents`` takes it. A file is read from its beginning, the hub from the shard of the place.
             fields: those that are used. A format with columns reads no others, so that nothing that they hold can
                 be an error. Default: all.
 
@@ -134,10 +153,15 @@ class Source:
             DataError: the source cannot be read at all.
         """
         if self.path is None:
-            yield from STREAMS[self.name.partition("://")[0]](self.name)
+            if self.name.startswith("hub://") and (after is not None or self.revision is not None):
+                yield from _stream_hub(self.name, self.revision, after)
+                return
+            records = STREAMS[self.name.partition("://")[0]](self.name)
+            yield from (record for record in records if after is None or record[0] > after)
             return
         with errors_of(self.path), self.path.open("rb") as stream:
-            yield from read_records(stream, self.path, fields)
+            records = read_records(stream, self.path, fields)
+            yield from (record for record in records if after is None or record[0] > after)
 
 
 def _digest_of_ends(path: Path, num_bytes: int = 2**16) -> str:
@@ -271,7 +295,7 @@ def _usable(name: str, records: Iterator[Record], text_field: str, bad: BadRecor
             bad.add(f"{name}:{place}", reason)
         else:
             bad.num_records += 1
-            yield Document(str(text), f"{name}:{place}")
+            yield Document(str(text), f"{name}:{place}", place)
 
 
 def _why_unusable(value: Any, text: Any, text_field: str) -> str | None:
@@ -305,25 +329,31 @@ def _hub_arguments(entry: str) -> tuple[str, dict[str, str]]:
     return f"{parts.netloc}{parts.path}".rstrip("/"), {"split": "train", **keys}
 
 
-def _stream_hub(entry: str) -> Iterator[Record]:
-    """The records of a data set on the hub, over the network.
+def _stream_hub(entry: str, revision: str | None = None, after: Place | None = None) -> Iterator[Record]:
+    """The records of a data set on the hub, over the network; of several shards placed as ``SHARD:ROW``.
 
-    A stream that breaks off is opened again a few times, after the records that were read. A preparation that
-    is started again reads the stream from its beginning, so pin what may change: ``&revision=COMMIT`` is a
-    part of the inputs by which prepared folders are told apart.
+    A stream that breaks off is opened again a few times, after the records that were read.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     name, arguments = _hub_arguments(entry)
-    row = num_failures = 0
+    if revision is not None:
+        arguments["revision"] = revision
+    shard, row = map(int, after.split(":")) if isinstance(after, str) else (0, int(after or 0))
+    num_read = num_failures = 0
     while True:
         try:
             stream = load_dataset(name, streaming=True, **arguments)
-            for record in stream.skip(row) if row else stream:
-                row += 1
-                num_failures = 0
-                yield row, record
+            num_shards = getattr(stream, "num_shards", 1)
+            while shard < num_shards:
+                part = stream.shard(num_shards=num_shards, index=shard) if num_shards > 1 else stream
+                for record in part.skip(row) if row else part:
+                    row += 1
+                    num_read += 1
+                    num_failures = 0
+                    yield (row if num_shards == 1 else f"{shard}:{row}"), record
+                shard, row = shard + 1, 0
             return
         except (DatasetsError, ValueError) as error:  # no such data set, configuration or split
             raise DataError(f"cannot read {entry}: {error}", entry=entry) from None
@@ -331,12 +361,12 @@ def _stream_hub(entry: str) -> Iterator[Record]:
             if not _is_connection_error(error):
                 raise
             # Where not even one record came, there is no network, or no such name: no reason to wait.
-            if row == 0 or num_failures == len(HUB_RETRY_SECONDS):
+            if num_read == 0 or num_failures == len(HUB_RETRY_SECONDS):
                 raise HubUnavailable(
-                    f"the hub cannot be reached for {entry} (after {row:,} records): {error}\n"
-                    "Start again when it can (finished shards are kept), or name local files in data.train.",
+                    f"the hub cannot be reached for {entry} (after {num_read:,} records): {error}\n"
+                    "Start again when it can (it goes on where it stopped), or name local files in data.train.",
                     entry=entry,
-                    num_records=row,
+                    num_records=num_read,
                 ) from None
         time.sleep(HUB_RETRY_SECONDS[num_failures])
         num_failures += 1

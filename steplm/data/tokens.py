@@ -8,6 +8,7 @@ PREPARED/train/shard-00000.json           counts and hashes of the two; written 
                                           program's file, that the tokens are in
 PREPARED/validation/...                   of a mixture train/NAME/..., of several sets validation/NAME/...
 PREPARED/manifest.json                    the whole; written last, so that it stands for finished work
+PREPARED/unfinished.json                  how far unfinished work is; beside it documents.hashes, what was seen so far
 """
 
 from __future__ import annotations
