@@ -15,6 +15,7 @@ A mixture of several data sets takes its sequences from them in the order that `
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -101,6 +102,7 @@ class BatchLoader:
         datasets = [dataset] if isinstance(dataset, TokenDataset) else list(dataset)
         self.sequence_length = sequence_length
         self.within_documents = within_documents
+        self.max_sorted_windows = max_sorted_windows
         self.sources = [
             _Windows(dataset, seed, sequence_length, within_documents, max_sorted_windows) for dataset in datasets
         ]
@@ -178,13 +180,16 @@ class Prefetcher:
         self.pin_memory = pin_memory
         self._pool = ThreadPoolExecutor(1, "prefetch")
         self._next: tuple[int, Future[Batch]] | None = None
+        self.seconds_waited = 0.0  # in ``batch``, so far
 
     def batch(self, tokens_seen: int) -> Batch:
         """This rank's part of the global batch that starts after ``tokens_seen`` tokens."""
+        began = time.perf_counter()
         expected, self._next = self._next, None
         batch = expected[1].result() if expected and expected[0] == tokens_seen else self._make(tokens_seen)
         following = tokens_seen + self.num_sequences * self.loader.sequence_length
         self._next = following, self._pool.submit(self._make, following)
+        self.seconds_waited += time.perf_counter() - began
         return batch
 
     def close(self) -> None:

@@ -364,3 +364,14 @@ def test_a_batch_splits_into_micro_batches_and_moves_between_devices(dataset: To
     assert moved.input_ids.is_meta
     assert moved.labels.is_meta
     assert moved.position_ids is None
+
+
+def test_a_prefetcher_tells_how_long_it_was_waited_for(dataset: TokenDataset) -> None:
+    prefetcher = Prefetcher(loader(dataset), 3)
+    prefetcher.batch(0)
+    assert prefetcher.seconds_waited > 0  # the first is made at once
+    before = prefetcher.seconds_waited
+    prefetcher._next[1].result()
+    prefetcher.batch(3 * S)
+    assert prefetcher.seconds_waited - before < before + 0.1
+    prefetcher.close()
