@@ -93,7 +93,11 @@ class _Table:
             data = mmap.mmap(-1, 8 * num_slots)
         else:
             with tempfile.TemporaryFile(dir=folder) as file:
-                file.truncate(8 * num_slots)
+                # Of a mapped file that only seems to have its size, a full disk would kill the process.
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, 8 * num_slots)
+                else:
+                    file.truncate(8 * num_slots)
                 data = mmap.mmap(file.fileno(), 8 * num_slots)
         self.slots = memoryview(data).cast("Q")
         self.mask = num_slots - 1

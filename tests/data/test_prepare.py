@@ -602,6 +602,18 @@ def test_a_disk_that_is_really_full_is_explained(
         prepare(config)
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve space for a file")
+def test_a_disk_without_room_for_what_was_seen_is_explained(
+    configure: Configure, jsonl: Jsonl, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*args: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    with pytest.raises(DataError, match="No space left on device"):
+        prepare(configure(train=str(jsonl(texts))))
+
+
 def test_progress_rises_and_ends_with_the_totals(configure: Configure, jsonl: Jsonl, texts: list[str]) -> None:
     seen: list[PrepareProgress] = []
     manifest = prepare(configure(train=str(jsonl(texts)), tokenizer="train"), seen.append)
