@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -16,7 +17,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -93,15 +96,42 @@ class ModelConfig(Section):
         return {**values, **self.extra}
 
 
+class TextSource(Section):
+    """One source of a mixture."""
+
+    name: str = Field(pattern=FOLDER_NAME)
+    files: Texts = Field(min_length=1)
+    weight: float = Field(gt=0, description="its share of the training tokens, relative to the other weights")
+
+
+def _or_a_string(schema: dict[str, Any]) -> None:
+    schema["anyOf"] = [{"type": schema.pop("type"), "items": schema.pop("items")}, {"type": "string"}]
+
+
+# One branch of the union is tried, so that a mistake has one message.
+Entry = Annotated[
+    Annotated[str, Tag("files")] | Annotated[TextSource, Tag("source")],
+    Discriminator(lambda value: "source" if isinstance(value, dict | TextSource) else "files"),
+]
+
+
 class DataConfig(Section):
     """Where text comes from and how it becomes token shards."""
 
-    train: Texts = Field(
+    train: Annotated[list[Entry], BeforeValidator(_one_or_many)] = Field(
         default_factory=list,
-        description="files, globs or folders (json, jsonl, txt, parquet; .gz too), "
-        "hub://OWNER/NAME?name=CONFIG&split=train&revision=COMMIT, or builtin://python-docs",
+        json_schema_extra=_or_a_string,
+        description="files, globs or folders (json, jsonl, csv, txt, parquet, arrow; compressed too), "
+        "hub://OWNER/NAME?name=CONFIG&split=train&revision=COMMIT, or builtin://python-docs; "
+        "a mixture: a list of {name, files, weight}",
     )
-    validation: Texts = Field(default_factory=list, description="as train; empty: split off by hash of the text")
+    validation: Annotated[
+        Annotated[Texts, Tag("files")] | Annotated[dict[str, Texts], Tag("sets")],
+        Discriminator(lambda value: "sets" if isinstance(value, dict) else "files"),
+    ] = Field(
+        default_factory=list,
+        description="as train; several sets: {NAME: files, ...}; empty: split off by hash of the text",
+    )
     validation_fraction: float = Field(0.01, gt=0, lt=1, description="share of documents, used if validation is empty")
     text_field: str = "text"
     tokenizer: str = Field("train", description="a folder, a tokenizer file, a hub name, or 'train' to train BPE here")
@@ -113,6 +143,39 @@ class DataConfig(Section):
     max_bad_share: float = Field(0.001, ge=0, le=1, description="stop if more records than this share are unusable")
     num_workers: int | None = Field(None, gt=0, description="threads that tokenize; default: all cores")
     within_documents: bool = Field(False, description="attention and loss stay inside each document")
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _usable_names(cls, value: Any) -> Any:
+        names = [entry.name for entry in value if isinstance(entry, TextSource)]
+        if names and len(names) < len(value):
+            raise ValueError("a mixture needs a name, files and a weight for each of its sources")
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"two sources have the name {repeated!r}")
+        for name, files in value.items() if isinstance(value, dict) else ():
+            if not re.match(FOLDER_NAME, name) or not files:
+                raise ValueError(f"a set needs files and a name of letters, digits, '.', '_' and '-', not {name!r}")
+        return value
+
+    @property
+    def splits(self) -> dict[str, list[str]]:
+        """What each part of the prepared data is made of; ``train`` and ``validation``, or those/NAME of several."""
+        texts = [entry for entry in self.train if isinstance(entry, str)]
+        sources = {f"train/{entry.name}": entry.files for entry in self.train if isinstance(entry, TextSource)}
+        sets = self.validation if isinstance(self.validation, dict) else {}
+        named_sets = {f"validation/{name}": files for name, files in sets.items()}
+        return (named_sets or {"validation": list(self.validation)}) | (sources or {"train": texts})
+
+    @property
+    def train_texts(self) -> list[str]:
+        """The entries of all training sources."""
+        return [text for name, texts in self.splits.items() if name.startswith("train") for text in texts]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights of a mixture by split; empty where there is one list of text."""
+        return {f"train/{entry.name}": entry.weight for entry in self.train if isinstance(entry, TextSource)}
 
 
 TOKEN_BUDGETS = ("tokens_per_stage", "total_tokens", "tokens_per_parameter", "total_flops")  # of ``plan``

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
+import os
 import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+
+from steplm.files import write_atomically
 
 MIN_DOCSTRING_CHARACTERS = 80
 MAX_TEXT_BYTES = 10_000_000  # keeps the parsing of a large environment within ten seconds
@@ -33,8 +38,30 @@ _Node = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 def python_docs() -> tuple[str, ...]:
     """One document per module (its longer docstrings, each under its name), help topic or package page.
 
-    No two passages are equal. The same environment always gives the same documents in the same order.
+    No two passages are equal. The same environment always gives the same documents in the same order. Collecting them
+    takes ten seconds, so they are kept in the user's cache folder.
     """
+    path = _kept_at()
+    with suppress(OSError, ValueError):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(kept, list) and kept and all(isinstance(text, str) for text in kept):
+            return tuple(kept)
+    documents = _collected()
+    with suppress(OSError):  # a home that cannot be written to
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(documents))
+    return documents
+
+
+def _kept_at() -> Path:
+    """Of this environment alone: another one, or another version of this module's rules, has another name."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    rules = Path(__file__).read_bytes() + repr(MAX_TEXT_BYTES).encode()
+    where = f"{sysconfig.get_path('stdlib')} {_site_packages()} {describe_python_docs()}".encode()
+    return Path(cache) / "steplm" / f"python-docs-{hashlib.sha256(rules + where).hexdigest()[:16]}.json"
+
+
+def _collected() -> tuple[str, ...]:
     documents: list[str] = []
     num_bytes = 0
     for text in _candidates(set()):

@@ -1,26 +1,42 @@
 """Token shards -> batches, as a pure function of (seed, tokens seen, rank, world size).
 
-An epoch: the documents in a shuffled order, put end to end, cut into windows of ``sequence_length`` inputs
-whose labels are the tokens that follow, and the windows visited in a second shuffled order.
+An epoch is cut into windows of ``sequence_length`` inputs, whose labels are the tokens that follow, and visits each
+window once. There are two orders:
+
+``documents``, of smaller data: the documents are put end to end in a shuffled order, cut into windows, and the windows
+are visited in a second shuffled order. Both orders are sorted in memory.
+
+``windows``, of larger data: the documents stay as they are stored, on a circle that is cut from another place in each
+epoch, and the windows are visited in the order of a permutation that is computed index by index. Any place of any
+epoch takes the same time, and nothing is held in memory.
+
+A mixture of several data sets takes its sequences from them in the order that ``Mixture`` gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from steplm.config import RunConfig
+from steplm.data.mixture import Mixture
 from steplm.data.tokens import TokenDataset
 from steplm.errors import DataError
 
 # B sequences, S positions
 
 IGNORE_INDEX = -100  # a label that does not count, in Hugging Face models and torch
-_DOCUMENT_ORDER, _WINDOW_ORDER = 0, 1
+_DOCUMENT_ORDER, _WINDOW_ORDER, _FIRST_CUT = 0, 1, 2
+MAX_SORTED_WINDOWS = 2**20  # of an epoch in the order ``documents``
+FEISTEL_ROUNDS = 8
 
 Array = npt.NDArray[np.int64]
 
@@ -32,6 +48,7 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None = None  # restart at each document; None: 0 ... S-1
+    source_ids: Tensor | None = None  # (B,) int64, of a mixture: the index of each sequence's source
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -40,45 +57,56 @@ class Batch:
         """Consecutive parts of at most ``micro_batch_size`` sequences."""
         for start in range(0, len(self), micro_batch_size):
             part = slice(start, start + micro_batch_size)
-            positions = None if self.position_ids is None else self.position_ids[part]
-            yield Batch(self.input_ids[part], self.labels[part], positions)
+            yield self._each(lambda tensor, part=part: tensor[part])  # type: ignore[misc]
 
     def to(self, device: torch.device | str) -> Batch:
-        positions = None if self.position_ids is None else self.position_ids.to(device)
-        return Batch(self.input_ids.to(device), self.labels.to(device), positions)
+        """On ``device``; of a pinned batch, without waiting for the copy."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pin_memory(self) -> Batch:
+        """In memory that a CUDA device can read by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        positions, sources = (None if t is None else change(t) for t in (self.position_ids, self.source_ids))
+        return Batch(change(self.input_ids), change(self.labels), positions, sources)
 
 
 class BatchLoader:
-    """Batches of training windows.
+    """Batches of training windows, of one data set or of a mixture of several.
 
     Args:
-        seed: of the orders of documents and windows; each epoch has its own orders.
+        dataset: one, or those of a mixture.
+        weights: of a mixture; a data set's share of the sequences is its weight over the sum of all.
+        seed: of the orders of documents and windows; each epoch of each data set has its own orders.
         sequence_length: inputs per sequence.
         within_documents: position ids restart at each document, and the first token of a document is never
             a label, so that with attention kept inside documents none is predicted from another.
+        max_sorted_windows: a data set with more an epoch has the order ``windows``; ``None``: none has. A run that
+            goes on gives the value that it began with.
 
     Raises:
-        DataError: the data set is shorter than one window.
+        DataError: a data set is shorter than one window.
     """
 
     def __init__(
-        self, dataset: TokenDataset, *, seed: int, sequence_length: int, within_documents: bool = False
+        self,
+        dataset: TokenDataset | Sequence[TokenDataset],
+        *,
+        seed: int,
+        sequence_length: int,
+        weights: Sequence[float] = (1.0,),
+        within_documents: bool = False,
+        max_sorted_windows: int | None = MAX_SORTED_WINDOWS,
     ) -> None:
-        self.dataset = dataset
-        self.seed = seed
+        datasets = [dataset] if isinstance(dataset, TokenDataset) else list(dataset)
         self.sequence_length = sequence_length
         self.within_documents = within_documents
-        # The last token of an epoch is a label only, and what does not fill a window is left out.
-        self.windows_per_epoch = (dataset.num_tokens - 1) // sequence_length
-        if self.windows_per_epoch < 1:
-            raise DataError(
-                f"{dataset.prepared_dir} has {dataset.num_tokens:,} {dataset.split} tokens, "
-                f"fewer than one window of train.sequence_length={sequence_length} + 1. "
-                "Add text, or lower train.sequence_length.",
-                num_tokens=dataset.num_tokens,
-                sequence_length=sequence_length,
-            )
-        self._epoch: _Epoch | None = None
+        self.max_sorted_windows = max_sorted_windows
+        self.sources = [
+            _Windows(dataset, seed, sequence_length, within_documents, max_sorted_windows) for dataset in datasets
+        ]
+        self.mixture = Mixture(weights) if len(datasets) > 1 else None
 
     def batch(self, tokens_seen: int, num_sequences: int, rank: int = 0, world_size: int = 1) -> Batch:
         """This rank's part of the global batch that starts after ``tokens_seen`` tokens.
@@ -98,15 +126,78 @@ class BatchLoader:
                 tokens_seen=tokens_seen,
                 sequence_length=self.sequence_length,
             )
-        part = range(first + rank * num_sequences // world_size, first + (rank + 1) * num_sequences // world_size)
-        return _to_batch([self._window(index) for index in part], self.sequence_length, self.within_documents)
+        part = np.arange(first + rank * num_sequences // world_size, first + (rank + 1) * num_sequences // world_size)
+        if self.mixture is None:
+            return _to_batch(self.sources[0].read(part), self.sequence_length, self.within_documents)
+        source_ids, places = self.mixture.locate(part)
+        of_source = [iter(source.read(places[source_ids == index])) for index, source in enumerate(self.sources)]
+        windows = [next(of_source[index]) for index in source_ids]
+        batch = _to_batch(windows, self.sequence_length, self.within_documents)
+        return replace(batch, source_ids=torch.from_numpy(source_ids))
 
-    def _window(self, index: int) -> _Window:
-        number, place = divmod(index, self.windows_per_epoch)
-        if self._epoch is None or self._epoch.number != number:
-            self._epoch = _Epoch(self.dataset, self.seed, number, self.windows_per_epoch)
-        start = int(self._epoch.window_order[place]) * self.sequence_length
-        return self._epoch.read(start, start + self.sequence_length + 1)
+
+def training_loader(config: RunConfig, max_sorted_windows: int | None = MAX_SORTED_WINDOWS) -> BatchLoader:
+    """The batches of a run over its prepared data.
+
+    Args:
+        max_sorted_windows: of a run that goes on, the value that it began with.
+
+    Raises:
+        DataError: the data are not prepared, damaged, or shorter than one window.
+    """
+    weights = config.data.weights or {"train": 1.0}
+    return BatchLoader(
+        [TokenDataset(config.prepared_dir, split) for split in weights],
+        weights=list(weights.values()),
+        seed=config.seed,
+        sequence_length=config.train.sequence_length,
+        within_documents=config.data.within_documents,
+        max_sorted_windows=max_sorted_windows,
+    )
+
+
+class Prefetcher:
+    """The batches of one rank's steps, each made in a background thread while the step before it is computed.
+
+    The batches are those of ``loader.batch``; a jump to another place is made at once.
+
+    Args:
+        num_sequences, rank, world_size: as ``BatchLoader.batch`` takes them.
+        pin_memory: batches are put where a CUDA device copies them from without the processor.
+    """
+
+    def __init__(
+        self,
+        loader: BatchLoader,
+        num_sequences: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        self.loader = loader
+        self.num_sequences, self.rank, self.world_size = num_sequences, rank, world_size
+        self.pin_memory = pin_memory
+        self._pool = ThreadPoolExecutor(1, "prefetch")
+        self._next: tuple[int, Future[Batch]] | None = None
+        self.seconds_waited = 0.0  # in ``batch``, so far
+
+    def batch(self, tokens_seen: int) -> Batch:
+        """This rank's part of the global batch that starts after ``tokens_seen`` tokens."""
+        began = time.perf_counter()
+        expected, self._next = self._next, None
+        batch = expected[1].result() if expected and expected[0] == tokens_seen else self._make(tokens_seen)
+        following = tokens_seen + self.num_sequences * self.loader.sequence_length
+        self._next = following, self._pool.submit(self._make, following)
+        self.seconds_waited += time.perf_counter() - began
+        return batch
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _make(self, tokens_seen: int) -> Batch:
+        batch = self.loader.batch(tokens_seen, self.num_sequences, self.rank, self.world_size)
+        return batch.pin_memory() if self.pin_memory else batch
 
 
 @dataclass(frozen=True)
@@ -115,16 +206,76 @@ class _Window:
     document_starts: Array  # places in ``tokens`` at which a document begins
 
 
-class _Epoch:
-    """The documents of one epoch end to end, in its order; found by binary search, nothing copied."""
+class _Windows:
+    """The windows of one data set, numbered through all its epochs."""
 
-    def __init__(self, dataset: TokenDataset, seed: int, number: int, num_windows: int) -> None:
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        seed: int,
+        sequence_length: int,
+        within_documents: bool,
+        max_sorted_windows: int | None,
+    ) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.sequence_length, self.within_documents = sequence_length, within_documents
+        # The last token of an epoch is a label only, and what does not fill a window is left out.
+        self.per_epoch = (dataset.num_tokens - 1) // sequence_length
+        if self.per_epoch < 1:
+            raise DataError(
+                f"{dataset.prepared_dir} has {dataset.num_tokens:,} {dataset.split} tokens, "
+                f"fewer than one window of train.sequence_length={sequence_length} + 1. "
+                "Add text, or lower train.sequence_length.",
+                num_tokens=dataset.num_tokens,
+                sequence_length=sequence_length,
+            )
+        self.is_sorted = max_sorted_windows is None or self.per_epoch <= max_sorted_windows
+        self._last_epoch: _Epoch | None = None
+
+    def read(self, indices: Array) -> list[_Window]:
+        epochs, places = np.divmod(indices, self.per_epoch)
+        windows: list[_Window] = []
+        for number in np.unique(epochs).tolist():
+            epoch = self._epoch(number)
+            for start in epoch.window_starts(places[epochs == number]).tolist():
+                windows.append(epoch.read(start, start + self.sequence_length + 1))
+        return windows
+
+    def _epoch(self, number: int) -> _Epoch:
+        # In a local variable, because a prefetching thread may be in another epoch.
+        epoch = self._last_epoch
+        if epoch is None or epoch.number != number:
+            kind = _SortedEpoch if self.is_sorted else _PermutedEpoch
+            epoch = kind(self.dataset, self.seed, number, self.sequence_length, self.within_documents)
+            self._last_epoch = epoch
+        return epoch
+
+
+class _Epoch(Protocol):
+    number: int
+
+    def window_starts(self, places: Array) -> Array:
+        """Where the windows begin that are visited at these places of the epoch."""
+
+    def read(self, start: int, stop: int) -> _Window: ...
+
+
+class _SortedEpoch:
+    """The order ``documents``: the documents are found by binary search, nothing is copied."""
+
+    def __init__(
+        self, dataset: TokenDataset, seed: int, number: int, sequence_length: int, within_documents: bool
+    ) -> None:
         self.dataset = dataset
         self.number = number
-        self.window_order = shuffled(num_windows, seed, number, _WINDOW_ORDER)
+        self.sequence_length = sequence_length
+        self.window_order = shuffled((dataset.num_tokens - 1) // sequence_length, seed, number, _WINDOW_ORDER)
         self.document_order = shuffled(dataset.num_documents, seed, number, _DOCUMENT_ORDER)
         # Place in the epoch at which each document of the order starts, and the end of the last.
         self.starts = np.concatenate(([0], np.cumsum(dataset.document_lengths[self.document_order])))
+
+    def window_starts(self, places: Array) -> Array:
+        return self.window_order[places] * self.sequence_length
 
     def read(self, start: int, stop: int) -> _Window:
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
@@ -139,12 +290,66 @@ class _Epoch:
         return _Window(np.concatenate(parts).astype(np.int64), starts[starts >= 0])
 
 
+class _PermutedEpoch:
+    """The order ``windows``: the stored tokens as a circle, which this epoch cuts from a place of its own."""
+
+    def __init__(
+        self, dataset: TokenDataset, seed: int, number: int, sequence_length: int, within_documents: bool
+    ) -> None:
+        self.dataset = dataset
+        self.seed, self.number = seed, number
+        self.sequence_length, self.within_documents = sequence_length, within_documents
+        self.num_windows = (dataset.num_tokens - 1) // sequence_length
+        self.first_cut = int(_hash_of(seed, number, _FIRST_CUT)[0]) % dataset.num_tokens
+
+    def window_starts(self, places: Array) -> Array:
+        windows = permuted(places, self.num_windows, self.seed, self.number, _WINDOW_ORDER)
+        return (self.first_cut + windows * self.sequence_length) % self.dataset.num_tokens
+
+    def read(self, start: int, stop: int) -> _Window:
+        end = self.dataset.num_tokens
+        ranges = [(start, stop)] if stop <= end else [(start, end), (0, stop - end)]
+        tokens = np.concatenate([self.dataset.read(*part) for part in ranges]).astype(np.int64)
+        starts = np.empty(0, np.int64)
+        if self.within_documents:
+            starts = np.concatenate([self.dataset.document_starts(*part) for part in ranges])
+        return _Window(tokens, (starts - start) % end)
+
+
 def shuffled(size: int, seed: int, epoch: int, purpose: int) -> Array:
     """``range(size)`` sorted by a hash (splitmix64): an order that no library version can change."""
+    hashes = _splitmix64(np.arange(size, dtype=np.uint64) ^ _hash_of(seed, epoch, purpose))
+    return np.argsort(hashes, kind="stable")
+
+
+def permuted(indices: Array, size: int, seed: int, epoch: int, purpose: int) -> Array:
+    """Where ``indices`` go in a pseudorandom permutation of ``range(size)``, of which nothing else is computed.
+
+    A Feistel network (Luby and Rackoff, 1988) permutes the numbers below the next power of two. What it sends beyond
+    ``size`` goes through it again ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains", 2002),
+    less than once on average.
+    """
+    num_bits = max((size - 1).bit_length(), 2)
+    low_bits = np.uint64(num_bits // 2)
+    low_mask, high_mask = np.uint64(2 ** (num_bits // 2) - 1), np.uint64(2 ** (num_bits - num_bits // 2) - 1)
+    keys = _splitmix64(np.arange(FEISTEL_ROUNDS, dtype=np.uint64) ^ _hash_of(seed, epoch, purpose))
+    values = indices.astype(np.uint64)
+    walking = np.arange(len(values))
+    while len(walking):
+        low, high = values[walking] & low_mask, values[walking] >> low_bits
+        for low_key, high_key in keys.reshape(-1, 2):
+            high ^= _splitmix64(low ^ low_key) & high_mask
+            low ^= _splitmix64(high ^ high_key) & low_mask
+        values[walking] = high << low_bits | low
+        walking = walking[values[walking] >= size]
+    return values.astype(np.int64)
+
+
+def _hash_of(*values: int) -> npt.NDArray[np.uint64]:
     state = np.zeros(1, np.uint64)
-    for value in (seed, epoch, purpose):
+    for value in values:
         state = _splitmix64(state ^ np.uint64(value))
-    return np.argsort(_splitmix64(np.arange(size, dtype=np.uint64) ^ state), kind="stable")
+    return state
 
 
 def _splitmix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -1,8 +1,8 @@
 """Documents -> token shards, in parallel, restartable; the same bytes whatever the number of workers.
 
 The documents are read in order by one thread, tokenized in batches by several, and written in order again.
-After an interruption the documents are read once more, which is cheap and finds the same duplicates and bad
-records, and only those are tokenized that are not in a finished shard.
+Every half a minute, and when a shard is finished, it is written down how far they came: an interrupted preparation
+goes on from there.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import json
 import os
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -24,13 +25,15 @@ import numpy as np
 import numpy.typing as npt
 
 from steplm.config import RunConfig
-from steplm.data.shards import ShardWriter, disk_errors, locked, write_json
-from steplm.data.sources import BadRecords, Source, find_sources
+from steplm.data.formats import Place
+from steplm.data.seen import SeenDocuments
+from steplm.data.shards import ShardWriter, WriterState, disk_errors, locked, write_json
+from steplm.data.sources import BadRecords, Source, describe_skipped, find_sources
+from steplm.data.token_files import TokenFile, find_token_files, names_tokens, take_over
 from steplm.data.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer, without_added_tokens
 from steplm.data.tokens import (
     MANIFEST,
     SCHEMA_VERSION,
-    SPLITS,
     Manifest,
     SplitManifest,
     TokenizerManifest,
@@ -38,12 +41,14 @@ from steplm.data.tokens import (
     file_sha256,
 )
 from steplm.errors import ConfigError, DataError
-from steplm.types import to_json
+from steplm.types import from_json, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 INPUTS = "inputs.json"
+UNFINISHED = "unfinished.json"
+SAVE_SECONDS = 30.0
 BATCH_BYTES = 2**19
 TOKENIZER_SAMPLE_BYTES = 50_000_000
 MIN_RECORDS_TO_JUDGE = 1000  # before so many, one bad record among the first would stop a good run
@@ -62,9 +67,12 @@ class PrepareProgress:
     num_validation_tokens: int
     num_reused_tokens: int
     num_bad_records: int
+    num_text_bytes: int  # UTF-8
     max_train_tokens: int | None
     elapsed_seconds: float
     phase_seconds: float
+    fraction_before: float = 0.0  # what ``fraction`` was when the phase began
+    notes: tuple[str, ...] = ()  # what the user should know, known from the start: files that are not read
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,6 +84,12 @@ class PrepareProgress:
         """Share of the work done, 0 to 1; coarse, as sources differ in size."""
         by_tokens = self.num_train_tokens / self.max_train_tokens if self.max_train_tokens else 0.0
         return min(max(by_tokens, self.num_sources_done / self.num_sources), 1.0)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the speed so far; ``None`` where nothing tells."""
+        gained = self.fraction - self.fraction_before
+        return self.phase_seconds * (1 - self.fraction) / gained if gained > 0 else None
 
 
 OnProgress = Callable[[PrepareProgress], None]
@@ -95,32 +109,49 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
     """
     config = with_prepared_dir(config)
     folder, data = config.prepared_dir, config.data
+    skipped: list[Path] = []
     try:
-        sources = _find_sources(config)
+        token_files = _find_token_files(config)
+        sources = _find_sources(config, skipped)
     except DataError:
         # Prepared elsewhere: the shards are here, the text need not be.
         if (folder / MANIFEST).is_file():
             return _finished(folder, _describe_inputs(config, None), config)
         raise
-    inputs = _describe_inputs(config, sources)
+    inputs = _describe_inputs(config, sources, token_files)
     fingerprint = _sha256(inputs)
     if (folder / MANIFEST).is_file():
         return _finished(folder, inputs, config)
-    progress = _Progress(config, sources, on_progress)
+    notes = (describe_skipped(skipped),) if skipped else ()
+    num_sources = sum(map(len, sources.values())) + sum(map(len, token_files.values()))
+    progress = _Progress(config, num_sources, on_progress, notes)
     with disk_errors(folder), locked(folder, lambda: progress.report("waiting for another process", Counts())):
         if (folder / MANIFEST).is_file():
             return _finished(folder, inputs, config)
         _discard_other_work(folder, inputs)
+        before = _read_reached(folder)
+        sources = _pinned(sources, before.revisions if before else {})
         tokenizer = _make_tokenizer(folder, config, sources, progress)
         vocab_size = _vocab_size(tokenizer)
         _check_vocabulary(vocab_size, config)
-        dtype: Literal["uint16", "uint32"] = "uint16" if vocab_size <= 2**16 else "uint32"
-        writers = {split: ShardWriter(folder / split, dtype=dtype, shard_tokens=data.shard_tokens) for split in SPLITS}
+        all_token_files = [file for files in token_files.values() for file in files]
+        is_wide = vocab_size > 2**16 or any(file.itemsize == 4 for file in all_token_files)
+        dtype: Literal["uint16", "uint32"] = "uint32" if is_wide else "uint16"
+        open_writer = partial(
+            ShardWriter, dtype=dtype, shard_tokens=data.shard_tokens, end_of_text=tokenizer.eos_token_id
+        )
+        reached, writers, seen = _go_on(folder, before, sources, token_files, open_writer)
         try:
-            counts = _write_shards(config, sources, tokenizer, writers, progress)
+            counts = _write_shards(config, sources, tokenizer, writers, seen, reached, progress)
+            for split, files in token_files.items():
+                count_text = split.startswith("validation")  # bits per byte are told of these alone
+                take_over(files, writers[split], tokenizer, vocab_size, count_text=count_text)
+                counts.num_sources_done += len(files)
+                progress.report("tokens", counts, writers)
         finally:
             for writer in writers.values():
                 writer.abandon()
+            seen.close()
         manifest = Manifest(
             fingerprint=fingerprint,
             dtype=dtype,
@@ -138,6 +169,8 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
         )
         _check_not_empty(manifest, config)
         write_json(folder / MANIFEST, to_json(manifest))
+        (folder / UNFINISHED).unlink(missing_ok=True)
+        seen.close(remove=True)
     return manifest
 
 
@@ -148,20 +181,51 @@ def with_prepared_dir(config: RunConfig) -> RunConfig:
     """
     if config.data.prepared_dir is not None:
         return config
-    folder = Path("prepared") / _sha256(_describe_inputs(config, _find_sources(config)))[:12]
+    inputs = _describe_inputs(config, _find_sources(config), _find_token_files(config))
+    folder = Path("prepared") / _sha256(inputs)[:12]
     return config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": str(folder)})})
 
 
-def _find_sources(config: RunConfig) -> dict[str, list[Source]]:
-    if not config.data.train:
+def _find_sources(config: RunConfig, skipped: list[Path] | None = None) -> dict[str, list[Source]]:
+    data = config.data
+    if not data.train:
         raise ConfigError("data.train is empty. Name files, folders or a hub data set, or builtin://python-docs.")
-    return {"validation": find_sources(config.data.validation), "train": find_sources(config.data.train)}
+    if data.weights and data.max_train_tokens is not None:
+        raise ConfigError(
+            "data.max_train_tokens limits one list of text, and data.train is a mixture. Name fewer files."
+        )
+    return {
+        split: [] if any(map(names_tokens, entries)) else find_sources(entries, skipped)
+        for split, entries in data.splits.items()
+    }
+
+
+def _find_token_files(config: RunConfig) -> dict[str, list[TokenFile]]:
+    """Of each split that is made of another program's tokens, their files."""
+    data = config.data
+    splits = {split: entries for split, entries in data.splits.items() if any(map(names_tokens, entries))}
+    if not splits:
+        return {}
+    mixed = next((split for split, entries in splits.items() if not all(map(names_tokens, entries))), None)
+    if mixed is not None:
+        raise ConfigError(f"data.{mixed} names text and tokens (.bin) in one list: give each a name of its own.")
+    if data.tokenizer == "train":
+        raise ConfigError(f"data.{next(iter(splits))} holds tokens: set data.tokenizer to the one that made them.")
+    if not data.validation:
+        raise ConfigError("data.train holds tokens, of which no validation text is split off: set data.validation.")
+    if data.max_train_tokens is not None:
+        raise ConfigError("data.max_train_tokens limits text, and data.train holds tokens. Name fewer files.")
+    return {split: find_token_files(entries) for split, entries in splits.items()}
 
 
 # Inputs: what the shards depend on, and nothing else. num_workers and within_documents change no token.
 
 
-def _describe_inputs(config: RunConfig, sources: Mapping[str, Sequence[Source]] | None) -> dict[str, Any]:
+def _describe_inputs(
+    config: RunConfig,
+    sources: Mapping[str, Sequence[Source]] | None,
+    token_files: Mapping[str, Sequence[TokenFile]] | None = None,
+) -> dict[str, Any]:
     """``sources`` is ``None`` where the text is no longer at hand."""
     data = config.data
     inputs: dict[str, Any] = {
@@ -179,7 +243,8 @@ def _describe_inputs(config: RunConfig, sources: Mapping[str, Sequence[Source]] 
         files = tokenizer_files(data.tokenizer)
         inputs["tokenizer files"] = {file.name: file_sha256(file) for file in files}
     for split, found in (sources or {}).items():
-        inputs[f"data.{split}"] = [source.describe() for source in found]
+        others = (token_files or {}).get(split, ())
+        inputs[f"data.{split}"] = [*(source.describe() for source in found), *(file.describe() for file in others)]
     return inputs
 
 
@@ -199,9 +264,9 @@ def _finished(folder: Path, inputs: dict[str, Any], config: RunConfig) -> Manife
         )
     check_sizes(folder, manifest)
     _check_vocabulary(manifest.tokenizer.vocab_size, config)
-    BadRecords(manifest.num_records, manifest.num_bad_records, list(manifest.bad_records)).check(
-        config.data.max_bad_share
-    )
+    BadRecords(
+        manifest.num_records, manifest.num_bad_records, list(manifest.bad_records), config.data.max_bad_share
+    ).check()
     return manifest
 
 
@@ -227,8 +292,9 @@ def _read_inputs(folder: Path) -> dict[str, Any]:
 def _discard_other_work(folder: Path, inputs: dict[str, Any]) -> None:
     if _read_inputs(folder) == inputs:
         return
-    (folder / INPUTS).unlink(missing_ok=True)
-    for name in (*SPLITS, "tokenizer"):
+    for name in (INPUTS, UNFINISHED):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("train", "validation", "tokenizer"):
         if (folder / name).exists():
             shutil.rmtree(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -252,10 +318,15 @@ def _check_vocabulary(vocab_size: int, config: RunConfig) -> None:
 
 
 def _check_not_empty(manifest: Manifest, config: RunConfig) -> None:
-    num_train, num_validation = (manifest.split(split).num_documents for split in SPLITS)
-    if num_train and num_validation:
+    empty = next((name for name, split in manifest.splits.items() if not split.num_documents), None)
+    if empty is None:
         return
-    split = "validation" if num_train else "training"
+    counts = Counter[str]()
+    for name, split in manifest.splits.items():
+        counts[name.partition("/")[0]] += split.num_documents
+    num_train, num_validation = counts["train"], counts["validation"]
+    kind, _, set_name = empty.partition("/")
+    what = f"{'training' if kind == 'train' else kind} text{f' in {set_name}' if set_name else ''}"
     way_out = (
         "Check data.validation."
         if config.data.validation
@@ -263,7 +334,7 @@ def _check_not_empty(manifest: Manifest, config: RunConfig) -> None:
         f"data.validation_fraction={config.data.validation_fraction}, or name files in data.validation."
     )
     raise DataError(
-        f"no {split} text: {num_train:,} training and {num_validation:,} validation documents of "
+        f"no {what}: {num_train:,} training and {num_validation:,} validation documents of "
         f"{manifest.num_records:,} records. {way_out}",
         num_train=num_train,
         num_validation=num_validation,
@@ -274,12 +345,14 @@ def _check_not_empty(manifest: Manifest, config: RunConfig) -> None:
 
 
 class Entry(NamedTuple):
-    """A document of the stream; ``position`` counts the distinct documents of both splits, from 0."""
+    """A document of the stream; ``position`` counts the distinct documents of all splits, from 0."""
 
     position: int
     split: str
     text: str
     num_bytes: int
+    source: tuple[str, int]  # a split of the configuration, and which of its sources
+    place: Place
 
 
 @dataclass
@@ -289,46 +362,103 @@ class Counts:
     bad: BadRecords = field(default_factory=BadRecords)
     num_duplicates: int = 0
     num_sources_done: int = 0
+    num_documents: int = 0
+    num_text_bytes: int = 0
     source: str = ""
 
     def snapshot(self) -> Counts:
-        return Counts(self.bad.snapshot(), self.num_duplicates, self.num_sources_done, self.source)
+        return replace(self, bad=self.bad.snapshot())
 
 
-def _stream(config: RunConfig, sources: Mapping[str, Sequence[Source]], counts: Counts) -> Iterator[Entry]:
+@dataclass(frozen=True)
+class Reached:
+    """How far an unfinished preparation is."""
+
+    source: tuple[str, int]  # of the last document that was used
+    place: Place
+    counts: Counts
+    writers: dict[str, WriterState]
+    revisions: dict[str, str]  # of the data sets on the hub
+
+
+def _read_reached(folder: Path) -> Reached | None:
+    try:
+        return from_json(Reached, json.loads((folder / UNFINISHED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _go_on(
+    folder: Path,
+    reached: Reached | None,
+    sources: Mapping[str, Sequence[Source]],
+    token_files: Mapping[str, Sequence[TokenFile]],
+    open_writer: Callable[..., ShardWriter],
+) -> tuple[Reached | None, dict[str, ShardWriter], SeenDocuments]:
+    """What was reached, if it can be gone on from, and the writers and seen documents of that moment."""
+    if reached is not None:
+        try:
+            split, index = reached.source
+            if index not in range(len(sources.get(split, ()))):
+                raise ValueError(f"there is no source {index} of {split}")
+            writers = {name: open_writer(folder / name, state=reached.writers.get(name)) for name in sources}
+            return reached, writers, SeenDocuments(folder, reached.counts.num_documents)
+        except ValueError:  # a file is missing or damaged: begin anew
+            (folder / UNFINISHED).unlink()
+    for name in sources:
+        if name not in token_files:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    return None, {name: open_writer(folder / name) for name in sources}, SeenDocuments(folder)
+
+
+def _pinned(sources: Mapping[str, Sequence[Source]], revisions: Mapping[str, str]) -> dict[str, list[Source]]:
+    """The data sets on the hub at one commit each, so that what is gone on with is what was begun."""
+
+    def pinned(source: Source) -> Source:
+        return replace(source, revision=revisions[source.name]) if source.name in revisions else source.pinned()
+
+    return {split: [pinned(source) for source in found] for split, found in sources.items()}
+
+
+def _stream(
+    config: RunConfig,
+    sources: Mapping[str, Sequence[Source]],
+    counts: Counts,
+    seen: SeenDocuments,
+    reached: Reached | None = None,
+) -> Iterator[Entry]:
     """Distinct documents. Validation text comes first, so that a training copy of it is the duplicate."""
-    seen: set[int] = set()
-    split_by_hash = not sources["validation"]
-    for named_split in ("validation", "train"):
-        for source in sources[named_split]:
-            counts.source = source.name
-            for document in source.documents(config.data.text_field, counts.bad):
-                data = document.text.encode()
-                key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-                if key in seen:
-                    counts.num_duplicates += 1
-                    continue
-                split = _split_of(key, config.data.validation_fraction) if split_by_hash else named_split
-                yield Entry(len(seen), split, document.text, len(data))
-                seen.add(key)
-            counts.num_sources_done += 1
-
-
-def _split_of(key: int, validation_fraction: float) -> str:
-    return "validation" if key < validation_fraction * 2**64 else "train"
+    places = [(split, index) for split, found in sources.items() for index in range(len(found))]
+    first = 0 if reached is None else places.index(reached.source)
+    for split, index in places[first:]:
+        source = sources[split][index]
+        counts.source = source.name
+        after = reached.place if reached is not None and reached.source == (split, index) else None
+        for document in source.documents(config.data.text_field, counts.bad, after):
+            data = document.text.encode()
+            key = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+            if not seen.add(key):
+                counts.num_duplicates += 1
+                continue
+            split_off = not config.data.validation and key < config.data.validation_fraction * 2**64
+            to_split = "validation" if split_off else split
+            counts.num_documents += 1
+            counts.num_text_bytes += len(data)
+            yield Entry(counts.num_documents - 1, to_split, document.text, len(data), (split, index), document.place)
+        counts.num_sources_done += 1
 
 
 def _sample(config: RunConfig, sources: Mapping[str, Sequence[Source]], progress: _Progress) -> Iterator[str]:
     """Training text for the tokenizer: an equal share of each source, 50 MB in all."""
-    share = TOKENIZER_SAMPLE_BYTES // len(sources["train"])
-    for source in sources["train"]:
-        counts = Counts(source=source.name)
+    texts = [source for split, found in sources.items() if split.startswith("train") for source in found]
+    for source in texts:
+        counts = Counts(BadRecords(max_bad_share=config.data.max_bad_share), source=source.name)
         num_bytes = 0
-        for entry in _stream(config, {"train": [source], "validation": []}, counts):
-            if entry.split == "train" or sources["validation"]:
+        for entry in _stream(config, {"train": [source]}, counts, SeenDocuments(None)):
+            if entry.split == "train":
                 num_bytes += entry.num_bytes
                 yield entry.text
-            if num_bytes >= share:
+            if num_bytes >= TOKENIZER_SAMPLE_BYTES // len(texts):
                 break
         progress.report("tokenizer", counts)
 
@@ -375,7 +505,6 @@ def _without_inner_threads() -> Iterator[None]:
 
 class DocumentBatch(NamedTuple):
     entries: list[Entry]
-    is_written: list[bool]  # in a finished shard already
     counts: Counts
 
 
@@ -387,42 +516,49 @@ def _write_shards(
     sources: Mapping[str, Sequence[Source]],
     tokenizer: PreTrainedTokenizerFast,
     writers: Mapping[str, ShardWriter],
+    seen: SeenDocuments,
+    reached: Reached | None,
     progress: _Progress,
 ) -> Counts:
-    """Tokenize what is not in a shard yet. Returns the counts at the last document used."""
+    """Tokenize what comes after ``reached``. Returns the counts at the last document used."""
     limit = config.data.max_train_tokens
-    finished_tokens = {split: writer.num_tokens for split, writer in writers.items()}
-    finished_documents = {split: writer.last_document for split, writer in writers.items()}
-    progress.num_reused_tokens = sum(finished_tokens.values())
-    counts = Counts()
-    progress.report("tokens", counts, 0, writers)
-    encode = _encoder(tokenizer, writers["train"].dtype)
-    batches = _batches(_stream(config, sources, counts), finished_documents, counts)
+    counts = reached.counts.snapshot() if reached else Counts()
+    counts.bad.max_bad_share = config.data.max_bad_share
+    progress.num_reused_tokens = sum(writer.num_tokens for writer in writers.values())
+    progress.report("tokens", counts, writers)
+    encode = _encoder(tokenizer, next(iter(writers.values())).dtype)
+    revisions = {s.name: s.revision for found in sources.values() for s in found if s.revision is not None}
+    saved_at, saved_shards = time.monotonic(), sum(len(writer.shards) for writer in writers.values())
+    batches = _batches(_stream(config, sources, counts, seen, reached), counts)
     for batch, encoded in _in_order(batches, encode, config.data.num_workers or os.cpu_count() or 1):
-        new = iter(encoded)
         stop = False
-        for entry, is_written in zip(batch.entries, batch.is_written, strict=True):
-            if not is_written:
-                writers[entry.split].append(entry.position, next(new), entry.num_bytes)
-            # Inside the finished shards the count runs ahead of the stream, so it says nothing there.
-            is_counted = entry.split == "train" and entry.position >= finished_documents["train"]
-            if is_counted and limit is not None and writers["train"].num_tokens >= limit:
+        for entry, tokens in zip(batch.entries, encoded, strict=True):
+            writers[entry.split].append(entry.position, tokens, entry.num_bytes)
+            if limit is not None and entry.split == "train" and writers["train"].num_tokens >= limit:
                 stop = True
                 break
         used = batch.counts
         if used.bad.num_records >= MIN_RECORDS_TO_JUDGE:
-            used.bad.check(config.data.max_bad_share)
-        progress.report("tokens", used, batch.entries[-1].position + 1, writers)
+            used.bad.check()
+        progress.report("tokens", used, writers)
         if stop:
             counts = used
             break
-    counts.bad.check(config.data.max_bad_share)
+        num_shards = sum(len(writer.shards) for writer in writers.values())
+        if num_shards > saved_shards or time.monotonic() > saved_at + SAVE_SECONDS:
+            last = batch.entries[-1]
+            states = {split: writer.state() for split, writer in writers.items()}
+            seen.sync()
+            now = Reached(last.source, last.place, used, states, revisions)
+            write_json(config.prepared_dir / UNFINISHED, to_json(now))
+            saved_at, saved_shards = time.monotonic(), num_shards
+    counts.bad.check()
     for writer in writers.values():
         writer.close()
     return counts
 
 
-def _batches(stream: Iterable[Entry], finished_documents: Mapping[str, int], counts: Counts) -> Iterator[DocumentBatch]:
+def _batches(stream: Iterable[Entry], counts: Counts) -> Iterator[DocumentBatch]:
     """Batches of half a megabyte, cut by the stream alone, each with the counts at its end."""
     entries: list[Entry] = []
     num_bytes = 0
@@ -430,15 +566,10 @@ def _batches(stream: Iterable[Entry], finished_documents: Mapping[str, int], cou
         entries.append(entry)
         num_bytes += entry.num_bytes
         if num_bytes >= BATCH_BYTES:
-            yield _batch(entries, finished_documents, counts)
+            yield DocumentBatch(entries, counts.snapshot())
             entries, num_bytes = [], 0
     if entries:
-        yield _batch(entries, finished_documents, counts)
-
-
-def _batch(entries: list[Entry], finished_documents: Mapping[str, int], counts: Counts) -> DocumentBatch:
-    is_written = [entry.position <= finished_documents[entry.split] for entry in entries]
-    return DocumentBatch(entries, is_written, counts.snapshot())
+        yield DocumentBatch(entries, counts.snapshot())
 
 
 def _encoder(tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]) -> Callable[[DocumentBatch], list[Tokens]]:
@@ -449,8 +580,7 @@ def _encoder(tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]) -> Callab
     end = [tokenizer.eos_token_id]
 
     def encode(batch: DocumentBatch) -> list[Tokens]:
-        texts = [entry.text for entry, done in zip(batch.entries, batch.is_written, strict=True) if not done]
-        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = backend.encode_batch_fast([entry.text for entry in batch.entries], add_special_tokens=False)
         return [np.array(encoding.ids + end, dtype) for encoding in encodings]
 
     return encode
@@ -485,39 +615,53 @@ class _Progress:
     """Puts a ``PrepareProgress`` together and hands it on."""
 
     def __init__(
-        self, config: RunConfig, sources: Mapping[str, Sequence[Source]], on_progress: OnProgress | None
+        self,
+        config: RunConfig,
+        num_sources: int,
+        on_progress: OnProgress | None,
+        notes: tuple[str, ...],
     ) -> None:
+        self.notes = notes
         self.max_train_tokens = config.data.max_train_tokens
-        self.num_sources = sum(map(len, sources.values()))
+        self.num_sources = num_sources
         self.on_progress = on_progress
         self.started_at = time.monotonic()
         self.num_reused_tokens = 0
         self.phase = ""
+        self.fraction_before = 0.0
 
     def report(
         self,
         phase: str,
         counts: Counts,
-        num_documents: int = 0,
         writers: Mapping[str, ShardWriter] | None = None,
     ) -> None:
         if self.on_progress is None:
             return
-        if phase != self.phase:
-            self.phase, self.phase_started_at = phase, time.monotonic()
-        self.on_progress(
-            PrepareProgress(
-                phase=phase,
-                source=counts.source,
-                num_sources_done=counts.num_sources_done,
-                num_sources=self.num_sources,
-                num_documents=num_documents,
-                num_train_tokens=writers["train"].num_tokens if writers else 0,
-                num_validation_tokens=writers["validation"].num_tokens if writers else 0,
-                num_reused_tokens=self.num_reused_tokens,
-                num_bad_records=counts.bad.num_bad,
-                max_train_tokens=self.max_train_tokens,
-                elapsed_seconds=time.monotonic() - self.started_at,
-                phase_seconds=time.monotonic() - self.phase_started_at,
-            )
+        is_first = phase != self.phase
+        if is_first:
+            self.phase, self.phase_started_at, self.fraction_before = phase, time.monotonic(), 0.0
+        progress = PrepareProgress(
+            phase=phase,
+            source=counts.source,
+            num_sources_done=counts.num_sources_done,
+            num_sources=self.num_sources,
+            num_documents=counts.num_documents,
+            num_train_tokens=_num_tokens(writers, "train"),
+            num_validation_tokens=_num_tokens(writers, "validation"),
+            num_reused_tokens=self.num_reused_tokens,
+            num_bad_records=counts.bad.num_bad,
+            num_text_bytes=counts.num_text_bytes,
+            max_train_tokens=self.max_train_tokens,
+            elapsed_seconds=time.monotonic() - self.started_at,
+            phase_seconds=time.monotonic() - self.phase_started_at,
+            fraction_before=self.fraction_before,
+            notes=self.notes,
         )
+        if is_first:
+            self.fraction_before = progress.fraction
+        self.on_progress(progress)
+
+
+def _num_tokens(writers: Mapping[str, ShardWriter] | None, kind: str) -> int:
+    return sum(writer.num_tokens for split, writer in (writers or {}).items() if split.partition("/")[0] == kind)

@@ -11,6 +11,7 @@ import shutil
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +32,16 @@ UNFINISHED = ".unfinished"
 LOCK = ".lock"
 
 
+@dataclass(frozen=True)
+class WriterState:
+    """How far a ``ShardWriter`` was: its whole shards, and what is in the one that it was writing."""
+
+    num_shards: int
+    num_tokens: int = 0
+    num_text_bytes: int = 0
+    last_document: int = -1
+
+
 class ShardWriter:
     """Appends documents to the shards of one split.
 
@@ -40,17 +51,63 @@ class ShardWriter:
     Args:
         dtype: "uint16" or "uint32".
         shard_tokens: a shard is closed once it has so many.
+        state: go on from there, in the midst of a shard; what was written later is dropped.
+        end_of_text: the token that each document ends with, and has nowhere else; needed with ``state``.
+
+    Raises:
+        ValueError: the folder does not hold what ``state`` says.
     """
 
-    def __init__(self, folder: Path, *, dtype: str, shard_tokens: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        shard_tokens: int,
+        state: WriterState | None = None,
+        end_of_text: int | None = None,
+    ) -> None:
         self.folder = folder
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.shard_tokens = shard_tokens
         folder.mkdir(parents=True, exist_ok=True)
         self.shards = _whole_shards(folder, self.dtype.itemsize)
-        _remove_all_but(folder, self.shards)
-        self.num_tokens = sum(shard.num_tokens for shard in self.shards)
         self._file: BinaryIO | None = None
+        if state is not None:
+            if len(self.shards) < state.num_shards:
+                raise ValueError(f"{folder} has {len(self.shards)} whole shards of {state.num_shards}")
+            del self.shards[state.num_shards :]
+            if state.num_tokens:
+                self._reopen(state, end_of_text)
+        _remove_all_but(folder, self.shards, self._file)
+        self.num_tokens = sum(shard.num_tokens for shard in self.shards)
+        if state is not None:
+            self.num_tokens += state.num_tokens
+
+    def _reopen(self, state: WriterState, end_of_text: int | None) -> None:
+        self._stem = self.folder / f"shard-{len(self.shards):05d}"
+        path, closed = Path(f"{self._stem}.bin{UNFINISHED}"), Path(f"{self._stem}.bin")
+        if closed.is_file() and not path.is_file():  # it was closed after the state was taken
+            Path(f"{self._stem}.json").unlink(missing_ok=True)
+            os.replace(closed, path)
+        num_bytes = state.num_tokens * self.dtype.itemsize
+        if not path.is_file() or path.stat().st_size < num_bytes:
+            raise ValueError(f"{path} is shorter than {num_bytes:,} bytes")
+        os.truncate(path, num_bytes)
+        tokens = np.fromfile(path, self.dtype)
+        self._digest = hashlib.sha256(tokens.tobytes())
+        self._offsets = array("q", [0, *(np.flatnonzero(tokens == end_of_text) + 1).tolist()])
+        if self._offsets[-1] != state.num_tokens:
+            raise ValueError(f"{path} does not end with the end of a document")
+        self._text_bytes, self._position = state.num_text_bytes, state.last_document
+        self._file = path.open("ab")
+
+    def state(self) -> WriterState:
+        """What is on the disk once this returns."""
+        if self._file is None:
+            return WriterState(len(self.shards))
+        _sync(self._file)
+        return WriterState(len(self.shards), self._offsets[-1], self._text_bytes, self._position)
 
     @property
     def last_document(self) -> int:
@@ -96,13 +153,42 @@ class ShardWriter:
         write_json(Path(f"{self._stem}.json"), to_json(shard))
         self.shards.append(shard)
 
+    def add_file(
+        self,
+        tokens_file: Path,
+        header_bytes: int,
+        offsets: npt.NDArray[np.int64],
+        tokens_sha256: str,
+        num_text_bytes: int,
+        last_document: int,
+    ) -> None:
+        """Another program's file of tokens as a shard of its own; it stays where it is."""
+        self.close()
+        name = f"shard-{len(self.shards):05d}"
+        data = io.BytesIO()
+        np.save(data, offsets.astype("<i8"), allow_pickle=False)
+        shard = Shard(
+            name=name,
+            num_tokens=int(offsets[-1]),
+            num_documents=len(offsets) - 1,
+            num_text_bytes=num_text_bytes,
+            last_document=last_document,
+            tokens_sha256=tokens_sha256,
+            offsets_sha256=hashlib.sha256(data.getvalue()).hexdigest(),
+            tokens_file=str(tokens_file.resolve()),
+            header_bytes=header_bytes,
+        )
+        write_atomically(self.folder / f"{name}.offsets.npy", data.getvalue())
+        write_json(self.folder / f"{name}.json", to_json(shard))
+        self.shards.append(shard)
+        self.num_tokens += shard.num_tokens
+
     def abandon(self) -> None:
-        """Drop the shard that is being written, if any; the closed ones stay."""
+        """Stop, in the midst of a shard perhaps; what ``state`` told stays on the disk."""
         if self._file is not None:
             with suppress(OSError):  # on a full disk closing fails as well
                 self._file.close()
             self._file = None
-            Path(f"{self._stem}.bin{UNFINISHED}").unlink(missing_ok=True)
 
 
 def _whole_shards(folder: Path, itemsize: int) -> list[Shard]:
@@ -112,18 +198,20 @@ def _whole_shards(folder: Path, itemsize: int) -> list[Shard]:
             shard = from_json(Shard, json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, RecursionError):
             break
-        sizes = {".bin": shard.num_tokens * itemsize, ".offsets.npy": offsets_file_bytes(shard.num_documents)}
-        files = {path.with_suffix(suffix): size for suffix, size in sizes.items()}
+        files = {
+            shard.tokens_path(folder): shard.file_bytes(itemsize),
+            path.with_suffix(".offsets.npy"): offsets_file_bytes(shard.num_documents),
+        }
         if shard.name != path.stem or any(not f.is_file() or f.stat().st_size != size for f, size in files.items()):
             break
         shards.append(shard)
     return shards
 
 
-def _remove_all_but(folder: Path, shards: list[Shard]) -> None:
+def _remove_all_but(folder: Path, shards: list[Shard], unfinished: BinaryIO | None) -> None:
     whole = {shard.name for shard in shards}
     for file in folder.glob("shard-*"):
-        if file.name.partition(".")[0] not in whole:
+        if file.name.partition(".")[0] not in whole and (unfinished is None or str(file) != unfinished.name):
             file.unlink()
 
 

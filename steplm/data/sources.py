@@ -8,27 +8,24 @@ from __future__ import annotations
 
 import difflib
 import glob
-import gzip
 import hashlib
-import json
 import os
 import re
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from steplm.data.builtin import describe_python_docs, python_docs
+from steplm.data.formats import Fields, Place, Record, is_readable, known_formats, listed, read_records, split_format
 from steplm.errors import DataError, HubUnavailable
 from steplm.units import nearest, reason, shortened
 
 NUM_EXAMPLES = 10
-TEXT_PIECE_BYTES = 32 * 2**10
+HOPELESS_RECORDS = 1000  # where so many come and not one can be used, the rest is not read
 HUB_RETRY_SECONDS = (1, 5, 25, 125)  # waits after a stream has broken off
 COMMIT = re.compile("[0-9a-f]{40}")
 HUB_KEYS = ("name", "split", "revision", "data_dir", "data_files")
@@ -38,21 +35,26 @@ HUB_KEYS = ("name", "split", "revision", "data_dir", "data_files")
 class Document:
     text: str
     origin: str  # "FILE:LINE"
+    place: Place = field(default=0, compare=False)  # in its source
 
 
 @dataclass(frozen=True)
 class BadRecord:
+    """Why records are unusable, how many of them were, and the place of the first."""
+
     origin: str
     reason: str
+    count: int = 1
 
 
 @dataclass
 class BadRecords:
-    """How many records were read, how many of them were unusable, and the first few of those."""
+    """How many records were read, how many of them were unusable, and the first few reasons."""
 
     num_records: int = 0
     num_bad: int = 0
     examples: list[BadRecord] = field(default_factory=list)
+    max_bad_share: float = 1.0
 
     @property
     def share(self) -> float:
@@ -61,29 +63,34 @@ class BadRecords:
     def add(self, origin: str, reason: str) -> None:
         self.num_records += 1
         self.num_bad += 1
-        if len(self.examples) < NUM_EXAMPLES:
-            self.examples.append(BadRecord(origin, reason))
+        for index, example in enumerate(self.examples):
+            if example.reason == reason:
+                self.examples[index] = replace(example, count=example.count + 1)
+                break
+        else:
+            if len(self.examples) < NUM_EXAMPLES:
+                self.examples.append(BadRecord(origin, reason))
+        if self.num_bad == self.num_records == HOPELESS_RECORDS:
+            self.check()
 
     def snapshot(self) -> BadRecords:
-        return BadRecords(self.num_records, self.num_bad, list(self.examples))
+        return replace(self, examples=list(self.examples))
 
-    def check(self, max_bad_share: float) -> None:
-        """Raise ``DataError``, with the first examples, if more than this share of the records is bad."""
-        if self.num_bad and self.share > max_bad_share:
-            examples = "\n".join(f"  {bad.origin}: {bad.reason}" for bad in self.examples)
+    def check(self) -> None:
+        """Raise ``DataError``, with the first reasons, if more than ``max_bad_share`` of the records is bad."""
+        if self.num_bad and self.share > self.max_bad_share:
+            examples = "\n".join(
+                f"  {bad.origin}: {bad.reason}{f' (and {bad.count - 1:,} more like it)' if bad.count > 1 else ''}"
+                for bad in self.examples
+            )
             raise DataError(
                 f"{self.num_bad:,} of {self.num_records:,} records ({self.share:.2%}) are unusable, "
-                f"more than data.max_bad_share={max_bad_share}:\n{examples}\n"
+                f"more than data.max_bad_share={self.max_bad_share}:\n{examples}\n"
                 "Mend the files, name the right data.text_field, or raise data.max_bad_share.",
                 num_bad=self.num_bad,
                 num_records=self.num_records,
-                max_bad_share=max_bad_share,
+                max_bad_share=self.max_bad_share,
             )
-
-
-# A record is (place in the file, value). The value is a mapping with the text field, or the text itself,
-# or, if the record is broken, an exception that says why.
-Record = tuple[int, Any]
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ class Source:
 
     name: str
     path: Path | None = None
+    revision: str | None = None  # of a data set on the hub, whatever its name says
 
     def describe(self) -> str:
         """Changes whenever the content does, as far as its size and its two ends can tell.
@@ -99,7 +107,7 @@ class Source:
         Neither the folder nor the time of modification counts: a copied or moved file is the same text.
         """
         if self.path is not None:
-            return f"{self.path.name} ({self.path.stat().st_size} bytes, ends {_digest_of_ends(self.path)})"
+            return f"{_printable(self.path.name)} ({self.path.stat().st_size} bytes, ends {_digest_of_ends(self.path)})"
         return describe_python_docs() if self.name.startswith("builtin://") else self.name
 
     @property
@@ -109,35 +117,51 @@ class Source:
             return True
         return COMMIT.fullmatch(_hub_arguments(self.name)[1].get("revision", "")) is not None
 
-    def documents(self, text_field: str, bad: BadRecords) -> Iterator[Document]:
+    def pinned(self) -> Source:
+        """Of a data set on the hub that may change, the present state, where the hub can be asked; else as it is."""
+        if self.is_pinned:
+            return self
+        from huggingface_hub import HfApi
+
+        name, arguments = _hub_arguments(self.name)
+        try:
+            commit = HfApi().dataset_info(name, revision=arguments.get("revision"), timeout=10).sha
+        except Exception:  # no network, no such data set: reading it will tell
+            return self
+        return replace(self, revision=commit)
+
+    def documents(self, text_field: str, bad: BadRecords, after: Place | None = None) -> Iterator[Document]:
         """The documents in order; unusable records go to ``bad``.
+
+        Args:
+            after: only those that come after this place.
 
         Raises:
             DataError: the source cannot be read at all.
         """
-        yield from _usable(self.name, self.records(text_field), text_field, bad)
+        yield from _usable(self.name, self.records([text_field], after), text_field, bad)
 
-    def records(self, field: str | None = None) -> Iterator[Record]:
+    def records(self, fields: Fields = None, after: Place | None = None) -> Iterator[Record]:
         """Each record with its place; for one that cannot be read, an exception that says why.
 
         Args:
-            field: the only one that is asked for, where the format can read it alone; default: all.
+            after: as ``documents`` takes it. A file is read from its beginning, the hub from the shard of the place.
+            fields: those that are used. A format with columns reads no others, so that nothing that they hold can
+                be an error. Default: all.
 
         Raises:
             DataError: the source cannot be read at all.
         """
         if self.path is None:
-            yield from STREAMS[self.name.partition("://")[0]](self.name)
+            if self.name.startswith("hub://") and (after is not None or self.revision is not None):
+                yield from _stream_hub(self.name, self.revision, after)
+                return
+            records = STREAMS[self.name.partition("://")[0]](self.name)
+            yield from (record for record in records if after is None or record[0] > after)
             return
-        place = 0
-        with _errors_of(self.path), self.path.open("rb") as raw:
-            is_gzip = self.path.suffix.lower() == ".gz"
-            stream: Any = gzip.GzipFile(fileobj=raw) if is_gzip else raw
-            try:
-                for place, value in READERS[_format(self.path)](stream, field):
-                    yield place, value
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                yield place + 1, ValueError(f"damaged or truncated gzip, the rest of the file is lost: {error}")
+        with errors_of(self.path), self.path.open("rb") as stream:
+            records = read_records(stream, self.path, fields)
+            yield from (record for record in records if after is None or record[0] > after)
 
 
 def _digest_of_ends(path: Path, num_bytes: int = 2**16) -> str:
@@ -148,8 +172,11 @@ def _digest_of_ends(path: Path, num_bytes: int = 2**16) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_sources(entries: Sequence[str]) -> list[Source]:
+def find_sources(entries: Sequence[str], skipped: list[Path] | None = None) -> list[Source]:
     """The sources that the entries name, each once, in order; the files of a folder or glob sorted by name.
+
+    Args:
+        skipped: the files of folders that have no known format are added to it.
 
     Raises:
         DataError: an entry matches nothing or has an unknown format.
@@ -159,8 +186,13 @@ def find_sources(entries: Sequence[str]) -> list[Source]:
         if "://" in entry:
             sources.append(_remote(entry))
         else:
-            sources += [Source(str(path), path) for path in _matching_files(entry)]
+            sources += [Source(_printable(path), path) for path in _matching_files(entry, skipped)]
     return list(dict.fromkeys(sources))
+
+
+def _printable(path: Path | str) -> str:
+    """A name that can be written anywhere: bytes of it that are not UTF-8 as ``\\xe9``."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _remote(entry: str) -> Source:
@@ -190,22 +222,21 @@ def local_path(text: str | Path) -> Path:
     return path
 
 
-def _matching_files(entry: str) -> list[Path]:
+def _matching_files(entry: str, skipped: list[Path] | None) -> list[Path]:
     path = local_path(entry)
     matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     files: list[Path] = []
     for match in matches:
         if match.is_dir():
-            found = sorted(p for p in match.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(match)))
+            found = _files_of_folder(match)
             # A folder may hold anything; a file that was named must be understood.
-            files += [p for p in found if _format(p) in READERS]
+            files += filter(is_readable, found)
+            if skipped is not None:
+                skipped += [file for file in found if not is_readable(file)]
         elif match.is_file():
-            if _format(match) not in READERS:
-                known = ", ".join(READERS)
-                raise DataError(
-                    f"{match} has the unknown format {_format(match)!r}. Known: {known}, and .gz of each but .parquet.",
-                    path=str(match),
-                )
+            if not is_readable(match):
+                unknown = split_format(match)[0]
+                raise DataError(f"{match} has the unknown format {unknown!r}. {known_formats()}", path=str(match))
             files.append(match)
     if not files:
         unset = entry.startswith("data/") and "STEPLM_DATA" not in os.environ
@@ -214,17 +245,29 @@ def _matching_files(entry: str) -> list[Path]:
     return files
 
 
+def _files_of_folder(folder: Path) -> list[Path]:
+    """Its files, sorted by name, but hidden ones and what ``datasets`` writes beside the rows."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(folder)))
+    for file in files:
+        if file.name == "dataset_dict.json":
+            splits = ", ".join(sorted(p.name for p in file.parent.iterdir() if p.is_dir()))
+            raise DataError(
+                f"{file.parent} holds several splits of a data set: {splits}. Name one, as {file.parent}/SPLIT.",
+                path=str(file.parent),
+            )
+    saved_sets = {file.parent for file in files if file.suffix == ".arrow"}
+    return [p for p in files if p.parent not in saved_sets or p.name not in ("dataset_info.json", "state.json")]
+
+
+def describe_skipped(files: Sequence[Path], most: int = 5) -> str:
+    """``"2 files of unknown format are not read: a.pdf, b.png"``."""
+    names = ", ".join([*(_printable(file.name) for file in files[:most]), *(["..."] if len(files) > most else [])])
+    what = f"{len(files):,} files of unknown format are" if len(files) > 1 else "a file of unknown format is"
+    return f"{what} not read: {names}"
+
+
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _format(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [".gz"]:
-        suffixes.pop()
-        # A Parquet file needs random access, which gzip does not give.
-        return ".gz" if suffixes[-1:] == [".parquet"] or not suffixes else suffixes[-1]
-    return suffixes[-1] if suffixes else ""
 
 
 def _what_is_there(path: Path) -> str:
@@ -237,7 +280,7 @@ def _what_is_there(path: Path) -> str:
 
 
 @contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
+def errors_of(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -252,14 +295,16 @@ def _usable(name: str, records: Iterator[Record], text_field: str, bad: BadRecor
             bad.add(f"{name}:{place}", reason)
         else:
             bad.num_records += 1
-            yield Document(str(text), f"{name}:{place}")
+            yield Document(str(text), f"{name}:{place}", place)
 
 
 def _why_unusable(value: Any, text: Any, text_field: str) -> str | None:
     if isinstance(value, Exception):
         return str(value)
     if text is None:
-        return f"no field {text_field!r}; fields are {_listed(value)}" if value else "an empty record"
+        if isinstance(value, dict) and text_field in value:
+            return f"field {text_field!r} is null"
+        return f"no field {text_field!r}; fields are {listed(value)}" if value else "an empty record"
     if not isinstance(text, str):
         what = f"field {text_field!r}" if isinstance(value, dict) else "the record"
         return f"{what} is {type(text).__name__}, not text"
@@ -270,100 +315,6 @@ def _why_unusable(value: Any, text: Any, text_field: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"text that is not Unicode: a lone surrogate at character {error.start}"
     return None
-
-
-def _listed(names: Iterable[str], most: int = 10) -> str:
-    first = [shortened(name, 40) for name in islice(names, most + 1)]
-    return ", ".join([*first[:most], *(["..."] if len(first) > most else [])])
-
-
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(stream, 1):
-        yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-
-
-def _parse_json(data: bytes) -> Any:
-    try:
-        value = json.loads(data.decode())
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8: {error.reason} at byte {error.start}")
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"broken JSON: {error}")
-    return value
-
-
-def _as_record(value: Any) -> Any:
-    if isinstance(value, dict | Exception):
-        return value
-    return ValueError(f"a JSON {type(value).__name__}, not an object with fields")
-
-
-def _read_json_lines(stream: BinaryIO, field: str | None) -> Iterator[Record]:
-    for number, line in _lines(stream):
-        if line.strip():
-            yield number, _as_record(_parse_json(line))
-
-
-def _read_json(stream: BinaryIO, field: str | None) -> Iterator[Record]:
-    """A list of objects, one object, or, as many data sets have it under this name, an object per line."""
-    lines = _lines(stream)
-    number, first = next(((n, line) for n, line in lines if line.strip()), (0, b""))
-    if not first:
-        return
-    if not first.lstrip().startswith(b"[") and first.strip() != b"{":
-        yield number, _as_record(_parse_json(first))
-        for number, line in lines:
-            if line.strip():
-                yield number, _as_record(_parse_json(line))
-        return
-    value = _parse_json(first + b"".join(line for _, line in lines))
-    for place, record in enumerate(value if isinstance(value, list) else [value], 1):
-        yield place, _as_record(record)
-
-
-def _read_text(stream: BinaryIO, field: str | None) -> Iterator[Record]:
-    """Documents of 32 to 64 KiB, cut at blank lines (at any line where none comes); put together, the file.
-
-    One document per file would leave nothing to split off for validation where there is one large file.
-    """
-    piece: list[bytes] = []
-    start, size = 1, 0
-    for number, line in _lines(stream):
-        if not piece:
-            start = number
-        piece.append(line)
-        size += len(line)
-        if size >= TEXT_PIECE_BYTES and (not line.strip() or size >= 2 * TEXT_PIECE_BYTES):
-            yield start, _decode(b"".join(piece))
-            piece, size = [], 0
-    if b"".join(piece).strip():
-        yield start, _decode(b"".join(piece))
-
-
-def _decode(data: bytes) -> str | ValueError:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8: {error.reason} at byte {error.start}")
-
-
-def _read_parquet(stream: BinaryIO, field: str | None) -> Iterator[Record]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(stream)
-        columns = table.schema_arrow.names
-        if field is not None and field not in columns:
-            yield 1, ValueError(f"no column {field!r}; columns are {_listed(columns)}")
-            return
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=None if field is None else [field]):
-            for record in batch.to_pylist():
-                row += 1
-                yield row, record
-    except pyarrow.ArrowException as error:
-        yield 1, ValueError(f"damaged Parquet: {error}")
 
 
 def _hub_arguments(entry: str) -> tuple[str, dict[str, str]]:
@@ -378,25 +329,31 @@ def _hub_arguments(entry: str) -> tuple[str, dict[str, str]]:
     return f"{parts.netloc}{parts.path}".rstrip("/"), {"split": "train", **keys}
 
 
-def _stream_hub(entry: str) -> Iterator[Record]:
-    """The records of a data set on the hub, over the network.
+def _stream_hub(entry: str, revision: str | None = None, after: Place | None = None) -> Iterator[Record]:
+    """The records of a data set on the hub, over the network; of several shards placed as ``SHARD:ROW``.
 
-    A stream that breaks off is opened again a few times, after the records that were read. A preparation that
-    is started again reads the stream from its beginning, so pin what may change: ``&revision=COMMIT`` is a
-    part of the inputs by which prepared folders are told apart.
+    A stream that breaks off is opened again a few times, after the records that were read.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     name, arguments = _hub_arguments(entry)
-    row = num_failures = 0
+    if revision is not None:
+        arguments["revision"] = revision
+    shard, row = map(int, after.split(":")) if isinstance(after, str) else (0, int(after or 0))
+    num_read = num_failures = 0
     while True:
         try:
             stream = load_dataset(name, streaming=True, **arguments)
-            for record in stream.skip(row) if row else stream:
-                row += 1
-                num_failures = 0
-                yield row, record
+            num_shards = getattr(stream, "num_shards", 1)
+            while shard < num_shards:
+                part = stream.shard(num_shards=num_shards, index=shard) if num_shards > 1 else stream
+                for record in part.skip(row) if row else part:
+                    row += 1
+                    num_read += 1
+                    num_failures = 0
+                    yield (row if num_shards == 1 else f"{shard}:{row}"), record
+                shard, row = shard + 1, 0
             return
         except (DatasetsError, ValueError) as error:  # no such data set, configuration or split
             raise DataError(f"cannot read {entry}: {error}", entry=entry) from None
@@ -404,12 +361,12 @@ def _stream_hub(entry: str) -> Iterator[Record]:
             if not _is_connection_error(error):
                 raise
             # Where not even one record came, there is no network, or no such name: no reason to wait.
-            if row == 0 or num_failures == len(HUB_RETRY_SECONDS):
+            if num_read == 0 or num_failures == len(HUB_RETRY_SECONDS):
                 raise HubUnavailable(
-                    f"the hub cannot be reached for {entry} (after {row:,} records): {error}\n"
-                    "Start again when it can (finished shards are kept), or name local files in data.train.",
+                    f"the hub cannot be reached for {entry} (after {num_read:,} records): {error}\n"
+                    "Start again when it can (it goes on where it stopped), or name local files in data.train.",
                     entry=entry,
-                    num_records=row,
+                    num_records=num_read,
                 ) from None
         time.sleep(HUB_RETRY_SECONDS[num_failures])
         num_failures += 1
@@ -431,18 +388,5 @@ def _is_connection_error(error: BaseException | None) -> bool:
 def _stream_builtin(entry: str) -> Iterator[Record]:
     yield from enumerate(python_docs(), 1)
 
-
-READERS: dict[str, Callable[[BinaryIO, str | None], Iterator[Record]]] = {
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-    ".text": _read_text,
-    ".md": _read_text,
-    ".rst": _read_text,
-    ".raw": _read_text,
-    ".tokens": _read_text,
-}
 
 STREAMS: dict[str, Callable[[str], Iterator[Record]]] = {"hub": _stream_hub, "builtin": _stream_builtin}

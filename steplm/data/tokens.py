@@ -4,16 +4,19 @@ PREPARED/inputs.json                      what the shards are made of; written f
 PREPARED/tokenizer/                       a Hugging Face folder
 PREPARED/train/shard-00000.bin            tokens, little-endian uint16 or uint32, end of text after each
 PREPARED/train/shard-00000.offsets.npy    int64, where each document starts, and the end of the last
-PREPARED/train/shard-00000.json           counts and hashes of the two; written after them
-PREPARED/validation/...
+PREPARED/train/shard-00000.json           counts and hashes of the two; written after them. It may name another
+                                          program's file, that the tokens are in
+PREPARED/validation/...                   of a mixture train/NAME/..., of several sets validation/NAME/...
 PREPARED/manifest.json                    the whole; written last, so that it stands for finished work
+PREPARED/unfinished.json                  how far unfinished work is; beside it documents.hashes, what was seen so far
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +33,6 @@ from steplm.units import reason, shortened
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-SPLITS = ("train", "validation")
 
 
 Count = Annotated[int, Field(ge=0)]
@@ -45,6 +47,15 @@ class Shard:
     last_document: Count  # position in the stream of distinct documents, from 0
     tokens_sha256: str
     offsets_sha256: str
+    tokens_file: str | None = None  # another program's, that the tokens are in; None: NAME.bin beside the offsets
+    header_bytes: Count = 0  # of that file
+
+    def tokens_path(self, folder: Path) -> Path:
+        return folder / f"{self.name}.bin" if self.tokens_file is None else Path(self.tokens_file)
+
+    def file_bytes(self, itemsize: int) -> int:
+        """Size of the file of the tokens."""
+        return self.header_bytes + self.num_tokens * itemsize
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class Manifest:
     fingerprint: str  # of inputs.json
     dtype: Literal["uint16", "uint32"]
     tokenizer: TokenizerManifest
-    splits: dict[str, SplitManifest]  # "train" and "validation"
+    splits: dict[str, SplitManifest]  # "train" and "validation"; of a mixture or several sets "train/NAME", ...
     num_records: Count
     num_bad_records: Count
     num_duplicates: Count  # dropped, exact
@@ -90,6 +101,10 @@ class Manifest:
         if name not in self.splits:
             raise DataError(f"there is no split {name!r}. There are: {', '.join(self.splits)}.", split=name)
         return self.splits[name]
+
+    def splits_of(self, kind: str) -> dict[str, str]:
+        """The splits of ``train`` or ``validation`` by their names: ``{"train": "train"}``, or of a mixture its own."""
+        return {name.partition("/")[2] or kind: name for name in self.splits if name.partition("/")[0] == kind}
 
     @classmethod
     def load(cls, prepared_dir: Path) -> Manifest:
@@ -148,7 +163,7 @@ class TokenDataset:
 
     @property
     def num_tokens(self) -> int:
-        return self.manifest.split(self.split).num_tokens
+        return int(self._shard_starts[-1])
 
     @property
     def num_documents(self) -> int:
@@ -163,8 +178,18 @@ class TokenDataset:
     def document_offsets(self) -> npt.NDArray[np.int64]:
         """(num_documents + 1,): where each document starts; the last entry is ``num_tokens``."""
         parts = [np.zeros(1, np.int64)]
-        for shard, start in zip(self.shards, self._shard_starts, strict=False):
-            parts.append(start + _load_offsets(self.prepared_dir, self.split, shard)[1:])
+        for index, start in enumerate(self._shard_starts[:-1]):
+            parts.append(start + self._offsets(index)[1:])
+        return np.concatenate(parts)
+
+    def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Where documents start from ``start`` to ``stop`` (exclusive), of all tokens."""
+        parts = [np.empty(0, np.int64)]
+        for index in self._shards_of(start, stop):
+            begin = int(self._shard_starts[index])
+            offsets = self._offsets(index)
+            first, last = np.searchsorted(offsets[:-1], (start - begin, stop - begin))
+            parts.append(begin + offsets[first:last])
         return np.concatenate(parts)
 
     @property
@@ -176,14 +201,10 @@ class TokenDataset:
         """Tokens ``start`` to ``stop`` (exclusive); a view where they lie in one shard."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
-        first = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         parts = []
-        while start < stop:
-            begin = int(self._shard_starts[first])
-            part = self._maps[first][start - begin : stop - begin]
-            parts.append(part)
-            start += len(part)
-            first += 1
+        for index in self._shards_of(start, stop):
+            begin = int(self._shard_starts[index])
+            parts.append(self._tokens(index)[max(start - begin, 0) : stop - begin])
         if not parts:
             return np.empty(0, _dtype(self.manifest))
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -205,15 +226,44 @@ class TokenDataset:
     def _shard_starts(self) -> npt.NDArray[np.int64]:
         return np.cumsum([0, *(shard.num_tokens for shard in self.shards)], dtype=np.int64)
 
+    def _shards_of(self, start: int, stop: int) -> range:
+        """Indices of the shards that hold the tokens ``start`` to ``stop`` (exclusive)."""
+        first, last = np.searchsorted(self._shard_starts, (start, stop - 1), side="right")
+        return range(int(first) - 1, int(last) if stop > start else 0)
+
+    # Each shard is mapped when it is first read: of thousands, a run may need a few.
+
     @cached_property
-    def _maps(self) -> list[npt.NDArray[np.unsignedinteger]]:
-        folder, dtype = self.prepared_dir / self.split, _dtype(self.manifest)
-        return [np.memmap(folder / f"{shard.name}.bin", dtype, mode="r") for shard in self.shards]
+    def _mapped_tokens(self) -> dict[int, npt.NDArray[np.unsignedinteger]]:
+        return {}
+
+    @cached_property
+    def _mapped_offsets(self) -> dict[int, npt.NDArray[np.int64]]:
+        return {}
+
+    def _tokens(self, index: int) -> npt.NDArray[np.unsignedinteger]:
+        if index not in self._mapped_tokens:
+            shard = self.shards[index]
+            path = shard.tokens_path(self.prepared_dir / self.split)
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # Windows lie anywhere: around each, the system would read 128 KiB that nobody asks for.
+            if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+                mapped.madvise(mmap.MADV_RANDOM)
+            self._mapped_tokens[index] = np.frombuffer(
+                mapped, _dtype(self.manifest), shard.num_tokens, shard.header_bytes
+            )
+        return self._mapped_tokens[index]
+
+    def _offsets(self, index: int) -> npt.NDArray[np.int64]:
+        if index not in self._mapped_offsets:
+            self._mapped_offsets[index] = _load_offsets(self.prepared_dir, self.split, self.shards[index])
+        return self._mapped_offsets[index]
 
 
 def check_sizes(prepared_dir: Path, manifest: Manifest, *splits: str) -> None:
     """Raise ``DataError`` if a file of a shard is missing or has another size than the manifest says."""
-    for _, path, num_bytes, _ in _files(prepared_dir, manifest, splits or SPLITS):
+    for _, path, num_bytes, _ in _files(prepared_dir, manifest, splits):
         if not path.is_file():
             raise DataError(f"the shard {path} is missing. {_start_over(prepared_dir)}", path=str(path))
         if path.stat().st_size != num_bytes:
@@ -235,7 +285,7 @@ def verify(prepared_dir: Path | str) -> Manifest:
     folder = Path(prepared_dir)
     manifest = Manifest.load(folder)
     check_sizes(folder, manifest)
-    for _, path, _, sha256 in _files(folder, manifest, SPLITS):
+    for _, path, _, sha256 in _files(folder, manifest):
         if file_sha256(path) != sha256:
             raise DataError(f"{path} is not what was written: its hash differs. {_start_over(folder)}", path=str(path))
     tokenizer = folder / "tokenizer" / "tokenizer.json"
@@ -260,15 +310,17 @@ def offsets_file_bytes(num_documents: int) -> int:
     return 128 + 8 * (num_documents + 1)
 
 
-def _files(prepared_dir: Path, manifest: Manifest, splits: tuple[str, ...]) -> Iterator[tuple[Shard, Path, int, str]]:
+def _files(
+    prepared_dir: Path, manifest: Manifest, splits: Sequence[str] = ()
+) -> Iterator[tuple[Shard, Path, int, str]]:
     itemsize = _dtype(manifest).itemsize
-    for split in splits:
+    for split in splits or manifest.splits:
         for shard in manifest.split(split).shards:
-            stem = prepared_dir / split / shard.name
-            yield shard, Path(f"{stem}.bin"), shard.num_tokens * itemsize, shard.tokens_sha256
+            folder = prepared_dir / split
+            yield shard, shard.tokens_path(folder), shard.file_bytes(itemsize), shard.tokens_sha256
             yield (
                 shard,
-                Path(f"{stem}.offsets.npy"),
+                folder / f"{shard.name}.offsets.npy",
                 offsets_file_bytes(shard.num_documents),
                 shard.offsets_sha256,
             )
@@ -277,7 +329,7 @@ def _files(prepared_dir: Path, manifest: Manifest, splits: tuple[str, ...]) -> I
 def _load_offsets(prepared_dir: Path, split: str, shard: Shard) -> npt.NDArray[np.int64]:
     path = prepared_dir / split / f"{shard.name}.offsets.npy"
     try:
-        offsets = np.load(path, allow_pickle=False)
+        offsets = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # the header is a Python literal: damaged, it can be any error of the parser
         raise DataError(f"{path} is damaged: {reason(error)}. {_start_over(prepared_dir)}", path=str(path)) from None
     is_whole = offsets.dtype == np.dtype("<i8") and offsets.shape == (shard.num_documents + 1,)

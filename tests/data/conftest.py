@@ -16,8 +16,10 @@ import pytest
 from steplm.config import RunConfig, load_config
 from steplm.data.shards import ShardWriter, write_json
 from steplm.data.tokenizer import train_tokenizer
-from steplm.data.tokens import MANIFEST, SPLITS, Manifest, SplitManifest, TokenDataset, TokenizerManifest
+from steplm.data.tokens import MANIFEST, Manifest, SplitManifest, TokenDataset, TokenizerManifest
 from steplm.types import to_json
+
+SPLITS = ("train", "validation")
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
     folders = {"stdlib": str(tmp_path / "stdlib"), "purelib": str(tmp_path / "packages")}
     monkeypatch.setattr(builtin.sysconfig, "get_path", folders.__getitem__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     builtin.python_docs.cache_clear()
     yield tmp_path
     builtin.python_docs.cache_clear()
@@ -57,7 +58,35 @@ def test_the_description_changes_when_a_package_is_installed(environment: Path) 
     assert builtin.describe_python_docs() != before
 
 
-def test_this_installation_has_prose_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_corpus_is_collected_once_for_an_environment(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collected = builtin.python_docs()
+    calls: list[int] = []
+    collect = builtin._collected
+    monkeypatch.setattr(builtin, "_collected", lambda: (calls.append(1), collect())[1])
+
+    def again() -> int:
+        builtin.python_docs.cache_clear()
+        assert builtin.python_docs() == collected
+        return len(calls)
+
+    assert again() == 0
+    (kept,) = (environment / "cache" / "steplm").iterdir()
+    for damage in ("[", "[]", "[1]", "{}"):
+        kept.write_text(damage)
+        before = len(calls)
+        assert again() == before + 1
+    (environment / "packages" / "new-2.0.dist-info").mkdir()
+    assert again() == len(calls) == 5
+
+
+def test_a_home_that_cannot_be_written_to_keeps_nothing(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (environment / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(environment / "file"))
+    assert len(builtin.python_docs()) == 4
+
+
+def test_this_installation_has_prose_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(builtin, "MAX_TEXT_BYTES", 300_000)
     builtin.python_docs.cache_clear()
     documents = builtin.python_docs()

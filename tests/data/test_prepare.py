@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -13,8 +14,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -218,7 +222,7 @@ def test_killed_and_started_again_equals_unbroken(
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run.yaml")])
     try:
         deadline = time.monotonic() + 60
-        while not (killed.prepared_dir / "train" / "shard-00001.json").exists():
+        while not (killed.prepared_dir / "unfinished.json").exists():
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.002)
@@ -229,8 +233,135 @@ def test_killed_and_started_again_equals_unbroken(
     assert not (killed.prepared_dir / "manifest.json").exists()
     seen: list[PrepareProgress] = []
     prepare(killed, seen.append)
-    assert seen[-1].num_reused_tokens >= 60_000
+    assert seen[0].num_reused_tokens >= 30_000
     assert contents(killed.prepared_dir) == contents(unbroken.prepared_dir)
+
+
+@pytest.fixture
+def sharded_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> Callable[[], Counter[int]]:
+    """A data set of five shards behind ``hub://owner/name``; returns how many records of each were read so far."""
+    datasets = pytest.importorskip("datasets")
+    for number in range(5):
+        rows = [{"text": text} for text in [*texts[number * 12 : number * 12 + 12], "", texts[0]]]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"hub-{number}.parquet")
+    files = [str(tmp_path / f"hub-{number}.parquet") for number in range(5)]
+    load, read = datasets.load_dataset, Counter[int]()
+
+    class Stream:
+        """``datasets`` over local files, counting."""
+
+        num_shards = 5
+
+        def __init__(self, stream: Any, index: int) -> None:
+            self.stream, self.index = stream, index
+
+        def shard(self, num_shards: int, index: int) -> Stream:
+            return Stream(self.stream.shard(num_shards=num_shards, index=index), index)
+
+        def skip(self, num_records: int) -> Stream:
+            return Stream(self.stream.skip(num_records), self.index)
+
+        def __iter__(self) -> Iterator[Any]:
+            for record in self.stream:
+                read[self.index] += 1
+                yield record
+
+    def load_dataset(name: str, streaming: bool, split: str) -> Stream:
+        return Stream(load("parquet", data_files={split: files}, split=split, streaming=True), 0)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return lambda: read
+
+
+def test_interrupted_at_many_instants_a_stream_goes_on_where_it_stood(
+    configure: Configure,
+    sharded_hub: Callable[[], Counter[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    common = {"train": "hub://owner/name", "shard_tokens": 400, "max_bad_share": 0.2}
+    unbroken, broken = (configure(**common, prepared_dir=str(tmp_path / name)) for name in ("unbroken", "broken"))
+    manifest = prepare(unbroken)
+    assert (manifest.num_records, manifest.num_bad_records, manifest.num_duplicates) == (70, 5, 5)
+    assert manifest.bad_records[0].origin == "hub://owner/name:0:13"
+    read_unbroken = sharded_hub().total()
+    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0.0)
+    append, generator = ShardWriter.append, random.Random(0)
+    calls = {"left": 0, "interruptions": 0}
+
+    def interrupted(writer: ShardWriter, *args: Any) -> None:
+        calls["left"] -= 1
+        if calls["left"] == 0:
+            calls["interruptions"] += 1
+            raise KeyboardInterrupt
+        append(writer, *args)
+
+    monkeypatch.setattr(ShardWriter, "append", interrupted)
+    while not (broken.prepared_dir / "manifest.json").exists():
+        calls["left"] = generator.randint(1, 7)
+        with contextlib.suppress(KeyboardInterrupt):
+            prepare(broken)
+    assert calls["interruptions"] >= 15
+    assert contents(broken.prepared_dir) == contents(unbroken.prepared_dir)
+    # Each interruption loses what is on its way, a few batches, and never begins at the front.
+    read_broken = sharded_hub().total() - read_unbroken
+    assert read_broken < read_unbroken + 20 * calls["interruptions"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["unfinished.json", "documents.hashes", "shard-00001.json", "shard-*.bin.unfinished"]
+)
+def test_unfinished_work_that_is_damaged_is_begun_anew(
+    configure: Configure, jsonl: Jsonl, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    common = {"train": str(jsonl(texts)), "shard_tokens": 400}
+    unbroken, broken = (configure(**common, prepared_dir=str(tmp_path / name)) for name in ("unbroken", "broken"))
+    prepare(unbroken)
+    append, calls = ShardWriter.append, []
+
+    def interrupted(writer: ShardWriter, *args: Any) -> None:
+        calls.append(writer)
+        if len(calls) == 37:
+            raise KeyboardInterrupt
+        append(writer, *args)
+
+    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(broken)
+    (file,) = (file for file in broken.prepared_dir.rglob(damage) if "train" in file.parts or "shard" not in damage)
+    file.write_bytes(file.read_bytes()[:5])
+    seen: list[PrepareProgress] = []
+    prepare(broken, seen.append)
+    assert seen[0].num_reused_tokens == 0
+    assert contents(broken.prepared_dir) == contents(unbroken.prepared_dir)
+
+
+def test_a_data_set_on_the_hub_is_read_at_one_commit_though_it_changes(
+    configure: Configure, sharded_hub: Callable[[], Counter[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    commits, load, revisions = iter(["a" * 40, "b" * 40]), datasets.load_dataset, []
+
+    def load_dataset(name: str, revision: str, **arguments: Any) -> Any:
+        revisions.append(revision)
+        return load(name, **arguments)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    info = SimpleNamespace(dataset_info=lambda *args, **kwargs: SimpleNamespace(sha=next(commits)))
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: info)
+    monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0.0)
+    config = configure(train="hub://owner/name", max_bad_share=0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_check_not_empty", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config)
+    prepare(config)
+    assert set(revisions) == {"a" * 40}
+    assert len(revisions) > 1
 
 
 def test_finished_work_is_returned_at_once(
@@ -347,7 +478,8 @@ def test_too_many_bad_records_stop_a_long_run_early(configure: Configure, jsonl:
 
 
 def test_a_wrong_text_field_names_the_fields_there_are(configure: Configure, jsonl: Jsonl, texts: list[str]) -> None:
-    with pytest.raises(DataError, match=r"100.00%.*\n.*no field 'content'; fields are 'text'"):
+    once = r"100.00%.*\n.*:1: no field 'content'; fields are 'text' \(and 59 more like it\)\nMend"
+    with pytest.raises(DataError, match=once):
         prepare(configure(train=str(jsonl(texts)), text_field="content"))
 
 
@@ -360,7 +492,7 @@ def test_a_truncated_gzip_is_reported_and_the_rest_is_prepared(
     path.write_bytes(path.read_bytes()[:-3000])
     manifest = prepare(configure(train=[str(path), str(jsonl(texts))], max_bad_share=0.01))
     assert manifest.num_bad_records == 1
-    assert "truncated gzip" in manifest.bad_records[0].reason
+    assert "truncated .gz" in manifest.bad_records[0].reason
     assert sum(split.num_documents for split in manifest.splits.values()) > 500
 
 
@@ -470,6 +602,18 @@ def test_a_disk_that_is_really_full_is_explained(
         prepare(config)
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve space for a file")
+def test_a_disk_without_room_for_what_was_seen_is_explained(
+    configure: Configure, jsonl: Jsonl, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*args: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    with pytest.raises(DataError, match="No space left on device"):
+        prepare(configure(train=str(jsonl(texts))))
+
+
 def test_progress_rises_and_ends_with_the_totals(configure: Configure, jsonl: Jsonl, texts: list[str]) -> None:
     seen: list[PrepareProgress] = []
     manifest = prepare(configure(train=str(jsonl(texts)), tokenizer="train"), seen.append)
@@ -482,6 +626,28 @@ def test_progress_rises_and_ends_with_the_totals(configure: Configure, jsonl: Js
     assert seen[-1].num_documents == 60
     assert seen[-1].fraction == 1.0
     assert seen[-1].tokens_per_second > 0
+    assert seen[-1].num_text_bytes == sum(len(text.encode()) for text in texts)
+    assert seen[-1].seconds_left == 0 or seen[-1].fraction_before == 1
+
+
+def test_the_time_left_follows_from_the_share_done_since_the_beginning() -> None:
+    values = dict.fromkeys(PrepareProgress.__dataclass_fields__, 0)
+    values |= {"num_sources": 10, "num_sources_done": 4, "max_train_tokens": None, "phase_seconds": 60.0}
+    assert PrepareProgress(**values).seconds_left == pytest.approx(90)
+    assert PrepareProgress(**values | {"fraction_before": 0.2}).seconds_left == pytest.approx(180)
+    assert PrepareProgress(**values | {"num_sources_done": 0}).seconds_left is None
+
+
+def test_files_of_unknown_format_in_a_folder_are_named(
+    configure: Configure, jsonl: Jsonl, texts: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    jsonl(texts, "in/a.jsonl")
+    for name in ("table.xlsx", "notes.pdf", ".hidden", "no_suffix"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    seen: list[PrepareProgress] = []
+    prepare(configure(train=str(tmp_path / "in")), seen.append)
+    assert seen[0].notes == ("3 files of unknown format are not read: no_suffix, notes.pdf, table.xlsx",)
 
 
 def test_the_environment_is_left_as_it_was(

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from steplm.config import RunConfig
+from steplm.data.formats import RANDOM_ACCESS, READERS
 from steplm.data.prepare import prepare
-from steplm.data.sources import READERS, BadRecords, find_sources
+from steplm.data.sources import BadRecords, find_sources
 from steplm.data.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer
 
 fuzz = settings.get_profile("fuzz")
@@ -27,13 +28,20 @@ Fresh = Callable[[], AbstractContextManager[Path]]
 SpoilBytes = Callable[[st.DataObject, bytes], bytes]
 SpoilFile = Callable[[st.DataObject, Path], None]
 
-SUFFIXES = [*READERS, *(f"{suffix}.gz" for suffix in READERS if suffix != ".parquet")]
+SUFFIXES = [*READERS, *(f"{suffix}.gz" for suffix in READERS if suffix not in RANDOM_ACCESS), ".csv.zst", ".json.xz"]
 RECORDS = [{"text": f"document {number} " * 9, "n": number} for number in range(12)]
 
 
 def _parquet(columns: dict[str, Any]) -> bytes:
     stream = io.BytesIO()
     parquet.write_table(pyarrow.table(columns), stream)
+    return stream.getvalue()
+
+
+def _arrow(columns: dict[str, Any]) -> bytes:
+    stream, table = io.BytesIO(), pyarrow.table(columns)
+    with pyarrow.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
     return stream.getvalue()
 
 
@@ -47,6 +55,20 @@ WHOLE = [
     _parquet({"text": [b"\xff\xfe", b"x", None]}),
     _parquet({"text": [1, 2, 3], "other": ["a", "b", "c"]}),
     _parquet({"text": [{"a": 1}, {"a": 2}]}),
+    _parquet({"text": ["a", "b"], "created": pyarrow.array([0, 2**61], pyarrow.timestamp("us"))}),
+    _parquet({"text": pyarrow.array([0, 2**61], pyarrow.timestamp("us"))}),
+    _parquet(
+        {
+            "text": pyarrow.StringArray.from_buffers(
+                2, *map(pyarrow.py_buffer, (bytes(4) + b"\1\0\0\0\2\0\0\0", b"\xe9a"))
+            )
+        }
+    ),
+    json.dumps({"data": RECORDS}, indent=1).encode(),
+    _arrow({"text": [record["text"] for record in RECORDS], "n": [1] * len(RECORDS)}),
+    _arrow({"text": [["a"], ["b", "c"]], "n": [{"a": 1}, {"a": 2}]}),
+    b"n,text\n" + b"".join(b'%d,"document, %d"\n' % (number, number) for number in range(12)),
+    pyarrow.compress(LINES, codec="zstd", asbytes=True),
     b'{"text": "\\ud800"}\n',
     b'{"text": 1' + b"0" * 5000 + b"}\n",
     b'{"' + b"k" * 20_000 + b'": 1}\n',
@@ -66,12 +88,12 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_documents(entry: str) -> None:
-    bad = BadRecords()
+    bad = BadRecords(max_bad_share=0.001)
     for source in find_sources([entry]):
         source.describe()
         for document in source.documents("text", bad):
             document.text.encode()
-    bad.check(0.001)
+    bad.check()
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steplm.config import RunConfig
+from steplm.data import prepare as prepare_module
 from steplm.data.loader import BatchLoader, validation_windows
-from steplm.data.prepare import prepare
-from steplm.data.tokens import MANIFEST, SPLITS, Manifest, TokenDataset, verify
+from steplm.data.prepare import PrepareProgress, prepare
+from steplm.data.tokens import MANIFEST, Manifest, TokenDataset, verify
 from steplm.errors import DataError
 
 fuzz = settings.get_profile("fuzz")
@@ -45,10 +46,10 @@ def _files(folder: Path, *patterns: str) -> list[Path]:
 
 def read_all(folder: Path) -> None:
     """What a run does with its data."""
-    for split in SPLITS:
+    for split in ("train", "validation"):
         dataset = TokenDataset(folder, split)
         loader = BatchLoader(dataset, seed=0, sequence_length=16, within_documents=True)
-        for tokens_seen in (0, 64, 16 * loader.windows_per_epoch):
+        for tokens_seen in (0, 64, 16 * loader.sources[0].per_epoch):
             assert int(loader.batch(tokens_seen, 4).input_ids.max()) < dataset.manifest.tokenizer.vocab_size
         for batch in validation_windows(dataset, 16, 256, batch_size=4):
             assert batch.input_ids.shape[1] == 16
@@ -116,6 +117,45 @@ def test_a_preparation_goes_on_from_spoiled_work_or_refuses_it(
         spoil_file(data, folder / file)
         if file.name != MANIFEST and data.draw(st.booleans(), label="unfinished"):
             (folder / MANIFEST).unlink()
+        with claim(folder):
+            prepare(_in(tiny_run(parent / "run", "data.shard_tokens=2000"), folder))
+            read_all(folder)
+
+
+@pytest.fixture(scope="module")
+def unfinished(tiny_run: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a preparation stopped in its midst."""
+    config = tiny_run(tmp_path_factory.mktemp("run"), "data.shard_tokens=2000")
+    folder = tmp_path_factory.mktemp("unfinished") / "tokens"
+
+    def stop(progress: PrepareProgress) -> None:
+        if progress.num_train_tokens > 5000:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "SAVE_SECONDS", 0.0)
+        patch.setattr(prepare_module, "BATCH_BYTES", 500)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(_in(config, folder), stop)
+    assert (folder / "unfinished.json").is_file()
+    return folder
+
+
+@fuzz
+@given(data=st.data())
+def test_an_interrupted_preparation_goes_on_from_spoiled_work_or_begins_anew(
+    data: st.DataObject,
+    claim: Claim,
+    fresh_folder: Fresh,
+    unfinished: Path,
+    tiny_run: Configure,
+    spoil_file: SpoilFile,
+) -> None:
+    patterns = ("unfinished.json", "documents.hashes", "shard-*")
+    file = data.draw(st.sampled_from(_files(unfinished, *patterns)), label="file")
+    with fresh_folder() as parent:
+        folder = shutil.copytree(unfinished, parent / "tokens")
+        spoil_file(data, folder / file)
         with claim(folder):
             prepare(_in(tiny_run(parent / "run", "data.shard_tokens=2000"), folder))
             read_all(folder)

@@ -1,0 +1,98 @@
+"""What a training data loader costs at the size of large runs: start-up seconds, memory, milliseconds a batch.
+
+The tokens are sparse files, so that 135 billion of them need no disk; the documents' offsets are real.
+
+    python benchmarks/loader.py FOLDER --windows 132e6 --order windows --order documents
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from steplm.data.loader import BatchLoader
+from steplm.data.shards import write_json
+from steplm.data.tokens import MANIFEST, Manifest, Shard, SplitManifest, TokenDataset, TokenizerManifest
+from steplm.types import to_json
+
+SEQUENCE_LENGTH = 1024
+SHARD_TOKENS = 32_000_000
+
+
+def make(folder: Path, num_windows: int, document_tokens: int) -> None:
+    (folder / "train").mkdir(parents=True)
+    offsets = np.arange(0, SHARD_TOKENS + 1, document_tokens, dtype="<i8")
+    offsets[-1] = SHARD_TOKENS
+    np.save(folder / "offsets.npy", offsets)
+    data = (folder / "offsets.npy").read_bytes()
+    shards = []
+    for number in range(-(-num_windows * SEQUENCE_LENGTH // SHARD_TOKENS)):
+        stem = folder / "train" / f"shard-{number:05d}"
+        with Path(f"{stem}.bin").open("wb") as file:
+            file.truncate(2 * SHARD_TOKENS)
+        Path(f"{stem}.offsets.npy").write_bytes(data)
+        shards.append(
+            Shard(stem.name, SHARD_TOKENS, len(offsets) - 1, 0, 0, "", hashlib.sha256(data).hexdigest()),
+        )
+    splits = {"train": SplitManifest(tuple(shards)), "validation": SplitManifest(())}
+    tokenizer = TokenizerManifest("none", 50257, 0, "")
+    write_json(folder / MANIFEST, to_json(Manifest("", "uint16", tokenizer, splits, 0, 0, 0, ())))
+
+
+def resident_bytes(key: str) -> int:
+    """``VmRSS`` or ``VmHWM``, its highest value so far, of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def measure(folder: Path, order: str, num_sequences: int) -> None:
+    before = resident_bytes("VmRSS")
+    began = time.perf_counter()
+    loader = BatchLoader(
+        TokenDataset(folder, "train"),
+        seed=0,
+        sequence_length=SEQUENCE_LENGTH,
+        max_sorted_windows=None if order == "documents" else 0,
+    )
+    per_epoch = loader.sources[0].per_epoch
+    loader.batch(0, num_sequences)
+    started = time.perf_counter()
+    places = [number * per_epoch // 20 for number in range(20)]  # 20 batches, far from each other
+    for place in places:
+        loader.batch(place * SEQUENCE_LENGTH, num_sequences)
+    batch_seconds = (time.perf_counter() - started) / len(places)
+    print(
+        f"{order:10} {per_epoch:>12,} windows  first batch after {started - began:6.2f} s  "
+        f"peak +{(resident_bytes('VmHWM') - before) / 2**20:8.1f} MiB  "
+        f"{1000 * batch_seconds:6.1f} ms a batch of {num_sequences} x {SEQUENCE_LENGTH}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the files are made, if they are not there")
+    parser.add_argument("--windows", type=float, default=132e6)
+    parser.add_argument("--document-tokens", type=int, default=1000)
+    parser.add_argument("--sequences", type=int, default=512, help="of a batch")
+    parser.add_argument("--order", action="append", help="documents or windows; several: one after the other")
+    given = parser.parse_args()
+    if not (given.folder / MANIFEST).is_file():
+        make(given.folder, int(given.windows), given.document_tokens)
+    orders = given.order or ["windows"]
+    if len(orders) == 1:
+        measure(given.folder, orders[0], given.sequences)
+        return
+    for order in orders:  # each in a process of its own, whose highest memory is its own
+        command = [sys.executable, __file__, str(given.folder), "--order", order, "--sequences", str(given.sequences)]
+        subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The formats of text files: a stream of bytes becomes records, one at a time.
+
+A record is ``(place, value)``. The place is a line or a row, counted from 1. The value is a mapping with the fields
+of the record, or the text itself; for a record that cannot be read it is an exception that says why.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from steplm.units import reason, shortened
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
+TEXT_PIECE_BYTES = 32 * 2**10
+ROWS_AT_ONCE = 1024
+
+Place = int | str
+Record = tuple[Any, Any]  # a Place, and the value
+Fields = Collection[str] | None  # the fields that are used; None: all. A format may give more.
+
+
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """The first of ``names``, quoted, for a message."""
+    first = [shortened(name, 40) for name in islice(names, most + 1)]
+    return ", ".join([*first[:most], *(["..."] if len(first) > most else [])])
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(stream, 1):
+        yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def _decode(data: bytes) -> str | ValueError:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        return _not_utf8(error)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"not UTF-8: {error.reason} at byte {error.start}")
+
+
+def _parse_json(data: bytes) -> Any:
+    text = _decode(data)
+    if isinstance(text, ValueError):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"broken JSON: {error}")
+
+
+def _as_record(value: Any) -> Any:
+    if isinstance(value, dict | Exception):
+        return value
+    return ValueError(f"a JSON {type(value).__name__}, not an object with fields")
+
+
+def _read_json_lines(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
+    for number, line in _lines(stream):
+        if line.strip():
+            yield number, _as_record(_parse_json(line))
+
+
+def _read_json(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
+    """One object, a list of objects, or such a list under the key ``data``; or, as is common, an object per line.
+
+    Only the last is read line by line. The others are held in memory as a whole.
+    """
+    lines = ((number, line) for number, line in _lines(stream) if line.strip())
+    number, first = next(lines, (0, b""))
+    if not first:
+        return
+    value = _parse_json(first)
+    second = next(lines, None)
+    if isinstance(value, dict) and second is not None:
+        yield number, value
+        for number, line in chain([second], lines):
+            yield number, _as_record(_parse_json(line))
+        return
+    if second is not None:
+        rest = [second, *lines]
+        value = _parse_json(b"".join([first, *(line for _, line in rest)]))
+        if isinstance(value, Exception) and not first.lstrip().startswith(b"["):
+            # Either one broken object, or an object per line of which the first is broken.
+            records = [(number, _as_record(_parse_json(line))) for number, line in [(number, first), *rest]]
+            if any(isinstance(record, dict) for _, record in records):
+                yield from records
+                return
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        value = value["data"]
+    for place, record in enumerate(value if isinstance(value, list) else [value], 1):
+        yield place, _as_record(record)
+
+
+def _read_text(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
+    """Documents of 32 to 64 KiB, cut at blank lines (at any line where none comes); put together, the file.
+
+    One document per file would leave nothing to split off for validation where there is one large file.
+    """
+    piece: list[bytes] = []
+    start, size = 1, 0
+    for number, line in _lines(stream):
+        if not piece:
+            start = number
+        piece.append(line)
+        size += len(line)
+        if size >= TEXT_PIECE_BYTES and (not line.strip() or size >= 2 * TEXT_PIECE_BYTES):
+            yield start, _decode(b"".join(piece))
+            piece, size = [], 0
+    if b"".join(piece).strip():
+        yield start, _decode(b"".join(piece))
+
+
+def _read_csv(stream: BinaryIO, fields: Fields, *, delimiter: str = ",") -> Iterator[Record]:
+    """Rows under a header of names; a record is placed by its first line."""
+    csv.field_size_limit(2**31 - 1)  # by default a text of 128 KiB is an error
+    # What is not UTF-8 is kept as lone surrogates, so that it spoils its own row alone.
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.reader(text, delimiter=delimiter)
+    names: list[str] = []
+    while True:
+        place = rows.line_num + 1
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield place, ValueError(f"broken CSV: {error}")
+            continue
+        if row is None:
+            return
+        if not names:
+            names = row
+        elif row:
+            yield place, _csv_record(names, row, fields)
+
+
+def _csv_record(names: list[str], row: list[str], fields: Fields) -> Any:
+    if len(row) != len(names):
+        return ValueError(f"the row has {len(row)} value{'s' * (len(row) > 1)}, and the header has {len(names)} names")
+    record = dict(zip(names, row, strict=True))
+    try:
+        "".join(value for name, value in record.items() if fields is None or name in fields).encode()
+    except UnicodeEncodeError:
+        return ValueError("not UTF-8")
+    return record
+
+
+def _read_parquet(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(stream)
+        names, num_groups = table.schema_arrow.names, table.num_row_groups
+    except Exception as error:
+        yield 1, _damage(error)
+        return
+    used = _used(names, fields)
+    first_row = 1
+    for group in range(num_groups):
+        last_row = first_row + table.metadata.row_group(group).num_rows - 1
+        batches = table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=used)
+        yield from _table_records(batches, names, fields, first_row, f", rows up to {last_row:,} are lost")
+        first_row = last_row + 1
+
+
+def _read_arrow(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
+    """Arrow's format of streams, which ``datasets`` writes, or that of files."""
+    from pyarrow import ipc
+
+    is_file = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    batches: Iterator[RecordBatch]
+    try:
+        if is_file:
+            file = ipc.open_file(stream)
+            names = file.schema.names
+            batches = (file.get_batch(index) for index in range(file.num_record_batches))
+        else:
+            reader = ipc.open_stream(stream)
+            names, batches = reader.schema.names, iter(reader)
+    except Exception as error:
+        yield 1, _damage(error)
+        return
+    used = _used(names, fields)
+    checked = (_checked(batch.select(used)) for batch in batches)
+    yield from _table_records(checked, names, fields, 1, ", the rest of the file is lost")
+
+
+def _used(names: Iterable[str], fields: Fields) -> list[str]:
+    return [name for name in names if fields is None or name in fields]
+
+
+def _checked(batch: RecordBatch) -> RecordBatch:
+    """Of a damaged file that is mapped as it is, strings may lie anywhere in memory; the bytes of each may be any."""
+    import pyarrow
+
+    binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+    columns = [column.cast(binary.get(column.type, column.type)) for column in batch.columns]
+    for column in columns:
+        column.validate(full=True)
+    return batch
+
+
+def _table_records(
+    batches: Iterator[RecordBatch], names: list[str], fields: Fields, first_row: int, lost: str
+) -> Iterator[Record]:
+    row = first_row
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as error:
+            yield row, _damage(error, lost)
+            return
+        if batch is None:
+            return
+        if _used(names, fields):
+            records = _rows(batch)
+        else:
+            missing = ValueError(f"no column {listed(fields or ())}; columns are {listed(names)}")
+            records = [missing] * batch.num_rows
+        for record in records:
+            yield row, record
+            row += 1
+
+
+def _damage(error: Exception, lost: str = "") -> ValueError:
+    """Arrow has an error for each kind of damage; what the disk refuses is no damage of the file."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return ValueError(f"a damaged table{lost}: {reason(error)}")
+
+
+def _rows(batch: RecordBatch) -> list[Any]:
+    try:
+        return batch.to_pylist()
+    except Exception:  # each type of column fails in its own way: strings that are not UTF-8, dates out of range
+        return [_row(batch, index) for index in range(batch.num_rows)]
+
+
+def _row(batch: RecordBatch, index: int) -> Any:
+    values = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[name] = column[index].as_py()
+        except UnicodeDecodeError as error:
+            return _not_utf8(error)
+        except Exception as error:
+            return ValueError(f"column {shortened(name, 40)} cannot be read: {reason(error)}")
+    return values
+
+
+Reader = Callable[[BinaryIO, Fields], Iterator[Record]]
+
+READERS: dict[str, Reader] = {
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".csv": _read_csv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
+    ".txt": _read_text,
+    ".text": _read_text,
+    ".md": _read_text,
+    ".rst": _read_text,
+    ".raw": _read_text,
+    ".tokens": _read_text,
+}
+RANDOM_ACCESS = (".parquet", ".arrow")  # which a compressed file does not give
+
+
+def _open_zstd(stream: BinaryIO) -> BinaryIO:
+    import pyarrow
+
+    raw: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), "zstd")
+    return io.BufferedReader(raw)
+
+
+COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda stream: gzip.GzipFile(fileobj=stream),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _open_zstd,
+}
+
+
+def split_format(path: Path) -> tuple[str, str]:
+    """The extension by which a file is read, and that of its compression: ``(".jsonl", ".gz")``."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
+    name = suffixes[-1] if suffixes else ""
+    return (name + compression, "") if name in ("", *RANDOM_ACCESS) else (name, compression)
+
+
+def is_readable(path: Path) -> bool:
+    return split_format(path)[0] in READERS
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether the file is one text, and not a table or list of records."""
+    return READERS.get(split_format(path)[0]) is _read_text
+
+
+def known_formats() -> str:
+    tables, compressions = ", ".join(READERS), ", ".join(COMPRESSIONS)
+    return f"Known: {tables}; compressed ({compressions}) all of them but {' and '.join(RANDOM_ACCESS)}."
+
+
+def read_records(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[Record]:
+    """The records of an open file, read as its name says."""
+    name, compression = split_format(path)
+    if not compression:
+        yield from READERS[name](stream, fields)
+        return
+    place = 0
+    try:
+        for place, value in READERS[name](COMPRESSIONS[compression](stream), fields):
+            yield place, value
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's error, not the file's
+            raise
+        lost = f"damaged or truncated {compression}, the rest of the file is lost"
+        yield place + 1, ValueError(f"{lost}: {error}")

@@ -1,0 +1,92 @@
+"""Which source each sequence of a mixture comes from, and how often each source is repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import gcd
+
+import numpy as np
+import numpy.typing as npt
+
+from steplm.data.tokens import Manifest
+
+PERIOD = 10_000  # sequences after which the order of sources repeats: shares are met to 0.01%
+# Up to four epochs, repeated tokens are worth almost as much as new ones (Muennighoff et al., "Scaling data-constrained
+# language models", 2023).
+MAX_EPOCHS = 4.0
+
+Array = npt.NDArray[np.int64]
+
+
+class Mixture:
+    """An order of sources in which every stretch of sequences has each source's share, but for two sequences.
+
+    The rule is Tijdeman's ("The chairman assignment problem", 1980): after any number of sequences no source is a whole
+    sequence ahead of its share, or behind it.
+    """
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.counts = np.array(whole_shares(weights), np.int64)  # of each source in a period
+        self.period = int(self.counts.sum())
+        self._sources = np.array(_tijdeman(self.counts.tolist()), np.int64)
+        self._places = np.empty(self.period, np.int64)  # sequences of the same source that come before, in the period
+        for source, count in enumerate(self.counts):
+            self._places[self._sources == source] = np.arange(count)
+
+    def locate(self, indices: Array) -> tuple[Array, Array]:
+        """The source of each sequence of the mixture, and its index among the sequences of that source."""
+        periods, offsets = np.divmod(indices, self.period)
+        sources = self._sources[offsets]
+        return sources, periods * self.counts[sources] + self._places[offsets]
+
+
+def whole_shares(weights: Sequence[float]) -> list[int]:
+    """Whole numbers in the ratio of the weights, as small as they can be, with a sum of at most ``PERIOD``.
+
+    Each is at least 1. Remainders go to the largest first.
+    """
+    exact = [weight / sum(weights) * PERIOD for weight in weights]
+    shares = [max(int(share), 1) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: shares[index] - exact[index])
+    for index in by_remainder[: max(PERIOD - sum(shares), 0)]:
+        shares[index] += 1
+    shares[shares.index(max(shares))] -= max(sum(shares) - PERIOD, 0)
+    return [share // gcd(*shares) for share in shares]
+
+
+def _tijdeman(counts: Sequence[int]) -> list[int]:
+    period, bound = sum(counts), max(2 * len(counts) - 2, 1)
+    used = [0] * len(counts)
+    order = []
+    for number in range(1, period + 1):
+        # By how much of a sequence each source is behind, times the period.
+        behind = [count * number - period * done for count, done in zip(counts, used, strict=True)]
+        able = [source for source, lag in enumerate(behind) if bound * lag >= period or len(counts) == 1]
+        first = min(able, key=lambda source: ((bound - 1) * period - bound * behind[source]) / counts[source])
+        used[first] += 1
+        order.append(first)
+    return order
+
+
+def epochs(manifest: Manifest, weights: Mapping[str, float], total_tokens: int) -> dict[str, float]:
+    """How often a run of so many tokens goes through each training source, by the source's name.
+
+    Args:
+        weights: ``data.weights`` of the run; empty where there is one source.
+    """
+    splits = manifest.splits_of("train")
+    shares = whole_shares([weights.get(split, 1.0) for split in splits.values()])
+    return {
+        name: total_tokens * share / sum(shares) / max(manifest.split(split).num_tokens, 1)
+        for (name, split), share in zip(splits.items(), shares, strict=True)
+    }
+
+
+def repetition_warnings(epochs_of_sources: Mapping[str, float]) -> list[str]:
+    """A line for each source that is repeated more often than repeating pays."""
+    return [
+        f"{name} is repeated {count:.1f} times; beyond {MAX_EPOCHS:g} epochs repeated tokens teach little. "
+        "Lower its weight, or add text"
+        for name, count in epochs_of_sources.items()
+        if count > MAX_EPOCHS
+    ]

@@ -1,0 +1,187 @@
+"""Tokens that another program has prepared, used where they lie: nanoGPT's, llm.c's and Megatron's files.
+
+    nanoGPT    NAME.bin              uint16, nothing else
+    llm.c      NAME.bin              a header of 1,024 bytes, then uint16 (GPT-2) or uint32 (Llama 3)
+    Megatron   NAME.bin, NAME.idx    the tokens, and their type and number
+
+In all of them, documents are told apart by the end-of-text token. Most files have it after each document, llm.c's
+before; here a document begins after each.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from steplm.data.shards import ShardWriter
+from steplm.data.sources import Source, errors_of, local_path
+from steplm.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SUFFIX = ".bin"
+LLM_C_HEADER_BYTES = 1024
+LLM_C_KINDS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # by magic number and version
+MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+MEGATRON_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+TOKENS_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    path: Path
+    dtype: str  # numpy's name of it
+    num_tokens: int
+    header_bytes: int = 0
+
+    @property
+    def itemsize(self) -> int:
+        return np.dtype(self.dtype).itemsize
+
+    def describe(self) -> str:
+        return Source(str(self.path), self.path).describe()
+
+    def read(self) -> npt.NDArray[np.integer]:
+        with errors_of(self.path):
+            return np.memmap(self.path, self.dtype, "r", self.header_bytes, (self.num_tokens,))
+
+
+def names_tokens(entry: str) -> bool:
+    return "://" not in entry and entry.lower().endswith(SUFFIX)
+
+
+def find_token_files(entries: Sequence[str]) -> list[TokenFile]:
+    """The files that the entries, paths or globs, name, each once, in order.
+
+    Raises:
+        DataError: an entry matches nothing, or a file is none of the kinds above.
+    """
+    paths: list[Path] = []
+    for entry in entries:
+        path = local_path(entry)
+        found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            raise DataError(f"no token file found at {entry!r}.", entry=entry)
+        paths += found
+    return [open_token_file(path) for path in dict.fromkeys(paths)]
+
+
+def open_token_file(path: Path) -> TokenFile:
+    """What is in the file, by its header or its index; its tokens are not read."""
+    with errors_of(path):
+        num_bytes = path.stat().st_size
+        with path.open("rb") as stream:
+            header = stream.read(12)
+        index = path.with_suffix(".idx")
+        if index.is_file():
+            return _megatron(path, index, num_bytes)
+    if len(header) == 12:
+        magic, version, num_tokens = struct.unpack("<3i", header)
+        if dtype := LLM_C_KINDS.get((magic, version)):
+            return _whole(TokenFile(path, dtype, num_tokens, LLM_C_HEADER_BYTES), num_bytes)
+    return _whole(TokenFile(path, "<u2", num_bytes // 2), num_bytes)
+
+
+def _megatron(path: Path, index: Path, num_bytes: int) -> TokenFile:
+    data = index.read_bytes()
+    if len(data) < 34 or not data.startswith(MEGATRON_MAGIC):
+        raise DataError(f"{index} is no index of Megatron's: {path} cannot be read by it.", path=str(index))
+    version, code, num_sequences, _ = struct.unpack("<QBQQ", data[9:34])
+    if version != 1 or code not in MEGATRON_TYPES or len(data) < 34 + 4 * num_sequences:
+        raise DataError(f"{index} is damaged, or of another version: version {version}, type {code}.", path=str(index))
+    lengths = np.frombuffer(data, "<i4", num_sequences, 34)
+    return _whole(TokenFile(path, MEGATRON_TYPES[code], int(lengths.sum(dtype=np.int64))), num_bytes)
+
+
+def _whole(file: TokenFile, num_bytes: int) -> TokenFile:
+    expected = file.header_bytes + file.num_tokens * file.itemsize
+    if num_bytes != expected or file.num_tokens < 1:
+        raise DataError(
+            f"{file.path} has {num_bytes:,} bytes, and {file.num_tokens:,} tokens of {file.itemsize} bytes "
+            f"with a header of {file.header_bytes:,} have {expected:,}: it is cut short, or no token file.",
+            path=str(file.path),
+            num_bytes=num_bytes,
+        )
+    return file
+
+
+def take_over(
+    files: Sequence[TokenFile],
+    writer: ShardWriter,
+    tokenizer: PreTrainedTokenizerFast,
+    vocab_size: int,
+    *,
+    count_text: bool,
+) -> None:
+    """Make the files shards of ``writer``, after those that it has of them from an interrupted call.
+
+    A file whose tokens have the width of the writer's stays where it is, and only its documents' offsets are written;
+    of another width it is copied.
+
+    Args:
+        vocab_size: every token must be below it.
+        count_text: decode the documents for ``num_text_bytes``, which is 0 otherwise.
+
+    Raises:
+        DataError: a token beyond the vocabulary, or a file without an end-of-text token: another tokenizer made it.
+    """
+    position = 0  # of the file's first document among those of all files
+    for file in files:
+        offsets, sha256 = _scan(file, cast(int, tokenizer.eos_token_id), vocab_size)
+        num_documents = len(offsets) - 1
+        stays = file.itemsize == writer.dtype.itemsize
+        if position + num_documents - 1 > writer.last_document:
+            tokens = file.read()
+            backend = tokenizer.backend_tokenizer
+
+            def text_bytes(document: npt.NDArray[np.integer], backend: Any = backend) -> int:
+                return len(backend.decode(document.tolist(), skip_special_tokens=True).encode()) if count_text else 0
+
+            documents = [] if stays and not count_text else np.split(tokens, offsets[1:-1])
+            if stays:
+                num_bytes = sum(map(text_bytes, documents))
+                last_document = position + num_documents - 1
+                writer.add_file(file.path, file.header_bytes, offsets, sha256, num_bytes, last_document)
+            for number, document in enumerate(() if stays else documents, position):
+                if number > writer.last_document:
+                    writer.append(number, document.astype(writer.dtype), text_bytes(document))
+        position += num_documents
+    writer.close()
+
+
+def _scan(file: TokenFile, end_of_text: int, vocab_size: int) -> tuple[npt.NDArray[np.int64], str]:
+    """(num_documents + 1,) offsets of the documents, and the hash of the file's bytes."""
+    tokens = file.read()
+    with errors_of(file.path), file.path.open("rb") as stream:
+        digest = hashlib.sha256(stream.read(file.header_bytes))
+    ends = []
+    for start in range(0, len(tokens), TOKENS_AT_ONCE):
+        part = np.asarray(tokens[start : start + TOKENS_AT_ONCE])
+        digest.update(part.tobytes())
+        smallest, largest = int(part.min()), int(part.max())
+        if smallest < 0 or largest >= vocab_size:
+            raise DataError(
+                f"{file.path} has the token {largest if smallest >= 0 else smallest:,}, and the tokenizer has "
+                f"{vocab_size:,}: set data.tokenizer to the one that made the file.",
+                path=str(file.path),
+                vocab_size=vocab_size,
+            )
+        ends.append(np.flatnonzero(part == end_of_text) + start + 1)
+    inner = np.concatenate(ends)
+    if not len(inner):
+        raise DataError(
+            f"{file.path} has no token {end_of_text}, the end of text of data.tokenizer: set data.tokenizer to the one "
+            "that made the file, or make the file with an end of text after each document (--append-eod of Megatron).",
+            path=str(file.path),
+            end_of_text=end_of_text,
+        )
+    return np.concatenate([[0], inner[inner < len(tokens)], [len(tokens)]]).astype(np.int64), digest.hexdigest()
