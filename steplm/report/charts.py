@@ -302,7 +302,7 @@ def facts(suite: Suite) -> list[tuple[str, str]]:
                 f"vocabulary {plan.shape.vocab_size}",
             ),
             ("Tokens", f"{format_count(plan.total_tokens)} a run, in sequences of {config.train.sequence_length}"),
-            *([("Data", ", ".join(map(_short, config.data.train)))] if config.data.train else []),
+            *([("Data", ", ".join(map(_short, config.data.train_texts)))] if config.data.train else []),
             ("Precision", plan.precision),
         ]
         environment = run.environment or {}

@@ -11,7 +11,7 @@ import torch
 
 from steplm.checkpoint.shards import BackgroundWriter
 from steplm.config import RunConfig
-from steplm.data.loader import BatchLoader
+from steplm.data.loader import BatchLoader, Prefetcher
 from steplm.data.tokens import Manifest, TokenDataset
 from steplm.distributed.world import World
 from steplm.planner.plan import Plan
@@ -27,7 +27,8 @@ class RunContext:
     plan: Plan
     manifest: Manifest
     loader: BatchLoader
-    validation: TokenDataset
+    batches: Prefetcher  # of the steps, from the loader
+    validation: dict[str, TokenDataset]  # by name; the first one's loss is the run's
     metrics: MetricsLog
     display: Display
     world: World

@@ -18,12 +18,13 @@ PROBE_WINDOWS = 32  # validation windows on which the loss around merge and grow
 
 
 def evaluate(run: RunContext, progress: TrainState, model: PreTrainedModel) -> float:
-    """Validation loss, logged and shown.
+    """Validation loss, logged and shown; of several validation sets the first one's, and all in the log.
 
     Raises:
         TrainingDiverged: it is not finite.
     """
-    loss = validation_loss(run, model)
+    losses = {name: validation_loss(run, model, name=name) for name in run.validation}
+    loss = next(iter(losses.values()))
     require_finite(run, progress, loss)
     perplexity = perplexity_of(loss)
     run.metrics.write(
@@ -33,8 +34,11 @@ def evaluate(run: RunContext, progress: TrainState, model: PreTrainedModel) -> f
         tokens_seen=progress.tokens_seen,
         loss=loss,
         perplexity=perplexity,
+        **({f"loss_{name}": value for name, value in losses.items()} if len(losses) > 1 else {}),
     )
     run.display.evaluation(progress, loss, perplexity)
+    if len(losses) > 1:
+        run.display.note("  ".join(f"{name} {value:.4f}" for name, value in losses.items()))
     return loss
 
 
@@ -43,10 +47,16 @@ def probe_loss(run: RunContext, model: PreTrainedModel) -> float:
     return validation_loss(run, model, PROBE_WINDOWS * run.config.train.sequence_length)
 
 
-def validation_loss(run: RunContext, model: PreTrainedModel, max_tokens: int | None = None) -> float:
-    """Mean over so many validation tokens, by default those of an evaluation; each rank computes its share."""
+def validation_loss(
+    run: RunContext, model: PreTrainedModel, max_tokens: int | None = None, *, name: str | None = None
+) -> float:
+    """Mean over so many validation tokens, by default those of an evaluation; each rank computes its share.
+
+    Args:
+        name: of the validation set; default: the first.
+    """
     batches = validation_windows(
-        run.validation,
+        run.validation[name or next(iter(run.validation))],
         run.config.train.sequence_length,
         max_tokens or run.config.eval.max_tokens,
         batch_size=run.config.eval_batch_size,

@@ -96,12 +96,20 @@ def _public(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     data = values["data"]
     values["output_dir"] = data["prepared_dir"] = None
-    for split in ("train", "validation"):
-        data[split] = [public_name(entry) for entry in data[split]]
+    data["train"], data["validation"] = _public_texts(data["train"]), _public_texts(data["validation"])
     data["tokenizer"] = public_name(data["tokenizer"], may_be_on_hub=True)
     if config.init_from is not None:
         values["init_from"] = public_name(config.init_from, may_be_on_hub=True)
     return values
+
+
+def _public_texts(texts: Any) -> Any:
+    """Entries without their folders, in the lists and mappings that name them."""
+    if isinstance(texts, list):
+        return [_public_texts(entry) for entry in texts]
+    if isinstance(texts, dict):
+        return {key: _public_texts(value) if key not in ("name", "weight") else value for key, value in texts.items()}
+    return public_name(texts)
 
 
 def _write(folder: Path, checkpoint: Checkpoint, config: RunConfig, plan: Plan, tokenizer_dir: Path) -> None:

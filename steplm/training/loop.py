@@ -51,7 +51,7 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
         # Dropout, where a model has it, is a function of the position too: a resumed run draws the same. Replicas draw
         # alike, as stochastic rounding must give them the same weights.
         torch.manual_seed(config.seed * 1_000_003 + progress.tokens_seen + world.rows.index)
-        batch = run.loader.batch(progress.tokens_seen, config.global_batch_size, world.rank, world.size)
+        batch = run.batches.batch(progress.tokens_seen)
         result = train_step(
             assembled.model,
             assembled.rules,

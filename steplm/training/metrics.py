@@ -8,7 +8,7 @@ Events, told apart by ``event``:
     train         stage, step, num_steps, tokens_seen, loss (mean since the last such event), learning_rate, grad_norm,
                   tokens_per_second, elapsed_seconds, peak_allocated_bytes, peak_reserved_bytes, peak_resident_bytes
     skipped       stage, step, tokens_seen, loss (null: not finite), skipped_in_a_row: a step without an update
-    eval          stage, step, tokens_seen, loss, perplexity
+    eval          stage, step, tokens_seen, loss, perplexity; of several validation sets loss_NAME of each
     merge         stage, tokens_seen, loss_before, loss_after
     growth        stage, tokens_seen, loss_before, loss_after, operator, position
     pack          stage, tokens_seen, format, num_matrices, relative_rms_error, loss_before, loss_after

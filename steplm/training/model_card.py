@@ -58,7 +58,7 @@ def _front_matter(config: RunConfig) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["steplm", config.model.model_type],
     }
-    hub_names = [entry.removeprefix("hub://").split("?")[0] for entry in config.data.train if _is_hub(entry)]
+    hub_names = [entry.removeprefix("hub://").split("?")[0] for entry in config.data.train_texts if _is_hub(entry)]
     if hub_names:
         values["datasets"] = list(dict.fromkeys(hub_names))
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
@@ -160,7 +160,7 @@ def _made_of(layer: LayerProvenance) -> str:
 
 
 def _data(config: RunConfig) -> str:
-    names = map(public_name, config.data.train)
+    names = map(public_name, config.data.train_texts)
     return "\n".join(f"- `{name}`" for name in dict.fromkeys(names))
 
 

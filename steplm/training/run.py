@@ -19,7 +19,7 @@ from steplm.checkpoint import Checkpoint, CheckpointState, load_checkpoint
 from steplm.checkpoint.folder import explained, is_disk_full, load_checkpoint_state
 from steplm.checkpoint.shards import BackgroundWriter, TensorFiles
 from steplm.config import RunConfig, dump_config, load_config
-from steplm.data.loader import BatchLoader
+from steplm.data.loader import Prefetcher, training_loader
 from steplm.data.prepare import prepare, with_prepared_dir
 from steplm.data.tokens import MANIFEST, Manifest, TokenDataset
 from steplm.distributed.world import World, joined, with_world_size
@@ -102,6 +102,7 @@ def _train(config: RunConfig, world: World, display: Display) -> RunResult:
     finally:
         if run.writer is not None:
             run.writer.join(config.distributed.timeout * 60)  # before its process group is gone
+        run.batches.close()
         run.metrics.close()
 
 
@@ -133,17 +134,18 @@ def _set_up(config: RunConfig, world: World, display: Display) -> RunContext | N
     if checkpoint is not None and state is not None:
         check_checkpoint(checkpoint, state, plan, manifest)
         display.resumed(checkpoint, state.progress)
+    loader = training_loader(config)
     run = RunContext(
         config=config,
         plan=plan,
         manifest=manifest,
-        loader=BatchLoader(
-            TokenDataset(config.prepared_dir, "train"),
-            seed=config.seed,
-            sequence_length=config.train.sequence_length,
-            within_documents=config.data.within_documents,
+        loader=loader,
+        batches=Prefetcher(
+            loader, config.global_batch_size, world.rank, world.size, pin_memory=world.device.type == "cuda"
         ),
-        validation=TokenDataset(config.prepared_dir, "validation"),
+        validation={
+            name: TokenDataset(config.prepared_dir, split) for name, split in manifest.splits_of("validation").items()
+        },
         metrics=_open_metrics(config, state) if first else NoLog(),
         display=display,
         world=world,
