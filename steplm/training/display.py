@@ -57,6 +57,8 @@ class Display:
 
     def prepare(self, progress: PrepareProgress) -> None:
         """Data preparation speaks when a phase begins and at every tenth of it."""
+        for note in progress.notes if self._prepared is None else ():
+            self.note(f"data  {note}")
         moment = (progress.phase, int(progress.fraction * 10) if progress.num_documents else 0)
         if moment == self._prepared:
             return
@@ -65,8 +67,10 @@ class Display:
         if progress.num_documents:
             counts = (
                 f"  {progress.num_documents:,} documents, {format_count(progress.num_train_tokens)} tokens, "
-                f"{format_count(progress.tokens_per_second)} tok/s"
+                f"{format_bytes(progress.num_text_bytes)}, {format_count(progress.tokens_per_second)} tok/s"
             )
+            if progress.seconds_left:
+                counts += f", {format_seconds(progress.seconds_left)} left"
         bad = f", {progress.num_bad_records} bad records" if progress.num_bad_records else ""
         share = f"  {progress.fraction:.0%}" if progress.num_documents else ""
         self.note(f"data  {progress.phase}{share}{counts}{bad}")
