@@ -137,11 +137,7 @@ def read_conversations(entries: Sequence[str]) -> Records:
 def _values(entries: Sequence[str]) -> Iterator[tuple[str, Any]]:
     for source in find_sources(entries):
         for place, value in source.records(FIELDS):
-            listed = value.get("data") if isinstance(value, Mapping) and _kind(value) is None else None
-            if isinstance(listed, list):  # the whole file is {"data": [record, …]}
-                yield from ((f"{source.name}:data[{index}]", record) for index, record in enumerate(listed))
-            else:
-                yield f"{source.name}:{place}", value
+            yield f"{source.name}:{place}", value
 
 
 def as_conversation(record: Any) -> Conversation:

@@ -6,7 +6,7 @@ import torch
 
 from steplm.data.loader import Batch
 from steplm.models.build import build_model, hf_config, initial_state
-from steplm.optim.adamw import AdamW, global_grad_norm
+from steplm.optim.adamw import AdamW, clip_coefficient, global_grad_norm
 from steplm.training.step import StepOptions, forward_backward, train_step, trial
 
 MODEL = {
@@ -114,7 +114,7 @@ def test_fused_clips_by_the_norm_of_the_step_before():
     options = {"learning_rate": 1e-2, "max_grad_norm": 0.5}
     fused = train_step(model, optimizer, batch(0), how(fused=True), **options, last_grad_norm=4.0)
     forward_backward(reference, batch(0), how())
-    stepping.step(1e-2, grad_scale=0.5 / 4.0)
+    stepping.step(1e-2, grad_scale=clip_coefficient(4.0, 0.5))
     stepping.zero_grad()
     assert same(snapshot(model, optimizer), snapshot(reference, stepping))
     assert fused.grad_norm > 0.5, "it is told as it was, before clipping"
