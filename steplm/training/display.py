@@ -50,7 +50,7 @@ class Display:
             f"[bold]plan[/]  {plan.num_stages} stage{'s' * (plan.num_stages > 1)}, layers {layers}, "
             f"{format_count(plan.shape.num_parameters())} parameters, {format_count(plan.total_tokens)} tokens, "
             f"model state {format_bytes(plan.peak_model_state_bytes)} "
-            f"(vanilla {format_bytes(plan.vanilla_model_state_bytes)}, {-plan.reduction:+.1%})"
+            f"(vanilla {format_bytes(plan.vanilla_model_state_bytes)}, {_percent(-plan.reduction)})"
             + _peak_against_vanilla(plan),
             highlight=False,
         )
@@ -229,8 +229,13 @@ def make_display(kind: str) -> Display:
     return RichDisplay(console) if kind == "rich" else Display(console)
 
 
+def _percent(change: float) -> str:
+    return f"{change:+.1%}".replace("-", "−")
+
+
 def _peak_against_vanilla(plan: Plan) -> str:
     if not plan.peak_bytes or not plan.vanilla_peak_bytes:
         return ""
     change = plan.peak_bytes / plan.vanilla_peak_bytes - 1
-    return f", peak {format_bytes(plan.peak_bytes)} (vanilla {format_bytes(plan.vanilla_peak_bytes)}, {change:+.1%})"
+    vanilla = f"vanilla {format_bytes(plan.vanilla_peak_bytes)}, {_percent(change)}"
+    return f", peak {format_bytes(plan.peak_bytes)} ({vanilla})"
