@@ -325,9 +325,7 @@ def _summary(plan: Plan, config: RunConfig) -> list[str]:
         f"{_against(plan.peak_model_state_bytes, plan.vanilla_model_state_bytes)}"
     )
     if plan.peak_bytes is None:
-        lines.append(
-            f"peak  unknown: no formula for the activations of {plan.shape.model_type}; --simulate counts it"
-        )
+        lines.append(f"peak  unknown: no formula for the activations of {plan.shape.model_type}; --simulate counts it")
     else:
         memory = config.memory
         corrected = f" and memory.correction={memory.correction:g}" if memory.correction != 1.0 else ""
