@@ -189,6 +189,21 @@ def test_in_a_run_of_badam_only_the_layer_whose_turn_it_is_moves(tiny_run: Confi
         assert after.state.optimizer_steps["lm_head.weight"] == after.state.progress.step  # and these go on
 
 
+def test_badam_stopped_between_two_turns_or_two_passes_ends_as_the_unbroken_run(
+    tiny_run: Configure, tmp_path: Path, assert_equal_runs: EqualRuns
+) -> None:
+    overrides = (*METHODS["badam"], "train.precision=bf16", "train.save_steps=1", "train.save_total_limit=99")
+    train(tiny_run(tmp_path / "unbroken", *overrides))
+    kept = complete_checkpoints(tmp_path / "unbroken" / "checkpoints")
+    for num_steps in (3, 6, 12):  # turns of 3 steps, passes of 12
+        run_dir = tmp_path / f"stopped-{num_steps}"
+        shutil.copytree(tmp_path / "unbroken", run_dir, ignore=shutil.ignore_patterns("export", "summary.json"))
+        for path in kept[num_steps:]:
+            shutil.rmtree(run_dir / "checkpoints" / path.name)
+        train(tiny_run(run_dir, *overrides))
+        assert_equal_runs(run_dir, tmp_path / "unbroken")
+
+
 THAWED = METHODS["old layers under apollo_mini"]
 
 
