@@ -16,6 +16,7 @@ from typing import Any
 
 from steplm.errors import SteplmError
 from steplm.planner.plan import Plan
+from steplm.report.archive import unpacked
 from steplm.report.documents import Environment, Evaluations, read_document
 from steplm.report.runs import RunRecord, load_run
 from steplm.report.suite import EntryRecord, Question, RunEntry, Status, SuiteRecord, is_suite, load_suite
@@ -334,12 +335,14 @@ class Suite:
 def read_suite(directory: str | Path) -> Suite:
     """A suite directory, or a run directory, or a folder of run directories, each of which is then an entry.
 
+    Any of them may be packed: see ``steplm.report.archive``.
+
     Raises:
         SteplmError: none of the three.
     """
-    directory = Path(directory)
-    record = load_suite(directory) if is_suite(directory) else _suite_of_runs(directory)
-    return Suite(record, tuple(_read_run(directory, run, counts=record.counts(run)) for run in record.runs))
+    with unpacked(Path(directory)) as folder:
+        record = load_suite(folder) if is_suite(folder) else _suite_of_runs(folder)
+        return Suite(record, tuple(_read_run(folder, run, counts=record.counts(run)) for run in record.runs))
 
 
 def _read_run(directory: Path, run: RunEntry, *, counts: bool) -> SuiteRun:
