@@ -17,7 +17,7 @@ ARCHIVE = "runs.tar.xz"
 
 def pack(folder: Path, archive: Path) -> None:
     """Write every file below a folder; equal files give an equal archive."""
-    with tarfile.open(archive, "w:xz", preset=9 | lzma.PRESET_EXTREME) as tar:
+    with tarfile.open(archive, "w:xz", preset=9) as tar:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             member = tarfile.TarInfo(path.relative_to(folder).as_posix())  # no owner, no time, mode 0644
             member.size = path.stat().st_size
@@ -42,5 +42,7 @@ def unpacked(directory: Path) -> Iterator[Path]:
             with tarfile.open(archive, "r:xz") as tar:
                 tar.extractall(folder, filter="data")
         except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
-            raise SteplmError(f"{archive} cannot be unpacked: {reason(error)}. It is damaged.", path=str(archive)) from None
+            raise SteplmError(
+                f"{archive} cannot be unpacked: {reason(error)}. It is damaged.", path=str(archive)
+            ) from None
         yield folder

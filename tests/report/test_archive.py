@@ -38,7 +38,9 @@ def test_a_packed_suite_or_folder_of_runs_or_run_reads_as_it_did(packed: Path, s
     assert [path.name for path in packed.iterdir()] == [ARCHIVE]
 
 
-def test_equal_files_give_an_equal_archive_whoever_wrote_them_and_when(packed: Path, suite_dir: Path, tmp_path: Path) -> None:
+def test_equal_files_give_an_equal_archive_whoever_wrote_them_and_when(
+    packed: Path, suite_dir: Path, tmp_path: Path
+) -> None:
     copy = shutil.copytree(suite_dir, tmp_path / "copy", copy_function=shutil.copyfile)
     for path in copy.rglob("*.json"):
         path.chmod(0o600)
