@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from steplm.version import __version__
 
 # name -> module. Looked up at first use, so that planning stays instant.
 _PUBLIC = {

@@ -345,6 +345,7 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile each layer")
     dry_run: bool = Field(True, description="one batch, forward and backward, before the first step of each stage")
     save_steps: int | None = Field(None, gt=0, description="default: five times a stage; stage ends are always saved")
+    save_minutes: float | None = Field(None, gt=0, description="also save when so much time has passed since a save")
     save_total_limit: int = Field(2, gt=0, description="checkpoints kept beside the stage ends")
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -12,6 +13,7 @@ from steplm.compare.suite import read_suite
 from steplm.config import (
     GrowthConfig,
     LogConfig,
+    MemoryConfig,
     OptimConfig,
     PetConfig,
     RunConfig,
@@ -20,14 +22,21 @@ from steplm.config import (
     config_schema,
     dump_config,
     load_config,
+    load_written_config,
     recipes_dir,
 )
+from steplm.cost.rules import RULES
 from steplm.errors import ConfigError
 from steplm.growth.operators import OPERATORS
+from steplm.old_keys import RENAMED, translate_old_keys
+from steplm.optim.build import MAKERS
 from steplm.optim.schedules import SCHEDULES
-from steplm.pet.adapters import METHODS
+from steplm.pet.adapters import ADAPTERS
+from steplm.planner.methods import METHODS
+from steplm.planner.plan import plan
 from steplm.planner.positions import POSITIONS
 from steplm.problems import validated
+from steplm.yaml_files import dump_yaml
 from steplm.training.metrics import SINKS
 
 
@@ -56,7 +65,7 @@ def test_an_override_leaves_the_given_mapping_alone() -> None:
         ("plan.num_stage=3", "Did you mean 'num_stages'?"),
         ("pln.num_stages=3", "Did you mean 'plan'?"),
         ("growth.rank=3", "Did you mean 'pet.rank'?"),
-        ("growth.quite_other=3", "Known keys: operator, position."),
+        ("growth.quite_other=3", "Known keys: operator, position, optimizer_states."),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(override: str, suggestion: str) -> None:
@@ -92,10 +101,10 @@ def test_a_key_that_is_no_text_is_named(tmp_path: Path, key: str) -> None:
 
 
 def test_embeddings_that_nothing_would_train_are_refused() -> None:
-    lora = ["plan.num_stages=1", "method=lora", "plan.train_embeddings=first_stage"]
-    with pytest.raises(ConfigError, match="trains nothing before its adapters"):
-        load_config({}, lora)
-    load_config({}, [*lora, "pet.warm_start=0.25"])
+    relora = ["plan.num_stages=1", "method=relora", "pet.restarts=1", "plan.train_embeddings=first_stage"]
+    with pytest.raises(ConfigError, match="freezes embeddings and head once they are trained"):
+        plan(load_config({}, relora))
+    plan(load_config({}, [*relora, "pet.warm_start=0.25"]))
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -172,7 +181,7 @@ def test_the_schema_names_every_key() -> None:
 
 def test_the_first_stage_has_the_first_learning_rate() -> None:
     config = RunConfig.model_validate({"optim": {"learning_rate": [1e-3, 2e-3]}})
-    assert [config.learning_rate(num_growths) for num_growths in (0, 1)] == [1e-3, 2e-3]
+    assert [config.learning_rate(stage) for stage in (1, 2)] == [1e-3, 2e-3]
 
 
 def test_one_section_alone_is_validated_with_the_same_messages() -> None:
@@ -238,10 +247,15 @@ def choices(annotation: Any) -> set[str]:
 @pytest.mark.parametrize(
     ("section", "key", "names"),
     [
+        (RunConfig, "method", {*METHODS}),
+        (OptimConfig, "name", {*MAKERS}),
+        (OptimConfig, "old_layers", {*MAKERS}),
+        (PetConfig, "rule", {*MAKERS}),
+        (MemoryConfig, "master_weights", {*MAKERS, "8bit"}),
         (GrowthConfig, "operator", {*OPERATORS}),
         (GrowthConfig, "position", {*POSITIONS}),
         (OptimConfig, "lr_scheduler_type", {*SCHEDULES}),
-        (PetConfig, "method", {*METHODS, "none"}),
+        (PetConfig, "method", {*ADAPTERS, "none"}),
         (LogConfig, "report_to", {*SINKS}),
     ],
 )
@@ -249,6 +263,10 @@ def test_the_choices_of_a_key_are_the_names_that_are_implemented(
     section: type[Section], key: str, names: set[str]
 ) -> None:
     assert choices(section.model_fields[key].annotation) == names
+
+
+def test_every_update_rule_is_priced_and_implemented() -> None:
+    assert RULES.keys() == MAKERS.keys()
 
 
 def test_a_number_without_a_point_is_a_number_in_free_form_keys_too() -> None:
@@ -259,13 +277,8 @@ def test_a_number_without_a_point_is_a_number_in_free_form_keys_too() -> None:
 CLASHES = {
     "a fused update cannot sum micro-batches": (
         ["memory.fused_backward=true", "optim.max_grad_norm=null", "train.gradient_accumulation_steps=4"],
-        ["memory.fused_backward", "train.gradient_accumulation_steps=4"],
+        ["memory.fused_backward", "a step has 4", "train.gradient_accumulation_steps"],
         "train.gradient_accumulation_steps=1",
-    ),
-    "a fused update cannot clip": (
-        ["memory.fused_backward=true", "optim.max_grad_norm=0.5"],
-        ["memory.fused_backward", "optim.max_grad_norm=0.5"],
-        "optim.max_grad_norm=null",
     ),
     "fp32 weights have no master copy": (
         ["memory.master_weights=false", "train.precision=fp32"],
@@ -284,8 +297,8 @@ CLASHES = {
     ),
     "adapters on embeddings need frozen layers": (
         ["plan.train_embeddings=adapters", "method=growth"],
-        ["plan.train_embeddings=adapters", "plan.freeze_old_layers"],
-        "plan.freeze_old_layers=true",
+        ["plan.train_embeddings=adapters", "adapters on frozen layers"],
+        "method=step",
     ),
 }
 
@@ -294,17 +307,12 @@ CLASHES = {
 def test_options_that_clash_are_refused_by_both_names_with_a_way_out_that_works(name: str) -> None:
     overrides, keys, way_out = CLASHES[name]
     with pytest.raises(ConfigError) as caught:
-        load_config({}, overrides)
+        plan(load_config({}, overrides))
     message = str(caught.value)
     assert "\n" not in message, "one problem, not several"
     assert all(key in message for key in keys)
-    assert "set " in message
-    load_config({}, [*overrides, way_out])
-
-
-@pytest.mark.parametrize("override", ["memory.fused_backward=true", "memory.fused_backward=false"])
-def test_each_of_two_ways_out_of_a_clash_works(override: str) -> None:
-    load_config({}, [override, "optim.max_grad_norm=null"])
+    assert "set " in message or "leave " in message
+    plan(load_config({}, [*overrides, way_out]))
 
 
 @pytest.mark.parametrize(
@@ -339,7 +347,114 @@ def test_a_device_must_have_the_corrected_peak_and_the_reserve() -> None:
     ["memory.frozen_weights=nf4", "memory.offload_frozen=true", "train.gradient_checkpointing=frozen"],
 )
 def test_options_of_frozen_layers_are_refused_where_none_is_frozen(override: str) -> None:
-    load_config({}, [override])
-    with pytest.raises(ConfigError, match=r"plan\.freeze_old_layers=false leaves none") as caught:
-        load_config({}, [override, "method=growth"])
+    plan(load_config({}, [override]))
+    with pytest.raises(ConfigError, match="is for frozen layers, and growth freezes none") as caught:
+        plan(load_config({}, [override, "method=growth"]))
     assert override.partition("=")[0] in str(caught.value)
+
+
+# --- keys of earlier versions ---
+
+OLD_SPELLINGS = {
+    "plan.freeze_old_layers=false": "method=growth",
+    "plan.freeze_old_layers=true": "method=step",
+    "pet.layers=all": "method=lora, or method=relora with pet.restarts",
+    "pet.layers=old": "leave it out",
+    "optim.name=badam": "method=badam",
+    "optim.low_rank_layers=old": "method=thawed, with optim.old_layers",
+    "optim.low_rank_layers=all": "leave it out",
+}
+
+
+@pytest.mark.parametrize("override", OLD_SPELLINGS)
+def test_an_old_key_is_refused_with_its_new_spelling(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({}, [override])
+    assert str(caught.value).startswith(f"{override} is now ")
+    assert OLD_SPELLINGS[override] in str(caught.value)
+
+
+def test_every_old_key_is_known_and_several_are_told_at_once(tmp_path: Path) -> None:
+    told = {(*override.partition("=")[0].split("."), override.partition("=")[2]) for override in OLD_SPELLINGS}
+    assert told == {(*key, str(value).lower()) for key, values in RENAMED.items() for value in values}
+    (tmp_path / "run.yaml").write_text("plan: {freeze_old_layers: false}\noptim: {name: badam}\n")
+    with pytest.raises(ConfigError, match="is now method=growth.*is now method=badam"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("plan.freeze_old_layers=7", "plan has no key 'freeze_old_layers'"),
+        ("pet.layers=[1]", "pet has no key 'layers'"),
+        ("optim.name=adamm", "optim.name"),
+    ],
+)
+def test_a_value_that_an_old_key_never_had_is_refused_as_any_mistake(override: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({}, [override])
+    assert words in str(caught.value)
+
+
+def written_before(**changes: Any) -> dict[str, Any]:
+    """``config.yaml`` as the last version before schedules wrote it: every key, in the old spelling."""
+    values = json.loads(RunConfig().model_dump_json())
+    del values["method"], values["optim"]["old_layers"], values["pet"]["rule"]
+    values["plan"]["freeze_old_layers"] = True
+    values["pet"]["layers"] = "old"
+    values["optim"]["low_rank_layers"] = "all"
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values[section][name] = value
+    return values
+
+
+ONE_STAGE = {"plan__num_stages": 1}
+TRANSLATED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "step": ({"plan__num_stages": 3, "pet__rank": 64}, ["plan.num_stages=3", "pet.rank=64"]),
+    "no adapters": ({"pet__method": "none"}, ["pet.method=none"]),
+    "growth": ({"plan__freeze_old_layers": False}, ["method=growth"]),
+    "vanilla": (ONE_STAGE, ["method=vanilla", "plan.num_stages=1"]),
+    "vanilla, of which no stage has frozen embeddings": (
+        {**ONE_STAGE, "plan__train_embeddings": "first_stage"},
+        ["method=vanilla", "plan.num_stages=1"],
+    ),
+    "vanilla under galore": (
+        {**ONE_STAGE, "optim__name": "galore", "optim__rank": 64},
+        ["method=vanilla", "plan.num_stages=1", "optim.name=galore", "optim.rank=64"],
+    ),
+    "lora": ({**ONE_STAGE, "pet__layers": "all"}, ["method=lora", "plan.num_stages=1"]),
+    "relora": (
+        {**ONE_STAGE, "pet__layers": "all", "pet__restarts": 3, "pet__warm_start": 0.25},
+        ["method=relora", "plan.num_stages=1", "pet.restarts=3", "pet.warm_start=0.25"],
+    ),
+    "badam": (
+        {**ONE_STAGE, "optim__name": "badam", "optim__switch_steps": 50},
+        ["method=badam", "plan.num_stages=1", "optim.switch_steps=50"],
+    ),
+    "thawed": (
+        {
+            "plan__freeze_old_layers": False, "optim__name": "apollo_mini", "optim__low_rank_layers": "old",
+            "memory__master_weights": "adamw",
+        },
+        ["method=thawed", "optim.old_layers=apollo_mini", "memory.master_weights=adamw"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
+def test_the_configuration_of_an_old_run_is_read_as_its_new_spelling(tmp_path: Path, name: str) -> None:
+    changes, overrides = TRANSLATED[name]
+    old = written_before(**changes)
+    before = json.dumps(old)
+    (tmp_path / "config.yaml").write_text(dump_yaml(old))
+    read = load_written_config(tmp_path / "config.yaml")
+    assert read == load_config({}, overrides)
+    plan(read)
+    assert json.dumps(old) == before, "what was given stays as it is"
+
+
+def test_a_configuration_of_today_is_translated_to_itself() -> None:
+    for overrides in ([], ["method=thawed", "optim.old_layers=scale"], ["method=badam", "plan.num_stages=1"]):
+        values = json.loads(load_config({}, overrides).model_dump_json())
+        assert translate_old_keys(values) == values

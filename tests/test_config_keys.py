@@ -107,7 +107,7 @@ TESTED_ALONE = {
     "data.train", "data.validation", "data.validation_fraction", "data.text_field", "data.tokenizer",
     "data.prepared_dir", "data.max_train_tokens", "data.shard_tokens", "data.max_bad_share", "data.num_workers",
     "train.device", "train.num_threads", "train.gradient_checkpointing", "train.loss_chunk_size", "train.compile",
-    "train.dry_run", "train.save_steps", "train.save_total_limit",
+    "train.dry_run", "train.save_steps", "train.save_minutes", "train.save_total_limit",
     "train.global_batch_size", "distributed.world_size", "distributed.shard_size",  # tests/distributed/test_world.py
     "distributed.timeout",  # tests/distributed/test_faults.py
     "memory.offload_activations", "memory.reserve", "memory.correction",
@@ -324,6 +324,15 @@ def test_checkpoints_are_as_many_and_as_often_as_asked(tiny_run: Configure, tmp_
         kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
         expected = names if limit == 1 else ["stage1-end", *(f"stage1-step{n:06d}" for n in names)]
         assert kept == expected
+
+
+def test_checkpoints_are_written_by_the_clock_too(tiny_run: Configure, tmp_path: Path) -> None:
+    overrides = ("plan.num_stages=1", "plan.total_tokens=448", "train.save_steps=1000", "train.save_total_limit=99")
+    for minutes, names in ((1e-9, [*range(1, 7)]), (60, [])):
+        run_dir = tmp_path / str(minutes)
+        train(tiny_run(run_dir, *overrides, f"train.save_minutes={minutes}"))
+        kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+        assert kept == ["stage1-end", *(f"stage1-step{n:06d}" for n in names)]
 
 
 def test_evaluation_is_as_asked(tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,11 @@ import steplm
 PACKAGE = Path(steplm.__file__).parent
 
 # Each room with what it may import, besides itself. A lower room never names a higher one.
-BASE = {"types", "errors", "units", "files", "rows", "launch", "yaml_files", "problems", "old_keys", "config"}
+BASE = {"version", "types", "errors", "units", "files", "rows", "launch", "yaml_files", "problems", "old_keys", "config"}
 PLANNING = BASE | {"schedule", "cost", "planner"}
-SIBLINGS = PLANNING | {"steplm"}  # `import steplm` for the version
+SIBLINGS = PLANNING
 ALLOWED = {
+    "version": set(),
     "types": set(),
     "errors": set(),
     "units": set(),

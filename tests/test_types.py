@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from steplm.config import load_config
+from steplm.planner.plan import Plan
 from steplm.planner.plan import plan as make_plan
-from steplm.types import MemoryEstimate, MemoryTerm, Plan, from_json, to_json
+from steplm.schedule import Frozen, Phase, Schedule
+from steplm.types import MemoryEstimate, MemoryTerm
 
 
 @pytest.fixture
@@ -15,25 +17,27 @@ def plan() -> Plan:
     return make_plan(load_config(values))
 
 
-def _with_first_term(plan: Plan, **changes: object) -> Plan:
-    stage = plan.stages[0]
-    first, *others = stage.memory.terms
-    memory = MemoryEstimate((replace(first, **changes), *others))  # type: ignore[arg-type]
-    return replace(plan, stages=(replace(stage, memory=memory), *plan.stages[1:]))
+def _with_phase(plan: Plan, index: int, **changes: object) -> Schedule:
+    phases: list[Phase] = [*plan.schedule.phases]
+    phases[index - 1] = replace(phases[index - 1], **changes)  # type: ignore[arg-type]
+    return Schedule(tuple(phases))
 
 
-def test_the_hash_covers_what_training_obeys_and_no_prose(plan: Plan) -> None:
-    assert _with_first_term(plan, formula="in other words").hash == plan.hash
-    assert _with_first_term(plan, num_bytes=1).hash == plan.hash, "bytes follow the devices"
-    assert replace(plan, proved_optimal=not plan.proved_optimal).hash == plan.hash
-    assert len(plan.hash) == 16
+def test_the_hash_covers_all_that_training_obeys(plan: Plan) -> None:
+    second = plan.schedule.phases[1]
+    (kept,) = {role for role in second.layers if role in second.adapters.values()}
+    layers = tuple(replace(kept, alpha=1.0) if role is kept else role for role in second.layers)
     others = [
-        replace(plan, precision="fp32"),
-        replace(plan, shape=replace(plan.shape, vocab_size=7)),
-        replace(plan, stages=(replace(plan.stages[0], tokens=1), plan.stages[1])),
-        replace(plan, stages=(plan.stages[0], replace(plan.stages[1], adapters=None))),
+        _with_phase(plan, 1, tokens=1),
+        _with_phase(plan, 1, scheduled_tokens=1),
+        _with_phase(plan, 2, schedule_start_tokens=1),
+        _with_phase(plan, 2, layers=layers),
+        _with_phase(plan, 2, embeddings_and_head=Frozen()),
+        _with_phase(plan, 2, entry=replace(second.entry, operator="stack")),
+        Schedule(plan.schedule.phases[:1]),
     ]
-    assert len({plan.hash, *(other.hash for other in others)}) == 1 + len(others)
+    assert len(plan.schedule.hash) == 16
+    assert len({plan.schedule.hash, *(other.hash for other in others)}) == 1 + len(others)
 
 
 def test_the_number_of_devices_changes_no_hash_but_what_each_holds() -> None:
@@ -46,24 +50,15 @@ def test_the_number_of_devices_changes_no_hash_but_what_each_holds() -> None:
         made("distributed.world_size=8"),
         made("distributed.world_size=8", "distributed.shard_size=2"),
     )
-    assert alone.hash == many.hash == copies.hash
+    assert alone.schedule.hash == many.schedule.hash == copies.schedule.hash
     assert alone.peak_model_state_bytes > copies.peak_model_state_bytes > many.peak_model_state_bytes
-
-
-def test_a_plan_of_before_there_were_several_devices_is_read(plan: Plan) -> None:
-    old = to_json(plan)
-    del old["shape"]["other_tensors"]
-    old["shape"]["embedding_sizes"] = []
-    read = from_json(Plan, old)
-    assert read.layers == plan.layers
-    assert read.shape.num_parameters() == plan.shape.num_parameters()
 
 
 def test_bytes_by_kind_keep_adapters_apart_and_add_up_to_the_total() -> None:
     terms = [
-        ("new_layers", "weights", 1),
+        ("trained_layers", "weights", 1),
         ("frozen_layers", "weights", 20),
-        ("new_layers", "gradients", 300),
+        ("trained_layers", "gradients", 300),
         ("head", "optimizer", 4_000),
         ("adapters", "weights", 50_000),
         ("adapters", "optimizer", 600_000),

@@ -34,7 +34,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-import steplm
 from steplm.checkpoint.shards import BackgroundWriter, Fingerprints, TensorFiles, fingerprint
 from steplm.errors import CheckpointError
 from steplm.files import sync, write_atomically
@@ -43,6 +42,7 @@ from steplm.rows import WHOLE, Rows
 from steplm.schedule import Phase
 from steplm.types import LayerProvenance, TrainState, from_json, to_json
 from steplm.units import reason, shortened
+from steplm.version import __version__
 
 MARKER = "COMPLETE"
 ADAPTERS = "adapters.safetensors"
@@ -353,7 +353,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 def _versions() -> dict[str, str]:
     return {
-        "steplm": steplm.__version__,
+        "steplm": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

@@ -50,7 +50,7 @@ def _suggesting(run: str, overrides: list[str]) -> Iterator[None]:
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        from steplm import __version__
+        from steplm.version import __version__
 
         print(__version__)
         raise typer.Exit

@@ -163,10 +163,10 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
             "bold" if is_peak else None,
         )
         if counts_outer and not same_outer:
-            add_row(" outer", "", "", _outer(stage.memory), None, "dim")
+            add_row(" emb+head", "", "", _outer(stage.memory), None, "dim")
     table.add_section()
     if counts_outer and same_outer:
-        add_row("outer", "", "", _outer(by_peak.memory), None, "dim")
+        add_row("emb+head", "", "", _outer(by_peak.memory), None, "dim")
     add_row("vanilla", str(shape.num_hidden_layers), "", vanilla_state, plan.vanilla_peak_bytes, "dim")
 
     console.print(
@@ -182,10 +182,12 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
         console.print(line, highlight=False)
     notes = []
     if counts_outer:
-        where = "a part of every stage above" if same_outer else "a part of the stage above it"
-        notes.append(f"outer: embeddings, final norm and head, {where}")
+        where = "every stage" if same_outer else "the stage above it"
+        notes.append(f"emb+head: embeddings, final norm and head, included in {where}")
     else:
         notes.append("embeddings, final norm and head are not counted in the state")
+    if len(spans) > 1:
+        notes.append("◀: the highest peak")
     if not plan.proved_optimal:
         notes.append("a smaller peak is possible: leave plan.layers out")
     for note in notes:
@@ -323,14 +325,12 @@ def _summary(plan: Plan, config: RunConfig) -> list[str]:
         f"{_against(plan.peak_model_state_bytes, plan.vanilla_model_state_bytes)}"
     )
     if plan.peak_bytes is None:
-        lines.append(
-            f"activations of {plan.shape.model_type} are not known by formula: --simulate counts them on fake tensors"
-        )
+        lines.append(f"peak  unknown: no formula for the activations of {plan.shape.model_type}; --simulate counts it")
     else:
         memory = config.memory
         corrected = f" and memory.correction={memory.correction:g}" if memory.correction != 1.0 else ""
         needed = format_bytes(memory.needed_bytes(plan.peak_bytes))
-        lines.append(f"with memory.reserve={format_bytes(memory.reserve)}{corrected} it needs a device of {needed}")
+        lines.append(f"device needed, with memory.reserve={format_bytes(memory.reserve)}{corrected}: {needed}")
     moments = [i.memory for stage in plan.stages if stage.peak is not None for i in stage.peak.instants]
     on_host = max((memory.bytes_of(kind=HOST) for memory in (*moments, *(s.memory for s in plan.stages))), default=0)
     if on_host:
@@ -344,7 +344,8 @@ def _against(num_bytes: int, vanilla_bytes: int | None) -> str:
     if num_bytes == vanilla_bytes:
         return ", as ordinary (vanilla) pre-training"
     change = num_bytes / vanilla_bytes - 1
-    return f"; vanilla {format_bytes(vanilla_bytes)}; [bold]{change:+.1%}[/]"
+    percent = f"{change:+.1%}".replace("-", "−")
+    return f"; vanilla {format_bytes(vanilla_bytes)}; [bold]{percent}[/]"
 
 
 def _largest(plan: Plan, what: str) -> Stage:

@@ -15,8 +15,8 @@ def run_prepare(run: str, overrides: list[str], *, verify_hashes: bool = False) 
     manifest = prepare(config, display.prepare)
     for name, split in manifest.splits.items():
         display.console.print(
-            f"{name}: {split.num_documents:,} documents, {format_count(split.num_tokens)} tokens, "
-            f"{format_bytes(split.num_text_bytes)} of text"
+            f"{name}: {split.num_documents:,} documents, {format_count(split.num_tokens)} tokens"
+            + (f", {format_bytes(split.num_text_bytes)} of text" if split.num_text_bytes else "")
         )
     display.console.print(f"shards in {config.prepared_dir}", highlight=False)
     if verify_hashes:

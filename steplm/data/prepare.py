@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter, deque
@@ -34,6 +35,7 @@ from steplm.data.tokenizer import load_tokenizer, tokenizer_files, train_tokeniz
 from steplm.data.tokens import (
     MANIFEST,
     SCHEMA_VERSION,
+    Count,
     Manifest,
     SplitManifest,
     TokenizerManifest,
@@ -360,10 +362,10 @@ class Counts:
     """How far the stream was read, and what was left out on the way."""
 
     bad: BadRecords = field(default_factory=BadRecords)
-    num_duplicates: int = 0
-    num_sources_done: int = 0
-    num_documents: int = 0
-    num_text_bytes: int = 0
+    num_duplicates: Count = 0
+    num_sources_done: Count = 0
+    num_documents: Count = 0
+    num_text_bytes: Count = 0
     source: str = ""
 
     def snapshot(self) -> Counts:
@@ -401,6 +403,11 @@ def _go_on(
             split, index = reached.source
             if index not in range(len(sources.get(split, ()))):
                 raise ValueError(f"there is no source {index} of {split}")
+            on_hub, place, bad = sources[split][index].name.startswith("hub://"), reached.place, reached.counts.bad
+            if isinstance(place, str) and not (on_hub and re.fullmatch(r"\d{1,9}:\d{1,18}", place)):
+                raise ValueError(f"there is no place {place!r} in a source")
+            if not 0 <= bad.num_bad <= bad.num_records or (isinstance(place, int) and place < 0):
+                raise ValueError("a number is below 0")
             writers = {name: open_writer(folder / name, state=reached.writers.get(name)) for name in sources}
             return reached, writers, SeenDocuments(folder, reached.counts.num_documents)
         except ValueError:  # a file is missing or damaged: begin anew

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
-from steplm.data.tokens import Shard, offsets_file_bytes
+from steplm.data.tokens import Count, Shard, offsets_file_bytes
 from steplm.errors import DataError
 from steplm.types import from_json, to_json
 from steplm.units import format_bytes
@@ -36,10 +37,10 @@ LOCK = ".lock"
 class WriterState:
     """How far a ``ShardWriter`` was: its whole shards, and what is in the one that it was writing."""
 
-    num_shards: int
-    num_tokens: int = 0
-    num_text_bytes: int = 0
-    last_document: int = -1
+    num_shards: Count
+    num_tokens: Count = 0
+    num_text_bytes: Count = 0
+    last_document: Annotated[int, Field(ge=-1)] = -1
 
 
 class ShardWriter:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from steplm.data.formats import is_plain_text
 from steplm.data.sources import BadRecords, Source, find_sources
 from steplm.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-RECORD_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 LINE_DATASETS = ("wikitext",)  # on the hub, each record of these is one line of a text
 
 
@@ -99,7 +98,7 @@ def _texts(entries: Sequence[str], text_field: str, bad: BadRecords) -> Iterator
 def _is_one_text(source: Source) -> bool:
     if source.path is None:
         return any(name in source.name.lower() for name in LINE_DATASETS)
-    return Path(source.path.name.removesuffix(".gz")).suffix.lower() not in RECORD_SUFFIXES
+    return is_plain_text(source.path)
 
 
 def opening_token(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from steplm.errors import GrowthError
+from steplm.rows import Rows
 
 Layer = Mapping[str, Tensor]  # tensors of one layer, by their name below the layer: "mlp.up_proj.weight"
 
@@ -33,6 +34,7 @@ class Operator:
     function: Callable[[Sequence[Layer], float], dict[str, Tensor]]
     function_preserving: bool = False  # the grown model computes what the old one did
     fresh: bool = False  # its one parent is a freshly initialised layer, not one of the model's
+    mixes_rows: bool = False  # a row of a new tensor depends on other rows, so that no rank can make its rows alone
 
 
 def copy_lower(parents: Sequence[Layer], fraction: float) -> dict[str, Tensor]:
@@ -92,3 +94,17 @@ OPERATORS: dict[str, Operator] = {
     "identity": Operator(copy_with_zero_output, function_preserving=True),
     "random": Operator(copy_lower, fresh=True),
 }
+
+
+def require_row_wise(operator: str, rows: Rows) -> None:
+    """Refuse an operator that mixes rows where a rank has only some of them.
+
+    Raises:
+        GrowthError: with the way out.
+    """
+    if OPERATORS[operator].mixes_rows and not rows.is_whole:
+        raise GrowthError(
+            f"growth operator {operator!r} mixes rows, and each of {rows.count} ranks has only its own: set "
+            "distributed.shard_size=1.",
+            operator=operator,
+        )

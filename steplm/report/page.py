@@ -11,7 +11,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import steplm
 from steplm.report.charts import facts, question_charts, rates_chart
 from steplm.report.curves import Look, looks
 from steplm.report.evaluations import Evaluation
@@ -19,6 +18,7 @@ from steplm.report.style import RUN_COLOURS, RUN_COLOURS_ON_DARK
 from steplm.report.suite import Question
 from steplm.report.summary import Suite
 from steplm.report.tables import Cell, Table, details_table, problems, question_table, stages_table, tuning_table
+from steplm.version import __version__
 
 WITHOUT_PLOTLY = "For interactive charts: pip install plotly, and make the report again."
 AXIS_BUTTONS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "time"}
@@ -47,7 +47,7 @@ def write_page(suite: Suite, path: Path, figures: Mapping[str, Path], evaluation
         title=escape(suite.record.name),
         css=_file("page.css"),
         body=body,
-        version=steplm.__version__,
+        version=__version__,
         data=_embedded(page.data() if plotly else {"charts": [], "labels": {}, "looks": {}}),
         plotly=f"<script>{plotly}</script>" if plotly else "",
         js=_file("page.js"),

@@ -17,7 +17,7 @@ _PUBLIC = {
     "Conversation": "steplm.sft.records",
     "Encoder": "steplm.sft.encode",
     "SftConfig": "steplm.sft.config",
-    "SftResult": "steplm.sft.run",
+    "SftResult": "steplm.sft.types",
     "instruction_tune": "steplm.sft.run",
     "load_sft_config": "steplm.sft.config",
     "prepare_records": "steplm.sft.prepare",
@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from steplm.sft.encode import Encoder
     from steplm.sft.prepare import prepare_records
     from steplm.sft.records import Conversation, read_conversations
-    from steplm.sft.run import SftResult, instruction_tune
+    from steplm.sft.run import instruction_tune
     from steplm.sft.templates import ALPACA_TEMPLATE
+    from steplm.sft.types import SftResult
 
 
 def __getattr__(name: str) -> Any:

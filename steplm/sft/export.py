@@ -14,12 +14,11 @@ from steplm.models.build import plain_state
 from steplm.models.folder import save_folder
 from steplm.models.names import short_name
 from steplm.sft.config import SftConfig
+from steplm.sft.types import SftResult
 from steplm.training.model_card import public_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    from steplm.sft.run import SftResult
 
 
 def export_model(

@@ -34,6 +34,7 @@ KINDS = {
 }
 EXPECTED = "instruction, output and perhaps input; or messages; or conversations; or prompt and completion"
 MESSAGE_KEYS = ("role", "content", "from", "value", "weight", "train")
+FIELDS = tuple(dict.fromkeys(field for fields in KINDS.values() for field in fields))  # the columns that are read
 # Who speaks in ShareGPT's records -> the role in a chat template.
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MOST_REASONS = 5  # in one message
@@ -135,12 +136,8 @@ def read_conversations(entries: Sequence[str]) -> Records:
 
 def _values(entries: Sequence[str]) -> Iterator[tuple[str, Any]]:
     for source in find_sources(entries):
-        for place, value in source.records():
-            listed = value.get("data") if isinstance(value, Mapping) and _kind(value) is None else None
-            if isinstance(listed, list):  # the whole file is {"data": [record, …]}
-                yield from ((f"{source.name}:data[{index}]", record) for index, record in enumerate(listed))
-            else:
-                yield f"{source.name}:{place}", value
+        for place, value in source.records(FIELDS):
+            yield f"{source.name}:{place}", value
 
 
 def as_conversation(record: Any) -> Conversation:

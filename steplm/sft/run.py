@@ -32,6 +32,7 @@ from steplm.sft.memory import ModelState, model_state
 from steplm.sft.packing import check_packing
 from steplm.sft.prepare import Prepared, batches, prepare_records
 from steplm.sft.templates import set_chat_template, template_file
+from steplm.sft.types import Schedule, SftResult
 from steplm.training.environment import environment
 from steplm.training.metrics import MetricsLog, read_metrics
 from steplm.training.signals import stopping_on_signals
@@ -42,37 +43,6 @@ if TYPE_CHECKING:
     from trl import SFTTrainer
 
 LOSS_CHUNK_SIZE = 1024  # rows of logits that exist at once, of the held-out loss
-
-
-@dataclass(frozen=True)
-class SftResult:
-    """What a run left behind; losses in nats a token of the answers, None where nothing was held out."""
-
-    output_dir: Path
-    finished: bool
-    stop_signal: int | None = None
-    export_dir: Path | None = None
-    num_steps: int | None = None
-    train_loss: float | None = None  # mean over the steps of the last epoch
-    validation_loss_before: float | None = None
-    validation_loss: float | None = None  # of the exported model
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How many steps a run takes, and what it saves when."""
-
-    num_steps: int
-    steps_per_epoch: int
-    save_steps: int
-
-    @staticmethod
-    def of(config: SftConfig, num_sequences: int) -> Schedule:
-        """As ``Trainer`` counts: the last step of an epoch may be a smaller one."""
-        micro_batches = math.ceil(num_sequences / config.per_device_train_batch_size)
-        steps_per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps)
-        num_steps = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
-        return Schedule(num_steps, steps_per_epoch, config.save_steps or math.ceil(num_steps / 5))
 
 
 def instruction_tune(

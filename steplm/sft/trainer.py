@@ -21,13 +21,12 @@ from steplm.sft.config import SftConfig
 from steplm.sft.encode import Example
 from steplm.sft.folder import mark_complete
 from steplm.sft.memory import ModelState, measured_bytes
+from steplm.sft.types import Schedule
 from steplm.training.metrics import MetricsLog
 from steplm.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    from steplm.sft.run import Schedule
 
 
 def packed(examples: Sequence[Example], sequence_length: int, config: SftConfig) -> Dataset:

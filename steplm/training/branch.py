@@ -24,8 +24,8 @@ from steplm.types import TrainState
 
 # Keys and sections that leave a stage's weights as they are, to the last bit, or that its schedule tells of.
 NOT_COMPARED = (
-    "name", "output_dir", "method", "eval", "log", "train.dry_run", "train.save_steps", "train.save_total_limit",
-    "data.num_workers", "memory.reserve", "memory.correction",
+    "name", "output_dir", "method", "eval", "log", "train.dry_run", "train.save_steps", "train.save_minutes",
+    "train.save_total_limit", "data.num_workers", "memory.reserve", "memory.correction",
     "plan", "pet", "growth", "model.num_hidden_layers", "optim.schedule_over", "optim.old_layers",
     "optim.learning_rate", "optim.keep_state_at_growth",
 )  # fmt: skip

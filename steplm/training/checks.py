@@ -46,6 +46,7 @@ FREE_AT_RESUME = (
     # The way out of a diverged run. Such a change is noted in the log.
     *(f"optim.{key}" for key in OptimConfig.model_fields if key not in FIXED_OPTIM_KEYS),
     "train.save_steps",
+    "train.save_minutes",
     "train.save_total_limit",
     "eval",
     "log",

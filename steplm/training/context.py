@@ -36,6 +36,7 @@ class RunContext:
     seconds_before: float = 0.0  # trained before this process
     started_at: float = field(default_factory=time.monotonic)
     last_checkpoint: Path | None = None
+    saved_at: float = field(default_factory=time.monotonic)
     requested_signal: int | None = None  # to this process
     stop_signal: int | None = None  # what all ranks stop at, at the same step
 

@@ -50,13 +50,15 @@ class Display:
             f"[bold]plan[/]  {plan.num_stages} stage{'s' * (plan.num_stages > 1)}, layers {layers}, "
             f"{format_count(plan.shape.num_parameters())} parameters, {format_count(plan.total_tokens)} tokens, "
             f"model state {format_bytes(plan.peak_model_state_bytes)} "
-            f"(vanilla {format_bytes(plan.vanilla_model_state_bytes)}, {-plan.reduction:+.1%})"
+            f"(vanilla {format_bytes(plan.vanilla_model_state_bytes)}, {_percent(-plan.reduction)})"
             + _peak_against_vanilla(plan),
             highlight=False,
         )
 
     def prepare(self, progress: PrepareProgress) -> None:
         """Data preparation speaks when a phase begins and at every tenth of it."""
+        for note in progress.notes if self._prepared is None else ():
+            self.note(f"data  {note}")
         moment = (progress.phase, int(progress.fraction * 10) if progress.num_documents else 0)
         if moment == self._prepared:
             return
@@ -65,8 +67,10 @@ class Display:
         if progress.num_documents:
             counts = (
                 f"  {progress.num_documents:,} documents, {format_count(progress.num_train_tokens)} tokens, "
-                f"{format_count(progress.tokens_per_second)} tok/s"
+                f"{format_bytes(progress.num_text_bytes)}, {format_count(progress.tokens_per_second)} tok/s"
             )
+            if progress.seconds_left:
+                counts += f", {format_seconds(progress.seconds_left)} left"
         bad = f", {progress.num_bad_records} bad records" if progress.num_bad_records else ""
         share = f"  {progress.fraction:.0%}" if progress.num_documents else ""
         self.note(f"data  {progress.phase}{share}{counts}{bad}")
@@ -225,8 +229,13 @@ def make_display(kind: str) -> Display:
     return RichDisplay(console) if kind == "rich" else Display(console)
 
 
+def _percent(change: float) -> str:
+    return f"{change:+.1%}".replace("-", "−")
+
+
 def _peak_against_vanilla(plan: Plan) -> str:
     if not plan.peak_bytes or not plan.vanilla_peak_bytes:
         return ""
     change = plan.peak_bytes / plan.vanilla_peak_bytes - 1
-    return f", peak {format_bytes(plan.peak_bytes)} (vanilla {format_bytes(plan.vanilla_peak_bytes)}, {change:+.1%})"
+    vanilla = f"vanilla {format_bytes(plan.vanilla_peak_bytes)}, {_percent(change)}"
+    return f", peak {format_bytes(plan.peak_bytes)} ({vanilla})"

@@ -15,7 +15,7 @@ from steplm.checkpoint import Checkpoint
 from steplm.cost.measure import check_against_plan, comparable, measure_model_state, measure_peak, reset_peak
 from steplm.cost.rules import RULES
 from steplm.growth.grow import grow, layer_prefix_of, provenance, renamed
-from steplm.growth.operators import OPERATORS
+from steplm.growth.operators import OPERATORS, require_row_wise
 from steplm.models.build import DTYPES, fresh_layers, grown_config, initial_state
 from steplm.models.folder import load_config_and_state
 from steplm.optim.adamw import carry_state, inherited_state
@@ -151,7 +151,8 @@ def _later_start(run: RunContext, phase: Phase, before: Checkpoint) -> PhaseStar
     else:  # the given model says how its layers are set up
         start.hf_config = grown_config(before.config, layer_map)
     fresh = fresh_layers(start.hf_config, seed=run.config.seed + phase.stage, dtype=DTYPES[run.config.train.precision])
-    cut = run.world.rows.cut  # no operator mixes rows: what grows out of a rank's rows are the rows of the whole
+    require_row_wise(entry.operator, run.world.rows)
+    cut = run.world.rows.cut  # what grows out of a rank's rows are the rows of the whole
     start.weights = grow(
         weights,
         layer_map,

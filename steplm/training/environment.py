@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-import steplm
+from steplm.version import __version__
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "versions": {
-            "steplm": steplm.__version__,
+            "steplm": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

@@ -72,7 +72,7 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
         if progress.step % eval_steps == 0 or at_end:
             evaluate(run, progress, assembled.model)
         run.agree_to_stop()
-        if progress.step % save_steps == 0 or at_end or run.stop_signal:
+        if progress.step % save_steps == 0 or at_end or run.stop_signal or _is_time_to_save(run):
             progress = replace(progress, stage_done=at_end)
             _save_tried(run, phase, replace(start, progress=progress), assembled, log)
         log.logged_at += time.monotonic() - paused_at  # speed counts training alone
@@ -164,6 +164,12 @@ def _log_step(
     log.logged_at, log.steps_since = now, 0
 
 
+def _is_time_to_save(run: RunContext) -> bool:
+    """Whether ``train.save_minutes`` have passed, by any rank's clock."""
+    minutes = run.config.train.save_minutes
+    return minutes is not None and run.world.any(time.monotonic() - run.saved_at >= 60 * minutes)
+
+
 def _save_tried(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled, log: StageLog) -> None:
     """Save weights that have been tried.
 
@@ -181,6 +187,7 @@ def _save_tried(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
     if progress.stage_done:
         run.metrics.write("stage_end", stage=phase.stage, step=progress.step, tokens_seen=progress.tokens_seen)
     run.last_checkpoint = save(run, phase, start, assembled, progress, tuple(log.unlogged_losses))
+    run.saved_at = time.monotonic()
 
 
 @contextmanager

@@ -80,9 +80,10 @@ def test_world_size_on_the_command_line_is_the_key(capsys: pytest.CaptureFixture
     assert by_option == document("distributed.world_size=16", "distributed.shard_size=4")
     devices = by_option["devices"]
     assert (devices["world_size"], devices["num_shards"], devices["gpu"]["name"]) == (16, 4, "h100")
-    for stage in devices["stages"]:
-        assert stage["sent_bytes"] == sum(stage["traffic"].values())
-        assert stage["least_seconds"] <= stage["most_seconds"]
+    for phase in devices["phases"]:
+        assert phase["sent_bytes"] == sum(phase["traffic"].values())
+        assert phase["least_seconds"] <= phase["most_seconds"]
+    assert [phase["stage"] for phase in devices["phases"]] == [stage["index"] for stage in by_option["stages"]]
     assert "devices" not in document()
 
 

@@ -121,7 +121,7 @@ def test_an_entry_matched_on_flops_has_the_baselines_to_one_step(suite_values: V
     [
         ("tokens", {"plan.total_tokens": 1024}, "1.02k tokens and the baseline 'vanilla' on 512: +100.00%, 8.0 optim"),
         ("tokens", {"plan.total_tokens": None, "plan.total_flops": 10**9}, "The suite is matched on tokens"),
-        ("flops", {"plan.freeze_old_layers": True}, None),
+        ("flops", {"pet.method": "none"}, None),
     ],
 )
 def test_what_is_not_matched_is_refused_with_the_difference(

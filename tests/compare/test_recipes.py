@@ -23,5 +23,5 @@ def test_every_run_of_a_shipped_suite_is_planned_and_matched(name: str) -> None:
     assert all(question.entries for question in suite.questions)
     positions = [entry for entry in suite.entries.values() if entry.name.startswith("position=")]
     runs = [next(iter(suite.possible_runs(entry, {}))) for entry in positions]
-    maps = [suite.plan(run).stages[-1].layer_map for run in runs if run.entry != "position=random"]
+    maps = [suite.plan(run).schedule.phases[-1].entry.layer_map for run in runs if run.entry != "position=random"]
     assert len(set(maps)) == len(maps), "positions that put layers at the same place are no comparison"

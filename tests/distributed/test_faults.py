@@ -18,10 +18,13 @@ from steplm.checkpoint import folder as folder_module
 from steplm.checkpoint import shards as shards_module
 from steplm.checkpoint.folder import complete_checkpoints, latest_checkpoint
 from steplm.config import RunConfig, dump_config
+from steplm.schedule import Phase
+from steplm.training import loop as loop_module
 from steplm.training import run as run_module
+from steplm.training.context import RunContext
 from steplm.training.metrics import MetricsLog, read_metrics
-from steplm.training.run import Run, train
-from steplm.training.step import StepReport
+from steplm.training.run import train
+from steplm.types import TrainState
 
 Configure = Callable[..., RunConfig]
 RunRanks = Callable[..., None]
@@ -39,14 +42,14 @@ def one_process(tiny_run: Configure, tmp_path_factory: pytest.TempPathFactory) -
 
 def _at_step(stage: int, step: int, rank: int, event: Callable[[], object]) -> None:
     """In this process: ``event`` happens on that rank after that step."""
-    log = run_module.Run.log_step
+    log = loop_module._log_step
 
-    def log_step(run: Run, report: StepReport) -> None:
-        log(run, report)
-        if (report.stage.index, report.progress.step, run.world.rank) == (stage, step, rank):
+    def log_step(run: RunContext, phase: Phase, progress: TrainState, *arguments: object) -> None:
+        log(run, phase, progress, *arguments)
+        if (phase.stage, progress.step, run.world.rank) == (stage, step, rank):
             event()
 
-    run_module.Run.log_step = log_step
+    loop_module._log_step = log_step
 
 
 def _latest_checkpoint(run_dir: Path) -> str | None:

@@ -13,13 +13,15 @@ import torch
 from steplm.checkpoint.folder import load_checkpoint
 from steplm.config import RunConfig
 from steplm.models.folder import load_hf_config, load_state
+from steplm.schedule import Phase
+from steplm.training import loop as loop_module
 from steplm.training import run as run_module
-from steplm.training import stage as stage_module
 from steplm.training.assemble import PhaseStart
+from steplm.training.context import RunContext
 from steplm.training.export import export
 from steplm.training.metrics import read_metrics
-from steplm.training.run import Run, train
-from steplm.training.step import StepReport
+from steplm.training.run import train
+from steplm.types import TrainState
 
 Configure = Callable[..., RunConfig]
 RunRanks = Callable[..., None]
@@ -45,6 +47,11 @@ CASES = {
     "within documents, clipped": (2, "data.within_documents=true", "optim.max_grad_norm=0.3"),
     "fresh new layers, moments kept": (2, "growth.operator=random", "optim.keep_state_at_growth=true"),
     "GaLore on whole matrices": (2, "distributed.shard_size=1", "optim.name=galore", "optim.rank=4"),
+    "restarts within a stage": (2, "pet.restarts=1"),
+    "BAdam, copied": (
+        2, "distributed.shard_size=1", "plan.num_stages=1", "plan.layers=[4]", "method=badam", "optim.switch_steps=3",
+    ),
+    "Muon on whole matrices": (2, "distributed.shard_size=1", "optim.name=muon"),
 }  # fmt: skip
 
 
@@ -70,10 +77,10 @@ def of_four_ranks(
     tiny_run: Configure, tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks
 ) -> tuple[Path, list[int]]:
     """A run in bf16, and the bytes of weights that its first rank held when it entered each stage."""
-    run_dir, enter = tmp_path_factory.mktemp("four"), stage_module.enter_stage
+    run_dir, enter = tmp_path_factory.mktemp("four"), run_module.enter
     held = run_dir / "held"
 
-    def entered(run: Run, *arguments: object) -> PhaseStart:
+    def entered(run: RunContext, *arguments: object) -> PhaseStart:
         start = enter(run, *arguments)
         if run.world.is_first:
             with held.open("a") as file:
@@ -81,7 +88,7 @@ def of_four_ranks(
         return start
 
     def action() -> None:
-        run_module.enter_stage = entered
+        run_module.enter = entered
         train(tiny_run(run_dir, *BATCH, "train.precision=bf16"))
 
     run_ranks(action, 4)
@@ -120,14 +127,14 @@ def _until(config: Callable[[], RunConfig], stage: int, step: int) -> Callable[[
     """An action that is asked to stop, by a signal, after so many steps of a stage."""
 
     def action() -> None:
-        log = run_module.Run.log_step
+        log = loop_module._log_step
 
-        def log_step(run: Run, report: StepReport) -> None:
-            log(run, report)
-            if (report.stage.index, report.progress.step) == (stage, step) and run.world.is_first:
+        def log_step(run: RunContext, phase: Phase, progress: TrainState, *arguments: object) -> None:
+            log(run, phase, progress, *arguments)
+            if (phase.stage, progress.step) == (stage, step) and run.world.is_first:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        run_module.Run.log_step = log_step
+        loop_module._log_step = log_step
         assert train(config()).stop_signal == signal.SIGTERM
 
     return action

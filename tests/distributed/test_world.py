@@ -17,6 +17,7 @@ import steplm
 from steplm.config import DistributedConfig, load_config
 from steplm.distributed.world import World, joined, with_world_size
 from steplm.errors import ConfigError
+from steplm.planner.plan import plan
 
 
 def test_sums_turns_and_the_first_one_are_the_same_for_all(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
@@ -51,15 +52,34 @@ def test_alone_there_is_nothing_to_wait_for() -> None:
         ({"train": {"global_batch_size": 6}, "distributed": {"world_size": 4}}, "6 sequences cannot be divided"),
         ({"train": {"global_batch_size": 8, "gradient_accumulation_steps": 2}}, "leave train.gradient_acc"),
         ({"distributed": {"world_size": 6, "shard_size": 4}}, "shard_size=4 does not divide the 6 devices"),
-        ({"distributed": {"world_size": 2}, "optim": {"name": "galore"}}, "set distributed.shard_size=1"),
-        ({"distributed": {"world_size": 2}, "memory": {"optimizer_states": "8bit"}}, "has blocks across shards"),
-        ({"distributed": {"world_size": 2}, "memory": {"frozen_weights": "nf4"}}, "keep whole matrices"),
-        ({"distributed": {"world_size": 2}, "pet": {"restarts": 1, "restart_keep": 0.1}}, "compares all of a matrix"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(values: dict, words: str) -> None:
+def test_numbers_that_do_not_divide_are_refused(values: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_config(values)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("optim.name=galore",), r"galore works on whole matrices.* set distributed\.shard_size=1"),
+        (("optim.name=muon",), r"muon works on whole matrices.* set distributed\.shard_size=1"),
+        (("method=thawed", "optim.old_layers=apollo_mini"), "apollo_mini works on whole matrices"),
+        (("pet.rule=muon",), "muon works on whole matrices"),
+        (("memory.optimizer_states=8bit",), r"memory\.optimizer_states=8bit keeps whole matrices"),
+        (("memory.frozen_weights=nf4",), r"memory\.frozen_weights=nf4 keeps whole matrices"),
+        (("memory.offload_frozen=true",), r"memory\.offload_frozen keeps whole matrices"),
+        (("pet.restarts=1", "pet.restart_keep=0.1"), r"pet\.restart_keep=0\.1 keeps whole matrices"),
+        (("plan.num_stages=1", "method=badam"), "badam changes which layers are trained, which FSDP2 does not allow"),
+    ],
+)
+def test_what_needs_whole_tensors_is_refused_where_they_are_divided_and_taken_where_they_are_not(
+    overrides: tuple[str, ...], words: str
+) -> None:
+    values = {"distributed": {"world_size": 2}, "plan": {"total_tokens": "100M"}}
+    with pytest.raises(ConfigError, match=words):
+        plan(load_config(values, overrides))
+    plan(load_config(values, (*overrides, "distributed.shard_size=1")))
 
 
 def test_a_step_has_the_same_sequences_on_any_number_of_devices() -> None:

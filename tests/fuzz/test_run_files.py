@@ -157,11 +157,10 @@ def test_a_run_with_a_spoiled_file_resumes_or_is_refused(
 ) -> None:
     """Up to the first stage, which is not trained; with wrong files and right hashes too."""
 
-    def stop(run: Any, checkpoint: Path | None) -> Path | None:
+    def stop(run: Any) -> None:
         run.stop_signal = 15
-        return checkpoint
 
-    monkeypatch.setattr(run_module, "_run_stages", stop)
+    monkeypatch.setattr(run_module, "_run_phases", stop)
     files = [file for file in _files(finished) if not file.startswith(("export/", "tokenizer/", "."))]
     file = data.draw(st.sampled_from(files), label="file")
     is_over = data.draw(st.booleans(), label="finished")

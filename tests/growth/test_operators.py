@@ -5,7 +5,8 @@ import torch
 
 from steplm.errors import GrowthError
 from steplm.growth.grow import grow
-from steplm.growth.operators import OPERATORS
+from steplm.growth.operators import OPERATORS, Operator, require_row_wise
+from steplm.rows import WHOLE, Rows
 from steplm.types import LayerMap, LayerOrigin
 
 BETWEEN = LayerMap(
@@ -174,3 +175,24 @@ def test_random_takes_each_new_layer_from_fresh_layer_in_the_models_dtype():
 def test_random_without_fresh_layer_is_refused():
     with pytest.raises(GrowthError, match="fresh_layer"):
         grow(toy_state(), BETWEEN, "random")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_rows_grow_into_the_rows_of_the_whole(name: str) -> None:
+    """So a rank can grow its own rows alone, unless an operator declares that it mixes them."""
+    assert not OPERATORS[name].mixes_rows
+    generator = torch.Generator().manual_seed(0)
+    names = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight")
+    parents = [{key: torch.randn((6, 4) if "proj" in key else 6, generator=generator) for key in names} for _ in "ab"]
+    rows = Rows(1, 2)
+    cut = [{key: rows.cut(tensor) for key, tensor in parent.items()} for parent in parents]
+    whole, own = (OPERATORS[name].function(layers, 0.5) for layers in (parents, cut))
+    assert all(torch.equal(rows.cut(whole[key]), own[key]) for key in names)
+
+
+def test_an_operator_that_mixes_rows_is_refused_where_they_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixing = Operator(lambda parents, fraction: {k: t.flip(0) for k, t in parents[0].items()}, mixes_rows=True)
+    monkeypatch.setitem(OPERATORS, "mixing", mixing)
+    require_row_wise("mixing", WHOLE)
+    with pytest.raises(GrowthError, match=r"each of 2 ranks has only its own: set distributed\.shard_size=1"):
+        require_row_wise("mixing", Rows(0, 2))

@@ -130,7 +130,7 @@ def test_a_list_of_records_under_data_is_read_and_a_bad_one_named_by_its_place(t
     path.write_text(json.dumps({"data": [ALPACA, CHAT, {"text": "?"}]}))
     records = read_conversations([str(path)])
     assert [list(conversation.messages) for conversation in records.conversations] == [CHAT["messages"]] * 2
-    assert (records.num_records, list(records.first_places.values())) == (3, [f"{path}:data[2]"])
+    assert (records.num_records, list(records.first_places.values())) == (3, [f"{path}:3"])
 
 
 def test_the_columns_that_hold_something_decide_what_a_record_is(tmp_path: Path) -> None:

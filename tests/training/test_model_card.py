@@ -37,7 +37,9 @@ def plan() -> Plan:
 def state_of(plan: Plan, stage_index: int = 2, stage_done: bool = True) -> CheckpointState:
     old = LayerProvenance(1, (), None)
     return CheckpointState(
-        progress=TrainState(stage_index, stage_index, 10, 10, plan.total_tokens, stage_done, stage_done),
+        progress=TrainState(
+            stage_index, stage_index, 10, 10, plan.total_tokens, phase_done=stage_done, stage_done=stage_done
+        ),
         schedule_hash=plan.schedule.hash,
         phase=plan.schedule.phases[stage_index - 1],
         data_fingerprint="0",

@@ -112,13 +112,20 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "no freezing": ("method=growth",),
     "old layers under apollo_mini": ("optim.old_layers=apollo_mini", *THAWED),
     "old layers under galore, a small batch": (
-        "optim.name=galore",
+        "optim.old_layers=galore",
         "optim.rank=16",
         *THAWED,
         RECOMPUTED,
         "train.sequence_length=32",
     ),
     "old layers under galore, fused": (*THAWED, "optim.old_layers=galore", "optim.rank=16", *FUSED, RECOMPUTED),
+    "muon": ("optim.name=muon",),
+    "muon, 8 bits and no master": ("optim.name=muon", "memory.optimizer_states=8bit", "memory.master_weights=false"),
+    "muon on adapters, a small batch": ("pet.rule=muon", "train.sequence_length=32"),
+    "scale, fused": ("optim.name=scale", *FUSED),
+    "8-bit master weights": ("memory.master_weights=8bit",),
+    "old layers under muon, a small batch": ("method=thawed", "optim.old_layers=muon", "train.sequence_length=32"),
+    "gradients summed in fp32": ("train.gradient_accumulation_steps=2", "train.gradient_accumulation_dtype=fp32"),
     "inside documents, recomputed": ("data.within_documents=true", RECOMPUTED),
 }
 TOGETHER = (

@@ -20,9 +20,9 @@ from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError, Memo
 from steplm.models.build import build_model
 from steplm.optim import build as build_module
 from steplm.pet.adapters import attach, load_adapter_state
-from steplm.training import run as run_module
 from steplm.training import enter as enter_module
 from steplm.training import loop as loop_module
+from steplm.training import run as run_module
 from steplm.training.export import export
 from steplm.training.metrics import read_metrics
 from steplm.training.run import train
@@ -63,9 +63,9 @@ def test_a_run_leaves_a_plain_model_of_full_depth(finished: Path) -> None:
 
 def test_exported_logits_equal_those_of_the_training_model(finished: Path) -> None:
     checkpoint = load_checkpoint(complete_checkpoints(finished / "checkpoints")[-1])
-    assert checkpoint.state.adapters is not None
+    assert checkpoint.state.phase.adapters
     model = build_model(checkpoint.config, checkpoint.weights)
-    attach(model, checkpoint.state.adapters, "model.layers", seed=0)
+    attach(model, checkpoint.state.phase, "model.layers", seed=0)
     load_adapter_state(model, checkpoint.adapters)
     exported = AutoModelForCausalLM.from_pretrained(finished / "export")
     tokens = torch.arange(20).unsqueeze(0)

@@ -160,7 +160,7 @@ def test_fake_attention_is_the_flash_kernel(
 def test_growth_holds_plain_weights_and_little_else() -> None:
     config = configure()
     made = plan(config)
-    (growth,) = simulate_growth(config, made.stages[1]).instants
+    (growth,) = simulate_growth(config, made.schedule.phases[1]).instants
     assert growth.name == GROWTH
     assert growth.memory.bytes_of(kind="weights") == 2 * made.shape.num_parameters()
     assert growth.memory.total_bytes < sum(simulated(2)[FORWARD].values())

@@ -6,7 +6,7 @@ import torch
 
 from steplm.data.loader import Batch
 from steplm.models.build import build_model, hf_config, initial_state
-from steplm.optim.adamw import AdamW, global_grad_norm
+from steplm.optim.adamw import AdamW, clip_coefficient, global_grad_norm
 from steplm.training.step import StepOptions, forward_backward, train_step, trial
 
 MODEL = {
@@ -109,11 +109,26 @@ def test_a_loss_that_is_not_finite_updates_nothing(fused):
     assert not math.isfinite(trial(model, optimizer, batch(0), how(fused))[0])
 
 
-def test_fused_refuses_clipping_and_accumulation():
+def test_fused_clips_by_the_norm_of_the_step_before():
+    (model, optimizer), (reference, stepping) = build(), build()
+    options = {"learning_rate": 1e-2, "max_grad_norm": 0.5}
+    fused = train_step(model, optimizer, batch(0), how(fused=True), **options, last_grad_norm=4.0)
+    forward_backward(reference, batch(0), how())
+    stepping.step(1e-2, grad_scale=clip_coefficient(4.0, 0.5))
+    stepping.zero_grad()
+    assert same(snapshot(model, optimizer), snapshot(reference, stepping))
+    assert fused.grad_norm > 0.5, "it is told as it was, before clipping"
+    # Of the first step there is none before, and a smaller one than the limit changes nothing.
+    for last in (None, 0.1):
+        (model, optimizer), (reference, stepping) = build(), build()
+        train_step(model, optimizer, batch(0), how(fused=True), **options, last_grad_norm=last)
+        train_step(reference, stepping, batch(0), how(fused=True), learning_rate=1e-2, max_grad_norm=None)
+        assert same(snapshot(model, optimizer), snapshot(reference, stepping))
+
+
+def test_fused_refuses_accumulation():
     model, optimizer = build()
     before = snapshot(model, optimizer)
-    with pytest.raises(ValueError, match=r"no clipping to 1\.0"):
-        train_step(model, optimizer, batch(0), how(fused=True), learning_rate=1e-2, max_grad_norm=1.0)
     with pytest.raises(ValueError, match="5 sequences in micro-batches of 4"):
         train_step(model, optimizer, batch(0, 5), how(fused=True), learning_rate=1e-2, max_grad_norm=None)
     with pytest.raises(ValueError, match="5 sequences in micro-batches of 4"):
