@@ -92,9 +92,9 @@ def _write_readme(output: Path, command: str, kept_figures: Sequence[str]) -> No
     ]
     lines += [f"    steplm report {output.as_posix()}", ""]
     if is_resumable:
-        folder = f"runs/suites/{suite.record.name}"
+        there = f"runs/suites/{suite.record.name}"
         lines += ["To go on with the suite:", ""]
-        lines += [f"    mkdir -p {folder} && tar xJf {output.as_posix()}/{ARCHIVE} -C {folder}", f"    {command}", ""]
+        lines += [f"    mkdir -p {there} && tar xJf {output.as_posix()}/{ARCHIVE} -C {there}", f"    {command}", ""]
     lines += [tables.strip(), "", *_perplexity_table(output / "perplexity.json")]
     lines += [line for name in kept_figures for line in (f"![{name}](figures/{name}.png)", "")]
     (output / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
