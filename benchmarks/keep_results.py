@@ -5,7 +5,7 @@
         --text "WikiText-2 test=$STEPLM_DATA/wikitext-2/wiki.test.raw"
     python benchmarks/keep_results.py runs/suites/cpu results/cpu --command "steplm compare cpu"
 
-All that ``steplm report`` and ``steplm compare`` read goes into ``runs.tar.xz``, with tables of evaluations beside it. The
+What ``steplm report`` and ``steplm compare`` read goes into ``runs.tar.xz``; tables of evaluations lie beside it. The
 README has the tables and the figures that are asked for. SOURCE may be kept results: then the README is written anew.
 """
 
@@ -23,7 +23,6 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 from steplm.config import load_config
-from steplm.eval.perplexity import evaluate_folder
 from steplm.report.archive import ARCHIVE, pack, unpacked
 from steplm.report.evaluations import SUFFIX, find_evaluations
 from steplm.report.figure import run_figure
@@ -129,6 +128,8 @@ def _copy(source: Path, target: Path, names: tuple[str, ...], command: str) -> N
 
 
 def _perplexities(run_dir: Path, texts: list[str]) -> dict[str, dict[str, float]]:
+    from steplm.eval.perplexity import evaluate_folder  # loads torch
+
     sequence_length = load_config(run_dir / "config.yaml").train.sequence_length
     perplexities = {}
     for text in texts:

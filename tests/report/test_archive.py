@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import random
+import runpy
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from steplm.errors import SteplmError
 from steplm.report.archive import ARCHIVE, pack
 from steplm.report.summary import read_suite
+from steplm.report.tables import all_tables
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,25 @@ def test_equal_files_give_an_equal_archive_whoever_wrote_them_and_when(
         path.chmod(0o600)
     pack(copy, tmp_path / ARCHIVE)
     assert (tmp_path / ARCHIVE).read_bytes() == (packed / ARCHIVE).read_bytes()
+
+
+def test_a_kept_suite_has_its_readme_and_the_figures_that_were_asked_for_and_can_be_kept_again(
+    suite_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_results = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks/keep_results.py"))["main"]
+    monkeypatch.chdir(tmp_path)
+    archives = []
+    for source in (suite_dir, "results/example"):
+        arguments = [str(source), "results/example", "--command", "steplm compare example", "--figures", "q1_memory"]
+        monkeypatch.setattr(sys, "argv", ["keep_results.py", *arguments])
+        keep_results()
+        archives.append(Path("results/example", ARCHIVE).read_bytes())
+    assert archives[0] == archives[1]
+    kept = {path.relative_to("results/example").as_posix() for path in Path("results/example").rglob("*.*")}
+    assert kept == {"README.md", ARCHIVE, "figures/q1_memory.png"}
+    readme = Path("results/example/README.md").read_text()
+    assert all(table.markdown().strip() in readme for table in all_tables(read_suite(suite_dir)))
+    assert "![q1_memory](figures/q1_memory.png)" in readme
 
 
 def test_a_damaged_archive_is_refused_in_one_line(packed: Path) -> None:
