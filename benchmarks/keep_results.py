@@ -1,12 +1,12 @@
 """Keep what is small of a finished run, suite or folder of runs, to be committed: no weights, no paths.
 
     python benchmarks/keep_results.py runs/corpus_10m results/corpus_10m --command "steplm train corpus_10m" \\
-        --text "corpus validation=$STEPLM_DATA/corpus/validation-000.jsonl.gz" \\
+        --figures loss_and_memory --text "corpus validation=$STEPLM_DATA/corpus/validation-000.jsonl.gz" \\
         --text "WikiText-2 test=$STEPLM_DATA/wikitext-2/wiki.test.raw"
     python benchmarks/keep_results.py runs/suites/cpu results/cpu --command "steplm compare cpu"
 
-Of a suite and of a folder of runs, the tables of evaluations are kept too, and the losses of instruction tuning.
-``steplm report`` then makes the page of what was kept.
+What ``steplm report`` and ``steplm compare`` read goes into ``runs.tar.xz``; tables of evaluations lie beside it. The
+README has the tables and the figures that are asked for. SOURCE may be kept results: then the README is written anew.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from PIL import Image
 
 from steplm.config import load_config
-from steplm.eval.perplexity import evaluate_folder
+from steplm.report.archive import ARCHIVE, pack, unpacked
 from steplm.report.evaluations import SUFFIX, find_evaluations
 from steplm.report.figure import run_figure
-from steplm.report.runs import load_run
-from steplm.report.suite import is_suite
 from steplm.report.suite_figures import write_figures
 from steplm.report.summary import read_suite
 from steplm.report.tables import write_tables
@@ -31,6 +33,7 @@ from steplm.report.tables import write_tables
 KEPT = ("config.yaml", "plan.json", "metrics.jsonl", "environment.json", "summary.json", "evaluations.json")
 KEPT_OF_A_SUITE = ("suite.json", "suite.yaml")
 KEPT_OF_TUNING = ("config.yaml", "metrics.jsonl", "result.json")
+NUM_COLOURS = 64  # of a kept figure
 
 
 def main() -> None:
@@ -38,51 +41,72 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--command", required=True, help="what a reader would type")
+    parser.add_argument("--figures", nargs="*", default=["q1_loss_tokens"], help="of the report, or loss_and_memory")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="of a run; repeatable")
     arguments = parser.parse_args()
-    source, output = arguments.source, arguments.output
-    if is_suite(source) or not (source / "plan.json").is_file():
-        _copy(source, output, KEPT_OF_A_SUITE, arguments.command)
+    output: Path = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    with unpacked(arguments.source) as source, TemporaryDirectory() as temporary:
+        _copy(source, Path(temporary), KEPT_OF_A_SUITE, arguments.command)
         for config in sorted(source.glob("**/config.yaml")):
             names = KEPT if (config.parent / "plan.json").is_file() else KEPT_OF_TUNING
-            _copy(config.parent, output / config.parent.relative_to(source), names, arguments.command)
+            _copy(config.parent, Path(temporary) / config.parent.relative_to(source), names, arguments.command)
         for tables in sorted(source.glob(f"**/*{SUFFIX}")):
             figures = json.loads(tables.read_text(encoding="utf-8"))["figures"]
             (target := output / tables.parent.relative_to(source)).mkdir(parents=True, exist_ok=True)
             for name in (tables.name, *figures):
                 shutil.copyfile(tables.parent / name, target / name)
-        _write_report(output, arguments.command)
-        return
-    _copy(source, output, KEPT, arguments.command)
-    record = load_run(output)
-    run_figure([record], output / "loss_and_memory.png")
-    perplexities = _perplexities(source, arguments.text)
-    (output / "perplexity.json").write_text(json.dumps(perplexities, indent=1) + "\n")
-    lines = [f"# {record.label}", "", _made_by(output / "environment.json", arguments.command), ""]
-    lines += ["![loss and memory over tokens](loss_and_memory.png)", ""]
-    lines += ["| text | perplexity | bits per byte | tokens |", "| --- | ---: | ---: | ---: |"]
-    lines += [
-        f"| {name} | {values['perplexity']:.2f} | {values['bits_per_byte']:.3f} | {values['num_tokens']:,} |"
-        for name, values in perplexities.items()
-    ]
-    (output / "README.md").write_text("\n".join(lines) + "\n")
+        pack(Path(temporary), output / ARCHIVE)
+        if arguments.text:
+            perplexities = _perplexities(source, arguments.text)
+            (output / "perplexity.json").write_text(json.dumps(perplexities, indent=1) + "\n")
+    _write_readme(output, arguments.command, arguments.figures)
 
 
-def _write_report(output: Path, command: str) -> None:
-    """Tables and figures of a suite, or of a folder of runs, as a page."""
+def _write_readme(output: Path, command: str, kept_figures: Sequence[str]) -> None:
+    """The tables of the runs, the figures that are kept, and how to get the others."""
     suite = read_suite(output)
     evaluations = [evaluation.markdown(output) for evaluation in find_evaluations(output)]
-    tables = write_tables(suite, output, evaluations)[0]
-    figures = write_figures(suite, output / "figures")
-    if not is_suite(output):  # a few runs: all of them in one picture
-        figures["loss_and_memory"] = output / "figures" / "loss_and_memory.png"
-        run_figure([load_run(plan.parent) for plan in sorted(output.glob("*/plan.json"))], figures["loss_and_memory"])
-    environment = next(iter(sorted(output.glob("**/environment.json"))))
-    pictures = "\n".join(f"![{name}](figures/{path.name})\n" for name, path in figures.items())
-    head = f"# {suite.record.name}\n\n{_made_by(environment, command)}\n"
-    body = tables.read_text(encoding="utf-8").partition("\n")[2]
-    (output / "README.md").write_text(f"{head}{body}\n{pictures}", encoding="utf-8")
-    tables.unlink()  # the same as the README
+    shutil.rmtree(output / "figures", ignore_errors=True)
+    with TemporaryDirectory() as temporary:
+        tables = write_tables(suite, Path(temporary), evaluations)[0].read_text(encoding="utf-8").partition("\n")[2]
+        figures = write_figures(suite, Path(temporary))
+        figures["loss_and_memory"] = Path(temporary) / "loss_and_memory.png"
+        if "loss_and_memory" in kept_figures:
+            run_figure([run.record for run in suite.runs if run.record is not None], figures["loss_and_memory"])
+        for name in kept_figures:
+            (output / "figures").mkdir(exist_ok=True)
+            with Image.open(figures[name]) as image:
+                image.convert("RGB").quantize(NUM_COLOURS).save(output / f"figures/{name}.png", optimize=True)
+    with unpacked(output) as folder:
+        made_by = _made_by(next(iter(sorted(folder.glob("**/environment.json")))), command)
+        is_resumable = (folder / "suite.yaml").is_file()
+    lines = [
+        f"# {suite.record.name}",
+        "",
+        made_by,
+        "",
+        f"What the runs wrote is in `{ARCHIVE}`. All tables and figures:",
+        "",
+    ]
+    lines += [f"    steplm report {output.as_posix()}", ""]
+    if is_resumable:
+        there = f"runs/suites/{suite.record.name}"
+        lines += ["To go on with the suite:", ""]
+        lines += [f"    mkdir -p {there} && tar xJf {output.as_posix()}/{ARCHIVE} -C {there}", f"    {command}", ""]
+    lines += [tables.strip(), "", *_perplexity_table(output / "perplexity.json")]
+    lines += [line for name in kept_figures for line in (f"![{name}](figures/{name}.png)", "")]
+    (output / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _perplexity_table(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    rows = [
+        f"| {name} | {values['perplexity']:.2f} | {values['bits_per_byte']:.3f} | {values['num_tokens']:,} |"
+        for name, values in json.loads(path.read_text(encoding="utf-8")).items()
+    ]
+    return ["| text | perplexity | bits per byte | tokens |", "| --- | ---: | ---: | ---: |", *rows, ""]
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...], command: str) -> None:
@@ -104,6 +128,8 @@ def _copy(source: Path, target: Path, names: tuple[str, ...], command: str) -> N
 
 
 def _perplexities(run_dir: Path, texts: list[str]) -> dict[str, dict[str, float]]:
+    from steplm.eval.perplexity import evaluate_folder  # loads torch
+
     sequence_length = load_config(run_dir / "config.yaml").train.sequence_length
     perplexities = {}
     for text in texts:

@@ -6,13 +6,15 @@ A disk, another version or a hand can have changed any of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
+from steplm.config import RunConfig
 from steplm.errors import SteplmError
+from steplm.planner.old_plans import OLD_SCHEMA_VERSION, plan_of_old_run
 from steplm.planner.plan import Plan
 from steplm.types import from_json
 from steplm.units import reason
@@ -144,28 +146,38 @@ def read_document(kind: type[D], path: Path) -> dict[str, Any] | None:
     return values
 
 
-def read_plan(path: Path) -> Plan:
-    """``plan.json``.
+def read_plan(path: Path, config: RunConfig) -> tuple[Plan, tuple[int, ...]]:
+    """``plan.json``, and the plan's stage for every stage number of ``metrics.jsonl``.
+
+    Args:
+        config: the run's ``config.yaml``, from which a plan of steplm 0.1 is made again.
 
     Raises:
         SteplmError: it is none, or of another version.
     """
     try:
         values = _json(path.read_bytes())
-        plan = from_json(Plan, values)
         if any(not 0 <= number <= MOST for number in _numbers(values)):
             raise ValueError("a number below 0 or beyond measure")
-        if [stage.index for stage in plan.stages] != [*range(1, plan.num_stages + 1)] or not plan.stages:
+        if isinstance(values, dict) and values.get("schema_version") == OLD_SCHEMA_VERSION:
+            plan, stages = plan_of_old_run(config, values)
+        else:
+            plan = from_json(Plan, values)
+            stages = tuple(stage.index for stage in plan.stages)
+        if [*dict.fromkeys(stages)] != [*range(1, plan.num_stages + 1)] or not stages:
             raise ValueError("its stages are not numbered from 1")
         if not plan.layers or 0 in (plan.vanilla_model_state_bytes, plan.peak_model_state_bytes, plan.total_tokens):
             raise ValueError("a plan without layers, bytes or tokens")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, SteplmError) as error:
         raise _unusable(path, error) from None
-    return plan
+    return plan, stages
 
 
-def read_events(path: Path, num_stages: int) -> Iterator[dict[str, Any]]:
+def read_events(path: Path, stages: Sequence[int]) -> Iterator[dict[str, Any]]:
     """The events of a ``metrics.jsonl``, none where there is no file.
+
+    Args:
+        stages: the plan's stage for every stage number, as ``read_plan`` gives them.
 
     Raises:
         SteplmError: the first line that is none.
@@ -178,13 +190,13 @@ def read_events(path: Path, num_stages: int) -> Iterator[dict[str, Any]]:
         try:
             values = _json(line)
             event = Event.model_validate(values)
-            if event.stage is not None and event.stage > num_stages:
-                raise ValueError(f"stage {event.stage} of {num_stages}")
+            if event.stage is not None and event.stage > len(stages):
+                raise ValueError(f"stage {event.stage} of {len(stages)}")
             if missing := [key for key in NEEDED.get(event.event, ()) if getattr(event, key) is None]:
                 raise ValueError(f"a {event.event!r} event without {', '.join(missing)}")
         except ValueError as error:
             raise _unusable(path, error, line=number) from None
-        yield values
+        yield values if event.stage is None else values | {"stage": stages[event.stage - 1]}
 
 
 def _json(data: bytes) -> Any:

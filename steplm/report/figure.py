@@ -165,15 +165,14 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float) 
 
 
 def measured_spans(record: RunRecord) -> list[Span]:
-    """The stages that were entered, from entrance to end or to where the run is now."""
-    ends = {event["stage"]: event["tokens_seen"] for event in record.events_of("stage_end")}
-    spans = []
-    start = 0
-    for event in record.events_of("stage_start"):
-        end = ends.get(event["stage"], record.tokens_seen)
-        spans.append(Span(start, end, {k: v for k, v in event["measured_bytes"].items() if k != "total"}))
-        start = end
-    return spans
+    """What was measured at each entrance, from there to the next one or to where the run is now."""
+    entrances, seen = [], 0
+    for event in record.events:
+        seen = event.get("tokens_seen") or seen
+        if event["event"] == "stage_start":
+            entrances.append((seen, {kind: n for kind, n in event["measured_bytes"].items() if kind != "total"}))
+    ends = [*(start for start, _ in entrances[1:]), record.tokens_seen]
+    return [Span(start, end, by_kind) for (start, by_kind), end in zip(entrances, ends, strict=False)]
 
 
 def _planned_outline(record: RunRecord, unit: float) -> tuple[list[float], list[float]]:

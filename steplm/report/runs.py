@@ -77,12 +77,12 @@ def load_run(run_dir: str | Path, label: str | None = None) -> RunRecord:
     if not (run_dir / "plan.json").is_file():
         raise SteplmError(f"{run_dir} is no run directory: it has no plan.json", path=str(run_dir))
     config = load_written_config(run_dir / "config.yaml")
-    plan = read_plan(run_dir / "plan.json")
+    plan, stages = read_plan(run_dir / "plan.json", config)
     return RunRecord(
         label=label or config.name,
         config=config,
         plan=plan,
-        events=tuple(read_events(run_dir / "metrics.jsonl", plan.num_stages)),
+        events=tuple(read_events(run_dir / "metrics.jsonl", stages)),
         summary=read_document(Summary, run_dir / "summary.json"),
     )
 

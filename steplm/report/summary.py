@@ -16,6 +16,7 @@ from typing import Any
 
 from steplm.errors import SteplmError
 from steplm.planner.plan import Plan
+from steplm.report.archive import unpacked
 from steplm.report.documents import Environment, Evaluations, read_document
 from steplm.report.runs import RunRecord, load_run
 from steplm.report.suite import EntryRecord, Question, RunEntry, Status, SuiteRecord, is_suite, load_suite
@@ -334,21 +335,23 @@ class Suite:
 def read_suite(directory: str | Path) -> Suite:
     """A suite directory, or a run directory, or a folder of run directories, each of which is then an entry.
 
+    Any of them may be packed: see ``steplm.report.archive``.
+
     Raises:
         SteplmError: none of the three.
     """
-    directory = Path(directory)
-    record = load_suite(directory) if is_suite(directory) else _suite_of_runs(directory)
-    return Suite(record, tuple(_read_run(directory, run, counts=record.counts(run)) for run in record.runs))
+    with unpacked(Path(directory)) as folder:
+        record = load_suite(folder) if is_suite(folder) else _suite_of_runs(folder)
+        return Suite(record, tuple(_read_run(folder, run, record) for run in record.runs))
 
 
-def _read_run(directory: Path, run: RunEntry, *, counts: bool) -> SuiteRun:
-    folder = directory / run.dir
+def _read_run(directory: Path, run: RunEntry, suite: SuiteRecord) -> SuiteRun:
+    folder, counts = directory / run.dir, suite.counts(run)
     if not (folder / "plan.json").is_file() or not (folder / "config.yaml").is_file():
         return SuiteRun(run, counts)
     evaluations = read_document(Evaluations, folder / "evaluations.json")
     environment = read_document(Environment, folder / "environment.json")
-    return SuiteRun(run, counts, load_run(folder, label=run.entry), evaluations, environment)
+    return SuiteRun(run, counts, load_run(folder, label=suite.entry(run.entry).label), evaluations, environment)
 
 
 def _suite_of_runs(directory: Path) -> SuiteRecord:
@@ -367,7 +370,7 @@ def _suite_of_runs(directory: Path) -> SuiteRecord:
         record = load_run(folder)
         name = str(folder.relative_to(directory))
         label = record.label if name == "." else name
-        rate = record.config.learning_rate(0)
+        rate = record.config.learning_rate(1)
         status: Status = "running" if record.summary is None else "finished"
         entries.append(EntryRecord(name, label, record.label, learning_rate=rate))
         runs.append(RunEntry(name, record.config.seed, rate, name, status))

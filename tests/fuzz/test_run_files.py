@@ -215,6 +215,9 @@ def test_a_run_with_a_spoiled_document_is_reported_or_refused(
         run_dir.mkdir()
         for document in DOCUMENTS:
             shutil.copy(finished / document, run_dir)
+        if data.draw(st.booleans(), label="of steplm 0.1"):
+            stages = [{"num_new_layers": 2}, {"num_new_layers": 0}, {"num_new_layers": 2}]
+            (run_dir / "plan.json").write_text(json.dumps({"schema_version": 2, "stages": stages}))
         if name == "metrics.jsonl" and data.draw(st.booleans(), label="one event"):
             lines = (run_dir / name).read_text().splitlines()
             place = data.draw(st.integers(0, len(lines) - 1), label="line")

@@ -213,7 +213,7 @@ def write_suite_run(folder: Path, name: str, seed: int, rate: float, until: floa
     (folder / "plan.json").write_text(json.dumps(to_json(plan)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     versions = {"steplm": "0.1.0", "torch": "2.13.0", "transformers": "5.17.0", "python": "3.12.3"}
-    environment = {"device": "An example of a processor", "num_devices": 0, "num_cpus": 8, "versions": versions}
+    environment = {"device": "An example of a processor", "num_devices": 0, "num_threads": 8, "versions": versions}
     (folder / "environment.json").write_text(json.dumps(environment))
     if until < 1:
         return

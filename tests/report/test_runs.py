@@ -13,10 +13,14 @@ from rich.console import Console
 
 from steplm.config import RunConfig, dump_config
 from steplm.errors import SteplmError
+from steplm.planner.plan import plan
 from steplm.report.figure import measured_spans, run_figure
 from steplm.report.runs import COLUMNS, RunRecord, comparison_table, load_run, render_rich
+from steplm.report.summary import read_suite
+from steplm.report.tables import stages_table
 from steplm.training.run import train
 from steplm.types import to_json
+from steplm.units import format_count
 
 
 def write_run(record: RunRecord, run_dir: Path) -> Path:
@@ -97,6 +101,70 @@ def test_a_plan_of_another_version_is_an_error_that_names_the_file(
     (run_dir / "plan.json").write_text('{"stages": []}')
     with pytest.raises(SteplmError, match=r"plan\.json cannot be read"):
         load_run(run_dir)
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> Path:
+    """A run of 2 + 1 layers as steplm 0.1 wrote it: one restart of the adapters, counted as a third stage."""
+    values = {
+        "model": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
+        "plan": {"num_stages": 2, "layers": [2, 1], "total_tokens": 9 * 1024, "freeze_old_layers": True},
+        "pet": {"rank": 4, "restarts": 1, "layers": "old"},
+        "optim": {"name": "adamw", "low_rank_layers": "all"},
+        "train": {"sequence_length": 128},
+    }
+    run_dir = tmp_path / "old"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text(json.dumps(values))  # JSON is YAML
+    stages = [{"index": i, "num_new_layers": n} for i, n in ((1, 2), (2, 1), (3, 0))]
+    (run_dir / "plan.json").write_text(json.dumps({"schema_version": 2, "shape": {}, "stages": stages}))
+    kinds = {"weights": 2, "gradients": 2, "optimizer": 12, "adapters": 4, "total": 20}
+    train = {"event": "train", "elapsed_seconds": 1.0, "tokens_per_second": 1000.0, "loss": 5.0}
+    events = []
+    for stage, seen in ((1, 6144), (2, 7168), (3, 9216)):
+        if stage == 2:
+            events.append({"event": "growth", "stage": 2, "tokens_seen": 6144})
+        events.append({"event": "stage_start", "stage": stage, "measured_bytes": kinds})
+        events.append(train | {"stage": stage, "tokens_seen": seen})
+        events.append({"event": "eval", "stage": stage, "tokens_seen": seen, "loss": 5.0 - stage, "perplexity": 9.0})
+        events.append({"event": "stage_end", "stage": stage, "tokens_seen": seen})
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return run_dir
+
+
+def test_a_run_of_steplm_0_1_is_read_and_its_restarts_belong_to_the_stage_of_their_growth(old_run: Path) -> None:
+    record = load_run(old_run)
+    assert record.config.method == "step"
+    assert record.plan == plan(record.config)
+    assert record.plan.layers == (2, 1)
+    assert [event["stage"] for event in record.events_of("stage_start")] == [1, 2, 2]
+    assert [(span.start, span.end) for span in measured_spans(record)] == [(0, 6144), (6144, 7168), (7168, 9216)]
+    (entry,) = read_suite(old_run).entries.values()
+    table = stages_table(entry)
+    assert table is not None
+    assert [[cell.text for cell in row[:6]] for row in table.rows] == [
+        ["1", "finished", "2", "2", format_count(record.plan.stages[0].tokens), "4.0000"],
+        ["2", "finished", "3", "1", format_count(record.plan.stages[1].tokens), "2.0000"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stages", "told"),
+    [
+        ([], "0 layers, but config.yaml has 3"),
+        ([{"num_new_layers": 10**12}], "1000000000000 layers, but config.yaml has 3"),
+        ([{"num_new_layers": -1}, {"num_new_layers": 4}], "below 0"),
+        ([{"num_new_layers": 0}, {"num_new_layers": 3}], "not numbered from 1"),
+        ([{"num_new_layers": 1.5}, {"num_new_layers": 1.5}], "cannot be read"),
+        ("many", "cannot be read"),
+    ],
+)
+def test_a_damaged_plan_of_steplm_0_1_is_refused_in_one_line(old_run: Path, stages: object, told: str) -> None:
+    (old_run / "plan.json").write_text(json.dumps({"schema_version": 2, "stages": stages}))
+    with pytest.raises(SteplmError, match=r"plan\.json cannot be read") as caught:
+        load_run(old_run)
+    assert told in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_the_terminal_table_shows_labels_as_they_are(make_record: Callable[..., RunRecord]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from scipy import stats
 
 from steplm.cli.report import show_report
+from steplm.config import dump_config, load_config
 from steplm.errors import SteplmError
 from steplm.report.suite import EntryRecord, Question, RunEntry, SuiteRecord, load_suite, save_suite
 from steplm.report.summary import Estimate, Suite, difference, estimate, read_suite
@@ -282,9 +284,19 @@ def test_a_run_directory_is_an_entry_of_its_own(suite_dir: Path) -> None:
     suite = read_suite(suite_dir / "runs/step_2/lr0.002-seed1")
     (entry,) = suite.entries.values()
     assert (entry.label, entry.state) == ("step_2", "1")
+    assert entry.record is not None
+    assert entry.record.label == "step_2", "what a figure calls it"
     table = stages_table(entry)
     assert table is not None
     assert [row[1].text for row in table.rows] == ["finished", "finished"]
+
+
+def test_of_a_learning_rate_for_each_stage_the_first_is_listed(suite_dir: Path, tmp_path: Path) -> None:
+    run_dir = shutil.copytree(suite_dir / "runs/step_2/lr0.002-seed1", tmp_path / "run")
+    config = load_config(run_dir / "config.yaml", ["optim.learning_rate=[0.003, 0.001]"])
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    (entry,) = read_suite(run_dir).entries.values()
+    assert entry.entry.learning_rate == 0.003
 
 
 def test_a_folder_of_runs_sets_them_side_by_side(suite_dir: Path) -> None:
