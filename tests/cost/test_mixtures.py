@@ -44,7 +44,14 @@ MIXTURES: dict[str, tuple[list[Role], Role]] = {
     "ranks that rise": ([on(2), on(4), on(8), on(16), on(32), Trained()], Trained()),
     "ranks that fall": ([on(64), on(32), on(8), on(4), on(2), on(1)], Trained()),
     "other targets in each layer": (
-        [on(8, "q_proj", "v_proj"), on(4, "down_proj"), on(8), Trained(), on(16, "gate_proj", "up_proj"), on(2, "o_proj")],
+        [
+            on(8, "q_proj", "v_proj"),
+            on(4, "down_proj"),
+            on(8),
+            Trained(),
+            on(16, "gate_proj", "up_proj"),
+            on(2, "o_proj"),
+        ],
         Trained(),
     ),
     "trained between frozen and adapted": ([Frozen(), on(8), Trained(), Frozen(), on(32), Trained()], Trained()),
@@ -55,7 +62,10 @@ MIXTURES: dict[str, tuple[list[Role], Role]] = {
 # Rules that take turns over layers, adapters among them.
 OF_RULES: dict[str, tuple[list[Role], Role]] = {
     "three rules": ([Trained("apollo_mini"), Trained(), Trained("galore"), Trained(), on(8), Frozen()], Trained()),
-    "muon above scale": ([Trained("scale"), Trained("scale"), Trained("muon"), on(8), Trained("muon"), on(4)], Trained()),
+    "muon above scale": (
+        [Trained("scale"), Trained("scale"), Trained("muon"), on(8), Trained("muon"), on(4)],
+        Trained(),
+    ),
     "muon on adapters of two ranks": (
         [Adapter(8, 16.0, ALL, rule="muon"), Adapter(32, 64.0, ALL, rule="muon"), on(16), Trained(), Trained(), on(4)],
         Trained(),
@@ -83,7 +93,7 @@ def difference(config: RunConfig, phase: Phase) -> float:
 
 
 def left_out(config: RunConfig, phase: Phase) -> int:
-    """Bytes of the adapters' products ``w N r`` that are too small to be moved to the host: the plan leaves them out."""
+    """Bytes of the adapters' products ``w N r`` that are too small to move to the host, which the plan leaves out."""
     if not config.memory.offload_activations:
         return 0
     tokens = config.micro_batch_size * config.train.sequence_length
