@@ -57,7 +57,7 @@ MIXTURES: dict[str, tuple[list[Role], Role]] = {
     "trained between frozen and adapted": ([Frozen(), on(8), Trained(), Frozen(), on(32), Trained()], Trained()),
     "the lowest are not reached": ([Frozen(), Frozen(), on(4), Frozen(), Trained(), on(16)], Frozen()),
     "nothing but an adapter": ([Frozen(), Frozen(), Frozen(), on(4), Frozen(), Frozen()], Frozen()),
-    "embeddings under an adapter of another rank": ([on(2), on(16), Trained(), on(8), Frozen(), Trained()], on(24)),
+    "embeddings under an adapter of another rank": ([on(2), on(16), Trained(), on(8), Frozen(), Trained()], on(6)),
 }  # fmt: skip
 # Rules that take turns over layers, adapters among them.
 OF_RULES: dict[str, tuple[list[Role], Role]] = {
@@ -81,15 +81,18 @@ RUNS: dict[str, tuple[str, ...]] = {
         "memory.frozen_weights=nf4", "memory.offload_frozen=true", "memory.master_weights=false",
         "train.sequence_length=256",  # or one matrix made whole counts for much
     ),
+    "few tokens": ("train.sequence_length=8", "train.per_device_train_batch_size=1"),  # so that the update is the peak
     "activations on the host": ("memory.offload_activations=true", "train.precision=fp32"),
 }  # fmt: skip
 
 
-def difference(config: RunConfig, phase: Phase) -> float:
-    """Planned / simulated peak of a step - 1."""
+def assert_agree(config: RunConfig, phase: Phase) -> None:
+    """The planned and the simulated peak of a step."""
     instants = Instants(config, SHAPE, phase).in_order(grows=False)
     planned = max(instant.memory.total_bytes for instant in instants if instant.name != "evaluation")
-    return planned / simulate_phase(config, phase).total_bytes - 1
+    simulated = simulate_phase(config, phase).total_bytes
+    assert LOW <= (planned + left_out(config, phase)) / simulated - 1
+    assert planned / simulated - 1 <= HIGH
 
 
 def left_out(config: RunConfig, phase: Phase) -> int:
@@ -108,15 +111,13 @@ def left_out(config: RunConfig, phase: Phase) -> int:
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_planned_and_simulated_peak_of_a_mixture_agree(make_phase: MakePhase, name: str, run: str) -> None:
-    config, phase = configure(*RUNS[run]), make_phase(*MIXTURES[name])
-    weights = model_state(config, SHAPE, phase).bytes_of(kind="weights")
-    assert LOW - left_out(config, phase) / weights <= difference(config, phase) <= HIGH
+    assert_agree(configure(*RUNS[run]), make_phase(*MIXTURES[name]))
 
 
-@pytest.mark.parametrize("run", ["plain", "fused"])
+@pytest.mark.parametrize("run", ["plain", "fused", "few tokens"])
 @pytest.mark.parametrize("name", OF_RULES)
 def test_so_they_do_under_several_rules(make_phase: MakePhase, name: str, run: str) -> None:
-    assert LOW <= difference(configure(*RUNS[run]), make_phase(*OF_RULES[name])) <= HIGH
+    assert_agree(configure(*RUNS[run]), make_phase(*OF_RULES[name]))
 
 
 @pytest.mark.parametrize("name", [*MIXTURES, *OF_RULES])

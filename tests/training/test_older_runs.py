@@ -102,9 +102,9 @@ def test_a_finished_one_is_reported(old_run: Callable[[str], Path], name: str, s
     result = steplm("report", run_dir, "--output", run_dir.parent / "report", cwd=run_dir.parent)
     assert result.returncode == 0, result.stderr
     text = "".join(table.read_text() for table in (run_dir.parent / "report").glob("*.md"))
-    loss = json.loads((run_dir / "summary.json").read_text())["validation_loss"]
+    perplexity = json.loads((run_dir / "summary.json").read_text())["validation_perplexity"]
     assert name in text
-    assert f"{loss:.3f}" in text
+    assert f"{perplexity:.2f}" in text
     assert (run_dir.parent / "report" / "index.html").stat().st_size > 1000
     assert _files(run_dir) == before
 
