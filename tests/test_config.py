@@ -36,8 +36,8 @@ from steplm.planner.methods import METHODS
 from steplm.planner.plan import plan
 from steplm.planner.positions import POSITIONS
 from steplm.problems import validated
-from steplm.yaml_files import dump_yaml
 from steplm.training.metrics import SINKS
+from steplm.yaml_files import dump_yaml
 
 
 def test_a_dumped_configuration_reads_back_equal(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_every_old_key_is_known_and_several_are_told_at_once(tmp_path: Path) -> 
     told = {(*override.partition("=")[0].split("."), override.partition("=")[2]) for override in OLD_SPELLINGS}
     assert told == {(*key, str(value).lower()) for key, values in RENAMED.items() for value in values}
     (tmp_path / "run.yaml").write_text("plan: {freeze_old_layers: false}\noptim: {name: badam}\n")
-    with pytest.raises(ConfigError, match="is now method=growth.*is now method=badam"):
+    with pytest.raises(ConfigError, match=r"is now method=growth.*is now method=badam"):
         load_config(tmp_path / "run.yaml")
 
 

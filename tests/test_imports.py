@@ -16,7 +16,19 @@ import steplm
 PACKAGE = Path(steplm.__file__).parent
 
 # Each room with what it may import, besides itself. A lower room never names a higher one.
-BASE = {"version", "types", "errors", "units", "files", "rows", "launch", "yaml_files", "problems", "old_keys", "config"}
+BASE = {
+    "version",
+    "types",
+    "errors",
+    "units",
+    "files",
+    "rows",
+    "launch",
+    "yaml_files",
+    "problems",
+    "old_keys",
+    "config",
+}
 PLANNING = BASE | {"schedule", "cost", "planner"}
 SIBLINGS = PLANNING
 ALLOWED = {

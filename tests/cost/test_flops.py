@@ -32,6 +32,7 @@ def flops_of(make_phase: Callable[..., Phase]) -> FlopsOf:
     """``flops_of(layers, outside)``: a token of a phase with these roles, in sequences of 32."""
     return lambda *roles: training_flops_per_token(SHAPE, make_phase(*roles), 32)
 
+
 def test_ordinary_training_costs_six_per_matrix_parameter_and_twelve_for_attention(flops_of: FlopsOf) -> None:
     assert flops_of([Trained()] * 6) == 6 * (6 * MATRICES + HEAD) + 12 * 6 * 32 * 16
 

@@ -9,6 +9,7 @@ import pytest
 
 from steplm.config import RunConfig, load_config
 from steplm.cost.flops import training_flops_per_token
+from steplm.cost.formats import MIN_OFFLOADED_BYTES
 from steplm.cost.peak import Instants
 from steplm.cost.price import price
 from steplm.cost.sharded import ShardedInstants
@@ -43,7 +44,14 @@ MIXTURES: dict[str, tuple[list[Role], Role]] = {
     "ranks that rise": ([on(2), on(4), on(8), on(16), on(32), Trained()], Trained()),
     "ranks that fall": ([on(64), on(32), on(8), on(4), on(2), on(1)], Trained()),
     "other targets in each layer": (
-        [on(8, "q_proj", "v_proj"), on(4, "down_proj"), on(8), Trained(), on(16, "gate_proj", "up_proj"), on(2, "o_proj")],
+        [
+            on(8, "q_proj", "v_proj"),
+            on(4, "down_proj"),
+            on(8),
+            Trained(),
+            on(16, "gate_proj", "up_proj"),
+            on(2, "o_proj"),
+        ],
         Trained(),
     ),
     "trained between frozen and adapted": ([Frozen(), on(8), Trained(), Frozen(), on(32), Trained()], Trained()),
@@ -54,7 +62,10 @@ MIXTURES: dict[str, tuple[list[Role], Role]] = {
 # Rules that take turns over layers, adapters among them.
 OF_RULES: dict[str, tuple[list[Role], Role]] = {
     "three rules": ([Trained("apollo_mini"), Trained(), Trained("galore"), Trained(), on(8), Frozen()], Trained()),
-    "muon above scale": ([Trained("scale"), Trained("scale"), Trained("muon"), on(8), Trained("muon"), on(4)], Trained()),
+    "muon above scale": (
+        [Trained("scale"), Trained("scale"), Trained("muon"), on(8), Trained("muon"), on(4)],
+        Trained(),
+    ),
     "muon on adapters of two ranks": (
         [Adapter(8, 16.0, ALL, rule="muon"), Adapter(32, 64.0, ALL, rule="muon"), on(16), Trained(), Trained(), on(4)],
         Trained(),
@@ -66,9 +77,12 @@ RUNS: dict[str, tuple[str, ...]] = {
     "recomputed": ("train.gradient_checkpointing=true",),
     "frozen recomputed": ("train.gradient_checkpointing=frozen",),
     "fused": ("memory.fused_backward=true", "optim.max_grad_norm=null"),
-    "packed, on the host": ("memory.frozen_weights=nf4", "memory.offload_frozen=true", "memory.master_weights=false"),
+    "packed, on the host": (
+        "memory.frozen_weights=nf4", "memory.offload_frozen=true", "memory.master_weights=false",
+        "train.sequence_length=256",  # or one matrix made whole counts for much
+    ),
     "activations on the host": ("memory.offload_activations=true", "train.precision=fp32"),
-}
+}  # fmt: skip
 
 
 def difference(config: RunConfig, phase: Phase) -> float:
@@ -78,10 +92,25 @@ def difference(config: RunConfig, phase: Phase) -> float:
     return planned / simulate_phase(config, phase).total_bytes - 1
 
 
+def left_out(config: RunConfig, phase: Phase) -> int:
+    """Bytes of the adapters' products ``w N r`` that are too small to move to the host, which the plan leaves out."""
+    if not config.memory.offload_activations:
+        return 0
+    tokens = config.micro_batch_size * config.train.sequence_length
+    products = [
+        {"bf16": 2, "fp32": 4}[config.train.precision] * tokens * adapter.rank
+        for adapter in phase.adapters.values()
+        for _ in adapter.target_modules
+    ]
+    return sum(size for size in products if size < MIN_OFFLOADED_BYTES)
+
+
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_planned_and_simulated_peak_of_a_mixture_agree(make_phase: MakePhase, name: str, run: str) -> None:
-    assert LOW <= difference(configure(*RUNS[run]), make_phase(*MIXTURES[name])) <= HIGH
+    config, phase = configure(*RUNS[run]), make_phase(*MIXTURES[name])
+    weights = model_state(config, SHAPE, phase).bytes_of(kind="weights")
+    assert LOW - left_out(config, phase) / weights <= difference(config, phase) <= HIGH
 
 
 @pytest.mark.parametrize("run", ["plain", "fused"])

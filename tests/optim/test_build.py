@@ -209,6 +209,9 @@ def test_states_that_no_rule_has_or_that_a_rule_lacks_are_refused():
     tensors, steps = build(model, phase).state_dict()
     with pytest.raises(CheckpointMismatch, match=r"unknown: .*elsewhere\.weight"):
         build(model, phase).load_state_dict(tensors, steps | {"elsewhere.weight": 1})
+    stray = {"elsewhere.weight.exp_avg": torch.zeros(1)}
+    with pytest.raises(CheckpointMismatch, match=r"unknown: elsewhere\.weight\.exp_avg"):
+        build(model, phase).load_state_dict(tensors | stray, steps)
     missing = {key: tensor for key, tensor in tensors.items() if not key.startswith("layers.0.tall.weight")}
     with pytest.raises(CheckpointMismatch, match=r"missing: layers\.0\.tall\.weight"):
         build(model, phase).load_state_dict(missing, steps)

@@ -347,6 +347,6 @@ def test_unknown_options_vectors_and_sharded_parameters_are_refused(rule):
     with pytest.raises(ConfigError, match=r"norm has the shape \(5,\). Leave it to AdamW"):
         make({"norm": nn.Parameter(torch.ones(5))})
     sharded = nn.Parameter(torch.ones(2, 2))
-    sharded.to_local = lambda: sharded
+    sharded.to_local = lambda: torch.ones(1, 2)
     with pytest.raises(ConfigError, match=r"w is sharded over ranks"):
         make({"w": sharded})

@@ -200,7 +200,7 @@ def test_where_the_run_as_written_does_not_fit_fewer_frozen_stages_come_first() 
 
 
 def test_a_family_whose_activations_are_not_known_is_refused() -> None:
-    with pytest.raises(ConfigError, match="gemma2.*--simulate"):
+    with pytest.raises(ConfigError, match=r"gemma2.*--simulate"):
         fit(tiny("model.model_type=gemma2"), 10**12)
 
 

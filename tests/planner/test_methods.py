@@ -111,9 +111,7 @@ def test_a_method_that_freezes_has_a_layer_that_is_not_trained_and_the_others_ha
         ("thawed", ["memory.master_weights=galore"], "names one update rule of several"),
     ],
 )
-def test_what_a_method_cannot_do_is_refused_with_what_to_change(
-    name: str, overrides: list[str], message: str
-) -> None:
+def test_what_a_method_cannot_do_is_refused_with_what_to_change(name: str, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(of_method(name, *overrides))
 

@@ -199,7 +199,7 @@ def test_thawed_trains_old_layers_by_their_own_rule() -> None:
 
 def test_phases_that_hold_the_same_share_one_cost_and_one_row() -> None:
     made = by_method("badam")
-    assert len(made.costs) == 7 < len(made.schedule.phases), "of each layer, and of the first turn, which goes on from none"
+    assert len(made.costs) == 7 < len(made.schedule.phases), "each layer's, and the first turn's"
     (stage,) = made.stages
     assert len(stage.spans) <= 6
     assert sum(len(span.phases) for span in stage.spans) == len(made.schedule.phases)

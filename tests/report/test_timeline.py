@@ -41,7 +41,9 @@ def counted(measured: bool = False) -> RunTimeline:
 def test_the_highest_point_of_each_part_is_the_peak_that_is_counted_there(measured: bool) -> None:
     config = configure()
     for stage, drawn in zip(plan(config).stages, counted(measured).stages, strict=True):
-        peaks = {instant.name: instant.memory.total_bytes for instant in simulate_phase(config, stage.highest_phase).instants}
+        peaks = {
+            instant.name: instant.memory.total_bytes for instant in simulate_phase(config, stage.highest_phase).instants
+        }
         if stage.index > 1:
             peaks |= {i.name: i.memory.total_bytes for i in simulate_growth(config, stage.highest_phase).instants}
         names = {"growth": "growth", "forward": "forward", "backward": "backward", "update": "optimizer step"}

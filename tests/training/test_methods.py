@@ -117,8 +117,14 @@ def test_a_restart_writes_no_checkpoint_unless_one_is_due(
     names = [path.name for path in complete_checkpoints(tmp_path / "seldom" / "checkpoints")]
     assert names == ["stage1-step000006", "stage1-step000012", "stage1-end"]
     # Entered from memory or from the disk, a phase is the same.
-    train(tiny_run(tmp_path / "often", *overrides, "train.save_steps=1"))
-    assert_equal_runs(tmp_path / "seldom", tmp_path / "often")
+    often = tiny_run(tmp_path / "often", *overrides, "train.save_steps=1")
+    train(often)
+    shutil.rmtree(tmp_path / "often" / "export")
+    (tmp_path / "often" / "summary.json").unlink()
+    for path in complete_checkpoints(tmp_path / "often" / "checkpoints")[8:]:
+        shutil.rmtree(path)
+    train(often)
+    assert_equal_runs(tmp_path / "often", tmp_path / "seldom")
 
 
 @pytest.mark.parametrize("method", ["relora", "step with restarts", "badam"])
@@ -187,6 +193,21 @@ def test_in_a_run_of_badam_only_the_layer_whose_turn_it_is_moves(tiny_run: Confi
         of_layers = {count for name, count in after.state.optimizer_steps.items() if ".layers." in name}
         assert of_layers == {turn_steps}  # states begin anew with the turn
         assert after.state.optimizer_steps["lm_head.weight"] == after.state.progress.step  # and these go on
+
+
+def test_badam_stopped_between_two_turns_or_two_passes_ends_as_the_unbroken_run(
+    tiny_run: Configure, tmp_path: Path, assert_equal_runs: EqualRuns
+) -> None:
+    overrides = (*METHODS["badam"], "train.precision=bf16", "train.save_steps=1", "train.save_total_limit=99")
+    train(tiny_run(tmp_path / "unbroken", *overrides))
+    kept = complete_checkpoints(tmp_path / "unbroken" / "checkpoints")
+    for num_steps in (3, 6, 12):  # turns of 3 steps, passes of 12
+        run_dir = tmp_path / f"stopped-{num_steps}"
+        shutil.copytree(tmp_path / "unbroken", run_dir, ignore=shutil.ignore_patterns("export", "summary.json"))
+        for path in kept[num_steps:]:
+            shutil.rmtree(run_dir / "checkpoints" / path.name)
+        train(tiny_run(run_dir, *overrides))
+        assert_equal_runs(run_dir, tmp_path / "unbroken")
 
 
 THAWED = METHODS["old layers under apollo_mini"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -13,13 +14,15 @@ import pytest
 from steplm.checkpoint import folder as folder_module
 from steplm.checkpoint.folder import complete_checkpoints
 from steplm.config import RunConfig
-from steplm.errors import CheckpointError
+from steplm.errors import CheckpointError, CheckpointMismatch
+from steplm.planner.plan import Plan, plan
 from steplm.training import enter as enter_module
 from steplm.training import loop as loop_module
 from steplm.training import save as save_module
 from steplm.training.context import RunContext
 from steplm.training.metrics import read_metrics
 from steplm.training.run import train
+from steplm.types import from_json
 
 Configure = Callable[..., RunConfig]
 EqualRuns = Callable[[Path, Path], None]
@@ -175,3 +178,96 @@ def test_resuming_continues_and_does_not_start_again(
     train(config)
     ends = read_metrics(unbroken / "metrics.jsonl", "stage_end")
     assert len(calls) == sum(entry["step"] for entry in ends if entry["stage"] > 1) > 0
+
+
+Stop = Callable[[RunConfig, int], None]
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Stop:
+    """``stop_after(config, num_steps)``: train, and stop in order by a signal in that step."""
+
+    def stop(config: RunConfig, num_steps: int) -> None:
+        original, steps = loop_module.train_step, 0
+
+        def terminating(*args: object, **kwargs: object) -> object:
+            nonlocal steps
+            steps += 1
+            if steps == num_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop_module, "train_step", terminating)
+            assert train(config).stop_signal == signal.SIGTERM
+
+    return stop
+
+
+def test_a_resumed_run_keeps_its_plan_where_today_another_would_be_made(
+    tiny_run: Configure, tmp_path: Path, stop_after: Stop
+) -> None:
+    """How large micro-batches are changes what is least, and may be changed; the layers and phases stay."""
+    base = ("model.num_hidden_layers=6", "plan.total_tokens=2048", "train.global_batch_size=16")
+    begun, changed = (tiny_run(tmp_path, *base, f"train.per_device_train_batch_size={n}") for n in (1, 16))
+    made = plan(begun)
+    assert plan(changed).layers != made.layers
+    stop_after(begun, 2)
+    result = train(changed)
+    assert result.finished
+    assert result.plan.schedule == made.schedule
+    # Its costs are those of today.
+    assert result.plan.peak_bytes is not None
+    assert made.peak_bytes is not None
+    assert result.plan.peak_bytes > made.peak_bytes
+    written = from_json(Plan, json.loads((tmp_path / "plan.json").read_text()))
+    assert written == result.plan
+    depths = [event["num_hidden_layers"] for event in read_metrics(tmp_path / "metrics.jsonl", "stage_start")]
+    assert depths == [made.layers[0], 6]
+
+
+def _edit(run_dir: Path, place: tuple[str | int, ...], value: object) -> None:
+    document = json.loads((run_dir / "plan.json").read_text())
+    parent = document
+    for key in place[:-1]:
+        parent = parent[key]
+    assert parent[place[-1]] != value
+    parent[place[-1]] = value
+    (run_dir / "plan.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("schedule", "phases", 0, "tokens"), 128),
+        (("schedule", "phases", 0, "layers", 0, "rule"), "muon"),
+        (("schedule", "phases", 1, "layers", 0, "rank"), 2),
+        (("schedule", "phases", 1, "layers", 0), {"kind": "frozen"}),
+        (("schedule", "phases", 1, "embeddings_and_head"), {"kind": "frozen"}),
+        (("schedule", "phases", 1, "entry", "operator"), "stack"),
+        (("schedule", "phases", 1, "scheduled_tokens"), 4096),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_an_edited_schedule_is_refused_by_the_checkpoint(
+    tiny_run: Configure, tmp_path: Path, stop_after: Stop, place: tuple[str | int, ...], value: object
+) -> None:
+    config = tiny_run(tmp_path, "plan.layers=[3,1]")
+    first_stage = plan(config).stages[0].tokens // config.step_tokens
+    stop_after(config, first_stage + 2)
+    _edit(tmp_path, place, value)
+    log, checkpoints = (tmp_path / "metrics.jsonl").read_bytes(), complete_checkpoints(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointMismatch, match=r"not to that of plan\.json.*Restore plan\.json"):
+        train(config)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == log
+    assert complete_checkpoints(tmp_path / "checkpoints") == checkpoints
+
+
+def test_costs_in_plan_json_are_worked_out_again_whatever_stands_there(
+    tiny_run: Configure, tmp_path: Path, stop_after: Stop
+) -> None:
+    config = tiny_run(tmp_path)
+    stop_after(config, 2)
+    _edit(tmp_path, ("vanilla_model_state_bytes",), 1)
+    _edit(tmp_path, ("costs", 0, "memory", "terms", 0, "num_bytes"), 1)
+    assert train(config).plan == plan(config)
