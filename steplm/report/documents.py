@@ -139,7 +139,7 @@ def read_document(kind: type[D], path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        values = _json(path.read_bytes())
+        values = parse_json(path.read_bytes())
         kind.model_validate(values)
     except (OSError, ValueError) as error:
         raise _unusable(path, error) from None
@@ -156,7 +156,7 @@ def read_plan(path: Path, config: RunConfig) -> tuple[Plan, tuple[int, ...]]:
         SteplmError: it is none, or of another version.
     """
     try:
-        values = _json(path.read_bytes())
+        values = parse_json(path.read_bytes())
         if any(not 0 <= number <= MOST for number in _numbers(values)):
             raise ValueError("a number below 0 or beyond measure")
         if isinstance(values, dict) and values.get("schema_version") == OLD_SCHEMA_VERSION:
@@ -188,7 +188,7 @@ def read_events(path: Path, stages: Sequence[int]) -> Iterator[dict[str, Any]]:
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            values = _json(line)
+            values = parse_json(line)
             event = Event.model_validate(values)
             if event.stage is not None and event.stage > len(stages):
                 raise ValueError(f"stage {event.stage} of {len(stages)}")
@@ -199,11 +199,19 @@ def read_events(path: Path, stages: Sequence[int]) -> Iterator[dict[str, Any]]:
         yield values if event.stage is None else values | {"stage": stages[event.stage - 1]}
 
 
-def _json(data: bytes) -> Any:
+def parse_json(data: bytes) -> Any:
+    """What JSON in UTF-8 says, of which every text can be written to a file again.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
-        return json.loads(data.decode())
+        values = json.loads(data.decode())
+        if b"\\u" in data:  # half of a surrogate pair can be escaped, but not be encoded
+            json.dumps(values, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    return values
 
 
 def _numbers(value: Any) -> Iterator[float]:

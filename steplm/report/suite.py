@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from steplm.errors import SteplmError
 from steplm.files import write_atomically
+from steplm.report.documents import parse_json
 from steplm.types import from_json, to_json
 from steplm.units import reason, shortened
 
@@ -124,7 +125,7 @@ def load_suite(directory: str | Path) -> SuiteRecord:
     if not path.is_file():
         raise SteplmError(f"{directory} is no suite directory: it has no {SUITE_FILE}", path=str(directory))
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
         version = values["schema_version"]
         if version != SCHEMA_VERSION:
             raise SteplmError(

@@ -194,6 +194,7 @@ def test_a_run_that_was_trained_can_be_read_and_drawn(tiny_run: Callable[..., Ru
     [
         ("plan.json", "[" * 50_000, "nested too deeply"),
         ("plan.json", "{}", "shape: Field required"),
+        ("plan.json", '{"\\ud800": 1}', "surrogates not allowed"),
         ("summary.json", '{"validation_loss": "low"}', "validation_loss: Input should be a valid number"),
         (
             "metrics.jsonl",

@@ -49,6 +49,7 @@ def test_a_suite_reads_back_as_it_was_written(tmp_path: Path) -> None:
         ({"schema_version": 2}, "schema version 2"),
         ({"entries": []}, "does not have: step, vanilla"),
         ({"runs": [{"entry": "vanilla"}]}, "cannot be read"),
+        ({"name": "\ud800"}, "cannot be read: .*surrogates not allowed"),
     ],
 )
 def test_what_cannot_be_a_suite_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
