@@ -11,13 +11,11 @@ from typing import Any
 from steplm.checkpoint import mark_damaged, verify_checkpoint
 from steplm.checkpoint.folder import complete_checkpoints
 from steplm.config import RunConfig, load_written_config
-from steplm.errors import CheckpointError, ConfigError
+from steplm.errors import CheckpointError, ConfigError, PlanInfeasible
+from steplm.planner.old_plans import OLD_SCHEMA_VERSION, plan_of_old_run
 from steplm.planner.plan import SCHEMA_VERSION, Plan
-from steplm.planner.plan import plan as make_plan
-from steplm.types import ModelShape, from_json
+from steplm.types import from_json
 from steplm.units import reason
-
-OLD_SCHEMA_VERSION = 2  # had stages in place of a schedule
 
 
 @dataclass(frozen=True)
@@ -119,12 +117,12 @@ def read_plan(run_dir: Path) -> Plan:
     try:
         values = json.loads(path.read_text())
         if isinstance(values, dict) and values.get("schema_version") == OLD_SCHEMA_VERSION:
-            plan = _plan_of_old_run(run_dir, values)
+            plan, _ = plan_of_old_run(load_written_config(run_dir / "config.yaml"), values)
         else:
             plan = from_json(Plan, values)
         if not plan.layers:
             raise ValueError("a plan without layers")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, ConfigError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, ConfigError, PlanInfeasible) as error:
         raise CheckpointError(
             f"{path} cannot be used: {reason(error)}. It is damaged, or another version of steplm wrote it.",
             path=str(path),
@@ -151,10 +149,3 @@ def require_this_version(folder: RunFolder) -> None:
             path=str(folder.path),
             schema_version=version,
         )
-
-
-def _plan_of_old_run(run_dir: Path, values: dict[str, Any]) -> Plan:
-    config = load_written_config(run_dir / "config.yaml")
-    layers = [stage["num_new_layers"] for stage in values["stages"] if stage["num_new_layers"]]
-    plan = config.plan.model_copy(update={"layers": layers, "budget": None})
-    return make_plan(config.model_copy(update={"plan": plan}), from_json(ModelShape, values["shape"]))
