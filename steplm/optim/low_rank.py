@@ -76,7 +76,7 @@ class LowRankAdamW(RuleBase):
         self.set_parameters(named_parameters)
 
     def _new_states(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
-        weight = parameter.detach()
+        weight = on_this_rank(parameter.detach())
         if weight.ndim != 2 or not is_low_rank(len(weight), weight.shape[1], self.rank):
             raise ConfigError(
                 f"{self.method} has states of rank {self.rank}, and {name} has the shape {tuple(weight.shape)}: leave "
@@ -115,7 +115,7 @@ class LowRankAdamW(RuleBase):
             return True
         gradient = self.parameters[name].grad
         assert gradient is not None
-        vectors = leading_vectors(_wide(gradient), self.rank)
+        vectors = leading_vectors(_wide(on_this_rank(gradient)), self.rank)
         if vectors is not None:
             self._states[name]["projector"].copy_(vectors)
         return vectors is not None or self.steps[name] > 0

@@ -14,6 +14,7 @@ from steplm.errors import ConfigError
 from steplm.optim.base import CodeBooks, NamedParameters, RuleBase
 from steplm.optim.masters import correct, new_master, split_
 from steplm.optim.quantized import round_stochastically_
+from steplm.rows import on_this_rank
 
 STATES = ("fp32", "bf16", "8bit")
 MASTER_WEIGHTS = (True, False, "8bit")
@@ -79,7 +80,7 @@ class MatrixRule(RuleBase):
             raise ConfigError(
                 f"{rule} updates matrices, and {name} has the shape {shape}. Leave it to AdamW.", name=name, shape=shape
             )
-        if hasattr(parameter, "to_local"):
+        if on_this_rank(parameter).shape != parameter.shape:
             raise ConfigError(
                 f"{rule} needs whole matrices, and {name} is sharded over ranks. Replicate it, or leave it to AdamW.",
                 name=name,
@@ -87,7 +88,7 @@ class MatrixRule(RuleBase):
 
     def _new_states(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
         self._refuse_unless_matrix(name, parameter)
-        weight, held = parameter.detach(), dict[str, Tensor]()
+        weight, held = on_this_rank(parameter.detach()), dict[str, Tensor]()
         if self.momentum:
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[self.states]
             held["momentum_buffer"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
@@ -124,17 +125,17 @@ class MatrixRule(RuleBase):
         Returns:
             A new tensor of shape (len(maps), rows, columns).
         """
-        first = self.parameters[maps[0].name]
+        first = on_this_rank(self.parameters[maps[0].name].detach())
         gathered = torch.empty((len(maps), *first.shape[-2:]), dtype=dtype, device=first.device)
         for out, each in zip(gathered, maps, strict=True):
             gradient = self.parameters[each.name].grad
             assert gradient is not None
             if not self.momentum:
-                out.copy_(each.of(gradient)).mul_(grad_scale)
+                out.copy_(each.of(on_this_rank(gradient))).mul_(grad_scale)
                 continue
             for rows in row_pieces(*out.shape):
                 momentum = self._read_momentum(each, rows)
-                update = each.of(gradient)[rows].to(torch.float32, copy=True).mul_(grad_scale)
+                update = each.of(on_this_rank(gradient))[rows].to(torch.float32, copy=True).mul_(grad_scale)
                 momentum.lerp_(update, 1.0 - self.momentum)
                 if nesterov:
                     update.lerp_(momentum, self.momentum)
@@ -177,14 +178,14 @@ class MatrixRule(RuleBase):
 
     def _read_weight(self, each: Map, rows: slice) -> Tensor:
         """Fp32: the master weight, the weight itself if it is fp32, or else a copy."""
-        states, weight = self._states[each.name], each.of(self.parameters[each.name].detach())[rows]
+        states, weight = self._states[each.name], each.of(on_this_rank(self.parameters[each.name].detach()))[rows]
         if "correction" in states:
             return correct(weight, each.of(states["correction"])[rows])
         return each.of(states["master"])[rows] if "master" in states else weight.float()
 
     def _write_weight(self, each: Map, rows: slice, value: Tensor) -> None:
         """Round a new fp32 value into the weight; ``value`` may be overwritten, unless it is the master weight."""
-        states, weight = self._states[each.name], each.of(self.parameters[each.name].detach())[rows]
+        states, weight = self._states[each.name], each.of(on_this_rank(self.parameters[each.name].detach()))[rows]
         if "correction" in states:
             split_(value, weight, each.of(states["correction"])[rows])
         elif "master" in states:

@@ -39,6 +39,8 @@ def attach(model: nn.Module, phase: Phase, layer_prefix: str, seed: int) -> None
     outside = phase.embeddings_and_head
     targets: dict[str, tuple[nn.Linear | nn.Embedding, Adapter]] = {}  # all of them before the first change
     for index, spec in phase.adapters.items():
+        if spec.method not in ADAPTERS:
+            raise ConfigError(f"no adapter method {spec.method!r}. Known: {', '.join(ADAPTERS)}.", method=spec.method)
         found = _targets(model, f"{layer_prefix}.{index}", spec)
         targets.update({name: (module, spec) for name, module in found.items()})
     if isinstance(outside, Adapter):

@@ -109,6 +109,12 @@ NEEDS = (
         lambda run: run.has_adapters,
         "begins adapters anew, and this run has none",
     ),
+    Need(
+        "pet.restart_keep",
+        lambda config: config.pet.restart_keep > 0,
+        lambda run: run.config.pet.rule == ADAMW,
+        "keeps Adam's moments, and pet.rule={config.pet.rule} has none: set pet.rule=adamw",
+    ),
     *(
         Need(option, is_set, lambda run: run.config.distributed.num_shards == 1, WHOLE)
         for option, is_set in (

@@ -259,7 +259,7 @@ def check_entrance(run: RunContext, phase: Phase, start: PhaseStart, assembled: 
     bytes_of_ranks = run.world.gather(measured.total_bytes)
     if run.world.rows.index == 0:  # it has the most rows of every tensor; others may have fewer
         check_against_plan(everything, cost.memory)
-    if start.progress.phase_step == 0:
+    if start.progress.phase_step == 0 and phase.entry.kind != "go_on":
         _report_packing(run, phase, start, assembled)
         run.metrics.write(
             "stage_start",

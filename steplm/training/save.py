@@ -33,7 +33,7 @@ def save(
     adapters = adapter_state(model)
     tensors, _ = rules.state_dict()
     run.metrics.sync()
-    state = _state(run, phase, start, assembled, progress, unlogged_losses, probes=progress.stage_done)
+    state = _state(run, phase, start, assembled, progress, unlogged_losses, probes=progress.phase_done)
     weights = {name: tensor for name, tensor in plain_state(model).items() if name not in adapters}
     if run.writer is None:
         path = save_checkpoint(

@@ -97,18 +97,24 @@ def test_the_depth_is_divided_as_the_plan_divides_it(
     assert (made.layers, made.peak_bytes) == (best.layers, best.peak_bytes)
 
 
-@pytest.mark.parametrize("maximize", [None, *AXES])
+VARIANTS = (
+    (),
+    ("plan.objective=model_state",),
+    ("method=growth",),
+    ("distributed.world_size=4", "train.global_batch_size=16", "train.gradient_accumulation_steps=1"),
+    ("plan.num_stages=1", "method=lora"),
+    ("plan.num_stages=1", "method=relora", "pet.warm_start=0.25", "pet.restarts=3"),
+    ("pet.rank=24",),  # more than the least width allows
+    ("memory.fused_backward=true", "optim.max_grad_norm=null", "train.gradient_accumulation_steps=1"),
+)
+
+
 @pytest.mark.parametrize(
-    "more",
+    ("maximize", "more"),
     [
-        (),
-        ("plan.objective=model_state",),
-        ("method=growth",),
-        ("distributed.world_size=4", "train.global_batch_size=16", "train.gradient_accumulation_steps=1"),
-        ("plan.num_stages=1", "method=lora"),
-        ("plan.num_stages=1", "method=relora", "pet.warm_start=0.25", "pet.restarts=3"),
-        ("pet.rank=24",),  # more than the least width allows
-        ("memory.fused_backward=true", "optim.max_grad_norm=null", "train.gradient_accumulation_steps=1"),
+        # The search for deep models takes long.
+        pytest.param(axis, more, marks=pytest.mark.slow) if axis == "depth" and more else (axis, more)
+        for axis, more in product([None, *AXES], VARIANTS)
     ],
 )
 def test_every_row_is_the_plan_of_its_overrides_and_fits(maximize: str | None, more: tuple[str, ...]) -> None:
