@@ -56,4 +56,6 @@ def translate_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     else:
         one_stage = plan.get("num_stages") == 1
         new["method"] = "vanilla" if one_stage else "step" if freezes_old else "growth"
+    if new["method"] in ("vanilla", "badam"):
+        plan["train_embeddings"] = "always"  # read by no phase
     return new

@@ -143,7 +143,7 @@ def _problems(run: Run) -> Iterator[str]:
         if need.is_set(config) and not need.is_met(run):
             section, _, key = need.option.partition(".")
             value = getattr(getattr(config, section), key)
-            told = "" if value is True else f"={value:g}" if isinstance(value, float) else f"={value}"
+            told = {True: "", False: "=false"}.get(value, f"={value:g}" if isinstance(value, float) else f"={value}")
             yield f"{need.option}{told} {need.message.format(config=config)}, or leave {need.option} out."
     for rule in sorted(run.rules):
         row, memory = RULES[rule], config.memory
