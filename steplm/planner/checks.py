@@ -143,7 +143,7 @@ def _problems(run: Run) -> Iterator[str]:
         if need.is_set(config) and not need.is_met(run):
             section, _, key = need.option.partition(".")
             value = getattr(getattr(config, section), key)
-            told = {True: "", False: "=false"}.get(value, f"={value:g}" if isinstance(value, float) else f"={value}")
+            told = "" if value is True else f"={_as_yaml(value)}"
             yield f"{need.option}{told} {need.message.format(config=config)}, or leave {need.option} out."
     for rule in sorted(run.rules):
         row, memory = RULES[rule], config.memory
@@ -163,3 +163,9 @@ def _problems(run: Run) -> Iterator[str]:
     if config.distributed.num_shards > 1 and run.thaws_layers:
         yield (f"method={config.method} changes which layers are trained, which FSDP2 does not allow: set "
                "distributed.shard_size=1.")  # fmt: skip
+
+
+def _as_yaml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

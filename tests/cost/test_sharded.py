@@ -219,16 +219,22 @@ def test_so_they_do_between_copies(world: str, name: str) -> None:
     assert LOW <= difference(2, *WORLDS[world], *RUNS[name]) <= HIGH
 
 
-# States of low rank are of whole matrices: a copy each.
-LOW_RANK: dict[str, tuple[str, ...]] = {
+# Other rules than AdamW work on whole matrices: a copy each.
+OF_RULES: dict[str, tuple[str, ...]] = {
     "galore": GALORE,
     "galore, fused": (*GALORE, *FUSED),
     "apollo_mini, fused": ("optim.name=apollo_mini", *FUSED),
+    "muon": ("optim.name=muon",),
+    "muon in 8 bits, fused": (
+        "optim.name=muon", "memory.optimizer_states=8bit", "memory.master_weights=8bit", *FUSED
+    ),
+    "muon on adapters": ("pet.rule=muon",),
+    "old layers under scale": ("method=thawed", "optim.old_layers=scale"),
     "old layers under galore": OLD_UNDER_GALORE,
     "old layers under galore, fused": (*OLD_UNDER_GALORE, *FUSED),
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOW_RANK)
-def test_so_they_do_with_states_of_low_rank(name: str) -> None:
-    assert LOW <= difference(2, *WORLDS["a copy each"], *LOW_RANK[name]) <= HIGH
+@pytest.mark.parametrize("name", OF_RULES)
+def test_so_they_do_under_other_rules(name: str) -> None:
+    assert LOW <= difference(2, *WORLDS["a copy each"], *OF_RULES[name]) <= HIGH
