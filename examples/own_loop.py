@@ -10,9 +10,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from steplm.optim.adamw import AdamW
-from steplm.optim.muon import Muon
-from steplm.optim.torch_optimizer import RuleOptimizer
+from steplm.optim import AdamW, Muon, RuleOptimizer
 
 NUM_STEPS = 60
 

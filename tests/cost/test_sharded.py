@@ -225,9 +225,7 @@ OF_RULES: dict[str, tuple[str, ...]] = {
     "galore, fused": (*GALORE, *FUSED),
     "apollo_mini, fused": ("optim.name=apollo_mini", *FUSED),
     "muon": ("optim.name=muon",),
-    "muon in 8 bits, fused": (
-        "optim.name=muon", "memory.optimizer_states=8bit", "memory.master_weights=8bit", *FUSED
-    ),
+    "muon in 8 bits": ("optim.name=muon", "memory.optimizer_states=8bit", "memory.master_weights=8bit"),
     "muon on adapters": ("pet.rule=muon",),
     "old layers under scale": ("method=thawed", "optim.old_layers=scale"),
     "old layers under galore": OLD_UNDER_GALORE,
