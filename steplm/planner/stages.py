@@ -38,7 +38,7 @@ class StagePrices:
     @cached_property
     def old_layers_take_less(self) -> bool:
         """Whether a layer takes less memory when it is old."""
-        if not self.method.grows:
+        if not self.method.grows or self.config.plan.num_stages == 1:
             return False
         one_old, none_old = (
             max(self._layer_states(draft) for draft in self.drafts(num_new, 2 - num_new)) for num_new in (1, 2)

@@ -66,18 +66,19 @@ def test_table_of_the_368m_plan() -> None:
 
 EXPECTED_TABLE = """\
 llama, 368M parameters, 24 layers in 3 stages, bf16, 7.36B tokens; memory in GiB
-stage   layers trained frozen adapters tokens weights grads optim state  peak
-─────────────────────────────────────────────────────────────────────────────
-1           11    204M                   1.5B    0.38  0.38  2.28  3.04  6.86
-2         11+8    166M   139M    27.4M  2.59B    0.62  0.36  2.17  3.15  9.63
-3 ◀       19+5    129M   239M    47.4M  3.27B    0.77  0.33  1.97  3.07 11.22
-                                                                             \n\
-outer            65.5M                           0.12  0.12  0.73  0.98      
-vanilla     24    368M                           0.69  0.69  4.11  5.48 13.61
-peak  11.22 GiB in stage 3 (loss); vanilla 13.61 GiB; -17.6%
-state 3.15 GiB in stage 2; vanilla 5.48 GiB; -42.6%
-with memory.reserve=1.25 GiB it needs a device of 12.47 GiB
-outer: embeddings, final norm and head, a part of every stage above
+stage    layers trained frozen adapters tokens weights grads optim state  peak
+──────────────────────────────────────────────────────────────────────────────
+1            11    204M                   1.5B    0.38  0.38  2.28  3.04  6.86
+2          11+8    166M   139M    27.4M  2.59B    0.62  0.36  2.17  3.15  9.63
+3 ◀        19+5    129M   239M    47.4M  3.27B    0.77  0.33  1.97  3.07 11.22
+                                                                              \n\
+emb+head          65.5M                           0.12  0.12  0.73  0.98      
+vanilla      24    368M                           0.69  0.69  4.11  5.48 13.61
+peak  11.22 GiB in stage 3 (loss); vanilla 13.61 GiB; −17.6%
+state 3.15 GiB in stage 2; vanilla 5.48 GiB; −42.6%
+device needed, with memory.reserve=1.25 GiB: 12.47 GiB
+emb+head: embeddings, final norm and head, included in every stage
+◀: the highest peak
 """
 
 
@@ -103,7 +104,7 @@ def test_no_number_is_cut_off_on_eighty_columns(overrides: list[str]) -> None:
 
 def test_embeddings_frozen_after_stage_one_have_their_own_row_in_every_stage() -> None:
     text = text_of(render_plan, "plan.train_embeddings=first_stage")
-    assert sum(line.startswith(" outer") for line in text.splitlines()) == 3
+    assert sum(line.startswith(" emb+head") for line in text.splitlines()) == 3
 
 
 def test_a_plan_by_hand_is_told_that_less_is_possible() -> None:
