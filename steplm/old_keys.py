@@ -48,7 +48,7 @@ def translate_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     freezes_old, adapted = plan.pop("freeze_old_layers"), pet.pop("layers", "old")
     low_rank = optim.pop("low_rank_layers", "all")
     if adapted == "all":
-        new["method"] = "relora" if pet.get("restarts") else "lora"
+        new["method"] = "relora" if pet.get("restarts") or pet.get("warm_start") else "lora"
     elif optim.get("name") == "badam":
         new["method"], optim["name"] = "badam", "adamw"
     elif low_rank == "old":

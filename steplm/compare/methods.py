@@ -31,6 +31,8 @@ METHODS: dict[str, Method] = {
             "optim.schedule_over": "run",
         },
     ),
+    "muon": Method("Muon", {**ONE_STAGE, "optim.name": "muon"}),
+    "scale": Method("SCALE", {**ONE_STAGE, "optim.name": "scale"}),
     "galore": Method("GaLore", {**ONE_STAGE, "optim.name": "galore"}),
     "apollo": Method("APOLLO", {**ONE_STAGE, "optim.name": "apollo"}),
     "apollo_mini": Method("APOLLO-Mini", {**ONE_STAGE, "optim.name": "apollo_mini"}),

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from steplm.config import RunConfig
-from steplm.cost.terms import resolve_target_modules
+from steplm.cost.terms import adapter_shapes, resolve_target_modules
 from steplm.errors import ConfigError
 from steplm.planner.positions import make_layer_map
 from steplm.planner.tokens import divide
@@ -49,7 +49,10 @@ class Parts:
     def adapter(self) -> Adapter:
         pet = self.config.pet
         alpha = ALPHA_OF_RANK * pet.rank if pet.alpha is None else pet.alpha
-        return Adapter(pet.rank, alpha, resolve_target_modules(self.shape, pet.target_modules), pet.method, pet.rule)
+        targets = resolve_target_modules(self.shape, pet.target_modules)
+        adapter = Adapter(pet.rank, alpha, targets, pet.method, pet.rule)
+        adapter_shapes(self.shape, adapter)  # refuses a rank that is too large
+        return adapter
 
     @property
     def frozen(self) -> Role:
@@ -186,8 +189,8 @@ def check_keys(config: RunConfig) -> None:
     pet = config.pet
     if name in ("lora", "relora") and pet.method == "none":
         raise ConfigError(f"method={name} needs adapters: leave pet.method=none out.")
-    if name == "relora" and not pet.restarts:
-        raise ConfigError("method=relora begins its adapters anew: set pet.restarts to 1 or more, or method=lora.")
+    if name == "relora" and not pet.restarts and not pet.warm_start:
+        raise ConfigError("method=relora needs pet.restarts of 1 or more, or pet.warm_start: set one, or method=lora.")
     if name == "relora" and not pet.warm_start and config.plan.train_embeddings != "always":
         raise ConfigError(
             f"plan.train_embeddings={config.plan.train_embeddings} freezes embeddings and head once they are trained: "

@@ -47,6 +47,8 @@ class StagePrices:
 
     def drafts(self, num_new: int, num_old: int, num_steps: int | None = None) -> tuple[Draft, ...]:
         """The phases of a stage."""
+        if self.config.plan.num_stages == 1:  # none has old layers, whatever a solver asks
+            num_new, num_old = num_new + num_old, 0
         return tuple(self.method.phases(self.parts, num_new, num_old, num_steps))
 
     def mean_flops_per_token(self, num_new: int, num_old: int, *, recomputed: bool = False) -> int:

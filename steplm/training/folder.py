@@ -122,7 +122,7 @@ def read_plan(run_dir: Path) -> Plan:
             plan = from_json(Plan, values)
         if not plan.layers:
             raise ValueError("a plan without layers")
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, ConfigError, PlanInfeasible) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError, ConfigError, PlanInfeasible) as error:
         raise CheckpointError(
             f"{path} cannot be used: {reason(error)}. It is damaged, or another version of steplm wrote it.",
             path=str(path),

@@ -91,7 +91,7 @@ def test_a_method_that_freezes_has_a_layer_that_is_not_trained_and_the_others_ha
     [
         ("lora", ["pet.method=none"], "method=lora needs adapters"),
         ("relora", ["pet.method=none"], "method=relora needs adapters"),
-        ("relora", ["pet.restarts=0"], r"set pet\.restarts to 1 or more, or method=lora"),
+        ("relora", ["pet.restarts=0", "pet.warm_start=0"], r"needs pet\.restarts of 1 or more, or pet\.warm_start"),
         ("relora", ["pet.warm_start=0", "plan.train_embeddings=first_stage"], "give method=relora a warm start"),
         ("relora", ["pet.restarts=100"], r"48 steps are too few for pet\.restarts=100 and pet\.warm_start=0\.25"),
         ("step", ["pet.restarts=100"], "steps are too few"),

@@ -287,7 +287,7 @@ def test_schedules_say_which_rule_trains_which_layer_and_nothing_of_how_it_was_a
         (("method=lora",), r"plan\.num_stages=1"),
         (("plan.num_stages=1", "method=lora", "pet.method=none"), "method=lora needs adapters"),
         (("plan.num_stages=1", "method=lora", "pet.restarts=1"), r"does not read pet\.restarts.*step, relora"),
-        (("plan.num_stages=1", "method=relora"), "set pet.restarts to 1 or more, or method=lora"),
+        (("plan.num_stages=1", "method=relora"), "needs pet.restarts of 1 or more, or pet.warm_start"),
         (("pet.warm_start=0.5",), r"method=step does not read pet\.warm_start.* relora"),
         (("plan.num_stages=1", "pet.restarts=1"), "this run has none"),
         (("pet.method=none", "pet.restarts=1"), "this run has none"),
