@@ -41,14 +41,14 @@ from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm, ModelShape, 
 class Instants:
     """The instants of a phase, each from the same few numbers."""
 
-    def __init__(self, config: RunConfig, shape: ModelShape, phase: Phase) -> None:
+    def __init__(self, config: RunConfig, shape: ModelShape, phase: Phase, state: MemoryEstimate | None = None) -> None:
         train, memory = config.train, config.memory
         self.config, self.shape, self.phase = config, shape, phase
         self.train, self.memory, self.optim = train, memory, config.optim
         self.work = Workload(
             shape, train.precision, config.micro_batch_size, train.sequence_length, config.data.within_documents
         )
-        self.subject, self.state = Subject(config, shape, phase), model_state(config, shape, phase)
+        self.subject, self.state = Subject(config, shape, phase), state or model_state(config, shape, phase)
         self.outside, self.num_layers = phase.embeddings_and_head, phase.num_hidden_layers
         self.trains_outside = isinstance(self.outside, Trained)
         self.outside_rank = self.outside.rank if isinstance(self.outside, Adapter) else 0

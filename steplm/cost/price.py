@@ -31,18 +31,26 @@ class Cost:
 
 def price(config: RunConfig, shape: ModelShape, phase: Phase) -> Cost:
     """Bytes and FLOPs of a phase; tokens and learning rates do not change them."""
+    state = model_state(config, shape, phase)
+    counts_outer = config.plan.count_embeddings
     return Cost(
-        memory=model_state(config, shape, phase, count_outer=config.plan.count_embeddings),
-        peak=peak(config, shape, phase),
+        memory=state if counts_outer else model_state(config, shape, phase, count_outer=False),
+        peak=peak(config, shape, phase, state),
         flops_per_token=training_flops_per_token(shape, phase, config.train.sequence_length),
         recomputed_flops_per_token=recomputed_flops_per_token(shape, phase, config),
     )
 
 
-def peak(config: RunConfig, shape: ModelShape, phase: Phase) -> PeakEstimate | None:
-    """All bytes on the device at the instants that can be the highest; None for families not modelled."""
+def peak(
+    config: RunConfig, shape: ModelShape, phase: Phase, state: MemoryEstimate | None = None
+) -> PeakEstimate | None:
+    """All bytes on the device at the instants that can be the highest; None for families not modelled.
+
+    Args:
+        state: the model state, where it is known already.
+    """
     if not is_modelled(shape):
         return None
     instants = Instants if config.distributed.world_size == 1 else ShardedInstants
     # Before a growth and after a merge the loss of the plain weights is taken.
-    return PeakEstimate(instants(config, shape, phase).in_order(grows=phase.entry.kind in ("grow", "merge")))
+    return PeakEstimate(instants(config, shape, phase, state).in_order(grows=phase.entry.kind in ("grow", "merge")))

@@ -144,8 +144,8 @@ class Groups:
 class ShardedInstants(Instants):
     """The instants of one rank: those of one device, on shards, and what is gathered and reduced beside them."""
 
-    def __init__(self, config: RunConfig, shape: ModelShape, phase: Phase) -> None:
-        super().__init__(config, shape, phase)
+    def __init__(self, config: RunConfig, shape: ModelShape, phase: Phase, state: MemoryEstimate | None = None) -> None:
+        super().__init__(config, shape, phase, state)
         self.groups = Groups.of(config, shape, phase)
         self.frees_gradients = False  # they are whole until they are reduced
 

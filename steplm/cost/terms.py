@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 
 from steplm.config import MemoryConfig, RunConfig
@@ -73,7 +73,12 @@ class Tensors:
 
     def local_parameters(self, num_shards: int) -> int:
         """On the first of the ranks that share them; see ``local_size``."""
-        return self.count * sum(local_size(shape, num_shards) for shape in self.shapes)
+        return self.count * _local_parameters(self.shapes, num_shards)
+
+
+@cache
+def _local_parameters(shapes: tuple[TensorShape, ...], num_shards: int) -> int:
+    return sum(local_size(shape, num_shards) for shape in shapes)
 
 
 def trained_layers(subject: Subject) -> Iterator[Tensors]:

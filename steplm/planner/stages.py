@@ -25,7 +25,7 @@ class StagePrices:
         self.config, self.shape = config, shape
         self.method, self.parts = METHODS[config.method], Parts(config, shape)
         self.device_bytes, self.objective_bytes = cache(self._device_bytes), cache(self._objective_bytes)
-        self.cost = cache(self._cost)
+        self.cost, self.drafts = cache(self._cost), cache(self._drafts)
         check_keys(config)
         check_options(self.run)
 
@@ -45,7 +45,7 @@ class StagePrices:
         )
         return one_old < none_old
 
-    def drafts(self, num_new: int, num_old: int, num_steps: int | None = None) -> tuple[Draft, ...]:
+    def _drafts(self, num_new: int, num_old: int, num_steps: int | None = None) -> tuple[Draft, ...]:
         """The phases of a stage."""
         if self.config.plan.num_stages == 1:  # none has old layers, whatever a solver asks
             num_new, num_old = num_new + num_old, 0
