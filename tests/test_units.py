@@ -84,5 +84,5 @@ def test_the_reason_of_an_error_is_one_line() -> None:
     with pytest.raises(ValueError, match="TrainState") as caught:
         from_json(TrainState, {"stage_index": "x" * 999})
     assert reason(caught.value).startswith("stage_index: Input should be a valid integer")
-    assert reason(caught.value).endswith("(and 3 more)")
+    assert reason(caught.value).endswith("(and 4 more)")
     assert len(reason(caught.value)) < 250
