@@ -181,7 +181,7 @@ def test_validation_sets_have_names_and_are_kept_out_of_training(
     ("values", "message"),
     [
         ({"train": [{"name": "a", "files": "x", "weight": 0}]}, "data.train.0.source.weight: Input should be greater"),
-        ({"train": [{"name": "a", "files": [], "weight": 1}]}, "data.train.0.source.files: List should have at least"),
+        ({"train": [{"name": "a", "files": [], "weight": 1}]}, "data.train.0.source.files: is empty, but needs"),
         ({"train": [{"name": "../a", "files": "x", "weight": 1}]}, "data.train.0.source.name: String should match"),
         ({"train": ["x", {"name": "a", "files": "x", "weight": 1}]}, "a mixture needs a name, files and a weight"),
         ({"train": 2 * [{"name": "a", "files": "x", "weight": 1}]}, "two sources have the name 'a'"),
