@@ -29,7 +29,7 @@ def text_of(run: str, budget_gib: int, width: int = 80, overrides: tuple[str, ..
     stream = io.StringIO()
     config = load_config(run, overrides)
     result = fit(config, budget_gib * GIB, **arguments)
-    render_fit(result, Console(file=stream, width=width), run, overrides, f"{budget_gib}GiB")
+    render_fit(result, Console(file=stream, width=width), run, overrides, f"{budget_gib}GiB", 1)
     return stream.getvalue()
 
 
