@@ -98,7 +98,7 @@ def test_a_suite_ends_in_tasks_tuned_models_and_a_judge_and_its_report_shows_the
     afterwards = _afterwards(judge.url)
     shown = compare(afterwards, "--no-report", "log.progress=lines", **TUNED)
     assert shown.returncode == 1
-    assert "1 requests got no reply" in shown.stderr
+    assert "1 request got no reply" in shown.stderr
     assert "piqa, acc" in shown.stdout
     assert "step_2: done  2 steps" in shown.stdout
     assert len(judge.requests) == 8  # 2 models x 2 turns, and 2 turns x 2 orders
