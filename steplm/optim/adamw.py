@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 from steplm.cost.formats import STATE_BLOCK, STEP_CHUNK
 from steplm.errors import ConfigError
 from steplm.optim.base import CodeBooks, NamedParameters, RuleBase, decays, grad_norm
-from steplm.optim.masters import correct, new_master, split_
+from steplm.optim.masters import new_master, read_weight, split_
 from steplm.optim.quantized import round_stochastically_
 from steplm.rows import on_this_rank
 
@@ -123,7 +123,10 @@ class AdamW(RuleBase):
             return
         weights = [piece.of(on_this_rank(self.parameters[piece.name].detach())) for piece in pieces]
         moments = {key: [self._read_moment(piece, key) for piece in pieces] for key in MOMENTS}
-        masters = [self._read_master(piece, weight) for piece, weight in zip(pieces, weights, strict=True)]
+        masters = [
+            read_weight(weight, self._states[piece.name], piece.of)
+            for piece, weight in zip(pieces, weights, strict=True)
+        ]
         adamw_(
             masters,
             self._gradients(pieces, grad_scale),
@@ -165,13 +168,6 @@ class AdamW(RuleBase):
             if _scale(key) in states:
                 codes, scales = piece.of(states[key]), piece.scales_of(states[_scale(key)])
                 self._book(signed=MOMENTS[key], device=values.device).quantize_(values, codes, scales)
-
-    def _read_master(self, piece: Piece, weight: Tensor) -> Tensor:
-        """Fp32: the master weight, the weight itself if it is fp32, or else a copy."""
-        states = self._states[piece.name]
-        if "correction" in states:
-            return correct(weight, piece.of(states["correction"]))
-        return piece.of(states["master"]) if "master" in states else weight.float()  # no copy of what is fp32
 
     def _gradients(self, pieces: list[Piece], scale: float) -> list[Tensor]:
         """Fp32, times ``scale``: copies, but for fp32 gradients that are not scaled."""

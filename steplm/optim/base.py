@@ -208,7 +208,9 @@ class RuleBase(ABC):
         return self._books[key]
 
     def _flat(self) -> dict[str, Tensor]:
-        return {f"{name}.{key}": tensor for name, states in self._states.items() for key, tensor in states.items()}
+        return {
+            f"{name}.{key}": tensor for name, states in self.state_tensors().items() for key, tensor in states.items()
+        }
 
 
 def decays(parameter: Tensor) -> bool:

@@ -11,8 +11,8 @@ from steplm.cost.formats import is_low_rank
 from steplm.errors import ConfigError
 from steplm.optim.adamw import MOMENTS, adamw_
 from steplm.optim.base import NamedParameters, RuleBase, decays
+from steplm.optim.masters import new_master, read_weight, write_weight
 from steplm.optim.projection import leading_vectors, random_projector
-from steplm.optim.quantized import round_stochastically_
 from steplm.rows import on_this_rank
 
 SCALES = {"galore": 0.25, "apollo": 1.0, "apollo_mini": math.sqrt(128)}  # each method, and its paper's default
@@ -37,8 +37,8 @@ class LowRankAdamW(RuleBase):
     whose update is zero, from which it would never grow.
 
     States of such a matrix: ``exp_avg`` and ``exp_avg_sq``, fp32 of shape (rank, larger side); ``projector``, of shape
-    (smaller side, rank), or ``update_norm``, a number; ``master``. Bytes: ``memory.formats.low_rank_state_bytes``, and
-    of the workspace ``low_rank_step_bytes``: a matrix is updated as a whole.
+    (smaller side, rank), or ``update_norm``, a number; ``master``. Bytes: ``low_rank_state_bytes``, of
+    the workspace ``low_rank_step_bytes``, both in ``steplm.cost.formats``: a matrix is updated as a whole.
 
     Args:
         method: a key of ``SCALES``.
@@ -90,9 +90,7 @@ class LowRankAdamW(RuleBase):
 
         held = {moment: zeros(self.rank, large) for moment in MOMENTS}
         held |= {"projector": zeros(small, self.rank)} if self.method == "galore" else {"update_norm": zeros()}
-        if weight.dtype != torch.float32 and self.master_weights:
-            held["master"] = weight.float()
-        return held
+        return held | new_master(weight, self.master_weights)
 
     def _update(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
         for name in names:
@@ -125,10 +123,11 @@ class LowRankAdamW(RuleBase):
         projected = projector.T @ gradient.float()
         descent = self._descent(name, projected.mul_(grad_scale))
         del projected
-        weight = self._read_weight(name)
-        _wide(weight).addmm_(projector, descent, beta=decay, alpha=rate * self.scale)
+        weight = on_this_rank(self.parameters[name].detach())
+        value = read_weight(weight, self._states[name])
+        _wide(value).addmm_(projector, descent, beta=decay, alpha=rate * self.scale)
         del descent
-        self._write_weight(name, weight)
+        write_weight(value, weight, self._states[name])
 
     def _update_apollo(self, name: str, gradient: Tensor, rate: float, grad_scale: float, decay: float) -> None:
         gradient = gradient.float()
@@ -143,10 +142,11 @@ class LowRankAdamW(RuleBase):
         del projected, descent, length
         factors.mul_(grad_scale)
         factors.mul_(self._limit_growth(name, torch.linalg.vector_norm(gradient, dim=0).mul_(factors)))
-        weight = self._read_weight(name)
-        _wide(weight).mul_(decay).addcmul_(gradient, factors, value=-rate * self.scale)
+        weight = on_this_rank(self.parameters[name].detach())
+        value = read_weight(weight, self._states[name])
+        _wide(value).mul_(decay).addcmul_(gradient, factors, value=-rate * self.scale)
         del gradient, factors
-        self._write_weight(name, weight)
+        write_weight(value, weight, self._states[name])
 
     def _descent(self, name: str, projected: Tensor) -> Tensor:
         """Adam's step for the projected gradient, at learning rate 1: what the formula makes of zeros."""
@@ -172,17 +172,6 @@ class LowRankAdamW(RuleBase):
         # From a norm of zero there would be no growth.
         last.copy_(torch.where(norm > 0, norm * limit, last))
         return limit
-
-    def _read_weight(self, name: str) -> Tensor:
-        """Fp32: the master weight, the weight itself if it is fp32, or else a copy."""
-        return self._states[name].get("master", on_this_rank(self.parameters[name].detach())).float()
-
-    def _write_weight(self, name: str, weight: Tensor) -> None:
-        parameter = on_this_rank(self.parameters[name].detach())
-        if "master" in self._states[name]:
-            parameter.copy_(weight)
-        elif parameter.dtype != torch.float32:
-            parameter.copy_(round_stochastically_(weight))
 
 
 def _wide(matrix: Tensor) -> Tensor:

@@ -15,8 +15,12 @@ reading is one addition of bits and reading what was written is exact.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
+
+from steplm.optim.quantized import round_stochastically_
 
 
 def new_master(weight: Tensor, master_weights: bool | str) -> dict[str, Tensor]:
@@ -26,6 +30,38 @@ def new_master(weight: Tensor, master_weights: bool | str) -> dict[str, Tensor]:
     if master_weights == "8bit":
         return {"correction": torch.zeros_like(weight, dtype=torch.int8)}
     return {"master": weight.float()}
+
+
+def _whole(state: Tensor) -> Tensor:
+    return state
+
+
+def read_weight(weight: Tensor, states: Mapping[str, Tensor], part: Callable[[Tensor], Tensor] = _whole) -> Tensor:
+    """Fp32: the master weight, the weight itself if it is fp32, or else a copy.
+
+    Args:
+        weight: the part of the parameter that is read.
+        states: those that ``new_master`` gave for the whole parameter, among others.
+        part: cuts the same part out of such a state.
+    """
+    if "correction" in states:
+        return correct(weight, part(states["correction"]))
+    return part(states["master"]) if "master" in states else weight.float()  # no copy of what is fp32
+
+
+def write_weight(
+    value: Tensor, weight: Tensor, states: Mapping[str, Tensor], part: Callable[[Tensor], Tensor] = _whole
+) -> None:
+    """Round the fp32 ``value``, which ``read_weight`` gave and an update changed, into the weight.
+
+    ``value`` may be overwritten, unless it is the master weight.
+    """
+    if "correction" in states:
+        split_(value, weight, part(states["correction"]))
+    elif "master" in states:
+        weight.copy_(value)
+    elif weight.dtype != torch.float32:
+        weight.copy_(round_stochastically_(value))
 
 
 def correct(weight: Tensor, correction: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 from steplm.cost.formats import STATE_BLOCK, maps_at_once, row_pieces
 from steplm.errors import ConfigError
 from steplm.optim.base import CodeBooks, NamedParameters, RuleBase
-from steplm.optim.masters import correct, new_master, split_
-from steplm.optim.quantized import round_stochastically_
+from steplm.optim.masters import new_master, read_weight, write_weight
 from steplm.rows import on_this_rank
 
 STATES = ("fp32", "bf16", "8bit")
@@ -27,9 +27,9 @@ class Map(NamedTuple):
     name: str
     expert: int
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """The map's part of a tensor of the parameter's shape."""
-        return tensor if tensor.ndim == 2 else tensor[self.expert]
+    def of(self, tensor: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The map's part of a tensor of the parameter's shape, or some rows of it."""
+        return (tensor if tensor.ndim == 2 else tensor[self.expert])[rows]
 
 
 class MatrixRule(RuleBase):
@@ -135,7 +135,7 @@ class MatrixRule(RuleBase):
                 continue
             for rows in row_pieces(*out.shape):
                 momentum = self._read_momentum(each, rows)
-                update = each.of(on_this_rank(gradient))[rows].to(torch.float32, copy=True).mul_(grad_scale)
+                update = each.of(on_this_rank(gradient), rows).to(torch.float32, copy=True).mul_(grad_scale)
                 momentum.lerp_(update, 1.0 - self.momentum)
                 if nesterov:
                     update.lerp_(momentum, self.momentum)
@@ -148,14 +148,16 @@ class MatrixRule(RuleBase):
         """Decay the weights, and subtract ``updates`` (maps, rows, columns) times the learning rate and ``factor``."""
         for update, each in zip(updates, maps, strict=True):
             for rows in row_pieces(*update.shape):
-                weight = self._read_weight(each, rows)
-                weight.mul_(1.0 - learning_rate * self.weight_decay).add_(update[rows], alpha=-learning_rate * factor)
-                self._write_weight(each, rows, weight)
+                states, part = self._states[each.name], partial(each.of, rows=rows)
+                weight = part(on_this_rank(self.parameters[each.name].detach()))
+                value = read_weight(weight, states, part)
+                value.mul_(1.0 - learning_rate * self.weight_decay).add_(update[rows], alpha=-learning_rate * factor)
+                write_weight(value, weight, states, part)
 
     def _read_momentum(self, each: Map, rows: slice) -> Tensor:
         """Fp32: the state itself, or a copy."""
         states = self._states[each.name]
-        piece = each.of(states["momentum_buffer"])[rows]
+        piece = each.of(states["momentum_buffer"], rows)
         if self.states != "8bit":
             return piece.float()
         book = self._book(signed=True, device=piece.device)
@@ -163,7 +165,7 @@ class MatrixRule(RuleBase):
 
     def _write_momentum(self, each: Map, rows: slice, momentum: Tensor) -> None:
         """Round the momentum into its state; ``momentum`` may be overwritten."""
-        piece = each.of(self._states[each.name]["momentum_buffer"])[rows]
+        piece = each.of(self._states[each.name]["momentum_buffer"], rows)
         if self.states == "8bit":
             book = self._book(signed=True, device=piece.device)
             book.quantize_(momentum.view(-1), piece.view(-1), self._scales(each, rows))
@@ -175,20 +177,3 @@ class MatrixRule(RuleBase):
         scales, columns = self._states[each.name]["momentum_buffer_scale"], self.parameters[each.name].shape[-1]
         of_map = scales if scales.ndim == 1 else scales[each.expert]
         return of_map[rows.start * columns // STATE_BLOCK : math.ceil(rows.stop * columns / STATE_BLOCK)]
-
-    def _read_weight(self, each: Map, rows: slice) -> Tensor:
-        """Fp32: the master weight, the weight itself if it is fp32, or else a copy."""
-        states, weight = self._states[each.name], each.of(on_this_rank(self.parameters[each.name].detach()))[rows]
-        if "correction" in states:
-            return correct(weight, each.of(states["correction"])[rows])
-        return each.of(states["master"])[rows] if "master" in states else weight.float()
-
-    def _write_weight(self, each: Map, rows: slice, value: Tensor) -> None:
-        """Round a new fp32 value into the weight; ``value`` may be overwritten, unless it is the master weight."""
-        states, weight = self._states[each.name], each.of(on_this_rank(self.parameters[each.name].detach()))[rows]
-        if "correction" in states:
-            split_(value, weight, each.of(states["correction"])[rows])
-        elif "master" in states:
-            weight.copy_(value)
-        elif weight.dtype != torch.float32:
-            weight.copy_(round_stochastically_(value))

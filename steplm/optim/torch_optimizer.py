@@ -124,8 +124,7 @@ class TorchRule(RuleBase):
                     "Take an optimizer whose whole state is tensors, as those of torch.optim.",
                     kept=kept,
                 )
-        tensors = {f"{name}.{key}": t for name, states in self.state_tensors().items() for key, t in states.items()}
-        return tensors, dict(self.steps)
+        return super().state_dict()
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], steps: Mapping[str, int], *, strict: bool = True) -> None:
         """As ``RuleBase.load_state_dict``, but only names can differ: the optimizer makes its states later.
