@@ -186,7 +186,7 @@ def _save_tried(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
         require_finite(run, progress, loss, grad_norm)
     if progress.stage_done:
         run.metrics.write("stage_end", stage=phase.stage, step=progress.step, tokens_seen=progress.tokens_seen)
-    run.last_checkpoint = save(run, phase, start, assembled, progress, tuple(log.unlogged_losses))
+    run.last_checkpoint = save(run, phase, start, assembled, tuple(log.unlogged_losses))
     run.saved_at = time.monotonic()
 
 

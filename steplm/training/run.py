@@ -206,7 +206,7 @@ def _run_phases(run: RunContext) -> None:
         if following is not None and following.entry.kind == "go_on":
             continue
         if following is not None and not progress.stage_done:
-            before = in_memory(run, phase, start, assembled, progress, tuple(log.unlogged_losses))
+            before = in_memory(run, phase, start, assembled, tuple(log.unlogged_losses))
         # Gone before the next model is built: at growth the device holds plain weights only. A compiled layer is a
         # reference cycle, which only the collector ends.
         start = assembled = None

@@ -17,7 +17,6 @@ from steplm.schedule import Phase
 from steplm.training.assemble import Assembled, PhaseStart
 from steplm.training.context import RunContext
 from steplm.training.evaluate import probe_loss
-from steplm.types import TrainState
 
 
 def save(
@@ -25,7 +24,6 @@ def save(
     phase: Phase,
     start: PhaseStart,
     assembled: Assembled,
-    progress: TrainState,
     unlogged_losses: tuple[float, ...] = (),
 ) -> Path:
     """Write a checkpoint of this instant and prune the older ones; with several ranks, while training goes on."""
@@ -33,7 +31,7 @@ def save(
     adapters = adapter_state(model)
     tensors, _ = rules.state_dict()
     run.metrics.sync()
-    state = _state(run, phase, start, assembled, progress, unlogged_losses, probes=progress.phase_done)
+    state = _state(run, phase, start, assembled, unlogged_losses, probes=start.progress.phase_done)
     weights = {name: tensor for name, tensor in plain_state(model).items() if name not in adapters}
     if run.writer is None:
         path = save_checkpoint(
@@ -67,7 +65,6 @@ def in_memory(
     phase: Phase,
     start: PhaseStart,
     assembled: Assembled,
-    progress: TrainState,
     unlogged_losses: tuple[float, ...],
 ) -> Checkpoint:
     """What the next phase of the same stage begins with, where no checkpoint is due."""
@@ -80,7 +77,7 @@ def in_memory(
         weights=_on_cpu(weights) | dict(unpacked_state(model)),
         adapters=_on_cpu(adapters),
         optimizer=_on_cpu(assembled.rules.state_dict()[0]),
-        state=_state(run, phase, start, assembled, progress, unlogged_losses, probes=True),
+        state=_state(run, phase, start, assembled, unlogged_losses, probes=True),
     )
 
 
@@ -89,13 +86,12 @@ def _state(
     phase: Phase,
     start: PhaseStart,
     assembled: Assembled,
-    progress: TrainState,
     unlogged_losses: tuple[float, ...],
     *,
     probes: bool,
 ) -> CheckpointState:
     return CheckpointState(
-        progress=progress,
+        progress=start.progress,
         schedule_hash=run.plan.schedule.hash_until(phase.index),
         phase=phase,
         data_fingerprint=run.manifest.fingerprint,
