@@ -20,6 +20,7 @@ from steplm.checkpoint.folder import explained, is_disk_full, load_checkpoint_st
 from steplm.checkpoint.shards import BackgroundWriter, TensorFiles
 from steplm.config import RunConfig, dump_config, load_config
 from steplm.data.loader import Prefetcher, training_loader
+from steplm.data.mixture import epochs, repetition_warnings
 from steplm.data.prepare import prepare, with_prepared_dir
 from steplm.data.tokens import MANIFEST, Manifest, TokenDataset
 from steplm.distributed.world import World, joined, with_world_size
@@ -134,6 +135,9 @@ def _set_up(config: RunConfig, world: World, display: Display) -> RunContext | N
     if checkpoint is not None and state is not None:
         check_checkpoint(checkpoint, state, plan, manifest)
         display.resumed(checkpoint, state.progress)
+    elif first and config.data.weights:
+        for warning in repetition_warnings(epochs(manifest, config.data.weights, plan.total_tokens)):
+            display.note(warning)
     loader = training_loader(config)
     run = RunContext(
         config=config,

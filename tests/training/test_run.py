@@ -23,6 +23,7 @@ from steplm.pet.adapters import attach, load_adapter_state
 from steplm.training import enter as enter_module
 from steplm.training import loop as loop_module
 from steplm.training import run as run_module
+from steplm.training.display import make_display
 from steplm.training.export import export
 from steplm.training.metrics import read_metrics
 from steplm.training.run import train
@@ -390,3 +391,18 @@ def test_compiled_layers_give_the_same_losses_across_a_growth(tiny_run: Configur
     train(tiny_run(tmp_path / "eager", "plan.total_tokens=512"))
     train(tiny_run(tmp_path / "compiled", "plan.total_tokens=512", "train.compile=true"))
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+
+
+def test_a_source_that_is_repeated_too_often_is_named_before_training(
+    tiny_run: Configure, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = tiny_corpus.read_text().splitlines(keepends=True)
+    for name, part in (("few", lines[:3]), ("many", lines[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    sources = [{"name": name, "files": str(tmp_path / f"{name}.jsonl"), "weight": 1} for name in ("few", "many")]
+    mixture = (f"data.train={json.dumps(sources)}", f"data.prepared_dir={tmp_path / 'prepared'}")
+    config = tiny_run(tmp_path / "run", *mixture, "plan.num_stages=1", "plan.total_tokens=4096")
+    train(config, display=make_display("lines"))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "is repeated" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("few is repeated ")
