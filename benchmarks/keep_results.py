@@ -86,13 +86,13 @@ def _write_readme(output: Path, command: str, kept_figures: Sequence[str]) -> No
         "",
         made_by,
         "",
-        f"What the runs wrote is in `{ARCHIVE}`. All tables and figures:",
+        f"The output of the runs is in `{ARCHIVE}`. To make all tables and figures from it:",
         "",
     ]
     lines += [f"    steplm report {output.as_posix()}", ""]
     if is_resumable:
         there = f"runs/suites/{suite.record.name}"
-        lines += ["To go on with the suite:", ""]
+        lines += ["To resume the suite:", ""]
         lines += [f"    mkdir -p {there} && tar xJf {output.as_posix()}/{ARCHIVE} -C {there}", f"    {command}", ""]
     lines += [tables.strip(), "", *_perplexity_table(output / "perplexity.json")]
     lines += [line for name in kept_figures for line in (f"![{name}](figures/{name}.png)", "")]
@@ -147,7 +147,7 @@ def _perplexities(run_dir: Path, texts: list[str]) -> dict[str, dict[str, float]
 def _made_by(environment_file: Path, command: str) -> str:
     environment = json.loads(environment_file.read_text())
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    return f"    {command}\n\n{environment['device']}, threads a run: {environment['num_threads']}; {versions}."
+    return f"    {command}\n\n{environment['device']}, threads per run: {environment['num_threads']}; {versions}."
 
 
 if __name__ == "__main__":

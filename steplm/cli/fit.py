@@ -32,7 +32,7 @@ def show_fit(
     show: int = 3,
     as_json: bool = False,
 ) -> None:
-    """Find what fits and print it, with the commands of ``show`` ways."""
+    """Find the ways to fit the budget and print them, with the commands of the first ``show``."""
     try:
         budget_bytes = parse_bytes(budget)
     except ValueError as error:

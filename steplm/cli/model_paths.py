@@ -65,7 +65,7 @@ def _is_path(name: str, path: Path) -> bool:
 
 
 def _nearest(path: Path) -> str:
-    """The end of the message: a folder with a similar name, on the deepest level that is there."""
+    """A suggestion for the message: the folder with the most similar name, at the deepest level that exists."""
     while not path.parent.is_dir() and path.parent != path:
         path = path.parent
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)

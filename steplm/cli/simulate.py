@@ -60,7 +60,7 @@ def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[st
     device = resolve_device(config.train.device)
     phases = plan.schedule.phases
     phase = max(phases, key=lambda phase: _planned_in_a_step(plan.cost(phase)) or plan.cost(phase).device_bytes)
-    with console.status(f"two steps of stage {phase.stage} on {device}"):
+    with console.status(f"running two steps of stage {phase.stage} on {device}"):
         held = measure_phase(config, phase, device).highest.memory
     libraries = held.bytes_of("model", LIBRARIES)
     measured = held.total_bytes - libraries
