@@ -81,7 +81,8 @@ def _render(
         # Alike but for the number of steps, and for which layers are trained.
         step = steps[span.phases[0].index - 1]
         num_steps = sum(steps[phase.index - 1].num_steps for phase in span.phases)
-        sent = (step.traffic.all_gather, step.traffic.reduce_scatter, step.traffic.all_reduce)
+        traffic = step.traffic
+        sent = (traffic.all_gather + traffic.update, traffic.reduce_scatter, traffic.all_reduce)
         seconds = (step.compute_seconds, step.communication_seconds, step.least_seconds, step.most_seconds)
         table.add_row(
             label,

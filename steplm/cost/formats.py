@@ -150,24 +150,29 @@ def muon_state_bytes(rows: int, columns: int, states: str) -> int:
     return momentum_bytes(rows, columns, states)
 
 
-def muon_step_bytes(maps: Iterable[tuple[int, int]], *, states: str, masters: str, compute_width: int) -> int:
+def muon_step_bytes(
+    maps: Iterable[tuple[int, int]], *, states: str, masters: str, compute_width: int, num_shards: int = 1
+) -> int:
     """Workspace of Muon's update of maps of these shapes: in a step all maps of the rule, in a fused backward pass
     those of one parameter.
 
     Left out: what a matrix product takes inside itself.
 
     Args:
-        maps: rows and columns of every map.
+        maps: rows and columns of every map, of all ranks together.
         states: format of the momentum.
         masters: ``fp32`` (also where the weight is), ``8bit`` or ``none``.
         compute_width: bytes of a number in Newton–Schulz: 2 on CUDA, 4 elsewhere.
+        num_shards: ranks that share the rows of every map. Each gathers its share of the maps.
     """
     most = 0
     for (rows, columns), count in Counter(maps).items():
-        batch = min(count, maps_at_once(rows, columns))
-        updates = compute_width * batch * rows * columns
-        gram = compute_width * batch * min(rows, columns) ** 2
-        pieces = _piece_bytes(rows, columns, states=states, masters=masters)
+        local = -(-rows // num_shards)
+        whole = local * num_shards  # rows of a gathered map, with those that fill up
+        gathered = -(-min(count, num_shards * maps_at_once(whole, columns)) // num_shards)
+        updates = compute_width * gathered * whole * columns
+        gram = compute_width * gathered * min(whole, columns) ** 2
+        pieces = _piece_bytes(local, columns, states=states, masters=masters)
         most = max(most, updates + pieces, 2 * updates + gram)
     return most
 

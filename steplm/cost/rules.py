@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 from steplm.config import MemoryConfig, OptimConfig
@@ -32,6 +33,7 @@ class Setting:
     masters: str  # beside a bf16 weight: "fp32", "8bit" or "none"; of an fp32 weight "fp32"
     width: int  # bytes of a weight
     compute_width: int = 4  # bytes of a number in Newton–Schulz: 2 on CUDA
+    num_shards: int = 1  # ranks that share the rows of a matrix
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Rule:
 
     ``takes(shape, optim)``: whether it updates a matrix of this shape, out of a layer's linear maps and stacks of
     experts. ``state_bytes(shape, setting)``: of one such matrix, without a master weight. ``step_bytes(shapes,
-    setting)``: workspace of one update of all of them.
+    setting)``: workspace of one update of all of them. ``sent_bytes(shape, setting)``: what a rank sends to the ranks
+    that share its copy of the model, in one update of one such matrix. Shapes are of whole matrices, bytes of one rank.
     """
 
     source: str
@@ -49,7 +52,8 @@ class Rule:
     step_bytes: Callable[[Sequence[TensorShape], Setting], int]
     states: tuple[str, ...] = ("fp32",)  # formats of its states
     masters: tuple[str, ...] = ("fp32", "none")
-    shardable: bool = False  # works on a rank's rows of a matrix
+    shardable: bool = False  # goes with matrices whose rows are shared by ranks
+    sent_bytes: Callable[[TensorShape, Setting], int] | None = None  # None: its update sends nothing
     fused_backward: bool = True
     inheritable: bool = True  # a new layer can take over the moments of its parents
 
@@ -83,6 +87,31 @@ def _maps(shapes: Sequence[TensorShape]) -> list[tuple[int, int]]:
     return [(shape[-2], shape[-1]) for shape in shapes for _ in range(prod(shape[:-2]))]
 
 
+def _local(shape: TensorShape, num_shards: int) -> TensorShape:
+    """On the first of the ranks that share it: rows of a matrix, or whole experts of a stack."""
+    return (-(-shape[0] // num_shards), *shape[1:])
+
+
+def _muon_step_bytes(shapes: Sequence[TensorShape], setting: Setting) -> int:
+    shards = setting.num_shards
+    stacks = [_local(shape, shards) for shape in shapes if len(shape) == 3]  # no rank needs another's experts
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    step_bytes = partial(
+        muon_step_bytes, states=setting.states, masters=setting.masters, compute_width=setting.compute_width
+    )
+    if shards == 1:
+        return step_bytes(_maps(shapes))
+    return max(step_bytes(_maps(stacks)), step_bytes(_maps(matrices), num_shards=shards))
+
+
+def _muon_sent_bytes(shape: TensorShape, setting: Setting) -> int:
+    """A matrix goes to the rank that orthogonalises it, and comes back; what stays on a rank is not sent."""
+    if len(shape) != 2:
+        return 0
+    shards, own = setting.num_shards, prod(_local(shape, setting.num_shards))
+    return 2 * setting.compute_width * own * (shards - 1) // shards
+
+
 RULES: dict[str, Rule] = {
     ADAMW: Rule(
         source="arXiv 1711.05101",
@@ -96,22 +125,27 @@ RULES: dict[str, Rule] = {
     "muon": Rule(
         source="arXiv 2502.16982; 8 bits: arXiv 2509.23106",
         takes=_is_matrix,
-        state_bytes=lambda shape, setting: sum(muon_state_bytes(*sides, setting.states) for sides in _maps([shape])),
-        step_bytes=lambda shapes, setting: muon_step_bytes(
-            _maps(shapes), states=setting.states, masters=setting.masters, compute_width=setting.compute_width
+        state_bytes=lambda shape, setting: sum(
+            muon_state_bytes(*sides, setting.states) for sides in _maps([_local(shape, setting.num_shards)])
         ),
+        step_bytes=_muon_step_bytes,
         states=("fp32", "8bit"),
         masters=("fp32", "8bit", "none"),
+        shardable=True,
+        sent_bytes=_muon_sent_bytes,
     ),
     "scale": Rule(
         source="arXiv 2506.16659",
         takes=_is_matrix,
         state_bytes=lambda shape, setting: 0,
         step_bytes=lambda shapes, setting: scale_step_bytes(
-            _maps(shapes), states=setting.states, masters=setting.masters
+            _maps([_local(shape, setting.num_shards) for shape in shapes]),
+            states=setting.states,
+            masters=setting.masters,
         ),
         states=("fp32", "8bit"),  # it has none
         masters=("fp32", "8bit", "none"),
+        shardable=True,  # it normalises rows
     ),
     "galore": _low_rank("galore", "arXiv 2403.03507"),
     "apollo": _low_rank("apollo", "arXiv 2412.05270"),

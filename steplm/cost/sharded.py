@@ -19,7 +19,7 @@ its streams.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
@@ -255,7 +255,7 @@ class ShardedInstants(Instants):
 
     def _reduction_of_layer(self, index: int) -> tuple[str, int, list[MemoryTerm]]:
         """The layer's weights are let go, and its gradients go out."""
-        terms = [self._outer, *self._next(index), self._reduction(self._group(index))]
+        terms = [self._outer, *self._next(index), self._reduction(self._group(index), self.roles[index])]
         stream = self.work.stream_bytes
         terms.append(term(component_of(self.roles[index]), "workspace", stream, "gradient of the hidden states: w N d"))
         return f"reduction of layer {index}", index, terms
@@ -281,12 +281,16 @@ class ShardedInstants(Instants):
     def _group(self, index: int) -> Group:
         return self.groups.layers[self.roles[index]]
 
-    def _reduction(self, group: Group) -> MemoryTerm:
+    def _reduction(self, group: Group, kind: Role | None = None) -> MemoryTerm:
+        """``kind``: of the layer whose gradients these are."""
         num_bytes, formula = group.reduction_bytes, "reduce-scatter: 4 T, and w T or 4 T / n + w T / n + one gradient"
         if self.memory.fused_backward:
             piece = max((local_size(shape, group.num_shards) for shape in group.trained), default=0)
             local = group.reduce_input_bytes + self.work.width * group.local_trained
-            num_bytes = max(num_bytes, local + self._fused_update(piece))
+            update = self._fused_update(piece)
+            if isinstance(kind, (Trained, Adapter)):
+                update = max(update, self._largest_step_bytes(kind))
+            num_bytes = max(num_bytes, local + update)
             formula += ", or w T / n and the update"
         return term(COMMUNICATION, "workspace", num_bytes, formula)
 
@@ -315,9 +319,10 @@ class ShardedInstants(Instants):
         if self.groups.outer.num_shards == 1:
             yield from super()._adamw_matrices()
             return
-        outer = _local_matrices(self.groups.outer)
+        num_shards = self.groups.outer.num_shards
+        outer = _local_matrices(self.groups.outer.trained, num_shards)
         in_embeddings = len(outer) if self.shape.tie_word_embeddings else len(outer) // 2
-        layers = {kind: _local_matrices(group) for kind, group in self.groups.layers.items()}
+        layers = {kind: _local_matrices(self._adamw_shapes(kind), num_shards) for kind in self.kinds}
         yield from outer[:in_embeddings]
         for index in range(self.num_layers):
             yield from layers[self.roles[index]]
@@ -345,8 +350,8 @@ def _being_reduced(group: Group) -> MemoryTerm:
     return term(COMMUNICATION, "workspace", group.reduce_input_bytes, "reduce-scatter of the layer above: 4 T")
 
 
-def _local_matrices(group: Group) -> list[int]:
-    return [local_size(shape, group.num_shards) for shape in group.trained if len(shape) > 1]
+def _local_matrices(shapes: Iterable[TensorShape], num_shards: int) -> list[int]:
+    return [local_size(shape, num_shards) for shape in shapes if len(shape) > 1]
 
 
 def _with(instant: Instant, terms: list[MemoryTerm]) -> Instant:

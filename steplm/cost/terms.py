@@ -50,7 +50,8 @@ class Subject:
         memory = self.config.memory
         masters = masters_of(rule, memory) if self.width == 2 else "fp32"
         compute_width = 2 if self.config.train.device == "cuda" else 4
-        return Setting(self.config.optim, memory.optimizer_states, masters, self.width, compute_width)
+        states = memory.optimizer_states
+        return Setting(self.config.optim, states, masters, self.width, compute_width, self.num_shards)
 
     def master_bytes(self, rule: str) -> int:
         """Of what is held beside a weight that this rule updates."""
@@ -162,7 +163,7 @@ def optimizer(subject: Subject, tensors: Tensors) -> tuple[int, str]:
     setting = subject.setting(tensors.rule)
     taken, rest = split_by_rule(tensors.shapes, tensors.candidates, tensors.rule, setting.optim)
     of_taken = sum(RULES[tensors.rule].state_bytes(matrix, setting) for matrix in taken)
-    of_taken += subject.master_bytes(tensors.rule) * sum(map(prod, taken))
+    of_taken += subject.master_bytes(tensors.rule) * sum(local_size(shape, subject.num_shards) for shape in taken)
     of_rest, per_parameter = _adamw_states(subject, rest, tensors.count)
     master = f" + {subject.master_bytes(tensors.rule)}" if subject.master_bytes(tensors.rule) else ""
     return tensors.count * of_taken + of_rest, f"(states of {tensors.rule}{master}) B, the rest {per_parameter}"

@@ -3,7 +3,7 @@
 A ring of n ranks sends (n - 1) / n of what is gathered or reduced from every rank, and twice that for an all-reduce
 (Patarasuk and Yuan, doi:10.1016/j.jpdc.2008.09.002). Ranks are numbered through each node, and those that share one
 copy of the model follow each other. Left out: the time until the first byte arrives, which grows with the ring; the
-optimizer's update; evaluation and checkpoints; waiting for data.
+optimizer's operations; evaluation and checkpoints; waiting for data.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from steplm.config import RunConfig
 from steplm.cost.flops import recomputed_flops_per_token, training_flops_per_token
+from steplm.cost.rules import ADAMW, RULES
 from steplm.cost.sharded import Group, Groups
+from steplm.cost.terms import Subject, adapters, trained_layers
 from steplm.schedule import Phase
 from steplm.types import ModelShape
 
@@ -46,10 +48,11 @@ class Traffic:
     all_gather: int  # weights, among the ranks that share a copy
     reduce_scatter: int  # gradients, among the same
     all_reduce: int  # gradients, between copies
+    update: int = 0  # matrices that the update rule needs whole, among the ranks that share a copy
 
     @property
     def total(self) -> int:
-        return self.all_gather + self.reduce_scatter + self.all_reduce
+        return self.all_gather + self.reduce_scatter + self.all_reduce + self.update
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def estimate_step(
     traffic = step_traffic(config, shape, phase)
     within = _ring_bandwidth(gpu, distributed.num_shards, stride=1)
     between = _ring_bandwidth(gpu, distributed.world_size // distributed.num_shards, stride=distributed.num_shards)
-    seconds = (traffic.all_gather + traffic.reduce_scatter) / within + traffic.all_reduce / between
+    within_copy = traffic.all_gather + traffic.reduce_scatter + traffic.update
+    seconds = within_copy / within + traffic.all_reduce / between
     return StepEstimate(
         flops=flops,
         traffic=traffic,
@@ -106,8 +110,20 @@ def step_traffic(config: RunConfig, shape: ModelShape, phase: Phase) -> Traffic:
     gathered -= max(0, unreached - 1) * _gathered(groups.layers[phase.layers[0]])
     reduced = sum(count * _reduced(group) for group, count in all_groups)
     between = sum(count * _reduced_between(group) for group, count in all_groups)
-    times = config.micro_batches
-    return Traffic(times * gathered, times * reduced, times * between)
+    times, update = config.micro_batches, _update_bytes(Subject(config, shape, phase))
+    return Traffic(times * gathered, times * reduced, times * between, update)
+
+
+def _update_bytes(subject: Subject) -> int:
+    """Sent by a rank in the update of all layers."""
+    num_bytes = 0
+    for tensors in (*trained_layers(subject), *adapters(subject)):
+        rule = RULES[tensors.rule or ADAMW]
+        if rule.sent_bytes:
+            setting = subject.setting(tensors.rule or ADAMW)
+            taken = [matrix for matrix in tensors.candidates if rule.takes(matrix, setting.optim)]
+            num_bytes += tensors.count * sum(rule.sent_bytes(matrix, setting) for matrix in taken)
+    return num_bytes
 
 
 def _gathered(group: Group) -> int:

@@ -14,6 +14,7 @@ from steplm.cost.formats import STATE_BLOCK, maps_at_once, row_pieces
 from steplm.errors import ConfigError
 from steplm.optim.base import CodeBooks, NamedParameters, RuleBase
 from steplm.optim.masters import new_master, read_weight, write_weight
+from steplm.optim.sharding import Sharding, sharding
 from steplm.rows import on_this_rank
 
 STATES = ("fp32", "bf16", "8bit")
@@ -37,7 +38,8 @@ class MatrixRule(RuleBase):
 
     The arithmetic is fp32 unless a subclass says otherwise. Maps of one shape are updated together, at most
     ``STEP_CHUNK`` elements at once (a larger map alone); momentum and weights are read and written a few rows at a
-    time, see ``row_pieces``.
+    time, see ``row_pieces``. Of a parameter that FSDP2 shards, weight, gradient and states are those of this rank: rows
+    of a matrix, or whole experts of a stack.
 
     Args:
         named_parameters: matrices (rows, columns), or stacks of them (num_experts, rows, columns), in bf16 or fp32.
@@ -50,7 +52,8 @@ class MatrixRule(RuleBase):
         momentum: share of the old momentum in the new one; 0: there is no momentum, and no state for it.
 
     Raises:
-        ConfigError: an unknown option, a parameter that is no matrix, or one that is sharded over ranks.
+        ConfigError: an unknown option, a parameter that is no matrix, or a matrix that is sharded over ranks where the
+            rule or the states cannot be.
     """
 
     def __init__(
@@ -74,15 +77,20 @@ class MatrixRule(RuleBase):
         self.states, self.master_weights, self.momentum = states, master_weights, momentum
         self.set_parameters(named_parameters)
 
+    def _shards_rows(self) -> bool:
+        """Whether the rule, with its options, can update matrices whose rows are shared by ranks."""
+        return self.states != "8bit" or not self.momentum
+
     def _refuse_unless_matrix(self, name: str, parameter: Tensor) -> None:
         rule, shape = type(self).__name__, tuple(parameter.shape)
         if parameter.ndim not in (2, 3):
             raise ConfigError(
                 f"{rule} updates matrices, and {name} has the shape {shape}. Leave it to AdamW.", name=name, shape=shape
             )
-        if on_this_rank(parameter).shape != parameter.shape:
+        if sharding(parameter) and not self._shards_rows():
             raise ConfigError(
-                f"{rule} needs whole matrices, and {name} is sharded over ranks. Replicate it, or leave it to AdamW.",
+                f"{rule} with these options needs whole matrices, and {name} is sharded over ranks. Replicate it, or "
+                "leave it to AdamW.",
                 name=name,
             )
 
@@ -109,25 +117,41 @@ class MatrixRule(RuleBase):
 
     def _batches(self, names: list[str]) -> Iterator[list[Map]]:
         """The maps of these parameters, in lists of those that are updated together."""
-        alike: dict[tuple[torch.Size, torch.device], list[Map]] = {}
+        alike: dict[tuple[torch.Size, torch.device, Sharding | None], list[Map]] = {}
         for name in names:
             parameter = self.parameters[name]
             if parameter.numel():
-                maps = alike.setdefault((parameter.shape[-2:], parameter.device), [])
-                maps.extend(Map(name, expert) for expert in range(1 if parameter.ndim == 2 else len(parameter)))
-        for (shape, _), maps in alike.items():
-            size = maps_at_once(*shape)
+                maps = alike.setdefault((parameter.shape[-2:], parameter.device, sharding(parameter)), [])
+                num_experts = 1 if parameter.ndim == 2 else len(on_this_rank(parameter))
+                maps.extend(Map(name, expert) for expert in range(num_experts))
+        for (shape, _, shared), maps in alike.items():
+            num_shards = shared.num_shards if shared else 1
+            size = num_shards * maps_at_once(-(-shape[0] // num_shards) * num_shards, shape[1])
             yield from (maps[start : start + size] for start in range(0, len(maps), size))
 
-    def _gather(self, maps: list[Map], grad_scale: float, *, nesterov: bool, dtype: torch.dtype) -> Tensor:
+    def _gather(
+        self,
+        maps: list[Map],
+        grad_scale: float,
+        *,
+        nesterov: bool,
+        dtype: torch.dtype,
+        shared: Sharding | None = None,
+    ) -> Tensor:
         """What the update is made of: the gradients, or with momentum the momentum, which takes them in.
 
         Returns:
-            A new tensor of shape (len(maps), rows, columns).
+            A new tensor of shape (maps, rows, columns), of this rank's rows; zeros fill it up to the shape that
+            ``Sharding.gather`` takes.
         """
         first = on_this_rank(self.parameters[maps[0].name].detach())
-        gathered = torch.empty((len(maps), *first.shape[-2:]), dtype=dtype, device=first.device)
-        for out, each in zip(gathered, maps, strict=True):
+        num_rows, num_columns = first.shape[-2:]
+        if shared:
+            shape = shared.padded(len(maps), self.parameters[maps[0].name].shape)
+            gathered = torch.zeros(shape, dtype=dtype, device=first.device)
+        else:
+            gathered = torch.empty((len(maps), num_rows, num_columns), dtype=dtype, device=first.device)
+        for out, each in zip(gathered[: len(maps), :num_rows], maps, strict=True):
             gradient = self.parameters[each.name].grad
             assert gradient is not None
             if not self.momentum:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from steplm.optim.base import CodeBooks, NamedParameters
 from steplm.optim.matrix import UPDATE_RMS, Map, MatrixRule
+from steplm.optim.sharding import sharding
+from steplm.rows import on_this_rank
 
 NUM_STEPS = 5  # of Newton–Schulz
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of its quintic polynomial, chosen by Keller Jordan for a steep start at 0
@@ -29,8 +31,9 @@ class Muon(MatrixRule):
     gradient of zero, after none that was not, changes nothing but the decay.
 
     Newton–Schulz runs in bf16 on CUDA and in fp32 elsewhere, on the smaller side; ``step`` runs it on several maps of
-    one shape at once, ``in_backward`` on one parameter's. Bytes of the momentum: ``muon_state_bytes``; of the
-    workspace: ``muon_step_bytes``; both in ``steplm.cost.formats``. Momentum in 8 bits: arXiv 2509.23106.
+    one shape at once, ``in_backward`` on one parameter's. Ranks that share the rows of maps gather a different map
+    each, and send the rows of its update back. Bytes of the momentum: ``muon_state_bytes``; of the workspace:
+    ``muon_step_bytes``; both in ``steplm.cost.formats``. Momentum in 8 bits: arXiv 2509.23106.
 
     Args:
         named_parameters, states, master_weights, weight_decay: see ``MatrixRule``.
@@ -63,13 +66,19 @@ class Muon(MatrixRule):
         parameter = self.parameters[maps[0].name]
         rows, columns = parameter.shape[-2:]
         dtype = self.compute_dtype or (torch.bfloat16 if parameter.is_cuda else torch.float32)
-        updates = self._gather(maps, grad_scale, nesterov=True, dtype=dtype)
+        shared = sharding(parameter)
+        updates = self._gather(maps, grad_scale, nesterov=True, dtype=dtype, shared=shared)
+        if shared:
+            updates = shared.gather(updates)
         is_tall = rows > columns
         updates = updates.mT if is_tall else updates
         updates.div_(torch.linalg.matrix_norm(updates, keepdim=True).clamp_(min=EPS))
         for _ in range(NUM_STEPS):
             updates = newton_schulz_step(updates)
         updates = updates.mT if is_tall else updates
+        if shared:
+            updates = updates.contiguous()
+            updates = shared.scatter(updates)[: len(maps), : len(on_this_rank(parameter))]
         self._descend(maps, updates, learning_rate, UPDATE_RMS * math.sqrt(max(rows, columns)))
 
 

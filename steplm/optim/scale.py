@@ -69,6 +69,7 @@ class SCALE(MatrixRule):
     ) -> None:
         if norm not in NORMS:
             raise ConfigError(f"no norm {norm!r}. Known: {', '.join(NORMS)}.", norm=norm)
+        self.norm = norm
         super().__init__(
             named_parameters,
             states=states,
@@ -77,7 +78,9 @@ class SCALE(MatrixRule):
             momentum=momentum,
             books=books,
         )
-        self.norm = norm
+
+    def _shards_rows(self) -> bool:
+        return super()._shards_rows() and self.norm in ("column", "sign")
 
     def _update_maps(self, maps: list[Map], learning_rate: float, grad_scale: float) -> None:
         updates = self._gather(maps, grad_scale, nesterov=False, dtype=torch.float32)

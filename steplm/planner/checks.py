@@ -158,6 +158,9 @@ def _problems(run: Run) -> Iterator[str]:
             yield (f"update rule {rule} works on whole matrices, and "
                    f"distributed.shard_size={config.distributed.num_shards} divides them: set "
                    "distributed.shard_size=1, or optim.name=adamw.")  # fmt: skip
+        if config.distributed.num_shards > 1 and memory.fused_backward and row.sent_bytes:
+            yield (f"update rule {rule} gathers matrices over the devices, one at a time with memory.fused_backward: "
+                   "set distributed.shard_size=1, or leave memory.fused_backward out.")  # fmt: skip
         if memory.fused_backward and not row.fused_backward:
             yield f"update rule {rule} does not go with memory.fused_backward: leave one of them out."
     if config.distributed.num_shards > 1 and run.thaws_layers:

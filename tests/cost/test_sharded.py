@@ -236,3 +236,30 @@ OF_RULES: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("name", OF_RULES)
 def test_so_they_do_under_other_rules(name: str) -> None:
     assert LOW <= difference(2, *WORLDS["a copy each"], *OF_RULES[name]) <= HIGH
+
+
+MASTERS = {"fp32": "true", "8bit": "8bit", "none": "false"}
+SHARDED_RULES: dict[str, tuple[str, ...]] = {
+    "muon": ("optim.name=muon",),
+    "muon, 8-bit master weights": ("optim.name=muon", "memory.master_weights=8bit"),
+    "muon on adapters": ("optim.name=muon", "pet.rule=muon"),
+    "scale": ("optim.name=scale",),
+    "scale, fused": ("optim.name=scale", *FUSED),
+}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name", SHARDED_RULES)
+@pytest.mark.parametrize("world", ["all share one copy", "a number that divides nothing", "two copies"])
+def test_so_they_do_where_a_rule_works_on_shards(world: str, name: str, stage: int) -> None:
+    assert LOW <= difference(stage, *WORLDS[world], *SHARDED_RULES[name]) <= HIGH
+
+
+@pytest.mark.parametrize("masters", ["fp32", "8bit", "none"])
+@pytest.mark.parametrize("world", ["all share one copy", "a number that divides nothing", "two copies"])
+def test_the_update_of_muon_on_shards_holds_what_is_planned(world: str, masters: str) -> None:
+    few_embeddings = ("model.vocab_size=64", "optim.name=muon", f"memory.master_weights={MASTERS[masters]}")
+    config = configure(*WORLDS[world], *few_embeddings)
+    (planned,) = (i for i in plan(config).stages[0].peak.instants if i.name == "optimizer step")
+    held = counted(1, *WORLDS[world], *few_embeddings)["step"]
+    assert 0 <= held - planned.memory.total_bytes <= 1024  # the norm's scalars, rotary frequencies

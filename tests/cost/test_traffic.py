@@ -74,6 +74,14 @@ def test_layers_that_no_gradient_reaches_are_gathered_once_but_for_the_highest()
     assert traffic(2, *silent).reduce_scatter == P_LAYER * 4 * 3 // 4
 
 
+def test_muon_sends_each_matrix_to_the_rank_that_orthogonalises_it_and_back() -> None:
+    muon, adamw = (traffic(1, "distributed.world_size=4", *rule) for rule in (("optim.name=muon",), ()))
+    matrices = 3 * (4 * 64 + 3 * 128)
+    width = 4  # of a number in Newton–Schulz on a CPU
+    assert muon == replace(adamw, update=2 * width * matrices // 4 * 3 // 4)
+    assert traffic(1, "optim.name=muon").update == 0
+
+
 GPU = Gpu({"bf16": 1e9, "fp32": 1e8}, node_bandwidth=1e6, network_bandwidth=1e4, per_node=8)
 
 

@@ -52,6 +52,9 @@ CASES = {
         2, "distributed.shard_size=1", "plan.num_stages=1", "plan.layers=[4]", "method=badam", "optim.switch_steps=3",
     ),
     "Muon on whole matrices": (2, "distributed.shard_size=1", "optim.name=muon"),
+    "Muon": (3, "train.global_batch_size=3", "optim.name=muon", "pet.rule=muon"),
+    "Muon, hybrid": (4, "distributed.shard_size=2", "optim.name=muon"),
+    "SCALE": (2, "optim.name=scale"),
 }  # fmt: skip
 
 

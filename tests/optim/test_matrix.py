@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -336,7 +337,7 @@ def test_every_expert_is_updated_as_a_matrix_of_its_own(rule):
 
 
 @each_rule
-def test_unknown_options_vectors_and_sharded_parameters_are_refused(rule):
+def test_unknown_options_and_vectors_are_refused(rule):
     make = RULES[rule]
     with pytest.raises(ConfigError, match=r"'4bit'. Known: fp32, bf16, 8bit"):
         make({}, states="4bit")
@@ -346,7 +347,14 @@ def test_unknown_options_vectors_and_sharded_parameters_are_refused(rule):
         make({}, momentum=1.5)
     with pytest.raises(ConfigError, match=r"norm has the shape \(5,\). Leave it to AdamW"):
         make({"norm": nn.Parameter(torch.ones(5))})
+
+
+@pytest.mark.parametrize(
+    "make", [partial(Muon, states="8bit"), partial(SCALE, norm="row"), partial(SCALE, momentum=0.9, states="8bit")]
+)
+def test_what_needs_whole_matrices_refuses_shared_rows(make):
     sharded = nn.Parameter(torch.ones(2, 2))
-    sharded.to_local = lambda: torch.ones(1, 2)
+    sharded.device_mesh = SimpleNamespace(size=lambda dim: 2, get_group=lambda dim: None)
+    sharded.placements = (SimpleNamespace(is_shard=lambda: True),)
     with pytest.raises(ConfigError, match=r"w is sharded over ranks"):
         make({"w": sharded})
