@@ -57,7 +57,8 @@ SinkNames = Annotated[
     BeforeValidator(_one_or_many),
     WithJsonSchema(_schema_of_one_or_many({"enum": ["tensorboard", "wandb"]})),
 ]
-MethodName = Literal["step", "vanilla", "growth", "thawed", "lora", "relora", "badam"]
+Method = Literal["step", "vanilla", "growth", "thawed", "lora", "relora", "badam"]
+MethodName = Annotated[Method, WithJsonSchema({"enum": ["auto", *get_args(Method)]})]  # auto: see ``RunConfig._auto``
 RuleName = Literal["adamw", "muon", "scale", "galore", "apollo", "apollo_mini"]
 Scheduler = Literal["cosine", "warmup_stable_decay", "constant_with_warmup"]
 FOLDER_NAME = r"^\.*[\w\-][\w.\-]*$"  # and not "..", which is another folder
@@ -427,8 +428,9 @@ class RunConfig(Section):
     name: str = Field("run", pattern=FOLDER_NAME)
     method: MethodName = Field(
         "step",
-        description="step: old layers are frozen under adapters; growth: all are trained; thawed: old ones by "
-        "optim.old_layers; vanilla, lora, relora, badam: one stage",
+        description="auto: the best measured (one stage, 8-bit Muon, no master weights); step: old layers are frozen "
+        "under adapters; growth: all are trained; thawed: old ones by optim.old_layers; vanilla, lora, relora, badam: "
+        "one stage",
     )
     seed: int = Field(0, lt=2**32, ge=0)
     output_dir: str | None = Field(None, description="default: runs/NAME")
@@ -452,6 +454,24 @@ class RunConfig(Section):
         if not isinstance(values, Mapping):
             return values
         return {**values, **{name: {} for name in sections_of(cls) if name in values and values[name] is None}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, values: Any) -> Any:
+        """``method: auto`` becomes what docs/choosing.md recommends; update rules and formats that are given stay."""
+        if not isinstance(values, Mapping) or values.get("method") != "auto":
+            return values
+        plan, optim, memory, train = (values.get(name) or {} for name in ("plan", "optim", "memory", "train"))
+        if not all(isinstance(section, Mapping) for section in (plan, optim, memory, train)):
+            return values
+        masters = {} if train.get("precision") == "fp32" else {"master_weights": False}
+        return {
+            **values,
+            "method": "vanilla",
+            "plan": {**plan, "num_stages": 1, "layers": None},
+            "optim": {"name": "muon", **optim},
+            "memory": {"optimizer_states": "8bit", **masters, **memory},
+        }
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

@@ -269,6 +269,21 @@ def test_every_update_rule_is_priced_and_implemented() -> None:
     assert RULES.keys() == MAKERS.keys()
 
 
+def test_method_auto_is_muon_in_8_bits_in_one_stage() -> None:
+    config = load_config("llama_368m", ["method=auto"])
+    assert (config.method, config.plan.num_stages, config.optim.name) == ("vanilla", 1, "muon")
+    assert (config.memory.optimizer_states, config.memory.master_weights) == ("8bit", False)
+    assert config == load_config(yaml.safe_load(dump_config(config)))
+
+
+def test_method_auto_leaves_the_rules_and_formats_that_are_given() -> None:
+    given = ["method=auto", "optim.name=adamw", "memory.master_weights=8bit"]
+    config = load_config({}, given)
+    assert (config.optim.name, config.memory.master_weights) == ("adamw", "8bit")
+    assert config.memory.optimizer_states == "8bit"
+    assert load_config({}, ["method=auto", "train.precision=fp32"]).memory.master_weights is True
+
+
 def test_a_number_without_a_point_is_a_number_in_free_form_keys_too() -> None:
     assert load_config({}, ["model.extra={rms_norm_eps: 1e-5}"]).model.extra == {"rms_norm_eps": 1e-5}
 

@@ -15,6 +15,7 @@ from steplm.errors import ConfigError
 # The keys a first run sets; all others stand in the file as comments, with their defaults.
 STARTER: dict[str, Any] = {
     "name": "my-run",
+    "method": "auto",
     "model.hidden_size": 512,
     "model.intermediate_size": 1376,
     "model.num_hidden_layers": 12,
@@ -22,10 +23,7 @@ STARTER: dict[str, Any] = {
     "model.vocab_size": 16384,
     "data.train": ["builtin://python-docs"],
     "data.tokenizer": "train",
-    "plan.num_stages": 2,
     "plan.total_tokens": "20M",
-    "growth.operator": "interpolation_mean",
-    "pet.rank": 64,
     "optim.learning_rate": 0.001,
     "train.precision": "bf16",
     "train.sequence_length": 512,
