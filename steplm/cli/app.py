@@ -477,6 +477,19 @@ def compare(
 
 
 @app.command()
+def tune(
+    run: Run,
+    overrides: Overrides = None,
+    share: Annotated[float, typer.Option(help="Share of the run's tokens that each trial has.", min=0.001, max=1)] = 0.1,
+    jobs: Annotated[Optional[int], typer.Option(min=1, help="Runs side by side.")] = None,  # noqa: UP045
+) -> None:
+    """Find a learning rate by short runs at several; started again, it resumes."""
+    from steplm.cli.tune import run_tune
+
+    raise typer.Exit(run_tune(run, overrides or [], share=share, jobs=jobs))
+
+
+@app.command()
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A suite, a run, or a folder of runs.")],
     output: Annotated[

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def run_compare(
-    source: str, overrides: list[str], *, jobs: int | None = None, dry_run: bool = False, report: bool = True
+    source: str | Mapping[str, Any], overrides: list[str], *, jobs: int | None = None, dry_run: bool = False, report: bool = True
 ) -> int:
     """Check everything, run what is not finished, make the report; the exit code."""
     suite = Suite(read_suite(source, overrides))

@@ -1,0 +1,57 @@
+"""``steplm tune``: short runs at several learning rates, and which one to train with."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from steplm.cli.compare import run_compare
+from steplm.config import TOKEN_BUDGETS, RunConfig, load_config
+from steplm.errors import ConfigError
+from steplm.planner.plan import plan
+from steplm.report.suite import load_suite
+
+FACTORS = (0.5, 1.0, 2.0)  # of the configured rate; the grid goes on where the best is at its edge
+EXTEND = 2
+ENTRY = "tuned"
+
+
+def run_tune(source: str, overrides: list[str], *, share: float, jobs: int | None = None) -> int:
+    """Run the grid, or go on with it, and print the command of the best rate; the exit code."""
+    config = load_config(source, overrides)
+    suite = tuning_suite(config, share)
+    exit_code = run_compare(suite, [], jobs=jobs)
+    if exit_code:
+        return exit_code
+    (entry,) = load_suite(suite["output_dir"]).entries
+    best = f"optim.learning_rate={entry.learning_rate:g}"
+    if entry.at_edge:
+        print("The best rate is the last one tried. To try rates beyond it:")
+        print(shlex.join(["steplm", "tune", source, *overrides, best]))
+    print(f"Best on {share:.0%} of the tokens. A run of all tokens may want a lower rate.")
+    print(shlex.join(["steplm", "train", source, *overrides, best]))
+    return 0
+
+
+def tuning_suite(config: RunConfig, share: float) -> dict[str, Any]:
+    """The suite of runs on this share of the tokens, around the configured learning rate.
+
+    Raises:
+        ConfigError: the run has a learning rate for each stage.
+    """
+    rate = config.optim.learning_rate
+    if isinstance(rate, list):
+        raise ConfigError(f"optim.learning_rate is {rate}, one for each stage. Give one number to tune around.")
+    total_tokens = max(1, round(plan(config).total_tokens * share))
+    run = config.model_dump(mode="json")
+    run["plan"] |= {**dict.fromkeys(TOKEN_BUDGETS), "total_tokens": total_tokens}
+    return {
+        "name": f"{config.name}-tune",
+        "run": run,
+        "output_dir": f"{config.run_dir}-tune",
+        "baseline": ENTRY,
+        "seeds": [config.seed],
+        "tune": {"learning_rates": [rate * factor for factor in FACTORS], "extend": EXTEND, "seed": config.seed},
+        # A suite's `step` changes the method alone, which is then given back.
+        "entries": [{"name": ENTRY, "method": "step", "label": config.name, "set": {"method": config.method}}],
+    }
