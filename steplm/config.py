@@ -59,6 +59,7 @@ SinkNames = Annotated[
 ]
 Method = Literal["step", "vanilla", "growth", "thawed", "lora", "relora", "badam"]
 MethodName = Annotated[Method, WithJsonSchema({"enum": ["auto", *get_args(Method)]})]  # auto: see ``RunConfig._auto``
+ONE_STAGE_METHODS = ("vanilla", "lora", "relora", "badam")
 RuleName = Literal["adamw", "muon", "scale", "galore", "apollo", "apollo_mini"]
 Scheduler = Literal["cosine", "warmup_stable_decay", "constant_with_warmup"]
 FOLDER_NAME = r"^\.*[\w\-][\w.\-]*$"  # and not "..", which is another folder
@@ -454,6 +455,15 @@ class RunConfig(Section):
         if not isinstance(values, Mapping):
             return values
         return {**values, **{name: {} for name in sections_of(cls) if name in values and values[name] is None}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stage(cls, values: Any) -> Any:
+        """The default number of stages is that of methods that grow."""
+        plan = values.get("plan") or {} if isinstance(values, Mapping) else None
+        if not isinstance(plan, Mapping) or values.get("method") not in ONE_STAGE_METHODS:
+            return values
+        return {**values, "plan": {"num_stages": 1, **plan}}
 
     @model_validator(mode="before")
     @classmethod

@@ -11,6 +11,7 @@ import yaml
 from steplm.cli.init import starter_text
 from steplm.compare.suite import read_suite
 from steplm.config import (
+    ONE_STAGE_METHODS,
     GrowthConfig,
     LogConfig,
     MemoryConfig,
@@ -274,6 +275,14 @@ def test_method_auto_is_muon_in_8_bits_in_one_stage() -> None:
     assert (config.method, config.plan.num_stages, config.optim.name) == ("vanilla", 1, "muon")
     assert (config.memory.optimizer_states, config.memory.master_weights) == ("8bit", False)
     assert config == load_config(yaml.safe_load(dump_config(config)))
+
+
+def test_methods_that_do_not_grow_have_one_stage_unless_the_run_says_otherwise() -> None:
+    assert {name for name, method in METHODS.items() if not method.grows} == {*ONE_STAGE_METHODS}
+    for name in ONE_STAGE_METHODS:
+        assert load_config({}, [f"method={name}"]).plan.num_stages == 1
+        assert load_config({}, [f"method={name}", "plan.num_stages=2"]).plan.num_stages == 2
+    assert load_config({}, ["method=growth"]).plan.num_stages == 2
 
 
 def test_method_auto_leaves_the_rules_and_formats_that_are_given() -> None:

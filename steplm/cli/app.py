@@ -480,7 +480,7 @@ def compare(
 def tune(
     run: Run,
     overrides: Overrides = None,
-    share: Annotated[float, typer.Option(help="Share of the run's tokens that each trial has.", min=0.001, max=1)] = 0.1,
+    share: Annotated[float, typer.Option(help="Share of the run's tokens in each trial.", min=0.001, max=1)] = 0.1,
     jobs: Annotated[Optional[int], typer.Option(min=1, help="Runs side by side.")] = None,  # noqa: UP045
 ) -> None:
     """Find a learning rate by short runs at several; started again, it resumes."""

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 
 def run_compare(
-    source: str | Mapping[str, Any], overrides: list[str], *, jobs: int | None = None, dry_run: bool = False, report: bool = True
+    source: str | Mapping[str, Any],
+    overrides: list[str],
+    *,
+    jobs: int | None = None,
+    dry_run: bool = False,
+    report: bool = True,
 ) -> int:
     """Check everything, run what is not finished, make the report; the exit code."""
     suite = Suite(read_suite(source, overrides))
