@@ -9,7 +9,7 @@ PIP_ARGS ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test test-slow lint format types schema clean
+.PHONY: help install quickstart test test-slow coverage lint format types docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ test: lint types  ## ruff, mypy and pytest
 test-slow: install  ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
+coverage: install  ## the tests, with a report of the lines that they run
+	$(BIN)/pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,5 +44,9 @@ format: install  ## reformat the code
 types: install
 	$(BIN)/mypy
 
+docs: install  ## the documentation as a site in site/; any warning is an error
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 clean:  ## remove caches and build outputs; runs are kept
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis site .coverage*

@@ -94,6 +94,8 @@ def _write_readme(output: Path, command: str, kept_figures: Sequence[str]) -> No
         there = f"runs/suites/{suite.record.name}"
         lines += ["To resume the suite:", ""]
         lines += [f"    mkdir -p {there} && tar xJf {output.as_posix()}/{ARCHIVE} -C {there}", f"    {command}", ""]
+    if (output / "findings.md").is_file():
+        lines += ["What the runs show: [findings.md](findings.md).", ""]
     lines += [tables.strip(), "", *_perplexity_table(output / "perplexity.json")]
     lines += [line for name in kept_figures for line in (f"![{name}](figures/{name}.png)", "")]
     (output / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

@@ -102,8 +102,8 @@ def write(arguments: argparse.Namespace, rows: dict[str, list[dict[str, Any]]]) 
     lines = [
         "# What each memory option costs in quality",
         "",
-        f"`{document['command']}` on {document['device']}, torch {torch.__version__}. Validation loss in nats a token;",
-        "the difference is paired: the same seed, the same tokens in the same order.",
+        f"`{document['command']}` on {document['device']}, torch {torch.__version__}. Validation loss in nats per",
+        "token; the difference is paired: the same seed, the same tokens in the same order.",
         "",
         f"| option | model state, MiB | {' | '.join(f'loss, seed {seed}' for seed in arguments.seeds)} "
         "| mean perplexity | difference of loss |",

@@ -90,10 +90,10 @@ def _line(cells: list[str]) -> str:
 
 
 def _scale(suite: Suite) -> str:
-    """``"cpu: 2.11M parameters, 0.38 tokens a parameter"``"""
+    """``"cpu: 2.11M parameters, 0.38 tokens per parameter"``"""
     vanilla = suite.entries["vanilla"].finished[0].row
     ratio = vanilla["tokens"] / vanilla["parameters"]
-    return f"{suite.record.name}: {format_count(vanilla['parameters'])} parameters, {ratio:.2g} tokens a parameter"
+    return f"{suite.record.name}: {format_count(vanilla['parameters'])} parameters, {ratio:.2g} tokens per parameter"
 
 
 def _against_vanilla(suite: Suite, name: str, text: str = "") -> str | None:

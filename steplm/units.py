@@ -106,7 +106,7 @@ def format_count(count: int | float) -> str:
 
 
 def perplexity_of(loss: float) -> float:
-    """``exp`` of a loss in nats a token; of one so high that it would overflow, a very large number."""
+    """``exp`` of a loss in nats per token; of one so high that it would overflow, a very large number."""
     return math.exp(min(loss, 700.0))
 
 

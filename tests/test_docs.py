@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import memory_table
 import pytest
+import results_tables
 
 from steplm.config import RunConfig, config_keys, dump_config
 
@@ -20,24 +20,10 @@ PAGE = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "results/memory_table"
 
 
-def _benchmark(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def memory_table() -> ModuleType:
-    return _benchmark("memory_table")
-
-
 @pytest.mark.parametrize("name", ["results.md", "comparing.md"])
 def test_the_tables_of_a_page_are_made_of_plans_and_kept_runs(name: str) -> None:
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    made = _benchmark("results_tables").filled(page)
+    made = results_tables.filled(page)
     assert "<!-- / -->" in page
     assert made == page, "run: python benchmarks/results_tables.py"
 
@@ -46,7 +32,7 @@ def _kept(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
-def test_the_tables_of_the_page_are_the_kept_numbers(memory_table: ModuleType) -> None:
+def test_the_tables_of_the_page_are_the_kept_numbers() -> None:
     blocks = memory_table.blocks(_kept("table.json"), _kept("simulated.json"))
     assert {
         marker: text for marker, text in blocks.items() if f"<!-- {marker} -->\n{text}\n<!-- /{marker} -->" in PAGE
@@ -54,7 +40,7 @@ def test_the_tables_of_the_page_are_the_kept_numbers(memory_table: ModuleType) -
 
 
 @pytest.mark.parametrize("model", ["368M", "1.2B"])
-def test_the_kept_numbers_are_the_planners(memory_table: ModuleType, model: str) -> None:
+def test_the_kept_numbers_are_the_planners(model: str) -> None:
     table = _kept("table.json")
     for key, made in {
         "rows": memory_table.planned_rows(model, memory_table.WAYS),
@@ -64,7 +50,7 @@ def test_the_kept_numbers_are_the_planners(memory_table: ModuleType, model: str)
         assert json.loads(json.dumps(made)) == kept, "run: python benchmarks/memory_table.py"
 
 
-def test_the_simulated_stages_are_those_of_the_table(memory_table: ModuleType) -> None:
+def test_the_simulated_stages_are_those_of_the_table() -> None:
     planned = {(row["model"], row["way"]): row for row in _kept("table.json")["rows"]}
     rows = _kept("simulated.json")["rows"]
     assert {row["model"] for row in rows} == {"368M", "1.2B"}

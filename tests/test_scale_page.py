@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import scale_table
 
 from steplm.units import parse_bytes
 
@@ -17,17 +16,7 @@ PAGE = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
 TABLE = json.loads((ROOT / "results/scale_table/table.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def scale_table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scale_table", ROOT / "benchmarks/scale_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_tables_of_the_page_are_the_kept_numbers(scale_table: ModuleType) -> None:
+def test_the_tables_of_the_page_are_the_kept_numbers() -> None:
     assert set(re.findall(r"<!-- (\w+) -->", PAGE)) == set(scale_table.blocks(TABLE))
     assert scale_table.filled(PAGE, TABLE) == PAGE, "run: python benchmarks/scale_table.py"
 
@@ -35,9 +24,7 @@ def test_the_tables_of_the_page_are_the_kept_numbers(scale_table: ModuleType) ->
 @pytest.mark.parametrize(
     ("rows", "model", "way", "world_size"), [("rows", "7B", "vanilla", 8), ("rows", "7B", "STEP, K=3", 64)]
 )
-def test_the_kept_numbers_are_the_planners(
-    scale_table: ModuleType, rows: str, model: str, way: str, world_size: int
-) -> None:
+def test_the_kept_numbers_are_the_planners(rows: str, model: str, way: str, world_size: int) -> None:
     kept = [r for r in TABLE[rows] if (r["model"], r["way"], r["world_size"]) == (model, way, world_size)]
     assert kept == [json.loads(json.dumps(scale_table.row_of(model, way, world_size)))], "make the tables anew"
 

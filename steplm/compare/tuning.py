@@ -75,7 +75,7 @@ def choose(losses: Mapping[float, float | None], means: Mapping[float, float | N
     """The rate with the lowest final validation loss; the lower of two that are equal.
 
     Args:
-        losses: nats a token by learning rate; ``None`` where the run diverged, which is worse than any loss.
+        losses: nats per token by learning rate; ``None`` where the run diverged, which is worse than any loss.
         means: of the rates to choose from, over several seeds; by default the losses decide.
 
     Returns:

@@ -43,7 +43,7 @@ class PerplexityResult:
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood, nats a token."""
+        """Mean negative log-likelihood, nats per token."""
         return self.nll_sum / self.num_tokens
 
     @property

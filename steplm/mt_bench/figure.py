@@ -59,9 +59,8 @@ def radar_figure(scores: Scores, path: Path) -> Path | None:
             if not overall.complete and overall.mean is not None:
                 result += f", {overall.judged} of {overall.expected} judged"
             top = 0.8 - 0.085 * number
-            label = model if len(model) <= 26 else f"{model[:25]}…"
-            figure.text(0.79, top, label, color=colour, fontweight="bold", va="bottom")
+            figure.text(0.79, top, model, color=colour, fontweight="bold", va="bottom")
             figure.text(0.79, top - 0.008, result, color=MUTED, fontsize=8.5, va="top")
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)  # names may be long
     return path

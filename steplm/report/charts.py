@@ -1,11 +1,13 @@
-"""The charts of the page as plain data: traces by role, which ``page_files/page.js`` turns into Plotly's.
+"""The charts of a suite as plain data, which the page draws by Plotly (``page.js``) and files by Matplotlib.
 
 A trace's ``x`` is a list, or a dict of lists by axis where the reader may choose one. Roles: ``line``, ``band``
-(``low`` to ``high``), ``faint`` (training loss), ``growth``, ``step``, ``measured``, ``point``, ``frontier``, ``area``.
+(``low`` to ``high``), ``faint`` (training loss), ``growth``, ``step``, ``planned``, ``measured``, ``point``,
+``frontier``, ``area``, ``rates``, ``diverged``. ``ends``, for the files: value, text and entry of a line's label.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 from steplm.report.curves import AXES, Curve, Look, curve, frontier, growth_windows, loss_range
 from steplm.report.figure import measured_spans
-from steplm.report.labels import anchor, place_labels
+from steplm.report.labels import RADII, USUAL_FONT, USUAL_SIZE, anchor, place_labels
 from steplm.report.style import KIND_COLOURS
 from steplm.report.suite import Question
 from steplm.report.summary import EntrySummary, Estimate, Suite
@@ -21,7 +23,7 @@ from steplm.report.tables import tuning_run
 from steplm.units import format_bytes, format_count, format_seconds
 
 MOST_TRAINING_POINTS = 400
-USUAL_SIZE = (1000.0, 400.0)  # pixels of the trade-off's drawing on a desktop
+FEW_POINTS = 12  # of a line, each of which is marked
 
 
 def question_charts(suite: Suite, question: Question, number: int, look: dict[str, Look]) -> list[dict[str, Any]]:
@@ -38,6 +40,7 @@ def loss_chart(curves: Sequence[Curve]) -> dict[str, Any] | None:
         return None
     seconds, unit = _time_unit(max((s for c in curves for s in c.training.seconds), default=0.0))
     traces: list[dict[str, Any]] = []
+    ends = []
 
     def x_of(series: Any, keep: Sequence[int]) -> dict[str, list[float]]:
         by_axis = {axis: [series.on(axis)[i] for i in keep] for axis in AXES}
@@ -65,6 +68,8 @@ def loss_chart(curves: Sequence[Curve]) -> dict[str, Any] | None:
             notes = [_growth_note(grown[series.tokens[i]]) for i in at]
             losses = [series.loss[i] for i in at]
             traces.append({**common, "role": "growth", "x": x_of(series, at), "y": losses, "hover": notes})
+        if series.loss:
+            ends.append((series.loss[-1], f"{drawn.entry.label}  {series.loss[-1]:.3f}", drawn.entry.entry.name))
     return {
         "kind": "loss",
         "title": "Validation loss",
@@ -72,9 +77,10 @@ def loss_chart(curves: Sequence[Curve]) -> dict[str, Any] | None:
         if any(c.num_seeds > 1 for c in curves)
         else "Circles: growth.",
         "x_titles": {**AXES, "seconds": f"wall time, {unit}"},
-        "y_title": "loss, nats a token",
+        "y_title": "loss, nats per token",
         "y_range": loss_range(curves),
         "traces": traces,
+        "ends": ends,
     }
 
 
@@ -114,10 +120,11 @@ def tradeoff_chart(entries: Sequence[EntrySummary], look: dict[str, Look]) -> di
             "y": [value.mean],
             "label": {
                 "text": escape(entry.label),
+                "plain": entry.label,
                 "dx": dx,
                 "dy": -dy,
                 "anchor": anchor(dx),
-                "far": dx**2 + dy**2 > 121,
+                "far": math.hypot(dx, dy) > RADII[0] + 1,
             },
             "marker": look[entry.entry.name].marker,
             "hollow": len(entry.finished) < len(entry.runs),
@@ -137,6 +144,7 @@ def tradeoff_chart(entries: Sequence[EntrySummary], look: dict[str, Look]) -> di
         "x_range": x_range,
         "y_range": y_range,
         "traces": traces,
+        "ends": [],
     }
 
 
@@ -165,7 +173,7 @@ def _label_offsets(
         if v.low is not None and v.high is not None
     ]
     obstacles = [(x0 - 1, y0, x1 + 1, y1) for x0, y0, x1, y1 in bars]
-    return place_labels([place(*spot) for spot in spots], texts, USUAL_SIZE, font_size=12.5, obstacles=obstacles)
+    return place_labels([place(*spot) for spot in spots], texts, USUAL_SIZE, font_size=USUAL_FONT, obstacles=obstacles)
 
 
 def memory_chart(entries: Sequence[EntrySummary]) -> dict[str, Any] | None:
@@ -176,6 +184,7 @@ def memory_chart(entries: Sequence[EntrySummary]) -> dict[str, Any] | None:
     unit, name = _unit([plan.peak_model_state_bytes for _, plan in planned])
     alone = len(planned) == 1
     traces: list[dict[str, Any]] = []
+    ends = []
     for entry, plan in planned:
         common = {"entry": entry.entry.name}
         edges, heights = [0], []
@@ -208,6 +217,7 @@ def memory_chart(entries: Sequence[EntrySummary]) -> dict[str, Any] | None:
                 "name": "planned",
             }
         )
+        ends.append((heights[-1], f"{entry.label}  peak {format_bytes(plan.peak_model_state_bytes)}", entry.entry.name))
     return {
         "kind": "memory",
         "title": "Model-state memory",
@@ -216,13 +226,16 @@ def memory_chart(entries: Sequence[EntrySummary]) -> dict[str, Any] | None:
         "y_title": f"model states, {name}",
         "y_from_zero": True,
         "traces": traces,
+        "ends": ends,
     }
 
 
 def growth_chart(curves: Sequence[Curve]) -> dict[str, Any] | None:
     """The training loss around every growth, all laid upon the instant of growth."""
     traces: list[dict[str, Any]] = []
+    ends: dict[str, tuple[float, str, str]] = {}  # by entry: of its last growth
     for drawn in curves:
+        name = drawn.entry.entry.name
         for window in growth_windows(drawn):
             if not (window.before and window.after):
                 continue
@@ -231,12 +244,14 @@ def growth_chart(curves: Sequence[Curve]) -> dict[str, Any] | None:
                 traces.append(
                     {
                         "role": "line",
-                        "entry": drawn.entry.entry.name,
+                        "entry": name,
+                        "markers": len(part) <= FEW_POINTS,
                         "x": [tokens - window.point.tokens for tokens, _ in part],
                         "y": [loss for _, loss in part],
                         "hover": hover,
                     }
                 )
+            ends[name] = (window.after[-1][1], drawn.entry.label, name)
     if not traces:
         return None
     return {
@@ -244,17 +259,23 @@ def growth_chart(curves: Sequence[Curve]) -> dict[str, Any] | None:
         "title": "Around growth",
         "about": "Training loss of the first seed; every growth stands at 0.",
         "x_title": "tokens since the growth",
-        "y_title": "training loss, nats a token",
+        "y_title": "training loss, nats per token",
         "mark_zero": True,
         "traces": traces,
+        "ends": list(ends.values()),
     }
 
 
 def rates_chart(suite: Suite) -> dict[str, Any] | None:
-    """Validation loss over the learning rates that were tried."""
+    """Validation loss over the learning rates that were tried; crosses at the top: runs without a result."""
     traces: list[dict[str, Any]] = []
+    diverged: list[dict[str, Any]] = []
+    ends = []
     for entry in suite.record.entries:
         tried = [(rate, tuning_run(suite, entry.name, rate)) for rate in suite.record.grid] if entry.tuned else []
+        if lost := [rate for rate, run in tried if run is not None and run.entry.status in ("diverged", "failed")]:
+            hover = [f"learning rate {rate:g}<br>no result" for rate in lost]
+            diverged.append({"role": "diverged", "entry": entry.name, "x": lost, "hover": hover})
         done = [
             (rate, run.validation_loss) for rate, run in tried if run is not None and run.validation_loss is not None
         ]
@@ -264,6 +285,7 @@ def rates_chart(suite: Suite) -> dict[str, Any] | None:
         x, y = [rate for rate, _ in done], [loss for _, loss in done]
         chosen = [rate == entry.learning_rate for rate in x]
         traces.append({"role": "rates", "entry": entry.name, "x": x, "y": y, "hover": hover, "chosen": chosen})
+        ends.append((y[-1], entry.label + (" (edge)" if entry.at_edge else ""), entry.name))
     if not traces:
         return None
     best = [min(trace["y"]) for trace in traces]
@@ -274,12 +296,13 @@ def rates_chart(suite: Suite) -> dict[str, Any] | None:
         "id": "rates",
         "kind": "rates",
         "title": "Learning rates",
-        "about": "Large: the rate that was chosen.",
+        "about": "Large: the rate that was chosen." + (" Cross: no result." if diverged else ""),
         "x_title": "learning rate",
-        "y_title": f"validation loss of seed {suite.record.tune_seed}, nats a token",
+        "y_title": f"validation loss of seed {suite.record.tune_seed}, nats per token",
         "y_range": (low - margin, high + margin),
         "x_ticks": list(suite.record.grid),
-        "traces": traces,
+        "traces": [*traces, *({**trace, "y": [high + margin] * len(trace["x"])} for trace in diverged)],
+        "ends": ends,
     }
 
 

@@ -17,6 +17,7 @@ AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "wall time"}
 DASHES = ("solid", "dash", "dot")  # one for each round through the colours
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 GROWTH_WINDOW = 0.04  # of a run's tokens, to each side of a growth
+FEWEST_POINTS = 5  # to each side, where the window has fewer
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,25 @@ def curve(entry: EntrySummary) -> Curve | None:
     assert first.record is not None
     return Curve(
         entry=entry,
-        validation=_mean_series([_series(run, "eval") for run in runs]),
-        training=_series(first, "train"),
+        validation=_mean_series(
+            [
+                _series(run, [(e["tokens_seen"], e["loss"]) for e in run.record.events_of("eval")])
+                for run in runs
+                if run.record
+            ]
+        ),
+        training=_series(first, [(tokens, loss) for tokens, loss, _ in first.record.training_losses]),
         growths=growth_points(first.record),
         num_seeds=len(runs),
     )
 
 
-def _series(run: SuiteRun, event: str) -> Series:
+def _series(run: SuiteRun, losses: Sequence[tuple[int, float]]) -> Series:
+    """Of (tokens, loss)."""
     assert run.record is not None
-    events = run.record.events_of(event)
-    tokens = tuple(float(e["tokens_seen"]) for e in events)
+    tokens = tuple(float(seen) for seen, _ in losses)
     flops, seconds = flops_at(run), seconds_at(run.record)
-    return Series(
-        tokens, tuple(map(flops, tokens)), tuple(map(seconds, tokens)), tuple(float(e["loss"]) for e in events)
-    )
+    return Series(tokens, tuple(map(flops, tokens)), tuple(map(seconds, tokens)), tuple(loss for _, loss in losses))
 
 
 def _mean_series(seeds: Sequence[Series]) -> Series:
@@ -201,9 +206,13 @@ def growth_windows(curve: Curve) -> list[GrowthWindow]:
     reach = GROWTH_WINDOW * max(curve.training.tokens, default=0.0)
     windows = []
     for point in curve.growths:
-        near = [(tokens, loss) for tokens, loss in training if abs(tokens - point.tokens) <= reach]
-        before = tuple((tokens, loss) for tokens, loss in near if tokens <= point.tokens)
-        windows.append(GrowthWindow(curve, point, before, tuple(near[len(before) :])))
+        cut = bisect_right(curve.training.tokens, point.tokens)
+        near = [abs(tokens - point.tokens) <= reach for tokens in curve.training.tokens]
+        before = max(sum(near[:cut]), FEWEST_POINTS)
+        after = max(sum(near[cut:]), FEWEST_POINTS)
+        windows.append(
+            GrowthWindow(curve, point, tuple(training[max(cut - before, 0) : cut]), tuple(training[cut : cut + after]))
+        )
     return windows
 
 

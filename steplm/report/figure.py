@@ -88,19 +88,22 @@ def _draw_losses(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str
     ends: list[tuple[float, str, str]] = []
     shown: list[float] = []
     for record, colour in zip(records, colours, strict=True):
-        train, evaluations = record.events_of("train"), record.events_of("eval")
+        train, evaluations = record.training_losses, record.events_of("eval")
         width = SMOOTHING_SHARE * len(train)
         for stage in record.plan.stages:  # each alone: a jump at growth stays a jump
-            events = [event for event in train if event["stage"] == stage.index]
-            tokens, losses = _series(events)
+            tokens = [seen for seen, _, index in train if index == stage.index]
+            losses = [loss for _, loss, index in train if index == stage.index]
             axes.plot(tokens, losses, color=colour, alpha=0.22, linewidth=0.8)
             axes.plot(tokens, smoothed(losses, width), color=colour, linewidth=1.7, solid_capstyle="round")
-        axes.plot(*_series(evaluations), color=colour, **marker, zorder=4, clip_on=False)
+        validation = [event["loss"] for event in evaluations]
+        axes.plot(
+            [event["tokens_seen"] for event in evaluations], validation, color=colour, **marker, zorder=4, clip_on=False
+        )
         # The first steps fall from log(vocabulary size): drawn to scale they would flatten all the rest.
-        after_start = [e["loss"] for e in train if e["tokens_seen"] >= record.tokens_seen / 20]
-        shown += smoothed(after_start, width) + [event["loss"] for event in evaluations]
-        if train or evaluations:
-            last = (evaluations or train)[-1]["loss"]
+        after_start = [loss for seen, loss, _ in train if seen >= record.tokens_seen / 20]
+        shown += smoothed(after_start, width) + validation
+        if train or validation:
+            last = validation[-1] if validation else train[-1][1]
             perplexity = record.validation_perplexity
             result = f"loss {last:.2f}" if perplexity is None else f"perplexity {perplexity:.2f}"
             so_far = "" if record.summary else " so far"
@@ -109,7 +112,7 @@ def _draw_losses(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str
         low, high = min(shown), max(shown)
         margin = max(high - low, 0.1)
         axes.set_ylim(low - 0.1 * margin, high + 0.12 * margin)
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss, nats per token")
     _label_ends(axes, ends, gap=0.14)
     _legend(
         axes,
@@ -117,10 +120,6 @@ def _draw_losses(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str
         ["training, smoothed", "validation"],
         loc="upper right",
     )
-
-
-def _series(events: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    return [event["tokens_seen"] for event in events], [event["loss"] for event in events]
 
 
 def smoothed(values: Sequence[float], width: float) -> list[float]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 RADII = (10, 20, 32, 46, 62, 80)  # from the point to the nearest edge of its label
 DIRECTIONS = 12
+USUAL_SIZE = (1000.0, 400.0)  # pixels of the page's drawing on a desktop, for which labels are placed
+USUAL_FONT = 12.5  # pixels
 WIDTH, HEIGHT = 0.58, 1.25  # of a letter and of a line, in font sizes
 MARK = 6.0  # half the side of the square that a marker takes
 

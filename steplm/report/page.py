@@ -16,6 +16,7 @@ from steplm.report.curves import Look, looks
 from steplm.report.evaluations import Evaluation
 from steplm.report.style import RUN_COLOURS, RUN_COLOURS_ON_DARK
 from steplm.report.suite import Question
+from steplm.report.suite_figures import NAMES
 from steplm.report.summary import Suite
 from steplm.report.tables import Cell, Table, details_table, problems, question_table, stages_table, tuning_table
 from steplm.version import __version__
@@ -24,15 +25,6 @@ WITHOUT_PLOTLY = "For interactive charts: pip install plotly, and make the repor
 AXIS_BUTTONS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "time"}
 MOST_STAGE_TABLES = 6  # runs whose stages are shown where runs are all there is
 LONG_CELL = 18  # characters, from which on a cell of words may be broken into lines
-
-# Charts that a page without Plotly shows as pictures: kind -> name of the figure, after the section's
-PICTURES = {
-    "loss": "loss_tokens",
-    "tradeoff": "perplexity_memory",
-    "memory": "memory",
-    "growth": "growth",
-    "rates": "learning_rate",
-}
 
 
 def write_page(suite: Suite, path: Path, figures: Mapping[str, Path], evaluations: Sequence[Evaluation] = ()) -> Path:
@@ -116,11 +108,11 @@ class PageParts:
         charts = {chart["kind"]: chart for chart in question_charts(self.suite, question, number, self.look)}
         text = f"<p>{escape(question.text)}</p>" if question.text else ""
         details = details_table(self.suite, question)
-        further = f"<details><summary>Further numbers</summary>{table_html(details)}</details>"
+        further = f"<details><summary>Further numbers</summary>{table_html(details, titled=False)}</details>"
         has_results = any(entry.finished for entry in entries)
         return f"""<section id="{section}" aria-labelledby="{section}-title">
 <h2 id="{section}-title">{escape(question.title)}</h2>{text}
-{table_html(question_table(self.suite, question))}
+{table_html(question_table(self.suite, question), titled=False)}
 {self._chips([entry.entry.name for entry in entries]) if has_results and len(entries) > 1 else ""}
 {self._chart(charts.get("loss"), section)}
 {self._chart(charts.get("tradeoff"), section)}
@@ -141,9 +133,9 @@ class PageParts:
     def _chart(self, chart: dict[str, Any] | None, section: str) -> str:
         if chart is None:
             return ""
-        self.charts.append({**chart, "section": section})
+        self.charts.append({key: value for key, value in chart.items() if key != "ends"} | {"section": section})
         label = escape(f"{chart['title']}. {chart['about']} The numbers are in the tables.")
-        name = PICTURES[chart["kind"]]
+        name = NAMES[chart["kind"]]
         picture = self.pictures.get(f"{section}_{name}", self.pictures.get(name))
         inside = f'<img alt="{label}" src="{_data_uri(picture)}">' if picture else ""
         style = ' style="height:auto"' if picture else ""
@@ -174,9 +166,9 @@ class PageParts:
         table, chart = tuning_table(self.suite), rates_chart(self.suite)
         if table is None:
             return ""
-        names = [trace["entry"] for trace in chart["traces"]] if chart else []
+        names = list(dict.fromkeys(trace["entry"] for trace in chart["traces"])) if chart else []
         return f"""<section id="rates-section"><h2>Learning rates</h2>
-{table_html(table)}{self._chips(names)}{self._chart(chart, "rates-section")}</section>"""
+{table_html(table, titled=False)}{self._chips(names)}{self._chart(chart, "rates-section")}</section>"""
 
     def _problems(self) -> str:
         lines = "".join(f"<li>{escape(line)}</li>" for line in problems(self.suite))
@@ -193,26 +185,34 @@ def _evaluation(evaluation: Evaluation) -> str:
     return f"<section><h2>{title}</h2>{''.join(map(table_html, evaluation.tables))}{pictures}</section>"
 
 
-def table_html(table: Table) -> str:
-    """A table whose headings sort it, in a box that scrolls sideways."""
+def table_html(table: Table, *, titled: bool = True) -> str:
+    """A table whose headings sort it, in a box that scrolls sideways; on a phone, a block of lines for each row.
+
+    Args:
+        titled: show its title, where no heading just above says the same.
+    """
     heads = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in table.columns)
     rows = "".join(
-        "<tr>" + "".join(_cell_html(cell, is_name=i == 0) for i, cell in enumerate(row)) + "</tr>" for row in table.rows
+        f"<tr>{''.join(_cell_html(cell, name) for cell, name in zip(row, ('', *table.columns[1:]), strict=True))}</tr>"
+        for row in table.rows
     )
     title, caption = escape(table.title), f'<p class="caption">{escape(table.caption)}</p>' if table.caption else ""
-    return f"""<div class="table"><div class="scroll" role="region" tabindex="0" aria-label="{title}">
+    heading = f"<h3>{title}</h3>" if titled else ""
+    return f"""<div class="table">{heading}<div class="scroll" role="region" tabindex="0" aria-label="{title}">
 <table aria-label="{title}"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>{caption}</div>"""
 
 
-def _cell_html(cell: Cell, *, is_name: bool) -> str:
+def _cell_html(cell: Cell, column: str) -> str:
+    """A cell, labelled by its column; the first cell of a row, which names the row, has none."""
     classes = " ".join(
         filter(None, ["strong" if cell.strong else "", cell.tone, "wrap" if _has_long_words(cell) else ""])
     )
     attributes = f' class="{classes}"' if classes else ""
     if cell.value is not None:
         attributes += f' data-value="{escape(str(cell.value))}"'
-    tag = 'th scope="row"' if is_name else "td"
-    return f"<{tag}{attributes}>{escape(cell.text)}</{tag.split()[0]}>"
+    if not column:
+        return f'<th scope="row"{attributes}>{escape(cell.text)}</th>'
+    return f'<td data-label="{escape(column)}"{attributes}>{escape(cell.text)}</td>'
 
 
 def _has_long_words(cell: Cell) -> bool:

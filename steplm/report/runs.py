@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,27 @@ class RunRecord:
     def events_of(self, kind: str) -> list[dict[str, Any]]:
         """The events of one kind (see ``steplm.training.metrics``), in the order of the run."""
         return [event for event in self.events if event["event"] == kind]
+
+    @property
+    def training_losses(self) -> list[tuple[int, float, int]]:
+        """(tokens seen, mean training loss since the point before, stage), for about equally many tokens each.
+
+        The line that closes a stage can be the mean of a few steps, which scatter more: it joins the point before.
+        """
+        events = self.events_of("train")
+        spans = [event["tokens_seen"] for event in events]
+        spans = [after - before for before, after in pairwise([0, *spans])]
+        usual = statistics.median(spans) if spans else 0
+        points: list[tuple[int, float, int]] = []
+        last_span = 0
+        for event, span in zip(events, spans, strict=True):
+            tokens, loss, stage = event["tokens_seen"], event["loss"], event["stage"]
+            if points and points[-1][2] == stage and span < usual / 2:
+                loss = (points.pop()[1] * last_span + loss * span) / (last_span + span)
+                span += last_span
+            points.append((tokens, loss, stage))
+            last_span = span
+        return points
 
     @property
     def measured_model_state_bytes(self) -> int | None:

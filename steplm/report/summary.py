@@ -1,6 +1,6 @@
 """The numbers of a suite: of each run, of each entry over its seeds, and of an entry against a baseline.
 
-A number comes from finished runs only. Losses are nats a token, memory is bytes, and an interval is the 95% interval
+A number comes from finished runs only. Losses are nats per token, memory is bytes, and an interval is the 95% interval
 of the mean over seeds by Student's t; one run alone has none.
 """
 

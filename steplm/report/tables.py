@@ -87,20 +87,22 @@ def question_table(suite: Suite, question: Question) -> Table:
     """Quality beside memory and cost: one row an entry, the baseline first."""
     baseline = suite.entries[question.baseline] if question.baseline else None
     columns = (
-        "method", "seeds", "perplexity", "Δ loss", "verdict", "model state planned", "model state measured",
+        "method", "seeds", "perplexity", *(f"{text} perplexity" for text in suite.texts), "Δ loss", "verdict",
+        "model state planned", "model state measured",
         f"against {baseline.label if baseline else 'vanilla'}", "tok/s", "time", "tokens", "FLOPs", "validation loss",
     )  # fmt: skip
-    rows = [_question_row(entry, baseline) for entry in suite.of(question)]
+    rows = [_question_row(entry, baseline, suite.texts) for entry in suite.of(question)]
     return _without_empty(question.title, columns, rows, _caption(suite, question, baseline))
 
 
-def _question_row(entry: EntrySummary, baseline: EntrySummary | None) -> list[Cell]:
+def _question_row(entry: EntrySummary, baseline: EntrySummary | None, texts: Sequence[str]) -> list[Cell]:
     is_baseline = baseline is entry
     name = f"{entry.label} (baseline)" if is_baseline else entry.label
     return [
         Cell(name, name, strong=is_baseline),
         Cell(entry.state, len(entry.finished)),
         _perplexity_cell(entry.validation_loss),
+        *(_perplexity_cell(entry.losses.get(text)) for text in texts),
         *_difference_cells(entry, baseline),
         _cell(entry.row["planned_peak_model_state_bytes"], format_bytes),
         _cell(entry.row["measured_peak_model_state_bytes"], format_bytes),
@@ -139,7 +141,7 @@ def _caption(suite: Suite, question: Question, baseline: EntrySummary | None) ->
     several = any(len(entry.finished) > 1 for entry in suite.of(question))
     if not any(entry.finished for entry in suite.of(question)):
         return "No run has finished yet."
-    parts = ["Loss: nats a token, of the exported model on the validation text."]
+    parts = ["Loss: nats per token, of the exported model on the validation text."]
     if several:
         parts.append("±, ranges in brackets: 95% t-interval of the mean over seeds.")
     else:
@@ -174,10 +176,9 @@ AXIS_WORDS = {"tokens": "tokens", "flops": "training FLOPs"}
 
 
 def details_table(suite: Suite, question: Question) -> Table:
-    """Other texts, the whole peak and the learning rate of each entry of a question."""
+    """Bits per byte of other texts, the whole peak and the learning rate of each entry of a question."""
     texts = suite.texts
-    columns = ["method", "layers", "learning rate", *(f"{text} perplexity" for text in texts)]
-    columns += [f"{text} bits/byte" for text in texts]
+    columns = ["method", "layers", "learning rate", *(f"{text} bits/byte" for text in texts)]
     peaks = {
         "planned peak": "planned_peak_bytes",
         "measured peak": "measured_peak_allocated_bytes",
@@ -192,7 +193,6 @@ def details_table(suite: Suite, question: Question) -> Table:
                 Cell(entry.label, entry.label),
                 Cell(NOT_YET) if plan is None else Cell("+".join(map(str, plan.layers)), plan.num_stages),
                 _cell(rate, ("{:g} (edge)" if entry.entry.at_edge else "{:g}").format),
-                *(_perplexity_cell(entry.losses.get(text)) for text in texts),
                 *(_estimate_cell(entry.bits_per_byte(text), 4) for text in texts),
                 *(_cell(entry.row[name], format_bytes) for name in peaks.values()),
             ]
@@ -221,7 +221,7 @@ def tuning_table(suite: Suite) -> Table | None:
             chosen = rate == entry.learning_rate
             cells.append(_tuning_cell(run, chosen, edge=chosen and entry.at_edge))
         rows.append(tuple(cells))
-    caption = f"Validation loss of seed {record.tune_seed}, nats a token. Bold: the choice, {how_chosen(record)}."
+    caption = f"Validation loss of seed {record.tune_seed}, nats per token. Bold: the choice, {how_chosen(record)}."
     if any(entry.at_edge for entry in tried):
         caption += " Edge: the best rate is the lowest or the highest that was tried; a better one may lie beyond."
     return Table("Learning rates", ("method", *(f"{rate:g}" for rate in record.grid)), tuple(rows), caption)
@@ -270,7 +270,10 @@ def stages_table(entry: EntrySummary) -> Table | None:
         "planned peak", "planned dry run", "measured dry run",
     )  # fmt: skip
     return _without_empty(
-        f"Stages of {entry.label}", columns, rows, "Validation loss: nats a token, at the latest evaluation of a stage."
+        f"Stages of {entry.label}",
+        columns,
+        rows,
+        "Validation loss: nats per token, at the latest evaluation of a stage.",
     )
 
 

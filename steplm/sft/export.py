@@ -85,7 +85,7 @@ def _card(model_name: str, data: Sequence[str], config: SftConfig, result: SftRe
 
 `{base}`, tuned on {names} by steplm: {how}, {result.num_steps:,} steps at a highest learning rate of
 {config.highest_learning_rate:g}, loss on the answers only. Records: {kept}.
-In nats a token of the answers: {losses}.
+In nats per token of the answers: {losses}.
 
 ```python
 from transformers import pipeline

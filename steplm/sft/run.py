@@ -242,7 +242,7 @@ def summary(result: SftResult) -> str:
     if result.validation_loss is not None and result.validation_loss_before is not None:
         held_out = f"held-out loss {result.validation_loss_before:.4f} -> {result.validation_loss:.4f}"
     return (
-        f"done  {result.num_steps:,} steps, train loss {result.train_loss:.4f}, {held_out} (nats a token of the "
+        f"done  {result.num_steps:,} steps, train loss {result.train_loss:.4f}, {held_out} (nats per token of the "
         f"answers)\ntry   steplm chat {result.export_dir}"
     )
 

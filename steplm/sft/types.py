@@ -11,7 +11,7 @@ from steplm.sft.config import SftConfig
 
 @dataclass(frozen=True)
 class SftResult:
-    """What a run left behind; losses in nats a token of the answers, None where nothing was held out."""
+    """What a run left behind; losses in nats per token of the answers, None where nothing was held out."""
 
     output_dir: Path
     finished: bool

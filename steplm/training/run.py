@@ -58,7 +58,7 @@ class RunResult:
     plan: Plan
     finished: bool
     stop_signal: int | None = None
-    validation_loss: float | None = None  # nats a token, of the exported model
+    validation_loss: float | None = None  # nats per token, of the exported model
     export_dir: Path | None = None
 
     @property

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from method_figure import method_figure
 
 from steplm.report.figure import growth_label, measured_spans, run_figure, smoothed
-from steplm.report.method_figure import method_figure
 from steplm.report.runs import RunRecord, percent
 from steplm.report.style import spread
 
@@ -52,6 +52,24 @@ def test_a_run_in_progress_can_be_drawn(make_record: Callable[..., RunRecord], t
     for number, records in enumerate(([record], [record, replace(record, events=())])):
         path = run_figure(records, tmp_path / f"new/folder/{number}.png")
         assert path.read_bytes().startswith(PNG)
+
+
+def test_the_last_few_steps_of_a_stage_are_not_a_point_of_their_own(make_record: Callable[..., RunRecord]) -> None:
+    record = make_record()
+    train = [
+        {"event": "train", "stage": stage, "tokens_seen": tokens, "loss": loss}
+        for stage, tokens, loss in [
+            (1, 100, 5.0),
+            (1, 200, 4.0),
+            (1, 220, 7.0),
+            (2, 320, 3.0),
+            (2, 330, 9.0),
+            (2, 430, 2.0),
+        ]
+    ]
+    points = replace(record, events=tuple(train)).training_losses
+    assert points == [(100, 5.0, 1), (220, pytest.approx(4.5), 1), (330, pytest.approx(39 / 11), 2), (430, 2.0, 2)]
+    assert replace(record, events=()).training_losses == []
 
 
 def test_drawing_leaves_the_settings_of_matplotlib_alone(make_record: Callable[..., RunRecord], tmp_path: Path) -> None:

@@ -76,6 +76,17 @@ def test_every_control_and_region_has_a_name(suite: Suite, tmp_path: Path) -> No
     assert len(ids) == len(set(ids))
 
 
+def test_every_table_has_a_visible_title_and_every_cell_its_column(suite: Suite, tmp_path: Path) -> None:
+    html = write_page(suite, tmp_path / "index.html", {}).read_text()
+    tags = _Tags(html).found
+    titles = [a["aria-label"] for tag, a in tags if tag == "table"]
+    headings = re.findall(r"<(?:h2|h3)[^>]*>(.+?)</", html)
+    assert len(titles) == 3  # the question, its further numbers, the learning rates
+    assert [title for title in titles if title not in headings and not str(title).endswith("further numbers")] == []
+    assert [tag for tag, a in tags if tag == "td" and not a.get("data-label")] == []
+    assert "wikitext2 perplexity" in re.findall(r'data-label="(.+?)"', html)
+
+
 def test_without_plotly_the_page_shows_pictures_and_says_how_to_get_it(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +119,8 @@ async function visit() {
   seen.ascending = column(3);
   document.querySelectorAll("#q1 thead button")[2].click();
   seen.descending = column(3);
+  const isBeside = (cell) => cell.getBoundingClientRect().right > innerWidth;
+  seen.beside = [...document.querySelectorAll("#q1 td")].filter(isBeside).length;
   if (document.querySelector(".chips")) await useControls(seen);
   parent.postMessage(JSON.stringify(seen), "*");
 }
@@ -175,6 +188,7 @@ def test_the_page_works_in_a_browser(suite: Suite, tmp_path: Path, browser: str,
     assert seen["errors"] == []
     assert seen["requests"] == []
     assert seen["overflow"] <= 0
+    assert seen["beside"] == 0 or width > 640  # on a phone every number is on the screen
     assert set(seen["charts"]) == {"q1-loss", "q1-tradeoff", "q1-memory", "q1-growth", "rates"}
     assert all(count >= 4 for count in seen["charts"].values())
     perplexities = [float(text.split()[0]) for text in seen["ascending"]]

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steplm.report.curves import curve, flops_at, frontier, growth_windows, looks, seconds_at
+from steplm.report.charts import question_charts
+from steplm.report.curves import FEWEST_POINTS, curve, flops_at, frontier, growth_windows, looks, seconds_at
 from steplm.report.labels import HEIGHT, WIDTH, anchor, place_labels
+from steplm.report.suite_figures import NAMES, write_figures
 from steplm.report.summary import Suite, read_suite
 
 
@@ -74,6 +77,32 @@ def test_a_window_is_cut_at_the_growth(suite: Suite) -> None:
     for window in growth_windows(drawn):
         assert max(tokens for tokens, _ in window.before) <= window.point.tokens
         assert min(tokens for tokens, _ in window.after) > window.point.tokens
+        assert min(len(window.before), len(window.after)) >= FEWEST_POINTS
+
+
+def test_files_show_the_charts_of_the_page(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    words: list[str] = []
+    for name in ("annotate", "set_xlabel", "set_ylabel"):
+        draw = getattr(Axes, name)
+
+        def note(self: Axes, text: str, *args: Any, draw: Any = draw, **more: Any) -> Any:
+            words.append(text)
+            return draw(self, text, *args, **more)
+
+        monkeypatch.setattr(Axes, name, note)
+    files = write_figures(suite, tmp_path)
+    charts = question_charts(suite, suite.record.questions[0], 1, looks(suite))
+    assert {chart["kind"] for chart in charts} == {"loss", "tradeoff", "memory", "growth"}
+    names = {f"q1_{NAMES[chart['kind']]}" for chart in charts}
+    assert set(files) == names | {"q1_loss_flops", "q1_loss_seconds", "learning_rate"}
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files.values())
+    labels = [text for chart in charts for _, text, _ in chart["ends"]]
+    labels += [trace["label"]["plain"] for chart in charts for trace in chart["traces"] if "label" in trace]
+    titles = [chart["y_title"] for chart in charts] + list(charts[0]["x_titles"].values())
+    assert len(labels) == 7  # two in each chart, but for the growths of vanilla
+    assert {*labels, *titles} <= set(words)
 
 
 def test_the_baseline_is_ink_and_no_two_entries_look_alike(suite: Suite) -> None:

@@ -6,12 +6,12 @@ import re
 from functools import cache
 from pathlib import Path
 
+import memory_timeline as timeline
 import pytest
+from memory_timeline import RunTimeline, draw_timelines, run_timeline, timeline_figure, with_every_option
 
 from steplm.config import RunConfig, load_config
 from steplm.planner.plan import plan
-from steplm.report import timeline
-from steplm.report.timeline import RunTimeline, draw_timelines, run_timeline, timeline_figure, with_every_option
 from steplm.training.simulate import simulate_growth, simulate_phase
 from steplm.types import HOST
 

@@ -42,7 +42,9 @@ const hovering = (trace, name) => ({
 
 // role -> Plotly's trace, without position and hover
 const ROLES = {
-  line: (t, colour, look) => ({ mode: "lines", line: { color: colour, width: 2, dash: look.dash } }),
+  line: (t, colour, look) => ({
+    mode: t.markers ? "lines+markers" : "lines", line: { color: colour, width: 2, dash: look.dash }, marker: { color: colour, size: 5 },
+  }),
   faint: (t, colour) => ({ mode: "lines", line: { color: faded(colour, 0.35), width: 1 } }),
   band: (t, colour) => ({ mode: "lines", line: { width: 0 }, fill: "toself", fillcolor: faded(colour, 0.13) }),
   growth: (t, colour) => ({
@@ -57,6 +59,7 @@ const ROLES = {
     mode: "lines+markers", line: { color: colour, width: 2, dash: look.dash },
     marker: { color: colour, size: t.chosen.map((chosen) => (chosen ? 12 : 5)) },
   }),
+  diverged: (t, colour) => ({ mode: "markers", cliponaxis: false, marker: { color: colour, size: 9, symbol: "x-thin", line: { color: colour, width: 2 } } }),
   point: (t, colour) => ({
     mode: "markers",
     marker: { color: colour, size: 11, symbol: t.marker + (t.hollow ? "-open" : ""), line: { width: 2, color: colour } },

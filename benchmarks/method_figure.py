@@ -1,4 +1,4 @@
-"""The method in one picture: ``python -m steplm.report.method_figure docs/images/method.png``."""
+"""The method in one picture: ``python benchmarks/method_figure.py docs/images/method.png``."""
 
 from __future__ import annotations
 

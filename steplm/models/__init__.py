@@ -1,0 +1,1 @@
+"""Building models, running them layer by layer, and their loss without logits."""

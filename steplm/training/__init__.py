@@ -1,0 +1,1 @@
+"""A run: entering phases, the step loop, checkpoints and the export."""
