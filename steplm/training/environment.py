@@ -45,9 +45,10 @@ def crowded_processors(tokens_per_second: float, before: float) -> str | None:
     advice = "Leave other work for later"
     if num_threads > 1:  # threads wait for each other, so each waits for the one that other work holds up
         advice += ", or start again with train.num_threads=1: fewer threads lose less to it"
+    share = f"{num_threads} thread{'s' * (num_threads > 1)} of this run share{'s' * (num_threads == 1)}"
     return (
-        f"{format_count(tokens_per_second)} tok/s after {format_count(before)}: {num_threads} thread{'s' * (num_threads > 1)} "
-        f"of this run share{'s' * (num_threads == 1)} {num_cpus} processors with other work (load {load:.1f}). {advice}."
+        f"{format_count(tokens_per_second)} tok/s after {format_count(before)}: {share} {num_cpus} processors with "
+        f"other work (load {load:.1f}). {advice}."
     )
 
 
