@@ -83,6 +83,12 @@ def reason(error: BaseException) -> str:
     return f"{where or 'the whole'}: {problems[0]['msg']}, not {shortened(problems[0]['input'])}{more}"
 
 
+def in_one_line(error: BaseException) -> str:
+    """All of an error's message, up to a limit; of ``transformers``, whose first line says only which check failed."""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) else text or type(error).__name__
+
+
 def format_bytes(num_bytes: int | float) -> str:
     """``4_000_000_000 -> '3.73 GiB'``; always binary units."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

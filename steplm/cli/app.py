@@ -26,7 +26,7 @@ app = typer.Typer(
 Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time, on Python 3.10 too
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. plan.num_stages=3 train.sequence_length=512."),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. plan.num_stages=3 train.sequence_length=512."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -54,6 +54,17 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
         print(__version__)
         raise typer.Exit
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+) -> None:
+    """Write a commented starter YAML."""
+    from steplm.cli.init import write_starter
+
+    write_starter(path, force=force)
 
 
 @app.command()
@@ -237,7 +248,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Windows, or requests of a task, per forward pass.")] = 8,
     max_tokens: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Stop a text after so many tokens, e.g. 1M; default: all, for hub data 10M."),
+        typer.Option(
+            help="Stop a text after so many tokens of the first model, e.g. 1M; default: all, for hub data 10M."
+        ),
     ] = None,
     device: Device = "auto",
     json: Json = False,
@@ -272,7 +285,7 @@ def mtbench(
     ],
     models: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[MODEL]...", help="Hugging Face folders or hub names of chat models."),
+        typer.Argument(metavar="MODEL", help="Hugging Face folders or hub names of chat models."),
     ] = None,
     questions: Annotated[
         Optional[str],  # noqa: UP045
@@ -408,7 +421,7 @@ def sft(
     ],
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[KEY=VALUE]...", help="E.g. lora_rank=8 num_train_epochs=1 packing=true."),
+        typer.Argument(metavar="KEY=VALUE", help="E.g. lora_rank=8 num_train_epochs=1 packing=true."),
     ] = None,
     config: Annotated[Optional[Path], typer.Option("--config", help="YAML of keys.")] = None,  # noqa: UP045
     output: Annotated[
@@ -501,17 +514,6 @@ def report(
     from steplm.cli.report import show_report
 
     show_report(directory, output)
-
-
-@app.command()
-def init(
-    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
-) -> None:
-    """Write a commented starter YAML."""
-    from steplm.cli.init import write_starter
-
-    write_starter(path, force=force)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -100,10 +100,12 @@ def _print_runs(suite: Suite, runs: list[RunKey]) -> None:
     """One line an entry: its runs, and what each of them costs."""
     from steplm.compare.runner import all_stage_keys
 
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("entry", no_wrap=True)
     for heading in ("method", "rates", "seeds", "layers", "tokens", "FLOPs", "state"):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading != "rates")
+        is_list = heading == "rates"  # one rate below the other in a narrow terminal
+        side: Literal["left", "right"] = "left" if heading == "method" else "right"
+        table.add_column(heading, justify=side, no_wrap=not is_list, min_width=7 if is_list else None)
     shared = _shared_with(all_stage_keys(suite, {run: _with_any_data(suite.run_config(run)) for run in runs}))
     for entry in suite.entries.values():
         plan = suite.plan(next(run for run in runs if run.entry == entry.name))

@@ -169,11 +169,15 @@ def _score_texts(
         print(
             f"note: of hub data {format_count(limit)} tokens at most; --max-tokens sets another limit", file=sys.stderr
         )
-    return [
-        TextScore(model, name, tuple(entries), _score_text(model, name, entries, output, max_tokens=limit, **how))
-        for model in dict.fromkeys(models)
-        for name, entries in _by_name(data).items()
-    ]
+    scores: list[TextScore] = []
+    ends: dict[str, int | None] = {}  # where the limit has cut each text for the first model, in bytes
+    for model in dict.fromkeys(models):
+        for name, entries in _by_name(data).items():
+            end = ends.get(name)
+            result = _score_text(model, name, entries, output, max_tokens=limit, max_bytes=end, **how)
+            ends.setdefault(name, None if limit is None else result.num_text_bytes)
+            scores.append(TextScore(model, name, tuple(entries), result))
+    return scores
 
 
 def _score_text(model: str, name: str, entries: list[str], output: Path | None, **how: Any) -> PerplexityResult:

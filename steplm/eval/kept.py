@@ -29,6 +29,7 @@ def evaluate_or_reuse(
     stride: int | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
+    max_bytes: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> tuple[PerplexityResult, bool]:
@@ -46,6 +47,8 @@ def evaluate_or_reuse(
         "max_tokens": max_tokens,
         "dtype": dtype,
     }
+    if max_bytes is not None:
+        settings["max_bytes"] = max_bytes
     about = json.dumps([SCHEMA, model_fingerprint(str(folder)), text, settings])
     fingerprint = hashlib.sha256(about.encode()).hexdigest()
     plain = re.sub(r"[^\w.-]+", "_", short_name(str(folder)))
@@ -61,6 +64,7 @@ def evaluate_or_reuse(
         stride=stride,
         batch_size=batch_size,
         max_tokens=max_tokens,
+        max_bytes=max_bytes,
         device=device,
         dtype=dtype,
     )

@@ -64,8 +64,8 @@ def comparison_note(results: Sequence[PerplexityResult]) -> str | None:
     sizes = {result.num_text_bytes for result in results if result.num_text_bytes is not None}
     if len(sizes) > 1:
         note += (
-            f". The limit of tokens cut it after {min(sizes):,} bytes for one model and {max(sizes):,} for another: "
-            "without --max-tokens all are scored on the same text"
+            f". It was cut after {min(sizes):,} bytes for one model and {max(sizes):,} for another: score them in one "
+            "command to cut it at the same place"
         )
     return note
 
@@ -112,6 +112,7 @@ def evaluate_folder(
     stride: int | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
+    max_bytes: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> PerplexityResult:
@@ -122,6 +123,8 @@ def evaluate_folder(
         sequence_length: default: what the model was trained with, where the folder says so, else its context,
             ``LONGEST_DEFAULT`` at most.
         max_tokens: tokens to predict; default: all.
+        max_bytes: where ``max_tokens`` has cut the text for another model, whose tokenizer may differ: the text is cut
+            there instead.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
         dtype: ``auto`` (the file's), ``float32``, ``bfloat16``.
 
@@ -132,6 +135,8 @@ def evaluate_folder(
     model = load_pretrained(folder, dtype=dtype).to(resolve_device(device))
     tokenizer = load_tokenizer(folder)
     stream = token_stream(data_entries, tokenizer, text_field=text_field, max_tokens=max_tokens)
+    if max_bytes is not None and stream.num_text_bytes != max_bytes:
+        stream = token_stream(data_entries, tokenizer, text_field=text_field, max_bytes=max_bytes)
     result = perplexity(
         model,
         stream.token_ids,

@@ -35,6 +35,7 @@ def token_stream(
     *,
     text_field: str = "text",
     max_tokens: int | None = None,
+    max_bytes: int | None = None,
 ) -> TokenStream:
     """Read, tokenize and join: one end-of-text token after each document, as in training.
 
@@ -44,6 +45,7 @@ def token_stream(
     Args:
         entries: files, globs, folders, ``hub://…``, ``builtin://…``, as in ``data.train``.
         max_tokens: tokens to be predicted; bytes are counted up to there.
+        max_bytes: of text, rounded down to a whole character: the same text whatever the tokenizer.
 
     Raises:
         DataError: no text at all, or an entry that cannot be read.
@@ -57,6 +59,11 @@ def token_stream(
     num_bytes = 0
     bad = BadRecords()
     for text in _texts(entries, text_field, bad):
+        if max_bytes is not None and num_bytes + len(text.encode()) >= max_bytes:
+            text = text.encode()[: max_bytes - num_bytes].decode(errors="ignore")
+            token_ids.extend(backend.encode(text, add_special_tokens=False).ids)
+            num_bytes += len(text.encode())
+            break
         encoding = backend.encode(text, add_special_tokens=False)
         if max_tokens is not None and len(token_ids) + len(encoding.ids) > max_tokens:
             room = max_tokens + 1 - len(token_ids)

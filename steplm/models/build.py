@@ -29,7 +29,7 @@ from steplm.errors import ConfigError
 from steplm.growth.grow import grow_config, select_layers
 from steplm.models.device import move
 from steplm.types import LayerMap
-from steplm.units import nearest
+from steplm.units import in_one_line, nearest
 
 # Keys of earlier transformers that its configurations still take, and turn into ``rope_parameters``.
 ACCEPTED_KEYS = ("rope_theta", "rope_scaling")
@@ -73,7 +73,7 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
     try:
         config = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # of any kind: a key of the wrong type is found only where it is used
-        raise ConfigError(f"transformers refuses this configuration of {model_type!r}: {_in_one_line(error)}") from None
+        raise ConfigError(f"transformers refuses this configuration of {model_type!r}: {in_one_line(error)}") from None
     require_decoder_only(config)
     _leave_out_foreign_tokens(config, given=values)
     config.use_cache = False
@@ -109,16 +109,11 @@ def config_values(config: PretrainedConfig) -> dict[str, Any]:
     return {**values, "model_type": config.model_type}
 
 
-def _in_one_line(error: Exception) -> str:
-    # The first line of an error of a configuration says only which check has failed.
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def _default_config(model_type: str) -> PretrainedConfig:
     try:
         config = AutoConfig.for_model(model_type)
     except Exception as error:  # of any kind: a few have no valid default
-        raise ConfigError(f"transformers makes no configuration of {model_type!r}: {_in_one_line(error)}") from None
+        raise ConfigError(f"transformers makes no configuration of {model_type!r}: {in_one_line(error)}") from None
     config.allow_global_per_layer_attribute_access = True  # where layers differ by default, asking for a key raises
     require_decoder_only(config)
     return config
@@ -321,7 +316,7 @@ def _parsed(config: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfi
         result = type(config).from_dict(values)
     except Exception as error:  # as above
         raise ConfigError(
-            f"transformers refuses this configuration of {config.model_type!r}: {_in_one_line(error)}"
+            f"transformers refuses this configuration of {config.model_type!r}: {in_one_line(error)}"
         ) from None
     result.use_cache = config.use_cache
     return result
@@ -402,7 +397,7 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
             try:
                 return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype)
             except Exception as error:  # as above
-                why = _in_one_line(error)
+                why = in_one_line(error)
                 if "scaled_dot_product_attention" not in str(error):
                     break
     raise ConfigError(f"transformers makes no causal language model of this {config.model_type!r} configuration: {why}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from steplm.errors import CheckpointError, HubUnavailable
+from steplm.errors import CheckpointError, ConfigError, HubUnavailable
 from steplm.models.build import (
     check_state,
     describe_misfit,
@@ -24,7 +24,7 @@ from steplm.models.build import (
     plain_state,
     require_decoder_only,
 )
-from steplm.units import reason
+from steplm.units import in_one_line, reason
 
 MAX_SHARD_SIZE = "5GB"
 # Files that travel with a model, whatever is done to its weights.
@@ -32,6 +32,7 @@ COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "encoder.json",
     "spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*", "generation_config.json",
 )  # fmt: skip
+INTEGERS = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
@@ -96,26 +97,83 @@ def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> P
     No embedding has a padding index: whoever goes on training it trains every row.
 
     Raises:
-        CheckpointError: the folder holds no model, or other tensors than those of the model in its ``config.json``.
+        CheckpointError: the folder holds no model, or other tensors than those of the model in its ``config.json``,
+            or numbers that are no weights (integers, NaN).
         HubUnavailable: not a folder, and the hub cannot be reached or does not have it.
     """
     _require_model(name)
+    _require_one_set_of_weights(Path(name))
     try:
         with without_bars(), no_padding_index():
             model, report = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                name,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and in its error they are not
             )
     except Exception as error:  # transformers checks little of what a config.json says before it uses it
         raise _cannot_load(name, error) from None
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    if missing or unexpected:
+    mismatched = sorted(report["mismatched_keys"])
+    if missing or unexpected or mismatched:
+        shapes = [f"{key} is {list(held)}, not {list(wanted)}" for key, held, wanted in mismatched]
         raise CheckpointError(
-            f"the weights in {name} are not those of its config.json: {describe_misfit(missing, unexpected)}",
+            f"the weights in {name} are not those of its config.json: "
+            f"{describe_misfit(missing, unexpected) or '; '.join(shapes[:3])}",
             path=str(name),
             missing=missing,
             unexpected=unexpected,
         )
+    _check_values(model, name)
     return model
+
+
+def _require_one_set_of_weights(folder: Path) -> None:
+    """Of two sets, or a model and an adapter, transformers takes one, or both, without a word."""
+    if not folder.is_dir():
+        return
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file() and index.is_file():
+        raise CheckpointError(
+            f"{folder} holds two sets of weights, {whole.name} and the shards of {index.name}. Remove one of them.",
+            path=str(folder),
+        )
+    if _is_adapter(folder):
+        raise CheckpointError(
+            f"{folder} holds an adapter beside the model (adapter_config.json). Merge it into the weights, or move its "
+            "files away to use the model without it.",
+            path=str(folder),
+        )
+
+
+def _check_values(model: PreTrainedModel, name: str | Path) -> None:
+    for key, tensor in model.named_parameters():
+        # A sum is made without a tensor of its own, and is finite in all but the rarest cases.
+        if not tensor.sum(dtype=torch.float32).isfinite() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"the weights in {name} are not all numbers: {key} holds NaN or infinity", tensor=key)
+    if Path(name).is_dir() and not hasattr(model.config, "quantization_config"):
+        _refuse_integers(Path(name), {key for key, _ in model.named_parameters()}, model.base_model_prefix)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head is not None and head.weight is not embeddings.weight:
+        raise CheckpointError(
+            f"config.json of {name} ties the head to the embeddings (tie_word_embeddings), but the weights hold a head "
+            "with other values. Set tie_word_embeddings to false, or remove the head from the weights.",
+            path=str(name),
+        )
+
+
+def _refuse_integers(folder: Path, parameters: set[str], prefix: str) -> None:
+    """They would be taken for weights, as they are: what a quantization that config.json does not name has left."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                kind = tensors.get_slice(key).get_dtype()
+                if kind in INTEGERS and not parameters.isdisjoint((key, f"{prefix}.{key}")):
+                    raise CheckpointError(
+                        f"{file} holds {key} as integers ({kind}), and config.json names no quantization.",
+                        path=str(file),
+                    )
 
 
 def copy_companions(model: str | Path, folder: Path) -> None:
@@ -161,12 +219,24 @@ def load_config_and_state(
     """Configuration and tensors of a Hugging Face folder or hub model, in the file's dtype by default.
 
     Raises:
-        ConfigError: it is no decoder-only language model.
+        ConfigError: it is no decoder-only language model, or its weights are quantized.
         CheckpointError, HubUnavailable: as ``load_pretrained``.
     """
-    require_decoder_only(load_hf_config(name))
+    require_plain_weights(load_hf_config(name), name)
     model = load_pretrained(name, dtype=dtype or "auto")
     return model.config, plain_state(model)
+
+
+def require_plain_weights(config: PretrainedConfig, name: str | Path) -> None:
+    """Raises ConfigError for what is no decoder of text, and for quantized weights: no rule trains or grows those."""
+    require_decoder_only(config)
+    if (how := getattr(config, "quantization_config", None)) is not None:
+        method = how.get("quant_method") if isinstance(how, dict) else None
+        raise ConfigError(
+            f"the weights of {name} are quantized ({method or 'quantization_config in config.json'}), and such weights "
+            "are neither trained nor grown here. Use the folder from which they were made, or one in bf16.",
+            name=str(name),
+        )
 
 
 def load_hf_config(name: str | Path) -> PretrainedConfig:
@@ -181,18 +251,30 @@ def load_hf_config(name: str | Path) -> PretrainedConfig:
 def _require_model(name: str | Path) -> None:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is no Hugging Face folder: it has no config.json", path=str(path))
+        hint = ", but an adapter. Merge the adapter into its base model" if _is_adapter(path) else ""
+        raise CheckpointError(f"{path} is no Hugging Face folder: it has no config.json{hint}", path=str(path))
     # "a/b" may be a hub name; anything deeper, absolute or relative by dots can only be a folder.
     if not path.exists() and (len(path.parts) != 2 or str(name).startswith((".", "/", "~"))):
         raise CheckpointError(f"no folder {path}", path=str(path))
 
 
 def _cannot_load(name: str | Path, error: Exception) -> CheckpointError | HubUnavailable:
-    first_line = reason(error)
     if Path(name).is_dir():
-        return CheckpointError(f"cannot load the model in {name}: {first_line}", path=str(name))
+        why = in_one_line(error)
+        if pointers := [file.name for file in weight_files(Path(name)) if _is_lfs_pointer(file)]:
+            why = f"{pointers[0]} is a pointer of Git LFS, not the weights. Run git lfs pull in that folder."
+        return CheckpointError(f"cannot load the model in {name}: {why}", path=str(name))
     return HubUnavailable(
-        f"{name} is no local folder, and the hub did not give it ({first_line}). "
+        f"{name} is no local folder, and the hub did not give it ({reason(error)}). "
         "Check the name and the network, or pass a folder.",
         name=str(name),
     )
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(42) == b"version https://git-lfs.github.com/spec/v1"

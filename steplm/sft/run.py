@@ -23,7 +23,7 @@ from steplm.files import write_atomically, write_errors
 from steplm.launch import launched_size
 from steplm.models.build import DTYPES
 from steplm.models.device import resolve_device
-from steplm.models.folder import load_hf_config, load_pretrained, without_bars
+from steplm.models.folder import load_hf_config, load_pretrained, require_plain_weights, without_bars
 from steplm.models.forward import check_loss, mean_loss
 from steplm.sft.config import LONGEST_DEFAULT, SftConfig
 from steplm.sft.export import export_model
@@ -70,6 +70,7 @@ def instruction_tune(
     """
     config = config or SftConfig()
     hf_config = load_hf_config(model)
+    require_plain_weights(hf_config, model)
     sequence_length = check_tuning(config, hf_config)
     device = resolve_device(config.device)
     folder = Path(output_dir) if output_dir is not None else default_output_dir(str(model))

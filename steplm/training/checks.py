@@ -12,8 +12,8 @@ from steplm.config import ModelConfig, OptimConfig, RunConfig
 from steplm.data.tokens import Manifest
 from steplm.errors import CheckpointMismatch, ConfigError
 from steplm.growth.grow import positions_in_final, select_layers
-from steplm.models.build import config_values, hf_config, require_decoder_only
-from steplm.models.folder import load_hf_config
+from steplm.models.build import config_values, hf_config
+from steplm.models.folder import load_hf_config, require_plain_weights
 from steplm.models.trial import require_trainable, require_unchanged_function
 from steplm.planner.plan import Plan
 from steplm.schedule import Phase, Schedule
@@ -91,7 +91,7 @@ def check_init_from(config: RunConfig, plan: Plan) -> None:
     if config.init_from is None:
         return
     given = load_hf_config(config.init_from)
-    require_decoder_only(given)
+    require_plain_weights(given, config.init_from)
     if config.data.tokenizer == "train":
         raise ConfigError(
             f"init_from {config.init_from} has embeddings for its own tokenizer, and data.tokenizer=train would make "

@@ -187,11 +187,12 @@ class RichDisplay(Display):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
+        self._is_wide = console.width >= 100
         self._progress = Progress(
-            # Widths that hold: a narrow terminal cuts the numbers at the end, not the step and the time left.
+            # Widths that hold in 80 columns, where the peak, which hardly changes, is left out.
             TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=28)),
-            BarColumn(bar_width=12),
-            TextColumn("{task.percentage:>3.0f}%"),
+            BarColumn(bar_width=12 if self._is_wide else 6),
+            TextColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True, min_width=4)),
             TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True, min_width=11)),
             TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
             console=console,
@@ -215,7 +216,8 @@ class RichDisplay(Display):
             self._task,
             description=f"stage {self._of(progress.stage_index)}  step {progress.step:,}/{report.num_steps:,}",
             completed=progress.tokens_seen,
-            numbers=f"loss {result.loss:.3f}  {format_count(report.tokens_per_second)} tok/s  {report.peak}",
+            numbers=f"loss {result.loss:.3f}  {format_count(report.tokens_per_second)} tok/s"
+            + f"  {report.peak}" * self._is_wide,
             left=self._left(report),
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from steplm.units import format_count
 from steplm.version import __version__
 
 
@@ -30,6 +31,25 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         },
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def crowded_processors(tokens_per_second: float, before: float) -> str | None:
+    """Where steps have become slow and the processors have more work than they can do: what can be set; else None."""
+    num_cpus, num_threads = os.cpu_count() or 1, torch.get_num_threads()
+    try:
+        load = os.getloadavg()[0]
+    except OSError:  # a system that does not count it
+        return None
+    if load <= num_cpus:
+        return None
+    advice = "Leave other work for later"
+    if num_threads > 1:  # threads wait for each other, so each waits for the one that other work holds up
+        advice += ", or start again with train.num_threads=1: fewer threads lose less to it"
+    share = f"{num_threads} thread{'s' * (num_threads > 1)} of this run share{'s' * (num_threads == 1)}"
+    return (
+        f"{format_count(tokens_per_second)} tok/s after {format_count(before)}: {share} {num_cpus} processors with "
+        f"other work (load {load:.1f}). {advice}."
+    )
 
 
 def _cpu_name() -> str:

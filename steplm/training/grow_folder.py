@@ -11,8 +11,14 @@ from steplm.config import GrowthConfig
 from steplm.errors import CheckpointError, GrowthError
 from steplm.growth.grow import grow as grow_state
 from steplm.growth.grow import provenance
-from steplm.models.build import dtype_of, fresh_layers, grown_config, require_decoder_only
-from steplm.models.folder import copy_companions, load_config_and_state, load_hf_config, save_folder
+from steplm.models.build import dtype_of, fresh_layers, grown_config
+from steplm.models.folder import (
+    copy_companions,
+    load_config_and_state,
+    load_hf_config,
+    require_plain_weights,
+    save_folder,
+)
 from steplm.models.trial import require_unchanged_function
 from steplm.planner.positions import make_layer_map
 from steplm.problems import validated
@@ -49,7 +55,7 @@ def grow(
         raise CheckpointError(f"{output_dir} is not empty: choose another folder", path=str(output_dir))
     growth = validated(GrowthConfig, {"operator": operator, "position": position})
     config = load_hf_config(model)
-    require_decoder_only(config)
+    require_plain_weights(config, model)
     num_old = config.num_hidden_layers
     if to <= num_old:
         raise GrowthError(

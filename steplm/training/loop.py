@@ -16,11 +16,14 @@ from steplm.optim.schedules import learning_rate
 from steplm.schedule import Phase
 from steplm.training.assemble import Assembled, PhaseStart
 from steplm.training.context import RunContext
+from steplm.training.environment import crowded_processors
 from steplm.training.evaluate import evaluate, require_finite
 from steplm.training.save import save
 from steplm.training.step import StepReport, StepResult, step_options, train_step, trial
 from steplm.types import TrainState, to_json
 from steplm.units import format_bytes
+
+FAR_SLOWER = 3  # times slower than the stage has been: no step differs so much from another by itself
 
 
 @dataclass
@@ -30,6 +33,8 @@ class StageLog:
     unlogged_losses: list[float]
     logged_at: float = field(default_factory=time.monotonic)  # moved on by what is no training
     steps_since: int = 0
+    best_speed: float = 0.0  # tokens a second, of this stage
+    told_of_load: bool = False
 
     def add(self, result: StepResult) -> None:
         self.steps_since += 1
@@ -160,6 +165,11 @@ def _log_step(
         **to_json(report.peak),
     )
     run.display.step(report)
+    is_slow = run.device.type == "cpu" and speed < log.best_speed / FAR_SLOWER
+    if is_slow and not log.told_of_load and (note := crowded_processors(speed, log.best_speed)):
+        run.display.note(note)
+        log.told_of_load = True
+    log.best_speed = max(log.best_speed, speed)
     log.unlogged_losses.clear()
     log.logged_at, log.steps_since = now, 0
 

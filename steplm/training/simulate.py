@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from steplm.config import RunConfig
@@ -217,7 +217,8 @@ def _weight_shapes(config: RunConfig, phase: Phase) -> dict[str, torch.Size]:
 
 
 def _hf_config(config: RunConfig, phase: Phase) -> PretrainedConfig:
-    return hf_config(config.model.hf_config(), phase.num_hidden_layers)
+    with unset_fake_temporarily():  # it compares meta models of two depths, whose tensors are not fake
+        return hf_config(config.model.hf_config(), phase.num_hidden_layers)
 
 
 def _constant_start(config: RunConfig, phase: Phase, shapes: dict[str, torch.Size]) -> PhaseStart:

@@ -49,10 +49,24 @@ def test_models_with_different_tokenizers_are_told_to_be_compared_by_bytes(
     other = save_tiny_model(tmp_path / "other", train_tokenizer(["The model grows, small."] * 3, 290))
     run_eval([str(folder), str(other)], [data], device="cpu")
     assert "note: perplexity: the models split this text into different tokens" in capsys.readouterr().err
-    run_eval([str(folder), str(other)], [data], device="cpu", max_tokens=4)
-    assert "The limit of tokens cut it after" in capsys.readouterr().err
     run_eval([str(folder), f"{folder}/"], [data], device="cpu")
     assert "note:" not in capsys.readouterr().err
+
+
+def test_a_limit_of_tokens_ends_the_text_at_the_same_byte_for_every_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], save_tiny_model: Any
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "The small model grows über alles."}\n' * 3)
+    other = save_tiny_model(tmp_path / "other", train_tokenizer(["The small model grows."] * 3, 290))
+    sizes = []
+    for models in ([folder, other], [other, folder], [folder], [other]):
+        run_eval([str(model) for model in models], [str(text)], device="cpu", max_tokens=30, json_output=True)
+        sizes.append([row["num_text_bytes"] for row in json.loads(capsys.readouterr().out)])
+    (first, second), (third, fourth), (alone,), (other_alone,) = sizes
+    assert alone != other_alone, "30 tokens are different lengths of text"
+    assert (first, second) == (alone, alone)
+    assert (third, fourth) == (other_alone, other_alone)
 
 
 @pytest.mark.parametrize(("max_tokens", "limit"), [(None, 10_000_000), ("5k", 5000)])

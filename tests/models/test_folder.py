@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from steplm import grow
 from steplm.errors import CheckpointError, ConfigError
 from steplm.eval.fingerprint import model_fingerprint
 from steplm.models.build import build_model, hf_config, initial_state, plain_state, saved_buffers
@@ -157,3 +158,76 @@ def test_what_belongs_to_a_model_travels_as_it_is_and_nothing_else(folder: Path,
     copy_companions(folder, target)
     copied = {str(file.relative_to(target)): file.read_text() for file in target.rglob("*") if file.is_file()}
     assert copied == companions
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda weights: weights | {DOWN: weights[DOWN].T.contiguous()},
+            r"down_proj\.weight is \[48, 32\], not \[32, 48\]",
+        ),
+        (
+            lambda weights: weights | {DOWN: (weights[DOWN] * 99).to(torch.int8)},
+            r"down_proj\.weight as integers \(I8\)",
+        ),
+        (lambda weights: weights | {DOWN: weights[DOWN] / 0}, r"not all numbers: model\.layers\.1\.mlp\.down_proj"),
+    ],
+)
+def test_what_a_parameter_cannot_hold_is_refused_by_name(
+    folder: Path, spoil: Callable[[Weights], Weights], message: str
+) -> None:
+    change(folder, spoil)
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(folder)
+
+
+def set_keys(folder: Path, **keys: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def test_a_tied_head_may_be_saved_again_but_not_with_other_values(folder: Path) -> None:
+    set_keys(folder, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"ties the head to the embeddings .* other values"):
+        load_pretrained(folder)
+    change(folder, lambda weights: weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    assert "lm_head.weight" not in load_config_and_state(folder)[1]
+
+
+def test_two_sets_of_weights_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(CheckpointError, match="two sets of weights"):
+        load_pretrained(folder)
+
+
+def test_an_adapter_is_not_taken_for_a_model_nor_merged_without_a_word(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds an adapter beside the model"):
+        load_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json, but an adapter"):
+        load_pretrained(folder)
+
+
+def test_a_pointer_of_git_lfs_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a pointer of Git LFS.* git lfs pull"):
+        load_pretrained(folder)
+
+
+def test_quantized_weights_are_neither_trained_nor_grown(folder: Path, tmp_path: Path) -> None:
+    set_keys(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
+    for use in (load_config_and_state, lambda path: grow(path, to=4, output_dir=tmp_path / "grown")):
+        with pytest.raises(ConfigError, match=r"are quantized \(fp8\)"):
+            use(folder)
+
+
+def test_all_of_an_error_of_transformers_is_told_in_one_line(folder: Path) -> None:
+    set_keys(folder, rms_norm_eps="small")
+    with pytest.raises(CheckpointError, match=r"rms_norm_eps.* expected float, got str") as raised:
+        load_pretrained(folder)
+    assert "\n" not in str(raised.value)

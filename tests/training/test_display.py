@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,3 +82,18 @@ def test_the_table_of_a_stage_marks_the_rows_that_differ(plan: Plan) -> None:
         assert list(rows) == ["weights", "gradients", "optimizer", "adapters", "total"]
         assert f"{cost.memory.total_bytes:,}" in rows["total"]
         assert sum("differs" in row for row in rows.values()) == differing
+
+
+def test_a_terminal_of_80_columns_holds_step_share_time_loss_and_speed(plan: Plan) -> None:
+    _, text = _console()
+    with RichDisplay(Console(file=text, force_terminal=True, width=80)) as display:
+        display.plan(plan)
+        progress = TrainState(1, 1, step=10_500, phase_step=10_500, tokens_seen=plan.total_tokens // 2)
+        result = StepResult(loss=10.375, grad_norm=1.0)
+        display.step(StepReport(plan.schedule.phases[0], progress, 20_000, result, 1e-3, 123.0, PeakMemory()))
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.getvalue()).splitlines()
+    line = next(line for line in lines if "step 10,500" in line)
+    assert len(line) <= 80
+    for part in ("stage 1/2  step 10,500/20,000", " 50%", "left 2h15m", "loss 10.375", "123 tok/s"):
+        assert part in line
+    assert "…" not in line

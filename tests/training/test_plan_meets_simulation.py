@@ -196,3 +196,11 @@ def test_that_is_the_whole_difference_of_a_tied_model_on_few_tokens() -> None:
     assert stage.peak.highest.name == "backward of the embeddings"
     more = simulate_phase(config, stage.highest_phase).total_bytes - stage.peak.total_bytes
     assert more == pytest.approx(4 * 30000 * 256, rel=0.02)
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text"])
+def test_a_shallower_stage_of_a_family_with_buffers_is_simulated(model_type: str) -> None:
+    config = configure(f"model.model_type={model_type}", "model.extra={head_dim: 64}")
+    stages = plan(config).stages
+    first, last = (simulate_phase(config, stage.highest_phase).total_bytes for stage in (stages[0], stages[-1]))
+    assert first != last
