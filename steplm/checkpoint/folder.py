@@ -113,6 +113,35 @@ def save_checkpoint(
     return final
 
 
+def copy_checkpoint(source: Path, root: Path, state: CheckpointState) -> Path:
+    """Give another run a verified checkpoint, with a ``state`` of its own; files are linked where that is possible.
+
+    Returns:
+        ``root/<name>``.
+
+    Raises:
+        CheckpointError: the copy cannot be written.
+    """
+    expected = _read_marker(source)
+    known = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in expected.items()}
+    del known["state.json"]
+    final = root / checkpoint_name(state.progress)
+    with _written_whole(final) as temporary:
+        for name in known:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source / name, temporary / name)
+        _complete(temporary, final, state, known)
+    return final
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    # No checkpoint file is ever written into after its folder is complete.
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def save_shards(
     root: Path,
     writer: BackgroundWriter,
@@ -310,9 +339,9 @@ def mark_damaged(path: Path) -> Path:
     return damaged
 
 
-def prune_checkpoints(root: Path, keep_last: int) -> None:
-    """Delete all but the last ``keep_last`` checkpoints within stages; every stage's end is kept."""
-    within = [path for path in complete_checkpoints(root) if not path.name.endswith("-end")]
+def prune_checkpoints(root: Path, keep_last: int, keep: str | None = None) -> None:
+    """Delete all but the last ``keep_last`` checkpoints within stages; every stage's end is kept, and that named."""
+    within = [path for path in complete_checkpoints(root) if not path.name.endswith("-end") and path.name != keep]
     for path in within[:-keep_last]:
         _discard(path)
     if root.is_dir():

@@ -12,11 +12,11 @@ import torch
 
 from steplm.cost.measure import measure_peak
 from steplm.errors import SteplmError
-from steplm.optim.schedules import learning_rate
 from steplm.schedule import Phase
 from steplm.training.assemble import Assembled, PhaseStart
 from steplm.training.context import RunContext
 from steplm.training.evaluate import evaluate, require_finite
+from steplm.training.rates import last_stable_step, rate_of_step
 from steplm.training.save import save
 from steplm.training.step import StepReport, StepResult, step_options, train_step, trial
 from steplm.types import TrainState, to_json
@@ -45,9 +45,10 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
     stage_steps = sum(p.tokens for p in run.plan.schedule.stages[phase.stage - 1]) // config.step_tokens
     save_steps = config.train.save_steps or max(stage_steps // 5, 1)
     eval_steps = config.eval.eval_steps or max(stage_steps // 10, 1)
+    stable_step = last_stable_step(config, run.plan.schedule) if phase.stage == run.plan.num_stages else None
     progress = start.progress
     while progress.phase_step < num_steps and not run.stop_signal:
-        rate = rate_of_step(run, phase, progress)
+        rate = rate_of_step(config, phase, progress.phase_step)
         # Dropout, where a model has it, is a function of the position too: a resumed run draws the same. Replicas draw
         # alike, as stochastic rounding must give them the same weights.
         torch.manual_seed(config.seed * 1_000_003 + progress.tokens_seen + world.rows.index)
@@ -72,31 +73,13 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
         if progress.step % eval_steps == 0 or at_end:
             evaluate(run, progress, assembled.model)
         run.agree_to_stop()
-        if progress.step % save_steps == 0 or at_end or run.stop_signal or _is_time_to_save(run):
+        is_due = progress.step % save_steps == 0 or at_end or progress.step == stable_step
+        if is_due or run.stop_signal or _is_time_to_save(run):
             progress = replace(progress, stage_done=at_end)
             _save_tried(run, phase, replace(start, progress=progress), assembled, log)
         log.logged_at += time.monotonic() - paused_at  # speed counts training alone
     start.progress = progress
     return progress
-
-
-def rate_of_step(run: RunContext, phase: Phase, progress: TrainState) -> float:
-    """The learning rate of the step that comes next."""
-    config, optim = run.config, run.config.optim
-    num_steps, start_step = phase.tokens // config.step_tokens, phase.schedule_start_tokens // config.step_tokens
-    scheduled_steps = max(phase.scheduled_tokens // config.step_tokens, start_step + num_steps)
-    rises_again = start_step > 0 and phase.entry.warms_up_again
-    return learning_rate(
-        progress.phase_step if rises_again else start_step + progress.phase_step,
-        num_steps=scheduled_steps,
-        warmup_steps=round(optim.warmup_ratio * (num_steps if rises_again else scheduled_steps)),
-        base_warmup_steps=round(optim.warmup_ratio * scheduled_steps),
-        decay_steps=round(optim.decay_ratio * scheduled_steps),
-        peak=config.learning_rate(phase.stage),
-        start=start_step if rises_again else 0,
-        min_ratio=optim.min_lr_ratio,
-        kind=optim.lr_scheduler_type,
-    )
 
 
 def _skip_or_stop(run: RunContext, progress: TrainState, result: StepResult) -> None:

@@ -41,6 +41,7 @@ from steplm.training.enter import check_entrance, enter, go_on
 from steplm.training.environment import environment
 from steplm.training.evaluate import probe_loss, validation_loss
 from steplm.training.export import export
+from steplm.training.extend import begin_with, has_begun
 from steplm.training.folder import RunFolder, read_plan, require_this_version
 from steplm.training.loop import StageLog, memory_errors, train_phase
 from steplm.training.metrics import SINKS, MetricsLog, NoLog, Sink, require_sinks
@@ -66,9 +67,10 @@ class RunResult:
         return None if self.validation_loss is None else perplexity_of(self.validation_loss)
 
 
-def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
+def train(config: RunConfig, *, display: Display | None = None, begin: Path | None = None) -> RunResult:
     """Run every stage of the plan and export the merged model; resume where an earlier call stopped.
 
+    A run that has not begun begins with the checkpoint ``begin`` of a shorter one: see ``steplm.training.extend``.
     Writes ``config.yaml``, ``plan.json``, ``environment.json``, ``metrics.jsonl``, ``checkpoints/``,
     ``export/`` and ``summary.json`` into the run directory. A finished run returns at once.
 
@@ -85,6 +87,8 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
         if not world.is_first:
             return _train(config, world, make_display("none"))
         with _exclusive(config.run_dir):
+            if begin is not None and not has_begun(config):
+                begin_with(begin, config)
             return _train(config, world, display or make_display(config.log.progress))
 
 

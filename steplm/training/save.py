@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from steplm.checkpoint import Checkpoint, CheckpointState, prune_checkpoints, save_checkpoint, save_shards
+from steplm.checkpoint import (
+    Checkpoint,
+    CheckpointState,
+    checkpoint_name,
+    prune_checkpoints,
+    save_checkpoint,
+    save_shards,
+)
 from steplm.distributed.shard import as_global
 from steplm.models.build import plain_state
 from steplm.pet.adapters import adapter_state
@@ -17,6 +24,8 @@ from steplm.schedule import Phase
 from steplm.training.assemble import Assembled, PhaseStart
 from steplm.training.context import RunContext
 from steplm.training.evaluate import probe_loss
+from steplm.training.rates import last_stable_step
+from steplm.types import TrainState
 
 
 def save(
@@ -106,7 +115,10 @@ def _state(
 
 
 def _prune(run: RunContext) -> None:
-    prune_checkpoints(run.checkpoints_dir, run.config.train.save_total_limit)
+    """Of the older checkpoints keep the last few, and that from which the run can be extended."""
+    stage, step = run.plan.num_stages, last_stable_step(run.config, run.plan.schedule)
+    keep = None if step is None else checkpoint_name(TrainState(stage, 0, step, 0, 0))
+    prune_checkpoints(run.checkpoints_dir, run.config.train.save_total_limit, keep)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
