@@ -314,6 +314,12 @@ class OptimConfig(Section):
     max_skipped_steps: int = Field(
         3, ge=0, description="steps in a row without an update, as their loss or gradient is not finite, before a stop"
     )
+    skip_sigma_factor: float | None = Field(
+        None,
+        gt=0,
+        description="skip a step whose gradient norm is more than so many standard deviations above the mean of the "
+        "last 128 steps, e.g. 6; default: none is skipped",
+    )
     keep_state_at_growth: bool = Field(
         True, description="keep the optimizer state of parameters that are still trained after a growth"
     )

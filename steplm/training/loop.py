@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
@@ -18,23 +18,10 @@ from steplm.training.context import RunContext
 from steplm.training.evaluate import evaluate, require_finite
 from steplm.training.rates import last_stable_step, rate_of_step
 from steplm.training.save import save
-from steplm.training.step import StepReport, StepResult, step_options, train_step, trial
+from steplm.training.spikes import highest_norm, with_norm
+from steplm.training.step import StageLog, StepReport, StepResult, step_options, train_step, trial
 from steplm.types import TrainState, to_json
 from steplm.units import format_bytes
-
-
-@dataclass
-class StageLog:
-    """What the log of a stage has to know between two of its lines."""
-
-    unlogged_losses: list[float]
-    logged_at: float = field(default_factory=time.monotonic)  # moved on by what is no training
-    steps_since: int = 0
-
-    def add(self, result: StepResult) -> None:
-        self.steps_since += 1
-        if result.is_finite:
-            self.unlogged_losses.append(result.loss)
 
 
 def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled, log: StageLog) -> TrainState:
@@ -61,10 +48,11 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
             learning_rate=rate,
             max_grad_norm=config.optim.max_grad_norm,
             last_grad_norm=progress.grad_norm,
+            highest_grad_norm=_highest_grad_norm(run, progress),
         )
-        if not result.is_finite:
+        if not result.is_updated:
             _skip_or_stop(run, progress, result)
-        progress = _after_step(progress, result, config.step_tokens, num_steps)
+        progress = _after_step(run, progress, result, num_steps)
         at_end = progress.step == stage_steps
         log.add(result)
         if log.unlogged_losses and (progress.step % config.log.logging_steps == 0 or at_end):
@@ -82,14 +70,23 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
     return progress
 
 
+def _highest_grad_norm(run: RunContext, progress: TrainState) -> float:
+    """Of a step that is no spike; after as many skipped steps as there may be in a row, any."""
+    optim = run.config.optim
+    if progress.skipped_in_a_row >= optim.max_skipped_steps:
+        return math.inf
+    return highest_norm(progress.grad_norms, optim.skip_sigma_factor)
+
+
 def _skip_or_stop(run: RunContext, progress: TrainState, result: StepResult) -> None:
-    """Go on without the update of a step whose loss or gradient is not finite, unless there were too many.
+    """Go on without the update of a spike, or of a step that is not finite, unless there were too many of these.
 
     Raises:
         TrainingDiverged: more in a row than ``optim.max_skipped_steps``, or the update has been made already.
     """
     was_updated = run.config.memory.fused_backward and math.isfinite(result.loss)
-    if was_updated or progress.skipped_in_a_row >= run.config.optim.max_skipped_steps:
+    is_too_many = progress.skipped_in_a_row >= run.config.optim.max_skipped_steps
+    if not result.is_spike and (was_updated or is_too_many):
         require_finite(run, progress, result.loss, result.grad_norm)
     run.metrics.write(
         "skipped",
@@ -97,6 +94,7 @@ def _skip_or_stop(run: RunContext, progress: TrainState, result: StepResult) -> 
         step=progress.step + 1,
         tokens_seen=progress.tokens_seen + run.config.step_tokens,
         loss=result.loss if math.isfinite(result.loss) else None,
+        grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
         skipped_in_a_row=progress.skipped_in_a_row + 1,
     )
     run.display.note(
@@ -104,14 +102,16 @@ def _skip_or_stop(run: RunContext, progress: TrainState, result: StepResult) -> 
     )
 
 
-def _after_step(progress: TrainState, result: StepResult, step_tokens: int, num_steps: int) -> TrainState:
+def _after_step(run: RunContext, progress: TrainState, result: StepResult, num_steps: int) -> TrainState:
+    counts_norms = run.config.optim.skip_sigma_factor is not None
     return replace(
         progress,
-        skipped_in_a_row=0 if result.is_finite else progress.skipped_in_a_row + 1,
-        grad_norm=result.grad_norm if result.is_finite else progress.grad_norm,
+        skipped_in_a_row=0 if result.is_updated else progress.skipped_in_a_row + 1,
+        grad_norm=result.grad_norm if result.is_updated else progress.grad_norm,
+        grad_norms=with_norm(progress.grad_norms, result.grad_norm) if counts_norms else (),
         step=progress.step + 1,
         phase_step=progress.phase_step + 1,
-        tokens_seen=progress.tokens_seen + step_tokens,
+        tokens_seen=progress.tokens_seen + run.config.step_tokens,
         phase_done=progress.phase_step + 1 == num_steps,
     )
 
@@ -128,7 +128,9 @@ def _log_step(
     speed = log.steps_since * run.config.step_tokens / max(now - log.logged_at, 1e-9)
     assert progress.grad_norm is not None  # a step that was updated has a loss to log
     mean = StepResult(math.fsum(log.unlogged_losses) / len(log.unlogged_losses), progress.grad_norm)
-    report = StepReport(phase, progress, stage_steps, mean, rate, speed, measure_peak(run.device))
+    names = [split.partition("/")[2] for split in run.config.data.weights]
+    by_source = {name: s.nats / s.tokens for name, s in zip(names, log.unlogged_sources, strict=False) if s.tokens}
+    report = StepReport(phase, progress, stage_steps, mean, rate, speed, measure_peak(run.device), by_source)
     run.metrics.write(
         "train",
         stage=progress.stage_index,
@@ -141,9 +143,11 @@ def _log_step(
         tokens_per_second=speed,
         elapsed_seconds=run.elapsed_seconds,
         **to_json(report.peak),
+        **{f"loss_{name}": loss for name, loss in report.source_losses.items()},
     )
     run.display.step(report)
     log.unlogged_losses.clear()
+    log.unlogged_sources.clear()
     log.logged_at, log.steps_since = now, 0
 
 
@@ -169,7 +173,7 @@ def _save_tried(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
         require_finite(run, progress, loss, grad_norm)
     if progress.stage_done:
         run.metrics.write("stage_end", stage=phase.stage, step=progress.step, tokens_seen=progress.tokens_seen)
-    run.last_checkpoint = save(run, phase, start, assembled, tuple(log.unlogged_losses))
+    run.last_checkpoint = save(run, phase, start, assembled, log)
     run.saved_at = time.monotonic()
 
 
