@@ -414,12 +414,12 @@ def main() -> int:
         outcomes[kind] = workshop.break_runs(kind, tries, on_progress=show)
         for problem in outcomes[kind].problems:
             console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
+        if arguments.output is not None:  # after each kind, as all of them take long
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(document(outcomes, workshop, skipped), indent=1) + "\n")
     console.print(table(outcomes))
     for kind, reason in skipped.items():
         console.print(f"left out: {kind}: {reason}")
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document(outcomes, workshop, skipped), indent=1) + "\n")
     if any(outcome.problems for outcome in outcomes.values()):
         console.print(f"the runs that are not equal are kept in {root}")
         return 1
