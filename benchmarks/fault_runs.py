@@ -32,7 +32,11 @@ import yaml
 
 import steplm.training.run  # so that no child has to
 from steplm.checkpoint.folder import MARKER, complete_checkpoints
+from steplm.checkpoint.hashed import HashedFile
 from steplm.cli.app import main as steplm_main
+from steplm.data.loader import Batch, Prefetcher
+from steplm.training import loop as loop_module
+from steplm.training import step as step_module
 from steplm.training.metrics import read_metrics
 
 # A fork takes one thread along; those of a pool would be missing in the child.
@@ -44,6 +48,7 @@ TIMEOUT_SECONDS = 180  # a run takes one or two, or ten under torchrun: what tak
 TOLERANCE = 1e-5  # on several processes, where sums may have another order
 
 WORDS = ("the", "model", "grows", "new", "layers", "between", "old", "ones", "while", "memory", "stays", "small")
+STEP_TOKENS, NUM_STEPS = 64, 14
 CONFIG: dict[str, dict[str, Any]] = {
     "model": {
         "hidden_size": 8,
@@ -55,7 +60,7 @@ CONFIG: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 16,
     },
     "data": {"validation_fraction": 0.1, "shard_tokens": 4000, "num_workers": 1},
-    "plan": {"num_stages": 2, "layers": [3, 1], "total_tokens": 14 * 64},
+    "plan": {"num_stages": 2, "layers": [3, 1], "total_tokens": NUM_STEPS * STEP_TOKENS},
     "pet": {"rank": 2},
     "optim": {"learning_rate": 1e-2},
     # As many sequences a step at any world size; saved every second step and logged every third.
@@ -88,13 +93,22 @@ def require(fact: bool, message: str) -> None:
 class Attempt:
     """The command, once: started, watched, and perhaps killed."""
 
-    def __init__(self, arguments: list[str], log: Path, world_size: int, *, obey_permissions: bool = False) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        log: Path,
+        world_size: int,
+        *,
+        obey_permissions: bool = False,
+        change: Callable[[], None] = lambda: None,
+    ) -> None:
         self.log, self.world_size = log, world_size
         self.exit_code: int | None = None
         self.deadline = time.monotonic() + TIMEOUT_SECONDS
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
+            change()
             _be_the_command(arguments, log, world_size, obey_permissions)
 
     @property
@@ -181,6 +195,43 @@ def _be_the_command(arguments: list[str], log: Path, world_size: int, obey_permi
         os._exit(code)
 
 
+def _spoil_steps(spoilt: frozenset[int]) -> None:
+    """In a forked child: the loss of the steps that begin after so many tokens is NaN."""
+    fetch, train_step, batch_loss = Prefetcher.batch, loop_module.train_step, step_module.batch_loss
+    begins_at, is_step = 0, False
+
+    def noting(batches: Prefetcher, tokens_seen: int) -> Batch:
+        nonlocal begins_at
+        begins_at = tokens_seen
+        return fetch(batches, tokens_seen)
+
+    def stepping(*arguments: Any, **keys: Any) -> Any:
+        nonlocal is_step
+        is_step = True
+        try:
+            return train_step(*arguments, **keys)
+        finally:
+            is_step = False
+
+    def spoiling(*arguments: Any, **keys: Any) -> torch.Tensor:
+        loss = batch_loss(*arguments, **keys)
+        return loss * math.nan if is_step and begins_at in spoilt else loss
+
+    Prefetcher.batch = noting  # type: ignore[method-assign]
+    loop_module.train_step, step_module.batch_loss = stepping, spoiling
+
+
+def _slow_the_disk(seconds: float) -> None:
+    """In a forked child: every write of tensors waits so long first."""
+    write = HashedFile.write
+
+    def slowly(file: HashedFile, data: Any) -> int:
+        time.sleep(seconds)
+        return write(file, data)
+
+    HashedFile.write = slowly  # type: ignore[method-assign, assignment]
+
+
 def _obey_permissions() -> None:
     """Root reads what it may not; without two of its capabilities it is like anyone."""
     if os.geteuid() != 0:
@@ -209,6 +260,7 @@ class Subject:
     seconds: float = 0.0  # that the unbroken run took
     num_bytes: int = 0  # that it wrote
     max_faults: int = 3
+    spoilt: frozenset[int] = frozenset()  # tokens seen before the steps whose loss is NaN, in every run
     faults: int = 0
     resumed: int = 0  # faults after which a checkpoint was there to go on from
     landed: Counter[str] = field(default_factory=Counter)
@@ -254,12 +306,19 @@ class Subject:
             (values.setdefault(section, {}) if section else values)[key] = value
         (self.root / "run.yaml").write_text(yaml.safe_dump(values))
 
-    def start(self, verb: str = "train", **options: Any) -> Attempt:
+    def start(self, verb: str = "train", *, disk_seconds: float = 0.0, **options: Any) -> Attempt:
+        """Start the command; ``disk_seconds``: how long each write of tensors waits."""
+
+        def change() -> None:
+            _spoil_steps(self.spoilt)
+            if disk_seconds:
+                _slow_the_disk(disk_seconds)
+
         self._before = {name: _changed_at(self.run_dir / name) for name in (".lock", "metrics.jsonl")}
         self._unfinished_before = frozenset(self._unfinished())
         world_size = self.world_size if verb == "train" else 1
         log = self.root / f"attempt-{len(self.attempts) + 1}.log"
-        self.attempts.append(Attempt([verb, str(self.root / "run.yaml")], log, world_size, **options))
+        self.attempts.append(Attempt([verb, str(self.root / "run.yaml")], log, world_size, change=change, **options))
         return self.attempts[-1]
 
     def end(self) -> None:

@@ -6,6 +6,9 @@
 A run is ``steplm train RUN.yaml``: two stages, LoRA, a model of 7,000 parameters, a checkpoint every second step, its
 own text and token shards. The seed decides what is broken and where; the clock has a part in when.
 
+On one process three steps of every run, drawn by the seed, have a loss of NaN; the unbroken run has the same. A slow
+disk is a wait before every write of tensors.
+
 In the end every run must have the exported weights, the validation loss and the log, but for times and speeds, of the
 unbroken one: bit by bit on one process; on several, every number of the log within 1e-5. Else the exit code is 1, and
 the directory of the run is kept.
@@ -31,7 +34,9 @@ from typing import Any
 import torch
 from fault_runs import (
     MOMENTS,
+    NUM_STEPS,
     STEP,
+    STEP_TOKENS,
     Attempt,
     Moment,
     Subject,
@@ -72,10 +77,10 @@ def _reach(subject: Subject, attempt: Attempt, moment: Moment | None) -> bool:
     return attempt.poll() is None
 
 
-def _killing(moment: Moment | None) -> Callable[[Subject], None]:
+def _killing(moment: Moment | None, disk_seconds: float = 0.0) -> Callable[[Subject], None]:
     def kill(subject: Subject) -> None:
         for _ in range(subject.generator.randint(1, subject.max_faults)):
-            attempt = subject.start()
+            attempt = subject.start(disk_seconds=disk_seconds)
             if not _reach(subject, attempt, moment):
                 attempt.wait()
                 break
@@ -244,6 +249,8 @@ KILLS: dict[str, Callable[[Subject], None]] = {
     **{f"kill {name}": _killing(moment) for name, moment in MOMENTS.items()},
 }
 OTHERS: dict[str, Callable[[Subject], None]] = {
+    # A save then goes on in the background through several steps.
+    "kill, slow disk": _killing(MOMENTS["saving"], disk_seconds=0.01),
     "terminate": terminate,
     "full disk": fill_disk,
     "truncate": _damaging("truncate"),
@@ -286,6 +293,9 @@ class Workshop:
 
     def __init__(self, root: Path, world_size: int, seed: int) -> None:
         self.root, self.world_size, self.seed = root, world_size, seed
+        # The same in every run. A process that is executed, as several are, cannot be changed so.
+        steps = random.Random(seed).sample(range(NUM_STEPS), 3) if world_size == 1 else []
+        self.spoilt = frozenset(step * STEP_TOKENS for step in steps)
         self.text = root / "text.jsonl"
         write_text(self.text)
         self.unbroken = self.subject("unbroken", 0)
@@ -304,6 +314,7 @@ class Workshop:
         return Subject(
             root=self.root / name.replace(" ", "-"),
             text=self.text,
+            spoilt=self.spoilt,
             world_size=self.world_size,
             generator=random.Random(f"{self.seed} {name}"),
             **options,
@@ -403,12 +414,12 @@ def main() -> int:
         outcomes[kind] = workshop.break_runs(kind, tries, on_progress=show)
         for problem in outcomes[kind].problems:
             console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
+        if arguments.output is not None:  # after each kind, as all of them take long
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(document(outcomes, workshop, skipped), indent=1) + "\n")
     console.print(table(outcomes))
     for kind, reason in skipped.items():
         console.print(f"left out: {kind}: {reason}")
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document(outcomes, workshop, skipped), indent=1) + "\n")
     if any(outcome.problems for outcome in outcomes.values()):
         console.print(f"the runs that are not equal are kept in {root}")
         return 1

@@ -20,6 +20,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -296,10 +297,12 @@ class OptimConfig(Section):
     schedule_over: Literal["stage", "run"] = Field(
         "stage", description="each stage has its own schedule; run: one over all stages, with a warm-up in each"
     )
-    warmup_ratio: float = Field(
-        0.05, ge=0, lt=1, description="share of a stage's scheduled steps, or of a restart's own"
+    warmup_ratio: float | list[float] = Field(
+        0.05, description="share of a stage's scheduled steps, or of a restart's own; one, or one per stage"
     )
-    decay_ratio: float = Field(0.2, gt=0, le=1, description="share of decay steps, for warmup_stable_decay")
+    decay_ratio: float | list[float] = Field(
+        0.2, description="share of decay steps, for warmup_stable_decay; one, or one per stage"
+    )
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / highest learning rate")
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
@@ -311,15 +314,26 @@ class OptimConfig(Section):
     max_skipped_steps: int = Field(
         3, ge=0, description="steps in a row without an update, as their loss or gradient is not finite, before a stop"
     )
+    skip_sigma_factor: float | None = Field(
+        None,
+        gt=0,
+        description="skip a step whose gradient norm is more than so many standard deviations above the mean of the "
+        "last 128 steps, e.g. 6; default: none is skipped",
+    )
     keep_state_at_growth: bool = Field(
         True, description="keep the optimizer state of parameters that are still trained after a growth"
     )
 
-    @field_validator("learning_rate")
+    @field_validator("learning_rate", "decay_ratio", "warmup_ratio")
     @classmethod
-    def _positive(cls, value: float | list[float]) -> float | list[float]:
-        if any(rate <= 0 for rate in (value if isinstance(value, list) else [value])):
+    def _in_range(cls, value: float | list[float], info: ValidationInfo) -> float | list[float]:
+        values = value if isinstance(value, list) else [value]
+        if info.field_name != "warmup_ratio" and min(values, default=1) <= 0:
             raise ValueError("must be greater than 0")
+        if info.field_name == "decay_ratio" and max(values, default=0) > 1:
+            raise ValueError("must be at most 1")
+        if info.field_name == "warmup_ratio" and not all(0 <= ratio < 1 for ratio in values):
+            raise ValueError("must be at least 0 and less than 1")
         return value
 
 
@@ -495,9 +509,10 @@ class RunConfig(Section):
                 f"plan.layers {self.plan.layers} adds up to {sum(self.plan.layers)}, "
                 f"but model.num_hidden_layers is {self.model.num_hidden_layers}"
             )
-        rates = self.optim.learning_rate
-        if isinstance(rates, list) and len(rates) != self.plan.num_stages:
-            raise ValueError(f"optim.learning_rate has {len(rates)} entries for plan.num_stages={self.plan.num_stages}")
+        for name in ("learning_rate", "warmup_ratio", "decay_ratio"):
+            values = getattr(self.optim, name)
+            if isinstance(values, list) and len(values) != self.plan.num_stages:
+                raise ValueError(f"optim.{name} has {len(values)} entries for plan.num_stages={self.plan.num_stages}")
         self._check_batch()
         if self.train.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
@@ -570,8 +585,19 @@ class RunConfig(Section):
 
     def learning_rate(self, stage: int) -> float:
         """Highest learning rate of a stage, from 1."""
-        rates = self.optim.learning_rate
-        return rates[stage - 1] if isinstance(rates, list) else rates
+        return _of_stage(self.optim.learning_rate, stage)
+
+    def warmup_ratio(self, stage: int) -> float:
+        """Share of warm-up steps in a stage, from 1."""
+        return _of_stage(self.optim.warmup_ratio, stage)
+
+    def decay_ratio(self, stage: int) -> float:
+        """Share of decay steps in a stage, from 1."""
+        return _of_stage(self.optim.decay_ratio, stage)
+
+
+def _of_stage(value: float | list[float], stage: int) -> float:
+    return value[stage - 1] if isinstance(value, list) else value
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:

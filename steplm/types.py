@@ -234,6 +234,17 @@ class LayerProvenance:
 
 
 @dataclass(frozen=True)
+class SourceLoss:
+    """Of one source of a mixture."""
+
+    nats: float  # the sum of the losses of
+    tokens: int
+
+    def __add__(self, other: SourceLoss) -> SourceLoss:
+        return SourceLoss(self.nats + other.nats, self.tokens + other.tokens)
+
+
+@dataclass(frozen=True)
 class TrainState:
     """Progress, and nothing else. Tokens count input positions, over all ranks."""
 
@@ -244,6 +255,7 @@ class TrainState:
     tokens_seen: int  # in the whole run
     skipped_in_a_row: int = 0  # the last steps, without an update
     grad_norm: float | None = None  # of the last step that was updated, before clipping
+    grad_norms: tuple[float, ...] = ()  # of the last steps, where spikes are skipped; see ``training.spikes``
     phase_done: bool = False
     stage_done: bool = False
 

@@ -111,7 +111,7 @@ TESTED_ALONE = {
     "train.global_batch_size", "distributed.world_size", "distributed.shard_size",  # tests/distributed/test_world.py
     "distributed.timeout",  # tests/distributed/test_faults.py
     "memory.offload_activations", "memory.reserve", "memory.correction",
-    "optim.max_skipped_steps",  # tests/training/test_skipped_steps.py
+    "optim.max_skipped_steps", "optim.skip_sigma_factor",  # tests/training/test_skipped_steps.py
     "eval.eval_steps", "eval.max_tokens", "eval.per_device_eval_batch_size",
     "log.logging_steps", "log.progress", "log.report_to", "log.wandb_project",
 }  # fmt: skip

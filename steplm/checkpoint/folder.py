@@ -30,17 +30,25 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from steplm.checkpoint.shards import BackgroundWriter, Fingerprints, TensorFiles, fingerprint
+from steplm.checkpoint.hashed import write_tensors
+from steplm.checkpoint.shards import Background, BackgroundWriter, Fingerprints, TensorFiles, fingerprint
 from steplm.errors import CheckpointError
 from steplm.files import sync, write_atomically
-from steplm.models.folder import load_hf_config, load_state, load_tensors, save_folder, save_hf_config
+from steplm.models.folder import (
+    MAX_SHARD_SIZE,
+    load_hf_config,
+    load_state,
+    load_tensors,
+    save_checked_config,
+    save_hf_config,
+)
 from steplm.rows import WHOLE, Rows
 from steplm.schedule import Phase
-from steplm.types import LayerProvenance, TrainState, from_json, to_json
+from steplm.types import LayerProvenance, SourceLoss, TrainState, from_json, to_json
 from steplm.units import reason, shortened
 from steplm.version import __version__
 
@@ -66,6 +74,7 @@ class CheckpointState:
     metrics_bytes: int  # length of metrics.jsonl at this instant: what comes after is replayed
     elapsed_seconds: float
     unlogged_losses: tuple[float, ...] = ()  # of the steps since the last log line
+    unlogged_sources: tuple[SourceLoss, ...] = ()  # of a mixture, the sums over those steps
     probe_loss: float | None = None  # on the probe batches, at a stage's end, before the merge
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -95,22 +104,84 @@ def save_checkpoint(
     adapters: dict[str, Tensor],
     optimizer: dict[str, Tensor],
     state: CheckpointState,
+    background: Background | None = None,
+    then: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write ``root/<name>`` atomically and return its path.
+
+    Args:
+        weights, adapters, optimizer: contiguous, on the CPU; with ``background``, nobody may write into them any more.
+        background: return at once, and write the tensors there; ``background.wait()`` raises what failed.
+        then: called when the checkpoint is whole.
 
     Raises:
         CheckpointError: it cannot be written (a full disk); checkpoints written before stay whole.
     """
     final = root / checkpoint_name(state.progress)
-    with _written_whole(final) as temporary:
-        temporary.mkdir(parents=True)
-        save_folder(temporary, config, weights)
-        if adapters:
-            save_file(adapters, temporary / ADAPTERS)
-        (temporary / OPTIMIZER).parent.mkdir()
-        save_file(optimizer, temporary / OPTIMIZER)
-        _complete(temporary, final, state)
+    temporary = _temporary(final)
+
+    def write() -> None:
+        with _whole_or_absent(temporary, final):
+            known = _write_weights(temporary, weights)
+            if adapters:
+                known[ADAPTERS] = write_tensors(adapters, temporary / ADAPTERS)
+            (temporary / OPTIMIZER).parent.mkdir()
+            known[OPTIMIZER] = write_tensors(optimizer, temporary / OPTIMIZER)
+            _complete(temporary, final, state, known)
+        then()
+
+    _remove(temporary)
+    with _whole_or_absent(temporary, final):
+        # Not in the background: building the model that is compared changes PyTorch's settings for all threads.
+        save_checked_config(temporary, config, weights)
+    if background is None:
+        write()
+    else:
+        background.begin(write)
     return final
+
+
+def _write_weights(folder: Path, weights: dict[str, Tensor]) -> Fingerprints:
+    """``model*.safetensors`` as transformers expects them, sharded above 5 GB."""
+    split = split_torch_state_dict_into_shards(weights, max_shard_size=MAX_SHARD_SIZE)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return {
+        file: write_tensors({name: weights[name] for name in names}, folder / file)
+        for file, names in split.filename_to_tensors.items()
+    }
+
+
+def copy_checkpoint(source: Path, root: Path, state: CheckpointState) -> Path:
+    """Give another run a verified checkpoint, with a ``state`` of its own; files are linked where that is possible.
+
+    Returns:
+        ``root/<name>``.
+
+    Raises:
+        CheckpointError: the copy cannot be written.
+    """
+    expected = _read_marker(source)
+    known = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in expected.items()}
+    del known["state.json"]
+    final = root / checkpoint_name(state.progress)
+    temporary = _temporary(final)
+    _remove(temporary)
+    with _whole_or_absent(temporary, final):
+        for name in known:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source / name, temporary / name)
+        _complete(temporary, final, state, known)
+    return final
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    # No checkpoint file is ever written into after its folder is complete.
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def save_shards(
@@ -161,14 +232,11 @@ def save_shards(
 
 
 @contextmanager
-def _written_whole(final: Path) -> Iterator[Path]:
-    """A temporary folder to write into, which is gone if that fails."""
-    temporary = _temporary(final)
+def _whole_or_absent(temporary: Path, final: Path) -> Iterator[None]:
+    """If what is done inside fails, the temporary folder is removed, and the error says what can be done."""
     try:
-        _remove(temporary)
-        yield temporary
-    # safetensors and huggingface_hub wrap a failed write in errors of their own.
-    except Exception as error:
+        yield
+    except Exception as error:  # huggingface_hub wraps a failed write in errors of its own
         _remove(temporary)
         raise explained(error, final) from None
 
@@ -310,9 +378,9 @@ def mark_damaged(path: Path) -> Path:
     return damaged
 
 
-def prune_checkpoints(root: Path, keep_last: int) -> None:
-    """Delete all but the last ``keep_last`` checkpoints within stages; every stage's end is kept."""
-    within = [path for path in complete_checkpoints(root) if not path.name.endswith("-end")]
+def prune_checkpoints(root: Path, keep_last: int, keep: str | None = None) -> None:
+    """Delete all but the last ``keep_last`` checkpoints within stages; every stage's end is kept, and that named."""
+    within = [path for path in complete_checkpoints(root) if not path.name.endswith("-end") and path.name != keep]
     for path in within[:-keep_last]:
         _discard(path)
     if root.is_dir():

@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: each writes its rows, in the background, and each reads the rows that it needs.
+"""Checkpoints in the background, and those of several ranks: each writes its rows, and reads the rows that it needs.
 
 PyTorch's distributed checkpointing (DCP) writes and describes the files, in its safetensors format: nothing is
 pickled, and any other number of ranks can read them.
@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from steplm.checkpoint.hashed import Fingerprint, HashingFileSystem
 from steplm.errors import CheckpointError
 from steplm.files import sync
 from steplm.rows import WHOLE, Rows
 from steplm.units import reason
 
-Fingerprints = dict[str, dict[str, Any]]  # size and sha256 of files, by name
+Fingerprints = dict[str, Fingerprint]  # by name
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,46 @@ class TensorFiles:
             raise CheckpointError(f"{piece.file} is damaged: {reason(error)}", path=piece.file) from None
 
 
-class BackgroundWriter:
+class Background:
+    """Does one piece of work at a time in a thread, beside training."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Wait for the work before, and begin this."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+
+        # A daemon, as it may wait for a rank that is gone, and must not keep the process.
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is done.
+
+        Raises:
+            The error that stopped it.
+        """
+        self.join()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def join(self, seconds: float | None = None) -> None:
+        """The same, or until so long has passed, of a run that fails for a reason of its own."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+            self._thread = None
+
+
+class BackgroundWriter(Background):
     """Writes checkpoints of several ranks while training goes on; one at a time.
 
     Every rank has one, and calls its methods at the same points.
@@ -124,9 +164,8 @@ class BackgroundWriter:
     """
 
     def __init__(self, rank: int, group: Any) -> None:
+        super().__init__()
         self.rank, self.group = rank, group
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
 
     def start(
         self,
@@ -140,6 +179,8 @@ class BackgroundWriter:
     ) -> None:
         """Copy the tensors to host memory, and write them into ``folder`` beside what comes next.
 
+        What fails on any rank, ``wait`` raises on every rank.
+
         Args:
             tensors: sharded ones as ``DTensor``; any other is the same on every rank.
             prepare: called on rank 0: makes the folder.
@@ -150,34 +191,15 @@ class BackgroundWriter:
         self.wait()
         staged = {name: _on_host(tensor) for name, tensor in tensors.items()}
 
-        def run() -> None:
+        def work() -> None:
             try:
                 self._write(folder, staged, prepare, finish, explain)
-            except BaseException as error:
-                self._error = error
+            except BaseException:
                 if self.rank == 0:
                     discard()
+                raise
 
-        # A daemon, as it may wait for a rank that is gone, and must not keep the process.
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Until what was begun is written.
-
-        Raises:
-            The error that stopped the writing, on every rank.
-        """
-        self.join()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def join(self, seconds: float | None = None) -> None:
-        """The same, or until so long has passed, of a run that fails for a reason of its own."""
-        if self._thread is not None:
-            self._thread.join(seconds)
-            self._thread = None
+        self.begin(work)
 
     def _write(
         self,
@@ -194,12 +216,14 @@ class BackgroundWriter:
 
     def _write_rows(self, folder: Path, staged: dict[str, Tensor]) -> Fingerprints:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        writer.fs = HashingFileSystem()
         try:
             dcp.save(staged, storage_writer=writer, process_group=self.group)
         except CheckpointException as failed:  # no Exception: it would pass by whoever waits for one
             raise failed.failures[min(failed.failures)][0] from None
-        own = sorted(folder.glob(f"shard-{self.rank + 1:05d}-*.safetensors"))
-        return {file.name: _synced(file) for file in own}
+        for name in writer.fs.fingerprints:
+            sync(folder / name)
+        return writer.fs.fingerprints
 
     def _together(self, function: Callable[[], Any] | None, explain: Callable[[Exception], Exception]) -> list[Any]:
         """What each rank's function returns. What fails on one rank is raised on every rank."""
@@ -215,18 +239,13 @@ class BackgroundWriter:
         return [result for result, _ in outcomes]
 
 
-def fingerprint(file: Path) -> dict[str, Any]:
+def fingerprint(file: Path) -> Fingerprint:
     """Size and sha256 of a file."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return {"bytes": os.stat(file).st_size, "sha256": digest.hexdigest()}
-
-
-def _synced(file: Path) -> dict[str, Any]:
-    sync(file)
-    return fingerprint(file)
 
 
 def _on_host(tensor: Any) -> Any:

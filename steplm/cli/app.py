@@ -152,13 +152,32 @@ def train(
         Optional[str],  # noqa: UP045
         typer.Option(help="Refuse a plan that needs more, and say what would fit, e.g. 24GiB: plan.budget=24GiB."),
     ] = None,
+    extend: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Go on from this run's last checkpoint before its decay; needs more tokens and a new name."),
+    ] = None,
 ) -> None:
     """Train every stage and export the merged model; started again, it resumes."""
     given = [*(overrides or []), *([] if budget is None else [f"plan.budget={budget}"])]
     with _suggesting(run, given):
         from steplm.cli.train import run_train
 
-        raise typer.Exit(run_train(run, given))
+        raise typer.Exit(run_train(run, given, extend))
+
+
+@app.command()
+def decay(
+    checkpoint: Annotated[Path, typer.Argument(help="RUN_DIR/checkpoints/NAME, from before the run's decay.")],
+    tokens: Annotated[str, typer.Option(help="Tokens over which the learning rate decays, e.g. 2B.")],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="New run directory; default: beside RUN_DIR, named after both."),
+    ] = None,
+) -> None:
+    """Make a finished model from a checkpoint of a stable learning rate; started again, it resumes."""
+    from steplm.cli.train import run_decay
+
+    raise typer.Exit(run_decay(checkpoint, tokens, output))
 
 
 @app.command()

@@ -16,7 +16,8 @@ from steplm.config import RunConfig, load_config
 from steplm.cost.rules import ADAMW
 from steplm.cost.terms import OUTER_COMPONENTS
 from steplm.cost.traffic import UTILIZATION
-from steplm.planner.plan import Plan, Stage, as_vanilla
+from steplm.errors import SteplmError
+from steplm.planner.plan import Plan, Stage, as_vanilla, save_bytes
 from steplm.planner.plan import plan as make_plan
 from steplm.planner.shape import FAMILIES
 from steplm.schedule import Trained
@@ -85,8 +86,23 @@ def _show(plan: Plan, console: Console, config: RunConfig, *, explain: bool) -> 
     if limit is not None and plan.total_tokens > limit:
         epochs = plan.total_tokens / limit
         console.print(f"{epochs:.1f} epochs over data.max_train_tokens={format_count(limit)}", highlight=False)
+    if config.data.weights and (told := _epochs_of_sources(plan, config)):
+        console.print(told, highlight=False)
     if explain:
         render_explain(plan, console, config)
+
+
+def _epochs_of_sources(plan: Plan, config: RunConfig) -> str | None:
+    """Of a mixture whose data are prepared."""
+    from steplm.data.mixture import epochs, told_epochs
+    from steplm.data.prepare import with_prepared_dir
+    from steplm.data.tokens import Manifest
+
+    try:
+        manifest = Manifest.load(with_prepared_dir(config).prepared_dir)
+        return told_epochs(epochs(manifest, config.data.weights, plan.total_tokens))
+    except SteplmError:  # a plan needs no data
+        return None
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -277,6 +293,11 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
         f"vanilla: all {shape.num_hidden_layers} layers at once, no memory option: "
         f"{plan.vanilla_model_state_bytes:,} bytes of model state"
         + (f", {plan.vanilla_peak_bytes:,} in all" if plan.vanilla_peak_bytes else ""),
+        highlight=False,
+    )
+    console.print(
+        f"host memory of a save, while it is written: {save_bytes(plan, config):,} bytes "
+        "(a copy of weights, adapters and optimizer states)",
         highlight=False,
     )
     console.print(

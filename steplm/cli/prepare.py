@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from steplm.config import load_config
+from steplm.cli.plan import counted_shape
+from steplm.config import RunConfig, load_config
+from steplm.data.mixture import epochs, repetition_warnings, told_epochs
 from steplm.data.prepare import prepare, with_prepared_dir
-from steplm.data.tokens import verify
+from steplm.data.statistics import described, document_statistics
+from steplm.data.tokens import Manifest, TokenDataset, verify
+from steplm.errors import ConfigError, PlanInfeasible
+from steplm.planner.plan import plan
 from steplm.training.display import make_display
 from steplm.units import format_bytes, format_count
 
@@ -18,7 +23,24 @@ def run_prepare(run: str, overrides: list[str], *, verify_hashes: bool = False) 
             f"{name}: {split.num_documents:,} documents, {format_count(split.num_tokens)} tokens"
             + (f", {format_bytes(split.num_text_bytes)} of text" if split.num_text_bytes else "")
         )
+        if name.startswith("train"):
+            dataset = TokenDataset(config.prepared_dir, name)
+            for line in described(document_statistics(dataset, config.train.sequence_length)):
+                display.console.print(line, highlight=False)
+    for line in _repetitions(config, manifest):
+        display.console.print(line, highlight=False)
     display.console.print(f"shards in {config.prepared_dir}", highlight=False)
     if verify_hashes:
         verify(config.prepared_dir)
         display.console.print("every shard and the tokenizer have the hashes they were written with")
+
+
+def _repetitions(config: RunConfig, manifest: Manifest) -> list[str]:
+    """How often the planned run goes through its data, where there is a plan."""
+    try:
+        total_tokens = plan(config, counted_shape(config)).total_tokens
+    except (ConfigError, PlanInfeasible):  # training tells
+        return []
+    of_sources = epochs(manifest, config.data.weights, total_tokens)
+    told = f"the planned {format_count(total_tokens)} tokens are {told_epochs(of_sources)}"
+    return [told.replace(" are epochs:", " in epochs:"), *repetition_warnings(of_sources)]

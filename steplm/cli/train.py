@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from steplm.config import RunConfig, load_config
 from steplm.launch import is_launched, launched_size
 from steplm.planner.plan import plan
 from steplm.planner.shape import FAMILIES
+from steplm.units import parse_count
 
 
-def run_train(run: str, overrides: list[str]) -> int:
+def run_train(run: str, overrides: list[str], extend: Path | None = None) -> int:
     if is_launched():
         overrides = [*overrides, f"distributed.world_size={launched_size()}"]
     config = load_config(run, overrides)
+    begin = None
+    if extend is not None:
+        from steplm.training.extend import extended
+
+        config, begin = extended(config, extend)
     _refuse_early(config)
+    return _train(config, begin)
+
+
+def run_decay(checkpoint: Path, tokens: str, output: Path | None) -> int:
+    """Train the run that ends so many tokens after the checkpoint."""
+    from steplm.training.extend import decayed
+
+    run_dir = checkpoint.resolve().parent.parent
+    output = output or run_dir.with_name(f"{run_dir.name}-decay-{checkpoint.name}")
+    return _train(decayed(checkpoint, parse_count(tokens), output), checkpoint)
+
+
+def _train(config: RunConfig, begin: Path | None) -> int:
     from steplm.training.run import train
 
-    result = train(config)
+    result = train(config, begin=begin)
     return 0 if result.stop_signal is None else 128 + result.stop_signal
 
 

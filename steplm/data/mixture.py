@@ -82,6 +82,13 @@ def epochs(manifest: Manifest, weights: Mapping[str, float], total_tokens: int) 
     }
 
 
+def told_epochs(epochs_of_sources: Mapping[str, float]) -> str:
+    """``3.1 epochs``; of a mixture ``epochs: web 0.8, code 3.1``."""
+    if len(epochs_of_sources) == 1:
+        return f"{next(iter(epochs_of_sources.values())):.1f} epochs"
+    return "epochs: " + ", ".join(f"{name} {count:.1f}" for name, count in epochs_of_sources.items())
+
+
 def repetition_warnings(epochs_of_sources: Mapping[str, float]) -> list[str]:
     """A line for each source that is repeated more often than repeating pays."""
     return [

@@ -177,10 +177,12 @@ class TokenDataset:
     @cached_property
     def document_offsets(self) -> npt.NDArray[np.int64]:
         """(num_documents + 1,): where each document starts; the last entry is ``num_tokens``."""
-        parts = [np.zeros(1, np.int64)]
+        return np.concatenate([np.zeros(1, np.int64), *(offsets[1:] for offsets in self.offsets_of_shards())])
+
+    def offsets_of_shards(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Of each shard, where its documents start, and the end of the last."""
         for index, start in enumerate(self._shard_starts[:-1]):
-            parts.append(start + self._offsets(index)[1:])
-        return np.concatenate(parts)
+            yield start + self._offsets(index)
 
     def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Where documents start from ``start`` to ``stop`` (exclusive), of all tokens."""

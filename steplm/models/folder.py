@@ -42,9 +42,18 @@ def save_folder(folder: Path, config: PretrainedConfig, state: Mapping[str, Tens
     Raises:
         ConfigError: ``config.json`` as it was written asks for other tensors than these.
     """
+    save_checked_config(folder, config, state)
+    save_torch_state_dict(dict(state), folder, max_shard_size=MAX_SHARD_SIZE)
+
+
+def save_checked_config(folder: Path, config: PretrainedConfig, state: Mapping[str, Tensor]) -> None:
+    """Write ``config.json``, and check that these tensors are the whole model that it asks for.
+
+    Raises:
+        ConfigError: they are not.
+    """
     save_hf_config(folder, config, dtype_of(state))
     check_state(load_hf_config(folder), {name: tuple(tensor.shape) for name, tensor in state.items()})
-    save_torch_state_dict(dict(state), folder, max_shard_size=MAX_SHARD_SIZE)
 
 
 def weight_files(folder: Path) -> list[Path]:

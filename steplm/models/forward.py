@@ -41,6 +41,7 @@ def batch_loss(
     num_valid: int,
     chunk_size: int,
     offload_activations: bool = False,
+    sequence_losses: Tensor | None = None,
 ) -> Tensor:
     """Sum of the negative log-likelihood (nats) over the valid labels, divided by ``num_valid``; fp32 scalar.
 
@@ -52,6 +53,7 @@ def batch_loss(
             which makes the loss invariant to gradient accumulation.
         chunk_size: rows of logits that exist at once.
         offload_activations: keep in host memory what the layers save for the backward pass.
+        sequence_losses: (B,) fp32, to which each sequence's own sum is added, undivided.
     """
 
     def loss() -> Tensor:
@@ -69,6 +71,7 @@ def batch_loss(
             low_rank=_low_rank(head, hidden),
             logit_scale=_logit_scale(model),
             softcap=getattr(model.config, "final_logit_softcapping", None),
+            sequence_losses=sequence_losses,
         )
 
     # A sharded model gathers the head's matrix for a call of its own.

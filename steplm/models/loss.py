@@ -26,6 +26,7 @@ def chunked_cross_entropy(
     low_rank: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    sequence_losses: Tensor | None = None,
 ) -> Tensor:
     """Sum of negative log-likelihoods over the valid labels, divided by ``num_valid``; an fp32 scalar.
 
@@ -43,12 +44,24 @@ def chunked_cross_entropy(
         low_rank: ``low`` (N, R) and ``B`` (V, R) of an adapted head.
         logit_scale: factor on the logits.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
+        sequence_losses: (B,) fp32, where the rows are B sequences of N / B: to each its own sum is added, undivided.
     """
     low, B = (None, None) if low_rank is None else low_rank
     # Inside a Function grad mode is off, and needs_input_grad is true under no_grad as well.
     with_gradients = torch.is_grad_enabled()
     return _ChunkedCrossEntropy.apply(
-        hidden, weight, low, B, bias, labels, num_valid, chunk_size, logit_scale, softcap, with_gradients
+        hidden,
+        weight,
+        low,
+        B,
+        bias,
+        labels,
+        num_valid,
+        chunk_size,
+        logit_scale,
+        softcap,
+        sequence_losses,
+        with_gradients,
     )
 
 
@@ -66,6 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_size: int,
         logit_scale: float,
         softcap: float | None,
+        sequence_losses: Tensor | None,
         with_gradients: bool,
     ) -> Tensor:
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
@@ -86,7 +100,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if low is not None and B is not None:
                 logits.addmm_(low[rows], B.t())
             logits = logits.to(accumulate)
-            total += _loss_of_chunk(logits, labels[rows], num_valid, logit_scale, softcap, with_gradients)
+            sums = None
+            if sequence_losses is not None:
+                row = torch.arange(start, start + len(logits), device=hidden.device)
+                sums = sequence_losses, row * len(sequence_losses) // len(hidden)
+            total += _loss_of_chunk(logits, labels[rows], num_valid, logit_scale, softcap, with_gradients, sums)
             if with_gradients:
                 if grad_bias is not None:
                     grad_bias += logits.sum(dim=0)
@@ -113,7 +131,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             )
         # One element rather than a scalar: a scalar would be rounded to the gradients' dtype first.
         factor = grad_outputs[0].reshape(1)
-        return (*(None if grad is None else grad.mul_(factor) for grad in grads), *[None] * 6)
+        return (*(None if grad is None else grad.mul_(factor) for grad in grads), *[None] * 7)
 
 
 def _loss_of_chunk(
@@ -123,8 +141,13 @@ def _loss_of_chunk(
     logit_scale: float,
     softcap: float | None,
     with_gradient: bool,
+    sums: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Sum of negative log-likelihoods. ``logits`` (C, V) are overwritten, by their gradient if asked for."""
+    """Sum of negative log-likelihoods. ``logits`` (C, V) are overwritten, by their gradient if asked for.
+
+    Args:
+        sums: to which each row's is added, and at which index.
+    """
     valid = labels != IGNORE_INDEX
     target = labels.where(valid, 0).unsqueeze(1)
     if logit_scale != 1.0:
@@ -133,6 +156,8 @@ def _loss_of_chunk(
         logits.div_(softcap).tanh_().mul_(softcap)
     # In place, where no cap needs the logits again: the kernels read an element for the last time when they write it.
     log_probs = torch.log_softmax(logits, dim=1, out=logits if softcap is None else None)
+    if sums is not None:
+        sums[0].index_add_(0, sums[1], (log_probs.gather(1, target).squeeze(1) * valid).to(sums[0].dtype), alpha=-1)
     loss = -(log_probs.gather(1, target).squeeze(1) * valid).sum()
     if with_gradient:
         # d loss / d logits = (softmax - one-hot of the label) / num_valid in valid rows, 0 in others

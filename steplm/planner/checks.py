@@ -58,6 +58,13 @@ NEEDS = (
         "train.gradient_accumulation_steps=1",
     ),
     Need(
+        "optim.skip_sigma_factor",
+        lambda config: config.optim.skip_sigma_factor is not None,
+        lambda run: not run.config.memory.fused_backward,
+        "compares the norm of all gradients before an update, and memory.fused_backward updates before all are there: "
+        "leave memory.fused_backward out",
+    ),
+    Need(
         "train.gradient_accumulation_dtype",
         lambda config: config.sums_in_fp32 and config.train.precision == "bf16",
         lambda run: run.config.distributed.world_size == 1,

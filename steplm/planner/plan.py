@@ -18,7 +18,7 @@ from steplm.planner.solve import SOLVERS, equal_parts_if_as_good, peak_cost
 from steplm.planner.stages import StagePrices
 from steplm.planner.tokens import stage_tokens
 from steplm.schedule import Phase, Schedule
-from steplm.types import MemoryEstimate, ModelShape, PeakEstimate
+from steplm.types import HOST, MemoryEstimate, MemoryTerm, ModelShape, PeakEstimate
 from steplm.units import format_bytes
 
 SCHEMA_VERSION = 3  # of ``plan.json``
@@ -233,6 +233,22 @@ def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
         peak_bytes=stage.device_bytes,
         stage=stage.index,
     )
+
+
+def save_bytes(plan: Plan, config: RunConfig) -> int:
+    """Host memory of the copy that is written beside training: weights, adapters and optimizer states of a rank.
+
+    Packed weights are saved whole.
+    """
+    width = 2 if plan.precision == "bf16" else 4
+
+    def saved(term: MemoryTerm) -> int:
+        if term.component == "frozen_layers" and config.memory.packs_frozen:
+            return term.num_parameters * width
+        return term.num_bytes if term.kind in ("weights", "optimizer", HOST) else 0
+
+    terms = [[term for term in cost.memory.terms if term.component != "fetched_layers"] for cost in plan.costs]
+    return max(sum(map(saved, of_phase)) for of_phase in terms)
 
 
 def _make_schedule(config: RunConfig, shape: ModelShape, prices: StagePrices, layers: tuple[int, ...]) -> Schedule:

@@ -18,7 +18,16 @@ from steplm.report.style import RUN_COLOURS, RUN_COLOURS_ON_DARK
 from steplm.report.suite import Question
 from steplm.report.suite_figures import NAMES
 from steplm.report.summary import Suite
-from steplm.report.tables import Cell, Table, details_table, problems, question_table, stages_table, tuning_table
+from steplm.report.tables import (
+    Cell,
+    Table,
+    details_table,
+    problems,
+    question_table,
+    sources_table,
+    stages_table,
+    tuning_table,
+)
 from steplm.version import __version__
 
 WITHOUT_PLOTLY = "For interactive charts: pip install plotly, and make the report again."
@@ -159,7 +168,8 @@ class PageParts:
         """The stages of each run, where there is no comparison."""
         if self.suite.record.baseline is not None or len(self.suite.entries) > MOST_STAGE_TABLES:
             return ""
-        tables = [table for entry in self.suite.entries.values() if (table := stages_table(entry)) is not None]
+        made = [make(entry) for entry in self.suite.entries.values() for make in (stages_table, sources_table)]
+        tables = [table for table in made if table is not None]
         return f"<section><h2>Stages</h2>{''.join(map(table_html, tables))}</section>" if tables else ""
 
     def _tuning(self) -> str:

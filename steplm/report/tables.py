@@ -277,6 +277,25 @@ def stages_table(entry: EntrySummary) -> Table | None:
     )
 
 
+def sources_table(entry: EntrySummary) -> Table | None:
+    """The latest loss on each source of a mixture and on each validation set; ``None`` where there is one of each."""
+    record, rows = entry.record, list[list[Cell]]()
+    if record is None:
+        return None
+    for kind, what in (("train", "training source"), ("eval", "validation set")):
+        for event in record.events_of(kind)[-1:]:
+            losses = {name: loss for key, loss in event.items() if (name := key.removeprefix("loss_")) != key}
+            rows += [
+                [Cell(name), Cell(what), _cell(loss, "{:.4f}".format)]
+                for name, loss in losses.items()
+                if isinstance(loss, float)
+            ]
+    if not rows:
+        return None
+    caption = "Loss: nats a token, in the last line of the log; of a source, over the steps since the line before."
+    return Table(f"Sources of {entry.label}", ("name", "kind", "loss"), tuple(map(tuple, rows)), caption)
+
+
 def _stage_row(stage: Stage, start: dict[str, Any] | None, ended: bool, loss: float | None) -> list[Cell]:
     state = "waiting" if start is None else "finished" if ended else "running"
     start = start or {}

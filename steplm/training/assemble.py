@@ -28,7 +28,7 @@ from steplm.pet.adapters import attach, fresh_adapter_state, load_adapter_state
 from steplm.pet.frozen import PackReport, frozen_tensors, pack_frozen
 from steplm.pet.trainable import apply_trainable
 from steplm.schedule import Phase, trained_patterns
-from steplm.types import HOST, LayerProvenance, ModelShape, TrainState
+from steplm.types import HOST, LayerProvenance, ModelShape, SourceLoss, TrainState
 
 
 @dataclass
@@ -46,6 +46,7 @@ class PhaseStart:
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     optimizer_steps: dict[str, int] = field(default_factory=dict)
     unlogged_losses: tuple[float, ...] = ()
+    unlogged_sources: tuple[SourceLoss, ...] = ()
     trained_names: tuple[str, ...] | None = None  # at a resume in the middle of the phase
     probe_loss: float | None = None  # after a growth, of the plain weights
 

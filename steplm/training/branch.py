@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from steplm.checkpoint import checkpoint_name, verify_checkpoint
+from steplm.checkpoint import CheckpointState, checkpoint_name, copy_checkpoint, verify_checkpoint
 from steplm.checkpoint.folder import complete_checkpoints, load_checkpoint_state
 from steplm.config import RunConfig
 from steplm.data.prepare import with_prepared_dir
 from steplm.errors import CheckpointError, CheckpointMismatch
-from steplm.files import sync
 from steplm.models.shape import shape_of
 from steplm.planner.plan import Plan
 from steplm.planner.plan import plan as make_plan
@@ -81,19 +78,24 @@ def branch(source_run_dir: str | Path, stage_index: int, config: RunConfig) -> P
         raise CheckpointMismatch(f"{config.run_dir} has begun already, and cannot branch off", path=str(config.run_dir))
     verify_checkpoint(source)
     _check_same_beginning(Path(source_run_dir), stage_index, config)
-    log = Path(source_run_dir) / "metrics.jsonl"
-    metrics_bytes = load_checkpoint_state(source).metrics_bytes
-    history = log.read_bytes()[:metrics_bytes] if log.is_file() else b""
-    if len(history) < metrics_bytes:
-        raise CheckpointError(f"{log} has lost what was logged up to {source.name}", path=str(log))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    state = load_checkpoint_state(source)
+    history = logged_until(Path(source_run_dir), state)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "metrics.jsonl").write_bytes(history)
-    unfinished = target.with_name(f".writing-{name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(source, unfinished, copy_function=_link_or_copy)
-    os.replace(unfinished, target)
-    sync(target.parent)
-    return target
+    return copy_checkpoint(source, target.parent, state)
+
+
+def logged_until(run_dir: Path, state: CheckpointState) -> bytes:
+    """What a run had logged when it wrote a checkpoint.
+
+    Raises:
+        CheckpointError: its log is shorter than it was then.
+    """
+    log = run_dir / "metrics.jsonl"
+    history = log.read_bytes()[: state.metrics_bytes] if log.is_file() else b""
+    if len(history) < state.metrics_bytes:
+        raise CheckpointError(f"{log} has lost what was logged up to {checkpoint_name(state.progress)}", path=str(log))
+    return history
 
 
 def _check_same_beginning(source_run_dir: Path, stage_index: int, config: RunConfig) -> None:
@@ -107,11 +109,3 @@ def _check_same_beginning(source_run_dir: Path, stage_index: int, config: RunCon
             source=str(source_run_dir),
             stage=stage_index,
         )
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    # No checkpoint file is ever written into after its folder is complete.
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -145,7 +145,7 @@ def check_same_run(config: RunConfig, folder: RunFolder) -> list[str]:
             sequences=sequences,
             sequences_before=before_sequences,
         )
-    differing = _differing(begun_with, config)
+    differing = differing_keys(begun_with, config)
     changed = [key for key in differing if not is_one_of(key, FREE_AT_RESUME)]
     if changed:
         listing = ", ".join(differing[key] for key in changed[:5])
@@ -166,7 +166,9 @@ def is_same_run(config: RunConfig) -> bool:
     if before is None:
         return False
     others = [
-        key for key in _differing(before, config) if is_one_of(key, ("optim",)) or not is_one_of(key, FREE_AT_RESUME)
+        key
+        for key in differing_keys(before, config)
+        if is_one_of(key, ("optim",)) or not is_one_of(key, FREE_AT_RESUME)
     ]
     return not others and before.global_batch_size == config.global_batch_size
 
@@ -176,7 +178,7 @@ def is_one_of(key: str, names: tuple[str, ...]) -> bool:
     return key in names or key.partition(".")[0] in names
 
 
-def _differing(before: RunConfig, now: RunConfig) -> dict[str, str]:
+def differing_keys(before: RunConfig, now: RunConfig) -> dict[str, str]:
     """``"key: old -> new"`` of every key that differs."""
     old, new = (flat(config.model_dump(mode="json")) for config in (before, now))
     for values in (old, new):

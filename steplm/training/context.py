@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from steplm.checkpoint.shards import BackgroundWriter
+from steplm.checkpoint.shards import Background
 from steplm.config import RunConfig
 from steplm.data.loader import BatchLoader, Prefetcher
 from steplm.data.tokens import Manifest, TokenDataset
@@ -32,7 +32,7 @@ class RunContext:
     metrics: MetricsLog
     display: Display
     world: World
-    writer: BackgroundWriter | None = None  # of checkpoints, where there are several ranks
+    writer: Background = field(default_factory=Background)  # of checkpoints; of several ranks a BackgroundWriter
     seconds_before: float = 0.0  # trained before this process
     started_at: float = field(default_factory=time.monotonic)
     last_checkpoint: Path | None = None

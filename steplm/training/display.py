@@ -141,6 +141,7 @@ class Display:
         self.console.print(
             f"stage {self._of(progress.stage_index)}  step {progress.step:,}/{report.num_steps:,}  "
             f"loss {result.loss:.3f}  ppl {perplexity_of(result.loss):.1f}  "
+            f"{''.join(f'{name} {loss:.3f}  ' for name, loss in report.source_losses.items())}"
             f"lr {report.learning_rate:.1e}  grad {result.grad_norm:.2f}  "
             f"{format_count(report.tokens_per_second)} tok/s  {self._memory(report)}  "
             f"{self._left(report)}".rstrip(),

@@ -53,6 +53,7 @@ def enter(run: RunContext, phase: Phase, before: Checkpoint | None) -> PhaseStar
             optimizer=before.optimizer,
             optimizer_steps=state.optimizer_steps,
             unlogged_losses=state.unlogged_losses,
+            unlogged_sources=state.unlogged_sources,
             trained_names=state.trained_names,
         )
     if phase.entry.kind == "go_on":
@@ -64,6 +65,7 @@ def enter(run: RunContext, phase: Phase, before: Checkpoint | None) -> PhaseStar
             optimizer=before.optimizer,
             optimizer_steps=state.optimizer_steps,
             unlogged_losses=state.unlogged_losses,
+            unlogged_sources=state.unlogged_sources,
         )
     return _later_start(run, phase, before)
 
@@ -141,6 +143,7 @@ def _later_start(run: RunContext, phase: Phase, before: Checkpoint) -> PhaseStar
         optimizer=optimizer,
         optimizer_steps=steps,
         unlogged_losses=state.unlogged_losses if phase.stage == state.progress.stage_index else (),
+        unlogged_sources=state.unlogged_sources if phase.stage == state.progress.stage_index else (),
         probe_loss=loss_merged,
     )
     if entry.operator is None:

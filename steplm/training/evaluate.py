@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
+from steplm.checkpoint import latest_checkpoint
 from steplm.data.loader import Batch, validation_windows
 from steplm.errors import TrainingDiverged
 from steplm.models.forward import summed_loss
@@ -77,7 +78,8 @@ def require_finite(run: RunContext, progress: TrainState, loss: float, grad_norm
     """
     if math.isfinite(loss) and (grad_norm is None or math.isfinite(grad_norm)):
         return
-    last = run.last_checkpoint
+    run.writer.join()  # the last one may still be on its way to the disk
+    last = latest_checkpoint(run.checkpoints_dir)
     way_out = f"The last good checkpoint is {last}." if last else "There is no checkpoint before it."
     norm = "" if grad_norm is None else f", gradient norm {grad_norm}"
     raise TrainingDiverged(

@@ -6,40 +6,25 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
 from steplm.cost.measure import measure_peak
 from steplm.errors import SteplmError
-from steplm.optim.schedules import learning_rate
 from steplm.schedule import Phase
 from steplm.training.assemble import Assembled, PhaseStart
 from steplm.training.context import RunContext
 from steplm.training.environment import crowded_processors
 from steplm.training.evaluate import evaluate, require_finite
+from steplm.training.rates import last_stable_step, rate_of_step
 from steplm.training.save import save
-from steplm.training.step import StepReport, StepResult, step_options, train_step, trial
+from steplm.training.spikes import highest_norm, with_norm
+from steplm.training.step import StageLog, StepReport, StepResult, step_options, train_step, trial
 from steplm.types import TrainState, to_json
 from steplm.units import format_bytes
 
 FAR_SLOWER = 3  # times slower than the stage has been: no step differs so much from another by itself
-
-
-@dataclass
-class StageLog:
-    """What the log of a stage has to know between two of its lines."""
-
-    unlogged_losses: list[float]
-    logged_at: float = field(default_factory=time.monotonic)  # moved on by what is no training
-    steps_since: int = 0
-    best_speed: float = 0.0  # tokens a second, of this stage
-    told_of_load: bool = False
-
-    def add(self, result: StepResult) -> None:
-        self.steps_since += 1
-        if result.is_finite:
-            self.unlogged_losses.append(result.loss)
 
 
 def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled, log: StageLog) -> TrainState:
@@ -50,9 +35,10 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
     stage_steps = sum(p.tokens for p in run.plan.schedule.stages[phase.stage - 1]) // config.step_tokens
     save_steps = config.train.save_steps or max(stage_steps // 5, 1)
     eval_steps = config.eval.eval_steps or max(stage_steps // 10, 1)
+    stable_step = last_stable_step(config, run.plan.schedule) if phase.stage == run.plan.num_stages else None
     progress = start.progress
     while progress.phase_step < num_steps and not run.stop_signal:
-        rate = rate_of_step(run, phase, progress)
+        rate = rate_of_step(config, phase, progress.phase_step)
         # Dropout, where a model has it, is a function of the position too: a resumed run draws the same. Replicas draw
         # alike, as stochastic rounding must give them the same weights.
         torch.manual_seed(config.seed * 1_000_003 + progress.tokens_seen + world.rows.index)
@@ -65,10 +51,11 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
             learning_rate=rate,
             max_grad_norm=config.optim.max_grad_norm,
             last_grad_norm=progress.grad_norm,
+            highest_grad_norm=_highest_grad_norm(run, progress),
         )
-        if not result.is_finite:
+        if not result.is_updated:
             _skip_or_stop(run, progress, result)
-        progress = _after_step(progress, result, config.step_tokens, num_steps)
+        progress = _after_step(run, progress, result, num_steps)
         at_end = progress.step == stage_steps
         log.add(result)
         if log.unlogged_losses and (progress.step % config.log.logging_steps == 0 or at_end):
@@ -77,7 +64,8 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
         if progress.step % eval_steps == 0 or at_end:
             evaluate(run, progress, assembled.model)
         run.agree_to_stop()
-        if progress.step % save_steps == 0 or at_end or run.stop_signal or _is_time_to_save(run):
+        is_due = progress.step % save_steps == 0 or at_end or progress.step == stable_step
+        if is_due or run.stop_signal or _is_time_to_save(run):
             progress = replace(progress, stage_done=at_end)
             _save_tried(run, phase, replace(start, progress=progress), assembled, log)
         log.logged_at += time.monotonic() - paused_at  # speed counts training alone
@@ -85,33 +73,23 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
     return progress
 
 
-def rate_of_step(run: RunContext, phase: Phase, progress: TrainState) -> float:
-    """The learning rate of the step that comes next."""
-    config, optim = run.config, run.config.optim
-    num_steps, start_step = phase.tokens // config.step_tokens, phase.schedule_start_tokens // config.step_tokens
-    scheduled_steps = max(phase.scheduled_tokens // config.step_tokens, start_step + num_steps)
-    rises_again = start_step > 0 and phase.entry.warms_up_again
-    return learning_rate(
-        progress.phase_step if rises_again else start_step + progress.phase_step,
-        num_steps=scheduled_steps,
-        warmup_steps=round(optim.warmup_ratio * (num_steps if rises_again else scheduled_steps)),
-        base_warmup_steps=round(optim.warmup_ratio * scheduled_steps),
-        decay_steps=round(optim.decay_ratio * scheduled_steps),
-        peak=config.learning_rate(phase.stage),
-        start=start_step if rises_again else 0,
-        min_ratio=optim.min_lr_ratio,
-        kind=optim.lr_scheduler_type,
-    )
+def _highest_grad_norm(run: RunContext, progress: TrainState) -> float:
+    """Of a step that is no spike; after as many skipped steps as there may be in a row, any."""
+    optim = run.config.optim
+    if progress.skipped_in_a_row >= optim.max_skipped_steps:
+        return math.inf
+    return highest_norm(progress.grad_norms, optim.skip_sigma_factor)
 
 
 def _skip_or_stop(run: RunContext, progress: TrainState, result: StepResult) -> None:
-    """Go on without the update of a step whose loss or gradient is not finite, unless there were too many.
+    """Go on without the update of a spike, or of a step that is not finite, unless there were too many of these.
 
     Raises:
         TrainingDiverged: more in a row than ``optim.max_skipped_steps``, or the update has been made already.
     """
     was_updated = run.config.memory.fused_backward and math.isfinite(result.loss)
-    if was_updated or progress.skipped_in_a_row >= run.config.optim.max_skipped_steps:
+    is_too_many = progress.skipped_in_a_row >= run.config.optim.max_skipped_steps
+    if not result.is_spike and (was_updated or is_too_many):
         require_finite(run, progress, result.loss, result.grad_norm)
     run.metrics.write(
         "skipped",
@@ -119,6 +97,7 @@ def _skip_or_stop(run: RunContext, progress: TrainState, result: StepResult) -> 
         step=progress.step + 1,
         tokens_seen=progress.tokens_seen + run.config.step_tokens,
         loss=result.loss if math.isfinite(result.loss) else None,
+        grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
         skipped_in_a_row=progress.skipped_in_a_row + 1,
     )
     run.display.note(
@@ -126,14 +105,16 @@ def _skip_or_stop(run: RunContext, progress: TrainState, result: StepResult) -> 
     )
 
 
-def _after_step(progress: TrainState, result: StepResult, step_tokens: int, num_steps: int) -> TrainState:
+def _after_step(run: RunContext, progress: TrainState, result: StepResult, num_steps: int) -> TrainState:
+    counts_norms = run.config.optim.skip_sigma_factor is not None
     return replace(
         progress,
-        skipped_in_a_row=0 if result.is_finite else progress.skipped_in_a_row + 1,
-        grad_norm=result.grad_norm if result.is_finite else progress.grad_norm,
+        skipped_in_a_row=0 if result.is_updated else progress.skipped_in_a_row + 1,
+        grad_norm=result.grad_norm if result.is_updated else progress.grad_norm,
+        grad_norms=with_norm(progress.grad_norms, result.grad_norm) if counts_norms else (),
         step=progress.step + 1,
         phase_step=progress.phase_step + 1,
-        tokens_seen=progress.tokens_seen + step_tokens,
+        tokens_seen=progress.tokens_seen + run.config.step_tokens,
         phase_done=progress.phase_step + 1 == num_steps,
     )
 
@@ -150,7 +131,9 @@ def _log_step(
     speed = log.steps_since * run.config.step_tokens / max(now - log.logged_at, 1e-9)
     assert progress.grad_norm is not None  # a step that was updated has a loss to log
     mean = StepResult(math.fsum(log.unlogged_losses) / len(log.unlogged_losses), progress.grad_norm)
-    report = StepReport(phase, progress, stage_steps, mean, rate, speed, measure_peak(run.device))
+    names = [split.partition("/")[2] for split in run.config.data.weights]
+    by_source = {name: s.nats / s.tokens for name, s in zip(names, log.unlogged_sources, strict=False) if s.tokens}
+    report = StepReport(phase, progress, stage_steps, mean, rate, speed, measure_peak(run.device), by_source)
     run.metrics.write(
         "train",
         stage=progress.stage_index,
@@ -163,6 +146,7 @@ def _log_step(
         tokens_per_second=speed,
         elapsed_seconds=run.elapsed_seconds,
         **to_json(report.peak),
+        **{f"loss_{name}": loss for name, loss in report.source_losses.items()},
     )
     run.display.step(report)
     is_slow = run.device.type == "cpu" and speed < log.best_speed / FAR_SLOWER
@@ -171,6 +155,7 @@ def _log_step(
         log.told_of_load = True
     log.best_speed = max(log.best_speed, speed)
     log.unlogged_losses.clear()
+    log.unlogged_sources.clear()
     log.logged_at, log.steps_since = now, 0
 
 
@@ -196,7 +181,7 @@ def _save_tried(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
         require_finite(run, progress, loss, grad_norm)
     if progress.stage_done:
         run.metrics.write("stage_end", stage=phase.stage, step=progress.step, tokens_seen=progress.tokens_seen)
-    run.last_checkpoint = save(run, phase, start, assembled, tuple(log.unlogged_losses))
+    run.last_checkpoint = save(run, phase, start, assembled, log)
     run.saved_at = time.monotonic()
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from steplm.checkpoint import Checkpoint, CheckpointState, load_checkpoint
 from steplm.checkpoint.folder import explained, is_disk_full, load_checkpoint_state
-from steplm.checkpoint.shards import BackgroundWriter, TensorFiles
+from steplm.checkpoint.shards import Background, BackgroundWriter, TensorFiles
 from steplm.config import RunConfig, dump_config, load_config
 from steplm.data.loader import Prefetcher, training_loader
 from steplm.data.mixture import epochs, repetition_warnings
@@ -41,11 +41,13 @@ from steplm.training.enter import check_entrance, enter, go_on
 from steplm.training.environment import environment
 from steplm.training.evaluate import probe_loss, validation_loss
 from steplm.training.export import export
+from steplm.training.extend import begin_with, has_begun
 from steplm.training.folder import RunFolder, read_plan, require_this_version
-from steplm.training.loop import StageLog, memory_errors, train_phase
+from steplm.training.loop import memory_errors, train_phase
 from steplm.training.metrics import SINKS, MetricsLog, NoLog, Sink, require_sinks
 from steplm.training.save import in_memory
 from steplm.training.signals import stopping_on_signals
+from steplm.training.step import StageLog
 from steplm.types import TrainState, to_json
 from steplm.units import perplexity_of, reason
 
@@ -66,9 +68,10 @@ class RunResult:
         return None if self.validation_loss is None else perplexity_of(self.validation_loss)
 
 
-def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
+def train(config: RunConfig, *, display: Display | None = None, begin: Path | None = None) -> RunResult:
     """Run every stage of the plan and export the merged model; resume where an earlier call stopped.
 
+    A run that has not begun begins with the checkpoint ``begin`` of a shorter one: see ``steplm.training.extend``.
     Writes ``config.yaml``, ``plan.json``, ``environment.json``, ``metrics.jsonl``, ``checkpoints/``,
     ``export/`` and ``summary.json`` into the run directory. A finished run returns at once.
 
@@ -85,6 +88,8 @@ def train(config: RunConfig, *, display: Display | None = None) -> RunResult:
         if not world.is_first:
             return _train(config, world, make_display("none"))
         with _exclusive(config.run_dir):
+            if begin is not None and not has_begun(config):
+                begin_with(begin, config)
             return _train(config, world, display or make_display(config.log.progress))
 
 
@@ -101,8 +106,7 @@ def _train(config: RunConfig, world: World, display: Display) -> RunResult:
                 return RunResult(config.run_dir, run.plan, finished=False, stop_signal=run.stop_signal)
             return _finish(run)
     finally:
-        if run.writer is not None:
-            run.writer.join(config.distributed.timeout * 60)  # before its process group is gone
+        run.writer.join(config.distributed.timeout * 60)  # before its process group is gone
         run.batches.close()
         run.metrics.close()
 
@@ -153,7 +157,7 @@ def _set_up(config: RunConfig, world: World, display: Display) -> RunContext | N
         metrics=_open_metrics(config, state) if first else NoLog(),
         display=display,
         world=world,
-        writer=None if world.is_alone else BackgroundWriter(world.rank, world.checkpoint_group),
+        writer=Background() if world.is_alone else BackgroundWriter(world.rank, world.checkpoint_group),
         seconds_before=0.0 if state is None else state.elapsed_seconds,
         last_checkpoint=checkpoint,
     )
@@ -191,7 +195,7 @@ def _run_phases(run: RunContext) -> None:
     phases = remaining_phases(run.plan.schedule, None if before is None else before.state.progress)
     start: PhaseStart | None = None
     assembled: Assembled | None = None
-    log = StageLog([])
+    log = StageLog([], [])
     for index, phase in enumerate(phases):
         with memory_errors(run, phase):
             if start is not None and assembled is not None:  # of the phase before, which is in memory
@@ -202,7 +206,7 @@ def _run_phases(run: RunContext) -> None:
                 assembled = assemble(run.config, run.plan.shape, phase, start, run.world)
                 start.forget_tensors()  # the model holds what it needs
                 check_entrance(run, phase, start, assembled)
-                log = StageLog(list(start.unlogged_losses))
+                log = StageLog(list(start.unlogged_losses), list(start.unlogged_sources))
             progress = train_phase(run, phase, start, assembled, log)
         if run.stop_signal:
             break
@@ -210,7 +214,7 @@ def _run_phases(run: RunContext) -> None:
         if following is not None and following.entry.kind == "go_on":
             continue
         if following is not None and not progress.stage_done:
-            before = in_memory(run, phase, start, assembled, tuple(log.unlogged_losses))
+            before = in_memory(run, phase, start, assembled, log)
         # Gone before the next model is built: at growth the device holds plain weights only. A compiled layer is a
         # reference cycle, which only the collector ends.
         start = assembled = None
@@ -230,9 +234,8 @@ def _loaded(run: RunContext) -> Checkpoint | None:
 
 
 def _wait_for_writer(run: RunContext) -> None:
-    if run.writer is not None:
-        with run.world.patiently():
-            run.writer.wait()
+    with run.world.patiently():
+        run.writer.wait()
 
 
 def remaining_phases(schedule: Schedule, progress: TrainState | None) -> tuple[Phase, ...]:

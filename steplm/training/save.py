@@ -7,7 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from steplm.checkpoint import Checkpoint, CheckpointState, prune_checkpoints, save_checkpoint, save_shards
+from steplm.checkpoint import (
+    Checkpoint,
+    CheckpointState,
+    checkpoint_name,
+    prune_checkpoints,
+    save_checkpoint,
+    save_shards,
+)
+from steplm.checkpoint.shards import BackgroundWriter
 from steplm.distributed.shard import as_global
 from steplm.models.build import plain_state
 from steplm.pet.adapters import adapter_state
@@ -17,6 +25,9 @@ from steplm.schedule import Phase
 from steplm.training.assemble import Assembled, PhaseStart
 from steplm.training.context import RunContext
 from steplm.training.evaluate import probe_loss
+from steplm.training.rates import last_stable_step
+from steplm.training.step import StageLog
+from steplm.types import TrainState
 
 
 def save(
@@ -24,29 +35,29 @@ def save(
     phase: Phase,
     start: PhaseStart,
     assembled: Assembled,
-    unlogged_losses: tuple[float, ...] = (),
+    log: StageLog,
 ) -> Path:
-    """Write a checkpoint of this instant and prune the older ones; with several ranks, while training goes on."""
+    """Write a checkpoint of this instant and prune the older ones, while training goes on."""
     model, rules = assembled.model, assembled.rules
+    with run.world.patiently():  # the one before may still be on its way to the disk
+        run.writer.wait()
     adapters = adapter_state(model)
     tensors, _ = rules.state_dict()
     run.metrics.sync()
-    state = _state(run, phase, start, assembled, unlogged_losses, probes=start.progress.phase_done)
+    state = _state(run, phase, start, assembled, log, probes=start.progress.phase_done)
     weights = {name: tensor for name, tensor in plain_state(model).items() if name not in adapters}
-    if run.writer is None:
-        path = save_checkpoint(
+    if not isinstance(run.writer, BackgroundWriter):
+        return save_checkpoint(
             run.checkpoints_dir,
             config=start.hf_config,
             # Packed weights are saved whole: packed again, they give the same codes.
-            weights=_on_cpu(weights) | dict(unpacked_state(model)),
-            adapters=_on_cpu(adapters),
-            optimizer=_on_cpu(tensors),
+            weights=copied_to_cpu(weights) | dict(unpacked_state(model)),
+            adapters=copied_to_cpu(adapters),
+            optimizer=copied_to_cpu(tensors),
             state=state,
+            background=run.writer,
+            then=lambda: _prune(run),
         )
-        _prune(run)
-        return path
-    with run.world.patiently():  # the one before may still be on its way to the disk
-        run.writer.wait()
     num_rows = {name: len(parameter) for name, parameter in rules.parameters.items() if parameter.ndim}
     return save_shards(
         run.checkpoints_dir,
@@ -65,7 +76,7 @@ def in_memory(
     phase: Phase,
     start: PhaseStart,
     assembled: Assembled,
-    unlogged_losses: tuple[float, ...],
+    log: StageLog,
 ) -> Checkpoint:
     """What the next phase of the same stage begins with, where no checkpoint is due."""
     model = assembled.model
@@ -77,7 +88,7 @@ def in_memory(
         weights=_on_cpu(weights) | dict(unpacked_state(model)),
         adapters=_on_cpu(adapters),
         optimizer=_on_cpu(assembled.rules.state_dict()[0]),
-        state=_state(run, phase, start, assembled, unlogged_losses, probes=True),
+        state=_state(run, phase, start, assembled, log, probes=True),
     )
 
 
@@ -86,7 +97,7 @@ def _state(
     phase: Phase,
     start: PhaseStart,
     assembled: Assembled,
-    unlogged_losses: tuple[float, ...],
+    log: StageLog,
     *,
     probes: bool,
 ) -> CheckpointState:
@@ -100,13 +111,22 @@ def _state(
         optimizer_steps=assembled.rules.steps,
         metrics_bytes=run.metrics.num_bytes,
         elapsed_seconds=run.elapsed_seconds,
-        unlogged_losses=unlogged_losses,
+        unlogged_losses=tuple(log.unlogged_losses),
+        unlogged_sources=tuple(log.unlogged_sources),
         probe_loss=probe_loss(run, assembled.model) if probes else None,
     )
 
 
 def _prune(run: RunContext) -> None:
-    prune_checkpoints(run.checkpoints_dir, run.config.train.save_total_limit)
+    """Of the older checkpoints keep the last few, and that from which the run can be extended."""
+    stage, step = run.plan.num_stages, last_stable_step(run.config, run.plan.schedule)
+    keep = None if step is None else checkpoint_name(TrainState(stage, 0, step, 0, 0))
+    prune_checkpoints(run.checkpoints_dir, run.config.train.save_total_limit, keep)
+
+
+def copied_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What training changes no more, to be written beside it."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

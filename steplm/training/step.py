@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -18,17 +19,42 @@ from steplm.models.loss import IGNORE_INDEX
 from steplm.optim.adamw import clip_coefficient, global_grad_norm
 from steplm.optim.build import UpdateRules
 from steplm.schedule import Phase
-from steplm.types import TrainState
+from steplm.types import SourceLoss, TrainState
 
 
 @dataclass(frozen=True)
 class StepResult:
     loss: float  # token mean over the whole step, nats
     grad_norm: float  # before clipping
+    is_spike: bool = False  # the norm is higher than an update may have
+    sources: tuple[SourceLoss, ...] = ()  # of a mixture, in its order
 
     @property
     def is_finite(self) -> bool:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def is_updated(self) -> bool:
+        return self.is_finite and not self.is_spike
+
+
+@dataclass
+class StageLog:
+    """What the log of a stage has to know between two of its lines."""
+
+    unlogged_losses: list[float]
+    unlogged_sources: list[SourceLoss]  # of a mixture, the sums over those steps
+    logged_at: float = field(default_factory=time.monotonic)  # moved on by what is no training
+    steps_since: int = 0
+    best_speed: float = 0.0  # tokens a second, of this stage
+    told_of_load: bool = False
+
+    def add(self, result: StepResult) -> None:
+        self.steps_since += 1
+        if result.is_updated:
+            self.unlogged_losses.append(result.loss)
+            before = self.unlogged_sources or [SourceLoss(0.0, 0)] * len(result.sources)
+            self.unlogged_sources = [sum_ + new for sum_, new in zip(before, result.sources, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -42,6 +68,7 @@ class StepReport:
     learning_rate: float
     tokens_per_second: float
     peak: PeakMemory
+    source_losses: dict[str, float] = field(default_factory=dict)  # of a mixture, since the last report
 
 
 @dataclass(frozen=True)
@@ -52,6 +79,7 @@ class StepOptions:
     chunk_size: int  # rows of logits at once
     offload_activations: bool = False
     fused_backward: bool = False  # each parameter is updated as soon as its gradient is there
+    num_sources: int = 0  # of a mixture
     world: World = field(default_factory=lambda: World(torch.device("cpu")))  # batches are a rank's part
 
 
@@ -62,18 +90,24 @@ def step_options(config: RunConfig, world: World) -> StepOptions:
         chunk_size=config.train.loss_chunk_size,
         offload_activations=config.memory.offload_activations,
         fused_backward=config.memory.fused_backward,
+        num_sources=len(config.data.weights),
         world=world,
     )
 
 
-def forward_backward(model: PreTrainedModel, batch: Batch, options: StepOptions) -> torch.Tensor:
+def forward_backward(
+    model: PreTrainedModel, batch: Batch, options: StepOptions, sequence_losses: torch.Tensor | None = None
+) -> torch.Tensor:
     """Gradients of the mean loss over all valid tokens of all ranks' batches, accumulated over micro-batches.
+
+    Args:
+        sequence_losses: (B,) fp32, to which each sequence's summed loss is added.
 
     Returns:
         This rank's share of the loss, a detached fp32 scalar on the model's device.
     """
     total = torch.zeros((), device=model.device)
-    for loss in _micro_losses(model, batch, options):
+    for loss in _micro_losses(model, batch, options, sequence_losses):
         loss.backward()
         total += loss.detach()
     return total
@@ -88,8 +122,9 @@ def train_step(
     learning_rate: float,
     max_grad_norm: float | None,
     last_grad_norm: float | None = None,
+    highest_grad_norm: float = math.inf,
 ) -> StepResult:
-    """One step. Nothing is updated where the loss or the gradient is not finite.
+    """One step. Nothing is updated where the loss or the gradient is not finite, or its norm is a spike.
 
     With ``fused_backward`` each parameter is updated within the backward pass, before the norm of all gradients is
     known: it is clipped by that of the step before, and a gradient that is not finite is met too late.
@@ -100,11 +135,14 @@ def train_step(
     if options.fused_backward:
         scale = 1.0 if last_grad_norm is None else clip_coefficient(last_grad_norm, max_grad_norm)
         return _fused_step(model, optimizer, batch, options, learning_rate, scale)
-    loss = forward_backward(model, batch, options)
+    of_sequences = torch.zeros(0 if batch.source_ids is None else len(batch), device=model.device)
+    loss = forward_backward(model, batch, options, None if batch.source_ids is None else of_sequences)
     norm = global_grad_norm(optimizer.parameters.values())
-    # One transfer for both numbers: on an accelerator each is a wait for the device.
-    result = _over_ranks(options.world, *torch.stack((loss, norm.to(loss))).tolist())
-    if result.is_finite:
+    # One transfer for all numbers: on an accelerator each is a wait for the device.
+    loss_value, norm_value, *nats = torch.cat((torch.stack((loss, norm.to(loss))), of_sequences)).tolist()
+    result = _over_ranks(options.world, loss_value, norm_value, _of_sources(batch, nats, options))
+    result = replace(result, is_spike=result.grad_norm > highest_grad_norm)
+    if result.is_updated:
         optimizer.step(learning_rate, grad_scale=clip_coefficient(result.grad_norm, max_grad_norm))
     optimizer.zero_grad()
     return result
@@ -127,18 +165,33 @@ def trial(model: PreTrainedModel, optimizer: UpdateRules, batch: Batch, options:
     return result.loss, result.grad_norm
 
 
-def _over_ranks(world: World, loss: float, norm: float) -> StepResult:
+def _of_sources(batch: Batch, nats: Sequence[float], options: StepOptions) -> list[SourceLoss]:
+    """This rank's sums for each source of a mixture, of the summed loss of each sequence."""
+    sources = [SourceLoss(0.0, 0)] * options.num_sources
+    if batch.source_ids is not None:
+        counts = (batch.labels != IGNORE_INDEX).sum(1)
+        for source, loss, count in zip(batch.source_ids.tolist(), nats, counts.tolist(), strict=True):
+            sources[source] += SourceLoss(loss, count)
+    return sources
+
+
+def _over_ranks(world: World, loss: float, norm: float, sources: Sequence[SourceLoss] = ()) -> StepResult:
     """The loss of which each rank has a share, and the norm of the gradients of which each has some rows."""
     if world.is_alone:
-        return StepResult(loss, norm)
-    loss, square = world.sum(loss, norm * norm)
-    return StepResult(loss, math.sqrt(square / world.num_replicas))  # replicas have the same gradients
+        return StepResult(loss, norm, sources=tuple(sources))
+    loss, square, *sums = world.sum(loss, norm * norm, *(value for s in sources for value in (s.nats, s.tokens)))
+    norm = math.sqrt(square / world.num_replicas)  # replicas have the same gradients
+    pairs = zip(sums[::2], sums[1::2], strict=True)
+    return StepResult(loss, norm, sources=tuple(SourceLoss(nats, round(tokens)) for nats, tokens in pairs))
 
 
-def _micro_losses(model: PreTrainedModel, batch: Batch, options: StepOptions) -> Iterator[torch.Tensor]:
+def _micro_losses(
+    model: PreTrainedModel, batch: Batch, options: StepOptions, sequence_losses: torch.Tensor | None = None
+) -> Iterator[torch.Tensor]:
     """Each micro-batch's share of the mean loss over all valid tokens of all ranks' batches; they sum to it."""
     (num_valid,) = options.world.sum((batch.labels != IGNORE_INDEX).sum().item())
-    for micro_batch in batch.split(options.micro_batch_size):
+    for number, micro_batch in enumerate(batch.split(options.micro_batch_size)):
+        part = slice(number * options.micro_batch_size, number * options.micro_batch_size + len(micro_batch))
         on_device = micro_batch.to(model.device)
         yield batch_loss(
             model,
@@ -148,6 +201,7 @@ def _micro_losses(model: PreTrainedModel, batch: Batch, options: StepOptions) ->
             num_valid=max(int(num_valid), 1),
             chunk_size=options.chunk_size,
             offload_activations=options.offload_activations,
+            sequence_losses=None if sequence_losses is None else sequence_losses[part],
         )
 
 
@@ -164,10 +218,12 @@ def _fused_step(
             f"{len(batch.input_ids)} sequences in micro-batches of {options.micro_batch_size}: "
             "fused_backward frees the gradients that accumulation would add to"
         )
-    (loss,) = _micro_losses(model, batch, options)
-    (loss_value,) = options.world.sum(loss.item())
-    if not math.isfinite(loss_value):
-        return StepResult(loss_value, math.nan)
+    of_sequences = torch.zeros(0 if batch.source_ids is None else len(batch), device=model.device)
+    (loss,) = _micro_losses(model, batch, options, None if batch.source_ids is None else of_sequences)
+    own_loss, *nats = torch.cat((loss.detach().reshape(1), of_sequences)).tolist()
+    result = _over_ranks(options.world, own_loss, 0.0, _of_sources(batch, nats, options))
+    if not math.isfinite(result.loss):
+        return replace(result, grad_norm=math.nan)
     with optimizer.in_backward(learning_rate, grad_scale) as norm:
         loss.backward()
-    return StepResult(loss_value, _over_ranks(options.world, 0.0, norm.total().item()).grad_norm)
+    return replace(result, grad_norm=_over_ranks(options.world, 0.0, norm.total().item()).grad_norm)

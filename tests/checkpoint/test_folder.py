@@ -161,7 +161,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path: Path, monkeypa
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(folder_module, "save_file", full)
+    monkeypatch.setattr(folder_module, "write_tensors", full)
     with pytest.raises(CheckpointError, match="no space left") as caught:
         _save(tmp_path, 2)
     assert caught.value.free_bytes > 0

@@ -15,9 +15,10 @@ from steplm.config import RunConfig, dump_config
 from steplm.errors import SteplmError
 from steplm.planner.plan import plan
 from steplm.report.figure import measured_spans, run_figure
+from steplm.report.page import write_page
 from steplm.report.runs import COLUMNS, RunRecord, comparison_table, load_run, render_rich
 from steplm.report.summary import read_suite
-from steplm.report.tables import stages_table
+from steplm.report.tables import sources_table, stages_table
 from steplm.training.run import train
 from steplm.types import to_json
 from steplm.units import format_count
@@ -146,6 +147,30 @@ def test_a_run_of_steplm_0_1_is_read_and_its_restarts_belong_to_the_stage_of_the
         ["1", "finished", "2", "2", format_count(record.plan.stages[0].tokens), "4.0000"],
         ["2", "finished", "3", "1", format_count(record.plan.stages[1].tokens), "2.0000"],
     ]
+
+
+def test_the_report_of_a_run_has_the_last_loss_of_each_source_and_validation_set(old_run: Path) -> None:
+    (entry,) = read_suite(old_run).entries.values()
+    assert sources_table(entry) is None
+    log = old_run / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for number, event in enumerate(lines):
+        if event["event"] == "train":
+            event |= {"loss_web": 3.0 + number, "loss_code": 2.5}
+        if event["event"] == "eval":
+            event |= {"loss_web": 4.0, "loss_odd": "no number"}
+    log.write_text("".join(json.dumps(event) + "\n" for event in lines))
+    (entry,) = read_suite(old_run).entries.values()
+    table = sources_table(entry)
+    assert table is not None
+    last = max(number for number, event in enumerate(lines) if event["event"] == "train")
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["web", "training source", f"{3 + last:.4f}"],
+        ["code", "training source", "2.5000"],
+        ["web", "validation set", "4.0000"],
+    ]
+    suite = read_suite(old_run)
+    assert "Sources of" in write_page(suite, old_run / "index.html", {}, []).read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,225 @@
+"""Extension: a longer run, or the decay of a run, that begins with a checkpoint of a shorter one.
+
+The checkpoint must be one that the longer run would have come by itself: the same phases, and the same learning rate
+at every step up to there. Schedules with a stable phase have such checkpoints until they decay.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from steplm.checkpoint import CheckpointState, copy_checkpoint, verify_checkpoint
+from steplm.checkpoint.folder import load_checkpoint_state
+from steplm.config import TOKEN_BUDGETS, RunConfig, load_config
+from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError
+from steplm.models.shape import shape_of
+from steplm.planner.plan import Plan
+from steplm.planner.plan import plan as make_plan
+from steplm.training.branch import logged_until
+from steplm.training.checks import FREE_AT_RESUME, differing_keys, is_one_of
+from steplm.training.folder import RunFolder
+from steplm.training.rates import rate_of_step, warmup_base
+
+# What these say of the steps before the checkpoint, the comparison of schedules and learning rates tells.
+COMPARED_BY_STEP = (
+    "plan",
+    "optim.learning_rate",
+    "optim.lr_scheduler_type",
+    "optim.warmup_ratio",
+    "optim.decay_ratio",
+    "optim.min_lr_ratio",
+)
+
+
+def extended(config: RunConfig, source_run_dir: str | Path) -> tuple[RunConfig, Path]:
+    """A longer run than that in a run directory, and the last of its checkpoints that the longer run can begin with.
+
+    Earlier stages keep their tokens, and every stage its steps of warm-up.
+
+    Args:
+        config: as the run's, with more tokens and its own ``output_dir``.
+
+    Raises:
+        ConfigError: no more tokens, or the same directory.
+        CheckpointMismatch: it would not have come by any of the checkpoints; the message says why.
+    """
+    source = RunFolder.open(Path(source_run_dir))
+    begun_with = _begun_with(source)
+    _require_another_folder(config, source)
+    total_tokens, before = _plan(config).total_tokens, source.plan.total_tokens
+    if total_tokens <= before:
+        raise ConfigError(
+            f"{source.path} is planned for {before:,} tokens, and the longer run for {total_tokens:,}: set "
+            f"plan.total_tokens to more than {before:,}.",
+            total_tokens=total_tokens,
+        )
+    longer = _with_tokens(config, begun_with, source.plan, total_tokens)
+    reasons = []
+    for checkpoint in reversed(source.checkpoints):
+        problem = _difference(begun_with, source.plan, load_checkpoint_state(checkpoint), longer)
+        if problem is None:
+            return longer, checkpoint
+        reasons.append(f"{checkpoint.name}: {problem}")
+    raise CheckpointMismatch(
+        f"a run of {total_tokens:,} tokens would have none of the checkpoints of {source.path}: {reasons[-1]}. Only a "
+        "run with a stable learning rate can be extended (optim.lr_scheduler_type=wsd), from before its decay.",
+        path=str(source.path),
+        reasons=reasons,
+    )
+
+
+def decayed(checkpoint: str | Path, tokens: int, output_dir: str | Path) -> RunConfig:
+    """The run that ends so many tokens after a checkpoint, and decays its learning rate over all of them.
+
+    Args:
+        checkpoint: within the last stage of a run directory.
+        tokens: rounded to whole steps.
+        output_dir: of the new run.
+
+    Raises:
+        CheckpointError, ConfigError: there is no such checkpoint, or it is within an earlier stage.
+    """
+    checkpoint = Path(checkpoint)
+    source = RunFolder.open(checkpoint.parent.parent)
+    if checkpoint.resolve() not in {path.resolve() for path in source.checkpoints}:
+        raise CheckpointError(
+            f"{checkpoint} is no complete checkpoint of a run. `ls {source.path / 'checkpoints'}` shows those there "
+            "are.",
+            path=str(checkpoint),
+        )
+    config, progress = _begun_with(source), load_checkpoint_state(checkpoint).progress
+    num_stages = source.plan.num_stages
+    if progress.stage_index != num_stages:
+        raise ConfigError(
+            f"{checkpoint} is within stage {progress.stage_index} of {num_stages}: only the last stage makes a "
+            "finished model. Give a checkpoint of that.",
+            stage=progress.stage_index,
+        )
+    num_steps = max(round(tokens / config.step_tokens), 1)
+    decay_tokens = num_steps * config.step_tokens
+    config = config.model_copy(update={"name": Path(output_dir).name, "output_dir": str(output_dir)})
+    _require_another_folder(config, source)
+    longer = _with_tokens(config, config, source.plan, progress.tokens_seen + decay_tokens)
+    scheduled = _plan(longer).schedule.phases[-1].scheduled_tokens
+    ratios = [config.decay_ratio(stage) for stage in range(1, num_stages)]
+    return _changed(
+        longer,
+        optim={
+            "lr_scheduler_type": "warmup_stable_decay",
+            "decay_ratio": _one_or_per_stage([*ratios, decay_tokens / scheduled]),
+        },
+    )
+
+
+def begin_with(checkpoint: Path, config: RunConfig) -> Path:
+    """Give a run that has not begun a checkpoint of a shorter one, and the log up to there.
+
+    Returns:
+        The checkpoint in ``config.run_dir``.
+
+    Raises:
+        CheckpointMismatch: the run would not have come by it.
+        CheckpointError: it, or the log, is missing or damaged.
+    """
+    source = RunFolder.open(checkpoint.parent.parent)
+    verify_checkpoint(checkpoint)
+    state, plan = load_checkpoint_state(checkpoint), _plan(config)
+    if problem := _difference(_begun_with(source), source.plan, state, config):
+        raise CheckpointMismatch(
+            f"{config.run_dir} cannot go on from {checkpoint}: {problem}. Choose a checkpoint from before the decay.",
+            path=str(checkpoint),
+        )
+    phase, progress = plan.schedule.phases[state.progress.phase_index - 1], state.progress
+    history = logged_until(source.path, state)
+    if progress.phase_done and progress.phase_step * config.step_tokens < phase.tokens:  # the longer run goes on
+        last_line = history[history.rstrip().rfind(b"\n") + 1 :]
+        if json.loads(last_line)["event"] == "stage_end":
+            history = history.removesuffix(last_line)
+        progress, state = replace(progress, phase_done=False, stage_done=False), replace(state, probe_loss=None)
+    state = replace(
+        state,
+        progress=progress,
+        phase=phase,
+        schedule_hash=plan.schedule.hash_until(phase.index),
+        metrics_bytes=len(history),
+    )
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "metrics.jsonl").write_bytes(history)
+    return copy_checkpoint(checkpoint, config.run_dir / "checkpoints", state)
+
+
+def has_begun(config: RunConfig) -> bool:
+    """Whether the run has a checkpoint of its own already, or is finished."""
+    folder = RunFolder.open(config.run_dir)
+    return folder.finished or bool(folder.checkpoints)
+
+
+def _difference(begun_with: RunConfig, before: Plan, state: CheckpointState, config: RunConfig) -> str | None:
+    """Why a run of ``config`` would not have come by this checkpoint; None if it would."""
+    changed = [
+        change
+        for key, change in differing_keys(begun_with, config).items()
+        if not is_one_of(key, COMPARED_BY_STEP) and (key.startswith("optim.") or not is_one_of(key, FREE_AT_RESUME))
+    ]
+    if changed:
+        return f"the configurations differ ({', '.join(changed[:5])})"
+    if config.step_tokens != begun_with.step_tokens:
+        return f"a step has {begun_with.step_tokens:,} tokens there and {config.step_tokens:,} here"
+    progress, after = state.progress, _plan(config)
+    for old, new in zip(before.schedule.phases, after.schedule.phases[: progress.phase_index], strict=False):
+        is_last = old.index == progress.phase_index
+        num_steps = progress.phase_step if is_last else old.tokens // config.step_tokens
+        tokens = old.tokens if is_last else new.tokens
+        alike = replace(new, scheduled_tokens=old.scheduled_tokens, tokens=tokens) == old
+        if not alike or num_steps * config.step_tokens > new.tokens:
+            return f"phase {old.index} of the schedule has {old.tokens:,} tokens there and {new.tokens:,} here"
+        for step in range(num_steps):
+            rates = [rate_of_step(begun_with, old, step), rate_of_step(config, new, step)]
+            if rates[0] != rates[1]:
+                stage = f" of stage {old.stage}" if before.num_stages > 1 else ""
+                return f"step {step + 1}{stage} had learning rate {rates[0]:.3g} there, and has {rates[1]:.3g} here"
+    return None
+
+
+def _with_tokens(config: RunConfig, begun_with: RunConfig, before: Plan, total_tokens: int) -> RunConfig:
+    """With so many tokens, those of all stages but the last and every stage's warm-up as they were."""
+    earlier = [stage.tokens for stage in before.stages[:-1]]
+    per_stage = [*earlier, total_tokens - sum(earlier)]
+    budget = {"tokens_per_stage": per_stage} if earlier else {"total_tokens": total_tokens}
+    longer = _changed(config, plan={**dict.fromkeys(TOKEN_BUDGETS), **budget})
+    ratios = []
+    for stage, (old, new) in enumerate(zip(before.schedule.stages, _plan(longer).schedule.stages, strict=True), 1):
+        base, longer_base = warmup_base(begun_with, old[0]), warmup_base(longer, new[0])
+        ratio = begun_with.warmup_ratio(stage)
+        ratios.append(ratio if base == longer_base else round(ratio * base) / longer_base)
+    return _changed(longer, optim={"warmup_ratio": _one_or_per_stage(ratios)})
+
+
+def _one_or_per_stage(ratios: list[float]) -> float | list[float]:
+    return ratios[0] if len(set(ratios)) == 1 else ratios
+
+
+def _changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    values = config.model_dump(mode="json")
+    return load_config(values | {name: values[name] | changes for name, changes in sections.items()})
+
+
+def _begun_with(source: RunFolder) -> RunConfig:
+    if source.written is None or not source.checkpoints:
+        raise CheckpointError(f"{source.path} is no run directory with a checkpoint", path=str(source.path))
+    return source.written
+
+
+def _require_another_folder(config: RunConfig, source: RunFolder) -> None:
+    if config.run_dir.resolve() == source.path.resolve():
+        raise ConfigError(
+            f"the longer run needs a directory of its own, as {source.path} stays as it is: set name or output_dir.",
+            output_dir=str(source.path),
+        )
+
+
+def _plan(config: RunConfig) -> Plan:
+    return make_plan(config, shape_of(config.model.hf_config()))

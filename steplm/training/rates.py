@@ -1,0 +1,49 @@
+"""The learning rate of every step of a phase, and where a run begins to decay it."""
+
+from __future__ import annotations
+
+from steplm.config import RunConfig
+from steplm.optim.schedules import learning_rate
+from steplm.schedule import Phase, Schedule
+
+
+def rate_of_step(config: RunConfig, phase: Phase, phase_step: int) -> float:
+    """The learning rate of a step of a phase, from 0."""
+    optim = config.optim
+    num_steps, start_step = phase.tokens // config.step_tokens, phase.schedule_start_tokens // config.step_tokens
+    scheduled_steps = max(phase.scheduled_tokens // config.step_tokens, start_step + num_steps)
+    rises_again = start_step > 0 and phase.entry.warms_up_again
+    return learning_rate(
+        phase_step if rises_again else start_step + phase_step,
+        num_steps=scheduled_steps,
+        warmup_steps=round(config.warmup_ratio(phase.stage) * warmup_base(config, phase)),
+        base_warmup_steps=round(config.warmup_ratio(1) * scheduled_steps),
+        decay_steps=round(config.decay_ratio(phase.stage) * scheduled_steps),
+        peak=config.learning_rate(phase.stage),
+        start=start_step if rises_again else 0,
+        min_ratio=optim.min_lr_ratio,
+        kind=optim.lr_scheduler_type,
+    )
+
+
+def warmup_base(config: RunConfig, phase: Phase) -> int:
+    """Steps of which ``optim.warmup_ratio`` is a share."""
+    num_steps, start_step = phase.tokens // config.step_tokens, phase.schedule_start_tokens // config.step_tokens
+    if start_step > 0 and phase.entry.warms_up_again:
+        return num_steps
+    return max(phase.scheduled_tokens // config.step_tokens, start_step + num_steps)
+
+
+def last_stable_step(config: RunConfig, schedule: Schedule) -> int | None:
+    """Steps of the last stage before its learning rate decays; None where no stable phase comes before a decay."""
+    if config.optim.lr_scheduler_type != "warmup_stable_decay":
+        return None
+    steps_before = 0
+    for phase in schedule.stages[-1]:
+        num_steps, start_step = phase.tokens // config.step_tokens, phase.schedule_start_tokens // config.step_tokens
+        scheduled_steps = max(phase.scheduled_tokens // config.step_tokens, start_step + num_steps)
+        step = scheduled_steps - round(config.decay_ratio(phase.stage) * scheduled_steps) - start_step
+        if 0 < step <= num_steps:
+            return steps_before + step
+        steps_before += num_steps
+    return None
