@@ -17,7 +17,7 @@ def test_a_dry_run_shows_every_rate_and_seed_whole_in_80_columns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert run_compare("cpu_tokens", [], dry_run=True) == 0
+    assert run_compare("cpu_muon", [], dry_run=True) == 0
     words = capsys.readouterr().out.replace(",", " ").split()
     assert {"0.004", "0.008", "step_3_muon_8bit", "10.05"} <= set(words)
     assert not [word for word in words if word.endswith("…") and word != "…"], "something is cut"
