@@ -50,5 +50,5 @@ def test_a_syntax_error_is_one_line_with_its_place(tmp_path: Path) -> None:
 
 
 def test_a_duplicate_in_an_override_is_no_value() -> None:
-    with pytest.raises(yaml.YAMLError, match="'a' stands twice"):
+    with pytest.raises(yaml.YAMLError, match="'a' appears twice"):
         parse_yaml("{a: 1, a: 2}")
