@@ -265,7 +265,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Windows, or requests of a task, per forward pass.")] = 8,
     max_tokens: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Stop a text after this many tokens of the first model, e.g. 1M; default: all; hub data: 10M."),
+        typer.Option(
+            help="Stop a text after this many tokens of the first model, e.g. 1M; default: all; hub data: 10M."
+        ),
     ] = None,
     device: Device = "auto",
     json: Json = False,
