@@ -15,10 +15,10 @@ SHOWN = ("*.md", "LICENSE", "docs/**/*", "results/**/*", "recipes/**/*", "exampl
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """List the measured results, one page each, below their overview."""
+    """List the tables and findings of the measured results below their overview."""
     assert config.nav is not None
     (results,) = (section["Results"] for section in config.nav if "Results" in section)
-    results += sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("results/*/README.md"))
+    results += sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("results/*/*.md"))
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:

@@ -139,9 +139,9 @@ class DataConfig(Section):
     text_field: str = "text"
     tokenizer: str = Field("train", description="a folder, a tokenizer file, a hub name, or 'train' to train BPE here")
     prepared_dir: str | None = Field(
-        None, description="folder of the token shards; default: prepared/ and a hash of all that the tokens depend on"
+        None, description="folder of the token shards; default: prepared/ and a hash of everything the tokens depend on"
     )
-    max_train_tokens: Count | None = Field(None, description="stop preparing after so many training tokens")
+    max_train_tokens: Count | None = Field(None, description="stop preparing after this many training tokens")
     shard_tokens: Count = Field(32_000_000, description="tokens per shard")
     max_bad_share: float = Field(0.001, ge=0, le=1, description="stop if more records than this share are unusable")
     num_workers: int | None = Field(None, gt=0, description="threads that tokenize; default: all cores")
@@ -195,7 +195,7 @@ class PlanConfig(Section):
         None, description="refuse a plan whose peak and memory.reserve together need more, e.g. 24GiB"
     )
     objective: Literal["peak", "model_state"] = Field(
-        "peak", description="what the stages minimise: all bytes on the device, or the model state alone, as the paper"
+        "peak", description="what stages minimize: all bytes on the device, or the model state only, as in the paper"
     )
     solver: Literal["dynamic_programming", "integer_programme"] = "dynamic_programming"
     count_embeddings: bool = Field(True, description="false: the paper's bare formula, layers only")
@@ -237,7 +237,7 @@ class GrowthConfig(Section):
         None, description="default: upper; stack always goes on top"
     )
     optimizer_states: Literal["fresh", "parents"] = Field(
-        "fresh", description="moments of a new layer: zero, or made of its parents' moments as its weights are"
+        "fresh", description="moments of a new layer: zero, or made from its parents' moments like its weights"
     )
 
     @model_validator(mode="after")
@@ -280,7 +280,7 @@ class OptimConfig(Section):
         "adamw", description="update rule of the trained layers' matrices; AdamW updates everything else"
     )
     old_layers: RuleName | None = Field(
-        None, description="thawed: update rule of layers that were there before the last growth"
+        None, description="thawed: update rule of the layers from before the last growth"
     )
     rank: int = Field(128, gt=0, description="galore, apollo: rank of the optimizer states")
     update_proj_gap: int = Field(200, gt=0, description="galore, apollo: steps between two projections")
@@ -309,10 +309,10 @@ class OptimConfig(Section):
     adam_epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0, description="on matrices only, not on norms and biases")
     max_grad_norm: float | None = Field(
-        1.0, gt=0, description="null: no clipping; with memory.fused_backward the norm is that of the step before"
+        1.0, gt=0, description="null: no clipping; memory.fused_backward uses the norm of the previous step"
     )
     max_skipped_steps: int = Field(
-        3, ge=0, description="steps in a row without an update, as their loss or gradient is not finite, before a stop"
+        3, ge=0, description="consecutive steps with a non-finite loss or gradient, skipped before the run stops"
     )
     skip_sigma_factor: float | None = Field(
         None,
@@ -361,8 +361,8 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile each layer")
     dry_run: bool = Field(True, description="one batch, forward and backward, before the first step of each stage")
     save_steps: int | None = Field(None, gt=0, description="default: five times a stage; stage ends are always saved")
-    save_minutes: float | None = Field(None, gt=0, description="also save when so much time has passed since a save")
-    save_total_limit: int = Field(2, gt=0, description="checkpoints kept beside the stage ends")
+    save_minutes: float | None = Field(None, gt=0, description="also save this many minutes after the last save")
+    save_total_limit: int = Field(2, gt=0, description="checkpoints kept in addition to the stage ends")
 
 
 class MemoryConfig(Section):
@@ -387,10 +387,10 @@ class MemoryConfig(Section):
     )
     offload_activations: bool = Field(False, description="keep activations in host memory until the backward pass")
     reserve: Bytes = Field(
-        5 * 2**28, description="for the device's context, libraries and fragmentation, beside the peak in every budget"
+        5 * 2**28, description="context, libraries and fragmentation of the device; added to the peak in every budget"
     )
     correction: float = Field(
-        1.0, gt=0, description="measured / planned peak on your device, as `steplm plan --calibrate` tells it"
+        1.0, gt=0, description="measured / planned peak on your device, from `steplm plan --calibrate`"
     )
 
     @property
@@ -408,7 +408,7 @@ class DistributedConfig(Section):
 
     world_size: int = Field(1, gt=0, description="devices; a run takes it from torchrun, `steplm plan` from here")
     shard_size: int | None = Field(
-        None, gt=0, description="at most so many devices share one copy of the model states; default: all; 1: none does"
+        None, gt=0, description="devices that share one copy of the model state, at most; default: all; 1: no sharding"
     )
     timeout: float = Field(10.0, gt=0, description="minutes without an answer after which a rank counts as hanging")
 

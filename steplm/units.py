@@ -32,7 +32,7 @@ def _parse(value: str | int | float, units: dict[str, int], example: str, *, rou
         number, unit = match.group(1).replace("_", "").replace(",", ""), match.group(2).lower()
     result = Decimal(number)
     if not result.is_finite() or (result and abs(result.adjusted()) > _MOST_DIGITS):
-        raise ValueError(f"{shortened(value)} is no whole number of at most {_MOST_DIGITS} digits")
+        raise ValueError(f"{shortened(value)} is not a whole number of at most {_MOST_DIGITS} digits")
     result *= units[unit]
     if result != int(result) and not (unit and round_down):
         raise ValueError(f"{shortened(value)} is {float(result)}, not a whole number")

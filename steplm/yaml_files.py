@@ -32,7 +32,7 @@ class YamlLoader(yaml.SafeLoader):
                 continue
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if name in lines:
-                raise yaml.YAMLError(f"the key {shortened(key.value)} stands twice, in lines {lines[name]} and {line}")
+                raise yaml.YAMLError(f"the key {shortened(key.value)} appears twice, in lines {lines[name]} and {line}")
             lines[name] = line
         return node
 
@@ -73,7 +73,7 @@ def _require_plain(value: Any) -> None:
             raise yaml.YAMLError(f"more than {MOST_YAML_VALUES:,} values, or one that contains itself")
         if isinstance(value, dict):
             if odd := [key for key in value if not isinstance(key, str)]:
-                raise yaml.YAMLError(f"the key {shortened(odd[0])} is no text: quote it")
+                raise yaml.YAMLError(f"the key {shortened(odd[0])} is not text: quote it")
             waiting += [*value, *value.values()]
         elif isinstance(value, list):
             waiting += value
@@ -81,7 +81,7 @@ def _require_plain(value: Any) -> None:
             if not value.isprintable() and _UNWRITABLE.search(value):
                 raise yaml.YAMLError(f"the text {shortened(value)} has a character that does not come back from a file")
         elif isinstance(value, float) and math.isnan(value):
-            raise yaml.YAMLError("a number that is none: .nan")
+            raise yaml.YAMLError("not a number: .nan")
         elif isinstance(value, int) and abs(value) >= 2**63:
             raise yaml.YAMLError(f"a number of {value.bit_length()} bits; 64 with the sign are the most")
         elif not isinstance(value, float | int | None):

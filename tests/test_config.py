@@ -90,14 +90,14 @@ def test_a_suite_is_told_from_a_run_and_a_run_from_a_suite() -> None:
     with pytest.raises(ConfigError, match=r"cpu\.yaml is a suite of runs"):
         load_config(recipes_dir() / "suites" / "cpu.yaml")
     for run in ("quickstart", recipes_dir() / "quickstart.yaml"):
-        with pytest.raises(ConfigError, match="is one run, and no suite"):
+        with pytest.raises(ConfigError, match="is a run, not a suite"):
             read_suite(run)
 
 
 @pytest.mark.parametrize("key", ["0", "null", "no"])
 def test_a_key_that_is_no_text_is_named(tmp_path: Path, key: str) -> None:
     (tmp_path / "run.yaml").write_text(f"model:\n  {key}: 1\n")
-    with pytest.raises(ConfigError, match="is no text: quote it"):
+    with pytest.raises(ConfigError, match="is not text: quote it"):
         load_config(tmp_path / "run.yaml")
 
 

@@ -23,7 +23,7 @@ from steplm.yaml_files import parse_yaml, read_yaml
 def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path: Path, text: str, key: str, lines: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(
-        ConfigError, match=rf"run\.yaml is not valid YAML: the key '{key}' stands twice, in lines {lines}$"
+        ConfigError, match=rf"run\.yaml is not valid YAML: the key '{key}' appears twice, in lines {lines}$"
     ):
         read_yaml(tmp_path / "run.yaml")
 
@@ -50,5 +50,5 @@ def test_a_syntax_error_is_one_line_with_its_place(tmp_path: Path) -> None:
 
 
 def test_a_duplicate_in_an_override_is_no_value() -> None:
-    with pytest.raises(yaml.YAMLError, match="'a' stands twice"):
+    with pytest.raises(yaml.YAMLError, match="'a' appears twice"):
         parse_yaml("{a: 1, a: 2}")

@@ -182,7 +182,7 @@ def _save_losses(folder: Path, results: Mapping[str, SftResult]) -> None:
         )
         for name, result in results.items()
     )
-    table = Table("Losses", columns, rows, "Nats a token of the answers.")
+    table = Table("Losses", columns, rows, "Nats per token of the answers.")
     folder.mkdir(parents=True, exist_ok=True)
     save_evaluation(folder, "sft", Evaluation("Instruction tuning", (table,)))
 

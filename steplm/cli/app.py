@@ -87,8 +87,8 @@ def plan(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Devices that share one copy of the model; default: all."),
     ] = None,
-    gpu: Annotated[str, typer.Option(help="Whose rates a step's time is estimated with: a100, h100 or b200.")] = "h100",
-    utilization: Annotated[float, typer.Option(help="Share of its peak that it reaches while computing.")] = 0.4,
+    gpu: Annotated[str, typer.Option(help="GPU for the time estimate: a100, h100 or b200.")] = "h100",
+    utilization: Annotated[float, typer.Option(help="Share of its peak FLOP/s that it reaches.")] = 0.4,
     bandwidth: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Bytes per second from each device to other nodes, e.g. 25GB; default: the GPU's."),
@@ -120,9 +120,9 @@ def fit(
     overrides: Overrides = None,
     maximize: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="depth, width, batch or sequence; default: the sizes stay as written."),
+        typer.Option(help="depth, width, batch or sequence; default: sizes stay as written."),
     ] = None,
-    vary: Annotated[str, typer.Option(help="What may change besides.")] = "stages,rank,options",
+    vary: Annotated[str, typer.Option(help="What else may change.")] = "stages,rank,options",
     show: Annotated[int, typer.Option(help="Commands to print, from the gentlest way to the harshest.", min=1)] = 3,
     json: Json = False,
 ) -> None:
@@ -150,7 +150,7 @@ def train(
     overrides: Overrides = None,
     budget: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Refuse a plan that needs more, and say what would fit, e.g. 24GiB: plan.budget=24GiB."),
+        typer.Option(help="Refuse a plan that needs more, and name what would fit, e.g. 24GiB (plan.budget)."),
     ] = None,
     extend: Annotated[
         Optional[Path],  # noqa: UP045
@@ -227,7 +227,7 @@ def evaluate(
             "--data",
             "-d",
             "--perplexity",
-            help="Texts: files, globs, hub://OWNER/NAME?split=test; NAME=FILES for a row of its own; repeatable.",
+            help="Texts: files, globs, hub://OWNER/NAME?split=test; NAME=FILES for a separate row; repeatable.",
         ),
     ] = None,
     limit: Annotated[
@@ -251,14 +251,12 @@ def evaluate(
     ] = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="Folder of tables, figure and item scores; what is there is reused."),
+        typer.Option("--output", "-o", help="Folder of tables, figure and item scores; existing scores are reused."),
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field of a record that holds the text.")] = "text",
     sequence_length: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(
-            help="Tokens per window; default: as in training if the folder tells, else the context, 1024 at most."
-        ),
+        typer.Option(help="Tokens per window; default: as in training if recorded, else the context, at most 1024."),
     ] = None,
     stride: Annotated[
         Optional[int],  # noqa: UP045
@@ -268,7 +266,7 @@ def evaluate(
     max_tokens: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Stop a text after so many tokens of the first model, e.g. 1M; default: all, for hub data 10M."
+            help="Stop a text after this many tokens of the first model, e.g. 1M; default: all; hub data: 10M."
         ),
     ] = None,
     device: Device = "auto",
@@ -308,7 +306,7 @@ def mtbench(
     ] = None,
     questions: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Questions from elsewhere than DATA: a file, or hub://OWNER/NAME?revision=COMMIT."),
+        typer.Option(help="Questions from another place than DATA: a file, or hub://OWNER/NAME?revision=COMMIT."),
     ] = None,
     base_url: Annotated[
         Optional[str],  # noqa: UP045
@@ -326,7 +324,7 @@ def mtbench(
     ] = None,
     answers: Annotated[
         Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="Answers made elsewhere, FastChat's format; repeatable."),
+        typer.Option(help="Existing answers in FastChat's format; repeatable."),
     ] = None,
     categories: Annotated[
         Optional[str],  # noqa: UP045
@@ -336,7 +334,7 @@ def mtbench(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Questions of each category; default: all."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer's turn at most.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer's turn.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
     chat_template: Annotated[
@@ -347,17 +345,17 @@ def mtbench(
         Optional[str],  # noqa: UP045
         typer.Option(help="Environment variable that holds the judge's key; default: OPENAI_API_KEY."),
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.")] = 4,
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 4,
     requests_per_minute: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="Requests a minute at most; default: no limit."),
+        typer.Option(help="Most requests per minute; default: no limit."),
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a reply.")] = 120.0,
-    retries: Annotated[int, typer.Option(min=0, help="Further tries of a request that failed.")] = 6,
-    backoff: Annotated[float, typer.Option(help="Seconds before the first retry; doubled before each further.")] = 1.0,
-    ask_again: Annotated[int, typer.Option(min=0, help="Further questions where a reply cannot be read.")] = 2,
+    retries: Annotated[int, typer.Option(min=0, help="Retries of a failed request.")] = 6,
+    backoff: Annotated[float, typer.Option(help="Seconds before the first retry; doubled each time.")] = 1.0,
+    ask_again: Annotated[int, typer.Option(min=0, help="Times to ask again if a reply cannot be read.")] = 2,
     max_judge_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a judge's reply at most, those of its thinking too.")
+        int, typer.Option(min=1, help="Most tokens of a judge's reply, including its reasoning.")
     ] = 2048,
     rating: Annotated[
         str,
@@ -406,14 +404,14 @@ def mtbench(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name.")],
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling: share of probability kept.")] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Go on from a prompt."""
+    """Continue a prompt."""
     from steplm.cli.generate import run_generate
 
     run_generate(
@@ -457,13 +455,13 @@ def sft(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name of a model with a chat template.")],
-    system: Annotated[Optional[str], typer.Option(help="Who the model is to be.")] = None,  # noqa: UP045
+    system: Annotated[Optional[str], typer.Option(help="System message.")] = None,  # noqa: UP045
     chat_template: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="A Jinja file, in place of the model's own template."),
+        typer.Option(help="A Jinja file, instead of the model's own template."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling: share of probability kept.")] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed and messages give the same answers.")] = 0,
     device: Device = "auto",

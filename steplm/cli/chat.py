@@ -13,8 +13,8 @@ from steplm.errors import ConfigError
 if TYPE_CHECKING:
     from steplm.eval.chat import Message
 
-HELP = """/system TEXT   say who the model is, and begin anew (without TEXT: nobody in particular)
-/reset         forget what was said
+HELP = """/system TEXT   set the system message and start a new conversation (without TEXT: no system message)
+/reset         start a new conversation
 /quit          end, as Ctrl-D does; Ctrl-C ends an answer
 /help          this"""
 
@@ -44,7 +44,7 @@ def run_chat(
     if is_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  arrow keys in input()
-        _remark(f"{model}: {chat.context or 'no limit of'} tokens of context. /help tells the commands.")
+        _remark(f"{model}: {chat.context or 'no limit of'} tokens of context. /help lists the commands.")
     num_replies = 0
     while (line := _read_line(is_terminal)) is not None:
         command, _, rest = line.partition(" ")

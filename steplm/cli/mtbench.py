@@ -135,7 +135,7 @@ def run_mtbench(
     if outcome.num_thinking and rating == "first":
         _say(
             f"note: {outcome.num_thinking:,} replies think aloud (<think>), and the first rating in each counts, as in "
-            "FastChat, even where it stands in a thought. --rating last counts the last one outside of <think>."
+            "FastChat, even inside <think>. --rating last counts the last one outside of <think>."
         )
     return 1 if outcome.failures else 0
 
@@ -193,7 +193,7 @@ def _show(outcome: Outcome, json_output: bool) -> None:
         tokens = (
             f"{outcome.prompt_tokens:,} tokens sent, {outcome.completion_tokens:,} received"
             if outcome.prompt_tokens
-            else "the server does not tell the tokens"
+            else "the server does not report tokens"
         )
         _say(f"replies: {outcome.num_asked:,}; {tokens}")
     for reason, count in _counted([failure.reason for failure in outcome.failures]).items():

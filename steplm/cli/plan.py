@@ -312,7 +312,7 @@ def _symbols_of_devices(config: RunConfig) -> tuple[tuple[str, str, str], ...]:
     return (
         ("n", "devices that share one copy", str(config.distributed.num_shards)),
         ("T", "trained parameters of what is gathered at once", ""),
-        ("P_outer", "all that is outside the layers", ""),
+        ("P_outer", "everything outside the layers", ""),
     )
 
 

@@ -60,7 +60,7 @@ class SuiteDisplay:
         self.note(f"{run.status:<9} {run.dir}  {result}{log}", style)
 
     def again(self, run_dir: str, reason: str | None) -> None:
-        self.note(f"again     {run_dir}: what it would have begun with is lost ({reason})", "yellow")
+        self.note(f"again     {run_dir}: the checkpoint to start from is lost ({reason})", "yellow")
 
     def chosen(self, entry: str, losses: Mapping[float, float | None], choice: Choice | None) -> None:
         tried = ", ".join(f"{rate:g}: {'diverged' if x is None else f'{x:.4f}'}" for rate, x in losses.items())

@@ -382,9 +382,9 @@ class Runner:
 def _cause(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
         name = signal.Signals(-exit_code).name
-        hint = ": out of memory, perhaps" if -exit_code == signal.SIGKILL else ""
+        hint = ", perhaps for lack of memory" if -exit_code == signal.SIGKILL else ""
         return f"its process was killed by {name}{hint}"
-    return f"its process ended with exit code {exit_code} and no word"
+    return f"its process ended with exit code {exit_code} and no message"
 
 
 def problems_of(record: SuiteRecord) -> list[str]:
@@ -393,7 +393,7 @@ def problems_of(record: SuiteRecord) -> list[str]:
     for entry in record.entries:
         counting = {run.status for run in record.runs_of(entry.name)}
         if entry.learning_rate is None:
-            lines.append(f"entry {entry.name!r} has no learning rate: of every rate a run diverged or failed")
+            lines.append(f"entry {entry.name!r} has no learning rate: at every rate a run diverged or failed")
         elif counting == {"diverged"}:
             lines.append(f"entry {entry.name!r} has no result: every run of it diverged")
     return lines

@@ -35,12 +35,10 @@ class TuneConfig(Section):
 
     learning_rates: Rates
     extend: Repeats = Field(
-        0, description="where the best is at an edge: times that the rate beyond it is tried, by the grid's ratio"
+        0, description="while the best rate is at an edge: how often to add a rate beyond it, by the grid's ratio"
     )
-    refine: Repeats = Field(0, description="then: times that the rates halfway to the best's neighbours are tried")
-    finalists: int = Field(
-        1, gt=0, description="best rates that all seeds are run at, of which the one with the best mean is chosen"
-    )
+    refine: Repeats = Field(0, description="then: how often to add rates halfway between the best and its neighbours")
+    finalists: int = Field(1, gt=0, description="number of best rates that all seeds run at; the best mean wins")
     seed: Seed = 0
 
 
@@ -175,14 +173,14 @@ class SuiteConfig(Section):
     name: str = Field(pattern=FOLDER_NAME)
     run: str | dict[str, Any] = Field(description="recipe, path or sections: the configuration that all runs share")
     output_dir: str | None = Field(None, description="default: runs/suites/NAME")
-    match: Match = Field("tokens", description="what every run has as much of as the baseline: tokens or flops")
+    match: Match = Field("tokens", description="what every run shares with the baseline: tokens or flops")
     baseline: str
     seeds: Seeds = Field([0])
     tune: TuneConfig | None = None
     jobs: int = Field(1, gt=0, description="runs side by side")
     evaluate: dict[str, TextConfig] = Field(default_factory=dict)
     afterwards: AfterwardsConfig | None = None
-    keep_checkpoints: bool = Field(False, description="false: they go when no run that is to come needs them")
+    keep_checkpoints: bool = Field(False, description="false: removed once no further run needs them")
     entries: Annotated[list[EntryConfig], Field(min_length=1)]
     questions: list[QuestionConfig] = Field(default_factory=list)
 
@@ -209,7 +207,7 @@ def read_suite(source: str | Path | Mapping[str, Any], overrides: Iterable[str] 
     """
     values = dict(source) if isinstance(source, Mapping) else read_yaml(_find_suite(source))
     if "model" in values and "entries" not in values:
-        raise ConfigError(f"{source} is one run, and no suite: `steplm train {source}`", path=str(source))
+        raise ConfigError(f"{source} is a run, not a suite: `steplm train {source}`", path=str(source))
     suite = validated(SuiteConfig, values, "the suite")
     base = load_config(suite.run, overrides)
     return suite.model_copy(update={"run": base.model_dump(mode="json")})

@@ -60,7 +60,7 @@ def _outcome(task: Task) -> Outcome:
         task.config.run_dir.mkdir(parents=True, exist_ok=True)
         _print_to(task.config.run_dir / "log.txt")
     except OSError as error:  # there is no log to tell it
-        return Outcome("failed", f"its folder cannot be written into: {error}")
+        return Outcome("failed", f"its folder is not writable: {error}")
     try:
         if task.branch_from is not None and (problem := _branched(*task.branch_from, task.config)):
             return Outcome("again", problem)

@@ -1,6 +1,6 @@
 """The same instants where PyTorch's FSDP2 shards the model over ranks: shards, all-gathers, reduce-scatters.
 
-A group of tensors is gathered and reduced together: each layer, and all that is outside the layers, which is gathered
+A group of tensors is gathered and reduced together: each layer, and everything outside the layers, which is gathered
 for a whole forward or backward pass. With n ranks that share one copy, P the parameters of a group, the
 rows of each tensor rounded up to a multiple of n, T those of them that are trained, and w bytes of a number:
 
@@ -213,7 +213,7 @@ class ShardedInstants(Instants):
         return self._instant(name, num_below, terms, self._gradients_above(index + 1))
 
     def embeddings(self) -> Instant:
-        """The end of the backward pass: the gradients of all that is outside the layers are whole."""
+        """The end of the backward pass: the gradients of everything outside the layers are whole."""
         width, tied = self.work.width, self.shape.tie_word_embeddings
         terms = [
             self._outer,
@@ -227,7 +227,7 @@ class ShardedInstants(Instants):
         return self._instant("backward of the embeddings", 0, terms, self._reduced_above(0))
 
     def outer_reduction(self) -> Instant:
-        """The gradients of all that is outside the layers are reduced, the last of all."""
+        """The gradients of everything outside the layers are reduced, the last of all."""
         terms = [self._left_over, self._reduction(self.groups.outer)]
         return self._instant("reduction of the embeddings", 0, terms, self._reduced_above(0))
 

@@ -86,7 +86,7 @@ class BadRecords:
             raise DataError(
                 f"{self.num_bad:,} of {self.num_records:,} records ({self.share:.2%}) are unusable, "
                 f"more than data.max_bad_share={self.max_bad_share}:\n{examples}\n"
-                "Mend the files, name the right data.text_field, or raise data.max_bad_share.",
+                "Fix the files, name the right data.text_field, or raise data.max_bad_share.",
                 num_bad=self.num_bad,
                 num_records=self.num_records,
                 max_bad_share=self.max_bad_share,
@@ -321,7 +321,7 @@ def _hub_arguments(entry: str) -> tuple[str, dict[str, str]]:
     try:
         parts = urlsplit(entry)
     except ValueError as error:
-        raise DataError(f"{entry!r} is no address of a data set: {error}", entry=entry) from None
+        raise DataError(f"{entry!r} is not the address of a data set: {error}", entry=entry) from None
     keys = dict(parse_qsl(parts.query))
     for key in keys:
         if key not in HUB_KEYS:
@@ -364,7 +364,7 @@ def _stream_hub(entry: str, revision: str | None = None, after: Place | None = N
             if num_read == 0 or num_failures == len(HUB_RETRY_SECONDS):
                 raise HubUnavailable(
                     f"the hub cannot be reached for {entry} (after {num_read:,} records): {error}\n"
-                    "Start again when it can (it goes on where it stopped), or name local files in data.train.",
+                    "Start again when it can (it resumes where it stopped), or name local files in data.train.",
                     entry=entry,
                     num_records=num_read,
                 ) from None

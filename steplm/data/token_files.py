@@ -94,7 +94,7 @@ def open_token_file(path: Path) -> TokenFile:
 def _megatron(path: Path, index: Path, num_bytes: int) -> TokenFile:
     data = index.read_bytes()
     if len(data) < 34 or not data.startswith(MEGATRON_MAGIC):
-        raise DataError(f"{index} is no index of Megatron's: {path} cannot be read by it.", path=str(index))
+        raise DataError(f"{index} is not a Megatron index: {path} cannot be read by it.", path=str(index))
     version, code, num_sequences, _ = struct.unpack("<QBQQ", data[9:34])
     if version != 1 or code not in MEGATRON_TYPES or len(data) < 34 + 4 * num_sequences:
         raise DataError(f"{index} is damaged, or of another version: version {version}, type {code}.", path=str(index))
@@ -107,7 +107,7 @@ def _whole(file: TokenFile, num_bytes: int) -> TokenFile:
     if num_bytes != expected or file.num_tokens < 1:
         raise DataError(
             f"{file.path} has {num_bytes:,} bytes, and {file.num_tokens:,} tokens of {file.itemsize} bytes "
-            f"with a header of {file.header_bytes:,} have {expected:,}: it is cut short, or no token file.",
+            f"with a header of {file.header_bytes:,} have {expected:,}: it is cut short or not a token file.",
             path=str(file.path),
             num_bytes=num_bytes,
         )

@@ -117,7 +117,7 @@ class Manifest:
         if not path.is_file():
             raise DataError(
                 f"{prepared_dir} holds no finished token shards ({MANIFEST} is missing). "
-                "Run 'steplm prepare'; it goes on where it was interrupted.",
+                "Run 'steplm prepare'; it resumes where it was interrupted.",
                 path=str(path),
             )
         try:

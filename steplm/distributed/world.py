@@ -133,7 +133,7 @@ class Watchdog(threading.Thread):
             if time.monotonic() - self.last_sign_at > self.limit_seconds:
                 told = (
                     f"rank {self.rank}: no progress for {self.limit_seconds / 60:g} minutes (distributed.timeout). "
-                    f"Another rank may have died or hang. Here this one stands:\n{_stacks()}"
+                    f"Another rank may have died or hung. Stacks of this rank:\n{_stacks()}"
                 )
                 os.write(sys.stderr.fileno(), told.encode())  # at once: every rank speaks now
                 os._exit(1)

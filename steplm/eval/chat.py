@@ -58,7 +58,7 @@ def load_chat_tokenizer(model: str | Path, chat_template: str | Path | None = No
         tokenizer.chat_template = read_chat_template(chat_template)
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"{model} has no chat template, so there is no known way to put a question to it. Tune it on instructions "
+            f"{model} has no chat template, so the format of a question is unknown. Tune it on instructions "
             "(steplm sft), or give the template that it was tuned with (--chat-template FILE).",
             model=str(model),
         )
@@ -90,7 +90,7 @@ class ChatModel:
             ConfigError: the template refuses the messages, or one is not valid Unicode.
         """
         if not all(is_unicode(message["content"]) for message in messages):
-            raise ConfigError("a message is not valid UTF-8: it holds a half character (a lone surrogate)")
+            raise ConfigError("a message is not valid Unicode: it holds a lone surrogate")
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program: it can fail in any way

@@ -39,7 +39,7 @@ def generate(
     """
     sampling = sampling_arguments(temperature, top_p, max_new_tokens)
     if not is_unicode(prompt):
-        raise ConfigError("the prompt is not valid UTF-8: it holds a half character (a lone surrogate)")
+        raise ConfigError("the prompt is not valid Unicode: it holds a lone surrogate")
     model = load_pretrained(folder).to(resolve_device(device)).eval()
     tokenizer = load_tokenizer(folder)
     prompt_ids = [opening_token(tokenizer), *tokenizer(prompt, add_special_tokens=False).input_ids]
@@ -60,7 +60,7 @@ def generate(
 
 
 def sampling_arguments(temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:
-    """Of ``model.generate``: these numbers, none of the folder's own; temperature 0 takes the likeliest token.
+    """Of ``model.generate``: these numbers, none of the folder's own; temperature 0: always the most likely token.
 
     Raises:
         ConfigError: a number out of range.

@@ -148,7 +148,7 @@ def _cannot_load(name: str, entry: Any, error: Exception) -> SteplmError:
         return DataError(f"cannot read the items of task {name!r} ({where}): {reason(error)}", task=name)
     if from_network:
         return HubUnavailable(
-            f"task {name!r} needs {dataset or 'a data set'} of the hub, which did not give it ({reason(error)}). "
+            f"task {name!r} needs {dataset or 'a data set'} of the hub, which did not return it ({reason(error)}). "
             f"Check the network, or use a local copy: a folder of sets (--tasks-data) for {', '.join(KNOWN_SETS)}; "
             "for another set a task file of your own (--tasks-path).",
             task=name,

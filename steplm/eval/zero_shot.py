@@ -267,7 +267,7 @@ def _check(
     batch_size: int,
 ) -> None:
     if not models or not tasks:
-        raise ConfigError("an evaluation needs a model and a task at least")
+        raise ConfigError("an evaluation needs at least one model and one task")
     if twice := [model for model in dict.fromkeys(models) if models.count(model) > 1]:
         raise ConfigError(f"{twice[0]} is named twice: each model once", model=twice[0])
     if names and (len(names) != len(models) or len(set(names)) < len(names)):

@@ -129,16 +129,16 @@ def require_decoder_only(config: PretrainedConfig) -> None:
     if text_config is not config:
         own = getattr(text_config, "model_type", None)
         hint = f" Its text model is {own!r}." if own in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""
-        raise ConfigError(f"{kind} is more than a language model, and only text is trained and grown here.{hint}")
+        raise ConfigError(f"{kind} is more than a language model; only text models can be trained and grown.{hint}")
     if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(f"{kind} is an encoder-decoder, and only decoders are trained and grown here.")
+        raise ConfigError(f"{kind} is an encoder-decoder; only decoders can be trained and grown.")
     # Neither attribute is there in the first releases of transformers 5.
     asks_globally = getattr(config, "allow_global_per_layer_attribute_access", False)
     if getattr(config, "is_heterogeneous", False) and not asks_globally:
         widths = ", ".join(sorted(config.per_layer_attributes or ()))
         raise ConfigError(f"{kind} has layers that differ in {widths}: only models of equal layers can grow.")
     if not hasattr(config, "num_hidden_layers"):
-        raise ConfigError(f"{kind} is not one list of layers, and only such models are trained and grown here.")
+        raise ConfigError(f"{kind} does not keep its layers in one list; only such models can be trained and grown.")
 
 
 def with_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:

@@ -20,7 +20,7 @@ def resolve_device(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"unknown device {name!r}: use auto, cpu or cuda", device=name)
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("the device is to be cuda, but PyTorch sees no CUDA device. Use cpu or auto.")
+        raise ConfigError("device is cuda, but PyTorch sees no CUDA device. Use cpu or auto.")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     _allocate_exactly()

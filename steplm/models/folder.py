@@ -261,7 +261,7 @@ def _require_model(name: str | Path) -> None:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         hint = ", but an adapter. Merge the adapter into its base model" if _is_adapter(path) else ""
-        raise CheckpointError(f"{path} is no Hugging Face folder: it has no config.json{hint}", path=str(path))
+        raise CheckpointError(f"{path} is not a Hugging Face folder: it has no config.json{hint}", path=str(path))
     # "a/b" may be a hub name; anything deeper, absolute or relative by dots can only be a folder.
     if not path.exists() and (len(path.parts) != 2 or str(name).startswith((".", "/", "~"))):
         raise CheckpointError(f"no folder {path}", path=str(path))

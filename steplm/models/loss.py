@@ -127,7 +127,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grads is None:
             raise RuntimeError(
                 "the gradients of this loss were made once, in its forward pass, and a backward pass has taken them: "
-                "compute the loss anew for another one"
+                "compute the loss again for another one"
             )
         # One element rather than a scalar: a scalar would be rounded to the gradients' dtype first.
         factor = grad_outputs[0].reshape(1)

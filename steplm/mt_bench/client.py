@@ -58,7 +58,8 @@ class Endpoint:
             )
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ConfigError(
-                f"the key in {self.api_key_env} has characters that no key has (a line break, perhaps). Export it anew."
+                f"the key in {self.api_key_env} contains a character that no key has, such as a line break. Export it "
+                "again."
             )
         least = {"timeout_seconds": 0.001, "retries": 0, "backoff_seconds": 0, "concurrency": 1}
         for name, lowest in least.items():

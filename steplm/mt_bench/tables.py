@@ -16,7 +16,7 @@ TURN_NAMES = {None: "both turns", 1: "turn 1", 2: "turn 2"}
 _TURN_COLUMNS = tuple(TURN_NAMES[turn] for turn in TURNS)
 _CAPTION = (
     f"In brackets: {CONFIDENCE:.0%} interval, bootstrap over questions. "
-    "Judged: judgments that the numbers of a row are of; nothing stands in for one that is missing."
+    "Judged: the number of judgments in a row; missing ones are not filled in."
 )
 
 

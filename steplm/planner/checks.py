@@ -114,7 +114,7 @@ NEEDS = (
         "pet.restarts",
         lambda config: config.pet.restarts > 0,
         lambda run: run.has_adapters,
-        "begins adapters anew, and this run has none",
+        "restarts adapters, and this run has none",
     ),
     Need(
         "pet.restart_keep",

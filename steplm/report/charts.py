@@ -137,7 +137,7 @@ def tradeoff_chart(entries: Sequence[EntrySummary], look: dict[str, Look]) -> di
     return {
         "kind": "tradeoff",
         "title": "Perplexity against memory",
-        "about": "Lower left is better; the pale line joins what nothing else beats in both. "
+        "about": "Lower left is better; the pale line joins the points that no other beats in both. "
         "Bars: 95% interval over seeds; hollow: seeds are missing.",
         "x_title": f"peak model-state memory, {name}",
         "y_title": "validation perplexity",
@@ -257,7 +257,7 @@ def growth_chart(curves: Sequence[Curve]) -> dict[str, Any] | None:
     return {
         "kind": "growth",
         "title": "Around growth",
-        "about": "Training loss of the first seed; every growth stands at 0.",
+        "about": "Training loss of the first seed, aligned at each growth.",
         "x_title": "tokens since the growth",
         "y_title": "training loss, nats per token",
         "mark_zero": True,
@@ -296,7 +296,7 @@ def rates_chart(suite: Suite) -> dict[str, Any] | None:
         "id": "rates",
         "kind": "rates",
         "title": "Learning rates",
-        "about": "Large: the rate that was chosen." + (" Cross: no result." if diverged else ""),
+        "about": "Large: the chosen rate." + (" Cross: no result." if diverged else ""),
         "x_title": "learning rate",
         "y_title": f"validation loss of seed {suite.record.tune_seed}, nats per token",
         "y_range": (low - margin, high + margin),
@@ -348,7 +348,7 @@ def facts(suite: Suite) -> list[tuple[str, str]]:
     result.append(("Runs", ", ".join(f"{count} {status}" for status, count in counts.items())))
     elapsed = sum(run.elapsed_seconds or 0.0 for run in suite.runs)
     if elapsed:
-        shared = ", what they share counted for each" if any(run.entry.shared_from for run in suite.runs) else ""
+        shared = ", counting shared stages for each" if any(run.entry.shared_from for run in suite.runs) else ""
         together = f", all runs together{shared}" if len(suite.runs) > 1 else ""
         result.append(("Time", format_seconds(elapsed) + together))
     return result

@@ -30,7 +30,7 @@ from steplm.report.tables import (
 )
 from steplm.version import __version__
 
-WITHOUT_PLOTLY = "For interactive charts: pip install plotly, and make the report again."
+WITHOUT_PLOTLY = "For interactive charts: pip install plotly, and run steplm report again."
 AXIS_BUTTONS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "time"}
 MOST_STAGE_TABLES = 6  # runs whose stages are shown where runs are all there is
 LONG_CELL = 18  # characters, from which on a cell of words may be broken into lines

@@ -97,7 +97,7 @@ def load_run(run_dir: str | Path, label: str | None = None) -> RunRecord:
     """
     run_dir = Path(run_dir)
     if not (run_dir / "plan.json").is_file():
-        raise SteplmError(f"{run_dir} is no run directory: it has no plan.json", path=str(run_dir))
+        raise SteplmError(f"{run_dir} is not a run directory: it has no plan.json", path=str(run_dir))
     config = load_written_config(run_dir / "config.yaml")
     plan, stages = read_plan(run_dir / "plan.json", config)
     return RunRecord(

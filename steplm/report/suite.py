@@ -123,7 +123,7 @@ def load_suite(directory: str | Path) -> SuiteRecord:
     """
     path = Path(directory) / SUITE_FILE
     if not path.is_file():
-        raise SteplmError(f"{directory} is no suite directory: it has no {SUITE_FILE}", path=str(directory))
+        raise SteplmError(f"{directory} is not a suite directory: it has no {SUITE_FILE}", path=str(directory))
     try:
         values = parse_json(path.read_bytes())
         version = values["schema_version"]
@@ -146,7 +146,7 @@ def _check_numbers(record: SuiteRecord, path: Path) -> None:
     chosen = [entry.learning_rate for entry in record.entries if entry.learning_rate is not None]
     rates = [*chosen, *record.grid, *(run.learning_rate for run in record.runs)]
     if not all(0 < rate < math.inf for rate in rates):
-        raise SteplmError(f"{path} has a learning rate that is none: {min(rates)} to {max(rates)}", path=str(path))
+        raise SteplmError(f"{path} has invalid learning rates: {min(rates)} to {max(rates)}", path=str(path))
 
 
 def _check_names(record: SuiteRecord, path: Path) -> None:

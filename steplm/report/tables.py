@@ -141,15 +141,15 @@ def _caption(suite: Suite, question: Question, baseline: EntrySummary | None) ->
     several = any(len(entry.finished) > 1 for entry in suite.of(question))
     if not any(entry.finished for entry in suite.of(question)):
         return "No run has finished yet."
-    parts = ["Loss: nats per token, of the exported model on the validation text."]
+    parts = ["Loss: nats per token of the exported model on the validation text."]
     if several:
         parts.append("±, ranges in brackets: 95% t-interval of the mean over seeds.")
     else:
         parts.append("One seed: no interval can be given.")
     if baseline is not None:
-        parts.append(f"Δ loss: less that of {baseline.label}, paired by seed; below 0 is better.")
-        parts.append("A verdict holds where the interval leaves out 0.")
-    parts.append("Model state: its largest bytes of any stage, and planned against the baseline's, or vanilla's.")
+        parts.append(f"Δ loss: minus that of {baseline.label}, paired by seed; below 0 is better.")
+        parts.append("A verdict is given where the interval excludes 0.")
+    parts.append("Model state: of the largest stage; its planned bytes are compared with the baseline's, or vanilla's.")
     parts.append("tok/s, time: medians over seeds.")
     return " ".join([*parts, *warnings(suite, question)])
 
@@ -198,8 +198,8 @@ def details_table(suite: Suite, question: Question) -> Table:
             ]
         )
     caption = (
-        "Peak: all bytes of tensors on the device, in the stage that has the most. "
-        "Dry run: a step without its update, at a stage's entrance."
+        "Peak: all bytes of tensors on the device, in the stage with the most. "
+        "Dry run: a step without its update, at the start of a stage."
     )
     return _without_empty(f"{question.title}: further numbers", [*columns, *peaks], rows, caption)
 
@@ -223,14 +223,14 @@ def tuning_table(suite: Suite) -> Table | None:
         rows.append(tuple(cells))
     caption = f"Validation loss of seed {record.tune_seed}, nats per token. Bold: the choice, {how_chosen(record)}."
     if any(entry.at_edge for entry in tried):
-        caption += " Edge: the best rate is the lowest or the highest that was tried; a better one may lie beyond."
+        caption += " Edge: the best rate is the lowest or highest tried; a better one may lie beyond."
     return Table("Learning rates", ("method", *(f"{rate:g}" for rate in record.grid)), tuple(rows), caption)
 
 
 def how_chosen(record: SuiteRecord) -> str:
     """A learning rate of the grid."""
     if record.finalists == 1:
-        return "which all seeds then take"
+        return "used for all seeds"
     return f"of the {record.finalists} best the one with the lowest mean over all seeds"
 
 

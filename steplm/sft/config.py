@@ -39,7 +39,7 @@ class SftConfig(Section):
 
     lora_rank: int | None = Field(None, gt=0, description="default: all parameters are trained")
     lora_alpha: float | None = Field(None, gt=0, description="default: 2 x lora_rank")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of what goes into an adapter")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="on the input of an adapter")
 
     learning_rate: float | None = Field(
         None, gt=0, description=f"default: {FULL_LEARNING_RATE:g}, with LoRA {LORA_LEARNING_RATE:g}"
@@ -52,27 +52,27 @@ class SftConfig(Section):
     max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
     num_train_epochs: float = Field(3.0, gt=0, description="times that each record is seen")
     max_steps: int | None = Field(None, gt=0, description="instead of num_train_epochs")
-    per_device_train_batch_size: int = Field(8, gt=0, description="records, or packed sequences")
-    gradient_accumulation_steps: int = Field(1, gt=0, description="such batches in one step")
+    per_device_train_batch_size: int = Field(8, gt=0, description="records or packed sequences")
+    gradient_accumulation_steps: int = Field(1, gt=0, description="batches per step")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
 
     precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="bf16 or fp32, of the products and of frozen weights; trained ones are in fp32"
+        "bf16", description="bf16 or fp32, of matrix products and frozen weights; trained weights are fp32"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
-    eval_steps: int | None = Field(None, gt=0, description="held-out loss every so many steps; default: each epoch")
+    eval_steps: int | None = Field(None, gt=0, description="steps between held-out losses; default: each epoch")
     save_steps: int | None = Field(None, gt=0, description="default: five times a run")
     save_total_limit: int = Field(2, gt=0, description="checkpoints kept")
-    logging_steps: int = Field(10, gt=0, description="steps between two lines; metrics.jsonl has each")
+    logging_steps: int = Field(10, gt=0, description="steps between log lines; metrics.jsonl has every step")
 
     @model_validator(mode="after")
     def _consistent(self) -> SftConfig:
         for name in ("lora_alpha", "lora_dropout"):
             if getattr(self, name) and self.lora_rank is None:
-                raise ValueError(f"{name}={getattr(self, name):g} is for adapters: set lora_rank, or leave it out")
+                raise ValueError(f"{name}={getattr(self, name):g} is for adapters: set lora_rank, or omit this key")
         if self.max_steps is not None and "num_train_epochs" in self.model_fields_set:
             raise ValueError(
-                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs:g} both say how long: "
+                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs:g} both set the length: "
                 "leave one of them out"
             )
         return self

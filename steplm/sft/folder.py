@@ -45,7 +45,8 @@ def check_same_run(
     begun = read_yaml(path) if path.is_file() else {}
     if "inputs" not in begun and {entry.name for entry in folder.iterdir()} - {LOCK}:
         raise CheckpointMismatch(
-            f"{folder} holds something else than instruction tuning: name a new folder by --output", path=str(folder)
+            f"{folder} holds something other than an instruction-tuning run: name a new folder with --output",
+            path=str(folder),
         )
     now = {
         "model": model,
@@ -59,9 +60,9 @@ def check_same_run(
         if differing:
             lines = [f"  {key}: {before.get(key)} there, {after.get(key)} now" for key in differing]
             raise CheckpointMismatch(
-                f"{folder} holds a run that differs from what is asked for now:\n"
+                f"{folder} holds a run with other settings:\n"
                 + "\n".join(lines)
-                + "\nGo on as it was begun, or name another folder by --output.",
+                + "\nResume it as it was started, or name another folder with --output.",
                 differing=differing,
             )
     write_atomically(path, dump_yaml(now))

@@ -30,7 +30,7 @@ def check_packing(model: PreTrainedModel, length: int = 8) -> None:
     difference = float((packed - alone).abs().max())
     if not difference <= (1e-4 if model.dtype == torch.float32 else 5e-2) * spread + 1e-6:  # not >: NaN must not pass
         raise ConfigError(
-            f"packing=true would let records see each other: in {type(model).__name__} the logits of a record change "
-            f"by {difference:.3g} (of a spread of {spread:.3g}) when another one stands before it. Set packing=false.",
+            f"packing=true would let records attend to each other: in {type(model).__name__} the logits of a record "
+            f"change by {difference:.3g} (of a spread of {spread:.3g}) when another precedes it. Set packing=false.",
             difference=difference,
         )

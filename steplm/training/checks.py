@@ -204,7 +204,7 @@ def check_checkpoint(path: Path | None, state: CheckpointState, plan: Plan, mani
     if state.data_fingerprint != manifest.fingerprint:
         raise CheckpointMismatch(
             f"{path} was trained on data {state.data_fingerprint}, but the prepared data is {manifest.fingerprint}. "
-            "Restore the data, or start anew in another output_dir.",
+            "Restore the data, or start in another output_dir.",
             fingerprint=manifest.fingerprint,
         )
 

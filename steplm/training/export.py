@@ -73,7 +73,7 @@ def _require_replaceable(folder: Path) -> None:
         return
     is_earlier_export = all((folder / name).is_file() for name in ("training_config.yaml", "plan.json"))
     if not folder.is_dir() or (any(folder.iterdir()) and not is_earlier_export):
-        raise CheckpointError(f"{folder} exists and is no earlier export: choose another folder", path=str(folder))
+        raise CheckpointError(f"{folder} exists and is not an earlier export: choose another folder", path=str(folder))
 
 
 def _tokenizer_dir(run_dir: Path, config: RunConfig) -> Path:

@@ -101,7 +101,7 @@ class RunFolder:
         if damaged and not checkpoints:
             raise CheckpointError(
                 f"no checkpoint in {self.path / 'checkpoints'} is usable: {len(damaged)} are damaged, "
-                f"{sorted(damaged)[-1].name} the last. Remove {self.path / 'checkpoints'} to begin the run anew.",
+                f"{sorted(damaged)[-1].name} the last. Remove {self.path / 'checkpoints'} to start the run again.",
                 path=str(self.path),
             )
         return replace(self, checkpoints=tuple(checkpoints), damaged=tuple(damaged))
@@ -145,7 +145,7 @@ def require_this_version(folder: RunFolder) -> None:
     if version != SCHEMA_VERSION:
         raise CheckpointError(
             f"{folder.path} was begun by another version of steplm (plan schema {version}; this version has "
-            f"{SCHEMA_VERSION}). Finish it with the version that began it, or start anew in another output_dir.",
+            f"{SCHEMA_VERSION}). Finish it with the version that began it, or start in another output_dir.",
             path=str(folder.path),
             schema_version=version,
         )

@@ -139,7 +139,7 @@ def _pet_and_growth(config: RunConfig, plan: Plan) -> str:
         targets = ", ".join(f"`{name}`" for name in adapters.target_modules)
         size = f"rank {adapters.rank}, alpha {adapters.alpha:g}"
         restarts = sum(phase.entry.kind == "merge" and before.has_adapters for before, phase in pairwise(phases))
-        times = f", merged and begun anew {restarts} times" if restarts else ""
+        times = f", merged and restarted {restarts} times" if restarts else ""
         lines.append(f"- adapters on frozen layers: {adapters.method}, {size}, on {targets}{times}")
     return "\n".join(lines)
 

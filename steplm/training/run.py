@@ -298,7 +298,7 @@ def _result_of(run_dir: Path) -> RunResult:
         loss, export_dir = float(summary["validation_loss"]), Path(summary["export_dir"]).name
     except Exception as error:  # what stands in it can be anything
         raise CheckpointError(
-            f"{file} cannot be used: {reason(error)}. Remove it, and run the same command again to write it anew.",
+            f"{file} cannot be used: {reason(error)}. Remove it, and run the same command again to write it.",
             path=str(file),
         ) from None
     return RunResult(run_dir, read_plan(run_dir), finished=True, validation_loss=loss, export_dir=run_dir / export_dir)

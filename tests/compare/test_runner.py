@@ -82,7 +82,7 @@ def test_side_by_side_with_shared_stages_equals_one_after_another_alone(
     upper = next(entry.dir for entry in record.runs if entry.entry == "position=upper")
     assert sources == {"vanilla": None, "position=upper": None, "position=lower": upper}
     assert_equal_suites(tmp_path, alone)
-    assert not list(tmp_path.rglob("checkpoints")), "no run to come needs them"
+    assert not list(tmp_path.rglob("checkpoints")), "no further run needs them"
     assert load_suite(tmp_path) == record
 
 
@@ -260,7 +260,7 @@ def test_a_killed_process_fails_its_run_alone(
     monkeypatch.setattr(Runner, "_start", start_and_kill_the_first)
     killed, done = run(suite_values(tmp_path)).runs
     assert (killed.status, done.status) == ("failed", "finished")
-    assert killed.error == "its process was killed by SIGKILL: out of memory, perhaps"
+    assert killed.error == "its process was killed by SIGKILL, perhaps for lack of memory"
 
 
 def _started(values: dict[str, Any], tmp_path: Path, num_events: int) -> subprocess.Popen[bytes]:

@@ -46,7 +46,7 @@ def test_an_empty_prompt_begins_a_document(folder: Path) -> None:
 
 
 def test_a_prompt_with_half_a_character_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="not valid UTF-8"):
+    with pytest.raises(ConfigError, match="not valid Unicode"):
         generate(folder, "caf\udce9")
 
 

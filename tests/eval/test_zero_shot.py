@@ -527,7 +527,7 @@ def test_a_mistyped_task_is_told_without_reading_lm_evals_list(
         ({"limit": 0}, ConfigError, "limit is 0, but must be 1 or more"),
         ({"num_fewshot": -1}, ConfigError, "num_fewshot is -1"),
         ({"batch_size": 0}, ConfigError, "batch_size is 0"),
-        ({"tasks": []}, ConfigError, "a model and a task at least"),
+        ({"tasks": []}, ConfigError, "at least one model and one task"),
         ({"tasks_data": "/nowhere"}, ConfigError, "no folder /nowhere of evaluation sets"),
         ({"tasks_path": ["/nowhere"]}, ConfigError, "no folder /nowhere of task files"),
         ({"models": ["./nowhere"]}, CheckpointError, "no folder nowhere"),

@@ -200,7 +200,7 @@ def test_a_model_that_is_not_there_gets_a_clear_answer(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_pretrained(tmp_path / "empty")
-    with pytest.raises(HubUnavailable, match="no local folder"):
+    with pytest.raises(HubUnavailable, match="not a local folder"):
         load_pretrained("nobody/nothing-of-this-name")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from steplm.mt_bench.data import Bench, Question
 from steplm.mt_bench.figure import radar_figure
@@ -122,3 +123,10 @@ def test_the_radar_is_drawn_from_three_categories_on(tmp_path: Path) -> None:
     assert radar_figure(_scores(2), tmp_path / "few.png") is None
     assert radar_figure(_scores(8), tmp_path / "radar.png") == tmp_path / "radar.png"
     assert (tmp_path / "radar.png").stat().st_size > 10_000
+
+
+def test_the_radar_is_as_wide_as_its_longest_name_needs(tmp_path: Path) -> None:
+    names = ("a", "a/very/long/name/of/a/model-with-a-size-and-a-date-1.5B-2025-01-01")
+    paths = [radar_figure(_scores(8, (name,)), tmp_path / f"{number}.png") for number, name in enumerate(names)]
+    short, long = (Image.open(path).width for path in paths if path is not None)
+    assert long > 1.2 * short

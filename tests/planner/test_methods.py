@@ -98,7 +98,7 @@ def test_a_method_that_freezes_has_a_layer_that_is_not_trained_and_the_others_ha
         ("thawed", ["optim.old_layers=null"], r"set optim\.old_layers"),
         ("growth", ["plan.train_embeddings=adapters"], "set method=step"),
         ("thawed", ["plan.train_embeddings=adapters"], "set method=step"),
-        ("step", ["pet.method=none", "pet.restarts=1"], "begins adapters anew, and this run has none"),
+        ("step", ["pet.method=none", "pet.restarts=1"], "restarts adapters, and this run has none"),
         ("badam", ["memory.frozen_weights=nf4"], "keeps layers frozen for good, and badam trains them again"),
         ("badam", ["memory.offload_frozen=true"], "keeps layers frozen for good, and badam trains them again"),
         ("badam", ["train.gradient_checkpointing=frozen"], "keeps layers frozen for good, and badam trains them again"),

@@ -57,7 +57,7 @@ def test_a_run_that_has_a_plan_but_no_metrics_yet_has_no_numbers(
 
 
 def test_a_folder_that_holds_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SteplmError, match=r"no run directory: it has no plan\.json"):
+    with pytest.raises(SteplmError, match=r"not a run directory: it has no plan\.json"):
         load_run(tmp_path)
 
 

@@ -36,7 +36,7 @@ def test_all_problems_are_told_at_once_with_the_nearest_key() -> None:
     ("overrides", "words"),
     [
         (["lora_alpha=8"], "set lora_rank"),
-        (["max_steps=3", "num_train_epochs=1"], "both say how long"),
+        (["max_steps=3", "num_train_epochs=1"], "both set the length"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(overrides: list[str], words: str) -> None:

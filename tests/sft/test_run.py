@@ -252,7 +252,7 @@ def test_a_model_that_lets_records_see_each_other_is_not_packed(folder: Path) ->
         return forward(*args, **kwargs)
 
     model.forward = without_positions
-    with pytest.raises(ConfigError, match="would let records see each other"):
+    with pytest.raises(ConfigError, match="would let records attend to each other"):
         check_packing(model)
 
 
@@ -270,7 +270,7 @@ def test_a_folder_of_another_run_is_refused_with_the_differences(
 
 def test_what_is_no_run_of_instruction_tuning_is_left_alone(folder: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("name: another run\n")
-    with pytest.raises(CheckpointMismatch, match="something else"):
+    with pytest.raises(CheckpointMismatch, match="something other"):
         tune(folder, data, tmp_path)
     assert (tmp_path / "config.yaml").read_text() == "name: another run\n"
 

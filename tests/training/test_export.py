@@ -113,10 +113,10 @@ def test_a_folder_that_is_no_export_is_left_alone(run_dir: Path, tmp_path: Path,
     folder.mkdir()
     for name in files:
         (folder / name).write_text("mine")
-    with pytest.raises(CheckpointError, match="no earlier export"):
+    with pytest.raises(CheckpointError, match="not an earlier export"):
         export(run_dir, folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(files)
-    with pytest.raises(CheckpointError, match="no earlier export"):
+    with pytest.raises(CheckpointError, match="not an earlier export"):
         export(run_dir, folder / files[0])
 
 

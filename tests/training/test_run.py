@@ -363,7 +363,7 @@ def test_export_of_a_middle_checkpoint_has_that_stages_depth(finished: Path, tmp
 
 def test_export_does_not_overwrite_what_is_no_export(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("important")
-    with pytest.raises(CheckpointError, match="no earlier export"):
+    with pytest.raises(CheckpointError, match="not an earlier export"):
         export(finished, tmp_path)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         export(tmp_path)
