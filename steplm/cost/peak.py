@@ -46,7 +46,12 @@ class Instants:
         self.config, self.shape, self.phase = config, shape, phase
         self.train, self.memory, self.optim = train, memory, config.optim
         self.work = Workload(
-            shape, train.precision, config.micro_batch_size, train.sequence_length, config.data.within_documents
+            shape,
+            train.precision,
+            config.micro_batch_size,
+            train.sequence_length,
+            config.data.within_documents,
+            sliding_window(config),
         )
         self.subject, self.state = Subject(config, shape, phase), state or model_state(config, shape, phase)
         self.outside, self.num_layers = phase.embeddings_and_head, phase.num_hidden_layers
@@ -228,8 +233,8 @@ class Instants:
             small = sum(size for size in (scale, scale, normaliser) if size < MIN_OFFLOADED_BYTES)
             count = sum(self._saving(kind, num_below) for kind in self.kinds if not self.recomputes[kind])
             held.append(term("all_layers", "activations", count * small, "too small to be moved"))
-        if in_pass and self.work.has_mask and any(self.recomputes.values()):
-            held.append(term("batch", "activations", self.work.num_tokens * self.work.sequence_length, "mask: N S"))
+        if in_pass and self.work.mask_bytes and any(self.recomputes.values()):
+            held.append(term("batch", "activations", self.work.mask_bytes, "mask: N S, or S S for all sequences"))
         if in_pass:
             formula = "tokens, labels and rotary angles: 16 N + 2 w S q/h"
             held.append(term("batch", "activations", self.work.batch_bytes, formula))
@@ -378,6 +383,12 @@ class Instants:
             term("evaluation", "activations", work.batch_bytes, "tokens, labels and rotary angles"),
             term("evaluation", "workspace", max(layer, loss), formula),
         ]
+
+
+def sliding_window(config: RunConfig) -> int | None:
+    """Tokens that a layer of the run sees at most, where its keys say so; else the family's default holds."""
+    window = config.model.extra.get("sliding_window")
+    return window if isinstance(window, int) and config.model.extra.get("use_sliding_window", True) else None
 
 
 def term(component: str, kind: str, num_bytes: int, formula: str) -> MemoryTerm:

@@ -99,9 +99,10 @@ def test_the_families_are_those_that_have_such_layers() -> None:
         shape = shape_from_hf_config({"model_type": model_type})
         assert is_modelled(shape) == (model_type in MODELLED)
         if is_modelled(shape):
-            assert MODELLED[model_type] == (FAMILIES[model_type].qk_norm == "head")
+            kind = MODELLED[model_type]
+            assert kind.normalises_heads == (FAMILIES[model_type].qk_norm == "head")
             assert [linear.name.rpartition(".")[2] for linear in shape.linears] == list(ALL)
-            assert FAMILIES[model_type].norms_per_layer == 2
+            assert FAMILIES[model_type].norms_per_layer == (4 if kind.norms_after else 2)
 
 
 def saved_bytes(model: PreTrainedModel) -> int:
@@ -109,7 +110,8 @@ def saved_bytes(model: PreTrainedModel) -> int:
     layer = model.model.layers[0]
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     hidden = torch.randn(B, S, SIZES["hidden_size"], dtype=model.dtype, requires_grad=True)
-    cosine_and_sine = model.model.rotary_emb(hidden, torch.arange(S).unsqueeze(0))
+    kinds = model.config.layer_types[:1] if MODELLED[model.config.model_type].num_rotary > 1 else []
+    cosine_and_sine = model.model.rotary_emb(hidden, torch.arange(S).unsqueeze(0), *kinds)
     given_from_outside = {tensor.untyped_storage().data_ptr() for tensor in cosine_and_sine}
     kept: dict[int, torch.Tensor] = {}
 
@@ -154,6 +156,15 @@ def test_autograd_saves_what_is_counted(make_phase: Callable[..., Phase], model_
     assert abs(saved - planned) <= 64, "but for a few scalars"
 
 
+def test_layers_that_do_not_see_all_tokens_before_save_a_mask_each() -> None:
+    N = B * S
+    for model_type in ("mistral", "gemma3_text"):
+        near, far = (replace(workload(model_type), sliding_window=window) for window in (S - 1, S))
+        assert (near.mask_bytes, far.mask_bytes) == (S * S, 0), "one for all sequences"
+        assert layer_activations(near, Trained()).saved - layer_activations(far, Trained()).saved == 2 * N * S
+        assert replace(workload(model_type), sequence_length=5000).mask_bytes == 5000**2, "by the family's default"
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     model_type=st.sampled_from(list(MODELLED)),
@@ -171,7 +182,8 @@ def test_activations_grow_with_tokens_and_training_and_no_number_is_negative(
     here = layer_activations(work, role)
     assert min(vars(here).values()) >= 0
     twice = layer_activations(replace(work, num_sequences=2 * sequences), role)
-    assert twice.saved == 2 * here.saved, "each sequence is alone"
+    once = 4 * work.shape.other_layer_parameters if MODELLED[model_type].fp32_norm_weights else 0
+    assert twice.saved - once == 2 * (here.saved - once), "each sequence is alone"
     longer = layer_activations(replace(work, sequence_length=length + 1), role)
     assert longer.saved > here.saved
     assert here.product_gradient <= here.backward <= here.fetched_backward + here.saved
