@@ -16,7 +16,6 @@ from steplm.config import RunConfig, load_config
 from steplm.cost.rules import ADAMW
 from steplm.cost.terms import OUTER_COMPONENTS
 from steplm.cost.traffic import UTILIZATION
-from steplm.data.mixture import epochs, told_epochs
 from steplm.errors import SteplmError
 from steplm.planner.plan import Plan, Stage, as_vanilla, save_bytes
 from steplm.planner.plan import plan as make_plan
@@ -91,6 +90,8 @@ def _show(plan: Plan, console: Console, config: RunConfig, *, explain: bool) -> 
             f"{plan.total_tokens / limit:.1f} epochs over data.max_train_tokens={format_count(limit)}", highlight=False
         )
     if of_sources := _epochs_of_sources(plan, config):
+        from steplm.data.mixture import told_epochs
+
         console.print(told_epochs(of_sources), highlight=False)
     if explain:
         render_explain(plan, console, config)
@@ -100,6 +101,7 @@ def _epochs_of_sources(plan: Plan, config: RunConfig) -> dict[str, float]:
     """Of a mixture whose data are prepared; else none."""
     if not config.data.weights:
         return {}
+    from steplm.data.mixture import epochs
     from steplm.data.prepare import with_prepared_dir
     from steplm.data.tokens import Manifest
 
