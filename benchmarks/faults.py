@@ -250,7 +250,7 @@ KILLS: dict[str, Callable[[Subject], None]] = {
 }
 OTHERS: dict[str, Callable[[Subject], None]] = {
     # A save then goes on in the background through several steps.
-    "kill, slow disk": _killing(MOMENTS["saving"], disk_seconds=0.01),
+    "slow disk": _killing(MOMENTS["saving"], disk_seconds=0.01),
     "terminate": terminate,
     "full disk": fill_disk,
     "truncate": _damaging("truncate"),

@@ -3,22 +3,33 @@
 The tokens are sparse files, so that 135 billion of them need no disk; the documents' offsets are real.
 
     python benchmarks/loader.py FOLDER --windows 132e6 --order windows --order documents
+
+How long the steps of a run wait for their batches, which a thread makes beside the step before:
+
+    OMP_NUM_THREADS=1 python benchmarks/loader.py FOLDER --train quickstart --output results/loader_idle.json
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from steplm.data.loader import BatchLoader
+from steplm.config import load_config
+from steplm.data.loader import Batch, BatchLoader, Prefetcher
 from steplm.data.shards import write_json
 from steplm.data.tokens import MANIFEST, Manifest, Shard, SplitManifest, TokenDataset, TokenizerManifest
+from steplm.training import run as run_module
+from steplm.training.environment import environment
+from steplm.training.metrics import read_metrics
 from steplm.types import to_json
 
 SEQUENCE_LENGTH = 1024
@@ -75,6 +86,45 @@ def measure(folder: Path, order: str, num_sequences: int) -> None:
     )
 
 
+def measure_idle(folder: Path, recipe: str, num_steps: int) -> dict[str, Any]:
+    """Train that many steps, and compare the seconds that they waited for batches with those that they took."""
+    made: list[Prefetcher] = []
+
+    class Kept(Prefetcher):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+        def batch(self, tokens_seen: int) -> Batch:
+            before = self.seconds_waited
+            batch = super().batch(tokens_seen)
+            if tokens_seen == 0:  # it is made at once
+                self.seconds_waited = before
+            return batch
+
+    run_module.Prefetcher = Kept  # type: ignore[misc]
+    one_stage = ["method=vanilla", "plan.num_stages=1", "log.progress=none", "train.num_threads=1"]
+    step_tokens = load_config(recipe, one_stage).step_tokens
+    config = load_config(
+        recipe, [*one_stage, f"output_dir={folder / 'run'}", f"plan.total_tokens={num_steps * step_tokens}"]
+    )
+    run_module.train(config)
+    events = read_metrics(config.run_dir / "metrics.jsonl", "train")
+    seconds = sum(
+        (event["tokens_seen"] - before) / event["tokens_per_second"]
+        for before, event in zip([0, *(event["tokens_seen"] for event in events)], events, strict=False)
+    )
+    return {
+        "recipe": recipe,
+        "steps": num_steps,
+        "step_tokens": config.step_tokens,
+        "seconds": seconds,
+        "seconds_waited": made[0].seconds_waited,
+        "idle_share": made[0].seconds_waited / seconds,
+        "environment": environment(torch.device("cpu")),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the files are made, if they are not there")
@@ -82,7 +132,16 @@ def main() -> None:
     parser.add_argument("--document-tokens", type=int, default=1000)
     parser.add_argument("--sequences", type=int, default=512, help="of a batch")
     parser.add_argument("--order", action="append", help="documents or windows; several: one after the other")
+    parser.add_argument("--train", metavar="RUN", help="a YAML file or recipe whose steps' idle share is measured")
+    parser.add_argument("--steps", type=int, default=100, help="of --train")
+    parser.add_argument("--output", type=Path, help="a JSON file, of --train")
     given = parser.parse_args()
+    if given.train is not None:
+        found = json.dumps(measure_idle(given.folder, given.train, given.steps), indent=1)
+        print(found)
+        if given.output is not None:
+            given.output.write_text(found + "\n")
+        return
     if not (given.folder / MANIFEST).is_file():
         make(given.folder, int(given.windows), given.document_tokens)
     orders = given.order or ["windows"]

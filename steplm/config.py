@@ -362,7 +362,9 @@ class TrainConfig(Section):
     dry_run: bool = Field(True, description="one batch, forward and backward, before the first step of each stage")
     save_steps: int | None = Field(None, gt=0, description="default: five times a stage; stage ends are always saved")
     save_minutes: float | None = Field(None, gt=0, description="also save this many minutes after the last save")
-    save_total_limit: int = Field(2, gt=0, description="checkpoints kept in addition to the stage ends")
+    save_total_limit: int = Field(
+        2, gt=0, description="checkpoints kept in addition to the stage ends and to the one before a decay"
+    )
 
 
 class MemoryConfig(Section):

@@ -53,6 +53,8 @@ def show_plan(
     document = plan_to_json(plan) if as_json else {}
     if not as_json:
         _show(plan, console, config, explain=explain)
+    elif of_sources := _epochs_of_sources(plan, config):
+        document["epochs_of_sources"] = of_sources
     if config.distributed.world_size > 1:
         from steplm.cli.scale import show_scale
 
@@ -84,25 +86,30 @@ def _show(plan: Plan, console: Console, config: RunConfig, *, explain: bool) -> 
     render_plan(plan, console, config)
     limit = config.data.max_train_tokens
     if limit is not None and plan.total_tokens > limit:
-        epochs = plan.total_tokens / limit
-        console.print(f"{epochs:.1f} epochs over data.max_train_tokens={format_count(limit)}", highlight=False)
-    if config.data.weights and (told := _epochs_of_sources(plan, config)):
-        console.print(told, highlight=False)
+        console.print(
+            f"{plan.total_tokens / limit:.1f} epochs over data.max_train_tokens={format_count(limit)}", highlight=False
+        )
+    if of_sources := _epochs_of_sources(plan, config):
+        from steplm.data.mixture import told_epochs
+
+        console.print(told_epochs(of_sources), highlight=False)
     if explain:
         render_explain(plan, console, config)
 
 
-def _epochs_of_sources(plan: Plan, config: RunConfig) -> str | None:
-    """Of a mixture whose data are prepared."""
-    from steplm.data.mixture import epochs, told_epochs
+def _epochs_of_sources(plan: Plan, config: RunConfig) -> dict[str, float]:
+    """Of a mixture whose data are prepared; else none."""
+    if not config.data.weights:
+        return {}
+    from steplm.data.mixture import epochs
     from steplm.data.prepare import with_prepared_dir
     from steplm.data.tokens import Manifest
 
     try:
         manifest = Manifest.load(with_prepared_dir(config).prepared_dir)
-        return told_epochs(epochs(manifest, config.data.weights, plan.total_tokens))
+        return epochs(manifest, config.data.weights, plan.total_tokens)
     except SteplmError:  # a plan needs no data
-        return None
+        return {}
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

@@ -30,3 +30,5 @@ def test_a_mixture_is_told_with_lengths_windows_and_epochs_and_the_plan_knows_th
     assert "train/few: " in told
     assert " tokens  " in told
     assert epochs in steplm("plan", "run.yaml", cwd=tmp_path).stdout
+    document = json.loads(steplm("plan", "run.yaml", "--json", cwd=tmp_path).stdout)
+    assert document["epochs_of_sources"] == {"few": 512 / few, "many": 512 / many}
