@@ -136,6 +136,19 @@ LADDER: tuple[Rung, ...] = (
 )
 
 
+# On top of any height of the ladder: it changes no number, but moves all that is trained over the bus in each step,
+# and updates it on the CPU.
+OFFLOADED = Rung(
+    name="optimizer in host memory",
+    price=19,
+    key="memory.offload_optimizer",
+    value=True,
+    replaces=(False,),
+    time="gradients cross the bus once a micro-batch, and the update runs on the CPU",
+)
+RUNGS = (*LADDER, OFFLOADED)
+
+
 @dataclass(frozen=True)
 class Axis:
     """A size to maximise, in whole steps."""
