@@ -99,10 +99,13 @@ def _combined(
     for num_stages in counts:
         has_frozen = method.freezes and (num_stages > 1 or not method.grows)
         useful = [rung for rung in rungs if has_frozen or not rung.on_frozen]
-        heights = range(len(useful) + 1)
+        ladders = [useful]
+        if config.plan.host_budget is not None:
+            ladders.append([rung for rung in useful if not rung.on_host])
+        heights = dict.fromkeys(tuple(ladder[:height]) for ladder in ladders for height in range(len(ladder) + 1))
         ranks_below = enumerate(ranks if has_frozen else ranks[:1])
-        for (halvings, rank), height, offloads in product(ranks_below, heights, offload):
-            taken = useful[:height]
+        for (halvings, rank), rungs_below, offloads in product(ranks_below, heights, offload):
+            taken = list(rungs_below)
             more = num_stages - config.plan.num_stages
             price = FREEZING_STAGE_PRICE * more if method.freezes else STAGE_PRICE * abs(more)
             price += RANK_PRICE * halvings
@@ -111,7 +114,8 @@ def _combined(
             if taken and taken[-1].needs:  # it ends accumulation, and steps become smaller
                 price += round(math.log2(config.micro_batches))
             if offloads:
-                taken, price = [*taken, OFFLOADED], price + OFFLOADED.price
+                taken.append(OFFLOADED)
+                price += OFFLOADED.price
             options, changes = _together(taken)
             yield Way(price, num_stages, options, {"pet.rank": rank, **changes})
 

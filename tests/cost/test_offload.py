@@ -126,6 +126,13 @@ def test_fit_proposes_it_where_nothing_else_fits() -> None:
     assert all("memory.offload_optimizer=true" in row.overrides for row in rows)
 
 
+def test_below_a_host_budget_options_that_take_none_of_it_are_tried_alone() -> None:
+    config = configure(*SMALL, "plan.host_budget=1KiB")
+    options = set(fit(config, 2**30).smallest.options)
+    assert {"no master weights", "fused backward"} <= options
+    assert not {"activations in host memory", "optimizer in host memory"} & options
+
+
 def test_fit_leaves_out_what_needs_more_than_the_host_has() -> None:
     alone = fit(configure(*SMALL), 2**30)
     rows = fit(configure(*SMALL, OFFLOAD), 2**30).alternatives
@@ -133,6 +140,6 @@ def test_fit_leaves_out_what_needs_more_than_the_host_has() -> None:
     needed = sorted(row.host_bytes for row in rows)
     assert len(set(needed)) > 1, "what this test needs"
     within = fit(configure(*SMALL, OFFLOAD, f"plan.host_budget={needed[0]}"), 2**30).alternatives
-    assert {row.host_bytes for row in within} == {needed[0]}
+    assert max(row.host_bytes for row in within) <= needed[0]
     with pytest.raises(PlanInfeasible, match=r"no way to train is within plan\.host_budget=1.00 KiB"):
         fit(configure(*SMALL, OFFLOAD, "plan.host_budget=1KiB"), 2**30)
