@@ -31,9 +31,10 @@ class Muon(MatrixRule):
     gradient of zero, after none that was not, changes nothing but the decay.
 
     Newton–Schulz runs in bf16 on CUDA and in fp32 elsewhere, on the smaller side; ``step`` runs it on several maps of
-    one shape at once, ``in_backward`` on one parameter's. Matrices in host memory are sent to ``compute_device`` for it.
-    Ranks that share the rows of maps gather a different map each, and send the rows of its update back. Bytes of the
-    momentum: ``muon_state_bytes``; of the workspace: ``muon_step_bytes``; both in ``steplm.cost.formats``. Momentum in 8 bits: arXiv 2509.23106.
+    one shape at once, ``in_backward`` on one parameter's. Matrices in host memory are sent to ``compute_device`` for
+    it. Ranks that share the rows of maps gather a different map each, and send the rows of its update back. Bytes of
+    the momentum: ``muon_state_bytes``; of the workspace: ``muon_step_bytes``; both in ``steplm.cost.formats``. Momentum
+    in 8 bits: arXiv 2509.23106.
 
     Args:
         named_parameters, states, master_weights, weight_decay: see ``MatrixRule``.
