@@ -194,6 +194,9 @@ class PlanConfig(Section):
     budget: Bytes | None = Field(
         None, description="refuse a plan whose peak and memory.reserve together need more, e.g. 24GiB"
     )
+    host_budget: Bytes | None = Field(
+        None, description="refuse a plan that needs more host memory, e.g. 64GiB; default: what the machine has free"
+    )
     objective: Literal["peak", "model_state"] = Field(
         "peak", description="what stages minimize: all bytes on the device, or the model state only, as in the paper"
     )
@@ -388,6 +391,10 @@ class MemoryConfig(Section):
         False, description="keep matrices of frozen layers in host memory and fetch them one layer ahead"
     )
     offload_activations: bool = Field(False, description="keep activations in host memory until the backward pass")
+    offload_optimizer: bool = Field(
+        False,
+        description="keep optimizer states, master weights and the sums of gradients in host memory, and update there",
+    )
     reserve: Bytes = Field(
         5 * 2**28, description="context, libraries and fragmentation of the device; added to the peak in every budget"
     )

@@ -155,13 +155,16 @@ class MemoryTerm:
     """Bytes of one kind of tensor of one component, on one rank."""
 
     component: str  # "trained_layers", "frozen_layers", "adapters", "embeddings", "final_norm", "head", ...
-    kind: str  # model state: "weights", "gradients", "optimizer"; beside it: "activations", "workspace", HOST
+    kind: str  # model state: "weights", "gradients", "optimizer"; beside it: "activations", "workspace"; HOST_KINDS
     num_bytes: int
     formula: str
     num_parameters: int = 0  # on all ranks together; 0 where the bytes are not those of parameters
 
 
-HOST = "host"  # the kind of a term in the host's memory, no part of any total
+# Kinds of terms in the host's memory, no part of any total of the device.
+HOST = "host"  # frozen weights, activations, workspace
+HOST_WEIGHTS, HOST_GRADIENTS, HOST_OPTIMIZER = "host_weights", "host_gradients", "host_optimizer"  # of what is trained
+HOST_KINDS = (HOST, HOST_WEIGHTS, HOST_GRADIENTS, HOST_OPTIMIZER)
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,12 @@ class MemoryEstimate:
     @property
     def total_bytes(self) -> int:
         """Bytes on the device."""
-        return sum(term.num_bytes for term in self.terms if term.kind != HOST)
+        return sum(term.num_bytes for term in self.terms if term.kind not in HOST_KINDS)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in host memory."""
+        return sum(term.num_bytes for term in self.terms if term.kind in HOST_KINDS)
 
     def bytes_of(self, component: str | None = None, kind: str | None = None) -> int:
         """Bytes of the terms with this component and this kind (``None``: any)."""
@@ -186,12 +194,11 @@ class MemoryEstimate:
 
         And what is in ``host`` memory, where there is any, which is no part of the total.
         """
-        proper = {
-            kind: self.bytes_of(kind=kind) - self.bytes_of("adapters", kind)
-            for kind in ("weights", "gradients", "optimizer")
-        }
-        host = {HOST: self.bytes_of(kind=HOST)} if self.bytes_of(kind=HOST) else {}
-        return {**proper, "adapters": self.bytes_of("adapters"), "total": self.total_bytes, **host}
+        kinds = ("weights", "gradients", "optimizer")
+        proper = {kind: self.bytes_of(kind=kind) - self.bytes_of("adapters", kind) for kind in kinds}
+        adapters = sum(self.bytes_of("adapters", kind) for kind in kinds)
+        host = {HOST: self.host_bytes} if self.host_bytes else {}
+        return {**proper, "adapters": adapters, "total": self.total_bytes, **host}
 
 
 @dataclass(frozen=True)
@@ -222,6 +229,11 @@ class PeakEstimate:
     @property
     def total_bytes(self) -> int:
         return self.highest.memory.total_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """The most bytes in host memory, at any of the moments."""
+        return max(instant.memory.host_bytes for instant in self.instants)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ CHANGES_PLAN: dict[str, tuple[list[str], str]] = {
     "memory.fused_backward": (["optim.max_grad_norm=null"], "true"),
     "memory.frozen_weights": ([], "nf4"),
     "memory.offload_frozen": ([], "true"),
+    "memory.offload_optimizer": ([], "true"),
 }
 
 # Keys that change the losses of a run from the same plan.
@@ -104,6 +105,7 @@ CHANGES_LOSSES: dict[str, tuple[list[str], str]] = {
 # Keys with a test of their own below, or named here with the test that has them.
 TESTED_ALONE = {
     "name", "output_dir", "init_from", "model.max_position_embeddings", "plan.solver", "plan.budget",
+    "plan.host_budget",  # tests/training/test_offload_optimizer.py
     "data.train", "data.validation", "data.validation_fraction", "data.text_field", "data.tokenizer",
     "data.prepared_dir", "data.max_train_tokens", "data.shard_tokens", "data.max_bad_share", "data.num_workers",
     "train.device", "train.num_threads", "train.gradient_checkpointing", "train.loss_chunk_size", "train.compile",

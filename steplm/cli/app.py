@@ -28,6 +28,14 @@ Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time, on Python 3.10 too
     typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. plan.num_stages=3 train.sequence_length=512."),
 ]
+Budget = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Refuse a plan that needs more, and say what would fit, e.g. 24GiB: plan.budget=24GiB."),
+]
+HostBudget = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Refuse what needs more host memory, e.g. 64GiB: plan.host_budget=64GiB."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
@@ -45,6 +53,12 @@ def _suggesting(run: str, overrides: list[str]) -> Iterator[None]:
         from steplm.cli.fit import explained
 
         raise explained(error, run, overrides) from None
+
+
+def _with_budgets(overrides: list[str] | None, budget: str | None, host_budget: str | None) -> list[str]:
+    """The overrides, and budgets that are given as options as further ones."""
+    budgets = {"plan.budget": budget, "plan.host_budget": host_budget}
+    return [*(overrides or []), *(f"{key}={value}" for key, value in budgets.items() if value is not None)]
 
 
 @app.callback(invoke_without_command=True)
@@ -72,6 +86,8 @@ def plan(
     run: Run,
     overrides: Overrides = None,
     json: Json = False,
+    budget: Budget = None,
+    host_budget: HostBudget = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print every term with its formula and unit.")] = False,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Count a real step's bytes on fake tensors; seconds to a minute.")
@@ -97,10 +113,11 @@ def plan(
     """Show the stages and all their bytes; needs no GPU and no data."""
     from steplm.cli.plan import show_plan
 
-    with _suggesting(run, overrides or []):
+    given = _with_budgets(overrides, budget, host_budget)
+    with _suggesting(run, given):
         show_plan(
             run,
-            overrides or [],
+            given,
             as_json=json,
             explain=explain,
             simulate=simulate,
@@ -118,6 +135,7 @@ def fit(
     run: Run,
     budget: Annotated[str, typer.Option(help="Bytes of the device, e.g. 24GiB.")],
     overrides: Overrides = None,
+    host_budget: HostBudget = None,
     maximize: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="depth, width, batch or sequence; default: sizes stay as written."),
@@ -129,7 +147,15 @@ def fit(
     """Find the ways of training that fit a memory budget, or the largest model, batch or sequence."""
     from steplm.cli.fit import show_fit
 
-    show_fit(run, overrides or [], budget=budget, maximize=maximize, vary=vary, show=show, as_json=json)
+    show_fit(
+        run,
+        _with_budgets(overrides, None, host_budget),
+        budget=budget,
+        maximize=maximize,
+        vary=vary,
+        show=show,
+        as_json=json,
+    )
 
 
 @app.command()
@@ -148,17 +174,15 @@ def prepare(
 def train(
     run: Run,
     overrides: Overrides = None,
-    budget: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Refuse a plan that needs more, and name what would fit, e.g. 24GiB (plan.budget)."),
-    ] = None,
+    budget: Budget = None,
+    host_budget: HostBudget = None,
     extend: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Go on from this run's last checkpoint before its decay; needs more tokens and a new name."),
     ] = None,
 ) -> None:
     """Train every stage and export the merged model; started again, it resumes."""
-    given = [*(overrides or []), *([] if budget is None else [f"plan.budget={budget}"])]
+    given = _with_budgets(overrides, budget, host_budget)
     with _suggesting(run, given):
         from steplm.cli.train import run_train
 

@@ -17,7 +17,7 @@ from steplm.cli.plan import counted_shape
 from steplm.config import load_config
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.fit import Alternative, FitResult, fit, suggestions
-from steplm.planner.ladder import LADDER
+from steplm.planner.ladder import RUNGS
 from steplm.planner.ways import VARY
 from steplm.units import binary_unit, format_bytes, format_count, parse_bytes
 
@@ -117,7 +117,8 @@ def _table(result: FitResult, *, gap: int) -> Table:
     table.add_column("stages", no_wrap=True)
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("options", no_wrap=True)
-    for name in (f"peak {unit}", "state", "FLOPs"):
+    on_host = max(row.host_bytes for row in result.alternatives) > 0
+    for name in (f"peak {unit}", "state", *(["host"] if on_host else []), "FLOPs"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result.alternatives:
         value = [f"{row.value:,}", format_count(row.num_parameters)] if row.value is not None else []
@@ -129,6 +130,7 @@ def _table(result: FitResult, *, gap: int) -> Table:
             _ranges([numbers[name] for name in row.options]) or "none",
             f"{row.peak_bytes / size:.2f}",
             f"{row.model_state_bytes / size:.2f}",
+            *([f"{row.host_bytes / size:.2f}" if row.host_bytes else ""] if on_host else []),
             f"{row.flops:.2e}" if row is result.best else f"×{ratio:.2f}" if ratio >= 0.1 else f"×{ratio:.2g}",
             style="bold" if row is result.best else None,
         )
@@ -139,7 +141,7 @@ def _legend(rows: Sequence[Alternative], width: int) -> list[str]:
     """What each number in the column of options stands for, and what it costs."""
     lines = []
     numbers = _numbers(rows)
-    for rung in LADDER:
+    for rung in RUNGS:
         if rung.name in numbers:
             costs = [f"{word}: {cost}" for word, cost in (("time", rung.time), ("quality", rung.quality)) if cost]
             text = f"{numbers[rung.name]:>{len(str(len(numbers)))}} {rung.name}; {'; '.join(costs)}"
@@ -153,7 +155,7 @@ def _wrapped(text: str, width: int, indent: int = 0) -> list[str]:
 
 def _numbers(rows: Sequence[Alternative]) -> dict[str, int]:
     used = {name for row in rows for name in row.options}
-    return {name: number for number, name in enumerate((r.name for r in LADDER if r.name in used), start=1)}
+    return {name: number for number, name in enumerate((r.name for r in RUNGS if r.name in used), start=1)}
 
 
 def _ranges(numbers: Sequence[int]) -> str:

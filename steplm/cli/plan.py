@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
@@ -16,12 +16,13 @@ from steplm.config import RunConfig, load_config
 from steplm.cost.rules import ADAMW
 from steplm.cost.terms import OUTER_COMPONENTS
 from steplm.cost.traffic import UTILIZATION
+from steplm.cost.transfers import NO_TRANSFERS
 from steplm.errors import SteplmError
 from steplm.planner.plan import Plan, Stage, as_vanilla, save_bytes
 from steplm.planner.plan import plan as make_plan
 from steplm.planner.shape import FAMILIES
 from steplm.schedule import Trained
-from steplm.types import HOST, MemoryEstimate, MemoryTerm, ModelShape, to_json
+from steplm.types import HOST, HOST_KINDS, HOST_OPTIMIZER, MemoryEstimate, MemoryTerm, ModelShape, to_json
 from steplm.units import binary_unit, format_bytes, format_count
 
 
@@ -122,6 +123,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "proved_optimal": plan.proved_optimal,
         "peak_bytes": plan.peak_bytes,
         "vanilla_peak_bytes": plan.vanilla_peak_bytes,
+        "host_bytes": plan.host_bytes,
         "peak_model_state_bytes": plan.peak_model_state_bytes,
         "peak_stage": _largest(plan, "peak").index,
         "peak_model_state_stage": _largest(plan, "state").index,
@@ -144,6 +146,9 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
                 "peak_bytes": None if stage.peak is None else stage.peak.total_bytes,
                 "peak_instant": None if stage.peak is None else stage.peak.highest.name,
                 "peak_terms": [] if stage.peak is None else [to_json(t) for t in stage.peak.highest.memory.terms],
+                "host_bytes": stage.host_bytes,
+                "bytes_to_host_per_step": stage.transfers.to_host,
+                "bytes_to_device_per_step": stage.transfers.to_device,
             }
             for stage in plan.stages
         ],
@@ -276,20 +281,19 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
             f"stage {label}: n_i = {counts[ADAMW]}, {others}N_{{i-1}} = {len(phase.frozen_layers)}, E = {adapters:,}"
         )
         table = _table(f"{title}; model state", ("term", "formula"), ("parameters", "bytes"))
-        for term in stage.memory.terms:
-            parameters = f"{term.num_parameters:,}" if term.num_parameters else ""
-            table.add_row(_name(term), term.formula, parameters, f"{term.num_bytes:,}")
-        table.add_section()
-        table.add_row("total on the device", "", "", f"{stage.memory.total_bytes:,}", style="bold")
+        _add_terms(
+            table,
+            stage.memory,
+            lambda term: (term.formula, f"{term.num_parameters:,}" * (term.num_parameters > 0), f"{term.num_bytes:,}"),
+        )
         console.print(table)
+        if stage.transfers != NO_TRANSFERS:
+            console.print(_transfers(stage), highlight=False)
         if stage.peak is None:
             continue
         highest = stage.peak.highest
         table = _table(f'stage {label}: highest at "{highest.name}"', ("term", "formula"), ("bytes",))
-        for term in highest.memory.terms:
-            table.add_row(_name(term), term.formula, f"{term.num_bytes:,}")
-        table.add_section()
-        table.add_row("total on the device", "", f"{highest.memory.total_bytes:,}", style="bold")
+        _add_terms(table, highest.memory, lambda term: (term.formula, f"{term.num_bytes:,}"))
         console.print(table)
         table = _table(f"stage {label}: instants", ("instant",), ("bytes",))
         for instant in stage.peak.instants:
@@ -333,8 +337,25 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 
 
 def _name(term: MemoryTerm) -> str:
-    kind = "in host memory, not counted" if term.kind == HOST else term.kind
+    kind = "in host memory" if term.kind == HOST else term.kind.replace("_", " ")
     return f"{term.component.replace('_', ' ')} {kind}"
+
+
+def _add_terms(table: Table, memory: MemoryEstimate, cells: Callable[[MemoryTerm], tuple[str, ...]]) -> None:
+    """Those on the device and their total, then those in host memory and theirs."""
+    empty = ("",) * (len(table.columns) - 2)
+    for on_host, place, total in (
+        (False, "on the device", memory.total_bytes),
+        (True, "in host memory", memory.host_bytes),
+    ):
+        terms = [term for term in memory.terms if (term.kind in HOST_KINDS) == on_host]
+        if on_host and not terms:
+            return
+        table.add_section()
+        for term in terms:
+            table.add_row(_name(term), *cells(term))
+        table.add_section()
+        table.add_row(f"total {place}", *empty, f"{total:,}", style="bold")
 
 
 def _summary(plan: Plan, config: RunConfig) -> list[str]:
@@ -359,11 +380,20 @@ def _summary(plan: Plan, config: RunConfig) -> list[str]:
         corrected = f" and memory.correction={memory.correction:g}" if memory.correction != 1.0 else ""
         needed = format_bytes(memory.needed_bytes(plan.peak_bytes))
         lines.append(f"device needed, with memory.reserve={format_bytes(memory.reserve)}{corrected}: {needed}")
-    moments = [i.memory for stage in plan.stages if stage.peak is not None for i in stage.peak.instants]
-    on_host = max((memory.bytes_of(kind=HOST) for memory in (*moments, *(s.memory for s in plan.stages))), default=0)
-    if on_host:
-        lines.append(f"host  {format_bytes(on_host)} in pinned memory while training")
+    if plan.host_bytes:
+        lines.append(f"host  {format_bytes(plan.host_bytes)} in host memory while training")
+    busiest = max(plan.stages, key=lambda stage: stage.transfers.to_host)
+    if busiest.transfers != NO_TRANSFERS:
+        lines.append(_transfers(busiest))
     return lines
+
+
+def _transfers(stage: Stage) -> str:
+    moved = stage.transfers
+    return (
+        f"bus   {format_bytes(moved.to_host)} to the host, {format_bytes(moved.to_device)} to the device a step "
+        f"(stage {stage.index})"
+    )
 
 
 def _against(num_bytes: int, vanilla_bytes: int | None) -> str:
@@ -387,7 +417,8 @@ def _outer(memory: MemoryEstimate) -> MemoryEstimate:
 
 def _trained_parameters(memory: MemoryEstimate) -> int:
     """Without adapters."""
-    return sum(t.num_parameters for t in memory.terms if t.kind == "optimizer" and t.component != "adapters")
+    kinds = ("optimizer", HOST_OPTIMIZER)
+    return sum(t.num_parameters for t in memory.terms if t.kind in kinds and t.component != "adapters")
 
 
 def _adapter_parameters(memory: MemoryEstimate) -> int:

@@ -23,7 +23,7 @@ from steplm.units import format_bytes
 
 def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dict[str, Any]]:
     """Print the peak of every stage, planned beside counted on fake tensors, and return it."""
-    rows = []
+    rows, on_host = [], list[str]()
     table = Table(title="steps, simulated on fake tensors", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("stage")
     for name in ("planned", "simulated", "planned / simulated"):
@@ -35,12 +35,18 @@ def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dic
             simulated = simulate_phase(config, phase)
         planned = _planned_in_a_step(plan.cost(phase))
         counted = simulated.total_bytes
+        planned_host, counted_host = _host_between_steps(plan.cost(phase)), simulated.instants[0].memory.host_bytes
+        if planned_host or counted_host:
+            on_host.append(f"stage {label}, host memory between steps: {planned_host:,} bytes planned, "
+                           f"{counted_host:,} simulated")  # fmt: skip
         rows.append(
             {
                 "stage": phase.stage,
                 "phase": phase.index,
                 "planned_bytes": planned,
                 "simulated_bytes": counted,
+                "planned_host_bytes": planned_host,
+                "simulated_host_bytes": counted_host,
                 "moments": {instant.name: instant.memory.total_bytes for instant in simulated.instants},
             }
         )
@@ -52,6 +58,8 @@ def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dic
             simulated.highest.name,
         )
     console.print(table)
+    for line in on_host:
+        console.print(line, highlight=False)
     return rows
 
 
@@ -93,6 +101,13 @@ def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[st
             highlight=False,
         )
     return record
+
+
+def _host_between_steps(cost: Cost) -> int:
+    """Host memory that is held all the time, tables of 8-bit states included where instants are known."""
+    if cost.peak is None:
+        return cost.memory.host_bytes
+    return cost.peak.instants[-1].memory.host_bytes  # the evaluation, which has no activations there
 
 
 def _planned_in_a_step(cost: Cost) -> int | None:

@@ -131,8 +131,9 @@ def norm_backward(work: Workload) -> int:
 def layer_activations(work: Workload, role: Role) -> LayerActivations:
     """Of a layer that is trained as a whole, or of a frozen one with or without an adapter.
 
-    Saved: two norms (four where attention and feed-forward are normalised behind themselves too), ``w N (2 q + 2 k) + 4 N h`` of the attention (query, key, value, output and its normaliser),
-    ``3 w N f`` of the feed-forward (gate, its activation, up), and the inputs of linear maps that need them for
+    Saved: two norms (four where attention and feed-forward are normalised behind themselves too), ``w N (2 q + 2 k) +
+    4 N h`` of the attention (query, key, value, output and its normaliser), ``3 w N f`` of the feed-forward (gate, its
+    activation, up), and the inputs of linear maps that need them for
     a gradient: ``2 w N d + w N f``; ``w N r`` for each adapter.
     """
     shape, w, N = work.shape, work.width, work.num_tokens

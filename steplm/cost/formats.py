@@ -177,6 +177,15 @@ def muon_step_bytes(
     return most
 
 
+def muon_product_bytes(maps: Iterable[tuple[int, int]], *, compute_width: int) -> int:
+    """Of ``muon_step_bytes``, what Newton–Schulz holds: two times the maps updated together, and a square for each."""
+    most = 0
+    for (rows, columns), count in Counter(maps).items():
+        batch = min(count, maps_at_once(rows, columns))
+        most = max(most, compute_width * batch * (2 * rows * columns + min(rows, columns) ** 2))
+    return most
+
+
 def scale_state_bytes(rows: int, columns: int, states: str, *, momentum: bool = False) -> int:
     """States of one map, without what is held beside its weight; see ``steplm.optim.scale.SCALE``."""
     return momentum_bytes(rows, columns, states) if momentum else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from steplm.cost.terms import COMPONENTS, OUTER_COMPONENTS
+from steplm.cost.terms import COMPONENTS, LANDING, OUTER_COMPONENTS
 from steplm.errors import ConfigError, MemoryMismatch
 from steplm.rows import on_this_rank
-from steplm.types import MemoryEstimate, MemoryTerm
+from steplm.types import HOST_OPTIMIZER, MemoryEstimate, MemoryTerm
 from steplm.units import format_bytes
 
 ADAPTER_TENSORS = ("lora_A", "lora_B")  # last parts of the names of adapter parameters
@@ -27,11 +27,18 @@ class HasStateTensors(Protocol):
     def state_tensors(self) -> Mapping[str, Mapping[str, Tensor]]: ...
 
 
+class HoldsTensors(Protocol):
+    """What is asked of parameters in host memory: name (None: of no parameter), kind and tensor of all there is."""
+
+    def tensors(self) -> Iterator[tuple[str | None, str, Tensor]]: ...
+
+
 def measure_model_state(
     model: nn.Module,
     optimizer: HasStateTensors,
     num_hidden_layers: int,
     *,
+    host: HoldsTensors | None = None,
     packed: Iterable[tuple[str, str, Tensor]] = (),
     expect_gradients: bool = False,
 ) -> MemoryEstimate:
@@ -40,6 +47,7 @@ def measure_model_state(
     A storage that several tensors share counts once, for the first of them.
 
     Args:
+        host: copies of the trained parameters in host memory, where the optimizer's states are too.
         packed: component, kind and tensor of what is held outside the model's parameters.
         expect_gradients: where a trained parameter has no gradient yet, count the one it will get.
 
@@ -71,7 +79,9 @@ def measure_model_state(
             held[component, "gradients"] += on_this_rank(parameter).numel() * dtype.itemsize
     for name, states in optimizer.state_tensors().items():
         for state in states.values():
-            add(components[name], "optimizer", state)
+            add(components[name], "optimizer" if host is None else HOST_OPTIMIZER, state)
+    for name_or_none, kind, tensor in () if host is None else host.tensors():
+        add(LANDING if name_or_none is None else components[name_or_none], kind, tensor)
     for component, kind, tensor in packed:
         add(component, kind, tensor)
     return MemoryEstimate(
@@ -83,7 +93,8 @@ def comparable(measured: MemoryEstimate, planned: MemoryEstimate) -> MemoryEstim
     """What was measured, without embeddings, final norm and head if the plan does not count them."""
     if any(term.component in OUTER_COMPONENTS for term in planned.terms):
         return measured
-    return MemoryEstimate(tuple(term for term in measured.terms if term.component not in OUTER_COMPONENTS))
+    left_out = (*OUTER_COMPONENTS, LANDING)
+    return MemoryEstimate(tuple(term for term in measured.terms if term.component not in left_out))
 
 
 def check_against_plan(measured: MemoryEstimate, planned: MemoryEstimate) -> None:

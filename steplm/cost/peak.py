@@ -57,7 +57,7 @@ class Instants:
         self.outside, self.num_layers = phase.embeddings_and_head, phase.num_hidden_layers
         self.trains_outside = isinstance(self.outside, Trained)
         self.outside_rank = self.outside.rank if isinstance(self.outside, Adapter) else 0
-        self.frees_gradients = memory.fused_backward  # each as soon as it is there
+        self.frees_gradients = memory.fused_backward or memory.offload_optimizer  # each as soon as it is there
         self.kinds = tuple(phase.groups)  # the different roles of layers
         one_of = {kind: kind for kind in self.kinds}
         same = {id(role): one_of[role] for role in {id(role): role for role in phase.layers}.values()}
@@ -74,7 +74,7 @@ class Instants:
             for kind in self.kinds
         }
         # Gradients of all micro-batches are summed: from the second one on they all exist, all the time.
-        self.sums_gradients = config.micro_batches > 1
+        self.sums_gradients = config.micro_batches > 1 and not memory.offload_optimizer
         # Layers that the backward pass does not reach save nothing for it.
         self.unreached = phase.num_layers_without_backward
         self.matrix = shape.vocab_size * shape.hidden_size  # of the embeddings, or of the head
@@ -124,6 +124,8 @@ class Instants:
         terms = [term("loss", "activations", saved, "final norm: 4 N d + w N d")]
         terms.append(term("loss", "workspace", backward, formula))
         top = self.num_layers
+        if not isinstance(self.outside, Frozen):  # the head's has gone: this one comes before the norm's largest moment
+            terms.append(self._leaving(self.work.width * self.shape.hidden_size, "the norm's"))
         return self._instant("backward of the final norm", top, terms, self._gradients_above(top))
 
     def highest_layer(self) -> Instant:
@@ -153,6 +155,7 @@ class Instants:
         if update and self.shape.tie_word_embeddings:  # both parts are one by then
             update = max(update - matrix_bytes, 0)
         terms.append(term("optimizer", "workspace", update, self._step_formula()))
+        terms.append(self._leaving(self.work.width * self.shape.hidden_size, "the lowest norm's"))
         return self._instant("backward of the embeddings", 0, terms, self._all_gradients())
 
     def update(self) -> Instant:
@@ -160,7 +163,10 @@ class Instants:
         sizes = [min(size, STEP_CHUNK) for size in self._adamw_matrices()]
         workspace = max(self._step_bytes(largest_bucket(sizes), max(sizes, default=0)), self._rules_step_bytes())
         held = 0 if self.memory.fused_backward else workspace
-        terms = [term("optimizer", "workspace", held, self._step_formula())]
+        where = HOST if self.memory.offload_optimizer else "workspace"
+        terms = [term("optimizer", where, held, self._step_formula())]
+        if self.memory.offload_optimizer:
+            terms.append(term("optimizer", "workspace", self._product_bytes(), "Newton–Schulz of maps of one shape"))
         return self._instant("optimizer step", 0, terms, self._all_gradients(), in_pass=False)
 
     def evaluation(self) -> Instant:
@@ -183,7 +189,7 @@ class Instants:
         layer, gradient = self.activations[kind], self.activations[kind].first_gradient
         backward, recomputed = layer.backward, layer.saved if self.recomputes[kind] else 0
         update = self._fused_update(gradient // self.work.width)
-        if self.frees_gradients and not isinstance(kind, Frozen):
+        if self.memory.fused_backward and not isinstance(kind, Frozen):
             update = max(update, self._largest_step_bytes(kind))
         if self.memory.offload_activations:  # what the layer saved, or its input, is back
             if recomputed:
@@ -192,7 +198,10 @@ class Instants:
                 backward, all_gradients = layer.fetched_backward, self._gradients_inside(kind)
                 if layer.fetched_norm + all_gradients > backward + gradient:
                     backward, gradient = layer.fetched_norm, all_gradients
-        if self.frees_gradients:
+        leaving = 0
+        if self.memory.offload_optimizer:  # one is made while the one before it is on its way
+            leaving = layer.first_gradient
+        elif self.frees_gradients:
             at_update = layer.product_gradient + layer.first_gradient + update
             if recomputed or not self.memory.offload_activations:  # one of the saved is gone by then
                 at_update -= layer.saved_product
@@ -200,6 +209,7 @@ class Instants:
                 at_update += self.work.stream_bytes
             backward, gradient = max(backward, at_update), 0
         return [
+            self._leaving(leaving, f"inside layer {index}"),
             term(component, "activations", recomputed, f"layer {index} computed again"),
             term(component, "workspace", backward, f"gradients of activations inside layer {index}"),
             term(component, "workspace", self._unpacking(kind), "one matrix made whole"),
@@ -218,7 +228,8 @@ class Instants:
         """Weights and states, activations of the lowest ``num_below`` layers, and what else there is."""
         held = [term for term in self.state.terms if term.kind != "gradients"]
         if self.memory.optimizer_states == "8bit":
-            held.append(term("optimizer", "workspace", CODE_BOOK_BYTES, "tables of the 8-bit code"))
+            where = HOST if self.memory.offload_optimizer else "workspace"
+            held.append(term("optimizer", where, CODE_BOOK_BYTES, "tables of the 8-bit code"))
         where = HOST if self.memory.offload_activations else "activations"
         for kind in self.kinds:
             count = self._saving(kind, num_below)
@@ -336,13 +347,18 @@ class Instants:
 
     def _rules_step_bytes(self) -> int:
         """Workspace of the update of what other rules than AdamW take; the rules follow each other."""
+        return max(
+            (RULES[rule].step_bytes(shapes, self.subject.setting(rule)) for rule, shapes in self._taken().items()),
+            default=0,
+        )
+
+    def _taken(self) -> dict[str, list[TensorShape]]:
+        """By rule, the shapes of what it takes of all layers."""
         taken: dict[str, list[TensorShape]] = defaultdict(list)
         for kind, count in self.phase.groups.items():
             if not isinstance(kind, Frozen):
                 taken[kind.rule] += [*self._split(kind)[0]] * count
-        return max(
-            (RULES[rule].step_bytes(shapes, self.subject.setting(rule)) for rule, shapes in taken.items()), default=0
-        )
+        return taken
 
     def _largest_step_bytes(self, kind: Trained | Adapter) -> int:
         """Of the updates of each matrix by itself, in a layer of this kind."""
@@ -355,7 +371,19 @@ class Instants:
     def _fused_update(self, num_elements: int) -> int:
         """Workspace of an update inside the backward pass."""
         piece = min(STEP_CHUNK, num_elements)
-        return self._step_bytes(piece, piece) if self.frees_gradients else 0
+        return self._step_bytes(piece, piece) if self.memory.fused_backward else 0
+
+    def _leaving(self, num_bytes: int, whose: str) -> MemoryTerm:
+        """A gradient that is on its way to the host until the next one has come."""
+        return term("leaving", "gradients", num_bytes * self.memory.offload_optimizer, f"{whose}, to the host")
+
+    def _product_bytes(self) -> int:
+        """Workspace of the device while matrices are updated that are in host memory."""
+        held = [0]
+        for rule, shapes in self._taken().items():
+            if (product_bytes := RULES[rule].product_bytes) is not None:
+                held.append(product_bytes(shapes, self.subject.setting(rule)))
+        return max(held)
 
     def _unpacking(self, kind: Role) -> int:
         """The largest packed matrix, made whole for a product."""

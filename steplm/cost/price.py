@@ -10,6 +10,7 @@ from steplm.cost.flops import recomputed_flops_per_token, training_flops_per_tok
 from steplm.cost.peak import Instants
 from steplm.cost.sharded import ShardedInstants
 from steplm.cost.terms import model_state
+from steplm.cost.transfers import NO_TRANSFERS, Transfers, optimizer_transfers
 from steplm.schedule import Phase
 from steplm.types import MemoryEstimate, ModelShape, PeakEstimate
 
@@ -22,11 +23,17 @@ class Cost:
     peak: PeakEstimate | None  # all that the device holds; None where the family's layers are not known
     flops_per_token: int  # of training, without what is computed again
     recomputed_flops_per_token: int  # of activations that are computed again
+    transfers: Transfers = NO_TRANSFERS  # of the optimizer's tensors, between device and host
 
     @property
     def device_bytes(self) -> int:
         """The peak, or the model state where no more is known."""
         return self.memory.total_bytes if self.peak is None else self.peak.total_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """The most in host memory at once, or that of the model state where no more is known."""
+        return self.memory.host_bytes if self.peak is None else self.peak.host_bytes
 
 
 def price(config: RunConfig, shape: ModelShape, phase: Phase) -> Cost:
@@ -38,6 +45,7 @@ def price(config: RunConfig, shape: ModelShape, phase: Phase) -> Cost:
         peak=peak(config, shape, phase, state),
         flops_per_token=training_flops_per_token(shape, phase, config.train.sequence_length),
         recomputed_flops_per_token=recomputed_flops_per_token(shape, phase, config),
+        transfers=optimizer_transfers(config, shape, phase),
     )
 
 

@@ -15,6 +15,7 @@ from steplm.cost.formats import (
     is_low_rank,
     low_rank_state_bytes,
     low_rank_step_bytes,
+    muon_product_bytes,
     muon_state_bytes,
     muon_step_bytes,
     scale_step_bytes,
@@ -44,6 +45,8 @@ class Rule:
     experts. ``state_bytes(shape, setting)``: of one such matrix, without a master weight. ``step_bytes(shapes,
     setting)``: workspace of one update of all of them. ``sent_bytes(shape, setting)``: what a rank sends to the ranks
     that share its copy of the model, in one update of one such matrix. Shapes are of whole matrices, bytes of one rank.
+    ``product_bytes``: of the workspace, what the device holds for matrices that are sent to it from host memory; None:
+    the host computes everything.
     """
 
     source: str
@@ -55,6 +58,7 @@ class Rule:
     shardable: bool = False  # goes with matrices whose rows are shared by ranks
     sent_bytes: Callable[[TensorShape, Setting], int] | None = None  # None: its update sends nothing
     fused_backward: bool = True
+    product_bytes: Callable[[Sequence[TensorShape], Setting], int] | None = None
     inheritable: bool = True  # a new layer can take over the moments of its parents
 
 
@@ -129,6 +133,7 @@ RULES: dict[str, Rule] = {
             muon_state_bytes(*sides, setting.states) for sides in _maps([_local(shape, setting.num_shards)])
         ),
         step_bytes=_muon_step_bytes,
+        product_bytes=lambda shapes, setting: muon_product_bytes(_maps(shapes), compute_width=setting.compute_width),
         states=("fp32", "8bit"),
         masters=("fp32", "8bit", "none"),
         shardable=True,

@@ -18,12 +18,23 @@ from steplm.cost.formats import FROZEN_FORMATS, state_bytes
 from steplm.cost.rules import ADAMW, RULES, Setting, masters_of, matrices_of_layer, split_by_rule
 from steplm.errors import ConfigError
 from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
-from steplm.types import HOST, MemoryEstimate, MemoryTerm, ModelShape, TensorShape, local_size
+from steplm.types import (
+    HOST,
+    HOST_GRADIENTS,
+    HOST_OPTIMIZER,
+    HOST_WEIGHTS,
+    MemoryEstimate,
+    MemoryTerm,
+    ModelShape,
+    TensorShape,
+    local_size,
+)
 from steplm.units import nearest
 
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}  # of a weight, and of its gradient
 MASTER_BYTES = {"fp32": 4, "8bit": 1, "none": 0}  # beside a bf16 weight
 OUTER_COMPONENTS = ("embeddings", "final_norm", "head")
+LANDING = "landing"  # component: where gradients arrive in host memory before they are summed
 FETCH_SLOTS = 2  # frozen layers that the device holds where the others are in host memory
 
 
@@ -147,8 +158,9 @@ def weights(subject: Subject, tensors: Tensors) -> tuple[int, str]:
 
 
 def gradients(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    """Of the weights' type, or fp32 sums of micro-batches; a fused backward pass leaves none."""
-    if tensors.rule is None or subject.config.memory.fused_backward:
+    """Of the weights' type, or fp32 sums of micro-batches; none stays where a fused update or the host takes them."""
+    memory = subject.config.memory
+    if tensors.rule is None or memory.fused_backward or memory.offload_optimizer:
         return 0, "0 B"
     width = 4 if subject.config.sums_in_fp32 else subject.width
     return tensors.local_parameters(subject.num_shards) * width, f"{width} B"
@@ -156,6 +168,35 @@ def gradients(subject: Subject, tensors: Tensors) -> tuple[int, str]:
 
 def optimizer(subject: Subject, tensors: Tensors) -> tuple[int, str]:
     """States of the update rule and, for bf16 weights, their fp32 master copy."""
+    return (0, "0 B") if subject.config.memory.offload_optimizer else _states(subject, tensors)
+
+
+def host_weights(subject: Subject, tensors: Tensors) -> tuple[int, str]:
+    """A copy of what is trained, in the same precision: the update writes it, and it goes back to the device.
+
+    Source: ZeRO-Offload (arXiv 2101.06840), section 4.
+    """
+    return weights(subject, tensors) if _is_offloaded(subject, tensors) else (0, "0 B")
+
+
+def host_gradients(subject: Subject, tensors: Tensors) -> tuple[int, str]:
+    """Fp32 sums of several micro-batches; of one, the gradient in the weights' type."""
+    if not _is_offloaded(subject, tensors):
+        return 0, "0 B"
+    width = 4 if subject.config.micro_batches > 1 else subject.width
+    return tensors.local_parameters(subject.num_shards) * width, f"{width} B"
+
+
+def host_optimizer(subject: Subject, tensors: Tensors) -> tuple[int, str]:
+    """What ``optimizer`` counts, in host memory."""
+    return _states(subject, tensors) if _is_offloaded(subject, tensors) else (0, "0 B")
+
+
+def _is_offloaded(subject: Subject, tensors: Tensors) -> bool:
+    return tensors.rule is not None and subject.config.memory.offload_optimizer
+
+
+def _states(subject: Subject, tensors: Tensors) -> tuple[int, str]:
     if tensors.rule is None:
         return 0, "0 B"
     if tensors.rule == ADAMW:
@@ -184,6 +225,9 @@ KINDS: dict[str, Callable[[Subject, Tensors], tuple[int, str]]] = {
     "weights": weights,
     "gradients": gradients,
     "optimizer": optimizer,
+    HOST_WEIGHTS: host_weights,
+    HOST_GRADIENTS: host_gradients,
+    HOST_OPTIMIZER: host_optimizer,
 }
 
 
@@ -200,7 +244,8 @@ def model_state(config: RunConfig, shape: ModelShape, phase: Phase, *, count_out
     Source: STEP (arXiv 2504.04151), section 2.2.
     """
     if count_outer:
-        return MemoryEstimate(tuple(_terms(Subject(config, shape, phase))))
+        subject = Subject(config, shape, phase)
+        return MemoryEstimate((*_terms(subject), *_landing(subject)))
     terms = _terms(Subject(config, shape, replace(phase, embeddings_and_head=Frozen())))
     return MemoryEstimate(tuple(term for term in terms if term.component not in OUTER_COMPONENTS))
 
@@ -216,6 +261,16 @@ def _terms(subject: Subject) -> Iterator[MemoryTerm]:
                 if num_bytes:
                     formula = f"{tensors.formula} × {per_parameter}{_divided(subject)}"
                     yield MemoryTerm(component, kind, num_bytes, formula, tensors.num_parameters)
+
+
+def _landing(subject: Subject) -> Iterator[MemoryTerm]:
+    """Host memory in which one gradient at a time arrives, where it is then added to others: the largest there is."""
+    if not subject.config.memory.offload_optimizer or subject.config.micro_batches == 1:
+        return
+    groups = (tensors for component in COMPONENTS.values() for tensors in component(subject))
+    trained = (shape for tensors in groups if tensors.rule is not None and tensors.count for shape in tensors.shapes)
+    largest = max((local_size(shape, subject.num_shards) for shape in trained), default=0)
+    yield MemoryTerm(LANDING, HOST_GRADIENTS, largest * subject.width, f"the largest tensor × {subject.width} B")
 
 
 def _divided(subject: Subject) -> str:

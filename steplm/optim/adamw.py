@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 
 from steplm.cost.formats import STATE_BLOCK, STEP_CHUNK
 from steplm.errors import ConfigError
-from steplm.optim.base import CodeBooks, NamedParameters, RuleBase, decays, grad_norm
+from steplm.optim.base import CodeBooks, NamedParameters, RuleBase, decays
 from steplm.optim.masters import new_master, read_weight, split_
 from steplm.optim.quantized import round_stochastically_
 from steplm.rows import on_this_rank
@@ -277,19 +277,6 @@ def inherited_state(
                 inherited[f"{name}.{key}"] = torch.lerp(known[0], known[-1], fraction)
                 inherited_steps[name] = min(steps[parent] for parent in of)
     return inherited, inherited_steps
-
-
-@torch.no_grad()
-def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm over all gradients on this rank, an fp32 scalar; bf16 gradients are summed in fp32."""
-    gradients = [on_this_rank(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return torch.zeros(())
-    if all(gradient.is_cuda for gradient in gradients):
-        norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float32))
-    else:
-        norms = [grad_norm(gradient) for gradient in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_coefficient(norm: Tensor | float, max_norm: float | None) -> float:

@@ -39,6 +39,9 @@ class RuleBase(ABC):
     Args:
         weight_decay: decoupled, times the learning rate.
         books: tables of 8-bit states, which rules can share.
+
+    Attributes:
+        compute_device: where products of whole matrices are computed; None: where the parameters are.
     """
 
     def __init__(self, *, weight_decay: float, books: CodeBooks | None = None) -> None:
@@ -47,6 +50,7 @@ class RuleBase(ABC):
         self.steps: dict[str, int] = {}
         self._states: dict[str, dict[str, Tensor]] = {}
         self._books: CodeBooks = {} if books is None else books
+        self.compute_device: torch.device | None = None
 
     def set_parameters(self, named_parameters: NamedParameters) -> None:
         """Update these parameters from now on.
@@ -152,6 +156,10 @@ class RuleBase(ABC):
             self.steps[name] += 1
         parameter.grad = None
 
+    def grad_norm(self) -> Tensor:
+        """The 2-norm over all gradients; see ``global_grad_norm``."""
+        return global_grad_norm(self.parameters.values())
+
     def zero_grad(self) -> None:
         """Free every gradient."""
         for parameter in self.parameters.values():
@@ -226,6 +234,19 @@ def grad_norm(gradient: Tensor) -> Tensor:
     parts = matrix.split(max(1, STEP_CHUNK // max(1, matrix.shape[1])))
     rows = torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) for part in parts])
     return torch.linalg.vector_norm(rows)
+
+
+@torch.no_grad()
+def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The 2-norm over all gradients on this rank, an fp32 scalar; bf16 gradients are summed in fp32."""
+    gradients = [on_this_rank(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    if all(gradient.is_cuda for gradient in gradients):
+        norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+    else:
+        norms = [grad_norm(gradient) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _alike(first: Tensor, second: Tensor) -> bool:

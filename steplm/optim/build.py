@@ -15,7 +15,8 @@ from steplm.cost.measure import ADAPTER_TENSORS
 from steplm.cost.rules import ADAMW, RULES, masters_of
 from steplm.errors import ConfigError
 from steplm.optim.adamw import AdamW
-from steplm.optim.base import CodeBooks, GradNorm, RuleBase
+from steplm.optim.base import CodeBooks, GradNorm, RuleBase, global_grad_norm
+from steplm.optim.host import HostParameters
 from steplm.optim.low_rank import LowRankAdamW
 from steplm.optim.muon import Muon
 from steplm.optim.scale import SCALE
@@ -81,10 +82,19 @@ MAKERS: dict[str, Make] = {
 
 
 class UpdateRules:
-    """Several rules as one: the interface is that of ``RuleBase``, over all of their parameters."""
+    """Several rules as one: the interface is that of ``RuleBase``, over all of their parameters.
 
-    def __init__(self, rules: Mapping[str, RuleBase], parameters: Mapping[str, nn.Parameter]) -> None:
-        self.rules = dict(rules)
+    Args:
+        host: where the parameters are copies in host memory; ``parameters`` are then those.
+    """
+
+    def __init__(
+        self,
+        rules: Mapping[str, RuleBase],
+        parameters: Mapping[str, nn.Parameter],
+        host: HostParameters | None = None,
+    ) -> None:
+        self.rules, self.host = dict(rules), host
         self.parameters = dict(parameters)  # in the model's order
 
     @property
@@ -93,10 +103,20 @@ class UpdateRules:
         counts = {name: count for rule in self.rules.values() for name, count in rule.steps.items()}
         return {name: counts[name] for name in self.parameters}
 
+    def grad_norm(self) -> Tensor:
+        """The 2-norm over all gradients, once they have all come; see ``global_grad_norm``."""
+        if self.host is not None:
+            self.host.wait()
+        return global_grad_norm(self.parameters.values())
+
     def step(self, learning_rate: float, grad_scale: float = 1.0) -> None:
         """One update of every parameter that has a gradient, which ``grad_scale`` multiplies."""
+        if self.host is not None:
+            self.host.wait()
         for rule in self.rules.values():
             rule.step(learning_rate, grad_scale)
+            if self.host is not None:
+                self.host.send(name for name, parameter in rule.parameters.items() if parameter.grad is not None)
 
     @contextmanager
     def in_backward(self, learning_rate: float | None, grad_scale: float = 1.0) -> Iterator[GradNorm]:
@@ -109,6 +129,8 @@ class UpdateRules:
 
     def zero_grad(self) -> None:
         """Free every gradient."""
+        if self.host is not None:
+            self.host.wait()
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -146,7 +168,13 @@ def build_rules(config: RunConfig, model: nn.Module, phase: Phase, layer_prefix:
     books: CodeBooks = {}
     names = {ADAMW, *(role.rule for role in phase.layers if not isinstance(role, Frozen))}
     rules = {name: MAKERS[name](config, name, books) for name in sorted(names, key=lambda name: name != ADAMW)}
-    made = UpdateRules(rules, {})
+    host = None
+    if config.memory.offload_optimizer:
+        device = next(model.parameters()).device
+        host = HostParameters(device, sums=config.micro_batches > 1)
+        for rule in rules.values():
+            rule.compute_device = device
+    made = UpdateRules(rules, {}, host)
     reassign(made, config, model, phase, layer_prefix)
     return made
 
@@ -157,7 +185,11 @@ def reassign(rules: UpdateRules, config: RunConfig, model: nn.Module, phase: Pha
     Raises:
         ConfigError: the phase has a rule that the phase before did not have.
     """
-    rules.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if rules.host is not None:
+        rules.host.set_parameters(trained)
+        trained = rules.host.parameters
+    rules.parameters = dict(trained)
     shapes = {name: tuple(parameter.shape) for name, parameter in rules.parameters.items()}
     assigned = rule_of_each(shapes, phase, layer_prefix, linear_names(model, layer_prefix), config)
     if missing := set(assigned.values()) - rules.rules.keys():

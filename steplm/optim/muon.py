@@ -31,9 +31,10 @@ class Muon(MatrixRule):
     gradient of zero, after none that was not, changes nothing but the decay.
 
     Newton–Schulz runs in bf16 on CUDA and in fp32 elsewhere, on the smaller side; ``step`` runs it on several maps of
-    one shape at once, ``in_backward`` on one parameter's. Ranks that share the rows of maps gather a different map
-    each, and send the rows of its update back. Bytes of the momentum: ``muon_state_bytes``; of the workspace:
-    ``muon_step_bytes``; both in ``steplm.cost.formats``. Momentum in 8 bits: arXiv 2509.23106.
+    one shape at once, ``in_backward`` on one parameter's. Matrices in host memory are sent to ``compute_device`` for
+    it. Ranks that share the rows of maps gather a different map each, and send the rows of its update back. Bytes of
+    the momentum: ``muon_state_bytes``; of the workspace: ``muon_step_bytes``; both in ``steplm.cost.formats``. Momentum
+    in 8 bits: arXiv 2509.23106.
 
     Args:
         named_parameters, states, master_weights, weight_decay: see ``MatrixRule``.
@@ -65,9 +66,10 @@ class Muon(MatrixRule):
     def _update_maps(self, maps: list[Map], learning_rate: float, grad_scale: float) -> None:
         parameter = self.parameters[maps[0].name]
         rows, columns = parameter.shape[-2:]
-        dtype = self.compute_dtype or (torch.bfloat16 if parameter.is_cuda else torch.float32)
+        device = self.compute_device or parameter.device
+        dtype = self.compute_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         shared = sharding(parameter)
-        updates = self._gather(maps, grad_scale, nesterov=True, dtype=dtype, shared=shared)
+        updates = self._gather(maps, grad_scale, nesterov=True, dtype=dtype, shared=shared).to(device)
         if shared:
             updates = shared.gather(updates)
         is_tall = rows > columns
@@ -79,7 +81,7 @@ class Muon(MatrixRule):
         if shared:
             updates = updates.contiguous()
             updates = shared.scatter(updates)[: len(maps), : len(on_this_rank(parameter))]
-        self._descend(maps, updates, learning_rate, UPDATE_RMS * math.sqrt(max(rows, columns)))
+        self._descend(maps, updates.to(parameter.device), learning_rate, UPDATE_RMS * math.sqrt(max(rows, columns)))
 
 
 def newton_schulz_step(matrices: Tensor) -> Tensor:

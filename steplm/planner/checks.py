@@ -65,6 +65,18 @@ NEEDS = (
         "leave memory.fused_backward out",
     ),
     Need(
+        "memory.offload_optimizer",
+        lambda config: config.memory.offload_optimizer,
+        lambda run: not run.config.memory.fused_backward,
+        "takes each gradient to the host as soon as it is there, and leaves nothing for memory.fused_backward to do",
+    ),
+    Need(
+        "memory.offload_optimizer",
+        lambda config: config.memory.offload_optimizer,
+        lambda run: run.config.distributed.world_size == 1,
+        "updates whole parameters, and FSDP2 shards them over {config.distributed.world_size} devices",
+    ),
+    Need(
         "train.gradient_accumulation_dtype",
         lambda config: config.sums_in_fp32 and config.train.precision == "bf16",
         lambda run: run.config.distributed.world_size == 1,

@@ -42,6 +42,7 @@ class Alternative:
     peak_bytes: int  # the model state, for families whose layers are not known
     model_state_bytes: int
     needed_bytes: int  # the peak and the reserve
+    host_bytes: int  # in host memory
     flops: int  # of the whole token budget, recomputed activations counted
     price: int  # points: what it gives up in time and quality, against the run as written
     fits: bool
@@ -75,7 +76,8 @@ def fit(
     """The ways of training that fit ``budget_bytes``, the configuration's reserve included.
 
     Args:
-        config: the run as written; what neither ``maximize`` nor ``vary`` names stays as it is.
+        config: the run as written; what neither ``maximize`` nor ``vary`` names stays as it is. Ways that need more
+            host memory than ``plan.host_budget`` are left out.
         maximize: None (the sizes are as written), or a key of ``AXES``: "depth"; "width" (hidden size, with
             feed-forward size and heads in proportion); "batch" (of a micro-batch, accumulation lowered with it);
             "sequence" (in steps of the largest power of two, up to 64, of the written length).
@@ -193,6 +195,13 @@ class _Search:
     def smallest(self) -> Alternative:
         """The least memory there is, at the sizes as written or, where one is maximised, at its least value."""
         rows = list(self.lower_peaks(math.inf, at_least_size=self.axis is not None))
+        host_budget = self.config.plan.host_budget
+        if not rows and host_budget is not None:
+            raise PlanInfeasible(
+                f"no way to train is within plan.host_budget={format_bytes(host_budget)}: raise it, or leave out what "
+                "the file keeps in host memory.",
+                host_budget_bytes=host_budget,
+            )
         if not rows:
             raise ConfigError("no settings make a plan: run `steplm plan` for the reason")
         return rows[-1]
@@ -214,7 +223,7 @@ class _Search:
         return self._try(way, index, self.limit) is not None
 
     def _try(self, way: Way, index: int | None, limit: float) -> _Trial | None:
-        """None where more than ``limit`` is needed, or where the configuration makes no plan."""
+        """None where more than ``limit`` or the host's budget is needed, or where the configuration makes no plan."""
         depth, costs = self._depth(index), self._costs(way, index)
         if costs is None or way.num_stages > depth:
             return None
@@ -222,7 +231,11 @@ class _Search:
         if layers is None:
             return None
         peak_bytes = max(costs.device_bytes(*stage) for stage in _stages(layers))
-        if peak_bytes > limit:
+        host_budget = self.config.plan.host_budget
+        needs_more_on_host = host_budget is not None and any(
+            costs.host_bytes(*stage) > host_budget for stage in _stages(layers)
+        )
+        if peak_bytes > limit or needs_more_on_host:
             return None
         try:
             tokens = stage_tokens(
@@ -293,6 +306,7 @@ class _Search:
             peak_bytes=trial.peak_bytes,
             model_state_bytes=max(costs.model_state_bytes(*stage) for stage in stages),
             needed_bytes=needed_bytes,
+            host_bytes=max(costs.host_bytes(*stage) for stage in stages),
             flops=sum(count * each for count, each in zip(trial.tokens, flops, strict=True)),
             price=way.price,
             fits=needed_bytes <= self.budget_bytes,

@@ -27,6 +27,7 @@ class Rung:
     time: str = ""
     quality: str = ""
     on_frozen: bool = False  # does nothing where no layer is frozen
+    on_host: bool = False  # takes host memory; below a budget of that, the ladder without such rungs is tried too
     needs: tuple[tuple[str, Any], ...] = ()  # settings without which the configuration refuses it
 
 
@@ -69,6 +70,7 @@ LADDER: tuple[Rung, ...] = (
         replaces=(False,),
         time="frozen weights cross the bus twice a micro-batch, beside the computing",
         on_frozen=True,
+        on_host=True,
     ),
     Rung(
         name="activations in host memory",
@@ -77,6 +79,7 @@ LADDER: tuple[Rung, ...] = (
         value=True,
         replaces=(False,),
         time="activations cross the bus twice a micro-batch",
+        on_host=True,
     ),
     Rung(
         name="no master weights",
@@ -134,6 +137,20 @@ LADDER: tuple[Rung, ...] = (
         needs=(("train.gradient_accumulation_steps", 1),),
     ),
 )
+
+
+# On top of any height of the ladder: it changes no number, but moves all that is trained over the bus in each step,
+# and updates it on the CPU.
+OFFLOADED = Rung(
+    name="optimizer in host memory",
+    price=19,
+    key="memory.offload_optimizer",
+    value=True,
+    replaces=(False,),
+    time="gradients cross the bus once a micro-batch, and the update runs on the CPU",
+    on_host=True,
+)
+RUNGS = (*LADDER, OFFLOADED)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ def plan_of_old_run(config: RunConfig, values: Mapping[str, Any]) -> tuple[Plan,
     new_layers = [stage["num_new_layers"] for stage in values["stages"]]
     if sum(new_layers) != config.model.num_hidden_layers:  # before anything is computed for each layer
         raise ValueError(f"{sum(new_layers)} layers, but config.yaml has {config.model.num_hidden_layers}")
-    options = config.plan.model_copy(update={"layers": [n for n in new_layers if n], "budget": None})
+    changes = {"layers": [n for n in new_layers if n], "budget": None, "host_budget": None}
+    options = config.plan.model_copy(update=changes)
     # The shapes that the first runs wrote lack the embeddings' and norms' tensors.
     shape = None if config.model.model_type in FAMILIES else from_json(ModelShape, values["shape"])
     return plan(config.model_copy(update={"plan": options}), shape), tuple(accumulate(map(bool, new_layers)))

@@ -11,6 +11,7 @@ from typing import Any
 
 from steplm.config import MemoryConfig, RunConfig
 from steplm.cost.price import Cost
+from steplm.cost.transfers import Transfers
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.methods import METHOD_KEYS, value_and_default
 from steplm.planner.shape import shape_from_hf_config
@@ -18,7 +19,7 @@ from steplm.planner.solve import SOLVERS, equal_parts_if_as_good, peak_cost
 from steplm.planner.stages import StagePrices
 from steplm.planner.tokens import stage_tokens
 from steplm.schedule import Phase, Schedule
-from steplm.types import HOST, MemoryEstimate, MemoryTerm, ModelShape, PeakEstimate
+from steplm.types import HOST, HOST_OPTIMIZER, MemoryEstimate, MemoryTerm, ModelShape, PeakEstimate
 from steplm.units import format_bytes
 
 SCHEMA_VERSION = 3  # of ``plan.json``
@@ -86,6 +87,16 @@ class Stage:
         return max(cost.device_bytes for cost in self.costs)
 
     @property
+    def host_bytes(self) -> int:
+        """The most that waits in host memory."""
+        return max(cost.host_bytes for cost in self.costs)
+
+    @property
+    def transfers(self) -> Transfers:
+        """Of a step of the phase that moves the most to the host."""
+        return max((cost.transfers for cost in self.costs), key=lambda moved: moved.to_host)
+
+    @property
     def highest_phase(self) -> Phase:
         """The phase that holds the most."""
         return max(zip(self.phases, self.costs, strict=True), key=lambda pair: pair[1].device_bytes)[0]
@@ -151,6 +162,11 @@ class Plan:
         return max(peaks) if len(peaks) == len(self.costs) else None
 
     @property
+    def host_bytes(self) -> int:
+        """The most that waits in host memory, in any phase."""
+        return max(cost.host_bytes for cost in self.costs)
+
+    @property
     def reduction(self) -> float:
         """Share of vanilla's model-state bytes that this plan saves, 0 … 1."""
         return 1.0 - self.peak_model_state_bytes / self.vanilla_model_state_bytes
@@ -166,7 +182,7 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
 
     Raises:
         ConfigError: values that make no model, no adapters or no step, or that do not go together.
-        PlanInfeasible: more stages than layers, or more bytes than ``plan.budget``.
+        PlanInfeasible: more stages than layers, or more bytes than ``plan.budget`` or ``plan.host_budget``.
     """
     shape = shape or shape_from_hf_config(config.model.hf_config())
     prices = StagePrices(config, shape)
@@ -178,7 +194,7 @@ def price_again(config: RunConfig, shape: ModelShape, made: Plan) -> Plan:
     """The schedule of a run that has begun, at the prices of today's batch, devices and formulas.
 
     Raises:
-        PlanInfeasible: more bytes than ``plan.budget``.
+        PlanInfeasible: more bytes than ``plan.budget`` or ``plan.host_budget``.
     """
     return _priced(made.schedule, StagePrices(config, shape), proved_optimal=made.proved_optimal)
 
@@ -245,10 +261,32 @@ def save_bytes(plan: Plan, config: RunConfig) -> int:
     def saved(term: MemoryTerm) -> int:
         if term.component == "frozen_layers" and config.memory.packs_frozen:
             return term.num_parameters * width
-        return term.num_bytes if term.kind in ("weights", "optimizer", HOST) else 0
+        return term.num_bytes if term.kind in ("weights", "optimizer", HOST, HOST_OPTIMIZER) else 0
 
     terms = [[term for term in cost.memory.terms if term.component != "fetched_layers"] for cost in plan.costs]
     return max(sum(map(saved, of_phase)) for of_phase in terms)
+
+
+def check_host_budget(plan: Plan, budget_bytes: int, budget: str) -> None:
+    """Refuse a plan that does not fit in host memory.
+
+    Args:
+        budget: its name in the message, such as "plan.host_budget".
+
+    Raises:
+        PlanInfeasible: a stage keeps more there than the budget.
+    """
+    stage = max(plan.stages, key=lambda stage: stage.host_bytes)
+    if stage.host_bytes <= budget_bytes:
+        return
+    raise PlanInfeasible(
+        f"{budget}={format_bytes(budget_bytes)} is too little: stage {stage.index} keeps "
+        f"{format_bytes(stage.host_bytes)} in host memory, and {format_bytes(stage.device_bytes)} on the device. Set "
+        "memory.optimizer_states=8bit or memory.master_weights=false, or leave an option memory.offload_* out.",
+        host_budget_bytes=budget_bytes,
+        host_bytes=stage.host_bytes,
+        stage=stage.index,
+    )
 
 
 def _make_schedule(config: RunConfig, shape: ModelShape, prices: StagePrices, layers: tuple[int, ...]) -> Schedule:
@@ -302,6 +340,8 @@ def _priced(schedule: Schedule, prices: StagePrices, *, proved_optimal: bool) ->
     )
     if config.plan.budget is not None:
         check_budget(made, config.plan.budget, config)
+    if config.plan.host_budget is not None:
+        check_host_budget(made, config.plan.host_budget, "plan.host_budget")
     return made
 
 

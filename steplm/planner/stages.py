@@ -67,6 +67,10 @@ class StagePrices:
         """The highest instant, or the model state where that is all that is known."""
         return max(self.cost_of_draft(draft).device_bytes for draft in self.drafts(num_new, num_old))
 
+    def host_bytes(self, num_new: int, num_old: int) -> int:
+        """The most in host memory."""
+        return max(self.cost_of_draft(draft).host_bytes for draft in self.drafts(num_new, num_old))
+
     def _objective_bytes(self, num_new: int, num_old: int) -> int:
         """What the division into stages keeps low."""
         if self.config.plan.objective == "peak":

@@ -1,7 +1,7 @@
 """The ways to train among which ``steplm fit`` chooses, the cheapest first.
 
-A way is a number of stages, a rank, and the rungs of ``LADDER`` up to one of them. What it gives up has a price in
-points of judgement, since bytes and FLOPs alone would always choose the lowest rank.
+A way is a number of stages, a rank, the rungs of ``LADDER`` up to one of them, and ``OFFLOADED`` or not. What it gives
+up has a price in points of judgement, since bytes and FLOPs alone would always choose the lowest rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from steplm.config import RunConfig
 from steplm.errors import ConfigError
-from steplm.planner.ladder import LADDER, Changes, Rung
+from steplm.planner.ladder import LADDER, OFFLOADED, Changes, Rung
 from steplm.planner.methods import METHODS
 from steplm.planner.stages import StagePrices
 from steplm.problems import validated
@@ -56,9 +56,11 @@ def ways(
     for name in vary:
         require_known("vary", name, VARY)
     rungs, skipped = _allowed_rungs(config, shape) if "options" in vary else ([], ())
+    may_offload = "options" in vary and not config.memory.offload_optimizer
+    may_offload = may_offload and _refusal(config, shape, [OFFLOADED]) is None
     counts = _stage_counts(config, any_depth) if "stages" in vary else {config.plan.num_stages}
     ranks = _ranks(config) if "rank" in vary else [config.pet.rank]
-    found = _combined(config, rungs, counts, ranks)
+    found = _combined(config, rungs, counts, ranks, (False, True) if may_offload else (False,))
     return sorted(found, key=lambda way: (not _is_as_written(way, config), way.price, -way.num_stages)), skipped
 
 
@@ -86,14 +88,24 @@ def require_known(what: str, name: str, known: Collection[str]) -> None:
         raise ConfigError(f"{what} has no {name!r}.{nearest(name, known)}", name=name)
 
 
-def _combined(config: RunConfig, rungs: Sequence[Rung], counts: Collection[int], ranks: Sequence[int]) -> Iterator[Way]:
+def _combined(
+    config: RunConfig,
+    rungs: Sequence[Rung],
+    counts: Collection[int],
+    ranks: Sequence[int],
+    offload: Sequence[bool],
+) -> Iterator[Way]:
     method = METHODS[config.method]
     for num_stages in counts:
         has_frozen = method.freezes and (num_stages > 1 or not method.grows)
         useful = [rung for rung in rungs if has_frozen or not rung.on_frozen]
-        heights = range(len(useful) + 1)
-        for (halvings, rank), height in product(enumerate(ranks if has_frozen else ranks[:1]), heights):
-            taken = useful[:height]
+        ladders = [useful]
+        if config.plan.host_budget is not None:
+            ladders.append([rung for rung in useful if not rung.on_host])
+        heights = dict.fromkeys(tuple(ladder[:height]) for ladder in ladders for height in range(len(ladder) + 1))
+        ranks_below = enumerate(ranks if has_frozen else ranks[:1])
+        for (halvings, rank), rungs_below, offloads in product(ranks_below, heights, offload):
+            taken = list(rungs_below)
             more = num_stages - config.plan.num_stages
             price = FREEZING_STAGE_PRICE * more if method.freezes else STAGE_PRICE * abs(more)
             price += RANK_PRICE * halvings
@@ -101,6 +113,9 @@ def _combined(config: RunConfig, rungs: Sequence[Rung], counts: Collection[int],
                 price += taken[-1].price
             if taken and taken[-1].needs:  # it ends accumulation, and steps become smaller
                 price += round(math.log2(config.micro_batches))
+            if offloads:
+                taken.append(OFFLOADED)
+                price += OFFLOADED.price
             options, changes = _together(taken)
             yield Way(price, num_stages, options, {"pet.rank": rank, **changes})
 
@@ -120,13 +135,20 @@ def _allowed_rungs(config: RunConfig, shape: ModelShape) -> tuple[list[Rung], tu
         if rung.on_frozen and not METHODS[config.method].freezes:
             skipped.append(f"{rung.name}: method={config.method} freezes no layer")
             continue
-        try:
-            StagePrices(changed(config, _together([*allowed, rung])[1]), shape)
-        except ConfigError as error:
-            skipped.append(f"{rung.name}: {error}")
+        if (refusal := _refusal(config, shape, [*allowed, rung])) is not None:
+            skipped.append(f"{rung.name}: {refusal}")
         else:
             allowed.append(rung)
     return allowed, tuple(skipped)
+
+
+def _refusal(config: RunConfig, shape: ModelShape, rungs: Sequence[Rung]) -> ConfigError | None:
+    """Why the configuration does not allow these together; None where it does."""
+    try:
+        StagePrices(changed(config, _together(rungs)[1]), shape)
+    except ConfigError as error:
+        return error
+    return None
 
 
 def _together(rungs: Sequence[Rung]) -> tuple[tuple[str, ...], dict[str, Any]]:

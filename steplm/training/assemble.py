@@ -86,7 +86,7 @@ def assemble(
             f"{differing[:4]}. The plan in the run directory is not the one that made this checkpoint.",
             differing=differing,
         )
-    if config.sums_in_fp32:
+    if config.sums_in_fp32 and not memory.offload_optimizer:  # which sums them itself
         _sum_gradients_in_fp32(model)
     packing = pack_frozen(
         model,

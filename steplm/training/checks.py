@@ -40,9 +40,11 @@ FREE_AT_RESUME = (
     "train.loss_chunk_size",
     "train.compile",
     "memory.offload_activations",
+    "memory.offload_optimizer",
     "memory.reserve",
     "memory.correction",
     "plan.budget",
+    "plan.host_budget",
     # The way out of a diverged run. Such a change is noted in the log.
     *(f"optim.{key}" for key in OptimConfig.model_fields if key not in FIXED_OPTIM_KEYS),
     "train.save_steps",

@@ -85,8 +85,9 @@ def go_on(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled
         model,
         assembled.rules,
         phase.num_hidden_layers,
+        host=assembled.rules.host,
         packed=packed_rows(model),
-        expect_gradients=not run.config.memory.fused_backward,
+        expect_gradients=not run.config.memory.fused_backward and assembled.rules.host is None,
     )
     check_against_plan(everything, run.plan.cost(phase).memory)
 
@@ -254,8 +255,9 @@ def check_entrance(run: RunContext, phase: Phase, start: PhaseStart, assembled: 
         model,
         rules,
         phase.num_hidden_layers,
+        host=rules.host,
         packed=packed_rows(model),
-        expect_gradients=not (train.dry_run or options.fused_backward),
+        expect_gradients=not (train.dry_run or options.fused_backward) and rules.host is None,
     )
     rules.zero_grad()
     measured = comparable(everything, cost.memory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ def crowded_processors(tokens_per_second: float, before: float) -> str | None:
         f"{format_count(tokens_per_second)} tok/s after {format_count(before)}: {share} {num_cpus} processors with "
         f"other work (load {load:.1f}). {advice}."
     )
+
+
+def free_host_bytes() -> int | None:
+    """What a process may take of the host's memory, without swap, and of its control group's; None if not known."""
+    limits = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
+    with suppress(OSError, ValueError):  # "max" where there is none
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(limits, default=None)
 
 
 def _cpu_name() -> str:

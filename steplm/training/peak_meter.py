@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,11 +36,18 @@ class CountedBytes(ByteCounter):
             self.track(tensor, HOST if is_on_host else "weights")
         if optimizer is None:
             return
+        host = optimizer.host
         for table in optimizer.tables():
-            self.track(table, REST)
+            self.track(table, REST if host is None else HOST)
         for states in optimizer.state_tensors().values():
             for state in states.values():
-                self.track(state, "optimizer")
+                self.track(state, "optimizer" if host is None else HOST)
+        for _, _, tensor in () if host is None else host.tensors():
+            self.track(tensor, HOST)
+
+    def on_host(self) -> AbstractContextManager[None]:
+        """What is born inside is in host memory."""
+        return self.labelling(HOST)
 
     def reset(self) -> None:
         self.reset_peak()
@@ -63,8 +71,8 @@ class CountedBytes(ByteCounter):
         super().__exit__(*exception)
 
     def _on_gradient(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self.track(parameter.grad, "gradients")
+        if parameter.grad is not None:  # or it has left for the host
+            self.track(parameter.grad, "gradients")
 
     def _copy_on_host(self, tensor: Tensor) -> Tensor:
         with self.labelling(HOST):
@@ -79,6 +87,10 @@ class AllocatedBytes:
 
     def watch(self, model: nn.Module, optimizer: UpdateRules) -> None:
         """Nothing to do: the allocator sees all."""
+
+    def on_host(self) -> AbstractContextManager[None]:
+        """Nothing to do: the allocator sees nothing of it."""
+        return nullcontext()
 
     def reset(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)

@@ -30,7 +30,7 @@ from steplm.models.build import DTYPES
 from steplm.models.device import free_memory, resolve_device
 from steplm.models.folder import load_config_and_state, load_hf_config
 from steplm.models.shape import shape_of
-from steplm.planner.plan import Plan, price_again
+from steplm.planner.plan import Plan, check_host_budget, price_again
 from steplm.planner.plan import plan as make_plan
 from steplm.schedule import Phase, Schedule
 from steplm.training.assemble import Assembled, PhaseStart, assemble, probe_model
@@ -38,7 +38,7 @@ from steplm.training.checks import check_checkpoint, check_family, check_init_fr
 from steplm.training.context import RunContext
 from steplm.training.display import Display, make_display
 from steplm.training.enter import check_entrance, enter, go_on
-from steplm.training.environment import environment
+from steplm.training.environment import environment, free_host_bytes
 from steplm.training.evaluate import probe_loss, validation_loss
 from steplm.training.export import export
 from steplm.training.extend import begin_with, has_begun
@@ -127,6 +127,8 @@ def _set_up(config: RunConfig, world: World, display: Display) -> RunContext | N
     if folder.finished:
         display.note(f"{folder.path} is finished already")
         return None
+    if plan.host_bytes and (free_bytes := free_host_bytes()) is not None:
+        check_host_budget(plan, free_bytes, "the machine's free memory")
     if first:
         _write_documents(config, plan, world)
     display.plan(plan)

@@ -20,7 +20,6 @@ from steplm.distributed.world import World
 from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.forward import batch_loss
 from steplm.models.shape import shape_of
-from steplm.optim.adamw import global_grad_norm
 from steplm.schedule import Phase
 from steplm.training.assemble import PhaseStart, assemble, probe_model
 from steplm.training.peak_meter import ALLOCATED, AllocatedBytes, CountedBytes, peak_meter_for
@@ -156,8 +155,8 @@ def _steps(
                     loss.backward()
                 del inputs, loss
             if not fused:
-                with part(STEP):
-                    global_grad_norm(rules.parameters.values())
+                with part(STEP), meter.on_host() if rules.host is not None else nullcontext():
+                    rules.grad_norm()
                     rules.step(learning_rate, grad_scale)
                     rules.zero_grad()
         libraries = meter.library_bytes()

@@ -16,7 +16,7 @@ from steplm.data.loader import Batch
 from steplm.distributed.world import World
 from steplm.models.forward import batch_loss, uncompiled
 from steplm.models.loss import IGNORE_INDEX
-from steplm.optim.adamw import clip_coefficient, global_grad_norm
+from steplm.optim.adamw import clip_coefficient
 from steplm.optim.build import UpdateRules
 from steplm.schedule import Phase
 from steplm.types import SourceLoss, TrainState
@@ -137,7 +137,7 @@ def train_step(
         return _fused_step(model, optimizer, batch, options, learning_rate, scale)
     of_sequences = torch.zeros(0 if batch.source_ids is None else len(batch), device=model.device)
     loss = forward_backward(model, batch, options, None if batch.source_ids is None else of_sequences)
-    norm = global_grad_norm(optimizer.parameters.values())
+    norm = optimizer.grad_norm()
     # One transfer for all numbers: on an accelerator each is a wait for the device.
     loss_value, norm_value, *nats = torch.cat((torch.stack((loss, norm.to(loss))), of_sequences)).tolist()
     result = _over_ranks(options.world, loss_value, norm_value, _of_sources(batch, nats, options))
@@ -159,7 +159,7 @@ def trial(model: PreTrainedModel, optimizer: UpdateRules, batch: Batch, options:
             result = _fused_step(model, optimizer, batch, options, None, 1.0)
             return result.loss, result.grad_norm
         loss = forward_backward(model, batch, options)
-    norm = global_grad_norm(optimizer.parameters.values())
+    norm = optimizer.grad_norm()
     optimizer.zero_grad()
     result = _over_ranks(options.world, float(loss), float(norm))
     return result.loss, result.grad_norm

@@ -65,7 +65,8 @@ class RecordedBytes(CountedBytes):
         states = optimizer.state_tensors() if optimizer else {}
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2] in ADAPTER_TENSORS:
-                for tensor in (parameter, *states[name].values()):
+                on_host = optimizer is not None and optimizer.host is not None
+                for tensor in (parameter, *(() if on_host else states[name].values())):
                     self.track(tensor, ADAPTERS)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_adapter_gradient))
 
@@ -115,8 +116,8 @@ class RecordedBytes(CountedBytes):
         self._events.append((_OPERATION_DONE, 0))
 
     def _on_adapter_gradient(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self.track(parameter.grad, ADAPTERS)
+        if parameter.grad is not None:
+            self.track(parameter.grad, ADAPTERS)
 
 
 def on_device(by_kind: dict[str, int]) -> int:

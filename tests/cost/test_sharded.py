@@ -27,7 +27,7 @@ from steplm.cost.count import ByteCounter
 from steplm.distributed.world import World
 from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.forward import batch_loss
-from steplm.optim.adamw import global_grad_norm
+from steplm.optim.base import global_grad_norm
 from steplm.planner.plan import plan
 from steplm.rows import Rows, on_this_rank
 from steplm.schedule import Phase

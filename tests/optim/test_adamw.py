@@ -8,7 +8,8 @@ from torch import nn
 from steplm.cost.count import ByteCounter
 from steplm.errors import CheckpointMismatch
 from steplm.optim import adamw as module
-from steplm.optim.adamw import AdamW, carry_state, clip_coefficient, decays, global_grad_norm
+from steplm.optim.adamw import AdamW, carry_state, clip_coefficient, decays
+from steplm.optim.base import global_grad_norm
 
 SHAPES = {"embed.weight": (9, 4), "a.weight": (4, 4), "a.bias": (4,), "b.weight": (3, 4), "norm.weight": (4,)}
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from steplm.errors import SteplmError
 from steplm.optim import adamw as module
-from steplm.optim.adamw import AdamW, global_grad_norm
+from steplm.optim.adamw import AdamW
+from steplm.optim.base import global_grad_norm
 
 
 class Tied(nn.Module):

@@ -24,7 +24,8 @@ from steplm.cost.formats import (
     scale_step_bytes,
 )
 from steplm.errors import CheckpointMismatch, ConfigError, SteplmError
-from steplm.optim.adamw import carry_state, global_grad_norm
+from steplm.optim.adamw import carry_state
+from steplm.optim.base import global_grad_norm
 from steplm.optim.matrix import MASTER_WEIGHTS, STATES
 from steplm.optim.muon import Muon
 from steplm.optim.scale import SCALE

@@ -21,6 +21,7 @@ from steplm.training.simulate import simulate_phase
 LOW, HIGH = -0.001, 0.03
 FUSED = ("memory.fused_backward=true", "optim.max_grad_norm=null")
 RECOMPUTED = "train.gradient_checkpointing=true"
+OFFLOADED = "memory.offload_optimizer=true"
 
 
 def configure(*overrides: str) -> RunConfig:
@@ -163,6 +164,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "8-bit master weights": ("memory.master_weights=8bit",),
     "old layers under muon, a small batch": ("method=thawed", "optim.old_layers=muon", "train.sequence_length=32"),
     "gradients summed in fp32": ("train.gradient_accumulation_steps=2", "train.gradient_accumulation_dtype=fp32"),
+    "optimizer on host": (OFFLOADED,),
+    "optimizer on host, recomputed": (OFFLOADED, RECOMPUTED, "train.gradient_accumulation_steps=2"),
+    "optimizer on host, a small batch": (OFFLOADED, "train.sequence_length=32", "model.vocab_size=100"),
+    "optimizer on host, tied": (OFFLOADED, "model.tie_word_embeddings=true", "train.precision=fp32"),
+    "optimizer on host, adapted embeddings": (OFFLOADED, "plan.train_embeddings=adapters", RECOMPUTED),
     "inside documents, recomputed": ("data.within_documents=true", RECOMPUTED),
 }
 TOGETHER = (

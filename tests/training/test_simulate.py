@@ -108,6 +108,21 @@ def test_between_steps_there_is_the_planned_model_state(stage_index: int, overri
         assert at_rest.get(kind, 0) == planned.bytes_of(kind=kind)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("stage_index", [1, 2])
+def test_an_optimizer_in_host_memory_leaves_the_weights_alone_on_the_device(
+    stage_index: int, micro_batches: int
+) -> None:
+    overrides = ("memory.offload_optimizer=true", f"train.gradient_accumulation_steps={micro_batches}")
+    planned = plan(configure(*overrides)).stages[stage_index - 1].memory
+    instants = simulated(stage_index, *overrides)
+    assert instants[AT_REST][HOST] == planned.host_bytes > 0
+    assert instants[AT_REST]["weights"] == planned.total_bytes
+    assert "optimizer" not in instants[AT_REST]
+    assert not any("gradients" in instants[part] for part in (AT_REST, FORWARD, STEP))
+    assert instants[STEP] == instants[AT_REST], "the update works in host memory"
+
+
 @pytest.mark.parametrize("stage_index", [1, 2])
 def test_all_gradients_live_at_the_optimizer_step(stage_index: int) -> None:
     planned = plan(configure()).stages[stage_index - 1].memory

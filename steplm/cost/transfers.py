@@ -1,0 +1,45 @@
+"""Bytes that cross the bus between a device and its host in one step, by direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from steplm.config import RunConfig
+from steplm.cost.rules import RULES, split_by_rule
+from steplm.cost.terms import COMPONENTS, Subject
+from steplm.schedule import Phase
+from steplm.types import ModelShape
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """Of one optimizer step of one device; what frozen weights and activations move is no part."""
+
+    to_host: int
+    to_device: int
+
+
+NO_TRANSFERS = Transfers(0, 0)
+
+
+def optimizer_transfers(config: RunConfig, shape: ModelShape, phase: Phase) -> Transfers:
+    """With ``memory.offload_optimizer``: gradients of each micro-batch ``w T`` to the host, new weights ``w T`` back.
+
+    The matrices of a rule that multiplies them on the device (Muon) go there before their update, and come back.
+    Source: ZeRO-Offload (arXiv 2101.06840), section 4.1.
+    """
+    if not config.memory.offload_optimizer:
+        return NO_TRANSFERS
+    subject = Subject(config, shape, phase)
+    trained = products = 0
+    for component in COMPONENTS.values():
+        for tensors in component(subject):
+            if tensors.rule is None:
+                continue
+            trained += subject.width * tensors.num_parameters
+            if RULES[tensors.rule].product_bytes is not None:
+                taken, _ = split_by_rule(tensors.shapes, tensors.candidates, tensors.rule, config.optim)
+                width = subject.setting(tensors.rule).compute_width
+                products += tensors.count * width * sum(map(prod, taken))
+    return Transfers(to_host=config.micro_batches * trained + products, to_device=trained + products)

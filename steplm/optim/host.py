@@ -1,0 +1,189 @@
+"""Trained parameters in host memory, for update rules to act on: gradients come there, and new weights go back."""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from steplm.cost.formats import STEP_CHUNK
+from steplm.errors import ConfigError
+from steplm.types import HOST_GRADIENTS, HOST_WEIGHTS
+from steplm.units import format_bytes
+
+
+class HostParameters:
+    """Copies in host memory of the parameters that are trained on a device.
+
+    As soon as a gradient is whole, it leaves the device and is added to those of the micro-batches before it; the
+    parameter's ``.grad`` is None again. It takes memory on the device until the next one has come or the pass has
+    ended, as it is on its way until then. On CUDA a stream of its own copies, and a thread adds, while the backward
+    pass goes on.
+
+        loss.backward()
+        host.wait()         # now ``parameters`` have gradients
+        rule.step(…)        # updates ``parameters``, by gradients that are on the host
+        host.send(names)
+
+    Source: ZeRO-Offload (arXiv 2101.06840), section 4; there the device sums the gradients.
+
+    Args:
+        device: where the parameters are.
+        sums: whether several gradients come before an update. They are then summed in fp32; otherwise a gradient
+            keeps its type.
+
+    Attributes:
+        parameters: the copies, by name; ``.grad`` is None until a gradient has come.
+        bytes_to_host, bytes_to_device: for tests, what was transferred.
+    """
+
+    def __init__(self, device: torch.device, *, sums: bool) -> None:
+        self.device, self.sums = device, sums
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.bytes_to_host = self.bytes_to_device = 0
+        self._on_device: dict[str, nn.Parameter] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._hooks: dict[str, RemovableHandle] = {}
+        self._landing: Tensor | None = None  # where a gradient arrives that is then added to others
+        self._leaving: Tensor | None = None  # the gradient that is on its way
+        self._arrived: torch.cuda.Event | None = None  # when it is there
+        self._pending: Future[None] | None = None
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gradients")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Hold copies of these from now on; those that were held before stay as they are.
+
+        Raises:
+            ConfigError: PyTorch is too old for fp32 gradients of other parameters, or memory cannot be pinned.
+        """
+        self.wait()
+        for name in self.parameters.keys() - parameters.keys():
+            self._hooks.pop(name).remove()
+            del self.parameters[name], self._gradients[name], self._on_device[name]
+        for name in parameters.keys() - self.parameters.keys():
+            self._add(name, parameters[name])
+        self.parameters = {name: self.parameters[name] for name in parameters}
+        largest = max((p.nbytes for p in parameters.values()), default=0)
+        if self.sums and (self._landing is None or len(self._landing) != largest):
+            self._landing = self._empty((largest,), torch.uint8)
+
+    def wait(self) -> None:
+        """Until all gradients that left the device have been taken in."""
+        self._let_go()
+        if self._pending is not None:
+            self._pending.result()
+        self._pending = None
+
+    @torch.no_grad()
+    def send(self, names: Iterable[str]) -> None:
+        """Copy these weights to the device; on CUDA, before what is launched after it."""
+        for name in names:
+            self._on_device[name].copy_(self.parameters[name], non_blocking=True)
+            self.bytes_to_device += self.parameters[name].nbytes
+
+    def tensors(self) -> Iterator[tuple[str | None, str, Tensor]]:
+        """All that is held: the parameter's name, the kind in the plan, the tensor. No name: where gradients arrive."""
+        for name, parameter in self.parameters.items():
+            yield name, HOST_WEIGHTS, parameter.detach()
+            yield name, HOST_GRADIENTS, self._gradients[name]
+        if self._landing is not None:
+            yield None, HOST_GRADIENTS, self._landing
+
+    def _add(self, name: str, parameter: nn.Parameter) -> None:
+        copy = nn.Parameter(self._empty(parameter.shape, parameter.dtype).copy_(parameter.detach()))
+        dtype = torch.float32 if self.sums else parameter.dtype
+        if dtype != parameter.dtype:
+            require_grad_dtype(copy, "memory.offload_optimizer with several micro-batches")
+            copy.grad_dtype = dtype
+        self.parameters[name], self._on_device[name] = copy, parameter
+        self._gradients[name] = self._empty(parameter.shape, dtype, pin=not self.sums)
+        self._hooks[name] = parameter.register_post_accumulate_grad_hook(partial(self._leave, name=name))
+
+    @torch.no_grad()
+    def _leave(self, parameter: Tensor, *, name: str) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if self._leaving is None:  # the first one of this pass
+            torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
+        self.wait()  # so that two at most are on the device, one of them on its way
+        copy, total = self.parameters[name], self._gradients[name]
+        arrived = total
+        if self._landing is not None:
+            arrived = self._landing[: gradient.nbytes].view(gradient.dtype).view(gradient.shape)
+        is_first, copy.grad = copy.grad is None, total
+        self._leaving = gradient
+        self.bytes_to_host += gradient.nbytes
+        if self._stream is None:
+            arrived.copy_(gradient)
+            self._take_in(arrived, total, is_first)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            arrived.copy_(gradient, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(self._stream)
+        self._pending = self._worker.submit(self._take_in, arrived, total, is_first, self._arrived)
+
+    def _let_go(self) -> None:
+        """Free the gradient that is on its way, once it is there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        self._leaving = self._arrived = None
+
+    def _take_in(self, arrived: Tensor, total: Tensor, is_first: bool, event: torch.cuda.Event | None = None) -> None:
+        if event is not None:
+            event.synchronize()
+        if arrived is total:
+            return
+        # A piece at a time: to add bf16 to fp32, a CPU makes an fp32 copy of it.
+        for piece, more in zip(total.view(-1).split(STEP_CHUNK), arrived.view(-1).split(STEP_CHUNK), strict=True):
+            if is_first:
+                piece.copy_(more)
+            else:
+                piece.add_(more)
+
+    def _empty(self, shape: Iterable[int], dtype: torch.dtype, *, pin: bool = True) -> Tensor:
+        if pin and self.device.type == "cuda":
+            return pinned(tuple(shape), dtype)
+        return torch.empty(tuple(shape), dtype=dtype)
+
+
+def require_grad_dtype(parameter: nn.Parameter, option: str) -> None:
+    """Refuse a PyTorch whose gradients cannot have another type than their parameters.
+
+    Raises:
+        ConfigError: with ``option``, which needs it.
+    """
+    if not hasattr(parameter, "grad_dtype"):
+        raise ConfigError(f"{option} needs PyTorch 2.10 or newer: update it.")
+
+
+def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Host memory that a GPU reads and writes by itself, of just the bytes that are asked for.
+
+    PyTorch's own allocator of pinned memory rounds each tensor up to a power of two.
+
+    Raises:
+        ConfigError: the system does not give so much.
+    """
+    num_bytes = prod(shape) * dtype.itemsize
+    if not num_bytes:
+        return torch.empty(shape, dtype=dtype)
+    tensor = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype)  # pages of its own, which nothing else pins
+    cudart, address = torch.cuda.cudart(), tensor.data_ptr()
+    code = int(cudart.cudaHostRegister(address, num_bytes, 0))
+    if code:
+        raise ConfigError(
+            f"the system refuses to pin {format_bytes(num_bytes)} of host memory (CUDA error {code}): free host "
+            "memory, raise the limit of locked memory (ulimit -l), or set memory.offload_optimizer=false."
+        )
+    weakref.finalize(tensor.untyped_storage(), cudart.cudaHostUnregister, address).atexit = False
+    return tensor.view(shape)

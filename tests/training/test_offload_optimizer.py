@@ -1,0 +1,205 @@
+"""Optimizer states, master weights and gradients in host memory: the run without, bit by bit, and the planned bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from steplm.config import RunConfig
+from steplm.errors import PlanInfeasible
+from steplm.planner.plan import plan
+from steplm.training import enter as enter_module
+from steplm.training import loop as loop_module
+from steplm.training import run as run_module
+from steplm.training.environment import free_host_bytes
+from steplm.training.metrics import read_metrics
+from steplm.training.run import train
+
+Configure = Callable[..., RunConfig]
+EqualRuns = Callable[[Path, Path], None]
+
+OFFLOAD = "memory.offload_optimizer=true"
+BASE = ("train.precision=bf16", "plan.layers=[2,2]")
+SEVERAL = ("train.gradient_accumulation_steps=2", "train.gradient_accumulation_dtype=fp32")
+ONE_STAGE = ("plan.num_stages=1", "plan.layers=[4]")
+SHORT = "plan.total_tokens=512"
+RUNS: dict[str, tuple[str, ...]] = {
+    "bf16": (),
+    "several micro-batches": SEVERAL,
+    "several micro-batches in fp32": (*SEVERAL, "train.precision=fp32"),
+    "no master weights": ("memory.optimizer_states=8bit", "memory.master_weights=false", *SEVERAL),
+    "8-bit master weights": ("memory.master_weights=8bit",),
+    "muon in 8 bits": ("optim.name=muon", "pet.rule=muon", "memory.optimizer_states=8bit"),
+    "scale": ("optim.name=scale", "optim.max_grad_norm=null"),
+    "galore": ("optim.name=galore", "optim.rank=4"),
+    "old layers by another rule": ("method=thawed", "optim.old_layers=apollo_mini"),
+    "badam": ("method=badam", *ONE_STAGE, "optim.switch_steps=3"),
+    "relora": ("method=relora", *ONE_STAGE, "pet.restarts=2"),
+    "tied embeddings": ("model.tie_word_embeddings=true",),
+    "adapters on the embeddings": ("plan.train_embeddings=adapters",),
+    "inside documents": ("data.within_documents=true",),
+    "all in host memory": (
+        "memory.offload_frozen=true", "memory.offload_activations=true", "memory.frozen_weights=nf4",
+        "train.gradient_checkpointing=true",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_with_its_optimizer_in_host_memory_is_the_run_without(
+    name: str, tiny_run: Configure, tmp_path: Path, assert_equal_runs: EqualRuns
+) -> None:
+    # Planned bytes, of the device and of the host, are compared with measured ones at every entrance on the way.
+    plain, offloaded = tmp_path / "plain", tmp_path / "offloaded"
+    assert train(tiny_run(plain, SHORT, *BASE, *RUNS[name])).finished
+    assert train(tiny_run(offloaded, SHORT, *BASE, *RUNS[name], OFFLOAD)).finished
+    assert_equal_runs(offloaded, plain)
+
+
+def test_without_it_the_sums_of_micro_batches_are_rounded_and_with_it_they_are_not(
+    tiny_run: Configure, tmp_path: Path, assert_equal_runs: EqualRuns
+) -> None:
+    exact, offloaded = tmp_path / "exact", tmp_path / "offloaded"
+    train(tiny_run(exact, SHORT, *BASE, *SEVERAL))
+    train(tiny_run(offloaded, SHORT, *BASE, SEVERAL[0], OFFLOAD))
+    assert_equal_runs(offloaded, exact)
+
+
+def _stop_before(monkeypatch: pytest.MonkeyPatch, steps: set[int], signum: int = signal.SIGTERM) -> None:
+    """Let ``train`` be ended by a signal before the steps of these numbers, counted over all starts."""
+    original, seen = loop_module.train_step, 0
+
+    def stopping(*args: object, **keys: object) -> object:
+        nonlocal seen
+        seen += 1
+        if seen in steps:
+            signal.raise_signal(signum)
+        return original(*args, **keys)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop_module, "train_step", stopping)
+
+
+@pytest.mark.parametrize("options", [(), ("memory.optimizer_states=8bit", "memory.master_weights=false")])
+def test_a_run_in_which_it_is_switched_on_and_off_is_the_unbroken_one(
+    options: tuple[str, ...],
+    tiny_run: Configure,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_equal_runs: EqualRuns,
+) -> None:
+    train(tiny_run(tmp_path / "unbroken", *BASE, *options))
+    _stop_before(monkeypatch, {3, 7, 12})  # in the first stage, across the growth, in the second
+    starts = [train(tiny_run(tmp_path / "run", *BASE, *options, f"{OFFLOAD[:-4]}{on}")).finished
+              for on in ("true", "false", "true", "false")]  # fmt: skip
+    assert starts == [False, False, False, True]
+    assert_equal_runs(tmp_path / "run", tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize(("module", "function", "call"), [
+    (loop_module, "train_step", 3), (loop_module, "train_step", 7), (enter_module, "grow", 1),
+])  # fmt: skip
+def test_killed_at_a_chosen_instant_such_a_run_equals_the_unbroken_one(
+    module: object,
+    function: str,
+    call: int,
+    tiny_run: Configure,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_equal_runs: EqualRuns,
+) -> None:
+    options = (*BASE, *SEVERAL, OFFLOAD, "train.save_steps=2")
+    train(tiny_run(tmp_path / "unbroken", *options))
+    config = tiny_run(tmp_path / "run", *options)
+    original, calls = getattr(module, function), 0
+
+    def killing(*args: object, **keys: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, killing)
+        pid = os.fork()
+        if pid == 0:
+            train(config)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    train(config)
+    assert_equal_runs(tmp_path / "run", tmp_path / "unbroken")
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights_as_they_are(
+    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_equal_runs: EqualRuns
+) -> None:
+    original = loop_module.train_step
+
+    def spoiled(model, rules, batch, *args, **keys):  # type: ignore[no-untyped-def]
+        hook = None
+        if keys["learning_rate"] and spoiled.calls == 5:
+            hook = model.model.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+        spoiled.calls += 1
+        result = original(model, rules, batch, *args, **keys)
+        if hook is not None:
+            hook.remove()
+        return result
+
+    monkeypatch.setattr(loop_module, "train_step", spoiled)
+    for name, more in (("plain", ()), ("offloaded", (OFFLOAD,))):
+        spoiled.calls = 0  # type: ignore[attr-defined]
+        train(tiny_run(tmp_path / name, *BASE, *more))
+        assert len(read_metrics(tmp_path / name / "metrics.jsonl", "skipped")) == 1
+    assert_equal_runs(tmp_path / "offloaded", tmp_path / "plain")
+
+
+def test_the_measured_peak_of_its_dry_run_is_the_planned_one(tiny_run: Configure, tmp_path: Path) -> None:
+    options = (*BASE, "train.per_device_train_batch_size=8", "train.sequence_length=64", "plan.total_tokens=4096")
+    larger = ("model.hidden_size=128", "train.gradient_accumulation_steps=2")
+    train(tiny_run(tmp_path, *options, *larger, OFFLOAD))
+    for start in read_metrics(tmp_path / "metrics.jsonl", "stage_start"):
+        assert start["measured_dry_run_bytes"] == pytest.approx(start["planned_dry_run_bytes"], rel=0.005)
+        assert start["planned_bytes"] == start["measured_bytes"]
+        assert start["planned_bytes"]["gradients"] == start["planned_bytes"]["optimizer"] == 0
+        assert start["planned_bytes"]["host"] > 10 * start["planned_bytes"]["weights"] / 2
+
+
+def test_a_step_moves_the_planned_bytes(tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_run(tmp_path, SHORT, *BASE, *SEVERAL, OFFLOAD, "train.dry_run=false")
+    original, moved = loop_module.train_step, []
+
+    def counting(model, rules, *args, **keys):  # type: ignore[no-untyped-def]
+        before = rules.host.bytes_to_host, rules.host.bytes_to_device
+        result = original(model, rules, *args, **keys)
+        moved.append((rules.host.bytes_to_host - before[0], rules.host.bytes_to_device - before[1]))
+        return result
+
+    monkeypatch.setattr(loop_module, "train_step", counting)
+    made = train(config).plan
+    planned = [(stage.transfers.to_host, stage.transfers.to_device) for stage in made.stages]
+    assert planned[0][0] == 2 * planned[0][1], "two micro-batches"
+    assert list(dict.fromkeys(moved)) == planned
+
+
+def test_a_host_with_too_little_memory_is_refused_in_numbers_before_the_run(
+    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(tmp_path, *BASE, OFFLOAD)
+    needed = plan(config).host_bytes
+    monkeypatch.setattr(run_module, "free_host_bytes", lambda: needed - 1)
+    with pytest.raises(PlanInfeasible, match=r"the machine's free memory=.* KiB is too little: stage 2 keeps .* KiB"):
+        train(config)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    with pytest.raises(PlanInfeasible, match=r"plan\.host_budget=.* KiB is too little"):
+        plan(tiny_run(tmp_path, *BASE, OFFLOAD, f"plan.host_budget={needed - 1}"))
+    assert plan(tiny_run(tmp_path, *BASE, OFFLOAD, f"plan.host_budget={needed}")).host_bytes == needed
+
+
+def test_free_host_memory_is_told_by_the_system() -> None:
+    free_bytes = free_host_bytes()
+    assert free_bytes is not None
+    assert 2**20 < free_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
