@@ -1,4 +1,4 @@
-"""All runs of a suite: which is next, in processes of their own, a few at a time, restartable."""
+"""Run a suite: choose the next runs, a few processes at a time, resumable."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SETTLED = ("finished", "diverged", "failed")
 
 @dataclass
 class Job:
-    """A run that is going on."""
+    """A running process."""
 
     run: RunKey
     process: ForkServerProcess
@@ -49,12 +49,12 @@ class Job:
 
 
 class Runner:
-    """A suite being run. ``record`` is what ``suite.json`` holds at every moment."""
+    """A suite being run. ``record`` is the current content of ``suite.json``."""
 
     def __init__(
         self, suite: Suite, configs: Mapping[RunKey, RunConfig], display: SuiteDisplay, *, jobs: int | None = None
     ) -> None:
-        """``configs``: of every run that the suite can lead to, with the folder of its data."""
+        """``configs``: of every run that the suite may need, with the folder of its data."""
         self.suite, self.configs, self.display = suite, configs, display
         self.directory = suite.directory
         self.num_jobs = jobs or suite.config.jobs
@@ -66,7 +66,7 @@ class Runner:
         self._clock = Clock()
 
     def run(self) -> SuiteRecord:
-        """Run all that is not finished yet; return at the end, or when a signal has stopped every run."""
+        """Run everything that is not finished; return at the end, or when a signal has stopped every run."""
         with exclusive(self.directory, self.display.waiting_for_runs), self._stopping_on_signals():
             self._before = self._earlier_runs()
             write_atomically(self.directory / "suite.yaml", dump_suite(self.suite.config))
@@ -109,7 +109,7 @@ class Runner:
         return {run.dir: run for run in load_suite(self.directory).runs}
 
     def _update(self) -> None:
-        """Choose what can be chosen, list the runs that follow from it, and write it all down."""
+        """Choose the rates that can be chosen, list the runs that follow, and save both."""
         entries, before = self.suite.entries.values(), (-1, -1)
         # Again while there is more: on a restart, the runs that a choice leads to may be finished, and lead to another.
         while before != (before := (len(self.choices), len(self.runs))):
@@ -156,7 +156,7 @@ class Runner:
         self.display.chosen(entry.name, losses, choice)
 
     def _grid(self, entry: Entry) -> tuple[float, ...]:
-        """The grid with the rates beyond an edge, and around the best, that the results so far ask for."""
+        """The grid with the rates beyond an edge and around the best that the results so far require."""
         grid = entry.grid
         for _ in range(entry.extend):
             losses = self._losses(entry, grid)
@@ -172,14 +172,14 @@ class Runner:
         return grid
 
     def _losses(self, entry: Entry, grid: Iterable[float]) -> dict[float, float | None] | None:
-        """Final losses by rate, None where a run diverged; None instead where one is still to come."""
+        """Final losses by rate (None: diverged); None while a run is missing."""
         tried = {rate: self.runs.get(RunKey(entry.name, self.suite.tune_seed, rate)) for rate in grid}
         if any(run is None or run.status not in ("finished", "diverged") for run in tried.values()):
             return None
         return {rate: self._final_loss(run) for rate, run in tried.items() if run is not None}
 
     def _mean_loss(self, entry: Entry, rate: float) -> float | None:
-        """Over all seeds; infinite where one diverged, None where one is still to come."""
+        """Mean over all seeds; infinite if one diverged, None while one is missing."""
         runs = [self.runs.get(RunKey(entry.name, seed, rate)) for seed in entry.seeds]
         if any(run is None or run.status not in ("finished", "diverged") for run in runs):
             return None
@@ -193,7 +193,7 @@ class Runner:
         return None if summary is None else summary["validation_loss"]
 
     def _first_record(self, run: RunKey) -> RunEntry:
-        """As the disk has it: finished and diverged runs stay so, all others are run or gone on with."""
+        """Status from disk: finished and diverged runs stay so, all others run or resume."""
         before = self._before.get(run.dir)
         run_dir = self.directory / run.dir
         status, error = "waiting", None
@@ -205,7 +205,7 @@ class Runner:
         return RunEntry(run.entry, run.seed, run.learning_rate, run.dir, status, error, shared_from)  # type: ignore[arg-type]
 
     def _is_finished(self, run: RunKey) -> bool:
-        """Trained, and scored on every text; of kept results, which have no model, what is missing stays so."""
+        """Trained, and scored on every text. Kept results have no model, so their missing scores stay missing."""
         run_dir = self.directory / run.dir
         try:
             if read_document(Summary, run_dir / "summary.json") is None:
@@ -218,7 +218,7 @@ class Runner:
     # Processes
 
     def _start_runs(self) -> bool:
-        """Start as many as may run; whether any was started."""
+        """Start as many runs as allowed; returns whether any was started."""
         started = False
         while len(self.jobs) < self.num_jobs and self.stop_signal is None:
             start = self._next_start()
@@ -317,7 +317,7 @@ class Runner:
                     yield run
 
     def _remove_checkpoints(self) -> None:
-        """Of finished and diverged runs that no run to come can branch off from."""
+        """Of finished and diverged runs that no further run can branch off from."""
         if self.suite.config.keep_checkpoints:
             return
         to_come = list(self._still_to_come())

@@ -1,4 +1,4 @@
-"""One run of a suite, in a process of its own: train, score the texts, say how it ended."""
+"""One run of a suite in its own process: train, score the texts, report the outcome."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from steplm.training.run import train
 
 @dataclass(frozen=True)
 class Task:
-    """What a process has to do."""
+    """The work of a process."""
 
     config: RunConfig
     texts: Mapping[str, TextConfig]
@@ -39,14 +39,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended. A stopped run goes on when it is started again."""
+    """How a process ended. A stopped run resumes when it is started again."""
 
     status: str  # "finished", "diverged", "failed", "stopped", or "again": what it would have branched off from is gone
     error: str | None = None
 
 
 def work(task: Task, answer: connection.Connection) -> None:
-    """The whole life of the process; what it prints goes to ``log.txt`` of the run."""
+    """Main function of the process; its output goes to the run's ``log.txt``."""
     os.setsid()  # a key pressed in the terminal reaches the suite alone, which passes it on once
     threading.Thread(target=_stop_with_the_suite, daemon=True).start()
     with shared_lock(task.lock_file):
@@ -81,7 +81,7 @@ def _outcome(task: Task) -> Outcome:
 
 
 def _branched(source_run_dir: Path, stage_index: int, config: RunConfig) -> str | None:
-    """Branch off; what a damaged source says, which is then put aside."""
+    """Branch off; returns the error of a damaged source, which is then marked as damaged."""
     try:
         branch(source_run_dir, stage_index, config)
     except CheckpointMismatch:

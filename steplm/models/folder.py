@@ -274,7 +274,7 @@ def _cannot_load(name: str | Path, error: Exception) -> CheckpointError | HubUna
             why = f"{pointers[0]} is a pointer of Git LFS, not the weights. Run git lfs pull in that folder."
         return CheckpointError(f"cannot load the model in {name}: {why}", path=str(name))
     return HubUnavailable(
-        f"{name} is no local folder, and the hub did not give it ({reason(error)}). "
+        f"{name} is not a local folder, and the hub did not return it ({reason(error)}). "
         "Check the name and the network, or pass a folder.",
         name=str(name),
     )

@@ -38,7 +38,7 @@ _SHORTEST_SECRET = 8  # characters; a local server's key may be an "x", which st
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the judge is, and how patiently it is asked. ``api_key=None`` suits a local server."""
+    """Address of the judge, with timeouts, retries and rate limit. ``api_key=None`` suits a local server."""
 
     model: str
     base_url: str
@@ -95,7 +95,7 @@ class Failure:
 
 
 class _Retryable(Exception):
-    """This try failed, another may not."""
+    """This attempt failed; another may succeed."""
 
     def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
@@ -107,7 +107,7 @@ class _Refused(Exception):
 
 
 class _Stopped(Exception):
-    """Nothing more is to be asked."""
+    """No further request is sent."""
 
 
 class JudgeClient:
@@ -251,7 +251,7 @@ class JudgeClient:
         )
 
     def _connection_error(self, error: APIConnectionError) -> Exception:
-        """A ``JudgeError`` where nobody was ever there: only what has worked before gets better by itself."""
+        """A ``JudgeError`` if the server has never answered: only one that has answered before may recover."""
         cause = error.__cause__ or error
         said = f"the connection failed ({self.endpoint.redacted(reason(cause))})"
         # ConnectError and ConnectTimeout, and not a connection that broke: somebody was there.

@@ -109,7 +109,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a request came to; ``value`` is ``None`` where there is no reply, or none that can be read."""
+    """The outcome of a request; ``value`` is ``None`` without a readable reply."""
 
     value: float | str | None
     reply: Reply | None

@@ -1,4 +1,4 @@
-"""The whole benchmark: answers, judgments, scores. Every part goes on where it was stopped.
+"""The whole benchmark: answers, judgments, scores. Every part resumes where it stopped.
 
 DIR/model_answer/NAME.jsonl             answers, FastChat's format
 DIR/replies.jsonl                       every reply of a judge, as it came: what is here is not asked again

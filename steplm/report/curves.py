@@ -34,7 +34,7 @@ class Look:
 
 
 def looks(suite: Suite) -> dict[str, Look]:
-    """By entry: the baseline in ink, the others each in a colour and dash of its own."""
+    """The look of each entry: the baseline in ink, every other one in its own colour and dash."""
     result = {}
     others = [name for name in suite.entries if name != suite.record.baseline]
     for index, name in enumerate(others):
@@ -217,7 +217,7 @@ def growth_windows(curve: Curve) -> list[GrowthWindow]:
 
 
 def loss_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
-    """The losses worth seeing: the first fall, from log(vocabulary size), would flatten all the rest."""
+    """The range of losses to show. The initial fall from log(vocabulary size) would flatten everything else."""
     shown = []
     for drawn in curves:
         series = drawn.validation

@@ -1,4 +1,4 @@
-"""Evaluations of models, kept as tables and pictures, so that a report shows them beside training."""
+"""Evaluations of models, kept as tables and pictures, so that a report shows them next to training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the names of points go, so that they cover neither each other nor a point."""
+"""Placement of the labels of points, so that they overlap neither each other nor a point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run left behind, finished or not, and the table that sets several runs side by side."""
+"""The documents of a run, finished or not, and the table that compares several runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT_YET = "–"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run's documents. ``summary`` is ``None`` while the run goes on."""
+    """One run's documents. ``summary`` is ``None`` while the run is unfinished."""
 
     label: str
     config: RunConfig

@@ -1,4 +1,4 @@
-"""``suite.json``: which runs a suite consists of, how they stand, and what is asked of them.
+"""``suite.json``: the runs of a suite, their status, and the questions of its report.
 
 ``steplm compare`` writes it after every event, ``steplm report`` reads it. A suite directory:
 
@@ -62,7 +62,7 @@ class RunEntry:
 
 @dataclass(frozen=True)
 class Question:
-    """Some entries, most often beside a baseline: one table and its figures."""
+    """A group of entries, usually compared with a baseline: one table and its figures."""
 
     title: str
     entries: tuple[str, ...]

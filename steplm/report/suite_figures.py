@@ -33,7 +33,7 @@ TRADEOFF_SCALE = 0.6  # points of the figure for each pixel of the page, by whic
 
 
 def write_figures(suite: Suite, directory: Path) -> dict[str, Path]:
-    """Draw all that the runs allow; returns the files by name: ``q1_loss_tokens``, ..., ``learning_rate``."""
+    """Draw every chart that has data; returns the files by name: ``q1_loss_tokens``, ..., ``learning_rate``."""
     directory.mkdir(parents=True, exist_ok=True)
     look = looks(suite)
     drawn: dict[str, Path] = {}

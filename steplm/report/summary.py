@@ -355,7 +355,7 @@ def _read_run(directory: Path, run: RunEntry, suite: SuiteRecord) -> SuiteRun:
 
 
 def _suite_of_runs(directory: Path) -> SuiteRecord:
-    """Every run below a folder as an entry of its own, and one question that sets them side by side."""
+    """Every run below a folder as an entry, compared in one question."""
     patterns = ["/".join(["*"] * depth + ["plan.json"]) for depth in range(SEARCH_DEPTH + 1)]
     plans = (path.parent for pattern in patterns for path in directory.glob(pattern))
     folders = sorted(folder for folder in plans if (folder / "config.yaml").is_file())  # an export has a plan too

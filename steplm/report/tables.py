@@ -18,7 +18,7 @@ from steplm.units import format_bytes, format_count, format_seconds
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, what it is sorted by, and whether it stands out."""
+    """A table cell: its text, sort key and emphasis."""
 
     text: str
     value: float | str | None = None
@@ -84,7 +84,7 @@ def _without_empty(title: str, columns: Sequence[str], rows: Sequence[Sequence[C
 
 
 def question_table(suite: Suite, question: Question) -> Table:
-    """Quality beside memory and cost: one row an entry, the baseline first."""
+    """Quality, memory and cost: one row per entry, the baseline first."""
     baseline = suite.entries[question.baseline] if question.baseline else None
     columns = (
         "method", "seeds", "perplexity", *(f"{text} perplexity" for text in suite.texts), "Δ loss", "verdict",
@@ -137,7 +137,7 @@ def _reduction_cell(entry: EntrySummary, baseline: EntrySummary | None) -> Cell:
 
 
 def _caption(suite: Suite, question: Question, baseline: EntrySummary | None) -> str:
-    """What the columns stand for, and what a reader must not overlook."""
+    """What the columns mean, and warnings."""
     several = any(len(entry.finished) > 1 for entry in suite.of(question))
     if not any(entry.finished for entry in suite.of(question)):
         return "No run has finished yet."
@@ -155,7 +155,7 @@ def _caption(suite: Suite, question: Question, baseline: EntrySummary | None) ->
 
 
 def warnings(suite: Suite, question: Question) -> list[str]:
-    """What a reader of a question's table must not overlook."""
+    """Warnings about a question's table."""
     entries = suite.of(question)
     result = []
     if edges := [entry.label for entry in entries if entry.entry.at_edge]:
@@ -254,7 +254,7 @@ def _tuning_cell(run: SuiteRun | None, chosen: bool, edge: bool) -> Cell:
 
 
 def stages_table(entry: EntrySummary) -> Table | None:
-    """What each stage of a run trained, on what, in how many bytes; ``None`` where there is no plan."""
+    """Layers, tokens, loss and bytes of each stage of a run; ``None`` without a plan."""
     record = entry.record
     if record is None:
         return None
@@ -325,7 +325,7 @@ def all_tables(suite: Suite) -> list[Table]:
 
 
 def problems(suite: Suite) -> list[str]:
-    """One sentence for each run that did not come to its end, with its error."""
+    """One line for each run without a result, with its error."""
     return [
         f"{suite.entries[run.entry.entry].label}, seed {run.entry.seed}, learning rate {run.entry.learning_rate:g}: "
         f"{run.entry.status}" + (f" ({run.entry.error})" if run.entry.error else "")

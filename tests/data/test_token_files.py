@@ -210,10 +210,10 @@ def test_a_file_that_is_cut_short_is_refused(documents: Documents, tmp_path: Pat
         write(path, documents)
         assert open_token_file(path).num_tokens == sum(map(len, documents))
         path.write_bytes(path.read_bytes()[:-1])
-        with pytest.raises(DataError, match="cut short, or not a token file"):
+        with pytest.raises(DataError, match="cut short or not a token file"):
             open_token_file(path)
         path.write_bytes(b"")
-        with pytest.raises(DataError, match="cut short, or not a token file"):
+        with pytest.raises(DataError, match="cut short or not a token file"):
             open_token_file(path)
 
 
