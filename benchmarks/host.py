@@ -1,6 +1,6 @@
 """What an optimizer in host memory holds, changes and takes, beside the same training without it.
 
-    OMP_NUM_THREADS=2 python benchmarks/host.py --output results/host/cpu.json
+    OMP_NUM_THREADS=1 python benchmarks/host.py --without-speed --output results/host_cpu.json
     python benchmarks/host.py --run llama_368m --precision bf16 --device cuda --micro-batches 1 8 64
 
 For each number of micro-batches a step: planned and held bytes in host memory, bytes over the bus in a step, whether
@@ -50,17 +50,15 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--update-parameters", type=int, default=2**25, help="of the CPU's update that is timed")
+    parser.add_argument("--without-speed", action="store_true", help="where other work makes times meaningless")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
-    report: dict[str, Any] = {
-        "environment": environment(device),
-        "load_average": os.getloadavg()[0],
-        "update": update_speed(arguments.update_parameters, arguments.steps),
-        "steps": [],
-    }
-    share = report["update"]["share_of_copy"]
-    print(f"update on the CPU: {report['update']['bytes_per_second'] / 1e9:.1f} GB/s, {share:.0%} of a copy's")
+    report: dict[str, Any] = {"environment": environment(device), "steps": []}
+    if not arguments.without_speed:
+        update = update_speed(arguments.update_parameters, arguments.steps)
+        report |= {"load_average": os.getloadavg()[0], "update": update}
+        print(f"update: {update['bytes_per_second'] / 1e9:.1f} GB/s, {update['share_of_copy']:.0%} of a copy's")
     for micro_batches in arguments.micro_batches:
         overrides = [
             *(SMALL if arguments.run is None else ()), "method=vanilla", "plan.num_stages=1", "plan.layers=null",
@@ -70,6 +68,8 @@ def main() -> None:
         ]  # fmt: skip
         config = load_config(arguments.run or {}, overrides)
         row = beside(config, device, arguments.steps)
+        if arguments.without_speed:
+            row = {key: value for key, value in row.items() if not key.startswith("tokens_per_second")}
         report["steps"].append(row)
         print(json.dumps(row), flush=True)
     if arguments.output:
