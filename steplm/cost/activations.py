@@ -131,10 +131,10 @@ def norm_backward(work: Workload) -> int:
 def layer_activations(work: Workload, role: Role) -> LayerActivations:
     """Of a layer that is trained as a whole, or of a frozen one with or without an adapter.
 
-    Saved: two norms (four where attention and feed-forward are normalised behind themselves too), ``w N (2 q + 2 k) +
-    4 N h`` of the attention (query, key, value, output and its normaliser), ``3 w N f`` of the feed-forward (gate, its
-    activation, up), and the inputs of linear maps that need them for
-    a gradient: ``2 w N d + w N f``; ``w N r`` for each adapter.
+    Saved: two norms (four where attention and feed-forward are normalised behind themselves too),
+    ``w N (2 q + 2 k) + 4 N h`` of the attention (query, key, value, output and its normaliser), ``3 w N f`` of the
+    feed-forward (gate, its activation, up), and the inputs of linear maps that need them for a gradient:
+    ``2 w N d + w N f``; ``w N r`` for each adapter.
     """
     shape, w, N = work.shape, work.width, work.num_tokens
     family, trained = MODELLED[shape.model_type], isinstance(role, Trained)
@@ -170,14 +170,16 @@ def layer_activations(work: Workload, role: Role) -> LayerActivations:
     norm = work.stream_bytes + 16 * N * d - inner * (3 + needs_input("down_proj"))
     if family.norms_after:  # the norm behind the feed-forward comes first, before anything is let go
         backward -= norm_saved(work, trained=trained)
-        norm = work.stream_bytes + 16 * N * d - first_gradient
+        norm = work.stream_bytes + 16 * N * d
+    product_gradient = work.stream_bytes + inner
     return LayerActivations(
         saved=saved,
-        backward=max(backward, norm),
+        backward=max(backward, norm, product_gradient),
         fetched_backward=work.stream_bytes + 5 * inner,
-        fetched_norm=work.stream_bytes + 24 * N * d,
+        # Behind themselves normalised layers pass on two more gradients of hidden states; at most, as simulated.
+        fetched_norm=work.stream_bytes * (3 if family.norms_after else 1) + 24 * N * d,
         saved_product=inner * needs_input("down_proj"),
-        product_gradient=work.stream_bytes + inner,
+        product_gradient=product_gradient,
         first_gradient=first_gradient,
     )
 

@@ -20,6 +20,7 @@ from steplm.models.build import (
     check_state,
     describe_misfit,
     dtype_of,
+    meta_model,
     no_padding_index,
     plain_state,
     require_decoder_only,
@@ -32,6 +33,7 @@ COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "encoder.json",
     "spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*", "generation_config.json",
 )  # fmt: skip
+MOST_LAYERS = 1000  # of a model that is built to compare it with the weights
 INTEGERS = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
@@ -115,21 +117,14 @@ def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> P
     try:
         with without_bars(), no_padding_index():
             model, report = AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype=dtype,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are in the report, and in its error they are not
+                name, dtype=dtype, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # transformers checks little of what a config.json says before it uses it
         raise _cannot_load(name, error) from None
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    mismatched = sorted(report["mismatched_keys"])
-    if missing or unexpected or mismatched:
-        shapes = [f"{key} is {list(held)}, not {list(wanted)}" for key, held, wanted in mismatched]
+    if missing or unexpected:
         raise CheckpointError(
-            f"the weights in {name} are not those of its config.json: "
-            f"{describe_misfit(missing, unexpected) or '; '.join(shapes[:3])}",
+            f"the weights in {name} are not those of its config.json: {describe_misfit(missing, unexpected)}",
             path=str(name),
             missing=missing,
             unexpected=unexpected,
@@ -252,9 +247,17 @@ def load_hf_config(name: str | Path) -> PretrainedConfig:
     """The configuration alone; errors as ``load_pretrained``."""
     _require_model(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # as above
         raise _cannot_load(name, error) from None
+    num_layers, num_tensors = getattr(config, "num_hidden_layers", None), len(_stored_shapes(Path(name)))
+    if isinstance(num_layers, int) and num_layers > max(num_tensors, MOST_LAYERS):
+        # Building that many layers would take all memory before anything is compared.
+        raise CheckpointError(
+            f"{name}/config.json says num_hidden_layers={num_layers:,}, and the weights hold {num_tensors:,} tensors.",
+            path=str(name),
+        )
+    return config
 
 
 def _require_model(name: str | Path) -> None:
@@ -270,6 +273,8 @@ def _require_model(name: str | Path) -> None:
 def _cannot_load(name: str | Path, error: Exception) -> CheckpointError | HubUnavailable:
     if Path(name).is_dir():
         why = in_one_line(error)
+        if "ignore_mismatched_sizes" in why:  # which tensors, its error does not say
+            why = "; ".join(_wrong_shapes(Path(name))[:3]) or "tensors have other shapes than config.json says"
         if pointers := [file.name for file in weight_files(Path(name)) if _is_lfs_pointer(file)]:
             why = f"{pointers[0]} is a pointer of Git LFS, not the weights. Run git lfs pull in that folder."
         return CheckpointError(f"cannot load the model in {name}: {why}", path=str(name))
@@ -278,6 +283,21 @@ def _cannot_load(name: str | Path, error: Exception) -> CheckpointError | HubUna
         "Check the name and the network, or pass a folder.",
         name=str(name),
     )
+
+
+def _stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """By the headers of a folder's safetensors files; damaged ones are left out."""
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:
+            shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _wrong_shapes(folder: Path) -> list[str]:
+    wanted = {key: list(tensor.shape) for key, tensor in meta_model(load_hf_config(folder)).state_dict().items()}
+    held = {key: shape for key, shape in _stored_shapes(folder).items() if shape != wanted.get(key, shape)}
+    return [f"{key} is {shape}, not {wanted[key]}" for key, shape in sorted(held.items())]
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 from steplm.config import GrowthConfig
 from steplm.errors import CheckpointError, GrowthError
+from steplm.files import replacing
 from steplm.growth.grow import grow as grow_state
 from steplm.growth.grow import provenance
 from steplm.models.build import dtype_of, fresh_layers, grown_config
@@ -49,6 +48,7 @@ def grow(
         ConfigError: no such operator or position, or a pair that does not go together.
         GrowthError: ``to`` is not more than the model has, or its layers are not alike.
         CheckpointError: no model there, or ``output_dir`` is not empty.
+        WriteError: the file system refuses.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
@@ -68,16 +68,10 @@ def grow(
     grown_hf_config.use_cache = True
     fresh = fresh_layers(grown_hf_config, seed=seed, dtype=dtype_of(state))
     grown = grow_state(state, layer_map, operator, fresh_layer=fresh)
-    final = output_dir.resolve()
-    temporary = final.with_name(f".{final.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with replacing(output_dir.resolve()) as temporary:
         save_folder(temporary, grown_hf_config, grown)
         old = tuple(LayerProvenance(1, (), None) for _ in range(num_old))
         layers = [to_json(layer) for layer in provenance(old, layer_map, 2, operator)]
         (temporary / "provenance.json").write_text(json.dumps(layers, indent=1) + "\n")
         copy_companions(model, temporary)
-        os.replace(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return layer_map

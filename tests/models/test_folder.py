@@ -198,6 +198,12 @@ def test_a_tied_head_may_be_saved_again_but_not_with_other_values(folder: Path) 
     assert "lm_head.weight" not in load_config_and_state(folder)[1]
 
 
+def test_a_depth_that_no_memory_holds_is_refused_before_it_is_built(folder: Path) -> None:
+    set_keys(folder, num_hidden_layers=10**9)
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers=1,000,000,000, and the weights hold 30 tensors"):
+        load_config_and_state(folder)
+
+
 def test_two_sets_of_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     with pytest.raises(CheckpointError, match="two sets of weights"):
