@@ -22,7 +22,7 @@ from steplm.training.metrics import read_metrics
 from steplm.training.run import train
 
 SEQUENCE_LENGTH = 32
-STEPS = {64: 80, 256: 40}  # by micro-batches of a step
+STEPS = {64: 40, 256: 16}  # by micro-batches of a step
 LEARNING_RATE = 4e-3
 
 
