@@ -93,8 +93,20 @@ def plan(
         bool, typer.Option("--simulate", help="Count a real step's bytes on fake tensors; seconds to a minute.")
     ] = False,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure two real steps of the largest stage on your device.")
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure two real steps of the largest stage on your device; with --device here, time the device.",
+        ),
     ] = False,
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Tell the hours on h200, rtx4090, …, or here: this machine, timed in less than a minute."),
+    ] = None,
+    price: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="What an hour of the device costs, e.g. 2.5.", min=0),
+    ] = None,
     world_size: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Devices, e.g. 64: distributed.world_size=64."),
@@ -127,15 +139,24 @@ def plan(
             gpu=gpu,
             utilization=utilization,
             bandwidth=bandwidth,
+            device=device,
+            price=price,
         )
 
 
 @app.command()
 def fit(
     run: Run,
-    budget: Annotated[str, typer.Option(help="Bytes of the device, e.g. 24GiB.")],
     overrides: Overrides = None,
+    budget: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Bytes of the device, e.g. 24GiB; default: the memory of --device."),
+    ] = None,
     host_budget: HostBudget = None,
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Tell the time on h200, rtx4090, … or here, and rank by it."),
+    ] = None,
     maximize: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="depth, width, batch or sequence; default: sizes stay as written."),
@@ -155,6 +176,7 @@ def fit(
         vary=vary,
         show=show,
         as_json=json,
+        device=device,
     )
 
 

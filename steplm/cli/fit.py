@@ -13,26 +13,43 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from steplm.cli.hours import choose_speeds
 from steplm.cli.plan import counted_shape
 from steplm.config import load_config
+from steplm.cost.devices import DEVICES
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.fit import Alternative, FitResult, fit, suggestions
 from steplm.planner.ladder import RUNGS
 from steplm.planner.ways import VARY
-from steplm.units import binary_unit, format_bytes, format_count, parse_bytes
+from steplm.units import binary_unit, format_bytes, format_count, format_seconds, parse_bytes
+
+STAGES_LOSS = (
+    "stages with frozen layers; loss: +0.10 for 2 or 3 (0.66M, 15 tokens each, three seeds), +0.14 and +0.20 (11M, 3.4 "
+    "tokens each, three seeds)"
+)
 
 
 def show_fit(
     run: str,
     overrides: Sequence[str] = (),
     *,
-    budget: str,
+    budget: str | None = None,
     maximize: str | None = None,
     vary: str = ",".join(VARY),
     show: int = 3,
     as_json: bool = False,
+    device: str | None = None,
 ) -> None:
-    """Find the ways to fit the budget and print them, with the commands of the first ``show``."""
+    """Find the ways to fit the budget and print them, with the commands of the first ``show``.
+
+    Args:
+        budget: default: the memory of the device.
+        device: whose time is told, as for ``steplm.cli.hours.choose_speeds``.
+    """
+    if budget is None:
+        if device not in DEVICES:
+            raise ConfigError(f"give --budget, e.g. 24GiB, or a --device whose memory is known: {', '.join(DEVICES)}.")
+        budget = f"{DEVICES[device].memory_bytes // 10**9}GB"
     try:
         budget_bytes = parse_bytes(budget)
     except ValueError as error:
@@ -41,7 +58,8 @@ def show_fit(
         raise ConfigError(f"--budget {budget} is {budget_bytes} bytes. With a unit it is, for example, 24GiB")
     names = [name.strip() for name in vary.split(",") if name.strip()]
     config = load_config(run, overrides)
-    result = fit(config, budget_bytes, maximize=maximize, vary=names, shape=counted_shape(config))
+    speeds = None if device is None else choose_speeds(device, config, Console(stderr=True))
+    result = fit(config, budget_bytes, maximize=maximize, vary=names, shape=counted_shape(config), speeds=speeds)
     if as_json:
         print(json.dumps(fit_to_json(result), indent=2))
     else:
@@ -92,7 +110,8 @@ def _shown(rows: Sequence[Alternative], count: int) -> list[Alternative]:
 def _summary(row: Alternative, maximize: str | None) -> str:
     layers = f"layers {'+'.join(map(str, row.layers))}"
     size = [] if maximize is None else [f"{maximize} {row.value:,}"]
-    return f"{', '.join([*size, layers, *row.options])}: peak {format_bytes(row.peak_bytes)}"
+    time = "" if row.seconds is None else f", {format_seconds(row.seconds)}"
+    return f"{', '.join([*size, layers, *row.options])}: peak {format_bytes(row.peak_bytes)}{time}"
 
 
 def _answer(result: FitResult) -> tuple[str, str]:
@@ -118,7 +137,8 @@ def _table(result: FitResult, *, gap: int) -> Table:
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("options", no_wrap=True)
     on_host = max(row.host_bytes for row in result.alternatives) > 0
-    for name in (f"peak {unit}", "state", *(["host"] if on_host else []), "FLOPs"):
+    times = [] if result.best.seconds is None else ["time"]
+    for name in (f"peak {unit}", "state", *(["host"] if on_host else []), "FLOPs", *times):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result.alternatives:
         value = [f"{row.value:,}", format_count(row.num_parameters)] if row.value is not None else []
@@ -132,6 +152,7 @@ def _table(result: FitResult, *, gap: int) -> Table:
             f"{row.model_state_bytes / size:.2f}",
             *([f"{row.host_bytes / size:.2f}" if row.host_bytes else ""] if on_host else []),
             f"{row.flops:.2e}" if row is result.best else f"×{ratio:.2f}" if ratio >= 0.1 else f"×{ratio:.2g}",
+            *(() if row.seconds is None else (format_seconds(row.seconds),)),
             style="bold" if row is result.best else None,
         )
     return table
@@ -143,9 +164,12 @@ def _legend(rows: Sequence[Alternative], width: int) -> list[str]:
     numbers = _numbers(rows)
     for rung in RUNGS:
         if rung.name in numbers:
-            costs = [f"{word}: {cost}" for word, cost in (("time", rung.time), ("quality", rung.quality)) if cost]
+            told = (("time", rung.time), ("quality", rung.quality), ("loss", rung.loss))
+            costs = [f"{word}: {cost}" for word, cost in told if cost]
             text = f"{numbers[rung.name]:>{len(str(len(numbers)))}} {rung.name}; {'; '.join(costs)}"
             lines += _wrapped(text, width, indent=1 + len(str(len(numbers))))
+    if any(row.rank is not None for row in rows):
+        lines += _wrapped(STAGES_LOSS, width)
     return [*lines, *_wrapped("options are added to what the file sets; FLOPs count what is computed twice", width)]
 
 

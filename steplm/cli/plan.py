@@ -39,10 +39,14 @@ def show_plan(
     gpu: str = "h100",
     utilization: float = UTILIZATION,
     bandwidth: str | None = None,
+    device: str | None = None,
+    price: float | None = None,
 ) -> None:
     """Plan a run and print it; simulate or measure its steps where that is asked for.
 
     Args:
+        calibrate: measure the memory of a step on this machine or, where a device is given, the machine's speeds.
+        device, price: whose time is told, and what an hour of it costs; see ``steplm.cli.hours``.
         world_size, shard_size: in place of ``distributed``.
         gpu, utilization, bandwidth: see ``steplm.cli.scale.choose_gpu``.
     """
@@ -62,11 +66,16 @@ def show_plan(
         document["devices"] = show_scale(
             config, plan, console, gpu_name=gpu, utilization=utilization, bandwidth=bandwidth
         )
+    if device is not None:
+        from steplm.cli.hours import choose_speeds, show_time
+
+        speeds = choose_speeds(device, config, console, again=calibrate)
+        document["time"] = show_time(config, plan, console, speeds, price=price, explain=explain)
     if simulate:
         from steplm.cli.simulate import show_simulation
 
         document["simulation"] = show_simulation(config, plan, console)
-    if calibrate:
+    if calibrate and device is None:
         from steplm.cli.simulate import show_calibration
 
         document["calibration"] = show_calibration(config, plan, console)

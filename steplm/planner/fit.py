@@ -15,13 +15,14 @@ from typing import Any
 
 from steplm.config import RunConfig
 from steplm.cost.activations import is_modelled
+from steplm.cost.seconds import Speeds
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.ladder import AXES, Changes
 from steplm.planner.shape import shape_from_hf_config
 from steplm.planner.solve import equal_parts_if_as_good, last_true, solve_within
 from steplm.planner.stages import StagePrices
 from steplm.planner.tokens import stage_tokens
-from steplm.planner.ways import VARY, Way, changed, require_known, ways, written
+from steplm.planner.ways import VARY, Way, changed, require_known, ways, without_time_options, written
 from steplm.types import ModelShape
 from steplm.units import format_bytes
 
@@ -45,12 +46,17 @@ class Alternative:
     host_bytes: int  # in host memory
     flops: int  # of the whole token budget, recomputed activations counted
     price: int  # points: what it gives up in time and quality, against the run as written
+    quality_price: int  # of it, what it gives up in quality
     fits: bool
+    seconds: float | None  # of the whole token budget on the device; None: no device was given
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What fits, ranked by value (largest first), as written, price, FLOPs and peak."""
+    """What fits, ranked by value (largest first), as written, price, FLOPs and peak.
+
+    Where a device is given: by value, as written, what it gives up in quality, and seconds.
+    """
 
     budget_bytes: int
     reserve_bytes: int
@@ -72,6 +78,7 @@ def fit(
     maximize: str | None = None,
     vary: Collection[str] = VARY,
     shape: ModelShape | None = None,
+    speeds: Speeds | None = None,
 ) -> FitResult:
     """The ways of training that fit ``budget_bytes``, the configuration's reserve included.
 
@@ -83,19 +90,21 @@ def fit(
             "sequence" (in steps of the largest power of two, up to 64, of the written length).
         vary: of "stages" (K from 1 to 6), "rank" (halved up to three times), "options" (``LADDER``).
         shape: as for ``steplm.planner.plan.plan``; its width cannot be changed.
+        speeds: of the device whose time counts.
 
     Raises:
         ConfigError: an unknown name, or a configuration that cannot be planned.
         PlanInfeasible: nothing fits; ``details["smallest"]`` is the ``Alternative`` with the least memory.
     """
     _require_known_peak(config, shape)
-    search = _Search(config, budget_bytes, maximize, vary, shape)
+    search = _Search(config, budget_bytes, maximize, vary, shape, speeds)
     found = search.larger_values() if search.axis else list(search.lower_peaks())
     if not found:
         raise _nothing_fits(search)
     ranked = sorted(
-        {(row.price, not row.overrides): row for row in found}.values(),  # of equal prices the later one is better
-        key=lambda row: (-(row.value or 0), bool(row.overrides), row.price, row.flops, row.peak_bytes),
+        # Of equal prices the later one is better; and different ways may be one without what costs time alone.
+        {row.overrides: row for row in {(row.price, not row.overrides): row for row in found}.values()}.values(),
+        key=_rank,
     )
     return FitResult(
         budget_bytes=budget_bytes,
@@ -106,6 +115,14 @@ def fit(
         skipped=search.skipped,
         at_limit=search.axis is not None and ranked[0].value == search.axis.value(config, search.axis.largest),
     )
+
+
+def _rank(row: Alternative) -> tuple[float, ...]:
+    """The best first."""
+    is_changed, value = bool(row.overrides), -(row.value or 0)
+    if row.seconds is not None:
+        return value, is_changed, row.quality_price, row.seconds, row.peak_bytes
+    return value, is_changed, row.price, row.flops, row.peak_bytes
 
 
 def _require_known_peak(config: RunConfig, shape: ModelShape | None) -> None:
@@ -147,6 +164,7 @@ class _Search:
         maximize: str | None,
         vary: Collection[str],
         shape: ModelShape | None,
+        speeds: Speeds | None = None,
     ) -> None:
         if maximize is not None:
             require_known("maximize", maximize, AXES)
@@ -155,7 +173,7 @@ class _Search:
                 f"the width of model type {config.model.model_type!r} cannot be varied, as its parameters cannot be "
                 "counted without the model: maximize depth, batch or sequence, or vary model.hidden_size by hand."
             )
-        self.config, self.given_shape = config, shape
+        self.config, self.given_shape, self.speeds = config, shape, speeds
         self.budget_bytes = budget_bytes
         self.axis = None if maximize is None else AXES[maximize]
         self.varies_depth = maximize == "depth"
@@ -175,7 +193,16 @@ class _Search:
             trial = self._try(way, index, limit)
             if trial is not None:
                 limit = trial.peak_bytes - 1
-                yield self._alternative(way, index, trial)
+                yield self._quickest(way, index, trial)
+
+    def _quickest(self, way: Way, index: int | None, trial: _Trial) -> Alternative:
+        """Where a device is given: without the options that cost time alone, as far as it fits the budget."""
+        found = self._alternative(way, index, trial)
+        if self.speeds is None:
+            return found
+        trials = ((quicker, self._try(quicker, index, self.limit)) for quicker in without_time_options(way))
+        rows = [self._alternative(quicker, index, trial) for quicker, trial in trials if trial is not None]
+        return min([found, *rows], key=lambda row: row.seconds or 0.0)
 
     def larger_values(self) -> list[Alternative]:
         """From the cheapest way up, those that hold more than all before them."""
@@ -309,8 +336,15 @@ class _Search:
             host_bytes=max(costs.host_bytes(*stage) for stage in stages),
             flops=sum(count * each for count, each in zip(trial.tokens, flops, strict=True)),
             price=way.price,
+            quality_price=way.quality_price,
             fits=needed_bytes <= self.budget_bytes,
+            seconds=None if self.speeds is None else self._seconds(trial, self.speeds),
         )
+
+    def _seconds(self, trial: _Trial, speeds: Speeds) -> float:
+        costs = trial.costs
+        step = [costs.mean_step_seconds(*stage, speeds) for stage in _stages(trial.layers)]
+        return sum(tokens / costs.config.step_tokens * each for tokens, each in zip(trial.tokens, step, strict=True))
 
     def _changes(self, way: Way, index: int | None) -> Changes:
         """All that differs from the configuration as written."""

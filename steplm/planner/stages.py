@@ -7,6 +7,7 @@ from functools import cache, cached_property
 
 from steplm.config import RunConfig
 from steplm.cost.price import Cost, price
+from steplm.cost.seconds import Speeds, step_seconds
 from steplm.cost.terms import model_state
 from steplm.planner.checks import Run, check_options
 from steplm.planner.methods import METHODS, Draft, Parts, check_keys
@@ -58,6 +59,15 @@ class StagePrices:
             cost = self.cost_of_draft(draft)
             total += draft.steps * (cost.flops_per_token + recomputed * cost.recomputed_flops_per_token)
         return round(total)
+
+    def mean_step_seconds(self, num_new: int, num_old: int, speeds: Speeds) -> float:
+        """Seconds of a step over the phases of a stage; of a family that fits no formula, an error."""
+        total = 0.0
+        for draft in self.drafts(num_new, num_old):
+            step = step_seconds(self.config, self.shape, _phase(draft), speeds)
+            assert step is not None  # or its peak would not be known either
+            total += draft.steps * step.total
+        return total
 
     def model_state_bytes(self, num_new: int, num_old: int) -> int:
         """The most that any phase of a stage has."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 from typing import Any
 
 from steplm.config import RunConfig
 from steplm.errors import ConfigError
-from steplm.planner.ladder import LADDER, OFFLOADED, Changes, Rung
+from steplm.planner.ladder import LADDER, OFFLOADED, RUNGS, Changes, Rung
 from steplm.planner.methods import METHODS
 from steplm.planner.stages import StagePrices
 from steplm.problems import validated
@@ -36,6 +36,7 @@ class Way:
     """How to train, whatever the sizes."""
 
     price: int
+    quality_price: int  # without the rungs that cost time alone
     num_stages: int
     options: tuple[str, ...]  # names of rungs
     changes: Changes  # of rank and options; not of ``plan.num_stages``
@@ -62,6 +63,16 @@ def ways(
     ranks = _ranks(config) if "rank" in vary else [config.pet.rank]
     found = _combined(config, rungs, counts, ranks, (False, True) if may_offload else (False,))
     return sorted(found, key=lambda way: (not _is_as_written(way, config), way.price, -way.num_stages)), skipped
+
+
+def without_time_options(way: Way) -> Iterator[Way]:
+    """The same quality with each choice of those of its options that cost time alone, or with none of them."""
+    rungs = [rung for rung in RUNGS if rung.name in way.options]
+    time_alone = [rung for rung in rungs if not rung.quality]
+    for size in range(len(time_alone) + 1):
+        for kept in combinations(time_alone, size):
+            options, changes = _together([rung for rung in rungs if rung.quality or rung in kept])
+            yield replace(way, options=options, changes={"pet.rank": way.changes["pet.rank"], **changes})
 
 
 def changed(config: RunConfig, changes: Changes) -> RunConfig:
@@ -109,15 +120,17 @@ def _combined(
             more = num_stages - config.plan.num_stages
             price = FREEZING_STAGE_PRICE * more if method.freezes else STAGE_PRICE * abs(more)
             price += RANK_PRICE * halvings
+            quality = price + max((rung.price for rung in taken if rung.quality), default=0)
             if taken:
                 price += taken[-1].price
             if taken and taken[-1].needs:  # it ends accumulation, and steps become smaller
-                price += round(math.log2(config.micro_batches))
+                smaller_steps = round(math.log2(config.micro_batches))
+                price, quality = price + smaller_steps, quality + smaller_steps
             if offloads:
                 taken.append(OFFLOADED)
                 price += OFFLOADED.price
             options, changes = _together(taken)
-            yield Way(price, num_stages, options, {"pet.rank": rank, **changes})
+            yield Way(price, quality, num_stages, options, {"pet.rank": rank, **changes})
 
 
 def _is_as_written(way: Way, config: RunConfig) -> bool:

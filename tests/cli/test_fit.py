@@ -17,6 +17,7 @@ from rich.console import Console
 
 from steplm.cli.fit import explained, render_fit, show_fit
 from steplm.config import load_config
+from steplm.cost.devices import published_speeds
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.fit import fit
 from steplm.planner.plan import plan
@@ -128,3 +129,27 @@ def test_plan_and_train_refuse_with_suggestions_before_anything_is_done(tmp_path
     assert list(tmp_path.iterdir()) == []
     assert "These fit, the cheapest first:" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_devices_memory_is_the_budget_and_its_time_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    show_fit("llama_368m", device="rtx4090", vary="options", as_json=True)
+    values = json.loads(capsys.readouterr().out)
+    assert values["budget_bytes"] == 24 * 10**9
+    assert all(row["seconds"] > 0 for row in values["alternatives"])
+
+
+def test_the_time_has_a_column_and_losses_their_scale() -> None:
+    speeds = published_speeds("h200")
+    text = text_of("llama_1.2b", 16, vary=["options", "stages"], speeds=speeds)
+    (head,) = [line for line in text.splitlines() if line.startswith("stages")][:1]
+    assert head.split()[-1] == "time"
+    assert max(map(len, text.splitlines())) <= 80
+    flat = " ".join(text.split())
+    assert "loss: +0.001 (11M, 500k tokens, two seeds)" in flat
+    assert "stages with frozen layers; loss: +0.10" in flat
+    assert "loss: not measured" in flat
+
+
+def test_neither_budget_nor_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"give --budget, e\.g\. 24GiB, or a --device whose memory is known"):
+        show_fit("llama_368m")

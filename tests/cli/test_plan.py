@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from steplm.cli.plan import plan_to_json, render_explain, render_plan, show_plan
 from steplm.config import load_config
+from steplm.errors import ConfigError
 from steplm.planner.plan import Plan, plan
 from steplm.types import from_json
 
@@ -179,3 +181,77 @@ def test_no_llama_recipe_repeats_its_text() -> None:
     for name in ("llama_368m", "llama_680m", "llama_1.2b"):
         config = load_config(name)
         assert plan(config).total_tokens <= config.data.max_train_tokens
+
+
+def test_the_time_of_a_device_adds_up_by_stage_and_term(capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan("llama_368m", device="h200", price=2.5, as_json=True)
+    time = json.loads(capsys.readouterr().out)["time"]
+    made = plan(load_config("llama_368m"))
+    assert time["device"] == "h200"
+    assert time["seconds"] == pytest.approx(sum(stage["seconds"] for stage in time["stages"]))
+    assert time["cost"] == pytest.approx(time["seconds"] / 3600 * 2.5)
+    for stage, planned in zip(time["stages"], made.stages, strict=True):
+        assert stage["num_steps"] * 256 * 1024 == planned.tokens
+        assert stage["seconds"] == pytest.approx(stage["num_steps"] * stage["step_seconds"])
+        assert stage["tokens_per_second"] == pytest.approx(planned.tokens / stage["seconds"])
+        assert stage["terms"]
+        assert not stage["waits_for_launches"]
+        computed = [term["seconds"] for term in stage["terms"] if term["kind"] != "launches"]
+        assert stage["step_seconds"] == pytest.approx(sum(computed), rel=1e-3)  # launches take place beside it
+
+
+def test_vanilla_beside_the_time_is_the_plan_of_one_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    times = []
+    for overrides in ([], ["plan.num_stages=1", "method=vanilla"]):
+        show_plan("llama_368m", overrides, device="a100-80gb", as_json=True)
+        times.append(json.loads(capsys.readouterr().out)["time"])
+    assert times[1]["seconds"] == pytest.approx(times[1]["vanilla_seconds"])
+    assert times[0]["vanilla_seconds"] == pytest.approx(times[1]["seconds"], rel=1e-3)  # but for rounding to steps
+
+
+def test_the_time_and_its_terms_fit_eighty_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    show_plan("llama_1.2b", device="rtx4090", price=0.4, explain=True)
+    text = capsys.readouterr().out
+    flat = " ".join(text.split())
+    assert "time on rtx4090, in steps of" in flat
+    assert "GiB with the reserve does not fit in its 24 GB" in flat
+    assert "not measured on this device" in flat
+    assert "6 N V d" in flat
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "h20"}, "--device has no 'h20'. Did you mean 'h200'?"),
+        (
+            {"device": "h200", "calibrate": True},
+            "--calibrate times this machine, which is not h200: take --device here.",
+        ),
+        ({"device": "h200", "world_size": 8}, "--device is for one device."),
+    ],
+)
+def test_a_device_that_cannot_be_timed_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        show_plan("llama_368m", **arguments)
+    assert str(error.value).startswith(message)
+
+
+def test_a_family_without_formulas_has_no_time() -> None:
+    small = ["model.hidden_size=64", "model.intermediate_size=96", "pet.rank=4", "model.vocab_size=100"]
+    with pytest.raises(ConfigError, match="operations of model type 'starcoder2' are not known by formula"):
+        show_plan("llama_368m", ["model.model_type=starcoder2", *small], device="h200", as_json=True)
+
+
+def test_the_time_in_the_page_is_the_one_that_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    show_plan("llama_368m", device="h200", price=2.5)
+    text = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    page = (Path(__file__).parents[2] / "docs/speed.md").read_text(encoding="utf-8")
+    assert text[text.index("time on h200") :].strip() in page

@@ -10,8 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from steplm.config import RunConfig, load_config
+from steplm.cost.devices import published_speeds
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.fit import MAX_ALTERNATIVES, Alternative, fit, suggestions
+from steplm.planner.hours import stage_times
 from steplm.planner.ladder import AXES, LADDER
 from steplm.planner.plan import Plan, plan
 from steplm.planner.shape import shape_from_hf_config
@@ -377,3 +379,38 @@ def test_prices_rise_along_the_ladder_and_every_rung_says_what_it_costs() -> Non
         assert rung.value not in rung.replaces
         section, _, name = rung.key.partition(".")
         assert hasattr(getattr(tiny(), section), name)
+
+
+def test_the_seconds_of_a_row_are_those_of_its_plan() -> None:
+    speeds = published_speeds("l4")
+    for row in fit(tiny(), written_bytes(), vary=("options",), speeds=speeds).alternatives:
+        made, config = plan_of(row), tiny(*row.overrides)
+        times = stage_times(config, made, speeds)
+        assert times is not None
+        assert row.seconds == pytest.approx(sum(time.seconds for time in times), rel=1e-6)
+
+
+def test_with_a_device_no_option_is_taken_that_costs_time_alone_and_is_not_needed() -> None:
+    speeds, budget = published_speeds("h200"), int(written_bytes() * 0.8)
+    rows = fit(tiny(), budget, vary=("options",), speeds=speeds).alternatives
+    time_alone = {rung.name for rung in LADDER if not rung.quality}
+    keys = {rung.name: rung.key for rung in LADDER}
+    found = 0
+    for row in rows:
+        for name in time_alone & set(row.options):
+            without = [override for override in row.overrides if not override.startswith(f"{keys[name]}=")]
+            config = tiny(*without)
+            found += 1
+            needed = config.memory.needed_bytes(plan(config).peak_bytes or 0)
+            times = stage_times(config, plan(config), speeds)
+            assert times is not None
+            # It does not fit, or it would take as long.
+            assert needed > budget or sum(time.seconds for time in times) >= (row.seconds or 0) * 0.999
+    assert found
+
+
+def test_with_a_device_rows_of_one_quality_are_ranked_by_time() -> None:
+    budget, speeds = int(written_bytes() * 0.8), published_speeds("h200")
+    rows = fit(tiny(), budget, vary=("options", "stages"), speeds=speeds).alternatives
+    order = [(bool(row.overrides), row.quality_price, row.seconds) for row in rows]
+    assert order == sorted(order)

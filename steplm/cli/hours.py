@@ -1,0 +1,194 @@
+"""What ``steplm plan --device`` says: seconds a step, tokens a second, hours and money, by stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from steplm.config import RunConfig
+from steplm.cost.devices import DEVICES, published_speeds
+from steplm.cost.seconds import Speeds, StepSeconds
+from steplm.cost.work import KINDS
+from steplm.errors import ConfigError
+from steplm.planner.hours import StageTime, stage_times
+from steplm.planner.plan import Plan, as_vanilla
+from steplm.planner.plan import plan as make_plan
+from steplm.planner.ways import require_known
+from steplm.units import format_bytes, format_count, format_seconds
+
+HERE = "here"  # the present machine
+
+
+def choose_speeds(name: str, config: RunConfig, console: Console, *, again: bool = False) -> Speeds:
+    """The speeds of a device by name; of ``here`` those that were timed, and are timed now where none are kept.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    require_known("--device", name, (*DEVICES, HERE))
+    if again and name != HERE:
+        raise ConfigError(f"--calibrate times this machine, which is not {name}: take --device here.")
+    if name != HERE:
+        return published_speeds(name)
+    import torch
+
+    from steplm.models.device import resolve_device
+    from steplm.training.speeds import speeds_here
+
+    if config.train.num_threads is not None:
+        torch.set_num_threads(config.train.num_threads)
+    return speeds_here(resolve_device(config.train.device), again=again, note=lambda text: _note(console, text))
+
+
+def show_time(
+    config: RunConfig, plan: Plan, console: Console, speeds: Speeds, *, price: float | None, explain: bool
+) -> dict[str, Any]:
+    """Print the time of a plan, unless the console is that of the errors, and return it for programs."""
+    if config.distributed.world_size > 1:
+        raise ConfigError("--device is for one device. The second table tells the time of several: choose --gpu.")
+    times = stage_times(config, plan, speeds)
+    if times is None:
+        raise ConfigError(
+            f"operations of model type {plan.shape.model_type!r} are not known by formula, so its time is not either: "
+            "leave --device out.",
+            model_type=plan.shape.model_type,
+        )
+    vanilla = _vanilla_seconds(config, plan, speeds)
+    if not console.stderr:
+        _render(config, plan, console, speeds, times, vanilla, price)
+        if explain:
+            console.print(_speeds(speeds))
+            for time in times:
+                console.print(_terms(time, speeds))
+            _note(console, "M: matrix parameters of a layer; q, k, f: widths of queries, keys, feed-forward;")
+            _note(console, "S: sequence length; r: rank; P: trained parameters; the others as above")
+    seconds = sum(time.seconds for time in times)
+    return {
+        "device": speeds.name,
+        "source": speeds.source,
+        "seconds": seconds,
+        "vanilla_seconds": vanilla,
+        "cost": None if price is None else _cost(seconds, price),
+        "stages": [
+            {
+                "index": time.index,
+                "num_steps": time.num_steps,
+                "step_seconds": time.step_seconds,
+                "tokens_per_second": time.tokens_per_second,
+                "seconds": time.seconds,
+                "cost": None if price is None else _cost(time.seconds, price),
+                "waits_for_launches": time.longest_step.waits_for_launches,
+                "terms": _terms_to_json(time.longest_step, speeds),
+            }
+            for time in times
+        ],
+    }
+
+
+def _vanilla_seconds(config: RunConfig, plan: Plan, speeds: Speeds) -> float:
+    """Of ordinary pre-training on as many tokens."""
+    budget = dict.fromkeys(("tokens_per_stage", "tokens_per_parameter", "total_flops"))
+    as_many = config.plan.model_copy(update={**budget, "total_tokens": plan.total_tokens, "budget": None})
+    vanilla = as_vanilla(config.model_copy(update={"plan": as_many}))
+    times = stage_times(vanilla, make_plan(vanilla, plan.shape), speeds)
+    assert times is not None
+    return sum(time.seconds for time in times)
+
+
+def _render(
+    config: RunConfig,
+    plan: Plan,
+    console: Console,
+    speeds: Speeds,
+    times: tuple[StageTime, ...],
+    vanilla: float,
+    price: float | None,
+) -> None:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    columns = ("stage", "layers", "steps", "s/step", "tok/s", "time", *(() if price is None else ("cost",)))
+    for name in columns:
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+
+    def add_row(name: str, layers: str, steps: int, tokens: int, seconds: float, style: str | None = None) -> None:
+        cells = [name, layers, f"{steps:,}", f"{seconds / steps:#.3g}".rstrip("."), f"{tokens / seconds:,.0f}"]
+        cost = [] if price is None else [f"{_cost(seconds, price):,.2f}"]
+        table.add_row(*cells, format_seconds(seconds), *cost, style=style)
+
+    steps, tokens = sum(time.num_steps for time in times), plan.total_tokens
+    for time in times:
+        add_row(str(time.index), str(time.num_hidden_layers), time.num_steps, time.tokens, time.seconds)
+    table.add_section()
+    if len(times) > 1:
+        add_row("all", "", steps, tokens, sum(time.seconds for time in times), "bold")
+    add_row("vanilla", str(plan.shape.num_hidden_layers), steps, tokens, vanilla, "dim")
+    console.print()
+    console.print(f"time on {speeds.name}, in steps of {format_count(config.step_tokens)} tokens", highlight=False)
+    console.print(table)
+    if speeds.name in DEVICES and plan.peak_bytes is not None:
+        memory, needed = DEVICES[speeds.name].memory_bytes, config.memory.needed_bytes(plan.peak_bytes)
+        verdict = "fits in" if needed <= memory else "does not fit in"
+        text = f"{format_bytes(needed)} with the reserve {verdict} its {memory / 1e9:.0f} GB ({format_bytes(memory)})"
+        console.print(text, highlight=False)
+    if any(time.longest_step.waits_for_launches for time in times):
+        _note(console, "the device waits for kernels to be launched: raise the micro-batch, or set train.compile=true")
+    _note(console, f"speeds: {speeds.source}; left out: evaluation, checkpoints, data")
+
+
+def _terms(time: StageTime, speeds: Speeds) -> Table:
+    """The work of the longest step of a stage, and the seconds of each kind."""
+    title = f"stage {time.index}: seconds of a step"
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("part", "work", "formula"):
+        table.add_column(name)
+    for name in ("amount", "seconds"):
+        table.add_column(name, justify="right")
+    for row in _terms_to_json(time.longest_step, speeds):
+        amount = f"{format_count(row['amount'])} {row['unit']}"
+        table.add_row(row["part"], row["kind"], "; ".join(row["formulas"]), amount, f"{row['seconds']:.3g}")
+    table.add_section()
+    how = "launches, where they take longer" if time.longest_step.waits_for_launches else ""
+    table.add_row("a step", "", how, "", f"{time.longest_step.total:.3g}", style="bold")
+    return table
+
+
+def _speeds(speeds: Speeds) -> Table:
+    table = Table(title=f"speeds of {escape(speeds.name)}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("work")
+    table.add_column("a second", justify="right")
+    for kind, rate in speeds.per_second.items():
+        table.add_row(kind, f"{format_count(rate)} {KINDS[kind]}")
+    return table
+
+
+def _terms_to_json(step: StepSeconds, speeds: Speeds) -> list[dict[str, Any]]:
+    """One for each part of a step and kind of work."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for work, seconds in zip(step.work, step.seconds, strict=True):
+        row = rows.setdefault(
+            (work.part, work.kind),
+            {
+                "part": work.part,
+                "kind": work.kind,
+                "amount": 0.0,
+                "unit": KINDS[work.kind],
+                "per_second": speeds.per_second[work.kind],
+                "seconds": 0.0,
+                "formulas": [],
+            },
+        )
+        row["amount"] += work.amount
+        row["seconds"] += seconds
+        row["formulas"] += [] if work.formula in ("", *row["formulas"]) else [work.formula]
+    return list(rows.values())
+
+
+def _cost(seconds: float, price: float) -> float:
+    return seconds / 3600 * price
+
+
+def _note(console: Console, text: str) -> None:
+    console.print(text, style="dim", highlight=False, markup=False)

@@ -1,0 +1,328 @@
+"""What one step of a phase computes and moves, by kind of work, on one device; ``steplm.cost.seconds`` times it.
+
+The counts are those of PyTorch's operations one by one, as the layers of ``transformers`` write them: a product
+``m × k × n`` has ``2 m k n`` FLOPs and moves its three matrices, an operation on each element moves what it reads and
+what it writes. Operations that only make views count nothing.
+
+N tokens of a micro-batch, S sequence length, d hidden size, q and k widths of queries and of keys, f feed-forward size,
+V vocabulary, C rows of the loss at once, r rank of the adapters, w bytes of a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from steplm.config import RunConfig
+from steplm.cost.activations import MODELLED, Workload, is_modelled, layer_activations
+from steplm.cost.formats import STEP_CHUNK
+from steplm.cost.rules import ADAMW, split_by_rule
+from steplm.cost.terms import COMPONENTS, Subject, packed_layer_bytes
+from steplm.cost.transfers import optimizer_transfers
+from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
+from steplm.types import LinearShape, ModelShape, TensorShape
+
+# Kinds of work, with their unit.
+KINDS = {
+    "bf16 products": "FLOPs",
+    "fp32 products": "FLOPs",
+    "bf16 attention": "FLOPs",
+    "fp32 attention": "FLOPs",
+    "operands": "bytes",  # read and written by matrix products
+    "elements": "bytes",  # the same of operations on each element
+    "logits": "bytes",  # the same of the loss, whose exponentials a CPU is slow at
+    "update": "bytes",  # the same of the optimizer's update
+    "8-bit states": "bytes",  # the same of reading and writing them
+    "rounding": "bytes",  # the same of rounding bf16 weights stochastically
+    "8-bit masters": "bytes",  # the same of reading and writing them
+    "int8 weights": "bytes",  # the same of making them whole
+    "nf4 weights": "bytes",
+    "bus": "bytes",  # between host and device
+    "host update": "bytes",  # of an update in host memory, by an accelerator's host
+    "launches": "kernels",
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """An amount of one kind of work in one step."""
+
+    part: str  # "layers forward", "layers backward", "recomputation", "loss", "update", ...
+    kind: str  # a key of ``KINDS``
+    amount: float
+    formula: str = ""
+
+
+@dataclass(frozen=True)
+class _Elementwise:
+    """Bytes that each element of an activation costs in the forward and in the backward pass of a layer."""
+
+    norm: tuple[int, int]  # of the norm's input, its weight frozen
+    norm_weight: int  # more in the backward pass, where it is trained
+    rotary: tuple[int, int]  # of queries and keys
+    gate: tuple[int, int]  # of the feed-forward's inner size
+    residual: tuple[int, int]  # of the hidden states: both additions, and the sums of gradients
+
+
+# Of the operations one by one; and of those that a compiler joins, which read inputs and write outputs once.
+_PLAIN = {
+    "bf16": _Elementwise((36, 88), 8, (20, 30), (10, 18), (12, 30)),
+    "fp32": _Elementwise((28, 80), 16, (40, 60), (20, 36), (24, 60)),
+}
+_COMPILED = {
+    "bf16": _Elementwise((4, 12), 0, (4, 4), (6, 10), (10, 12)),
+    "fp32": _Elementwise((8, 24), 0, (8, 8), (12, 20), (20, 24)),
+}
+_LOGIT_BYTES = {"bf16": 36, "fp32": 24}  # of one logit: fp32 copy, log-softmax, exponential, scale, rounding
+
+# Bytes of an element of a matrix in an update: of a rule itself, and of what memory options add to it.
+_RULE_BYTES = {ADAMW: 40, "muon": 90, "scale": 58}
+_FP32_WEIGHT_SAVES = {ADAMW: 12, "muon": 6, "scale": 6}
+_STATE_BYTES, _ROUNDING_BYTES, _MASTER_BYTES = 84, 48, 107
+_UNPACK_BYTES = {"int8": 19, "nf4": 19}  # of an element of a weight in bf16
+_NUM_MOMENTS = {ADAMW: 2, "muon": 1, "scale": 0}
+_NEWTON_SCHULZ_STEPS = 5
+
+# Kernels that are launched. A compiled layer launches a few for each product.
+_LAYER_LAUNCHES = (38, 60)
+_TRAINED_LAUNCHES = 11  # more in the backward pass: gradients of weights
+_ADAPTER_LAUNCHES = (2, 7)  # more, for each adapted map
+_COMPILED_LAUNCHES = 0.4
+_CHUNK_LAUNCHES = 21
+_STEP_LAUNCHES = 40  # embeddings, final norm, loss, norm of the gradients
+_PIECE_LAUNCHES = {ADAMW: 2, "muon": 13, "scale": 6}  # of an update, for each piece of a matrix
+_OPTION_LAUNCHES = {"8-bit states": 13, "rounding": 6, "8-bit masters": 14}
+
+
+def step_work(config: RunConfig, shape: ModelShape, phase: Phase, *, on_cuda: bool) -> tuple[Work, ...] | None:
+    """The work of one step on one device; None for families whose layers are not counted.
+
+    Left out: data loading, evaluation, checkpoints, what devices send each other, and of ``galore`` and ``apollo`` the
+    making of new projections.
+
+    Args:
+        on_cuda: Newton–Schulz runs in bf16 there, in fp32 elsewhere.
+    """
+    if not is_modelled(shape):
+        return None
+    return tuple(work for work in _Step(config, shape, phase, on_cuda).terms() if work.amount)
+
+
+class _Step:
+    def __init__(self, config: RunConfig, shape: ModelShape, phase: Phase, on_cuda: bool) -> None:
+        train = config.train
+        self.config, self.shape, self.phase, self.on_cuda = config, shape, phase, on_cuda
+        self.train, self.memory, self.precision = train, config.memory, train.precision
+        self.batch = Workload(
+            shape, train.precision, config.micro_batch_size, train.sequence_length, config.data.within_documents
+        )
+        self.N, self.w, self.passes = self.batch.num_tokens, self.batch.width, config.micro_batches
+        self.bytes = (_COMPILED if train.compile else _PLAIN)[train.precision]
+        self.subject = Subject(config, shape, phase)
+
+    def terms(self) -> Iterator[Work]:
+        for role, count in self.phase.groups.items():
+            reached = count - (self.phase.num_layers_without_backward if isinstance(role, Frozen) else 0)
+            yield from self._layers("layers forward", self._forward(role), count)
+            yield from self._layers("layers backward", self._backward(role), reached)
+            if self.train.gradient_checkpointing in (True, "new" if isinstance(role, Trained) else "frozen"):
+                yield from self._layers("recomputation", self._forward(role), reached)
+        yield from self._embeddings()
+        yield from self._loss()
+        yield from self._host()
+        for work in self._update():
+            on_host = self.memory.offload_optimizer and self.on_cuda and KINDS[work.kind] == "bytes"
+            yield replace(work, kind="host update") if on_host and work.part == "update" else work
+
+    def _layers(self, part: str, each: Iterable[Work], count: int) -> Iterator[Work]:
+        for work in each:
+            passes = f"{self.passes} × " if self.passes > 1 else ""
+            formula = work.formula and f"{count} × {passes}{work.formula}"
+            yield Work(part, work.kind, work.amount * count * self.passes, formula)
+
+    def _forward(self, role: Role) -> Iterator[Work]:
+        """Of one layer and micro-batch."""
+        norm = self.bytes.norm[0]
+        yield from self._products(((self.N, x.in_features, x.out_features) for x in self.shape.linears), "2 N M")
+        yield from self._adapter_products(role, 1)
+        added = sum(linear.out_features for linear in self._adapted(role))
+        yield Work("", "operands", self.w * self.N * added, "w N out: a frozen map's output, added to")
+        yield self._elements(norm, self.bytes.residual[0], self.bytes.rotary[0], self.bytes.gate[0])
+        yield from self._attention(1.0)
+        yield from self._unpacking(role)
+        launches = _LAYER_LAUNCHES[0] + _ADAPTER_LAUNCHES[0] * self._num_adapted(role)
+        yield Work("", "launches", launches * self._launched)
+
+    def _backward(self, role: Role) -> Iterator[Work]:
+        trained = isinstance(role, Trained)
+        norm = self.bytes.norm[1] + self.bytes.norm_weight * trained
+        times = 2 if trained else 1
+        maps = [(self.N, x.out_features, x.in_features) for x in self.shape.linears]
+        yield from self._products(maps * times, f"{2 * times} N M")
+        yield from self._adapter_products(role, 2)
+        yield self._elements(norm, self.bytes.residual[1], self.bytes.rotary[1], self.bytes.gate[1])
+        inputs = sum(linear.in_features for linear in self._adapted(role))
+        yield Work("", "elements", 3 * self.w * self.N * inputs, "3 w N in: an adapted input has two gradients")
+        yield from self._attention(2.5)  # the scores are made again
+        yield from self._unpacking(role)
+        launches = _LAYER_LAUNCHES[1] + _TRAINED_LAUNCHES * trained + _ADAPTER_LAUNCHES[1] * self._num_adapted(role)
+        yield Work("", "launches", launches * self._launched)
+
+    def _elements(self, norm: int, residual: int, rotary: int, gate: int) -> Work:
+        """Of the operations on each element of a layer, by the bytes of one."""
+        d, f, qk = self._sizes()
+        kind = MODELLED[self.shape.model_type]
+        hidden, heads = (4 if kind.norms_after else 2) * norm + residual, rotary + norm * kind.normalises_heads
+        formula = f"N ({hidden} d + {heads} (q + k) + {gate} f)"
+        return Work("", "elements", self.N * (hidden * d + heads * qk + gate * f), formula)
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """d, f, q + k."""
+        out = {linear.name.rpartition(".")[2]: linear.out_features for linear in self.shape.linears}
+        return self.shape.hidden_size, out["gate_proj"], out["q_proj"] + out["k_proj"]
+
+    @property
+    def _launched(self) -> float:
+        return _COMPILED_LAUNCHES if self.train.compile else 1.0
+
+    def _adapted(self, role: Role) -> list[LinearShape]:
+        targets = role.target_modules if isinstance(role, Adapter) else ()
+        return [linear for linear in self.shape.linears if linear.name.rpartition(".")[2] in targets]
+
+    def _num_adapted(self, role: Role) -> int:
+        return len(self._adapted(role))
+
+    def _adapter_products(self, role: Role, times: int) -> Iterator[Work]:
+        if not isinstance(role, Adapter):
+            return
+        for linear in self._adapted(role):
+            down, up = (self.N, linear.in_features, role.rank), (self.N, role.rank, linear.out_features)
+            yield from self._products([down, up] * times, f"{2 * times} N r (in + out)")
+
+    def _products(
+        self, products: Iterable[tuple[int, int, int]], formula: str, precision: str | None = None, part: str = ""
+    ) -> Iterator[Work]:
+        """FLOPs and bytes of matrix products ``(m, k, n)``."""
+        precision = precision or self.precision
+        width, flops, moved = 2 if precision == "bf16" else 4, 0, 0
+        for m, k, n in products:
+            flops += 2 * m * k * n
+            moved += width * (m * k + k * n + m * n)
+        yield Work(part, f"{precision} products", flops, formula)
+        yield Work(part, "operands", moved)
+
+    def _attention(self, times: float) -> Iterator[Work]:
+        """PyTorch's fused attention; without a mask of documents it is counted as if no score were left out."""
+        size = self.shape.attention_size or self.shape.hidden_size
+        S = self.train.sequence_length
+        yield Work("", f"{self.precision} attention", times * 4 * self.N * S * size, f"{4 * times:g} N S q")
+        if self.batch.has_mask:
+            yield Work("", "elements", (self.w + 1) * self.N * S, "mask: (w + 1) N S")
+
+    def _unpacking(self, role: Role) -> Iterator[Work]:
+        """A packed weight is made whole for each product."""
+        fmt = self.memory.frozen_weights
+        if fmt != "full" and not isinstance(role, Trained):
+            size = sum(x.in_features * x.out_features for x in self.shape.linears)
+            yield Work("", f"{fmt} weights", size * (_UNPACK_BYTES[fmt] + self.w - 2), "M × bytes of making one whole")
+
+    def _embeddings(self) -> Iterator[Work]:
+        d, size = self.shape.hidden_size, self.shape.vocab_size * self.shape.hidden_size
+        moved = 2 * self.w * self.N * d + sum(self.bytes.norm) * self.N * d
+        if not isinstance(self.phase.embeddings_and_head, Frozen):
+            moved += 2 * self.w * self.N * d
+        if isinstance(self.phase.embeddings_and_head, Trained):
+            moved += self.w * size
+        yield Work("embeddings", "elements", self.passes * moved, "look-up and final norm: N d; gradient: w V d")
+        yield Work("embeddings", "launches", self.passes * _STEP_LAUNCHES)
+
+    def _loss(self) -> Iterator[Work]:
+        outside, V, d = self.phase.embeddings_and_head, self.shape.vocab_size, self.shape.hidden_size
+        C = min(self.train.loss_chunk_size, self.N)
+        chunks = self.passes * -(-self.N // C)
+        products = [(C, d, V), (C, V, d)]
+        if isinstance(outside, Trained):
+            products.append((V, C, d))
+        if isinstance(outside, Adapter):
+            products += [(C, outside.rank, V), (C, V, outside.rank), (V, C, outside.rank)]
+        for work in self._products(products, f"{2 * len(products)} N V d"):
+            yield Work("loss", work.kind, work.amount * chunks, work.formula)
+        yield Work("loss", "logits", self.passes * self.N * V * _LOGIT_BYTES[self.precision], "N V × bytes of a logit")
+        if isinstance(outside, Trained):
+            summed = 12 if self.precision == "bf16" else 8
+            yield Work("loss", "elements", chunks * summed * V * d, "head's gradient, summed for each chunk of C rows")
+        yield Work("loss", "launches", chunks * _CHUNK_LAUNCHES)
+
+    def _host(self) -> Iterator[Work]:
+        """What crosses the bus."""
+        if self.memory.offload_frozen:
+            moved = len(self.phase.frozen_layers) * packed_layer_bytes(self.shape, self.memory, self.w)
+            yield Work("frozen from host", "bus", 2 * self.passes * moved, "2 × frozen layers' matrices")
+        update = optimizer_transfers(self.config, self.shape, self.phase)
+        yield Work("optimizer on host", "bus", update.to_host + update.to_device, "gradients there, weights back")
+        if self.memory.offload_activations:
+            saved = 0
+            for role, count in self.phase.groups.items():
+                recomputes = self.train.gradient_checkpointing in (
+                    True,
+                    "new" if isinstance(role, Trained) else "frozen",
+                )
+                reached = count - (self.phase.num_layers_without_backward if isinstance(role, Frozen) else 0)
+                each = self.batch.stream_bytes if recomputes else layer_activations(self.batch, role).saved
+                saved += reached * each
+            yield Work("activations to host", "bus", 2 * self.passes * saved, "2 × saved activations")
+
+    def _update(self) -> Iterator[Work]:
+        trained = 0
+        for groups in COMPONENTS.values():
+            for tensors in groups(self.subject):
+                if tensors.rule is None:
+                    continue
+                trained += tensors.num_parameters
+                taken, rest = tuple[TensorShape, ...](), tensors.shapes
+                if tensors.rule != ADAMW:
+                    taken, rest = split_by_rule(tensors.shapes, tensors.candidates, tensors.rule, self.config.optim)
+                yield from self._rule(tensors.rule, taken, tensors.count)
+                yield from self._rule(ADAMW, rest, tensors.count)
+        yield Work("update", "update", self.w * trained, "norm of the gradients: w P")
+        summed = 3 * self.w * trained * (self.passes - 1)
+        yield Work("layers backward", "elements", summed, "sums of the micro-batches' gradients: 3 w P")
+
+    def _rule(self, rule: str, shapes: Iterable[TensorShape], count: int) -> Iterator[Work]:
+        matrices = [shape for shape in shapes if len(shape) > 1]
+        size = count * sum(map(prod, matrices))
+        if not size:
+            return
+        setting = self.subject.setting(rule)
+        each = _RULE_BYTES.get(rule, 60) - (0 if self.w == 2 else _FP32_WEIGHT_SAVES.get(rule, 6))
+        pieces = count * sum(-(-prod(shape) // STEP_CHUNK) for shape in matrices)
+        launches = _PIECE_LAUNCHES.get(rule, 20)
+        yield Work("update", "update", size * each, f"{rule}: {each} B × P")
+        options = {
+            "8-bit states": _STATE_BYTES * _NUM_MOMENTS.get(rule, 0) * (setting.states == "8bit"),
+            "rounding": _ROUNDING_BYTES * (self.w == 2 and setting.masters == "none"),
+            "8-bit masters": _MASTER_BYTES * (self.w == 2 and setting.masters == "8bit"),
+        }
+        for kind, num_bytes in options.items():
+            yield Work("update", kind, size * num_bytes, f"{num_bytes} B × P")
+            launches += _OPTION_LAUNCHES[kind] * (num_bytes > 0)
+        if rule == "muon":
+            yield from self._newton_schulz(matrices, count)
+        if rule in ("galore", "apollo", "apollo_mini"):
+            rank = 1 if rule == "apollo_mini" else self.config.optim.rank
+            products = [(min(shape), max(shape), min(rank, *shape)) for shape in matrices] * (2 * count)
+            yield from self._products(products, "to the subspace and back: 4 r P", "fp32", "update")
+        yield Work("update", "launches", pieces * launches)
+
+    def _newton_schulz(self, matrices: Iterable[TensorShape], count: int) -> Iterator[Work]:
+        """With sides s ≤ l, each step makes X Xᵀ and its product with X (2 s² l each), and (X Xᵀ)² (2 s³)."""
+        precision = "bf16" if self.on_cuda else "fp32"
+        flops = moved = 0
+        for shape in matrices:
+            s, l = sorted(shape[-2:])  # noqa: E741
+            maps = count * prod(shape[:-2]) * _NEWTON_SCHULZ_STEPS
+            flops += maps * (4 * s * s * l + 2 * s**3)
+            moved += maps * (2 if self.on_cuda else 4) * (5 * s * l + 6 * s * s)
+        yield Work("update", f"{precision} products", flops, "Newton–Schulz: 5 (4 s² l + 2 s³)")
+        yield Work("update", "update", moved, "Newton–Schulz's operands")

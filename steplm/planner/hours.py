@@ -1,0 +1,57 @@
+"""How long a plan takes on a device, by stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steplm.config import RunConfig
+from steplm.cost.seconds import Speeds, StepSeconds, step_seconds
+from steplm.planner.plan import Plan
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Of the steps of one stage; evaluation, checkpoints and data are left out."""
+
+    index: int
+    num_hidden_layers: int
+    tokens: int
+    num_steps: int
+    seconds: float
+    longest_step: StepSeconds  # of all its phases
+
+    @property
+    def step_seconds(self) -> float:
+        """The mean over its steps."""
+        return self.seconds / self.num_steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def stage_times(config: RunConfig, plan: Plan, speeds: Speeds) -> tuple[StageTime, ...] | None:
+    """None for families whose layers are not counted; see ``steplm.cost.work.step_work``."""
+    by_cost: dict[int, StepSeconds] = {}  # phases of one cost do the same work
+    times = []
+    for stage in plan.stages:
+        steps = []
+        for phase in stage.phases:
+            place = plan.cost_indices[phase.index - 1]
+            if place not in by_cost:
+                step = step_seconds(config, plan.shape, phase, speeds)
+                if step is None:
+                    return None
+                by_cost[place] = step
+            steps.append((phase.tokens // config.step_tokens, by_cost[place]))
+        times.append(
+            StageTime(
+                stage.index,
+                stage.num_hidden_layers,
+                stage.tokens,
+                sum(count for count, _ in steps),
+                sum(count * step.total for count, step in steps),
+                max((step for _, step in steps), key=lambda step: step.total),
+            )
+        )
+    return tuple(times)

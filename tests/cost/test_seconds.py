@@ -1,0 +1,81 @@
+"""Seconds of a step: sums on a CPU, the longest of what goes on at once on an accelerator, near what was measured."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from steplm.config import load_config
+from steplm.cost.devices import DEVICES, published_speeds
+from steplm.cost.seconds import Speeds, step_seconds, total_seconds
+from steplm.cost.work import KINDS, Work
+from steplm.planner.plan import plan
+
+ROOT = Path(__file__).parents[2]
+TIMED = [
+    (Work("layers forward", "bf16 products", 0), 2.0),
+    (Work("layers forward", "launches", 0), 3.0),
+    (Work("frozen from host", "bus", 0), 2.5),
+    (Work("activations to host", "bus", 0), 0.5),
+    (Work("update", "update", 0), 1.0),
+    (Work("update", "launches", 0), 0.25),
+]
+
+
+def test_a_cpu_does_one_thing_after_the_other() -> None:
+    assert total_seconds(TIMED, asynchronous=False) == 9.25
+
+
+def test_an_accelerator_waits_for_the_longest_of_computing_launches_and_copies() -> None:
+    assert total_seconds(TIMED, asynchronous=True) == 3.0 + 1.0  # launches in the passes, computing in the update
+    assert total_seconds(TIMED[2:], asynchronous=True) == 2.5 + 1.0
+
+
+def test_every_device_has_a_speed_for_every_kind_of_work_and_a_source() -> None:
+    for name, device in DEVICES.items():
+        assert set(published_speeds(name).per_second) == set(KINDS)
+        assert device.source
+        assert device.fp32_flops < device.bf16_flops
+
+
+@pytest.mark.parametrize("run", ["llama_368m", "corpus_60m"])
+def test_planned_seconds_are_near_those_measured_on_an_h200(run: str) -> None:
+    """The kept measurements, to which the shares of the published figures were fitted."""
+    ratios = []
+    chunk = ["train.loss_chunk_size=4096"] if run == "corpus_60m" else []
+    for measured in json.loads((ROOT / f"results/gpu_step/{run}.json").read_text())["stages"]:
+        stages = ["plan.num_stages=1"] if measured["method"] == "vanilla" else []
+        compiled = f"train.compile={str(measured['compiled']).lower()}"
+        config = load_config(run, ["train.gradient_accumulation_steps=1", compiled, *stages, *chunk])
+        made = plan(config)
+        phase = made.stages[measured["stage"] - 1].highest_phase
+        step = step_seconds(config, made.shape, phase, published_speeds("h200"))
+        assert step is not None
+        ratios.append(step.total / statistics.median(measured["step_seconds"]))
+    assert statistics.median(abs(ratio - 1) for ratio in ratios) < 0.1
+    assert all(0.75 < ratio < 1.25 for ratio in ratios)
+
+
+def test_a_device_of_twice_the_speed_takes_half_the_time() -> None:
+    config = load_config("llama_368m")
+    made = plan(config)
+    speeds = published_speeds("a100-80gb")
+    twice = Speeds("twice", {kind: 2 * rate for kind, rate in speeds.per_second.items()}, True, "")
+    for stage in made.stages:
+        once, quicker = (step_seconds(config, made.shape, stage.phases[0], each) for each in (speeds, twice))
+        assert once is not None
+        assert quicker is not None
+        assert quicker.total == pytest.approx(once.total / 2)
+
+
+def test_a_tiny_model_waits_for_its_launches_and_a_large_one_does_not() -> None:
+    tiny = ["model.hidden_size=64", "model.intermediate_size=160", "pet.rank=8", "train.per_device_train_batch_size=1"]
+    for overrides, waits in ((tiny, True), ([], False)):
+        config = load_config("llama_368m", overrides)
+        made = plan(config)
+        step = step_seconds(config, made.shape, made.schedule.phases[-1], published_speeds("h200"))
+        assert step is not None
+        assert step.waits_for_launches is waits
