@@ -53,7 +53,7 @@ ATTENTION = 0.6  # counted as if the causal mask left nothing out; held at this 
 BYTES = 0.49
 OPERANDS = 12.0  # nearly all that products read and write is moved while they compute
 BUS = 0.8  # assumed
-LAUNCHES = 1 / 8e-6  # a second, by the host; assumed: no measured stage waited for them
+LAUNCHES = 1 / 8e-6  # a second, by the host; assumed: the measured stages do not tell it
 
 
 def published_speeds(name: str) -> Speeds:
