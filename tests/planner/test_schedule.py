@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steplm.config import MethodName, RunConfig, load_config
+from steplm.config import Method, RunConfig, load_config
 from steplm.planner.methods import active_block
 from steplm.planner.plan import Plan, plan, price_again
 from steplm.schedule import Adapter, Entry, Frozen, Phase, Role, Schedule, Trained, trained_patterns
@@ -49,7 +49,7 @@ def by_method(name: str) -> Plan:
 
 
 def test_every_method_is_tried_here() -> None:
-    assert METHODS.keys() == set(get_args(MethodName))
+    assert METHODS.keys() == set(get_args(Method))
 
 
 # --- as JSON ---
