@@ -138,7 +138,8 @@ def _table(result: FitResult, *, gap: int) -> Table:
     table.add_column("options", no_wrap=True)
     on_host = max(row.host_bytes for row in result.alternatives) > 0
     times = [] if result.best.seconds is None else ["time"]
-    for name in (f"peak {unit}", "state", *(["host"] if on_host else []), "FLOPs", *times):
+    has_state = not (on_host and result.maximize)  # 80 columns
+    for name in (f"peak {unit}", *(["state"] * has_state), *(["host"] * on_host), "FLOPs", *times):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result.alternatives:
         value = [f"{row.value:,}", format_count(row.num_parameters)] if row.value is not None else []
@@ -149,8 +150,8 @@ def _table(result: FitResult, *, gap: int) -> Table:
             "" if row.rank is None else str(row.rank),
             _ranges([numbers[name] for name in row.options]) or "none",
             f"{row.peak_bytes / size:.2f}",
-            f"{row.model_state_bytes / size:.2f}",
-            *([f"{row.host_bytes / size:.2f}" if row.host_bytes else ""] if on_host else []),
+            *([f"{row.model_state_bytes / size:.2f}"] * has_state),
+            *([f"{row.host_bytes / size:.2f}" if row.host_bytes else ""] * on_host),
             f"{row.flops:.2e}" if row is result.best else f"×{ratio:.2f}" if ratio >= 0.1 else f"×{ratio:.2g}",
             *(() if row.seconds is None else (format_seconds(row.seconds),)),
             style="bold" if row is result.best else None,

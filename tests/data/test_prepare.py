@@ -478,7 +478,7 @@ def test_too_many_bad_records_stop_a_long_run_early(configure: Configure, jsonl:
 
 
 def test_a_wrong_text_field_names_the_fields_there_are(configure: Configure, jsonl: Jsonl, texts: list[str]) -> None:
-    once = r"100.00%.*\n.*:1: no field 'content'; fields are 'text' \(and 59 more like it\)\nMend"
+    once = r"100.00%.*\n.*:1: no field 'content'; fields are 'text' \(and 59 more like it\)\nFix"
     with pytest.raises(DataError, match=once):
         prepare(configure(train=str(jsonl(texts)), text_field="content"))
 

@@ -63,9 +63,7 @@ def test_numbers_that_do_not_divide_are_refused(values: dict, words: str) -> Non
     ("overrides", "words"),
     [
         (("optim.name=galore",), r"galore works on whole matrices.* set distributed\.shard_size=1"),
-        (("optim.name=muon",), r"muon works on whole matrices.* set distributed\.shard_size=1"),
         (("method=thawed", "optim.old_layers=apollo_mini"), "apollo_mini works on whole matrices"),
-        (("pet.rule=muon",), "muon works on whole matrices"),
         (("memory.optimizer_states=8bit",), r"memory\.optimizer_states=8bit keeps whole matrices"),
         (("memory.frozen_weights=nf4",), r"memory\.frozen_weights=nf4 keeps whole matrices"),
         (("memory.offload_frozen=true",), r"memory\.offload_frozen keeps whole matrices"),
