@@ -205,7 +205,7 @@ def as_vanilla(config: RunConfig) -> RunConfig:
     for key in METHOD_KEYS:
         section, _, name = key.partition(".")
         changes[section][name] = value_and_default(config, key)[1]
-    changes["plan"] |= {"num_stages": 1, "layers": None}
+    changes["plan"] |= {"num_stages": 1, "layers": None, "budget": None, "host_budget": None}
     changes["optim"]["name"] = "adamw"
     changes["train"]["gradient_checkpointing"] = False
     sections = {name: getattr(config, name).model_copy(update=update) for name, update in changes.items()}

@@ -104,6 +104,13 @@ def test_no_number_is_cut_off_on_eighty_columns(overrides: list[str]) -> None:
         assert max(len(line) for line in text.splitlines()) <= 80
 
 
+def test_a_budget_that_ordinary_training_would_exceed_refuses_no_table_of_what_fits() -> None:
+    fits = plan(load_config("llama_368m", ["plan.budget=13GiB"]))
+    assert fits.vanilla_peak_bytes is not None
+    assert fits.vanilla_peak_bytes > 13 * 2**30
+    assert "vanilla" in text_of(render_plan, "plan.budget=13GiB")
+
+
 def test_embeddings_frozen_after_stage_one_have_their_own_row_in_every_stage() -> None:
     text = text_of(render_plan, "plan.train_embeddings=first_stage")
     assert sum(line.startswith(" emb+head") for line in text.splitlines()) == 3
