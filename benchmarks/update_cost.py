@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModel
 
 from steplm import load_config
+from steplm.cost.flops import newton_schulz_flops
 from steplm.models.build import DTYPES, hf_config
 from steplm.models.device import resolve_device
 from steplm.optim.adamw import AdamW
-from steplm.optim.muon import NUM_STEPS, Muon
+from steplm.optim.muon import Muon
 from steplm.optim.scale import SCALE
 from steplm.training.environment import environment
 
@@ -81,7 +81,7 @@ def main() -> None:
     for name in arguments.rules:
         rule = RULES[name](matrices)
         seconds = seconds_of(partial(rule.step, 1e-4), device, arguments.repeats)
-        flops = sum(newton_schulz_flops(p) for p in matrices.values()) if isinstance(rule, Muon) else 0
+        flops = sum(newton_schulz_flops(*p.shape) for p in matrices.values()) if isinstance(rule, Muon) else 0
         shares = {tokens: (seconds / (per_token * tokens), flops / (flops_per_token * tokens)) for tokens in TOKENS}
         report["rules"][name] = {
             "seconds": seconds,
@@ -113,12 +113,6 @@ def seconds_of(call: Callable[[], object], device: torch.device, repeats: int) -
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def newton_schulz_flops(matrix: nn.Parameter) -> int:
-    """With sides s ≤ l, each step makes X Xᵀ and its product with X (2 s² l each), and (X Xᵀ)² (2 s³)."""
-    short, long = sorted(matrix.shape)
-    return NUM_STEPS * (4 * short * short * long + 2 * short**3)
 
 
 if __name__ == "__main__":

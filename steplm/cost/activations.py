@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from steplm.config import RunConfig
 from steplm.cost.terms import WEIGHT_BYTES
 from steplm.schedule import Adapter, Role, Trained
 from steplm.types import LinearShape, ModelShape
@@ -61,6 +62,18 @@ class Workload:
     has_mask: bool = False  # attention stays inside documents
     sliding_window: int | None = None  # of the layers that have one; by default the family's
 
+    @classmethod
+    def of(cls, config: RunConfig, shape: ModelShape) -> Workload:
+        """A micro-batch of a run."""
+        return cls(
+            shape,
+            config.train.precision,
+            config.micro_batch_size,
+            config.train.sequence_length,
+            config.data.within_documents,
+            sliding_window(config),
+        )
+
     @property
     def num_tokens(self) -> int:
         return self.num_sequences * self.sequence_length
@@ -107,6 +120,17 @@ class Workload:
         positions = 8 * self.num_tokens if self.has_mask else 0
         rotary = 2 * self.width * rows * head_dim + 4 * (head_dim + 2)
         return 16 * self.num_tokens + rotary * MODELLED[shape.model_type].num_rotary + positions
+
+
+def recomputes(config: RunConfig, role: Role) -> bool:
+    """Whether ``train.gradient_checkpointing`` names layers of this role."""
+    return config.train.gradient_checkpointing in (True, "new" if isinstance(role, Trained) else "frozen")
+
+
+def sliding_window(config: RunConfig) -> int | None:
+    """Tokens that a layer of the run sees at most, where its keys say so; else the family's default holds."""
+    window = config.model.extra.get("sliding_window")
+    return window if isinstance(window, int) and config.model.extra.get("use_sliding_window", True) else None
 
 
 def is_modelled(shape: ModelShape) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import prod
 
 from steplm.config import RunConfig
+from steplm.cost.activations import recomputes
+from steplm.cost.formats import NEWTON_SCHULZ_STEPS
 from steplm.cost.terms import adapter_shapes
 from steplm.schedule import Adapter, Phase, Role, Trained
 from steplm.types import ModelShape
@@ -51,13 +53,20 @@ def training_flops_per_token(shape: ModelShape, phase: Phase, sequence_length: i
 
 def recomputed_flops_per_token(shape: ModelShape, phase: Phase, config: RunConfig) -> int:
     """Of the second forward pass of the layers that ``train.gradient_checkpointing`` names."""
-    choice, flops = config.train.gradient_checkpointing, 0
+    flops = 0
     matrices = sum(linear.in_features * linear.out_features for linear in shape.linears)
     for role, count in phase.groups.items():
-        if choice in (True, "new" if isinstance(role, Trained) else "frozen"):
+        if recomputes(config, role):
             each = 2 * (matrices + _adapter_parameters(shape, role))
             flops += count * (each + _attention(shape, config.train.sequence_length))
     return flops
+
+
+def newton_schulz_flops(rows: int, columns: int) -> int:
+    """Of Muon's update of one map, sides s ≤ l: each step makes X Xᵀ and its product with X (2 s² l each), and (X Xᵀ)²
+    (2 s³)."""
+    s, l = sorted((rows, columns))  # noqa: E741
+    return NEWTON_SCHULZ_STEPS * (4 * s * s * l + 2 * s**3)
 
 
 def _attention(shape: ModelShape, sequence_length: int) -> int:

@@ -7,7 +7,7 @@ has one fp32 scale per row; an NF4 matrix has two codes per byte and one bf16 sc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from math import gcd
 
 STATE_BLOCK = 256  # elements of an 8-bit optimizer state that share a scale
@@ -120,6 +120,7 @@ def largest_bucket(sizes: Iterable[int]) -> int:
     return largest
 
 
+NEWTON_SCHULZ_STEPS = 5  # of an update of Muon
 SIGNED_CODE_BOOK_BYTES = CODE_BOOK_BYTES // 2  # tables of a rule with 8-bit momentum, on each device
 
 
@@ -166,24 +167,28 @@ def muon_step_bytes(
         num_shards: ranks that share the rows of every map. Each gathers its share of the maps.
     """
     most = 0
-    for (rows, columns), count in Counter(maps).items():
-        local = -(-rows // num_shards)
-        whole = local * num_shards  # rows of a gathered map, with those that fill up
-        gathered = -(-min(count, num_shards * maps_at_once(whole, columns)) // num_shards)
-        updates = compute_width * gathered * whole * columns
-        gram = compute_width * gathered * min(whole, columns) ** 2
-        pieces = _piece_bytes(local, columns, states=states, masters=masters)
-        most = max(most, updates + pieces, 2 * updates + gram)
+    for batch, rows, columns in _muon_batches(maps, num_shards):
+        updates = compute_width * batch * rows * columns
+        pieces = _piece_bytes(rows // num_shards, columns, states=states, masters=masters)
+        most = max(most, updates + pieces, _newton_schulz_bytes(batch, rows, columns, compute_width))
     return most
 
 
 def muon_product_bytes(maps: Iterable[tuple[int, int]], *, compute_width: int) -> int:
-    """Of ``muon_step_bytes``, what Newton–Schulz holds: two times the maps updated together, and a square for each."""
-    most = 0
+    """Of ``muon_step_bytes``, what Newton–Schulz holds."""
+    return max((_newton_schulz_bytes(*batch, compute_width) for batch in _muon_batches(maps)), default=0)
+
+
+def _muon_batches(maps: Iterable[tuple[int, int]], num_shards: int = 1) -> Iterator[tuple[int, int, int]]:
+    """Of each shape, how many maps a rank updates at once, and their rows, with those that fill up, and columns."""
     for (rows, columns), count in Counter(maps).items():
-        batch = min(count, maps_at_once(rows, columns))
-        most = max(most, compute_width * batch * (2 * rows * columns + min(rows, columns) ** 2))
-    return most
+        whole = -(-rows // num_shards) * num_shards
+        yield -(-min(count, num_shards * maps_at_once(whole, columns)) // num_shards), whole, columns
+
+
+def _newton_schulz_bytes(batch: int, rows: int, columns: int, compute_width: int) -> int:
+    """Two times the maps that are updated together, and a square for each."""
+    return compute_width * batch * (2 * rows * columns + min(rows, columns) ** 2)
 
 
 def scale_state_bytes(rows: int, columns: int, states: str, *, momentum: bool = False) -> int:

@@ -16,7 +16,7 @@ from itertools import accumulate, chain
 from math import prod
 
 from steplm.config import RunConfig
-from steplm.cost.activations import Workload, layer_activations, norm_backward, norm_saved
+from steplm.cost.activations import Workload, layer_activations, norm_backward, norm_saved, recomputes
 from steplm.cost.formats import (
     CODE_BOOK_BYTES,
     MIN_OFFLOADED_BYTES,
@@ -45,14 +45,7 @@ class Instants:
         train, memory = config.train, config.memory
         self.config, self.shape, self.phase = config, shape, phase
         self.train, self.memory, self.optim = train, memory, config.optim
-        self.work = Workload(
-            shape,
-            train.precision,
-            config.micro_batch_size,
-            train.sequence_length,
-            config.data.within_documents,
-            sliding_window(config),
-        )
+        self.work = Workload.of(config, shape)
         self.subject, self.state = Subject(config, shape, phase), state or model_state(config, shape, phase)
         self.outside, self.num_layers = phase.embeddings_and_head, phase.num_hidden_layers
         self.trains_outside = isinstance(self.outside, Trained)
@@ -64,10 +57,7 @@ class Instants:
         self.roles = [same[id(role)] for role in phase.layers]  # equal ones are one object: compared by identity
         # Of each kind: layers among the lowest 0, 1, 2 ...
         self.below = {kind: [0, *accumulate(role is kind for role in self.roles)] for kind in self.kinds}
-        self.recomputes = {
-            kind: train.gradient_checkpointing in (True, "new" if isinstance(kind, Trained) else "frozen")
-            for kind in self.kinds
-        }
+        self.recomputes = {kind: recomputes(config, kind) for kind in self.kinds}
         self.activations = {kind: layer_activations(self.work, kind) for kind in self.kinds}
         self.kept = {
             kind: self.work.stream_bytes if self.recomputes[kind] else self.activations[kind].saved
@@ -411,12 +401,6 @@ class Instants:
             term("evaluation", "activations", work.batch_bytes, "tokens, labels and rotary angles"),
             term("evaluation", "workspace", max(layer, loss), formula),
         ]
-
-
-def sliding_window(config: RunConfig) -> int | None:
-    """Tokens that a layer of the run sees at most, where its keys say so; else the family's default holds."""
-    window = config.model.extra.get("sliding_window")
-    return window if isinstance(window, int) and config.model.extra.get("use_sliding_window", True) else None
 
 
 def term(component: str, kind: str, num_bytes: int, formula: str) -> MemoryTerm:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import prod
 
-from steplm.config import MemoryConfig, RunConfig
+from steplm.config import MemoryConfig, OptimConfig, RunConfig
 from steplm.cost.formats import FROZEN_FORMATS, state_bytes
 from steplm.cost.rules import ADAMW, RULES, Setting, masters_of, matrices_of_layer, split_by_rule
 from steplm.errors import ConfigError
@@ -82,6 +82,12 @@ class Tensors:
     @cached_property
     def num_parameters(self) -> int:
         return self.local_parameters(1)
+
+    def by_rule(self, optim: OptimConfig) -> tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]:
+        """Shapes of what the rule takes, and of what AdamW updates; nothing where nothing is trained."""
+        if self.rule is None:
+            return (), ()
+        return split_by_rule(self.shapes, self.candidates, self.rule, optim)
 
     def local_parameters(self, num_shards: int) -> int:
         """On the first of the ranks that share them; see ``local_size``."""
@@ -202,7 +208,7 @@ def _states(subject: Subject, tensors: Tensors) -> tuple[int, str]:
     if tensors.rule == ADAMW:
         return _adamw_states(subject, tensors.shapes, tensors.count)
     setting = subject.setting(tensors.rule)
-    taken, rest = split_by_rule(tensors.shapes, tensors.candidates, tensors.rule, setting.optim)
+    taken, rest = tensors.by_rule(setting.optim)
     of_taken = sum(RULES[tensors.rule].state_bytes(matrix, setting) for matrix in taken)
     of_taken += subject.master_bytes(tensors.rule) * sum(local_size(shape, subject.num_shards) for shape in taken)
     of_rest, per_parameter = _adamw_states(subject, rest, tensors.count)

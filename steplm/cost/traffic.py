@@ -118,11 +118,10 @@ def _update_bytes(subject: Subject) -> int:
     """Sent by a rank in the update of all layers."""
     num_bytes = 0
     for tensors in (*trained_layers(subject), *adapters(subject)):
-        rule = RULES[tensors.rule or ADAMW]
-        if rule.sent_bytes:
-            setting = subject.setting(tensors.rule or ADAMW)
-            taken = [matrix for matrix in tensors.candidates if rule.takes(matrix, setting.optim)]
-            num_bytes += tensors.count * sum(rule.sent_bytes(matrix, setting) for matrix in taken)
+        rule = tensors.rule or ADAMW
+        if (sent_bytes := RULES[rule].sent_bytes) is not None:
+            setting, (taken, _) = subject.setting(rule), tensors.by_rule(subject.config.optim)
+            num_bytes += tensors.count * sum(sent_bytes(matrix, setting) for matrix in taken)
     return num_bytes
 
 

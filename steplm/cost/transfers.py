@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 
 from steplm.config import RunConfig
-from steplm.cost.rules import RULES, split_by_rule
+from steplm.cost.rules import RULES
 from steplm.cost.terms import COMPONENTS, Subject
 from steplm.schedule import Phase
 from steplm.types import ModelShape
@@ -39,7 +39,7 @@ def optimizer_transfers(config: RunConfig, shape: ModelShape, phase: Phase) -> T
                 continue
             trained += subject.width * tensors.num_parameters
             if RULES[tensors.rule].product_bytes is not None:
-                taken, _ = split_by_rule(tensors.shapes, tensors.candidates, tensors.rule, config.optim)
+                taken, _ = tensors.by_rule(config.optim)
                 width = subject.setting(tensors.rule).compute_width
                 products += tensors.count * width * sum(map(prod, taken))
     return Transfers(to_host=config.micro_batches * trained + products, to_device=trained + products)

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from steplm.config import RunConfig
-from steplm.cost.activations import MODELLED, Workload, is_modelled, layer_activations
-from steplm.cost.formats import STEP_CHUNK
-from steplm.cost.rules import ADAMW, split_by_rule
+from steplm.cost.activations import MODELLED, Workload, is_modelled, layer_activations, recomputes
+from steplm.cost.flops import newton_schulz_flops
+from steplm.cost.formats import NEWTON_SCHULZ_STEPS, STEP_CHUNK
+from steplm.cost.rules import ADAMW
 from steplm.cost.terms import COMPONENTS, Subject, packed_layer_bytes
 from steplm.cost.transfers import optimizer_transfers
 from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
@@ -82,7 +83,6 @@ _FP32_WEIGHT_SAVES = {ADAMW: 12, "muon": 6, "scale": 6}
 _STATE_BYTES, _ROUNDING_BYTES, _MASTER_BYTES = 84, 48, 107
 _UNPACK_BYTES = {"int8": 19, "nf4": 19}  # of an element of a weight in bf16
 _NUM_MOMENTS = {ADAMW: 2, "muon": 1, "scale": 0}
-_NEWTON_SCHULZ_STEPS = 5
 
 # Kernels that are launched. A compiled layer launches a few for each product.
 _LAYER_LAUNCHES = (38, 60)
@@ -114,19 +114,17 @@ class _Step:
         train = config.train
         self.config, self.shape, self.phase, self.on_cuda = config, shape, phase, on_cuda
         self.train, self.memory, self.precision = train, config.memory, train.precision
-        self.batch = Workload(
-            shape, train.precision, config.micro_batch_size, train.sequence_length, config.data.within_documents
-        )
+        self.batch = Workload.of(config, shape)
         self.N, self.w, self.passes = self.batch.num_tokens, self.batch.width, config.micro_batches
         self.bytes = (_COMPILED if train.compile else _PLAIN)[train.precision]
         self.subject = Subject(config, shape, phase)
 
     def terms(self) -> Iterator[Work]:
         for role, count in self.phase.groups.items():
-            reached = count - (self.phase.num_layers_without_backward if isinstance(role, Frozen) else 0)
+            reached = self._reached(role, count)
             yield from self._layers("layers forward", self._forward(role), count)
             yield from self._layers("layers backward", self._backward(role), reached)
-            if self.train.gradient_checkpointing in (True, "new" if isinstance(role, Trained) else "frozen"):
+            if recomputes(self.config, role):
                 yield from self._layers("recomputation", self._forward(role), reached)
         yield from self._embeddings()
         yield from self._loss()
@@ -140,6 +138,10 @@ class _Step:
             passes = f"{self.passes} × " if self.passes > 1 else ""
             formula = work.formula and f"{count} × {passes}{work.formula}"
             yield Work(part, work.kind, work.amount * count * self.passes, formula)
+
+    def _reached(self, role: Role, count: int) -> int:
+        """Of these layers, those that the backward pass comes to."""
+        return count - (self.phase.num_layers_without_backward if isinstance(role, Frozen) else 0)
 
     def _forward(self, role: Role) -> Iterator[Work]:
         """Of one layer and micro-batch."""
@@ -264,13 +266,9 @@ class _Step:
         if self.memory.offload_activations:
             saved = 0
             for role, count in self.phase.groups.items():
-                recomputes = self.train.gradient_checkpointing in (
-                    True,
-                    "new" if isinstance(role, Trained) else "frozen",
-                )
-                reached = count - (self.phase.num_layers_without_backward if isinstance(role, Frozen) else 0)
-                each = self.batch.stream_bytes if recomputes else layer_activations(self.batch, role).saved
-                saved += reached * each
+                keeps_inputs = recomputes(self.config, role)
+                each = self.batch.stream_bytes if keeps_inputs else layer_activations(self.batch, role).saved
+                saved += self._reached(role, count) * each
             yield Work("activations to host", "bus", 2 * self.passes * saved, "2 × saved activations")
 
     def _update(self) -> Iterator[Work]:
@@ -280,9 +278,7 @@ class _Step:
                 if tensors.rule is None:
                     continue
                 trained += tensors.num_parameters
-                taken, rest = tuple[TensorShape, ...](), tensors.shapes
-                if tensors.rule != ADAMW:
-                    taken, rest = split_by_rule(tensors.shapes, tensors.candidates, tensors.rule, self.config.optim)
+                taken, rest = tensors.by_rule(self.config.optim)
                 yield from self._rule(tensors.rule, taken, tensors.count)
                 yield from self._rule(ADAMW, rest, tensors.count)
         yield Work("update", "update", self.w * trained, "norm of the gradients: w P")
@@ -316,13 +312,12 @@ class _Step:
         yield Work("update", "launches", pieces * launches)
 
     def _newton_schulz(self, matrices: Iterable[TensorShape], count: int) -> Iterator[Work]:
-        """With sides s ≤ l, each step makes X Xᵀ and its product with X (2 s² l each), and (X Xᵀ)² (2 s³)."""
         precision = "bf16" if self.on_cuda else "fp32"
         flops = moved = 0
         for shape in matrices:
             s, l = sorted(shape[-2:])  # noqa: E741
-            maps = count * prod(shape[:-2]) * _NEWTON_SCHULZ_STEPS
-            flops += maps * (4 * s * s * l + 2 * s**3)
-            moved += maps * (2 if self.on_cuda else 4) * (5 * s * l + 6 * s * s)
+            maps = count * prod(shape[:-2])
+            flops += maps * newton_schulz_flops(s, l)
+            moved += maps * NEWTON_SCHULZ_STEPS * (2 if self.on_cuda else 4) * (5 * s * l + 6 * s * s)
         yield Work("update", f"{precision} products", flops, "Newton–Schulz: 5 (4 s² l + 2 s³)")
         yield Work("update", "update", moved, "Newton–Schulz's operands")

@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from steplm.cost.formats import NEWTON_SCHULZ_STEPS
 from steplm.optim.base import CodeBooks, NamedParameters
 from steplm.optim.matrix import UPDATE_RMS, Map, MatrixRule
 from steplm.optim.sharding import sharding
 from steplm.rows import on_this_rank
 
-NUM_STEPS = 5  # of Newton–Schulz
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of its quintic polynomial, chosen by Keller Jordan for a steep start at 0
+# Of Newton–Schulz's quintic polynomial, chosen by Keller Jordan for a steep start at 0.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-7  # smallest norm that a matrix is divided by
 
 
@@ -75,7 +76,7 @@ class Muon(MatrixRule):
         is_tall = rows > columns
         updates = updates.mT if is_tall else updates
         updates.div_(torch.linalg.matrix_norm(updates, keepdim=True).clamp_(min=EPS))
-        for _ in range(NUM_STEPS):
+        for _ in range(NEWTON_SCHULZ_STEPS):
             updates = newton_schulz_step(updates)
         updates = updates.mT if is_tall else updates
         if shared:
