@@ -10,7 +10,7 @@ fitted to the small models alone, and nothing of the grid enters them. All times
 one thread they are the seconds of an idle machine, but for caches that are shared. ``--again FILE`` plans anew beside
 the kept times.
 
-``--h200``: the stages of results/gpu_step, planned with ``steplm.cost.devices``, and its constants fitted again.
+``--h200``: the stages of results/gpu_step, planned with ``steplm.cost.seconds``, and its constants fitted again.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ import torch
 from scipy.optimize import least_squares
 
 from steplm import load_config, plan
-from steplm.cost import devices
-from steplm.cost.seconds import Speeds, step_seconds, total_seconds
+from steplm.cost.devices import DEVICES
+from steplm.cost.seconds import Speeds, published_speeds, step_seconds, total_seconds
 from steplm.cost.work import step_work
 from steplm.models.device import resolve_device
 from steplm.training.environment import environment
@@ -184,18 +184,18 @@ def of_the_h200() -> dict[str, Any]:
             made = plan(config)
             phase = made.stages[measured["stage"] - 1].highest_phase
             seconds = statistics.median(measured["step_seconds"])
-            planned = step_seconds(config, made.shape, phase, devices.published_speeds("h200"))
+            planned = step_seconds(config, made.shape, phase, published_speeds("h200"))
             assert planned is not None
             compiled = "compiled" if measured["compiled"] else "plain"
             case = (run, *measured["batch"], "bf16", f"{measured['method']} stage {measured['stage']}, {compiled}")
             rows.append(_row(case, planned.total, seconds))
             stages.append((step_work(config, made.shape, phase, on_cuda=True), seconds))
     names = ("products", "bytes", "operands")
-    published = devices.DEVICES["h200"]
+    published = DEVICES["h200"]
 
     def speeds(logs: np.ndarray) -> Speeds:
         products, moved, operands = np.exp(logs)
-        per_second = dict(devices.published_speeds("h200").per_second)
+        per_second = dict(published_speeds("h200").per_second)
         for kind in per_second:
             if kind not in ("bus", "launches", "bf16 attention", "fp32 attention"):
                 per_second[kind] = moved * published.bandwidth

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from steplm.config import RunConfig
-from steplm.cost.devices import DEVICES, published_speeds
-from steplm.cost.seconds import Speeds, StepSeconds
+from steplm.cost.devices import DEVICES
+from steplm.cost.seconds import Speeds, StepSeconds, published_speeds
 from steplm.cost.work import KINDS
 from steplm.errors import ConfigError
 from steplm.planner.hours import StageTime, stage_times

@@ -1,11 +1,8 @@
-"""Published figures of devices, and how much of them training reaches."""
+"""Published figures of devices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from steplm.cost.seconds import HOST_UPDATE, Speeds
-from steplm.cost.work import KINDS
 
 _A100 = "NVIDIA A100 data sheet (SXM)"
 _H100 = "NVIDIA H100 data sheet"
@@ -45,31 +42,3 @@ DEVICES = {
         "RTX 5090", 32 * 10**9, 209.5e12, 104.8e12, 1792e9, 63e9, "NVIDIA RTX Blackwell architecture white paper"
     ),
 }
-
-# Shares of the published figures, fitted to the 16 stages of results/gpu_step, measured on an H200
-# (benchmarks/seconds.py --h200 fits them again). For other devices they are a guess.
-PRODUCTS = 0.41
-ATTENTION = 0.6  # counted as if the causal mask left nothing out; held at this in the fit
-BYTES = 0.49
-OPERANDS = 12.0  # nearly all that products read and write is moved while they compute
-BUS = 0.8  # assumed
-LAUNCHES = 1 / 8e-6  # a second, by the host; assumed: the measured stages do not tell it
-
-
-def published_speeds(name: str) -> Speeds:
-    """The speeds of a device of ``DEVICES``, by what was fitted to an H200."""
-    device = DEVICES[name]
-    rates = {
-        "bf16 products": PRODUCTS * device.bf16_flops,
-        "fp32 products": PRODUCTS * device.fp32_flops,
-        "bf16 attention": ATTENTION * device.bf16_flops,
-        "fp32 attention": ATTENTION * device.fp32_flops,
-        "operands": OPERANDS * device.bandwidth,
-        "bus": BUS * device.bus,
-        "host update": HOST_UPDATE,
-        "launches": LAUNCHES,
-    }
-    per_second = {kind: rates.get(kind, BYTES * device.bandwidth) for kind in KINDS}
-    fitted = "shares of its published figures fitted to measured steps"
-    guessed = "published figures, at the shares of them that an H200 reached; not measured on this device"
-    return Speeds(name, per_second, asynchronous=True, source=fitted if name == "h200" else guessed)

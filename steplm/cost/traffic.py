@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steplm.config import RunConfig
+from steplm.cost.devices import DEVICES
 from steplm.cost.flops import recomputed_flops_per_token, training_flops_per_token
 from steplm.cost.rules import ADAMW, RULES
 from steplm.cost.sharded import Group, Groups
@@ -32,12 +33,17 @@ class Gpu:
     per_node: int = 8
 
 
+def _gpu(name: str, node_bandwidth: float, network_bandwidth: float) -> Gpu:
+    device = DEVICES[name]
+    return Gpu({"bf16": device.bf16_flops, "fp32": device.fp32_flops}, node_bandwidth, network_bandwidth)
+
+
 # NVIDIA's data sheets: A100 80GB SXM in DGX A100 (HDR InfiniBand), H100 SXM in DGX H100 and B200 in DGX B200 (NDR).
 # NVLink's rate is told there for both directions together.
 GPUS = {
-    "a100": Gpu({"bf16": 312e12, "fp32": 19.5e12}, 300e9, 25e9),
-    "h100": Gpu({"bf16": 989e12, "fp32": 67e12}, 450e9, 50e9),
-    "b200": Gpu({"bf16": 2250e12, "fp32": 75e12}, 900e9, 50e9),
+    "a100": _gpu("a100-80gb", 300e9, 25e9),
+    "h100": _gpu("h100", 450e9, 50e9),
+    "b200": _gpu("b200", 900e9, 50e9),
 }
 
 

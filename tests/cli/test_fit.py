@@ -17,7 +17,7 @@ from rich.console import Console
 
 from steplm.cli.fit import explained, render_fit, show_fit
 from steplm.config import load_config
-from steplm.cost.devices import published_speeds
+from steplm.cost.seconds import published_speeds
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.fit import fit
 from steplm.planner.plan import plan

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from steplm.config import load_config
-from steplm.cost.devices import DEVICES, published_speeds
-from steplm.cost.seconds import Speeds, step_seconds, total_seconds
+from steplm.cost.devices import DEVICES
+from steplm.cost.seconds import Speeds, published_speeds, step_seconds, total_seconds
 from steplm.cost.work import KINDS, Work
 from steplm.planner.plan import plan
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from steplm.config import RunConfig, load_config
-from steplm.cost.devices import published_speeds
+from steplm.cost.seconds import published_speeds
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.fit import MAX_ALTERNATIVES, Alternative, fit, suggestions
 from steplm.planner.hours import stage_times
