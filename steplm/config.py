@@ -629,6 +629,24 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     return validated(RunConfig, values)
 
 
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The configuration with other values, by ``section.key``.
+
+    Raises:
+        ConfigError: it refuses them.
+    """
+    values = config.model_dump(mode="json")
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        values[section][name] = value
+    return validated(RunConfig, values)
+
+
+def token_budget(**given: Any) -> dict[str, Any]:
+    """Changes that make this the only token budget of ``plan``: ``token_budget(total_tokens=10**9)``."""
+    return {f"plan.{name}": given.get(name) for name in TOKEN_BUDGETS}
+
+
 def load_written_config(path: Path) -> RunConfig:
     """A file that a run wrote (``config.yaml``, ``training_config.yaml``), maybe by an earlier version.
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from steplm.config import RunConfig
+from steplm.config import RunConfig, changed, token_budget
 from steplm.cost.devices import DEVICES
 from steplm.cost.seconds import Speeds, StepSeconds, published_speeds
 from steplm.cost.work import KINDS
@@ -91,9 +91,7 @@ def show_time(
 
 def _vanilla_seconds(config: RunConfig, plan: Plan, speeds: Speeds) -> float:
     """Of ordinary pre-training on as many tokens."""
-    budget = dict.fromkeys(("tokens_per_stage", "tokens_per_parameter", "total_flops"))
-    as_many = config.plan.model_copy(update={**budget, "total_tokens": plan.total_tokens, "budget": None})
-    vanilla = as_vanilla(config.model_copy(update={"plan": as_many}))
+    vanilla = as_vanilla(changed(config, token_budget(total_tokens=plan.total_tokens)))
     times = stage_times(vanilla, make_plan(vanilla, plan.shape), speeds)
     assert times is not None
     return sum(time.seconds for time in times)

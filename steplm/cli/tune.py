@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from steplm.cli.compare import run_compare
-from steplm.config import TOKEN_BUDGETS, RunConfig, load_config
+from steplm.config import RunConfig, changed, load_config, token_budget
 from steplm.errors import ConfigError
 from steplm.planner.plan import plan
 from steplm.report.suite import load_suite
@@ -43,11 +43,9 @@ def tuning_suite(config: RunConfig, share: float) -> dict[str, Any]:
     if isinstance(rate, list):
         raise ConfigError(f"optim.learning_rate is {rate}, one for each stage. Give one number to tune around.")
     total_tokens = max(1, round(plan(config).total_tokens * share))
-    run = config.model_dump(mode="json")
-    run["plan"] |= {**dict.fromkeys(TOKEN_BUDGETS), "total_tokens": total_tokens}
     return {
         "name": f"{config.name}-tune",
-        "run": run,
+        "run": changed(config, token_budget(total_tokens=total_tokens)).model_dump(mode="json"),
         "output_dir": f"{config.run_dir}-tune",
         "baseline": ENTRY,
         "seeds": [config.seed],

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from steplm.compare.methods import METHODS
 from steplm.compare.suite import EntryConfig, SuiteConfig
 from steplm.compare.tuning import reachable
-from steplm.config import TOKEN_BUDGETS, RunConfig, load_config
+from steplm.config import RunConfig, load_config, token_budget
 from steplm.errors import ConfigError
 from steplm.planner.plan import Plan
 from steplm.planner.plan import plan as make_plan
@@ -149,8 +149,7 @@ class Suite:
             "optim.learning_rate": run.learning_rate,
         }
         if entry.match == "flops" and entry.name != self.config.baseline:
-            values |= {f"plan.{budget}": None for budget in TOKEN_BUDGETS}
-            values["plan.total_flops"] = self.plan(self.baseline_run(run.seed)).training_flops
+            values |= token_budget(total_flops=self.plan(self.baseline_run(run.seed)).training_flops)
         return _configured(entry, self._base, values)
 
     def plan(self, run: RunKey) -> Plan:

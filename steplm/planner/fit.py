@@ -13,7 +13,7 @@ from functools import partial
 from itertools import accumulate, islice
 from typing import Any
 
-from steplm.config import RunConfig
+from steplm.config import RunConfig, changed
 from steplm.cost.activations import is_modelled
 from steplm.cost.seconds import Speeds
 from steplm.errors import ConfigError, PlanInfeasible
@@ -22,7 +22,7 @@ from steplm.planner.shape import shape_from_hf_config
 from steplm.planner.solve import equal_parts_if_as_good, last_true, solve_within
 from steplm.planner.stages import StagePrices
 from steplm.planner.tokens import stage_tokens
-from steplm.planner.ways import VARY, Way, changed, require_known, ways, without_time_options, written
+from steplm.planner.ways import VARY, Way, require_known, ways, without_time_options, written
 from steplm.types import ModelShape
 from steplm.units import format_bytes
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
 
-from steplm.config import RunConfig
+from steplm.config import RunConfig, changed
 from steplm.errors import ConfigError
 from steplm.planner.ladder import LADDER, OFFLOADED, RUNGS, Changes, Rung
 from steplm.planner.methods import METHODS
 from steplm.planner.stages import StagePrices
-from steplm.problems import validated
 from steplm.types import ModelShape
 from steplm.units import nearest
 
@@ -74,19 +73,6 @@ def without_time_options(way: Way) -> Iterator[Way]:
         for kept in combinations(time_alone, size):
             options, changes = _together([rung for rung in rungs if rung.quality or rung in kept])
             yield replace(way, options=options, changes={"pet.rank": way.changes["pet.rank"], **changes})
-
-
-def changed(config: RunConfig, changes: Changes) -> RunConfig:
-    """The configuration with other values.
-
-    Raises:
-        ConfigError: it refuses them.
-    """
-    values = config.model_dump(mode="json")
-    for key, value in changes.items():
-        section, _, name = key.partition(".")
-        values[section][name] = value
-    return validated(RunConfig, values)
 
 
 def written(config: RunConfig, key: str) -> Any:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from steplm.checkpoint import CheckpointState, copy_checkpoint, verify_checkpoint
 from steplm.checkpoint.folder import load_checkpoint_state
-from steplm.config import TOKEN_BUDGETS, RunConfig, load_config
+from steplm.config import RunConfig, changed, token_budget
 from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError
 from steplm.models.shape import shape_of
 from steplm.planner.plan import Plan
@@ -57,9 +56,9 @@ def extended(config: RunConfig, source_run_dir: str | Path) -> tuple[RunConfig, 
             total_tokens=total_tokens,
         )
     longer = _with_tokens(config, begun_with, source.plan, total_tokens)
-    reasons = []
+    after, reasons = _plan(longer), []
     for checkpoint in reversed(source.checkpoints):
-        problem = _difference(begun_with, source.plan, load_checkpoint_state(checkpoint), longer)
+        problem = _difference(begun_with, source.plan, load_checkpoint_state(checkpoint), longer, after)
         if problem is None:
             return longer, checkpoint
         reasons.append(f"{checkpoint.name}: {problem}")
@@ -105,11 +104,11 @@ def decayed(checkpoint: str | Path, tokens: int, output_dir: str | Path) -> RunC
     longer = _with_tokens(config, config, source.plan, progress.tokens_seen + decay_tokens)
     scheduled = _plan(longer).schedule.phases[-1].scheduled_tokens
     ratios = [config.decay_ratio(stage) for stage in range(1, num_stages)]
-    return _changed(
+    return changed(
         longer,
-        optim={
-            "lr_scheduler_type": "warmup_stable_decay",
-            "decay_ratio": _one_or_per_stage([*ratios, decay_tokens / scheduled]),
+        {
+            "optim.lr_scheduler_type": "warmup_stable_decay",
+            "optim.decay_ratio": _one_or_per_stage([*ratios, decay_tokens / scheduled]),
         },
     )
 
@@ -127,7 +126,7 @@ def begin_with(checkpoint: Path, config: RunConfig) -> Path:
     source = RunFolder.open(checkpoint.parent.parent)
     verify_checkpoint(checkpoint)
     state, plan = load_checkpoint_state(checkpoint), _plan(config)
-    if problem := _difference(_begun_with(source), source.plan, state, config):
+    if problem := _difference(_begun_with(source), source.plan, state, config, plan):
         raise CheckpointMismatch(
             f"{config.run_dir} cannot go on from {checkpoint}: {problem}. Choose a checkpoint from before the decay.",
             path=str(checkpoint),
@@ -157,7 +156,9 @@ def has_begun(config: RunConfig) -> bool:
     return folder.finished or bool(folder.checkpoints)
 
 
-def _difference(begun_with: RunConfig, before: Plan, state: CheckpointState, config: RunConfig) -> str | None:
+def _difference(
+    begun_with: RunConfig, before: Plan, state: CheckpointState, config: RunConfig, after: Plan
+) -> str | None:
     """Why a run of ``config`` would not have come by this checkpoint; None if it would."""
     changed = [
         change
@@ -168,7 +169,7 @@ def _difference(begun_with: RunConfig, before: Plan, state: CheckpointState, con
         return f"the configurations differ ({', '.join(changed[:5])})"
     if config.step_tokens != begun_with.step_tokens:
         return f"a step has {begun_with.step_tokens:,} tokens there and {config.step_tokens:,} here"
-    progress, after = state.progress, _plan(config)
+    progress = state.progress
     for old, new in zip(before.schedule.phases, after.schedule.phases[: progress.phase_index], strict=False):
         is_last = old.index == progress.phase_index
         num_steps = progress.phase_step if is_last else old.tokens // config.step_tokens
@@ -189,22 +190,17 @@ def _with_tokens(config: RunConfig, begun_with: RunConfig, before: Plan, total_t
     earlier = [stage.tokens for stage in before.stages[:-1]]
     per_stage = [*earlier, total_tokens - sum(earlier)]
     budget = {"tokens_per_stage": per_stage} if earlier else {"total_tokens": total_tokens}
-    longer = _changed(config, plan={**dict.fromkeys(TOKEN_BUDGETS), **budget})
+    longer = changed(config, token_budget(**budget))
     ratios = []
     for stage, (old, new) in enumerate(zip(before.schedule.stages, _plan(longer).schedule.stages, strict=True), 1):
         base, longer_base = warmup_base(begun_with, old[0]), warmup_base(longer, new[0])
         ratio = begun_with.warmup_ratio(stage)
         ratios.append(ratio if base == longer_base else round(ratio * base) / longer_base)
-    return _changed(longer, optim={"warmup_ratio": _one_or_per_stage(ratios)})
+    return changed(longer, {"optim.warmup_ratio": _one_or_per_stage(ratios)})
 
 
 def _one_or_per_stage(ratios: list[float]) -> float | list[float]:
     return ratios[0] if len(set(ratios)) == 1 else ratios
-
-
-def _changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
-    values = config.model_dump(mode="json")
-    return load_config(values | {name: values[name] | changes for name, changes in sections.items()})
 
 
 def _begun_with(source: RunFolder) -> RunConfig:

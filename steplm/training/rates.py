@@ -10,8 +10,7 @@ from steplm.schedule import Phase, Schedule
 def rate_of_step(config: RunConfig, phase: Phase, phase_step: int) -> float:
     """The learning rate of a step of a phase, from 0."""
     optim = config.optim
-    num_steps, start_step = phase.tokens // config.step_tokens, phase.schedule_start_tokens // config.step_tokens
-    scheduled_steps = max(phase.scheduled_tokens // config.step_tokens, start_step + num_steps)
+    _, start_step, scheduled_steps = _steps(config, phase)
     rises_again = start_step > 0 and phase.entry.warms_up_again
     return learning_rate(
         phase_step if rises_again else start_step + phase_step,
@@ -28,10 +27,8 @@ def rate_of_step(config: RunConfig, phase: Phase, phase_step: int) -> float:
 
 def warmup_base(config: RunConfig, phase: Phase) -> int:
     """Steps of which ``optim.warmup_ratio`` is a share."""
-    num_steps, start_step = phase.tokens // config.step_tokens, phase.schedule_start_tokens // config.step_tokens
-    if start_step > 0 and phase.entry.warms_up_again:
-        return num_steps
-    return max(phase.scheduled_tokens // config.step_tokens, start_step + num_steps)
+    num_steps, start_step, scheduled_steps = _steps(config, phase)
+    return num_steps if start_step > 0 and phase.entry.warms_up_again else scheduled_steps
 
 
 def last_stable_step(config: RunConfig, schedule: Schedule) -> int | None:
@@ -40,10 +37,15 @@ def last_stable_step(config: RunConfig, schedule: Schedule) -> int | None:
         return None
     steps_before = 0
     for phase in schedule.stages[-1]:
-        num_steps, start_step = phase.tokens // config.step_tokens, phase.schedule_start_tokens // config.step_tokens
-        scheduled_steps = max(phase.scheduled_tokens // config.step_tokens, start_step + num_steps)
+        num_steps, start_step, scheduled_steps = _steps(config, phase)
         step = scheduled_steps - round(config.decay_ratio(phase.stage) * scheduled_steps) - start_step
         if 0 < step <= num_steps:
             return steps_before + step
         steps_before += num_steps
     return None
+
+
+def _steps(config: RunConfig, phase: Phase) -> tuple[int, int, int]:
+    """Steps of a phase, its first one in the schedule of the learning rate, and all of that schedule."""
+    num_steps, start_step = phase.tokens // config.step_tokens, phase.schedule_start_tokens // config.step_tokens
+    return num_steps, start_step, max(phase.scheduled_tokens // config.step_tokens, start_step + num_steps)
