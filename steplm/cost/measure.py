@@ -49,7 +49,8 @@ def measure_model_state(
     Args:
         host: copies of the trained parameters in host memory, where the optimizer's states are too.
         packed: component, kind and tensor of what is held outside the model's parameters.
-        expect_gradients: where a trained parameter has no gradient yet, count the one it will get.
+        expect_gradients: where a trained parameter has no gradient yet, count the one it will get. With ``host`` those
+            are counted there.
 
     Raises:
         ConfigError: the model does not have so many layers.
@@ -74,7 +75,7 @@ def measure_model_state(
             held[component, "gradients"] += _own_bytes(parameter.grad)  # views of one storage, of all their layer's
         elif parameter.grad is not None:
             add(component, "gradients", parameter.grad)
-        elif expect_gradients and parameter.requires_grad:
+        elif expect_gradients and parameter.requires_grad and host is None:
             dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
             held[component, "gradients"] += on_this_rank(parameter).numel() * dtype.itemsize
     for name, states in optimizer.state_tensors().items():

@@ -87,7 +87,7 @@ def go_on(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled
         phase.num_hidden_layers,
         host=assembled.rules.host,
         packed=packed_rows(model),
-        expect_gradients=not run.config.memory.fused_backward and assembled.rules.host is None,
+        expect_gradients=not run.config.memory.fused_backward,
     )
     check_against_plan(everything, run.plan.cost(phase).memory)
 
@@ -257,7 +257,7 @@ def check_entrance(run: RunContext, phase: Phase, start: PhaseStart, assembled: 
         phase.num_hidden_layers,
         host=rules.host,
         packed=packed_rows(model),
-        expect_gradients=not (train.dry_run or options.fused_backward) and rules.host is None,
+        expect_gradients=not (train.dry_run or options.fused_backward),
     )
     rules.zero_grad()
     measured = comparable(everything, cost.memory)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 
 import torch
 from transformers import PreTrainedModel
@@ -135,11 +136,10 @@ def train_step(
     if options.fused_backward:
         scale = 1.0 if last_grad_norm is None else clip_coefficient(last_grad_norm, max_grad_norm)
         return _fused_step(model, optimizer, batch, options, learning_rate, scale)
-    of_sequences = torch.zeros(0 if batch.source_ids is None else len(batch), device=model.device)
-    loss = forward_backward(model, batch, options, None if batch.source_ids is None else of_sequences)
+    of_sequences = _sequence_losses(model, batch)
+    loss = forward_backward(model, batch, options, of_sequences)
     norm = optimizer.grad_norm()
-    # One transfer for all numbers: on an accelerator each is a wait for the device.
-    loss_value, norm_value, *nats = torch.cat((torch.stack((loss, norm.to(loss))), of_sequences)).tolist()
+    loss_value, norm_value, *nats = _numbers(of_sequences, loss, norm.to(loss))
     result = _over_ranks(options.world, loss_value, norm_value, _of_sources(batch, nats, options))
     result = replace(result, is_spike=result.grad_norm > highest_grad_norm)
     if result.is_updated:
@@ -163,6 +163,17 @@ def trial(model: PreTrainedModel, optimizer: UpdateRules, batch: Batch, options:
     optimizer.zero_grad()
     result = _over_ranks(options.world, float(loss), float(norm))
     return result.loss, result.grad_norm
+
+
+def _sequence_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor | None:
+    """Of a mixture, where a step adds up the loss of each sequence."""
+    return None if batch.source_ids is None else torch.zeros(len(batch), device=model.device)
+
+
+def _numbers(sequence_losses: torch.Tensor | None, *scalars: torch.Tensor) -> list[float]:
+    """The scalars and then the losses, in one transfer: on an accelerator each is a wait for the device."""
+    losses = [] if sequence_losses is None else [sequence_losses]
+    return torch.cat((torch.stack(scalars), *losses)).tolist()
 
 
 def _of_sources(batch: Batch, nats: Sequence[float], options: StepOptions) -> list[SourceLoss]:
@@ -190,8 +201,8 @@ def _micro_losses(
 ) -> Iterator[torch.Tensor]:
     """Each micro-batch's share of the mean loss over all valid tokens of all ranks' batches; they sum to it."""
     (num_valid,) = options.world.sum((batch.labels != IGNORE_INDEX).sum().item())
-    for number, micro_batch in enumerate(batch.split(options.micro_batch_size)):
-        part = slice(number * options.micro_batch_size, number * options.micro_batch_size + len(micro_batch))
+    parts = repeat(None) if sequence_losses is None else sequence_losses.split(options.micro_batch_size)
+    for micro_batch, losses in zip(batch.split(options.micro_batch_size), parts, strict=False):
         on_device = micro_batch.to(model.device)
         yield batch_loss(
             model,
@@ -201,7 +212,7 @@ def _micro_losses(
             num_valid=max(int(num_valid), 1),
             chunk_size=options.chunk_size,
             offload_activations=options.offload_activations,
-            sequence_losses=None if sequence_losses is None else sequence_losses[part],
+            sequence_losses=losses,
         )
 
 
@@ -218,9 +229,9 @@ def _fused_step(
             f"{len(batch.input_ids)} sequences in micro-batches of {options.micro_batch_size}: "
             "fused_backward frees the gradients that accumulation would add to"
         )
-    of_sequences = torch.zeros(0 if batch.source_ids is None else len(batch), device=model.device)
-    (loss,) = _micro_losses(model, batch, options, None if batch.source_ids is None else of_sequences)
-    own_loss, *nats = torch.cat((loss.detach().reshape(1), of_sequences)).tolist()
+    of_sequences = _sequence_losses(model, batch)
+    (loss,) = _micro_losses(model, batch, options, of_sequences)
+    own_loss, *nats = _numbers(of_sequences, loss.detach())
     result = _over_ranks(options.world, own_loss, 0.0, _of_sources(batch, nats, options))
     if not math.isfinite(result.loss):
         return replace(result, grad_norm=math.nan)
