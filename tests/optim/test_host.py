@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,13 @@ def gradients_of(seed: int) -> list[Tensor]:
     return [parameter.grad for parameter in alone.parameters() if parameter.grad is not None]
 
 
+def assert_gradients(host: HostParameters, expected: Iterable[Tensor], dtype: torch.dtype) -> None:
+    for copy, gradient in zip(host.parameters.values(), expected, strict=True):
+        assert copy.grad is not None
+        assert copy.grad.dtype == dtype
+        assert torch.equal(copy.grad, gradient)
+
+
 def test_a_gradient_leaves_the_device_before_the_next_one_is_made() -> None:
     of = model()
     host = on_host(of, sums=False)
@@ -49,10 +58,7 @@ def test_a_gradient_leaves_the_device_before_the_next_one_is_made() -> None:
     assert on_device == [0, 0, 0, 0]
     assert host._leaving is None, "the last one is let go when the pass ends"
     assert all(parameter.grad is None for parameter in of.parameters())
-    for copy, expected in zip(host.parameters.values(), gradients_of(0), strict=True):
-        assert copy.grad is not None
-        assert copy.grad.dtype == torch.bfloat16
-        assert torch.equal(copy.grad, expected)
+    assert_gradients(host, gradients_of(0), torch.bfloat16)
 
 
 def test_gradients_of_micro_batches_are_summed_in_fp32() -> None:
@@ -62,10 +68,7 @@ def test_gradients_of_micro_batches_are_summed_in_fp32() -> None:
         loss(of, seed).backward()
     host.wait()
     sums = [sum(parts[1:], parts[0].float()) for parts in zip(*map(gradients_of, range(5)), strict=True)]
-    for copy, expected in zip(host.parameters.values(), sums, strict=True):
-        assert copy.grad is not None
-        assert copy.grad.dtype == torch.float32
-        assert torch.equal(copy.grad, expected)
+    assert_gradients(host, sums, torch.float32)
 
 
 def test_freed_gradients_do_not_come_back_in_the_next_sum() -> None:
@@ -75,8 +78,7 @@ def test_freed_gradients_do_not_come_back_in_the_next_sum() -> None:
     for seed in (1, 0):
         rules.zero_grad()
         loss(of, seed).backward()
-    for copy, expected in zip(host.parameters.values(), gradients_of(0), strict=True):
-        assert torch.equal(copy.grad, expected.float())  # type: ignore[arg-type]
+    assert_gradients(host, [gradient.float() for gradient in gradients_of(0)], torch.float32)
 
 
 def test_an_update_changes_the_device_only_where_there_was_a_gradient() -> None:

@@ -56,22 +56,13 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in SAME_NUMBERS])
 def test_a_stopped_run_ends_as_the_unbroken_one(
-    name: str, tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_run: Configure, tmp_path: Path, stop_before: Callable[[set[int]], None]
 ) -> None:
     # Planned bytes are compared with measured ones, to the byte, at every entrance of a stage on the way.
     options = (*BASE, *OPTIONS[name])
     unbroken = run(tiny_run(tmp_path / "unbroken", *options))
     config = tiny_run(tmp_path / "stopped", *options)
-    original, seen = loop_module.train_step, 0
-
-    def stopping(*args: object, **keys: object) -> object:
-        nonlocal seen
-        seen += 1
-        if seen in (4, 11):  # within a stage, and in another
-            signal.raise_signal(signal.SIGTERM)
-        return original(*args, **keys)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop_module, "train_step", stopping)
+    stop_before({4, 11})  # within a stage, and in another
     assert [train(config).finished for _ in range(3)] == [False, False, True]
     assert losses(tmp_path / "stopped") == losses(tmp_path / "unbroken")
     assert unbroken.export_dir is not None

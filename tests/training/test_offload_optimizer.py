@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,30 +68,16 @@ def test_without_it_the_sums_of_micro_batches_are_rounded_and_with_it_they_are_n
     assert_equal_runs(offloaded, exact)
 
 
-def _stop_before(monkeypatch: pytest.MonkeyPatch, steps: set[int], signum: int = signal.SIGTERM) -> None:
-    """Let ``train`` be ended by a signal before the steps of these numbers, counted over all starts."""
-    original, seen = loop_module.train_step, 0
-
-    def stopping(*args: object, **keys: object) -> object:
-        nonlocal seen
-        seen += 1
-        if seen in steps:
-            signal.raise_signal(signum)
-        return original(*args, **keys)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop_module, "train_step", stopping)
-
-
 @pytest.mark.parametrize("options", [(), ("memory.optimizer_states=8bit", "memory.master_weights=false")])
 def test_a_run_in_which_it_is_switched_on_and_off_is_the_unbroken_one(
     options: tuple[str, ...],
     tiny_run: Configure,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stop_before: Callable[[set[int]], None],
     assert_equal_runs: EqualRuns,
 ) -> None:
     train(tiny_run(tmp_path / "unbroken", *BASE, *options))
-    _stop_before(monkeypatch, {3, 7, 12})  # in the first stage, across the growth, in the second
+    stop_before({3, 7, 12})  # in the first stage, across the growth, in the second
     starts = [train(tiny_run(tmp_path / "run", *BASE, *options, f"{OFFLOAD[:-4]}{on}")).finished
               for on in ("true", "false", "true", "false")]  # fmt: skip
     assert starts == [False, False, False, True]
@@ -108,28 +93,13 @@ def test_killed_at_a_chosen_instant_such_a_run_equals_the_unbroken_one(
     call: int,
     tiny_run: Configure,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    train_killed_at: Callable[..., None],
     assert_equal_runs: EqualRuns,
 ) -> None:
     options = (*BASE, *SEVERAL, OFFLOAD, "train.save_steps=2")
     train(tiny_run(tmp_path / "unbroken", *options))
     config = tiny_run(tmp_path / "run", *options)
-    original, calls = getattr(module, function), 0
-
-    def killing(*args: object, **keys: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **keys)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, function, killing)
-        pid = os.fork()
-        if pid == 0:
-            train(config)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    train_killed_at(config, module, function, call)
     train(config)
     assert_equal_runs(tmp_path / "run", tmp_path / "unbroken")
 

@@ -40,23 +40,6 @@ def unbroken(tiny_run: Configure, tmp_path_factory: pytest.TempPathFactory) -> P
     return run_dir
 
 
-def _in_child(action: Callable[[], object]) -> int:
-    """Fork, run ``action`` there, and return the child's process id. Forking spares the child the imports."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return pid
-
-
-def _wait(pid: int) -> int:
-    """The exit code, or minus the signal that ended the process."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def test_where_every_checkpoint_is_damaged_no_start_begins_anew(tiny_run: Configure, tmp_path: Path) -> None:
     config = tiny_run(tmp_path, *OVERRIDES)
     train(config)
@@ -88,25 +71,14 @@ def test_killed_at_a_chosen_instant_a_run_equals_the_unbroken_one(
     tiny_run: Configure,
     unbroken: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    train_killed_at: Callable[..., None],
     module: object,
     function: str,
     call: int,
     assert_equal_runs: EqualRuns,
 ) -> None:
     config = tiny_run(tmp_path, *OVERRIDES)
-    original, calls = getattr(module, function), 0
-
-    def killing(*args: object, **kwargs: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, function, killing)
-        assert _wait(_in_child(lambda: train(config))) == -signal.SIGKILL
+    train_killed_at(config, module, function, call)
     train(config)
     assert_equal_runs(tmp_path, unbroken)
 
@@ -150,25 +122,25 @@ def test_a_signal_that_comes_while_ranks_agree_waits_for_the_next_step() -> None
 
 
 def test_a_model_with_dropout_resumes_exactly_too(
-    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_equal_runs: EqualRuns
+    tiny_run: Configure, tmp_path: Path, train_killed_at: Callable[..., None], assert_equal_runs: EqualRuns
 ) -> None:
     overrides = (*OVERRIDES, "model.extra={attention_dropout: 0.5}", "plan.total_tokens=512")
     train(tiny_run(tmp_path / "unbroken", *overrides))
     config = tiny_run(tmp_path / "broken", *overrides)
-    with monkeypatch.context() as patch:
-        patch.setattr(enter_module, "grow", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
-        assert _wait(_in_child(lambda: train(config))) == -signal.SIGKILL
+    train_killed_at(config, enter_module, "grow")
     train(config)
     assert_equal_runs(tmp_path / "broken", tmp_path / "unbroken")
 
 
 def test_resuming_continues_and_does_not_start_again(
-    tiny_run: Configure, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Configure,
+    unbroken: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train_killed_at: Callable[..., None],
 ) -> None:
     config = tiny_run(tmp_path, *OVERRIDES)
-    with monkeypatch.context() as patch:
-        patch.setattr(enter_module, "grow", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
-        assert _wait(_in_child(lambda: train(config))) == -signal.SIGKILL
+    train_killed_at(config, enter_module, "grow")
     original, calls = loop_module.train_step, []
 
     def counting(*args: object, **kwargs: object) -> object:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,23 +101,14 @@ def test_a_fused_update_by_a_gradient_that_is_not_finite_stops_the_run_before_it
 def test_a_run_stopped_between_skipped_steps_ends_as_the_unbroken_one(
     tiny_run: Configure,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stop_before: Callable[[set[int]], None],
     spoil: Callable[..., None],
     assert_equal_runs: Callable[[Path, Path], None],
 ) -> None:
     spoil({3, 4, 9})
     overrides = (*BASE, *FUSED, "train.precision=bf16", "memory.master_weights=false", "log.logging_steps=3")
     train(tiny_run(tmp_path / "unbroken", *overrides))
-    stepping, seen = loop_module.train_step, 0
-
-    def stopping(*arguments: Any, **keys: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        if seen in (3, 7):
-            signal.raise_signal(signal.SIGTERM)
-        return stepping(*arguments, **keys)
-
-    monkeypatch.setattr(loop_module, "train_step", stopping)
+    stop_before({3, 7})
     config = tiny_run(tmp_path / "stopped", *overrides)
     assert [train(config).finished for _ in range(3)] == [False, False, True]
     assert_equal_runs(tmp_path / "stopped", tmp_path / "unbroken")
@@ -174,23 +164,14 @@ def test_a_skipped_spike_changes_no_weight(
 def test_a_run_stopped_between_spikes_ends_as_the_unbroken_one(
     tiny_run: Configure,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stop_before: Callable[[set[int]], None],
     spike: Callable[[dict[int, float]], None],
     assert_equal_runs: Callable[[Path, Path], None],
 ) -> None:
     spike({6: 1e3, 8: 1e6})
     train(tiny_run(tmp_path / "unbroken", *SPIKES))
     assert len(_events(tmp_path / "unbroken", "skipped")) == 2
-    stepping, seen = loop_module.train_step, 0
-
-    def stopping(*arguments: Any, **keys: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        if seen in (3, 7):
-            signal.raise_signal(signal.SIGTERM)
-        return stepping(*arguments, **keys)
-
-    monkeypatch.setattr(loop_module, "train_step", stopping)
+    stop_before({3, 7})
     config = tiny_run(tmp_path / "stopped", *SPIKES)
     assert [train(config).finished for _ in range(3)] == [False, False, True]
     assert_equal_runs(tmp_path / "stopped", tmp_path / "unbroken")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from steplm.data.loader import IGNORE_INDEX, Batch
 from steplm.models.build import build_model, hf_config, initial_state
 from steplm.models.forward import batch_loss
 from steplm.optim.adamw import AdamW
-from steplm.training import loop as loop_module
 from steplm.training import step as step_module
 from steplm.training.display import make_display
 from steplm.training.metrics import read_metrics
@@ -90,7 +88,10 @@ def mixed_run(tiny_run: Configure, tiny_corpus: Path, tmp_path: Path) -> Configu
 
 
 def test_the_log_and_the_display_have_each_sources_loss_and_a_resumed_run_the_same(
-    mixed_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mixed_run: Configure,
+    tmp_path: Path,
+    stop_before: Callable[[set[int]], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     overrides = ("log.logging_steps=3", "train.save_steps=2")
     train(mixed_run(tmp_path / "unbroken", *overrides), display=make_display("lines"))
@@ -99,16 +100,7 @@ def test_the_log_and_the_display_have_each_sources_loss_and_a_resumed_run_the_sa
         # Every step has three sequences of web and one of code, all of the same length.
         assert event["loss"] == pytest.approx(0.75 * event["loss_web"] + 0.25 * event["loss_code"], rel=1e-5)
     assert f"web {events[0]['loss_web']:.3f}  code {events[0]['loss_code']:.3f}" in capsys.readouterr().out
-    stepping, seen = loop_module.train_step, 0
-
-    def stopping(*arguments: Any, **keys: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        if seen in (2, 7):
-            signal.raise_signal(signal.SIGTERM)
-        return stepping(*arguments, **keys)
-
-    monkeypatch.setattr(loop_module, "train_step", stopping)
+    stop_before({2, 7})
     config = mixed_run(tmp_path / "stopped", *overrides)
     assert [train(config).finished for _ in range(3)] == [False, False, True]
     again = read_metrics(tmp_path / "stopped" / "metrics.jsonl", "train")
