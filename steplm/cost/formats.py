@@ -135,9 +135,13 @@ def row_pieces(rows: int, columns: int) -> list[slice]:
     ``STEP_CHUNK`` elements at most, and a piece begins where a block of an 8-bit state does. (Of matrices with more
     than ``STEP_CHUNK / STATE_BLOCK`` columns a piece may be larger: the fewest rows that end with a block.)
     """
-    unit = STATE_BLOCK // gcd(columns, STATE_BLOCK)  # rows that make whole blocks
-    size = max(unit, STEP_CHUNK // columns // unit * unit)
+    size = _rows_of_piece(columns)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _rows_of_piece(columns: int) -> int:
+    unit = STATE_BLOCK // gcd(columns, STATE_BLOCK)  # rows that make whole blocks
+    return max(unit, STEP_CHUNK // columns // unit * unit)
 
 
 def momentum_bytes(rows: int, columns: int, states: str) -> int:
@@ -218,5 +222,4 @@ def _piece_bytes(rows: int, columns: int, *, states: str | None, masters: str) -
         {None: 0, "fp32": 4, "bf16": 8, "8bit": 13}[states],
         {"fp32": 0, "8bit": 8, "none": 9}[masters],
     )
-    piece = row_pieces(rows, columns)[0]
-    return per_element * (piece.stop - piece.start) * columns
+    return per_element * min(_rows_of_piece(columns), rows) * columns

@@ -121,13 +121,16 @@ class Instants:
     def highest_layer(self) -> Instant:
         """The backward pass of the layer at which most is held."""
         per_layer = {kind: self._gradients_of_one(kind) * (not self.sums_gradients) for kind in self.kinds}
+        inside = {
+            kind: sum(term.num_bytes for term in self._inside(self.roles.index(kind)) if term.kind != HOST)
+            for kind in self.kinds
+        }
 
         def held(index: int) -> int:
-            inside = sum(term.num_bytes for term in self._inside(index) if term.kind != HOST)
             kept = 0 if self.memory.offload_activations else 1
             below = sum(self.kept[kind] * self._saving(kind, index + 1) for kind in self.kinds)
             above = sum(per_layer[k] * (self._count(k) - self._count(k, index + 1)) for k in self.kinds)
-            return kept * below + inside + above
+            return kept * below + inside[self.roles[index]] + above
 
         index = max(self._candidates(), key=held)
         name, above = f"backward of layer {index}", self._gradients_above(index + 1)

@@ -9,7 +9,9 @@ n_1 is largest, among those the one whose n_2 is largest, and so on: the model i
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate, combinations, pairwise
 
 from steplm.errors import PlanInfeasible
@@ -42,9 +44,9 @@ def solve_dynamic_programming(cost: StageCost, num_layers: int, num_stages: int)
 def solve_within(cost: StageCost, num_layers: int, num_stages: int, limit: float = math.inf) -> tuple[int, ...] | None:
     """As the other solvers, in few costs; None if every plan costs more than ``limit``.
 
-    By bisection of the limit, in O(K log L) costs each, where one more new layer, and a new layer in place of an old
-    one, never cost less: then the plan that is as deep as the limit allows, stage by stage, fails only if all do.
-    Where new layers cost less (as if they alone were recomputed), by the dynamic programme.
+    By bisection of the limit. Exact where one more new layer never costs less. Where a new layer in place of an old one
+    never costs less either, a limit takes O(K log L) costs: the plan that is as deep as the limit allows, stage by
+    stage, fails only if all do. Otherwise (as if new layers alone were recomputed) it takes O(K L).
 
     Raises:
         PlanInfeasible: more stages than layers.
@@ -52,20 +54,19 @@ def solve_within(cost: StageCost, num_layers: int, num_stages: int, limit: float
     _require_feasible(num_layers, num_stages)
     if cost(1, 0) > limit:
         return None
-    if num_stages > 1 and not _new_layers_cost_most(cost, num_layers):
-        best = solve_dynamic_programming(cost, num_layers, num_stages)
-        return best if peak_cost(cost, best) <= limit else None
-    found, _ = _deepest_within(cost, num_layers, num_stages, limit)
-    if found is None:
+    new_cost_most = num_stages == 1 or _new_layers_cost_most(cost, num_layers)
+    search = _deepest_within if new_cost_most else _any_within
+    best, _ = search(cost, num_layers, num_stages, limit)
+    if best is None:
         return None
-    low, high = 0, peak_cost(cost, found)  # no plan is below ``low``
+    low, high = 0, peak_cost(cost, best)  # no plan is below ``low``
     while low < high:
-        layers, refused = _deepest_within(cost, num_layers, num_stages, (low + high) // 2)
+        layers, refused = search(cost, num_layers, num_stages, (low + high) // 2)
         if layers is None:
             low = refused
         else:
-            found, high = layers, peak_cost(cost, layers)
-    return found
+            best, high = layers, peak_cost(cost, layers)
+    return best
 
 
 def solve_integer_programme(cost: StageCost, num_layers: int, num_stages: int) -> tuple[int, ...]:
@@ -150,10 +151,13 @@ def equal_parts_if_as_good(cost: StageCost, layers: tuple[int, ...]) -> tuple[in
 
 
 def _new_layers_cost_most(cost: StageCost, num_layers: int) -> bool:
-    """Whether a new layer costs at least as much as an old one, at few depths: costs are all but linear."""
+    """Whether a new layer costs at least as much as an old one, at a few points: costs are all but linear."""
     depths = {depth for depth in (num_layers, num_layers // 2 + 1, 3) if 3 <= depth <= num_layers}
     return all(
-        cost(new, depth - new) <= cost(new + 1, depth - new - 1) for depth in depths for new in range(1, depth - 1)
+        cost(new, depth - new) <= cost(new + 1, depth - new - 1)
+        for depth in depths
+        for new in {1, 2, 3, depth // 2, depth - 3, depth - 2}
+        if 1 <= new <= depth - 2
     )
 
 
@@ -177,6 +181,30 @@ def _deepest_within(
             return None, min(refused)
         layers.append(last_true(is_allowed, least, most))
     return tuple(layers), min(refused, default=0)
+
+
+def _any_within(cost: StageCost, num_layers: int, num_stages: int, limit: float) -> tuple[tuple[int, ...] | None, int]:
+    """The plan within ``limit`` that is deep early, or None; then the least cost refused."""
+
+    def step_cost(old: int, depth: int) -> int:
+        return cost(depth - old, old)
+
+    # Depths from which the stages that are left stay within the limit, for each number of those. Whether one more stage
+    # can come before them, its smallest step tells, which costs the least.
+    depths, refused = [[num_layers]], math.inf
+    for stage in reversed(range(num_stages)):
+        later = depths[-1]
+        before = range(stage, later[-1]) if stage else (0,)
+        costs = {old: step_cost(old, later[bisect_right(later, old)]) for old in before}
+        refused = min([refused, *(found for found in costs.values() if found > limit)])
+        depths.append([old for old, found in costs.items() if found <= limit])
+        if not depths[-1]:
+            return None, int(refused)
+    path = [0]
+    for later in reversed(depths[:-1]):
+        nearest = bisect_right(later, path[-1])
+        path.append(later[bisect_right(later, limit, lo=nearest, key=partial(step_cost, path[-1])) - 1])
+    return tuple(depth - old for old, depth in pairwise(path)), 0
 
 
 def last_true(test: Callable[[int], bool], low: int, high: int) -> int:

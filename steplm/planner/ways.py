@@ -60,8 +60,7 @@ def ways(
     may_offload = may_offload and _refusal(config, shape, [OFFLOADED]) is None
     counts = _stage_counts(config, any_depth) if "stages" in vary else {config.plan.num_stages}
     ranks = _ranks(config) if "rank" in vary else [config.pet.rank]
-    # Weights alone are then on the device, and stages save little of them: the fewest are enough.
-    found = _combined(config, rungs, counts, ranks, {min(counts)} if may_offload else set())
+    found = _combined(config, rungs, counts, ranks, may_offload=may_offload)
     return sorted(found, key=lambda way: (not _is_as_written(way, config), way.price, -way.num_stages)), skipped
 
 
@@ -91,7 +90,8 @@ def _combined(
     rungs: Sequence[Rung],
     counts: Collection[int],
     ranks: Sequence[int],
-    offload: Collection[int],
+    *,
+    may_offload: bool,
 ) -> Iterator[Way]:
     method = METHODS[config.method]
     for num_stages in counts:
@@ -102,7 +102,8 @@ def _combined(
             ladders.append([rung for rung in useful if not rung.on_host])
         heights = dict.fromkeys(tuple(ladder[:height]) for ladder in ladders for height in range(len(ladder) + 1))
         ranks_below = enumerate(ranks if has_frozen else ranks[:1])
-        choices = (False, True) if num_stages in offload else (False,)
+        # Weights alone are then on the device, of which stages save little.
+        choices = (False, True) if may_offload and num_stages == 1 else (False,)
         for (halvings, rank), rungs_below, offloads in product(ranks_below, heights, choices):
             taken = list(rungs_below)
             more = num_stages - config.plan.num_stages

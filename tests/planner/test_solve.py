@@ -74,6 +74,24 @@ def test_within_a_limit_the_plan_is_that_of_exhaustive_search(
     assert solve_within(cost, num_layers, num_stages, limit) == (expected if spare >= 0 else None)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 5), st.data())
+def test_within_a_limit_the_plan_is_exact_where_a_new_layer_never_costs_less(
+    num_layers: int, num_stages: int, data: st.DataObject
+) -> None:
+    assume(num_stages <= num_layers)
+    pieces = data.draw(st.lists(st.tuples(st.integers(0, 5), st.integers(-3, 5), st.integers(0, 20)), min_size=1))
+
+    def cost(num_new: int, num_old: int) -> int:  # the highest of several instants
+        return 100 + max(new * num_new + old * num_old + rest for new, old, rest in pieces)
+
+    expected = solve_exhaustive(cost, num_layers, num_stages)
+    limit = peak_cost(cost, expected)
+    assert solve_within(cost, num_layers, num_stages) == expected
+    assert solve_within(cost, num_layers, num_stages, limit) == expected
+    assert solve_within(cost, num_layers, num_stages, limit - 1) is None
+
+
 @pytest.mark.parametrize(("num_layers", "num_stages"), ALL_SIZES)
 def test_within_a_limit_the_plan_is_exact_where_old_layers_cost_more(num_layers: int, num_stages: int) -> None:
     cost = linear(new_layer=3, old_layer=5, first_stage=4, later_stage=1)
