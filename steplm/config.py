@@ -60,6 +60,10 @@ SinkNames = Annotated[
 ]
 Method = Literal["step", "vanilla", "growth", "thawed", "lora", "relora", "badam"]
 MethodName = Annotated[Method, WithJsonSchema({"enum": ["auto", *get_args(Method)]})]  # auto: see ``RunConfig._auto``
+AutoSize = Annotated[  # auto: ``load_config`` resolves it by ``steplm.planner.auto``
+    int, WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"enum": ["auto"]}]})
+]
+AUTO_SIZES = ("per_device_train_batch_size", "loss_chunk_size")  # of ``train``
 ONE_STAGE_METHODS = ("vanilla", "lora", "relora", "badam")
 RuleName = Literal["adamw", "muon", "scale", "galore", "apollo", "apollo_mini"]
 Scheduler = Literal["cosine", "warmup_stable_decay", "constant_with_warmup"]
@@ -347,7 +351,9 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int | None = Field(None, gt=0, description="CPU threads; default: PyTorch's own")
     sequence_length: int = Field(1024, gt=1, description="tokens")
-    per_device_train_batch_size: int = Field(8, gt=0, description="sequences in one forward pass")
+    per_device_train_batch_size: AutoSize = Field(
+        8, gt=0, description="sequences in one forward pass; auto: the most that fit plan.budget or the GPU"
+    )
     gradient_accumulation_steps: int = Field(1, gt=0)
     gradient_accumulation_dtype: Literal["param", "fp32"] = Field(
         "param", description="type in which micro-batches' gradients are summed: the parameters' own, or fp32"
@@ -360,7 +366,9 @@ class TrainConfig(Section):
     gradient_checkpointing: bool | Literal["frozen", "new"] = Field(
         False, description="recompute activations in the backward pass: of all layers, or of frozen or new ones alone"
     )
-    loss_chunk_size: int = Field(512, gt=0, description="rows of logits that exist at once")
+    loss_chunk_size: AutoSize = Field(
+        512, gt=0, description="rows of logits that exist at once; auto: the most that do not raise the planned peak"
+    )
     compile: bool = Field(False, description="torch.compile each layer")
     dry_run: bool = Field(True, description="one batch, forward and backward, before the first step of each stage")
     save_steps: int | None = Field(None, gt=0, description="default: five times a stage; stage ends are always saved")
@@ -620,13 +628,24 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     Raises:
         ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
     """
+    values = read_values(source, overrides)
+    train = values.get("train")
+    if isinstance(train, Mapping) and "auto" in (train.get(key) for key in AUTO_SIZES):
+        from steplm.planner.auto import resolve_auto  # plans the run
+
+        return resolve_auto(values)
+    return validated(RunConfig, values)
+
+
+def read_values(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What is written, before defaults and checks; arguments as of ``load_config``."""
     values = dict(source) if isinstance(source, Mapping) else _read(source)
     if "entries" in values and not isinstance(source, Mapping):
         raise ConfigError(f"{source} is a suite of runs: `steplm compare {source}`", path=str(source))
     for override in overrides:
         apply_override(values, override)
     refuse_old_keys(values)
-    return validated(RunConfig, values)
+    return values
 
 
 def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

@@ -15,9 +15,10 @@ from rich.table import Table
 
 from steplm.cli.hours import choose_speeds
 from steplm.cli.plan import counted_shape
-from steplm.config import load_config
+from steplm.config import load_config, read_values
 from steplm.cost.devices import DEVICES
 from steplm.errors import ConfigError, PlanInfeasible
+from steplm.planner.auto import MICRO_BATCH, smallest_sizes
 from steplm.planner.fit import Alternative, FitResult, fit, suggestions
 from steplm.planner.ladder import RUNGS
 from steplm.planner.ways import VARY
@@ -57,6 +58,9 @@ def show_fit(
     if budget_bytes < 2**20:  # no model fits that: a unit was forgotten
         raise ConfigError(f"--budget {budget} is {budget_bytes} bytes. With a unit it is, for example, 24GiB")
     names = [name.strip() for name in vary.split(",") if name.strip()]
+    overrides, has_auto_batch = _without_auto(run, overrides)
+    if has_auto_batch and maximize is None:
+        maximize = "batch"
     config = load_config(run, overrides)
     speeds = None if device is None else choose_speeds(device, config, Console(stderr=True))
     result = fit(config, budget_bytes, maximize=maximize, vary=names, shape=counted_shape(config), speeds=speeds)
@@ -68,9 +72,15 @@ def show_fit(
 
 def explained(error: PlanInfeasible, run: str, overrides: Sequence[str]) -> PlanInfeasible:
     """The error of a plan that does not fit ``plan.budget``, with the changes that would make it fit."""
-    config = load_config(run, overrides)
+    config = load_config(run, _without_auto(run, overrides)[0])
     more = suggestions(config, error.budget_bytes, counted_shape(config))
     return PlanInfeasible(f"{error}\n{more}", **error.details)
+
+
+def _without_auto(run: str, overrides: Sequence[str]) -> tuple[list[str], bool]:
+    """Overrides that set the smallest size in place of ``auto``; and whether the micro-batch is ``auto``."""
+    sizes = smallest_sizes(read_values(run, overrides))
+    return [*overrides, *(f"train.{key}={size}" for key, size in sizes.items())], MICRO_BATCH in sizes
 
 
 def fit_to_json(result: FitResult) -> dict[str, Any]:

@@ -212,6 +212,12 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
         f"{plan.precision}, {format_count(plan.total_tokens)} tokens; memory in {unit}",
         highlight=False,
     )
+    train = config.train
+    console.print(
+        f"micro-batches of {config.micro_batch_size} × {train.sequence_length} tokens, {config.micro_batches} a step; "
+        f"loss in chunks of {train.loss_chunk_size} rows",
+        highlight=False,
+    )
     if config.distributed.world_size > 1:
         console.print(f"per device: {devices(config)}", highlight=False)
     console.print(table)

@@ -14,7 +14,7 @@ _ADA = "NVIDIA Ada GPU architecture white paper, appendix A"
 class Device:
     """Figures as the maker tells them."""
 
-    title: str  # as PyTorch names it, or a part of that
+    title: str  # as PyTorch names it, without the maker and the series
     memory_bytes: int
     bf16_flops: float  # a second, of dense matrix products summed in fp32
     fp32_flops: float  # a second, without tensor cores
@@ -35,10 +35,19 @@ DEVICES = {
     "l4": Device("L4", 24 * 10**9, 121e12, 30.3e12, 300e9, 31.5e9, "NVIDIA L4 data sheet, without sparsity"),
     "l40s": Device("L40S", 48 * 10**9, 362e12, 91.6e12, 864e9, 31.5e9, "NVIDIA L40S data sheet"),
     "a6000": Device("RTX A6000", 48 * 10**9, 154.8e12, 38.7e12, 768e9, 31.5e9, _GA102),
-    "rtx6000-ada": Device("RTX 6000 Ada", 48 * 10**9, 364.2e12, 91.1e12, 960e9, 31.5e9, _ADA),
+    "rtx6000-ada": Device("RTX 6000 Ada Generation", 48 * 10**9, 364.2e12, 91.1e12, 960e9, 31.5e9, _ADA),
     "rtx3090": Device("RTX 3090", 24 * 10**9, 71e12, 35.6e12, 936e9, 31.5e9, _GA102),
     "rtx4090": Device("RTX 4090", 24 * 10**9, 165.2e12, 82.6e12, 1008e9, 31.5e9, _ADA),
     "rtx5090": Device(
         "RTX 5090", 32 * 10**9, 209.5e12, 104.8e12, 1792e9, 63e9, "NVIDIA RTX Blackwell architecture white paper"
     ),
 }
+
+
+def published_flops(name: str, precision: str) -> float | None:
+    """Peak FLOP/s of a device by the name that PyTorch gives it, in "bf16" or "fp32"; None where it is not known."""
+    title = name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+    for device in DEVICES.values():
+        if device.title == title:
+            return device.bf16_flops if precision == "bf16" else device.fp32_flops
+    return None

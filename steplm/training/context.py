@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from steplm.checkpoint.shards import Background
 from steplm.config import RunConfig
+from steplm.cost.devices import published_flops
 from steplm.data.loader import BatchLoader, Prefetcher
 from steplm.data.tokens import Manifest, TokenDataset
 from steplm.distributed.world import World
@@ -51,6 +53,21 @@ class RunContext:
     @property
     def elapsed_seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started_at
+
+    @cached_property
+    def _peak_flops(self) -> float | None:
+        """FLOP/s that the makers of all devices publish."""
+        if self.device.type != "cuda":
+            return None
+        of_one = published_flops(torch.cuda.get_device_name(self.device), self.config.train.precision)
+        return None if of_one is None else of_one * self.world.size
+
+    def mfu(self, flops: float, seconds: float) -> float | None:
+        """Model FLOPs utilization: a share of the published peak; None on a device whose peak is not known.
+
+        Activations that are computed again do not count. Source: PaLM (arXiv 2204.02311), appendix B.
+        """
+        return None if self._peak_flops is None else flops / (seconds * self._peak_flops)
 
     def agree_to_stop(self) -> None:
         """A signal to one rank stops all of them at the same step; one that comes later waits for the next step."""

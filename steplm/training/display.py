@@ -143,7 +143,8 @@ class Display:
             f"loss {result.loss:.3f}  ppl {perplexity_of(result.loss):.1f}  "
             f"{''.join(f'{name} {loss:.3f}  ' for name, loss in report.source_losses.items())}"
             f"lr {report.learning_rate:.1e}  grad {result.grad_norm:.2f}  "
-            f"{format_count(report.tokens_per_second)} tok/s  {self._memory(report)}  "
+            f"{format_count(report.tokens_per_second)} tok/s  "
+            f"{'' if report.mfu is None else f'mfu {report.mfu:.0%}  '}{self._memory(report)}  "
             f"{self._left(report)}".rstrip(),
             highlight=False,
         )

@@ -129,11 +129,12 @@ def _log_step(
 ) -> None:
     now = time.monotonic()
     speed = log.steps_since * run.config.step_tokens / max(now - log.logged_at, 1e-9)
+    mfu = run.mfu(run.plan.cost(phase).flops_per_token * speed, 1.0)
     assert progress.grad_norm is not None  # a step that was updated has a loss to log
     mean = StepResult(math.fsum(log.unlogged_losses) / len(log.unlogged_losses), progress.grad_norm)
     names = [split.partition("/")[2] for split in run.config.data.weights]
     by_source = {name: s.nats / s.tokens for name, s in zip(names, log.unlogged_sources, strict=False) if s.tokens}
-    report = StepReport(phase, progress, stage_steps, mean, rate, speed, measure_peak(run.device), by_source)
+    report = StepReport(phase, progress, stage_steps, mean, rate, speed, measure_peak(run.device), by_source, mfu)
     run.metrics.write(
         "train",
         stage=progress.stage_index,
@@ -144,6 +145,7 @@ def _log_step(
         learning_rate=rate,
         grad_norm=mean.grad_norm,
         tokens_per_second=speed,
+        **({} if mfu is None else {"mfu": mfu}),
         elapsed_seconds=run.elapsed_seconds,
         **to_json(report.peak),
         **{f"loss_{name}": loss for name, loss in report.source_losses.items()},

@@ -7,7 +7,7 @@ Events, told apart by ``event``:
                   assembly entrance_peak_allocated_bytes, entrance_peak_reserved_bytes, entrance_peak_resident_bytes
     train         stage, step, num_steps, tokens_seen, loss (mean since the last such event), learning_rate, grad_norm,
                   tokens_per_second, elapsed_seconds, peak_allocated_bytes, peak_reserved_bytes, peak_resident_bytes;
-                  of a mixture loss_NAME of each source
+                  on a GPU of ``steplm.cost.devices`` mfu; of a mixture loss_NAME of each source
     skipped       stage, step, tokens_seen, loss, grad_norm (null: not finite), skipped_in_a_row: a step without an
                   update
     eval          stage, step, tokens_seen, loss, perplexity; of several validation sets loss_NAME of each

@@ -70,6 +70,7 @@ class StepReport:
     tokens_per_second: float
     peak: PeakMemory
     source_losses: dict[str, float] = field(default_factory=dict)  # of a mixture, since the last report
+    mfu: float | None = None  # see ``RunContext.mfu``
 
 
 @dataclass(frozen=True)

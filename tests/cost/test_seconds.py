@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from steplm.config import load_config
-from steplm.cost.devices import DEVICES
+from steplm.cost.devices import DEVICES, published_flops
 from steplm.cost.seconds import Speeds, published_speeds, step_seconds, total_seconds
 from steplm.cost.work import KINDS, Work
 from steplm.planner.plan import plan
@@ -79,3 +79,19 @@ def test_a_tiny_model_waits_for_its_launches_and_a_large_one_does_not() -> None:
         step = step_seconds(config, made.shape, made.schedule.phases[-1], published_speeds("h200"))
         assert step is not None
         assert step.waits_for_launches is waits
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000-ada"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+    ],
+)
+def test_the_peak_of_a_device_is_found_by_the_name_that_pytorch_gives_it(name: str, device: str | None) -> None:
+    assert published_flops(name, "bf16") == (None if device is None else DEVICES[device].bf16_flops)
+    assert published_flops(name, "fp32") == (None if device is None else DEVICES[device].fp32_flops)

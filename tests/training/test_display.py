@@ -47,6 +47,13 @@ def _show_step(display: Display, plan: Plan, seconds_left: int, speed: float) ->
     display.step(StepReport(plan.schedule.phases[0], progress, 9, result, 1e-3, speed, PeakMemory()))
 
 
+def test_a_log_line_tells_the_utilization_of_a_known_gpu(plan: Plan) -> None:
+    console, text = _console()
+    progress, result = TrainState(1, 1, step=5, phase_step=5, tokens_seen=0), StepResult(loss=1.0, grad_norm=1.0)
+    Display(console).step(StepReport(plan.schedule.phases[0], progress, 9, result, 1e-3, 10.0, PeakMemory(), mfu=0.314))
+    assert "tok/s  mfu 31%" in text.getvalue()
+
+
 def test_a_log_line_tells_the_time_that_is_left_of_the_whole_plan(plan: Plan) -> None:
     console, text = _console()
     display = Display(console)

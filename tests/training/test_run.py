@@ -23,6 +23,7 @@ from steplm.pet.adapters import attach, load_adapter_state
 from steplm.training import enter as enter_module
 from steplm.training import loop as loop_module
 from steplm.training import run as run_module
+from steplm.training.context import RunContext
 from steplm.training.display import make_display
 from steplm.training.export import export
 from steplm.training.metrics import read_metrics
@@ -81,6 +82,21 @@ def test_the_loss_falls_and_the_summary_tells_the_exported_models_loss(finished:
     last = _events(finished, "eval")[-1]
     assert summary["validation_loss"] == pytest.approx(last["loss"], abs=1e-4)
     assert summary["tokens_seen"] == last["tokens_seen"]
+
+
+def test_on_a_known_device_the_log_and_the_summary_tell_its_utilization(
+    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunContext, "_peak_flops", 1e9)
+    result = train(tiny_run(tmp_path / "run"))
+    flops = {stage.index: stage.phases[0] for stage in result.plan.stages}
+    logged = [event for event in read_metrics(tmp_path / "run/metrics.jsonl") if event["event"] == "train"]
+    assert logged
+    for event in logged:
+        flops_per_token = result.plan.cost(flops[event["stage"]]).flops_per_token
+        assert event["mfu"] == pytest.approx(flops_per_token * event["tokens_per_second"] / 1e9)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["mfu"] == pytest.approx(result.plan.training_flops / summary["elapsed_seconds"] / 1e9, rel=1e-2)
 
 
 def test_every_layer_tells_where_it_comes_from(finished: Path) -> None:

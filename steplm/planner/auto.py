@@ -1,0 +1,84 @@
+"""Sizes that the plan chooses: ``train.per_device_train_batch_size: auto`` and ``train.loss_chunk_size: auto``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from steplm.config import AUTO_SIZES, RunConfig, changed
+from steplm.errors import ConfigError, PlanInfeasible
+from steplm.planner.fit import fit
+from steplm.planner.plan import plan
+from steplm.planner.solve import last_true
+from steplm.problems import validated
+
+CHUNK_UNIT = 512  # rows
+ANY_BUDGET = 2**60
+MICRO_BATCH, CHUNK = AUTO_SIZES
+
+
+def resolve_auto(values: Mapping[str, Any]) -> RunConfig:
+    """The configuration with the sizes that are written as ``auto``.
+
+    The micro-batch is the largest that fits ``plan.budget``, or the memory of the GPU, at an unchanged
+    ``train.global_batch_size``. The loss chunk is the largest multiple of 512 rows that does not raise the peak.
+
+    Raises:
+        ConfigError: no global batch or no budget is known, or the family's activations have no formula.
+        PlanInfeasible: a micro-batch of one sequence does not fit.
+    """
+    sizes = smallest_sizes(values)
+    config = validated(RunConfig, {**values, "train": {**values["train"], **sizes}})
+    if MICRO_BATCH in sizes:
+        config = changed(config, {f"train.{MICRO_BATCH}": _largest_micro_batch(config)})
+    if CHUNK in sizes:
+        config = changed(config, {f"train.{CHUNK}": _largest_free_chunk(config)})
+    return config
+
+
+def smallest_sizes(values: Mapping[str, Any]) -> dict[str, int]:
+    """Of ``train``, the least in place of every ``auto``."""
+    train = values.get("train")
+    written = {key for key in AUTO_SIZES if isinstance(train, Mapping) and train.get(key) == "auto"}
+    sizes = {CHUNK: CHUNK_UNIT} if CHUNK in written else {}
+    if MICRO_BATCH in written:  # which decides the accumulation as well
+        sizes |= {MICRO_BATCH: 1, "gradient_accumulation_steps": 1}
+    return sizes
+
+
+def _largest_micro_batch(config: RunConfig) -> int:
+    if config.train.global_batch_size is None:
+        raise ConfigError(f"train.{MICRO_BATCH}=auto needs train.global_batch_size, the sequences of one step")
+    budget_bytes = config.plan.budget or _gpu_bytes(config)
+    sequences = config.global_batch_size // config.distributed.world_size
+
+    def fits(micro_batch: int) -> bool:
+        try:
+            fit(changed(config, {f"train.{MICRO_BATCH}": micro_batch}), budget_bytes, vary=())
+        except (ConfigError, PlanInfeasible):
+            return False
+        return True
+
+    if fits(sequences):  # a single micro-batch may need less than two, whose gradients are summed
+        return sequences
+    plan(changed(config, {"plan.budget": budget_bytes}))  # refuses, with the reason, if not even one sequence fits
+    micro_batches = -(-sequences // last_true(fits, 1, sequences))
+    return -(-sequences // micro_batches)
+
+
+def _largest_free_chunk(config: RunConfig) -> int:
+    def peak_bytes(chunks: int) -> int:
+        chunk = {f"train.{CHUNK}": chunks * CHUNK_UNIT}
+        return fit(changed(config, chunk), ANY_BUDGET, vary=()).best.peak_bytes
+
+    rows = config.micro_batch_size * config.train.sequence_length
+    least = peak_bytes(1)
+    return CHUNK_UNIT * last_true(lambda chunks: peak_bytes(chunks) <= least, 1, -(-rows // CHUNK_UNIT))
+
+
+def _gpu_bytes(config: RunConfig) -> int:
+    import torch  # imported here so that a plan with a budget needs no torch
+
+    if config.train.device == "cpu" or not torch.cuda.is_available():
+        raise ConfigError(f"train.{MICRO_BATCH}=auto needs plan.budget, e.g. 24GiB, where there is no GPU")
+    return int(torch.cuda.get_device_properties(0).total_memory)
