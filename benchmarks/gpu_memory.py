@@ -36,6 +36,7 @@ from steplm.units import format_bytes
 
 CHECKPOINTING = ("train.gradient_checkpointing=true",)
 ONE_MICRO_BATCH = ("train.gradient_accumulation_steps=1",)
+LEAN = ("method=vanilla", "plan.num_stages=1", "plan.layers=null")
 OPTIONS = {
     "8-bit states": ("memory.optimizer_states=8bit",),
     "no master weights": ("memory.master_weights=false",),
@@ -61,6 +62,11 @@ OPTIONS = {
     "mistral": ("model.model_type=mistral", "model.num_key_value_heads=4"),
     "GaLore": ("plan.num_stages=1", "optim.name=galore"),
     "APOLLO-Mini": ("plan.num_stages=1", "optim.name=apollo_mini"),
+    "Muon": (*LEAN, "optim.name=muon"),
+    "Muon, 8-bit": (*LEAN, "optim.name=muon", "memory.optimizer_states=8bit", "memory.master_weights=false"),
+    "SCALE": (*LEAN, "optim.name=scale", "memory.master_weights=false"),
+    "host": (*LEAN, "memory.offload_optimizer=true"),
+    "corrections": (*LEAN, "memory.optimizer_states=8bit", "memory.master_weights=8bit"),
     "every option": (*EVERY_OPTION, *ONE_MICRO_BATCH),
 }
 LONG = ("train.sequence_length=4096", "model.max_position_embeddings=4096", "train.per_device_train_batch_size=2")

@@ -72,9 +72,9 @@ def main() -> None:
             row = {key: value for key, value in row.items() if not key.startswith("tokens_per_second")}
         report["steps"].append(row)
         print(json.dumps(row), flush=True)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        if arguments.output:  # after each, for a run that is cut off
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def update_speed(num_parameters: int, repeats: int) -> dict[str, float]:
