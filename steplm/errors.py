@@ -1,22 +1,22 @@
-"""Every error that steplm raises on purpose.
+"""All errors that steplm raises on purpose.
 
     SteplmError
-    ├── ConfigError              what the user wrote cannot be run          (exit code 2)
-    ├── PlanError                no plan, or a plan that cannot be obeyed
-    │   └── PlanInfeasible       the numbers do not allow it
-    ├── DataError                text, tokens, tokenizers, manifests
-    │   └── HubUnavailable       a hub was needed and cannot be reached
-    ├── GrowthError              a growth that makes no model
+    ├── ConfigError              the configuration is invalid               (exit code 2)
+    ├── PlanError                a plan cannot be made or followed
+    │   └── PlanInfeasible       no plan satisfies the constraints
+    ├── DataError                unusable text, tokens, tokenizer or manifest
+    │   └── HubUnavailable       the hub is needed and cannot be reached
+    ├── GrowthError              the growth does not give a valid model
     ├── CheckpointError          a checkpoint that cannot be used
     │   └── CheckpointMismatch   a checkpoint of another plan or trainable set
     ├── WriteError               the file system refuses to write
     ├── RankLost                 another process of this run is gone
-    ├── JudgeError               the judge of an evaluation cannot be asked
+    ├── JudgeError               the judge of an evaluation cannot be used
     ├── MemoryMismatch           measured bytes differ from the planned bytes
     └── TrainingDiverged         the loss is NaN or infinite
 
-A message gives the fact, the numbers and the way out. Numbers are attributes as well, so that a
-program need not parse the sentence.
+A message states the problem, the numbers, and what to do about it. The numbers are also attributes, so that
+programs need not parse the message.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 
 class SteplmError(Exception):
-    """Base of all errors of this package; ``details`` holds the numbers of the message."""
+    """Base class of all errors in this package; ``details`` contains the numbers in the message."""
 
     exit_code = 1
 
@@ -47,7 +47,7 @@ class ConfigError(SteplmError):
 
 
 class PlanError(SteplmError):
-    """A plan cannot be made or obeyed."""
+    """A plan cannot be made or followed."""
 
 
 class PlanInfeasible(PlanError):
@@ -63,7 +63,7 @@ class HubUnavailable(DataError):
 
 
 class GrowthError(SteplmError):
-    """The requested growth does not make a model."""
+    """The requested growth does not give a valid model."""
 
 
 class CheckpointError(SteplmError):
@@ -75,15 +75,15 @@ class CheckpointMismatch(CheckpointError):
 
 
 class WriteError(SteplmError):
-    """The file system refuses to write: it is full or read-only, a file is too large, a quota is spent."""
+    """The file system refuses to write: it is full or read-only, a file is too large, or a quota is exceeded."""
 
 
 class RankLost(SteplmError):
-    """Another process of this run has failed or was killed: what this one does together with it cannot go on."""
+    """Another process of this run failed or was killed, so that this one cannot continue."""
 
 
 class JudgeError(SteplmError):
-    """The judge of an evaluation refuses the key, knows no such model, or is not there."""
+    """The judge of an evaluation rejects the key, does not know the model, or cannot be reached."""
 
 
 class MemoryMismatch(SteplmError):

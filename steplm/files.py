@@ -1,4 +1,4 @@
-"""Files that neither a power cut nor a full disk leaves half-written, and text that a file can hold."""
+"""Write files atomically, safe against power failures and full disks, and make text encodable as UTF-8."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace ``path`` by a file of this content: a reader, or a machine that dies, finds the old file or the new one.
+    """Replace ``path`` with this content; readers see either the old or the new file, even after a crash.
 
     Raises:
-        WriteError: the file system refuses.
+        WriteError: the file system refuses to write.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(as_unicode(content).encode() if isinstance(content, str) else content)
@@ -32,12 +32,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` for a new file or folder, which at the end takes the place of what is at ``path``.
+    """Yield a temporary path next to ``path`` for a new file or folder, which replaces ``path`` at the end.
 
-    If anything fails, ``path`` stays as it was, and nothing stays under the other name.
+    On any failure, ``path`` is unchanged and the temporary path is removed.
 
     Raises:
-        WriteError: the file system refuses.
+        WriteError: the file system refuses to write.
     """
     temporary = path.with_name(f".{path.name}.writing")
     with write_errors(path, temporary):
@@ -48,10 +48,10 @@ def replacing(path: Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 sync(file)
             sync(temporary)
-            if temporary.is_dir():  # a folder, unlike a file, cannot be renamed to what is there
+            if temporary.is_dir():  # unlike a file, a folder cannot be renamed to an existing path
                 remove(path)
             os.replace(temporary, path)
-            sync(path.parent)  # a rename lives in the folder
+            sync(path.parent)  # the rename is stored in the folder
         except BaseException:
             remove(temporary)
             raise
@@ -59,7 +59,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_errors(*paths: Path) -> Iterator[None]:
-    """What the file system refuses while ``paths`` are written, as one ``WriteError`` with the file and the reason."""
+    """Turn file system errors while writing ``paths`` into a ``WriteError`` with the file and the reason."""
     try:
         yield
     except Exception as error:
@@ -73,13 +73,13 @@ def write_errors(*paths: Path) -> Iterator[None]:
 
 
 def _is_on_the_way(file: Path, path: Path) -> bool:
-    """In the folder ``path``, or a folder above it."""
+    """Whether ``file`` is inside the folder ``path``, or is one of its parent folders."""
     file, path = file.absolute(), path.absolute()
     return file.is_relative_to(path) or path.is_relative_to(file)
 
 
 def refusal(error: Exception) -> str | None:
-    """Why the file system refused to write, also where a library has wrapped it; ``None`` for other errors."""
+    """Why the file system refused to write, even if a library has wrapped the error; None for other errors."""
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno in _REFUSALS else None
     text = str(error)
@@ -98,7 +98,7 @@ def _way_out(why: str, path: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; there need not be one."""
+    """Remove a file, or a folder with its contents; it need not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -106,7 +106,7 @@ def remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -115,7 +115,7 @@ def sync(path: Path) -> None:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; also of a name that no file can have."""
+    """Whether the file exists; False for names that no file can have."""
     try:
         return path.is_file()
     except OSError:
@@ -123,10 +123,10 @@ def is_file(path: Path) -> bool:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold the text: a JSON escape or a terminal can give half a character, a lone surrogate."""
+    """Whether the text can be encoded as UTF-8: JSON escapes and terminals can produce lone surrogates."""
     return _SURROGATES.search(text) is None
 
 
 def as_unicode(text: str) -> str:
-    """The text with U+FFFD in place of each lone surrogate."""
+    """Replace each lone surrogate with U+FFFD."""
     return _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -1,4 +1,4 @@
-"""Keys of earlier versions: refused with their new spelling where a person writes them, translated in old runs."""
+"""Keys of earlier versions: refused in a user's config, stating the new spelling, and translated in old runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from steplm.errors import ConfigError
 
-# section, key, value (None: any other) -> what it is now
+# (section, key) -> old value -> new spelling
 RENAMED: dict[tuple[str, str], dict[Any, str]] = {
     ("plan", "freeze_old_layers"): {False: "method=growth", True: "method=step, the default"},
     ("pet", "layers"): {"all": "method=lora, or method=relora with pet.restarts", "old": "the default: leave it out"},
@@ -21,10 +21,10 @@ RENAMED: dict[tuple[str, str], dict[Any, str]] = {
 
 
 def refuse_old_keys(values: Mapping[str, Any]) -> None:
-    """Refuse what earlier versions spelled differently.
+    """Refuse keys and values that earlier versions spelled differently.
 
     Raises:
-        ConfigError: with the new spelling of each.
+        ConfigError: there are any; the message gives the new spelling of each.
     """
     found = []
     for (section, key), new in RENAMED.items():
@@ -40,7 +40,7 @@ def refuse_old_keys(values: Mapping[str, Any]) -> None:
 
 
 def translate_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a run that an earlier version wrote, with every key, in the spelling of today."""
+    """Translate the complete configuration of a run of an earlier version to the current keys."""
     new: dict[str, Any] = copy.deepcopy(dict(values))
     plan, pet, optim = (new.get(section) or {} for section in ("plan", "pet", "optim"))
     if "method" in new or "freeze_old_layers" not in plan:
@@ -57,5 +57,5 @@ def translate_old_keys(values: Mapping[str, Any]) -> dict[str, Any]:
         one_stage = plan.get("num_stages") == 1
         new["method"] = "vanilla" if one_stage else "step" if freezes_old else "growth"
     if new["method"] in ("vanilla", "badam"):
-        plan["train_embeddings"] = "always"  # read by no phase
+        plan["train_embeddings"] = "always"  # not used by any phase
     return new

@@ -1,4 +1,4 @@
-"""What is wrong with values as written: every problem at once, with its keys and the nearest name that is known."""
+"""Validation errors: report every problem at once, with its key path and the closest known name."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MOST_PROBLEMS = 20  # in one message
 
 
 def validated(section: type[S], values: Mapping[str, Any], whole: str = "the configuration") -> S:
-    """``section`` made of ``values``.
+    """Build ``section`` from ``values``.
 
     Args:
-        whole: what a message calls all of the values.
+        whole: how messages refer to the values as a whole.
 
     Raises:
-        ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
+        ConfigError: lists all problems, each with its path and, for unknown keys, the closest known key.
     """
     try:
         return section.model_validate(values)
@@ -32,7 +32,7 @@ def validated(section: type[S], values: Mapping[str, Any], whole: str = "the con
 
 
 def listing(problems: Iterable[str], whole: str) -> str:
-    """One problem as it is; several, each once, on a line each, the first few of them."""
+    """One problem as is; of several, the first few, one per line and without duplicates."""
     unique = list(dict.fromkeys(problems))
     if len(unique) == 1:
         return unique[0]
@@ -43,7 +43,7 @@ def listing(problems: Iterable[str], whole: str) -> str:
 
 
 def sections_of(root: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """The keys under which there is a section, or a list of sections."""
+    """The keys that contain a section or a list of sections, with the type of the section."""
     sections = {name: next(_sections_in(field.annotation), None) for name, field in root.model_fields.items()}
     return {name: section for name, section in sections.items() if section is not None}
 
@@ -57,7 +57,7 @@ def keys_of(root: type[BaseModel]) -> list[str]:
 
 
 def _explained(problems: Iterable[Mapping[str, Any]], root: type[BaseModel], whole: str) -> list[str]:
-    """A line for each unknown key, and for each place; where one of several types may stand, each has a problem."""
+    """One line per unknown key and per place; a union has one problem for each of its types."""
     unknown, others = list[str](), dict[str, list[Mapping[str, Any]]]()
     for problem in problems:
         if problem["type"] == "extra_forbidden":
@@ -83,7 +83,7 @@ def _message(problem: Mapping[str, Any]) -> str:
 
 
 def _keys(place: Iterable[str | int], root: type[BaseModel]) -> Iterator[str]:
-    """Keys and indices that lead to a place, without the names that pydantic adds for the branches of a union."""
+    """Yield the keys and indices that lead to a place, without the names that pydantic adds for union branches."""
     section: type[BaseModel] | None = root
     is_mapping = False
     for part in place:

@@ -1,4 +1,4 @@
-"""Which rows of a tensor are on this rank. Without torch: any tensor that can be sliced will do."""
+"""The rows of a tensor on this rank; independent of torch, for any tensor that can be sliced."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rows:
-    """Part ``index`` of ``count`` parts of a tensor, cut along its first dimension.
+    """Chunk ``index`` of the ``count`` chunks of a tensor along its first dimension.
 
-    Every part has ⌈rows / count⌉ rows, but for the last ones, which may have fewer, or none: as ``torch.chunk`` and
-    PyTorch's ``fully_shard`` cut.
+    Every chunk has ⌈rows / count⌉ rows, except the last ones, which may have fewer or none, as in ``torch.chunk`` and
+    PyTorch's ``fully_shard``.
     """
 
     index: int = 0
@@ -22,18 +22,18 @@ class Rows:
         return self.count == 1
 
     def of(self, num_rows: int) -> slice:
-        """The rows of this part, of a tensor that has ``num_rows``."""
+        """The rows of this chunk in a tensor with ``num_rows`` rows."""
         each = -(-num_rows // self.count)
         return slice(min(self.index * each, num_rows), min((self.index + 1) * each, num_rows))
 
     def cut(self, tensor: Any) -> Any:
-        """This part of a whole tensor, a copy; the tensor itself where there is one part."""
-        return tensor if self.is_whole else tensor[self.of(len(tensor))].clone()  # a view would keep the whole alive
+        """A copy of this chunk of a full tensor; the tensor itself if there is only one chunk."""
+        return tensor if self.is_whole else tensor[self.of(len(tensor))].clone()  # a view would keep all rows alive
 
 
 WHOLE = Rows()
 
 
 def on_this_rank(tensor: Any) -> Any:
-    """A sharded tensor's own rows; any other tensor as it is."""
+    """The local rows of a sharded tensor; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

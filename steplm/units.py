@@ -1,4 +1,4 @@
-"""Numbers as people write them, ``"24GiB"``, ``"10B"`` tokens, and back again; values and reasons in a message."""
+"""Parse and format numbers such as ``"24GiB"`` and ``"10B"`` tokens, and format values and errors for messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_DIGITS = 30  # more than any number of bytes or tokens has
 
 
 def _parse(value: str | int | float, units: dict[str, int], example: str, *, round_down: bool = False) -> int:
-    """``round_down``: a value with a unit may be no whole number, as ``23.6GiB`` is none."""
+    """Parse a number with a unit; ``round_down`` allows values with a unit that are not whole, such as ``23.6GiB``."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"expected a number such as {example}")
     number, unit = value, ""
@@ -40,7 +40,7 @@ def _parse(value: str | int | float, units: dict[str, int], example: str, *, rou
 
 
 def parse_bytes(value: str | int | float) -> int:
-    """Bytes from ``24GiB`` (2**30), ``24GB`` (10**9) or a plain number of bytes; ``23.6GiB`` is rounded down.
+    """Parse bytes from ``24GiB`` (2**30), ``24GB`` (10**9) or a plain number; ``23.6GiB`` is rounded down.
 
     Raises:
         ValueError: the text is not a number with a known unit.
@@ -49,7 +49,7 @@ def parse_bytes(value: str | int | float) -> int:
 
 
 def parse_count(value: str | int | float) -> int:
-    """A count from ``10B`` (10**9), ``2.5M``, ``1e18`` or a plain number.
+    """Parse a count from ``10B`` (10**9), ``2.5M``, ``1e18`` or a plain number.
 
     Raises:
         ValueError: the text is not a whole number with a known unit.
@@ -58,13 +58,13 @@ def parse_count(value: str | int | float) -> int:
 
 
 def shortened(value: Any, most: int = 80) -> str:
-    """``repr`` for a message: the beginning and the end of what is longer than so many characters."""
+    """The ``repr`` of a value for a message, with the middle cut out if it is longer than ``most`` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most * 3 // 4]}…{text[len(text) - most // 4 :]}"
 
 
 def nearest(name: str, known: Iterable[str], *, otherwise: str | None = None) -> str:
-    """The end of a message about an unknown name: the nearest known one, else ``otherwise``, by default all of them."""
+    """A hint to end a message about an unknown name: the closest known name, else ``otherwise`` (default: list all)."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     if near:
@@ -73,7 +73,7 @@ def nearest(name: str, known: Iterable[str], *, otherwise: str | None = None) ->
 
 
 def reason(error: BaseException) -> str:
-    """What an error of a parser says, in one line; of pydantic's, the first problem and where it is."""
+    """A parser's error message in one line; for pydantic errors, the first problem and its location."""
     problems = error.errors(include_url=False) if hasattr(error, "errors") else []
     if not problems:
         first_line = str(error).strip().partition("\n")[0]
@@ -84,7 +84,7 @@ def reason(error: BaseException) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """All of an error's message, up to a limit; of ``transformers``, whose first line says only which check failed."""
+    """A whole error message on one line, up to a limit; the first line of ``transformers`` errors says too little."""
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) else text or type(error).__name__
 
@@ -98,7 +98,7 @@ def format_bytes(num_bytes: int | float) -> str:
 
 
 def binary_unit(num_bytes: int) -> tuple[str, int]:
-    """The largest unit that ``num_bytes`` has one of, and its bytes: ``('GiB', 2**30)``. For tables of one unit."""
+    """The largest unit that fits into ``num_bytes``, such as ``('GiB', 2**30)``, for tables with a single unit."""
     units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
     return next(((unit, size) for unit, size in units if num_bytes >= size), ("B", 1))
 
@@ -106,13 +106,13 @@ def binary_unit(num_bytes: int) -> tuple[str, int]:
 def format_count(count: int | float) -> str:
     """``12_300_000 -> '12.3M'``."""
     for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(count) >= 0.9995 * size:  # what three digits round up to 1
+        if abs(count) >= 0.9995 * size:  # rounds to 1 at three digits
             return f"{count / size:.3g}{unit}"
     return f"{count:.0f}"
 
 
 def perplexity_of(loss: float) -> float:
-    """``exp`` of a loss in nats per token; of one so high that it would overflow, a very large number."""
+    """The perplexity of a loss in nats per token, capped so that a very high loss does not overflow."""
     return math.exp(min(loss, 700.0))
 
 

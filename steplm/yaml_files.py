@@ -1,4 +1,4 @@
-"""YAML as people write it, read and written so that every value comes back as it was."""
+"""Read and write YAML as people write it, so that every value survives a round trip."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Reads ``1e-5`` as a number, as YAML 1.2 does, where PyYAML (YAML 1.1) wants ``1.0e-5``. Refuses a key that
-    stands twice in a mapping, of which PyYAML takes the last."""
+    """Reads ``1e-5`` as a number and refuses duplicate keys.
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # its own stubs are wrong
-        # Here and not in construct_mapping, where "<<" has already put the keys of other mappings beside the own ones.
+    PyYAML follows YAML 1.1, which requires ``1.0e-5``, and keeps the last of duplicate keys.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # PyYAML's stubs are wrong
+        # Not in construct_mapping, where "<<" has already merged in the keys of other mappings.
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
@@ -38,7 +40,7 @@ class YamlLoader(yaml.SafeLoader):
 
 
 class YamlDumper(yaml.SafeDumper):
-    """Quotes the text ``1e-5``, which would be read as a number."""
+    """Quotes the text ``1e-5``, which would otherwise be read as a number."""
 
 
 for _reader_or_writer in (YamlLoader, YamlDumper):
@@ -48,23 +50,23 @@ for _reader_or_writer in (YamlLoader, YamlDumper):
 
 
 def parse_yaml(text: str) -> Any:
-    """Mappings with text keys, lists, text, numbers, booleans and null.
+    """Parse YAML into mappings with text keys, lists, text, numbers, booleans and null.
 
     Raises:
-        yaml.YAMLError: no YAML, or more than that.
+        yaml.YAMLError: the text is not valid YAML, or contains other types.
     """
     try:
         value = yaml.load(text, Loader=YamlLoader)  # a SafeLoader
     except yaml.YAMLError:
         raise
-    except Exception as error:  # PyYAML lets those of its own code through: for "!!bool maybe" a KeyError
+    except Exception as error:  # PyYAML leaks internal errors, such as a KeyError for "!!bool maybe"
         raise yaml.YAMLError(f"a value that cannot be read ({type(error).__name__}: {error})") from None
     _require_plain(value)
     return value
 
 
 def _require_plain(value: Any) -> None:
-    """Refuse what could not be written down and read back, and what aliases make without end of a short text."""
+    """Refuse values that would not survive a round trip, and huge or cyclic structures built with aliases."""
     waiting, num_values = [value], 0
     while waiting:
         value = waiting.pop()
@@ -89,15 +91,15 @@ def _require_plain(value: Any) -> None:
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """Text that ``read_yaml`` reads back to the same values."""
+    """Dump to YAML that ``read_yaml`` reads back to the same values."""
     return yaml.dump(values, Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a file, environment variables replaced.
+    """Read a mapping from a file, with environment variables expanded.
 
     Raises:
-        ConfigError: no file, no YAML, no mapping, or a variable that is not set.
+        ConfigError: the file is missing, is not valid YAML, does not contain a mapping, or uses an unset variable.
     """
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
@@ -118,13 +120,13 @@ def _one_line(error: Exception) -> str:
 
 
 def with_environment(value: Any, path: Path | str) -> Any:
-    """``${NAME}`` and ``${NAME:-default}`` replaced in all texts of a value.
+    """Expand ``${NAME}`` and ``${NAME:-default}`` in every string within a value.
 
     Args:
-        path: what a message calls the place.
+        path: how messages refer to the source.
 
     Raises:
-        ConfigError: a variable that is not set.
+        ConfigError: a variable is not set and has no default.
     """
 
     def replacement(match: re.Match[str]) -> str:
@@ -144,7 +146,7 @@ def with_environment(value: Any, path: Path | str) -> Any:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set in ``values`` what ``section.key=value`` says; the value is read as YAML."""
+    """Apply an override ``section.key=value`` to ``values``; the value is parsed as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"cannot read the override {override!r}: expected section.key=value", override=override)

@@ -1,4 +1,4 @@
-"""Checkpoint folders: written atomically, read only when whole."""
+"""Checkpoint folders: written atomically, read only when complete."""
 
 from steplm.checkpoint.folder import (
     Checkpoint,

@@ -1,17 +1,17 @@
-"""One checkpoint, one folder.
+"""Checkpoints, with one folder each.
 
     stage2-step001200/
       config.json  model*.safetensors     loads in transformers (without the adapters' update)
-      adapters.safetensors                where the stage has adapters
+      adapters.safetensors                if the stage has adapters
       optimizer/state.safetensors         keyed by parameter name
       state.json                          progress, schedule hash, phase, provenance, trained names, versions
       COMPLETE                            size and sha256 of every file, written last
 
-One that several ranks wrote has ``shards/`` in place of the three kinds of tensor files: each rank's rows of
+A checkpoint written by several ranks has ``shards/`` instead of the three kinds of tensor files: each rank's rows of
 ``weights/NAME``, ``adapters/NAME`` and ``optimizer/NAME``, in safetensors; see ``shards``.
 
-A folder is written under a temporary name, renamed, and only then marked. Readers ignore a folder
-without the marker, so a process killed at any instant leaves the previous checkpoint in force.
+A folder is written under a temporary name, renamed, and only then marked ``COMPLETE``. Readers ignore folders
+without the marker, so the previous checkpoint stays valid if the process is killed at any point.
 Nothing is pickled: safetensors and JSON only.
 """
 
@@ -62,28 +62,28 @@ _NAME = re.compile(r"stage(\d+)-(?:step(\d+)|end)$")
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What ``state.json`` holds."""
+    """The contents of ``state.json``."""
 
     progress: TrainState
     schedule_hash: str  # of the phases up to this one
-    phase: Phase  # in which it was written
+    phase: Phase  # current phase when the checkpoint was written
     data_fingerprint: str
     provenance: tuple[LayerProvenance, ...]
     trained_names: tuple[str, ...]
     optimizer_steps: dict[str, int]
-    metrics_bytes: int  # length of metrics.jsonl at this instant: what comes after is replayed
+    metrics_bytes: int  # length of metrics.jsonl at this point; a resume truncates the log to it
     elapsed_seconds: float
     unlogged_losses: tuple[float, ...] = ()  # of the steps since the last log line
-    unlogged_sources: tuple[SourceLoss, ...] = ()  # of a mixture, the sums over those steps
-    probe_loss: float | None = None  # on the probe batches, at a stage's end, before the merge
+    unlogged_sources: tuple[SourceLoss, ...] = ()  # per source of a mixture, summed over those steps
+    probe_loss: float | None = None  # on the probe windows, at the end of a phase, before the merge
     versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory: plain named tensors on the CPU; a rank has its rows of all but adapters."""
+    """A checkpoint in memory, as named CPU tensors; each rank holds its rows, but whole adapters."""
 
-    path: Path | None  # None: it was never on a disk
+    path: Path | None  # None if it was never written to disk
     config: PretrainedConfig
     weights: dict[str, Tensor]
     adapters: dict[str, Tensor]
@@ -92,7 +92,7 @@ class Checkpoint:
 
 
 def checkpoint_name(progress: TrainState) -> str:
-    """``stage2-step001200``, or ``stage2-end``."""
+    """Folder name of a checkpoint, such as ``stage2-step001200`` or ``stage2-end``."""
     return f"stage{progress.stage_index}-" + ("end" if progress.stage_done else f"step{progress.step:06d}")
 
 
@@ -110,12 +110,12 @@ def save_checkpoint(
     """Write ``root/<name>`` atomically and return its path.
 
     Args:
-        weights, adapters, optimizer: contiguous, on the CPU; with ``background``, nobody may write into them any more.
-        background: return at once, and write the tensors there; ``background.wait()`` raises what failed.
-        then: called when the checkpoint is whole.
+        weights, adapters, optimizer: contiguous CPU tensors; with ``background``, do not modify them afterwards.
+        background: write the tensors in this thread and return immediately; ``background.wait()`` raises any error.
+        then: called when the checkpoint is complete.
 
     Raises:
-        CheckpointError: it cannot be written (a full disk); checkpoints written before stay whole.
+        CheckpointError: the checkpoint cannot be written (such as on a full disk); earlier checkpoints stay intact.
     """
     final = root / checkpoint_name(state.progress)
     temporary = _temporary(final)
@@ -132,7 +132,7 @@ def save_checkpoint(
 
     _remove(temporary)
     with _whole_or_absent(temporary, final):
-        # Not in the background: building the model that is compared changes PyTorch's settings for all threads.
+        # Not in the background: the check builds a model, which changes PyTorch's settings for all threads.
         save_checked_config(temporary, config, weights)
     if background is None:
         write()
@@ -142,7 +142,7 @@ def save_checkpoint(
 
 
 def _write_weights(folder: Path, weights: dict[str, Tensor]) -> Fingerprints:
-    """``model*.safetensors`` as transformers expects them, sharded above 5 GB."""
+    """Write ``model*.safetensors`` as transformers expects them, sharded above 5 GB."""
     split = split_torch_state_dict_into_shards(weights, max_shard_size=MAX_SHARD_SIZE)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -154,7 +154,7 @@ def _write_weights(folder: Path, weights: dict[str, Tensor]) -> Fingerprints:
 
 
 def copy_checkpoint(source: Path, root: Path, state: CheckpointState) -> Path:
-    """Give another run a verified checkpoint, with a ``state`` of its own; files are linked where that is possible.
+    """Copy a verified checkpoint to another run, with a new ``state``; files are hard-linked if possible.
 
     Returns:
         ``root/<name>``.
@@ -177,7 +177,7 @@ def copy_checkpoint(source: Path, root: Path, state: CheckpointState) -> Path:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    # No checkpoint file is ever written into after its folder is complete.
+    # Linking is safe because checkpoint files are never modified after their folder is complete.
     try:
         os.link(source, target)
     except OSError:
@@ -195,13 +195,13 @@ def save_shards(
     state: CheckpointState,
     then: Callable[[], None],
 ) -> Path:
-    """The same by all ranks together, in the background: returns at once, and ``writer.wait()`` waits for the end.
+    """Like ``save_checkpoint``, but written by all ranks together, always in the background.
 
-    What fails on any rank, every rank raises then.
+    Returns immediately; ``writer.wait()`` waits for the end. An error on any rank is then raised on every rank.
 
     Args:
         weights, adapters, optimizer: sharded tensors as ``DTensor``; any other is the same on every rank.
-        then: called on rank 0 when the checkpoint is whole.
+        then: called on rank 0 when the checkpoint is complete.
     """
     final = root / checkpoint_name(state.progress)
     temporary = _temporary(final)
@@ -233,10 +233,10 @@ def save_shards(
 
 @contextmanager
 def _whole_or_absent(temporary: Path, final: Path) -> Iterator[None]:
-    """If what is done inside fails, the temporary folder is removed, and the error says what can be done."""
+    """On failure, remove the temporary folder and raise an error that says what to do."""
     try:
         yield
-    except Exception as error:  # huggingface_hub wraps a failed write in errors of its own
+    except Exception as error:  # not only OSError: huggingface_hub wraps failed writes in its own errors
         _remove(temporary)
         raise explained(error, final) from None
 
@@ -246,7 +246,10 @@ def _temporary(final: Path) -> Path:
 
 
 def _complete(temporary: Path, final: Path, state: CheckpointState, known: Fingerprints | None = None) -> None:
-    """State, hashes, the rename, and the marker last. Files whose hash is ``known`` are not read again."""
+    """Write the state, hash the files, rename the folder, and write the marker last.
+
+    Files whose hash is ``known`` are not read again.
+    """
     document = to_json(state) | {"versions": _versions()}
     (temporary / "state.json").write_text(json.dumps(document, indent=1))
     marker = json.dumps(_fingerprints(temporary, known or {}), indent=1)
@@ -257,7 +260,7 @@ def _complete(temporary: Path, final: Path, state: CheckpointState, known: Finge
 
 
 def explained(error: Exception, path: Path) -> Exception:
-    """What a user can do about a failed write; any other error as it is."""
+    """Turn a failed write into an error that tells the user what to do; return any other error unchanged."""
     if is_disk_full(error):
         free = shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.is_dir())).free
         return CheckpointError(
@@ -272,14 +275,14 @@ def explained(error: Exception, path: Path) -> Exception:
 
 
 def load_checkpoint(path: Path, *, rows: Rows = WHOLE, verify: bool = True, with_optimizer: bool = True) -> Checkpoint:
-    """Read a checkpoint; with ``verify``, the size and sha256 of every file that is read first.
+    """Read a checkpoint; with ``verify``, check the size and sha256 of its files first.
 
     Args:
-        rows: which of every weight and optimizer state to read, however many ranks wrote them. Adapters are read whole.
-        with_optimizer: if not, the optimizer's tensors, most of the bytes, stay unread.
+        rows: rows of each weight and optimizer state to read, however many ranks wrote them. Adapters are read whole.
+        with_optimizer: whether to read the optimizer's tensors, which are most of the bytes.
 
     Raises:
-        CheckpointError: incomplete, damaged, or of another format.
+        CheckpointError: the checkpoint is incomplete, damaged, or in another format.
     """
     if verify:
         verify_checkpoint(path, with_optimizer=with_optimizer)
@@ -305,7 +308,7 @@ def load_checkpoint(path: Path, *, rows: Rows = WHOLE, verify: bool = True, with
 
 
 def load_checkpoint_state(path: Path) -> CheckpointState:
-    """``state.json`` alone."""
+    """Read only ``state.json``."""
     try:
         return from_json(CheckpointState, json.loads((path / "state.json").read_text()))
     except (OSError, ValueError, RecursionError) as error:
@@ -319,7 +322,7 @@ def verify_checkpoint(path: Path, *, with_optimizer: bool = True) -> None:
         CheckpointError: the marker is missing, or a file is missing, truncated or altered.
     """
     expected = _read_marker(path)
-    # A file that is read, though nothing vouches for it; any other may lie there.
+    # Files of these types would be read without a hash to check them; unknown files of other types are harmless.
     for file in sorted((*path.rglob("*.safetensors"), *path.rglob("*.json"))):
         if str(file.relative_to(path)) not in expected:
             raise CheckpointError(f"{path / MARKER} is damaged: it does not name {file.name}", path=str(file))
@@ -339,13 +342,13 @@ def verify_checkpoint(path: Path, *, with_optimizer: bool = True) -> None:
 
 
 def _read_marker(path: Path) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of every file, by its name below the checkpoint."""
+    """Read the size and sha256 of every file, by its path relative to the checkpoint."""
     try:
         written = json.loads((path / MARKER).read_text())
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in written.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {MARKER} file", path=str(path)) from None
-    except Exception as error:  # what stands in it can be anything
+    except Exception as error:  # the file can contain anything
         raise CheckpointError(f"{path / MARKER} is damaged: {reason(error)}", path=str(path)) from None
     tensors = [] if any(name.startswith(f"{SHARDS}/") for name in expected) else [OPTIMIZER]
     for name in ("config.json", "state.json", *tensors):
@@ -357,20 +360,20 @@ def _read_marker(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Folders with a marker, oldest progress first."""
+    """Checkpoint folders with a marker, earliest progress first."""
     if not root.is_dir():
         return []
     return sorted((path for path in root.iterdir() if _NAME.match(path.name) and (path / MARKER).is_file()), key=_age)
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The complete checkpoint with the most progress, or ``None``."""
+    """The complete checkpoint with the most progress, or None."""
     complete = complete_checkpoints(root)
     return complete[-1] if complete else None
 
 
 def mark_damaged(path: Path) -> Path:
-    """Rename a checkpoint to ``<name>.damaged`` and return that path: no longer read, counted or pruned."""
+    """Rename a checkpoint to ``<name>.damaged``, so that it is no longer read, counted or pruned; return that path."""
     damaged = path.with_name(f"{path.name}.damaged")
     _remove(damaged)
     os.replace(path, damaged)
@@ -379,7 +382,7 @@ def mark_damaged(path: Path) -> Path:
 
 
 def prune_checkpoints(root: Path, keep_last: int, keep: str | None = None) -> None:
-    """Delete all but the last ``keep_last`` checkpoints within stages; every stage's end is kept, and that named."""
+    """Delete all but the last ``keep_last`` mid-stage checkpoints; keep each stage's end and the one named ``keep``."""
     within = [path for path in complete_checkpoints(root) if not path.name.endswith("-end") and path.name != keep]
     for path in within[:-keep_last]:
         _discard(path)
@@ -404,7 +407,7 @@ def _fingerprints(folder: Path, known: Fingerprints) -> Fingerprints:
 
 
 def _discard(path: Path) -> None:
-    # Unmarked first: a kill in the middle of a deletion must not leave a marked, gutted folder.
+    # Remove the marker first: a kill during the deletion must not leave a marked folder with missing files.
     (path / MARKER).unlink(missing_ok=True)
     _remove(path)
 
@@ -414,7 +417,7 @@ def _remove(path: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Also where a library has wrapped it in an error of its own."""
+    """Whether the error is a full disk, even if a library has wrapped it in its own error."""
     numbers = errno.ENOSPC, errno.EDQUOT
     return getattr(error, "errno", None) in numbers or any(os.strerror(number) in str(error) for number in numbers)
 

@@ -1,4 +1,4 @@
-"""Files that are hashed while they are written, so that none has to be read again."""
+"""Files that are hashed while they are written, so that they need not be read again."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 Fingerprint = dict[str, Any]  # size and sha256 of a file
-BLOCK = 1 << 26  # bytes that are written, then hashed
+BLOCK = 1 << 26  # bytes written and then hashed at a time
 
-# Of the safetensors format: https://huggingface.co/docs/safetensors
+# Dtype names of the safetensors format: https://huggingface.co/docs/safetensors
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL", torch.uint8: "U8",
@@ -27,7 +27,7 @@ DTYPE_NAMES = {
 
 
 class HashedFile(io.FileIO):
-    """A file that is written from its beginning to its end."""
+    """A file written sequentially and hashed along the way."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "wb")
@@ -45,12 +45,12 @@ class HashedFile(io.FileIO):
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Of what is written so far; the file may be closed."""
+        """Fingerprint of everything written so far; works on a closed file too."""
         return {"bytes": self._num_bytes, "sha256": self._digest.hexdigest()}
 
 
 class HashingFileSystem(FileSystem):
-    """For PyTorch's distributed checkpointing: ``fingerprints`` holds those of the files written, by name."""
+    """File system for PyTorch's distributed checkpointing that fingerprints the files it writes, by name."""
 
     def __init__(self) -> None:
         self.fingerprints: dict[str, Fingerprint] = {}
@@ -67,12 +67,12 @@ class HashingFileSystem(FileSystem):
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> Fingerprint:
-    """Write contiguous CPU tensors as a safetensors file, each straight from its memory.
+    """Write contiguous CPU tensors as a safetensors file, directly from their memory.
 
     Raises:
-        KeyError: a dtype that the format, or this table of it, does not have.
+        KeyError: a dtype is not in ``DTYPE_NAMES``.
     """
-    # Larger elements first, so that every tensor lies at a multiple of its element's size.
+    # Larger elements first, so that every tensor is aligned to its element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0

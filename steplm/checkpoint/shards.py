@@ -1,7 +1,7 @@
-"""Checkpoints in the background, and those of several ranks: each writes its rows, and reads the rows that it needs.
+"""Background and multi-rank checkpoints: each rank writes its rows, and reads the rows that it needs.
 
-PyTorch's distributed checkpointing (DCP) writes and describes the files, in its safetensors format: nothing is
-pickled, and any other number of ranks can read them.
+PyTorch's distributed checkpointing (DCP) writes the files and their metadata in its safetensors format. Nothing is
+pickled, and any number of ranks can read them.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class Piece:
 
 
 class TensorFiles:
-    """The tensors in a folder of safetensors files, whole or in pieces; their values are read when asked for.
+    """The tensors in a folder of safetensors files, whole or split by rows; values are read on demand.
 
     Raises:
-        CheckpointError: a file that cannot be read.
+        CheckpointError: a file cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         try:
             metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-        except Exception as error:  # of any kind: it trusts what a header says
+        except Exception as error:  # any type: the reader does not validate headers
             raise CheckpointError(
                 f"the tensors in {folder} cannot be read: {reason(error)}", path=str(folder)
             ) from None
@@ -72,14 +72,14 @@ class TensorFiles:
             self._pieces[name] = pieces
 
     def file_of(self, name: str) -> str:
-        """Name of the first file that holds a part of this tensor."""
+        """Name of the first file that contains rows of this tensor."""
         return Path(self._pieces[name][0].file).name
 
     def read(self, name: str, rows: Rows = WHOLE) -> Tensor:
-        """These rows of a tensor, on the CPU."""
+        """Read these rows of a tensor, on the CPU."""
         try:
             return self._read(name, rows)
-        except (RuntimeError, TypeError) as error:  # pieces that do not fit together
+        except (RuntimeError, TypeError) as error:  # inconsistent pieces
             raise CheckpointError(
                 f"{name} in {self.folder} is damaged: {reason(error)}", path=str(self.folder)
             ) from None
@@ -103,7 +103,7 @@ class TensorFiles:
         return {name: self.read(name, rows) for name in names}
 
     def below(self, prefix: str, rows: Rows = WHOLE) -> dict[str, Tensor]:
-        """Those rows of every tensor whose name begins so, by the rest of the name."""
+        """Read these rows of every tensor whose name starts with ``prefix``, keyed by the rest of the name."""
         return {name.removeprefix(prefix): self.read(name, rows) for name in self.shapes if name.startswith(prefix)}
 
     def _slice(self, piece: Piece, name: str, rows: slice | None) -> Tensor:
@@ -115,14 +115,14 @@ class TensorFiles:
 
 
 class Background:
-    """Does one piece of work at a time in a thread, beside training."""
+    """Runs one task at a time in a background thread while training continues."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def begin(self, work: Callable[[], None]) -> None:
-        """Wait for the work before, and begin this."""
+        """Wait for the previous task, then start this one."""
         self.wait()
 
         def run() -> None:
@@ -131,15 +131,15 @@ class Background:
             except BaseException as error:
                 self._error = error
 
-        # A daemon, as it may wait for a rank that is gone, and must not keep the process.
+        # A daemon thread, because it may wait for a rank that is gone and must not keep the process alive.
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Until what was begun is done.
+        """Wait until the task is done.
 
         Raises:
-            The error that stopped it.
+            Exception: whatever the task raised.
         """
         self.join()
         if self._error is not None:
@@ -147,20 +147,20 @@ class Background:
             raise error
 
     def join(self, seconds: float | None = None) -> None:
-        """The same, or until so long has passed, of a run that fails for a reason of its own."""
+        """Like ``wait``, but for at most ``seconds`` and without raising, for runs that are failing anyway."""
         if self._thread is not None:
             self._thread.join(seconds)
             self._thread = None
 
 
 class BackgroundWriter(Background):
-    """Writes checkpoints of several ranks while training goes on; one at a time.
+    """Writes multi-rank checkpoints, one at a time, while training continues.
 
-    Every rank has one, and calls its methods at the same points.
+    Every rank has its own writer and must call its methods at the same points.
 
     Args:
-        rank: this process's.
-        group: a gloo process group of its own, as its thread's collectives must not meet those of training.
+        rank: rank of this process.
+        group: dedicated gloo process group: the thread's collectives must not interleave with those of training.
     """
 
     def __init__(self, rank: int, group: Any) -> None:
@@ -177,16 +177,16 @@ class BackgroundWriter(Background):
         explain: Callable[[Exception], Exception] = lambda error: error,
         discard: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy the tensors to host memory, and write them into ``folder`` beside what comes next.
+        """Copy the tensors to host memory and write them into ``folder`` in the background.
 
-        What fails on any rank, ``wait`` raises on every rank.
+        ``wait`` raises an error of any rank on every rank.
 
         Args:
-            tensors: sharded ones as ``DTensor``; any other is the same on every rank.
-            prepare: called on rank 0: makes the folder.
-            finish: called on rank 0 when all ranks have written, with size and sha256 of every file.
-            explain: called on the rank where something fails; every rank raises what it returns.
-            discard: called on rank 0 after that.
+            tensors: sharded tensors as ``DTensor``; any other is the same on every rank.
+            prepare: called on rank 0 to create the folder.
+            finish: called on rank 0 when all ranks have written, with the size and sha256 of every file.
+            explain: called with the error on the rank that failed; every rank raises the error it returns.
+            discard: called on rank 0 after a failure.
         """
         self.wait()
         staged = {name: _on_host(tensor) for name, tensor in tensors.items()}
@@ -219,14 +219,14 @@ class BackgroundWriter(Background):
         writer.fs = HashingFileSystem()
         try:
             dcp.save(staged, storage_writer=writer, process_group=self.group)
-        except CheckpointException as failed:  # no Exception: it would pass by whoever waits for one
+        except CheckpointException as failed:  # a BaseException, which `except Exception` would miss
             raise failed.failures[min(failed.failures)][0] from None
         for name in writer.fs.fingerprints:
             sync(folder / name)
         return writer.fs.fingerprints
 
     def _together(self, function: Callable[[], Any] | None, explain: Callable[[Exception], Exception]) -> list[Any]:
-        """What each rank's function returns. What fails on one rank is raised on every rank."""
+        """Gather the results of all ranks' functions; an error on one rank is raised on every rank."""
         result, failure = None, None
         try:
             result = None if function is None else function()
@@ -249,7 +249,7 @@ def fingerprint(file: Path) -> Fingerprint:
 
 
 def _on_host(tensor: Any) -> Any:
-    """A copy in host memory, of a sharded tensor the rows that are here."""
+    """Copy to host memory; of a sharded tensor, only this rank's rows."""
     if not hasattr(tensor, "to_local"):
         return tensor.detach().to("cpu", copy=True)
     return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()

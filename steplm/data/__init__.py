@@ -1,1 +1,1 @@
-"""Text to token shards (``prepare``), and token shards to batches (``tokens``, ``loader``)."""
+"""Data: from text to token shards (``prepare``), and from token shards to batches (``tokens``, ``loader``)."""

@@ -1,6 +1,6 @@
 """A corpus that needs no download: the documentation of the standard library and the installed packages.
 
-Source files are parsed, never imported, so nothing is executed and the order is the files' own.
+Source files are parsed, never imported, so no code runs and the order is that of the files.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _Node = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 @lru_cache(maxsize=1)
 def python_docs() -> tuple[str, ...]:
-    """One document per module (its longer docstrings, each under its name), help topic or package page.
+    """One document per module (its longer docstrings, each under its name), help topic, or package description.
 
     No two passages are equal. The same environment always gives the same documents in the same order. Collecting them
-    takes ten seconds, so they are kept in the user's cache folder.
+    takes ten seconds, so they are cached in the user's cache folder.
     """
     path = _kept_at()
     with suppress(OSError, ValueError):
@@ -47,14 +47,14 @@ def python_docs() -> tuple[str, ...]:
         if isinstance(kept, list) and kept and all(isinstance(text, str) for text in kept):
             return tuple(kept)
     documents = _collected()
-    with suppress(OSError):  # a home that cannot be written to
+    with suppress(OSError):  # a read-only home directory
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(documents))
     return documents
 
 
 def _kept_at() -> Path:
-    """Of this environment alone: another one, or another version of this module's rules, has another name."""
+    """The cache file; its name depends on the environment and on the source of this module."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     rules = Path(__file__).read_bytes() + repr(MAX_TEXT_BYTES).encode()
     where = f"{sysconfig.get_path('stdlib')} {_site_packages()} {describe_python_docs()}".encode()
@@ -73,7 +73,7 @@ def _collected() -> tuple[str, ...]:
 
 
 def describe_python_docs() -> str:
-    """Changes when Python or an installed package does."""
+    """A description that changes whenever Python or an installed package changes."""
     names = "\n".join(sorted(path.name for path in _site_packages().glob("*.dist-info")))
     digest = hashlib.sha256(names.encode()).hexdigest()[:16]
     return f"builtin://python-docs (Python {sys.version.split()[0]}, packages {digest})"
@@ -123,7 +123,7 @@ def _definitions(node: _Node, name: str) -> Iterator[tuple[str, _Node]]:
 
 
 def _topics(standard_library: Path, seen: set[str]) -> Iterator[str]:
-    """The help topics (``help("LAMBDAS")``): a module that holds one dict of texts."""
+    """Yield the help topics (``help("LAMBDAS")``) from the module that stores them in one dict."""
     path = standard_library / "pydoc_data" / "topics.py"
     tree = _parsed(path) if path.is_file() else None
     for node in ast.walk(tree) if tree else ():
@@ -138,7 +138,7 @@ def _topics(standard_library: Path, seen: set[str]) -> Iterator[str]:
 def _parsed(path: Path) -> ast.Module | None:
     try:
         data = path.read_bytes()
-        # Parsing costs the time here, and most files without a triple quote have no docstring of any length.
+        # Parsing dominates the time, and files without a triple quote rarely have a long docstring.
         if b'"""' not in data and b"'''" not in data and path.name != "topics.py":
             return None
         with warnings.catch_warnings():

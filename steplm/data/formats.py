@@ -1,7 +1,7 @@
-"""The formats of text files: a stream of bytes becomes records, one at a time.
+"""File formats of text: turn a byte stream into records, one at a time.
 
 A record is ``(place, value)``. The place is a line or a row, counted from 1. The value is a mapping with the fields
-of the record, or the text itself; for a record that cannot be read it is an exception that says why.
+of the record, or the text itself. If the record cannot be read, the value is an exception that says why.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ TEXT_PIECE_BYTES = 32 * 2**10
 ROWS_AT_ONCE = 1024
 
 Place = int | str
-Record = tuple[Any, Any]  # a Place, and the value
-Fields = Collection[str] | None  # the fields that are used; None: all. A format may give more.
+Record = tuple[Any, Any]  # Place, value
+Fields = Collection[str] | None  # the fields to read; None: all. A format may return more.
 
 
 def listed(names: Iterable[str], most: int = 10) -> str:
-    """The first of ``names``, quoted, for a message."""
+    """The first few of ``names``, quoted, for a message."""
     first = [shortened(name, 40) for name in islice(names, most + 1)]
     return ", ".join([*first[:most], *(["..."] if len(first) > most else [])])
 
@@ -77,9 +77,9 @@ def _read_json_lines(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
 
 
 def _read_json(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
-    """One object, a list of objects, or such a list under the key ``data``; or, as is common, an object per line.
+    """Read one object, a list of objects, such a list under the key ``data``, or (as is common) one object per line.
 
-    Only the last is read line by line. The others are held in memory as a whole.
+    Only one object per line is streamed; the other forms are loaded into memory as a whole.
     """
     lines = ((number, line) for number, line in _lines(stream) if line.strip())
     number, first = next(lines, (0, b""))
@@ -96,7 +96,7 @@ def _read_json(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
         rest = [second, *lines]
         value = _parse_json(b"".join([first, *(line for _, line in rest)]))
         if isinstance(value, Exception) and not first.lstrip().startswith(b"["):
-            # Either one broken object, or an object per line of which the first is broken.
+            # Either one broken object, or one object per line with a broken first line.
             records = [(number, _as_record(_parse_json(line))) for number, line in [(number, first), *rest]]
             if any(isinstance(record, dict) for _, record in records):
                 yield from records
@@ -108,9 +108,9 @@ def _read_json(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
 
 
 def _read_text(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
-    """Documents of 32 to 64 KiB, cut at blank lines (at any line where none comes); put together, the file.
+    """Split the file into documents of 32 to 64 KiB at blank lines, or at any line if no blank line comes in time.
 
-    One document per file would leave nothing to split off for validation where there is one large file.
+    With one document per file, a single large file would leave nothing to split off for validation.
     """
     piece: list[bytes] = []
     start, size = 1, 0
@@ -127,9 +127,9 @@ def _read_text(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
 
 
 def _read_csv(stream: BinaryIO, fields: Fields, *, delimiter: str = ",") -> Iterator[Record]:
-    """Rows under a header of names; a record is placed by its first line."""
-    csv.field_size_limit(2**31 - 1)  # by default a text of 128 KiB is an error
-    # What is not UTF-8 is kept as lone surrogates, so that it spoils its own row alone.
+    """Read rows under a header of names; the place of a record is its first line."""
+    csv.field_size_limit(2**31 - 1)  # the default limit is 128 KiB
+    # Bytes that are not UTF-8 become lone surrogates, so that they invalidate only their own row.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     rows = csv.reader(text, delimiter=delimiter)
     names: list[str] = []
@@ -178,7 +178,7 @@ def _read_parquet(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
 
 
 def _read_arrow(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
-    """Arrow's format of streams, which ``datasets`` writes, or that of files."""
+    """Read Arrow's stream format, which ``datasets`` writes, or its file format."""
     from pyarrow import ipc
 
     is_file = stream.read(6) == b"ARROW1"
@@ -205,7 +205,7 @@ def _used(names: Iterable[str], fields: Fields) -> list[str]:
 
 
 def _checked(batch: RecordBatch) -> RecordBatch:
-    """Of a damaged file that is mapped as it is, strings may lie anywhere in memory; the bytes of each may be any."""
+    """Validate a batch, as string offsets in a damaged mapped file may point anywhere; invalid UTF-8 is allowed."""
     import pyarrow
 
     binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
@@ -238,7 +238,7 @@ def _table_records(
 
 
 def _damage(error: Exception, lost: str = "") -> ValueError:
-    """Arrow has an error for each kind of damage; what the disk refuses is no damage of the file."""
+    """Turn any of Arrow's errors for damaged files into one; re-raise I/O errors, which are not damage to the file."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
     return ValueError(f"a damaged table{lost}: {reason(error)}")
@@ -247,7 +247,7 @@ def _damage(error: Exception, lost: str = "") -> ValueError:
 def _rows(batch: RecordBatch) -> list[Any]:
     try:
         return batch.to_pylist()
-    except Exception:  # each type of column fails in its own way: strings that are not UTF-8, dates out of range
+    except Exception:  # errors depend on the column type: invalid UTF-8, dates out of range
         return [_row(batch, index) for index in range(batch.num_rows)]
 
 
@@ -280,7 +280,7 @@ READERS: dict[str, Reader] = {
     ".raw": _read_text,
     ".tokens": _read_text,
 }
-RANDOM_ACCESS = (".parquet", ".arrow")  # which a compressed file does not give
+RANDOM_ACCESS = (".parquet", ".arrow")  # need random access, so they cannot be compressed files
 
 
 def _open_zstd(stream: BinaryIO) -> BinaryIO:
@@ -299,7 +299,7 @@ COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {
 
 
 def split_format(path: Path) -> tuple[str, str]:
-    """The extension by which a file is read, and that of its compression: ``(".jsonl", ".gz")``."""
+    """The format extension of a file and that of its compression, such as ``(".jsonl", ".gz")``."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     name = suffixes[-1] if suffixes else ""
@@ -311,7 +311,7 @@ def is_readable(path: Path) -> bool:
 
 
 def is_plain_text(path: Path) -> bool:
-    """Whether the file is one text, and not a table or list of records."""
+    """Whether the file is plain text rather than a table or list of records."""
     return READERS.get(split_format(path)[0]) is _read_text
 
 
@@ -321,7 +321,7 @@ def known_formats() -> str:
 
 
 def read_records(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[Record]:
-    """The records of an open file, read as its name says."""
+    """Yield the records of an open file, in the format given by its name."""
     name, compression = split_format(path)
     if not compression:
         yield from READERS[name](stream, fields)
@@ -331,7 +331,7 @@ def read_records(stream: BinaryIO, path: Path, fields: Fields) -> Iterator[Recor
         for place, value in READERS[name](COMPRESSIONS[compression](stream), fields):
             yield place, value
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's error, not the file's
+        if isinstance(error, OSError) and error.errno is not None:  # an I/O error, not a damaged file
             raise
         lost = f"damaged or truncated {compression}, the rest of the file is lost"
         yield place + 1, ValueError(f"{lost}: {error}")

@@ -1,16 +1,16 @@
 """Token shards -> batches, as a pure function of (seed, tokens seen, rank, world size).
 
-An epoch is cut into windows of ``sequence_length`` inputs, whose labels are the tokens that follow, and visits each
-window once. There are two orders:
+An epoch is split into windows of ``sequence_length`` inputs, whose labels are the next tokens, and visits each window
+once. There are two orders:
 
-``documents``, of smaller data: the documents are put end to end in a shuffled order, cut into windows, and the windows
-are visited in a second shuffled order. Both orders are sorted in memory.
+``documents``, for smaller data: the documents are concatenated in a shuffled order and split into windows, and the
+windows are visited in a second shuffled order. Both orders are sorted in memory.
 
-``windows``, of larger data: the documents stay as they are stored, on a circle that is cut from another place in each
-epoch, and the windows are visited in the order of a permutation that is computed index by index. Any place of any
-epoch takes the same time, and nothing is held in memory.
+``windows``, for larger data: the documents stay in stored order and form a circle, whose split into windows starts at
+another position in each epoch. The windows are visited in the order of a permutation that is computed index by index.
+Access to any position of any epoch takes the same time, and nothing is kept in memory.
 
-A mixture of several data sets takes its sequences from them in the order that ``Mixture`` gives.
+A mixture draws its sequences from several data sets in the order given by ``Mixture``.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from steplm.errors import DataError
 
 # B sequences, S positions
 
-IGNORE_INDEX = -100  # a label that does not count, in Hugging Face models and torch
+IGNORE_INDEX = -100  # label without a loss, in Hugging Face models and torch
 _DOCUMENT_ORDER, _WINDOW_ORDER, _FIRST_CUT = 0, 1, 2
-MAX_SORTED_WINDOWS = 2**20  # of an epoch in the order ``documents``
+MAX_SORTED_WINDOWS = 2**20  # most windows per epoch for the order ``documents``
 FEISTEL_ROUNDS = 8
 
 Array = npt.NDArray[np.int64]
@@ -43,28 +43,28 @@ Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Batch:
-    """(B, S) int64 tensors; ``labels`` are shifted already: the token that follows each input, or -100."""
+    """(B, S) int64 tensors; ``labels`` are already shifted: the token that follows each input, or -100."""
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None = None  # restart at each document; None: 0 ... S-1
-    source_ids: Tensor | None = None  # (B,) int64, of a mixture: the index of each sequence's source
+    source_ids: Tensor | None = None  # (B,) int64, for a mixture: index of each sequence's source
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def split(self, micro_batch_size: int) -> Iterator[Batch]:
-        """Consecutive parts of at most ``micro_batch_size`` sequences."""
+        """Yield consecutive micro-batches of at most ``micro_batch_size`` sequences."""
         for start in range(0, len(self), micro_batch_size):
             part = slice(start, start + micro_batch_size)
             yield self._each(lambda tensor, part=part: tensor[part])  # type: ignore[misc]
 
     def to(self, device: torch.device | str) -> Batch:
-        """On ``device``; of a pinned batch, without waiting for the copy."""
+        """Move to ``device``; a pinned batch is copied asynchronously."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def pin_memory(self) -> Batch:
-        """In memory that a CUDA device can read by itself."""
+        """Copy to pinned memory, which a CUDA device can read directly."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -73,17 +73,17 @@ class Batch:
 
 
 class BatchLoader:
-    """Batches of training windows, of one data set or of a mixture of several.
+    """Batches of training windows from one data set or a mixture of several.
 
     Args:
-        dataset: one, or those of a mixture.
-        weights: of a mixture; a data set's share of the sequences is its weight over the sum of all.
-        seed: of the orders of documents and windows; each epoch of each data set has its own orders.
+        dataset: one data set, or those of a mixture.
+        weights: weights of a mixture; a data set's share of the sequences is its weight over the sum of all.
+        seed: seed of the orders of documents and windows, which differ for each epoch of each data set.
         sequence_length: inputs per sequence.
-        within_documents: position ids restart at each document, and the first token of a document is never
-            a label, so that with attention kept inside documents none is predicted from another.
-        max_sorted_windows: a data set with more an epoch has the order ``windows``; ``None``: none has. A run that
-            goes on gives the value that it began with.
+        within_documents: restart position IDs at each document, and never use the first token of a document as
+            a label. Together with attention within documents, no token is predicted from another document.
+        max_sorted_windows: data sets with more windows per epoch use the order ``windows``; None: none does. A
+            resumed run must pass the value it started with.
 
     Raises:
         DataError: a data set is shorter than one window.
@@ -111,10 +111,10 @@ class BatchLoader:
     def batch(self, tokens_seen: int, num_sequences: int, rank: int = 0, world_size: int = 1) -> Batch:
         """This rank's part of the global batch that starts after ``tokens_seen`` tokens.
 
-        The parts of all ranks, in order, are the global batch, whatever the world size.
+        Concatenated in rank order, the parts are the same global batch for any world size.
 
         Args:
-            tokens_seen: input tokens seen over all ranks, a multiple of the sequence length.
+            tokens_seen: input tokens seen on all ranks, a multiple of the sequence length.
             num_sequences: sequences in the global batch.
         """
         first, remainder = divmod(tokens_seen, self.sequence_length)
@@ -137,13 +137,13 @@ class BatchLoader:
 
 
 def training_loader(config: RunConfig, max_sorted_windows: int | None = MAX_SORTED_WINDOWS) -> BatchLoader:
-    """The batches of a run over its prepared data.
+    """The batch loader of a run on its prepared data.
 
     Args:
-        max_sorted_windows: of a run that goes on, the value that it began with.
+        max_sorted_windows: as for ``BatchLoader``; a resumed run must pass the value it started with.
 
     Raises:
-        DataError: the data are not prepared, damaged, or shorter than one window.
+        DataError: the data is not prepared, damaged, or shorter than one window.
     """
     weights = config.data.weights or {"train": 1.0}
     return BatchLoader(
@@ -157,13 +157,13 @@ def training_loader(config: RunConfig, max_sorted_windows: int | None = MAX_SORT
 
 
 class Prefetcher:
-    """The batches of one rank's steps, each made in a background thread while the step before it is computed.
+    """Prepares one rank's next batch in a background thread while the current step runs.
 
-    The batches are those of ``loader.batch``; a jump to another place is made at once.
+    The batches are those of ``loader.batch``. A batch out of sequence is not prefetched but built on request.
 
     Args:
-        num_sequences, rank, world_size: as ``BatchLoader.batch`` takes them.
-        pin_memory: batches are put where a CUDA device copies them from without the processor.
+        num_sequences, rank, world_size: as for ``BatchLoader.batch``.
+        pin_memory: put batches in pinned memory, which a CUDA device copies from without the CPU.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Prefetcher:
         self.pin_memory = pin_memory
         self._pool = ThreadPoolExecutor(1, "prefetch")
         self._next: tuple[int, Future[Batch]] | None = None
-        self.seconds_waited = 0.0  # in ``batch``, so far
+        self.seconds_waited = 0.0  # total time spent in ``batch``
 
     def batch(self, tokens_seen: int) -> Batch:
         """This rank's part of the global batch that starts after ``tokens_seen`` tokens."""
@@ -202,12 +202,12 @@ class Prefetcher:
 
 @dataclass(frozen=True)
 class _Window:
-    tokens: Array  # inputs, and the label of the last
-    document_starts: Array  # places in ``tokens`` at which a document begins
+    tokens: Array  # inputs, and the label of the last one
+    document_starts: Array  # positions in ``tokens`` where a document starts
 
 
 class _Windows:
-    """The windows of one data set, numbered through all its epochs."""
+    """The windows of one data set, numbered consecutively across epochs."""
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class _Windows:
     ) -> None:
         self.dataset, self.seed = dataset, seed
         self.sequence_length, self.within_documents = sequence_length, within_documents
-        # The last token of an epoch is a label only, and what does not fill a window is left out.
+        # The last token of an epoch is only a label; leftover tokens that do not fill a window are dropped.
         self.per_epoch = (dataset.num_tokens - 1) // sequence_length
         if self.per_epoch < 1:
             raise DataError(
@@ -242,7 +242,7 @@ class _Windows:
         return windows
 
     def _epoch(self, number: int) -> _Epoch:
-        # In a local variable, because a prefetching thread may be in another epoch.
+        # A local variable, because a prefetching thread may be in another epoch.
         epoch = self._last_epoch
         if epoch is None or epoch.number != number:
             kind = _SortedEpoch if self.is_sorted else _PermutedEpoch
@@ -255,13 +255,13 @@ class _Epoch(Protocol):
     number: int
 
     def window_starts(self, places: Array) -> Array:
-        """Where the windows begin that are visited at these places of the epoch."""
+        """Starts of the windows that are visited at these positions in the epoch."""
 
     def read(self, start: int, stop: int) -> _Window: ...
 
 
 class _SortedEpoch:
-    """The order ``documents``: the documents are found by binary search, nothing is copied."""
+    """The order ``documents``; documents are found by binary search and not copied."""
 
     def __init__(
         self, dataset: TokenDataset, seed: int, number: int, sequence_length: int, within_documents: bool
@@ -271,7 +271,7 @@ class _SortedEpoch:
         self.sequence_length = sequence_length
         self.window_order = shuffled((dataset.num_tokens - 1) // sequence_length, seed, number, _WINDOW_ORDER)
         self.document_order = shuffled(dataset.num_documents, seed, number, _DOCUMENT_ORDER)
-        # Place in the epoch at which each document of the order starts, and the end of the last.
+        # Position in the epoch where each document of the order starts, and the end of the last.
         self.starts = np.concatenate(([0], np.cumsum(dataset.document_lengths[self.document_order])))
 
     def window_starts(self, places: Array) -> Array:
@@ -291,7 +291,7 @@ class _SortedEpoch:
 
 
 class _PermutedEpoch:
-    """The order ``windows``: the stored tokens as a circle, which this epoch cuts from a place of its own."""
+    """The order ``windows``: a circle of the stored tokens, which each epoch splits from its own start position."""
 
     def __init__(
         self, dataset: TokenDataset, seed: int, number: int, sequence_length: int, within_documents: bool
@@ -317,17 +317,17 @@ class _PermutedEpoch:
 
 
 def shuffled(size: int, seed: int, epoch: int, purpose: int) -> Array:
-    """``range(size)`` sorted by a hash (splitmix64): an order that no library version can change."""
+    """``range(size)`` sorted by a hash (splitmix64), an order that does not depend on library versions."""
     hashes = _splitmix64(np.arange(size, dtype=np.uint64) ^ _hash_of(seed, epoch, purpose))
     return np.argsort(hashes, kind="stable")
 
 
 def permuted(indices: Array, size: int, seed: int, epoch: int, purpose: int) -> Array:
-    """Where ``indices`` go in a pseudorandom permutation of ``range(size)``, of which nothing else is computed.
+    """Images of ``indices`` under a pseudorandom permutation of ``range(size)``, without computing the rest of it.
 
-    A Feistel network (Luby and Rackoff, 1988) permutes the numbers below the next power of two. What it sends beyond
-    ``size`` goes through it again ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains", 2002),
-    less than once on average.
+    A Feistel network (Luby and Rackoff, 1988) permutes the numbers below the next power of two. Results of ``size`` or
+    more go through it again ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), less
+    than once on average.
     """
     num_bits = max((size - 1).bit_length(), 2)
     low_bits = np.uint64(num_bits // 2)
@@ -370,18 +370,18 @@ def validation_windows(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Windows side by side, in the documents' order: every token but the first is a label exactly once.
+    """Yield consecutive windows in stored order, so that every token except the first is a label exactly once.
 
-    The last window is padded with labels of -100. With ``within_documents`` the first token of each document
-    is no label.
+    The last window is padded with labels of -100. With ``within_documents``, the first token of each document
+    is not used as a label.
 
     Args:
-        max_tokens: labels at most, from the front; ``None``: all.
-        rank, world_size: this rank's share, every so many batches. Each rank gets as many, the last ones of which
-            may have no label.
+        max_tokens: maximum number of labels, from the start; None: all.
+        rank, world_size: this rank gets every ``world_size``-th batch. All ranks get the same number of batches; the
+            last ones may have no labels.
 
     Raises:
-        DataError: fewer than two tokens.
+        DataError: the data set has fewer than two tokens.
     """
     if dataset.num_tokens < 2:
         raise DataError(f"{dataset.prepared_dir} has {dataset.num_tokens} {dataset.split} tokens; two are needed.")
@@ -396,7 +396,7 @@ def validation_windows(
     batch_tokens = batch_size * sequence_length
     num_batches = -(-(end - 1) // batch_tokens)
     for index in range(rank, -(-num_batches // world_size) * world_size, world_size):
-        # Past the end there is nothing to predict, but every rank takes part in every forward pass.
+        # Past the end there is nothing to predict, but every rank must take part in every forward pass.
         first = min(index, num_batches - 1) * batch_tokens
         starts = range(first, min(first + batch_tokens, end - 1), sequence_length)
         batch = _to_batch([window(start) for start in starts], sequence_length, within_documents)

@@ -1,8 +1,7 @@
-"""Documents -> token shards, in parallel, restartable; the same bytes whatever the number of workers.
+"""Documents -> token shards, in parallel and resumable; the output is byte-identical for any number of workers.
 
-The documents are read in order by one thread, tokenized in batches by several, and written in order again.
-Every half a minute, and when a shard is finished, it is written down how far they came: an interrupted preparation
-goes on from there.
+One thread reads the documents in order, several tokenize them in batches, and the results are written in order.
+Progress is saved every 30 seconds and whenever a shard is finished; an interrupted preparation resumes from there.
 """
 
 from __future__ import annotations
@@ -53,12 +52,12 @@ UNFINISHED = "unfinished.json"
 SAVE_SECONDS = 30.0
 BATCH_BYTES = 2**19
 TOKENIZER_SAMPLE_BYTES = 50_000_000
-MIN_RECORDS_TO_JUDGE = 1000  # before so many, one bad record among the first would stop a good run
+MIN_RECORDS_TO_JUDGE = 1000  # with fewer, one early bad record would stop a good run
 
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """What is done so far. ``num_reused_tokens`` were in finished shards when this call began."""
+    """Progress so far; ``num_reused_tokens`` were already written when this call started."""
 
     phase: str  # "waiting for another process", "tokenizer" or "tokens"
     source: str
@@ -73,8 +72,8 @@ class PrepareProgress:
     max_train_tokens: int | None
     elapsed_seconds: float
     phase_seconds: float
-    fraction_before: float = 0.0  # what ``fraction`` was when the phase began
-    notes: tuple[str, ...] = ()  # what the user should know, known from the start: files that are not read
+    fraction_before: float = 0.0  # ``fraction`` at the start of the phase
+    notes: tuple[str, ...] = ()  # notes for the user known from the start, such as files that are not read
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,13 +82,13 @@ class PrepareProgress:
 
     @property
     def fraction(self) -> float:
-        """Share of the work done, 0 to 1; coarse, as sources differ in size."""
+        """Share of the work done, 0 to 1; coarse because sources differ in size."""
         by_tokens = self.num_train_tokens / self.max_train_tokens if self.max_train_tokens else 0.0
         return min(max(by_tokens, self.num_sources_done / self.num_sources), 1.0)
 
     @property
     def seconds_left(self) -> float | None:
-        """At the speed so far; ``None`` where nothing tells."""
+        """Estimated from the speed so far; None if unknown."""
         gained = self.fraction - self.fraction_before
         return self.phase_seconds * (1 - self.fraction) / gained if gained > 0 else None
 
@@ -98,15 +97,15 @@ OnProgress = Callable[[PrepareProgress], None]
 
 
 def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifest:
-    """Make ``config.prepared_dir`` hold the tokens that ``config`` asks for.
+    """Prepare the tokens that ``config`` asks for in ``config.prepared_dir``.
 
-    Finished work of the same inputs is returned at once; unfinished work is gone on with; unfinished work
-    of other inputs is discarded. One process at a time works in a folder; others wait for it.
+    Finished work on the same inputs is returned immediately, and unfinished work is resumed. Unfinished work
+    on other inputs is discarded. Only one process at a time works in a folder; others wait for it.
 
     Raises:
-        ConfigError: no training text is named, or the tokenizer's vocabulary is larger than the model's.
-        DataError: unusable text or tokenizer, too many bad records, a full disk, or a folder that holds
-            finished tokens of other inputs.
+        ConfigError: no training text is given, or the tokenizer's vocabulary is larger than the model's.
+        DataError: the text or tokenizer is unusable, there are too many bad records, the disk is full, or the
+            folder contains finished tokens of other inputs.
         HubUnavailable: the hub is needed and cannot be reached.
     """
     config = with_prepared_dir(config)
@@ -116,7 +115,7 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
         token_files = _find_token_files(config)
         sources = _find_sources(config, skipped)
     except DataError:
-        # Prepared elsewhere: the shards are here, the text need not be.
+        # Data prepared elsewhere may have its shards here but not its text.
         if (folder / MANIFEST).is_file():
             return _finished(folder, _describe_inputs(config, None), config)
         raise
@@ -146,7 +145,7 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
         try:
             counts = _write_shards(config, sources, tokenizer, writers, seen, reached, progress)
             for split, files in token_files.items():
-                count_text = split.startswith("validation")  # bits per byte are told of these alone
+                count_text = split.startswith("validation")  # bits per byte are reported only for validation
                 take_over(files, writers[split], tokenizer, vocab_size, count_text=count_text)
                 counts.num_sources_done += len(files)
                 progress.report("tokens", counts, writers)
@@ -177,9 +176,9 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
 
 
 def with_prepared_dir(config: RunConfig) -> RunConfig:
-    """``config`` with ``data.prepared_dir`` set: where it is not given, named by a hash of the inputs.
+    """Set ``data.prepared_dir`` if it is not given, to a name derived from a hash of the inputs.
 
-    Runs with the same text and tokenizer so share their shards, and none ever meets another's.
+    Runs with the same text and tokenizer therefore share their shards, and other runs never use them.
     """
     if config.data.prepared_dir is not None:
         return config
@@ -203,7 +202,7 @@ def _find_sources(config: RunConfig, skipped: list[Path] | None = None) -> dict[
 
 
 def _find_token_files(config: RunConfig) -> dict[str, list[TokenFile]]:
-    """Of each split that is made of another program's tokens, their files."""
+    """The token files of each split that uses another program's tokens."""
     data = config.data
     splits = {split: entries for split, entries in data.splits.items() if any(map(names_tokens, entries))}
     if not splits:
@@ -220,7 +219,7 @@ def _find_token_files(config: RunConfig) -> dict[str, list[TokenFile]]:
     return {split: find_token_files(entries) for split, entries in splits.items()}
 
 
-# Inputs: what the shards depend on, and nothing else. num_workers and within_documents change no token.
+# Inputs are exactly what the shards depend on. num_workers and within_documents do not change any token.
 
 
 def _describe_inputs(
@@ -228,7 +227,7 @@ def _describe_inputs(
     sources: Mapping[str, Sequence[Source]] | None,
     token_files: Mapping[str, Sequence[TokenFile]] | None = None,
 ) -> dict[str, Any]:
-    """``sources`` is ``None`` where the text is no longer at hand."""
+    """Describe the inputs; ``sources`` is None if the text is no longer available."""
     data = config.data
     inputs: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -304,7 +303,7 @@ def _discard_other_work(folder: Path, inputs: dict[str, Any]) -> None:
 
 
 def _vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Rows of embeddings that it needs: there may be gaps between its ids, so their number can be smaller."""
+    """The number of embedding rows needed, which exceeds the number of tokens if there are gaps between their IDs."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -347,19 +346,19 @@ def _check_not_empty(manifest: Manifest, config: RunConfig) -> None:
 
 
 class Entry(NamedTuple):
-    """A document of the stream; ``position`` counts the distinct documents of all splits, from 0."""
+    """A document of the stream; ``position`` is its index among the distinct documents of all splits, from 0."""
 
     position: int
     split: str
     text: str
     num_bytes: int
-    source: tuple[str, int]  # a split of the configuration, and which of its sources
+    source: tuple[str, int]  # split in the configuration, index of the source in it
     place: Place
 
 
 @dataclass
 class Counts:
-    """How far the stream was read, and what was left out on the way."""
+    """How much of the stream was read, and what was skipped."""
 
     bad: BadRecords = field(default_factory=BadRecords)
     num_duplicates: Count = 0
@@ -374,13 +373,13 @@ class Counts:
 
 @dataclass(frozen=True)
 class Reached:
-    """How far an unfinished preparation is."""
+    """The progress of an unfinished preparation."""
 
-    source: tuple[str, int]  # of the last document that was used
+    source: tuple[str, int]  # source of the last document used
     place: Place
     counts: Counts
     writers: dict[str, WriterState]
-    revisions: dict[str, str]  # of the data sets on the hub
+    revisions: dict[str, str]  # commits of the hub data sets
 
 
 def _read_reached(folder: Path) -> Reached | None:
@@ -397,7 +396,7 @@ def _go_on(
     token_files: Mapping[str, Sequence[TokenFile]],
     open_writer: Callable[..., ShardWriter],
 ) -> tuple[Reached | None, dict[str, ShardWriter], SeenDocuments]:
-    """What was reached, if it can be gone on from, and the writers and seen documents of that moment."""
+    """Return the saved progress if it can be resumed, with the writers and seen documents at that point."""
     if reached is not None:
         try:
             split, index = reached.source
@@ -410,7 +409,7 @@ def _go_on(
                 raise ValueError("a number is below 0")
             writers = {name: open_writer(folder / name, state=reached.writers.get(name)) for name in sources}
             return reached, writers, SeenDocuments(folder, reached.counts.num_documents)
-        except ValueError:  # a file is missing or damaged: begin anew
+        except ValueError:  # a file is missing or damaged: start over
             (folder / UNFINISHED).unlink()
     for name in sources:
         if name not in token_files:
@@ -419,7 +418,7 @@ def _go_on(
 
 
 def _pinned(sources: Mapping[str, Sequence[Source]], revisions: Mapping[str, str]) -> dict[str, list[Source]]:
-    """The data sets on the hub at one commit each, so that what is gone on with is what was begun."""
+    """Pin each hub data set to one commit, so that a resumed preparation reads the same data."""
 
     def pinned(source: Source) -> Source:
         return replace(source, revision=revisions[source.name]) if source.name in revisions else source.pinned()
@@ -434,7 +433,7 @@ def _stream(
     seen: SeenDocuments,
     reached: Reached | None = None,
 ) -> Iterator[Entry]:
-    """Distinct documents. Validation text comes first, so that a training copy of it is the duplicate."""
+    """Yield distinct documents, validation text first, so that its copies in the training text are dropped."""
     places = [(split, index) for split, found in sources.items() for index in range(len(found))]
     first = 0 if reached is None else places.index(reached.source)
     for split, index in places[first:]:
@@ -456,7 +455,7 @@ def _stream(
 
 
 def _sample(config: RunConfig, sources: Mapping[str, Sequence[Source]], progress: _Progress) -> Iterator[str]:
-    """Training text for the tokenizer: an equal share of each source, 50 MB in all."""
+    """Yield training text for the tokenizer: 50 MB in total, with an equal share from each source."""
     texts = [source for split, found in sources.items() if split.startswith("train") for source in found]
     for source in texts:
         counts = Counts(BadRecords(max_bad_share=config.data.max_bad_share), source=source.name)
@@ -476,7 +475,7 @@ def _sample(config: RunConfig, sources: Mapping[str, Sequence[Source]], progress
 def _make_tokenizer(
     folder: Path, config: RunConfig, sources: Mapping[str, Sequence[Source]], progress: _Progress
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer in ``folder/tokenizer``, put there if it is not there yet."""
+    """Load the tokenizer from ``folder/tokenizer``, after creating it there if missing."""
     target = folder / "tokenizer"
     if not target.is_dir():
         progress.report("tokenizer", Counts())
@@ -495,7 +494,7 @@ def _make_tokenizer(
 
 @contextmanager
 def _without_inner_threads() -> Iterator[None]:
-    """The tokenizers library's own threads would compete with ours, and make a later fork hang."""
+    """Disable the tokenizers library's own threads, which would compete with ours and make a later fork hang."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
@@ -527,7 +526,7 @@ def _write_shards(
     reached: Reached | None,
     progress: _Progress,
 ) -> Counts:
-    """Tokenize what comes after ``reached``. Returns the counts at the last document used."""
+    """Tokenize and write everything after ``reached``; return the counts at the last document used."""
     limit = config.data.max_train_tokens
     counts = reached.counts.snapshot() if reached else Counts()
     counts.bad.max_bad_share = config.data.max_bad_share
@@ -566,7 +565,7 @@ def _write_shards(
 
 
 def _batches(stream: Iterable[Entry], counts: Counts) -> Iterator[DocumentBatch]:
-    """Batches of half a megabyte, cut by the stream alone, each with the counts at its end."""
+    """Yield batches of half a megabyte with the counts at their end; they depend only on the stream."""
     entries: list[Entry] = []
     num_bytes = 0
     for entry in stream:
@@ -581,7 +580,7 @@ def _batches(stream: Iterable[Entry], counts: Counts) -> Iterator[DocumentBatch]
 
 def _encoder(tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]) -> Callable[[DocumentBatch], list[Tokens]]:
     backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True  # text that spells "</s>" is text, not the end of a document
+    backend.encode_special_tokens = True  # a literal "</s>" is text, not the end of a document
     backend.no_truncation()
     backend.no_padding()
     end = [tokenizer.eos_token_id]
@@ -596,11 +595,11 @@ def _encoder(tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]) -> Callab
 def _in_order(
     batches: Iterable[DocumentBatch], encode: Callable[[DocumentBatch], list[Tokens]], num_workers: int
 ) -> Iterator[tuple[DocumentBatch, list[Tokens]]]:
-    """``encode`` over the batches, ``num_workers`` at a time, results in the batches' order.
+    """Encode the batches with ``num_workers`` threads; yield results in the order of the batches.
 
-    Threads, not processes: tokenizing releases the interpreter lock, nothing is copied, and a program
-    without a ``__main__`` guard works. On two cores they were faster than both processes and the library's
-    own threads, or as fast.
+    Threads, not processes: tokenizing releases the GIL, nothing is copied, and programs without a
+    ``__main__`` guard work. On two cores, threads were at least as fast as processes and as the library's own
+    threads.
     """
     pending: deque[tuple[DocumentBatch, Future[list[Tokens]]]] = deque()
     with _without_inner_threads(), ThreadPoolExecutor(num_workers, "tokenize") as pool:
@@ -619,7 +618,7 @@ def _in_order(
 
 
 class _Progress:
-    """Puts a ``PrepareProgress`` together and hands it on."""
+    """Builds a ``PrepareProgress`` and passes it to the callback."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The distinct documents of a preparation, by hash, on disk: memory does not grow with their number."""
+"""The set of documents seen during preparation, as hashes on disk, so that memory does not grow with their number."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ FIRST_SLOTS = 2**20
 
 
 class SeenDocuments:
-    """A set of 64-bit hashes that remembers their order.
+    """A set of 64-bit hashes, in insertion order.
 
-    Two documents with one hash are taken for one: among 200 million there is such a pair once in a thousand times.
+    Documents with the same hash count as duplicates. Among 200 million documents, the probability of any collision is
+    about 1 in 1000.
 
-    The set is a list of hash tables in temporary files, each twice as large as the one before and at most half full,
-    which the system keeps in memory as far as there is room. The log beside them has the hashes in order; from its
-    first entries an interrupted preparation makes the tables anew.
+    The set is a list of hash tables in memory-mapped temporary files, each twice as large as the previous one and at
+    most half full. The system keeps them in memory as far as there is room. A log stores the hashes in order; an
+    interrupted preparation rebuilds the tables from the first entries of the log.
 
     Args:
-        folder: of the log and the tables; ``None``: in memory, without a log.
-        num_documents: that many entries of the log are kept.
+        folder: folder of the log and the tables; None keeps everything in memory, without a log.
+        num_documents: number of log entries to keep.
 
     Raises:
-        ValueError: the log has fewer.
+        ValueError: the log has fewer entries.
     """
 
     def __init__(self, folder: Path | None, num_documents: int = 0) -> None:
@@ -50,7 +51,7 @@ class SeenDocuments:
         self._log.seek(8 * num_documents)
 
     def add(self, key: int) -> bool:
-        """Whether ``key``, from 0 to 2**64 - 1, is new."""
+        """Add ``key``, from 0 to 2**64 - 1; return whether it is new."""
         if not self._insert(key):
             return False
         if self._log is not None:
@@ -58,15 +59,15 @@ class SeenDocuments:
         return True
 
     def sync(self) -> None:
-        """Wait until the log is on the disk."""
+        """Wait until the log is on disk."""
         if self._log is not None:
             self._log.flush()
             os.fsync(self._log.fileno())
 
     def close(self, *, remove: bool = False) -> None:
-        """Close the log; it is needed no more where the preparation is finished."""
+        """Close the log; with ``remove``, also delete it, as a finished preparation no longer needs it."""
         if self._log is not None:
-            with suppress(OSError):  # on a full disk closing fails as well
+            with suppress(OSError):  # on a full disk, closing fails too
                 self._log.close()
             if remove:
                 Path(self._log.name).unlink(missing_ok=True)
@@ -86,14 +87,14 @@ class SeenDocuments:
 
 
 class _Table:
-    """Open addressing with linear probing."""
+    """A hash table with open addressing and linear probing."""
 
     def __init__(self, num_slots: int, folder: Path | None) -> None:
         if folder is None:
             data = mmap.mmap(-1, 8 * num_slots)
         else:
             with tempfile.TemporaryFile(dir=folder) as file:
-                # Of a mapped file that only seems to have its size, a full disk would kill the process.
+                # Allocate the blocks now: writing to a sparse mapped file on a full disk would kill the process.
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, 8 * num_slots)
                 else:
@@ -108,7 +109,7 @@ class _Table:
         return self.num_left == 0
 
     def slot_of(self, key: int) -> int:
-        """Where ``key`` is, or the empty slot where it would be."""
+        """The slot of ``key``, or the empty slot where it would go."""
         slots, mask = self.slots, self.mask
         slot = key & mask
         while (found := slots[slot]) and found != key:

@@ -1,7 +1,7 @@
-"""SentencePiece BPE models (``tokenizer.model``: LLaMA 1 and 2, Mistral 7B), read without their library.
+"""Read SentencePiece BPE models (``tokenizer.model`` of LLaMA 1 and 2, Mistral 7B) without their library.
 
-The ids are those of the ``sentencepiece`` package, tested against it. Automatic conversion, as of
-transformers 5.23, loses the space that the model expects at the start of the text.
+The token IDs match those of the ``sentencepiece`` package and are tested against it. The automatic conversion
+in transformers (as of 5.23) loses the space that the model expects at the start of the text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from steplm.errors import DataError
 
 SPACE = "▁"
-# Numbers of fields and enumerations in sentencepiece_model.proto.
+# Field numbers and enum values from sentencepiece_model.proto.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 1, 2, 3
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -31,10 +31,10 @@ class Piece:
 
 
 def read_sentencepiece(path: Path) -> tuple[Any, dict[str, str]]:
-    """A ``tokenizers.Tokenizer`` with the pieces of the model, and its special tokens by Hugging Face name.
+    """Build a ``tokenizers.Tokenizer`` from a model file; also return its special tokens by Hugging Face name.
 
     Raises:
-        DataError: the file is no SentencePiece model, or one of another kind than BPE.
+        DataError: the file is not a SentencePiece model, or the model is not BPE or normalizes the text.
     """
     try:
         fields = list(_fields(path.read_bytes()))
@@ -69,7 +69,7 @@ def _build(pieces: list[Piece], byte_fallback: bool, dummy_prefix: bool) -> tupl
     spaces = normalizers.Replace(" ", SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if dummy_prefix else spaces
     if not any(SPACE in piece.text.lstrip(SPACE) for piece in pieces):
-        # No piece has a space after a letter, so no merge crosses this cut: the same ids, from short words.
+        # No piece has a space after a letter, so no merge crosses these splits: same IDs, only shorter words to merge.
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"), "isolated")
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if dummy_prefix else steps)
@@ -82,7 +82,7 @@ def _build(pieces: list[Piece], byte_fallback: bool, dummy_prefix: bool) -> tupl
 
 
 def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, the best-scored piece first, as SentencePiece merges."""
+    """Every way to merge two pieces into one, in SentencePiece's order: highest score first."""
     ids = {piece.text: index for index, piece in enumerate(pieces) if piece.type in (_NORMAL, _USER_DEFINED)}
     ranked = []
     for text, index in ids.items():
@@ -104,7 +104,7 @@ def _last(fields: list[tuple[int, Any]], number: int) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a protocol-buffer message: integers for varints, bytes for everything else."""
+    """Yield (number, value) of each field in a protobuf message: an int for varints, bytes for everything else."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)

@@ -1,4 +1,4 @@
-"""Token shards, written: a file has its name only when it is whole and on the disk."""
+"""Write token shards; a file gets its final name only when it is complete and on disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from steplm.units import format_bytes
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where nothing is locked
+except ImportError:  # on Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".unfinished"
@@ -35,7 +35,7 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class WriterState:
-    """How far a ``ShardWriter`` was: its whole shards, and what is in the one that it was writing."""
+    """The progress of a ``ShardWriter``: its finished shards, and the contents of the one being written."""
 
     num_shards: Count
     num_tokens: Count = 0
@@ -46,17 +46,17 @@ class WriterState:
 class ShardWriter:
     """Appends documents to the shards of one split.
 
-    A shard is closed with the document that fills it, so a document never spans two. Shards that an
-    earlier, interrupted run left whole are taken over; what it left unfinished is removed.
+    A shard is closed after the document that fills it, so a document never spans two shards. Finished shards of
+    an earlier, interrupted run are kept; its unfinished files are removed.
 
     Args:
         dtype: "uint16" or "uint32".
-        shard_tokens: a shard is closed once it has so many.
-        state: go on from there, in the midst of a shard; what was written later is dropped.
-        end_of_text: the token that each document ends with, and has nowhere else; needed with ``state``.
+        shard_tokens: a shard is closed once it has this many tokens.
+        state: resume from this state, even inside a shard; anything written later is dropped.
+        end_of_text: the token that ends each document and occurs nowhere else; required with ``state``.
 
     Raises:
-        ValueError: the folder does not hold what ``state`` says.
+        ValueError: the files in the folder do not match ``state``.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class ShardWriter:
         self._file = path.open("ab")
 
     def state(self) -> WriterState:
-        """What is on the disk once this returns."""
+        """Flush to disk, and return the state that is then safely stored."""
         if self._file is None:
             return WriterState(len(self.shards))
         _sync(self._file)
@@ -112,7 +112,7 @@ class ShardWriter:
 
     @property
     def last_document(self) -> int:
-        """Position in the stream of the last document in a closed shard; -1 before the first."""
+        """Stream position of the last document in a closed shard; -1 before the first."""
         return self.shards[-1].last_document if self.shards else -1
 
     def append(self, position: int, tokens: npt.NDArray[np.unsignedinteger], num_text_bytes: int) -> None:
@@ -132,7 +132,7 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Close the shard that is being written, if any."""
+        """Close the current shard, if any."""
         if self._file is None:
             return
         _sync(self._file)
@@ -163,7 +163,7 @@ class ShardWriter:
         num_text_bytes: int,
         last_document: int,
     ) -> None:
-        """Another program's file of tokens as a shard of its own; it stays where it is."""
+        """Add another program's token file as its own shard, without moving it."""
         self.close()
         name = f"shard-{len(self.shards):05d}"
         data = io.BytesIO()
@@ -185,9 +185,9 @@ class ShardWriter:
         self.num_tokens += shard.num_tokens
 
     def abandon(self) -> None:
-        """Stop, in the midst of a shard perhaps; what ``state`` told stays on the disk."""
+        """Stop, possibly inside a shard; everything covered by ``state`` stays on disk."""
         if self._file is not None:
-            with suppress(OSError):  # on a full disk closing fails as well
+            with suppress(OSError):  # on a full disk, closing fails too
                 self._file.close()
             self._file = None
 
@@ -229,17 +229,17 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _sync(file: BinaryIO) -> None:
-    # Without this a power cut can leave a renamed, empty file.
+    # Without this, a power failure can leave a renamed but empty file.
     file.flush()
     os.fsync(file.fileno())
 
 
 @contextmanager
 def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold ``folder`` for this process alone, and make it if need be; the lock goes with the process.
+    """Lock ``folder`` for this process, creating it if needed; the lock is released when the process ends.
 
     Args:
-        on_wait: called once if another process holds it, before waiting for that one.
+        on_wait: called once before waiting, if another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("ab") as file:
@@ -250,7 +250,7 @@ def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
                 on_wait()
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
-                # Some shared file systems have no locks; there one process at a time is for the user to see to.
+                # Some shared file systems have no locks; there, running one process at a time is up to the user.
                 if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                     raise
         yield
@@ -258,7 +258,7 @@ def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """A full or read-only disk as a ``DataError`` that says what to do."""
+    """Turn errors from a full or read-only disk into a ``DataError`` that says what to do."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Where text comes from: files, folders, the hub and the built-in corpus, as one stream of documents.
+"""Text sources: files, folders, the hub and the built-in corpus, as one stream of documents.
 
-A record that cannot be used is counted in ``BadRecords`` and skipped; whether there are too many is
-for the caller to decide (``BadRecords.check``).
+Unusable records are counted in ``BadRecords`` and skipped; the caller decides whether there are too many
+(``BadRecords.check``).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from steplm.errors import DataError, HubUnavailable
 from steplm.units import nearest, reason, shortened
 
 NUM_EXAMPLES = 10
-HOPELESS_RECORDS = 1000  # where so many come and not one can be used, the rest is not read
-HUB_RETRY_SECONDS = (1, 5, 25, 125)  # waits after a stream has broken off
+HOPELESS_RECORDS = 1000  # stop reading if this many records come first and all are unusable
+HUB_RETRY_SECONDS = (1, 5, 25, 125)  # waits before reconnecting a broken stream
 COMMIT = re.compile("[0-9a-f]{40}")
 HUB_KEYS = ("name", "split", "revision", "data_dir", "data_files")
 
@@ -35,12 +35,12 @@ HUB_KEYS = ("name", "split", "revision", "data_dir", "data_files")
 class Document:
     text: str
     origin: str  # "FILE:LINE"
-    place: Place = field(default=0, compare=False)  # in its source
+    place: Place = field(default=0, compare=False)  # position in its source
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """Why records are unusable, how many of them were, and the place of the first."""
+    """A reason why records are unusable, the number of such records, and the place of the first."""
 
     origin: str
     reason: str
@@ -49,7 +49,7 @@ class BadRecord:
 
 @dataclass
 class BadRecords:
-    """How many records were read, how many of them were unusable, and the first few reasons."""
+    """The number of records read, the number of unusable ones, and the first few reasons."""
 
     num_records: int = 0
     num_bad: int = 0
@@ -77,7 +77,7 @@ class BadRecords:
         return replace(self, examples=list(self.examples))
 
     def check(self) -> None:
-        """Raise ``DataError``, with the first reasons, if more than ``max_bad_share`` of the records is bad."""
+        """Raise ``DataError``, with the first reasons, if more than ``max_bad_share`` of the records are bad."""
         if self.num_bad and self.share > self.max_bad_share:
             examples = "\n".join(
                 f"  {bad.origin}: {bad.reason}{f' (and {bad.count - 1:,} more like it)' if bad.count > 1 else ''}"
@@ -99,12 +99,12 @@ class Source:
 
     name: str
     path: Path | None = None
-    revision: str | None = None  # of a data set on the hub, whatever its name says
+    revision: str | None = None  # commit of a hub data set; overrides one in its name
 
     def describe(self) -> str:
-        """Changes whenever the content does, as far as its size and its two ends can tell.
+        """A description that changes with the content, as far as the size and both ends of the file show.
 
-        Neither the folder nor the time of modification counts: a copied or moved file is the same text.
+        The folder and modification time do not matter: a copied or moved file is the same text.
         """
         if self.path is not None:
             return f"{_printable(self.path.name)} ({self.path.stat().st_size} bytes, ends {_digest_of_ends(self.path)})"
@@ -112,13 +112,13 @@ class Source:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether ``describe`` tells all: on the hub a text can change under its name, unless a commit is given."""
+        """Whether ``describe`` identifies the text; text on the hub can change unless a commit is given."""
         if self.path is not None or not self.name.startswith("hub://"):
             return True
         return COMMIT.fullmatch(_hub_arguments(self.name)[1].get("revision", "")) is not None
 
     def pinned(self) -> Source:
-        """Of a data set on the hub that may change, the present state, where the hub can be asked; else as it is."""
+        """Pin an unpinned hub data set to its current commit, if the hub is reachable."""
         if self.is_pinned:
             return self
         from huggingface_hub import HfApi
@@ -126,15 +126,15 @@ class Source:
         name, arguments = _hub_arguments(self.name)
         try:
             commit = HfApi().dataset_info(name, revision=arguments.get("revision"), timeout=10).sha
-        except Exception:  # no network, no such data set: reading it will tell
+        except Exception:  # no network or no such data set: reading it will raise
             return self
         return replace(self, revision=commit)
 
     def documents(self, text_field: str, bad: BadRecords, after: Place | None = None) -> Iterator[Document]:
-        """The documents in order; unusable records go to ``bad``.
+        """Yield the documents in order; unusable records are counted in ``bad``.
 
         Args:
-            after: only those that come after this place.
+            after: yield only documents after this place.
 
         Raises:
             DataError: the source cannot be read at all.
@@ -142,12 +142,12 @@ class Source:
         yield from _usable(self.name, self.records([text_field], after), text_field, bad)
 
     def records(self, fields: Fields = None, after: Place | None = None) -> Iterator[Record]:
-        """Each record with its place; for one that cannot be read, an exception that says why.
+        """Yield each record with its place; the value of an unreadable record is an exception that says why.
 
         Args:
-            after: as ``documents`` takes it. A file is read from its beginning, the hub from the shard of the place.
-            fields: those that are used. A format with columns reads no others, so that nothing that they hold can
-                be an error. Default: all.
+            after: as for ``documents``. A file is read from the start, the hub from the shard of the place.
+            fields: fields to read; default: all. Columnar formats skip the others, so that their contents cannot cause
+                an error.
 
         Raises:
             DataError: the source cannot be read at all.
@@ -173,10 +173,10 @@ def _digest_of_ends(path: Path, num_bytes: int = 2**16) -> str:
 
 
 def find_sources(entries: Sequence[str], skipped: list[Path] | None = None) -> list[Source]:
-    """The sources that the entries name, each once, in order; the files of a folder or glob sorted by name.
+    """Find the sources that the entries name, in order and without repeats; files of a folder or glob sorted by name.
 
     Args:
-        skipped: the files of folders that have no known format are added to it.
+        skipped: files in folders whose format is unknown are added to this list.
 
     Raises:
         DataError: an entry matches nothing or has an unknown format.
@@ -191,7 +191,7 @@ def find_sources(entries: Sequence[str], skipped: list[Path] | None = None) -> l
 
 
 def _printable(path: Path | str) -> str:
-    """A name that can be written anywhere: bytes of it that are not UTF-8 as ``\\xe9``."""
+    """A name that can be printed anywhere; bytes that are not UTF-8 are escaped, as ``\\xe9``."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
@@ -209,10 +209,10 @@ def _remote(entry: str) -> Source:
 
 
 def local_path(text: str | Path) -> Path:
-    """The path that a user wrote, with ``~`` resolved; there need not be anything.
+    """The path that a user wrote, with ``~`` expanded; it need not exist.
 
     Raises:
-        DataError: no file system can have it.
+        DataError: it is not a valid path.
     """
     try:
         path = Path(text).expanduser()
@@ -229,7 +229,7 @@ def _matching_files(entry: str, skipped: list[Path] | None) -> list[Path]:
     for match in matches:
         if match.is_dir():
             found = _files_of_folder(match)
-            # A folder may hold anything; a file that was named must be understood.
+            # Unknown formats are skipped in a folder, but are an error for a file named explicitly.
             files += filter(is_readable, found)
             if skipped is not None:
                 skipped += [file for file in found if not is_readable(file)]
@@ -246,7 +246,7 @@ def _matching_files(entry: str, skipped: list[Path] | None) -> list[Path]:
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
-    """Its files, sorted by name, but hidden ones and what ``datasets`` writes beside the rows."""
+    """The files of a folder, sorted by name, without hidden files and the metadata that ``datasets`` writes."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(folder)))
     for file in files:
         if file.name == "dataset_dict.json":
@@ -260,7 +260,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
 
 
 def describe_skipped(files: Sequence[Path], most: int = 5) -> str:
-    """``"2 files of unknown format are not read: a.pdf, b.png"``."""
+    """A note such as ``"2 files of unknown format are not read: a.pdf, b.png"``."""
     names = ", ".join([*(_printable(file.name) for file in files[:most]), *(["..."] if len(files) > most else [])])
     what = f"{len(files):,} files of unknown format are" if len(files) > 1 else "a file of unknown format is"
     return f"{what} not read: {names}"
@@ -330,9 +330,9 @@ def _hub_arguments(entry: str) -> tuple[str, dict[str, str]]:
 
 
 def _stream_hub(entry: str, revision: str | None = None, after: Place | None = None) -> Iterator[Record]:
-    """The records of a data set on the hub, over the network; of several shards placed as ``SHARD:ROW``.
+    """Stream the records of a hub data set; in one with several shards, places are ``SHARD:ROW``.
 
-    A stream that breaks off is opened again a few times, after the records that were read.
+    A broken stream is reopened a few times, after the last record read.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -360,7 +360,7 @@ def _stream_hub(entry: str, revision: str | None = None, after: Place | None = N
         except Exception as error:
             if not _is_connection_error(error):
                 raise
-            # Where not even one record came, there is no network, or no such name: no reason to wait.
+            # If not even one record came, there is no network or no such data set: retrying is pointless.
             if num_read == 0 or num_failures == len(HUB_RETRY_SECONDS):
                 raise HubUnavailable(
                     f"the hub cannot be reached for {entry} (after {num_read:,} records): {error}\n"
@@ -373,7 +373,7 @@ def _stream_hub(entry: str, revision: str | None = None, after: Place | None = N
 
 
 def _is_connection_error(error: BaseException | None) -> bool:
-    """Three libraries lie between us and the socket, each with its own name for a lost connection."""
+    """Whether a connection was lost, for which each HTTP library under ``datasets`` has its own exceptions."""
     while error is not None:
         if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
             "httpx",

@@ -1,4 +1,4 @@
-"""What prepared documents look like to a run: how long they are, and how its windows cut them."""
+"""Statistics of prepared documents: their lengths, and how a run's windows split them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ BAR_WIDTH = 30  # characters
 
 @dataclass(frozen=True)
 class DocumentStatistics:
-    """Of the documents of one split, stored one after the other and cut into windows."""
+    """Statistics of one split's documents, in stored order and split into windows."""
 
     num_documents: int
     num_tokens: int
     sequence_length: int
-    by_length: tuple[int, ...]  # documents of 1, 2 to 3, 4 to 7, ... tokens, their end-of-text token included
+    by_length: tuple[int, ...]  # documents of 1, 2 to 3, 4 to 7, ... tokens, including end of text
     longest: int  # tokens
-    num_cut: int  # documents that no single window holds
-    num_inside: int  # ends of documents inside a window, where the next one follows
+    num_cut: int  # documents that span several windows
+    num_inside: int  # documents that end inside a window, followed by the next one
 
     @property
     def num_windows(self) -> int:
@@ -31,7 +31,7 @@ class DocumentStatistics:
 
 
 def document_statistics(dataset: TokenDataset, sequence_length: int) -> DocumentStatistics:
-    """Read the offsets of all documents, shard by shard."""
+    """Compute the statistics from the document offsets, shard by shard."""
     by_length = np.zeros(64, np.int64)
     longest = num_cut = num_inside = 0
     for offsets in dataset.offsets_of_shards():
@@ -49,7 +49,7 @@ def document_statistics(dataset: TokenDataset, sequence_length: int) -> Document
 
 
 def described(statistics: DocumentStatistics) -> Iterator[str]:
-    """Lines for a terminal: a histogram of lengths, and what the windows do."""
+    """Yield lines for a terminal: a histogram of lengths, and the effect of the windows."""
     of_all = max(statistics.num_documents, 1)
     for power, count in enumerate(statistics.by_length):
         if not any(statistics.by_length[: power + 1]):

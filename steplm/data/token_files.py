@@ -1,11 +1,11 @@
-"""Tokens that another program has prepared, used where they lie: nanoGPT's, llm.c's and Megatron's files.
+"""Token files prepared by other programs (nanoGPT, llm.c, Megatron), used in place.
 
     nanoGPT    NAME.bin              uint16, nothing else
     llm.c      NAME.bin              a header of 1,024 bytes, then uint16 (GPT-2) or uint32 (Llama 3)
     Megatron   NAME.bin, NAME.idx    the tokens, and their type and number
 
-In all of them, documents are told apart by the end-of-text token. Most files have it after each document, llm.c's
-before; here a document begins after each.
+In all of them, the end-of-text token separates documents. Most files have it after each document, llm.c's before;
+here a document starts after each end-of-text token.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TOKENS_AT_ONCE = 2**24
 @dataclass(frozen=True)
 class TokenFile:
     path: Path
-    dtype: str  # numpy's name of it
+    dtype: str  # numpy name
     num_tokens: int
     header_bytes: int = 0
 
@@ -60,10 +60,10 @@ def names_tokens(entry: str) -> bool:
 
 
 def find_token_files(entries: Sequence[str]) -> list[TokenFile]:
-    """The files that the entries, paths or globs, name, each once, in order.
+    """Find the files that the entries (paths or globs) name, in order and without repeats.
 
     Raises:
-        DataError: an entry matches nothing, or a file is none of the kinds above.
+        DataError: an entry matches nothing, or a file has none of the formats above.
     """
     paths: list[Path] = []
     for entry in entries:
@@ -76,7 +76,7 @@ def find_token_files(entries: Sequence[str]) -> list[TokenFile]:
 
 
 def open_token_file(path: Path) -> TokenFile:
-    """What is in the file, by its header or its index; its tokens are not read."""
+    """Determine a file's format from its header or index, without reading its tokens."""
     with errors_of(path):
         num_bytes = path.stat().st_size
         with path.open("rb") as stream:
@@ -122,19 +122,19 @@ def take_over(
     *,
     count_text: bool,
 ) -> None:
-    """Make the files shards of ``writer``, after those that it has of them from an interrupted call.
+    """Add the files to ``writer`` as shards, after those it already has from an interrupted call.
 
-    A file whose tokens have the width of the writer's stays where it is, and only its documents' offsets are written;
-    of another width it is copied.
+    A file with the writer's token width stays in place, and only its document offsets are written. Files of another
+    width are copied.
 
     Args:
         vocab_size: every token must be below it.
         count_text: decode the documents for ``num_text_bytes``, which is 0 otherwise.
 
     Raises:
-        DataError: a token beyond the vocabulary, or a file without an end-of-text token: another tokenizer made it.
+        DataError: a token is outside the vocabulary, or a file has no end-of-text token: another tokenizer made it.
     """
-    position = 0  # of the file's first document among those of all files
+    position = 0  # index of the file's first document among those of all files
     for file in files:
         offsets, sha256 = _scan(file, cast(int, tokenizer.eos_token_id), vocab_size)
         num_documents = len(offsets) - 1
@@ -159,7 +159,7 @@ def take_over(
 
 
 def _scan(file: TokenFile, end_of_text: int, vocab_size: int) -> tuple[npt.NDArray[np.int64], str]:
-    """(num_documents + 1,) offsets of the documents, and the hash of the file's bytes."""
+    """Return the document offsets (num_documents + 1,) and the hash of the file's bytes."""
     tokens = file.read()
     with errors_of(file.path), file.path.open("rb") as stream:
         digest = hashlib.sha256(stream.read(file.header_bytes))

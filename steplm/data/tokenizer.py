@@ -1,7 +1,7 @@
 """Tokenizers: loaded from the hub, a folder or a file, or trained here.
 
-No code that comes with a tokenizer is ever run. Whoever encodes text for training sets
-``encode_special_tokens`` so that a document that says ``</s>`` does not end itself.
+Code that comes with a tokenizer is never run. Code that encodes text for training must set
+``encode_special_tokens``, so that a literal ``</s>`` in a document does not become the EOS token.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _NUM_BYTES = 256
 
 
 def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
-    """A fast tokenizer from a folder, a file, or, where no such path exists, the hub.
+    """Load a fast tokenizer from a folder, a file, or, if no such path exists, the hub.
 
     Args:
-        spec: a folder that ``save_pretrained`` wrote, one with ``tokenizer.model`` (SentencePiece BPE) or
+        spec: a folder written by ``save_pretrained``, one with ``tokenizer.model`` (SentencePiece BPE) or
             with ``encoder.json`` and ``vocab.bpe`` (GPT-2), one of these files, or OWNER/NAME on the hub.
 
     Raises:
-        DataError: nothing usable there, or no end-of-text token.
+        DataError: there is no usable tokenizer, or it has no end-of-text token.
         HubUnavailable: the hub cannot be reached.
     """
     path = local_path(spec)
@@ -47,11 +47,11 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
 
 
 def without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same tokenizer, but one that puts no BOS or EOS around a text by itself, however it is loaded.
+    """Return a copy that adds no BOS or EOS by itself, however it is loaded.
 
-    Training adds its own EOS after each document and no BOS: ``tokenizer(text)`` then gives the tokens that
-    the model was trained on. EOS is named as BOS too, so that whoever opens a text with BOS gives the model
-    what it has seen before a document.
+    Training adds EOS after each document and no BOS, so ``tokenizer(text)`` then gives the tokens that the
+    model was trained on. EOS is also set as the BOS token, so that a text that starts with BOS looks to the
+    model like a document in training.
     """
     from tokenizers import Tokenizer
 
@@ -59,20 +59,20 @@ def without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokeni
     if backend.num_special_tokens_to_add(False):
         values = json.loads(backend.to_str())
         backend = Tokenizer.from_str(json.dumps({**values, "post_processor": None}))
-    # A plain class: those of a model family make a post-processor of their own when they are loaded.
+    # Not a model-specific tokenizer class: those build their own post-processor on loading.
     plain = _wrap(backend, {**tokenizer.special_tokens_map, "bos_token": tokenizer.eos_token})
     plain.chat_template = tokenizer.chat_template
     return plain
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer; any text comes back from its tokens unchanged.
+    """Train a byte-level BPE tokenizer, which is lossless for any text.
 
     Args:
-        vocab_size: entries at most, the 256 bytes and the end-of-text token included.
+        vocab_size: maximum number of entries, including the 256 bytes and the end-of-text token.
 
     Raises:
-        ConfigError: the vocabulary is too small to hold every byte.
+        ConfigError: the vocabulary is too small for all 256 bytes and the end-of-text token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -113,7 +113,7 @@ def _from_path(path: Path) -> PreTrainedTokenizerFast:
         return read(*files)
     except (DataError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # for a broken file the tokenizers library raises bare Exception, or panics
+    except BaseException as error:  # on a broken file the tokenizers library raises a bare Exception or panics
         raise DataError(f"cannot read the tokenizer {path}: {_first_line(error)}", path=str(path)) from None
 
 
@@ -123,7 +123,7 @@ def _locate(path: Path) -> tuple[tuple[Path, ...], Callable[..., PreTrainedToken
         files = tuple(folder / name for name in names)
         if (path.is_dir() or path in files) and all(file.is_file() for file in files):
             return files, read
-    for names, read in FORMATS.items():  # one file under a name of its own: mistral.model
+    for names, read in FORMATS.items():  # a single file with another name, such as mistral.model
         if path.is_file() and len(names) == 1 and path.suffix == Path(names[0]).suffix:
             return (path,), read
     wanted = "; ".join(" and ".join(names) for names in FORMATS)
@@ -163,7 +163,7 @@ def _read_json(file: Path) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     if file.name == "tokenizer.json":
-        # AutoTokenizer may rebuild the tokenizer by model family; this takes the file as it stands.
+        # AutoTokenizer may rebuild the tokenizer for the model family; this loads the file unchanged.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.parent))
     else:
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
@@ -174,9 +174,9 @@ def _read_json(file: Path) -> PreTrainedTokenizerFast:
 
 
 def _read_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
-    """With the special and added tokens, BOS, EOS and chat template that the files beside ``tokenizer.model`` give.
+    """Read a SentencePiece model, with the special tokens and chat template from the files beside ``tokenizer.model``.
 
-    Where they say nothing, a text begins with BOS, as it does for every model that is published with such a file.
+    BOS is added to each text unless they say otherwise, as every published model with such a file does.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -190,7 +190,7 @@ def _read_sentencepiece(file: Path) -> PreTrainedTokenizerFast:
     for name, text in special.items():
         if getattr(tokenizer, name) is None:
             setattr(tokenizer, name, text)
-    tokenizer.add_bos_token = tokenizer.init_kwargs.get("add_bos_token", True)  # remakes the post-processor
+    tokenizer.add_bos_token = tokenizer.init_kwargs.get("add_bos_token", True)  # rebuilds the post-processor
     return tokenizer
 
 
@@ -208,7 +208,7 @@ def _read_byte_level(vocabulary: Path, merges: Path) -> PreTrainedTokenizerFast:
     return _wrap(backend, {"eos_token": end, "bos_token": end})
 
 
-# The files that make a tokenizer, and their reader, in order of preference.
+# The files of each tokenizer format and their reader, in order of preference.
 FORMATS: dict[tuple[str, ...], Callable[..., PreTrainedTokenizerFast]] = {
     ("tokenizer.json",): _read_json,
     ("tokenizer.model",): _read_sentencepiece,

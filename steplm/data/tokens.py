@@ -1,14 +1,15 @@
-"""Prepared tokens, read back: the manifest, and a memory map over the shards of a split.
+"""Read prepared tokens: the manifest, and a memory map over the shards of a split.
 
-PREPARED/inputs.json                      what the shards are made of; written first
+PREPARED/inputs.json                      what the shards are made from; written first
 PREPARED/tokenizer/                       a Hugging Face folder
-PREPARED/train/shard-00000.bin            tokens, little-endian uint16 or uint32, end of text after each
-PREPARED/train/shard-00000.offsets.npy    int64, where each document starts, and the end of the last
-PREPARED/train/shard-00000.json           counts and hashes of the two; written after them. It may name another
-                                          program's file, that the tokens are in
-PREPARED/validation/...                   of a mixture train/NAME/..., of several sets validation/NAME/...
-PREPARED/manifest.json                    the whole; written last, so that it stands for finished work
-PREPARED/unfinished.json                  how far unfinished work is; beside it documents.hashes, what was seen so far
+PREPARED/train/shard-00000.bin            tokens, little-endian uint16 or uint32; each document ends with end of text
+PREPARED/train/shard-00000.offsets.npy    int64, the start of each document, and the end of the last
+PREPARED/train/shard-00000.json           counts and hashes of the two files above; written after them. It may refer
+                                          to another program's token file instead of the .bin file
+PREPARED/validation/...                   train/NAME/... for a mixture, validation/NAME/... for several sets
+PREPARED/manifest.json                    the full manifest; written last, so its presence means the work is finished
+PREPARED/unfinished.json                  progress of unfinished work, with the hashes of seen documents in
+                                          documents.hashes
 """
 
 from __future__ import annotations
@@ -44,17 +45,17 @@ class Shard:
     num_tokens: Annotated[int, Field(gt=0)]
     num_documents: Annotated[int, Field(gt=0)]
     num_text_bytes: Count  # UTF-8
-    last_document: Count  # position in the stream of distinct documents, from 0
+    last_document: Count  # index in the stream of distinct documents, from 0
     tokens_sha256: str
     offsets_sha256: str
-    tokens_file: str | None = None  # another program's, that the tokens are in; None: NAME.bin beside the offsets
-    header_bytes: Count = 0  # of that file
+    tokens_file: str | None = None  # another program's token file; None: NAME.bin beside the offsets
+    header_bytes: Count = 0  # header size of that file
 
     def tokens_path(self, folder: Path) -> Path:
         return folder / f"{self.name}.bin" if self.tokens_file is None else Path(self.tokens_file)
 
     def file_bytes(self, itemsize: int) -> int:
-        """Size of the file of the tokens."""
+        """Size of the token file."""
         return self.header_bytes + self.num_tokens * itemsize
 
 
@@ -85,15 +86,15 @@ class TokenizerManifest:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds, and of what it was made."""
+    """The contents of a prepared folder, and what it was made from."""
 
     fingerprint: str  # of inputs.json
     dtype: Literal["uint16", "uint32"]
     tokenizer: TokenizerManifest
-    splits: dict[str, SplitManifest]  # "train" and "validation"; of a mixture or several sets "train/NAME", ...
+    splits: dict[str, SplitManifest]  # "train" and "validation"; "train/NAME", ... for a mixture or several sets
     num_records: Count
     num_bad_records: Count
-    num_duplicates: Count  # dropped, exact
+    num_duplicates: Count  # exact duplicates that were dropped
     bad_records: tuple[BadRecord, ...]  # the first few
     schema_version: int = SCHEMA_VERSION
 
@@ -103,7 +104,7 @@ class Manifest:
         return self.splits[name]
 
     def splits_of(self, kind: str) -> dict[str, str]:
-        """The splits of ``train`` or ``validation`` by their names: ``{"train": "train"}``, or of a mixture its own."""
+        """The splits of ``train`` or ``validation`` by set name; a single unnamed set gives ``{"train": "train"}``."""
         return {name.partition("/")[2] or kind: name for name in self.splits if name.partition("/")[0] == kind}
 
     @classmethod
@@ -111,7 +112,7 @@ class Manifest:
         """Read ``manifest.json``.
 
         Raises:
-            DataError: it is missing (not prepared, or not to the end), damaged, or of another version.
+            DataError: it is missing (preparation not started or not finished), damaged, or from another version.
         """
         path = Path(prepared_dir) / MANIFEST
         if not path.is_file():
@@ -141,11 +142,11 @@ class Manifest:
 class TokenDataset:
     """The tokens of one split, as one long sequence of documents, each ending with the end-of-text token.
 
-    Opening compares file sizes with the manifest and reads no tokens. Copies to other processes carry the
-    path alone; each maps the files for itself.
+    Opening compares file sizes with the manifest and reads no tokens. Pickling keeps only the path; each process
+    maps the files itself.
 
     Raises:
-        DataError: not prepared, or a shard is missing or has another size than it should.
+        DataError: the data is not prepared, or a shard is missing or has the wrong size.
     """
 
     def __init__(self, prepared_dir: Path | str, split: str) -> None:
@@ -176,16 +177,16 @@ class TokenDataset:
 
     @cached_property
     def document_offsets(self) -> npt.NDArray[np.int64]:
-        """(num_documents + 1,): where each document starts; the last entry is ``num_tokens``."""
+        """(num_documents + 1,): the start of each document; the last entry is ``num_tokens``."""
         return np.concatenate([np.zeros(1, np.int64), *(offsets[1:] for offsets in self.offsets_of_shards())])
 
     def offsets_of_shards(self) -> Iterator[npt.NDArray[np.int64]]:
-        """Of each shard, where its documents start, and the end of the last."""
+        """Yield for each shard the starts of its documents, and the end of the last."""
         for index, start in enumerate(self._shard_starts[:-1]):
             yield start + self._offsets(index)
 
     def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Where documents start from ``start`` to ``stop`` (exclusive), of all tokens."""
+        """Document starts from ``start`` to ``stop`` (exclusive), as positions in the split."""
         parts = [np.empty(0, np.int64)]
         for index in self._shards_of(start, stop):
             begin = int(self._shard_starts[index])
@@ -196,11 +197,11 @@ class TokenDataset:
 
     @property
     def document_lengths(self) -> npt.NDArray[np.int64]:
-        """(num_documents,): tokens of each document, its end-of-text token included."""
+        """(num_documents,): tokens in each document, including its end-of-text token."""
         return np.diff(self.document_offsets)
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger]:
-        """Tokens ``start`` to ``stop`` (exclusive); a view where they lie in one shard."""
+        """Tokens ``start`` to ``stop`` (exclusive); a view if they are all in one shard."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
         parts = []
@@ -210,7 +211,7 @@ class TokenDataset:
         if not parts:
             return np.empty(0, _dtype(self.manifest))
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        # On a device an id beyond the embeddings is no error that says where it comes from.
+        # On a device, the error for an out-of-range token ID would not say where it comes from.
         if (largest := int(tokens.max())) >= self.manifest.tokenizer.vocab_size:
             raise DataError(
                 f"{self.prepared_dir / self.split} has the token {largest:,}, and the tokenizer has "
@@ -221,7 +222,7 @@ class TokenDataset:
         return tokens
 
     def document(self, index: int) -> npt.NDArray[np.unsignedinteger]:
-        """The tokens of one document, its end-of-text token included."""
+        """The tokens of one document, including its end-of-text token."""
         return self.read(int(self.document_offsets[index]), int(self.document_offsets[index + 1]))
 
     @cached_property
@@ -229,11 +230,11 @@ class TokenDataset:
         return np.cumsum([0, *(shard.num_tokens for shard in self.shards)], dtype=np.int64)
 
     def _shards_of(self, start: int, stop: int) -> range:
-        """Indices of the shards that hold the tokens ``start`` to ``stop`` (exclusive)."""
+        """Indices of the shards that contain tokens ``start`` to ``stop`` (exclusive)."""
         first, last = np.searchsorted(self._shard_starts, (start, stop - 1), side="right")
         return range(int(first) - 1, int(last) if stop > start else 0)
 
-    # Each shard is mapped when it is first read: of thousands, a run may need a few.
+    # Each shard is mapped on first read: a run may need only a few of thousands.
 
     @cached_property
     def _mapped_tokens(self) -> dict[int, npt.NDArray[np.unsignedinteger]]:
@@ -249,7 +250,7 @@ class TokenDataset:
             path = shard.tokens_path(self.prepared_dir / self.split)
             with path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            # Windows lie anywhere: around each, the system would read 128 KiB that nobody asks for.
+            # Windows are read in random order; readahead would fetch up to 128 KiB of unused data around each.
             if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
                 mapped.madvise(mmap.MADV_RANDOM)
             self._mapped_tokens[index] = np.frombuffer(
@@ -264,7 +265,11 @@ class TokenDataset:
 
 
 def check_sizes(prepared_dir: Path, manifest: Manifest, *splits: str) -> None:
-    """Raise ``DataError`` if a file of a shard is missing or has another size than the manifest says."""
+    """Check that every shard file exists and has the size given in the manifest.
+
+    Raises:
+        DataError: a file is missing or has another size.
+    """
     for _, path, num_bytes, _ in _files(prepared_dir, manifest, splits):
         if not path.is_file():
             raise DataError(f"the shard {path} is missing. {_start_over(prepared_dir)}", path=str(path))
@@ -282,7 +287,7 @@ def verify(prepared_dir: Path | str) -> Manifest:
     """Read every file and compare it with its hash.
 
     Raises:
-        DataError: a file is missing, or differs from what was written.
+        DataError: a file is missing or has changed since it was written.
     """
     folder = Path(prepared_dir)
     manifest = Manifest.load(folder)
@@ -308,7 +313,7 @@ def file_sha256(path: Path) -> str:
 
 
 def offsets_file_bytes(num_documents: int) -> int:
-    """Size of the ``.npy`` file: a header of 128 bytes and ``num_documents + 1`` entries of 8."""
+    """Size of the ``.npy`` file: a 128-byte header and ``num_documents + 1`` entries of 8 bytes."""
     return 128 + 8 * (num_documents + 1)
 
 
@@ -332,7 +337,7 @@ def _load_offsets(prepared_dir: Path, split: str, shard: Shard) -> npt.NDArray[n
     path = prepared_dir / split / f"{shard.name}.offsets.npy"
     try:
         offsets = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # the header is a Python literal: damaged, it can be any error of the parser
+    except Exception as error:  # the header is a Python literal: if damaged, the parser can raise anything
         raise DataError(f"{path} is damaged: {reason(error)}. {_start_over(prepared_dir)}", path=str(path)) from None
     is_whole = offsets.dtype == np.dtype("<i8") and offsets.shape == (shard.num_documents + 1,)
     if not is_whole or offsets[0] != 0 or offsets[-1] != shard.num_tokens or np.any(np.diff(offsets) < 1):

@@ -1,1 +1,1 @@
-"""Several processes that train one model: who is who, and the model cut over them. PyTorch's FSDP2 does the work."""
+"""Distributed training: process setup and coordination, and model sharding with PyTorch's FSDP2."""

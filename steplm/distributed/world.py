@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, what all of them agree on, and an end to waiting for one that hangs."""
+"""The processes of a run: ranks, agreement between them, and a watchdog that ends the wait for a rank that hangs."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from steplm.launch import is_launched, launched_size
 from steplm.rows import WHOLE, Rows
 from steplm.units import reason
 
-# What gloo and nccl say, in errors of no class of their own, when the process at the other end is gone.
+# Messages from gloo and NCCL when the peer process is gone. The errors have no class of their own.
 _LOST = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe|ncclRemoteError")
 
-LONG = datetime.timedelta(days=7)  # others wait so long for the first rank to prepare data
+LONG = datetime.timedelta(days=7)  # timeout while the first rank prepares data
 
 
 @dataclass(frozen=True)
 class World:
-    """All ranks, from the place of one of them. As it is by default, a process is alone: no collective is called."""
+    """All ranks, as seen from one of them; with the defaults, a single process that calls no collectives."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # among those of its host
+    local_rank: int = 0  # among the ranks of its host
     local_size: int = 1
-    rows: Rows = WHOLE  # of every sharded tensor, those on this rank
-    mesh: DeviceMesh | None = None  # (replicate, shard); None: alone
-    patient_group: Any = None  # for what may take hours
-    checkpoint_group: Any = None  # for collectives of the thread that writes
+    rows: Rows = WHOLE  # this rank's rows of every sharded tensor
+    mesh: DeviceMesh | None = None  # (replicate, shard); None in a single process
+    patient_group: Any = None  # for waits that may take hours
+    checkpoint_group: Any = None  # for collectives of the checkpoint thread
     watchdog: Watchdog | None = field(default=None, repr=False)
 
     @property
@@ -61,7 +61,7 @@ class World:
         return self.size // self.rows.count
 
     def sum(self, *values: float) -> list[float]:
-        """The sum over all ranks of each value, in fp64; every rank gets the same bits."""
+        """Sum each value over all ranks in fp64; the result is bitwise the same on every rank."""
         self.alive()
         if self.is_alone:
             return list(values)
@@ -71,20 +71,20 @@ class World:
         return total.tolist()
 
     def any(self, flag: object) -> bool:
-        """Whether it is so on any rank."""
+        """Whether the flag is true on any rank."""
         return self.sum(float(bool(flag)))[0] > 0
 
     def gather(self, value: float) -> list[float]:
-        """The value of every rank, in their order."""
+        """The values of all ranks, in rank order."""
         return self.sum(*(value if rank == self.rank else 0.0 for rank in range(self.size)))
 
     def wait(self) -> None:
-        """Go on when every rank is here."""
+        """Wait until every rank gets here."""
         self.sum(0.0)
 
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
-        """The first rank runs the block alone, then the others do: what it has written is there, and may take hours."""
+        """Run the block on the first rank, which may take hours, then on the others, which can read what it wrote."""
         if self.is_alone:
             yield
             return
@@ -97,7 +97,7 @@ class World:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The ranks of a host run the block one after the other: what it takes of host memory, it takes once."""
+        """Run the block on one rank of each host at a time, so that its host memory is needed only once."""
         with self.patiently():
             for turn in range(self.local_size):
                 if turn == self.local_rank:
@@ -106,13 +106,13 @@ class World:
                     dist.barrier(self.patient_group)
 
     def alive(self) -> None:
-        """Tell the watchdog that this rank gets on."""
+        """Tell the watchdog that this rank is making progress."""
         if self.watchdog is not None:
             self.watchdog.last_sign_at = time.monotonic()
 
     @contextmanager
     def patiently(self) -> Iterator[None]:
-        """Inside, the watchdog does not bark: for what may take long."""
+        """Suspend the watchdog for work that may take long."""
         if self.watchdog is not None:
             self.watchdog.last_sign_at = math.inf
         yield
@@ -120,7 +120,7 @@ class World:
 
 
 class Watchdog(threading.Thread):
-    """Ends a process that gives no sign for too long, and shows where each of its threads stands."""
+    """Kills the process if it makes no progress for too long, after printing the stacks of its threads."""
 
     def __init__(self, rank: int, limit_seconds: float) -> None:
         super().__init__(name="watchdog", daemon=True)
@@ -135,7 +135,7 @@ class Watchdog(threading.Thread):
                     f"rank {self.rank}: no progress for {self.limit_seconds / 60:g} minutes (distributed.timeout). "
                     f"Another rank may have died or hung. Stacks of this rank:\n{_stacks()}"
                 )
-                os.write(sys.stderr.fileno(), told.encode())  # at once: every rank speaks now
+                os.write(sys.stderr.fileno(), told.encode())  # in one write: all ranks print at the same time
                 os._exit(1)
 
     def stop(self) -> None:
@@ -143,7 +143,7 @@ class Watchdog(threading.Thread):
 
 
 def _stacks() -> str:
-    """Where each thread of this process stands."""
+    """The stack of each thread of this process."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
@@ -151,10 +151,10 @@ def _stacks() -> str:
 
 
 def with_world_size(distributed: DistributedConfig) -> DistributedConfig:
-    """What is written, with the number of processes that there are.
+    """Set ``world_size`` to the number of launched processes.
 
     Raises:
-        ConfigError: another number is written.
+        ConfigError: the config states another number.
     """
     size = launched_size()
     if distributed.world_size not in (1, size):
@@ -170,12 +170,12 @@ def with_world_size(distributed: DistributedConfig) -> DistributedConfig:
 
 @contextmanager
 def joined(distributed: DistributedConfig, device: torch.device, *, even_alone: bool = False) -> Iterator[World]:
-    """Join the other processes that ``torchrun`` started; alone, nothing is set up.
+    """Join the other processes that ``torchrun`` started; a single process sets up nothing.
 
     Args:
-        distributed: with the true ``world_size``.
-        device: of this run; of several CUDA devices a rank takes that of its ``LOCAL_RANK``.
-        even_alone: set up what is for several where ``torchrun`` has started one: to test it, and to know its cost.
+        distributed: config with the actual ``world_size``.
+        device: device of this run; with several CUDA devices, each rank takes the one of its ``LOCAL_RANK``.
+        even_alone: set up distributed training even for one ``torchrun`` process, to test it or measure its cost.
 
     Raises:
         RankLost: another process is gone.
@@ -194,7 +194,7 @@ def joined(distributed: DistributedConfig, device: torch.device, *, even_alone: 
         store=_store_of_this_attempt(),
         rank=rank,
         world_size=size,
-        # A group's own timeout comes later than the watchdog's, which tells more.
+        # Longer than the watchdog's timeout, whose message is more helpful.
         timeout=datetime.timedelta(seconds=2 * seconds),
     )
     num_shards = distributed.num_shards
@@ -215,7 +215,7 @@ def joined(distributed: DistributedConfig, device: torch.device, *, even_alone: 
     )
     try:
         yield world
-        world.wait()  # nobody leaves while another one still talks
+        world.wait()  # no rank leaves while another still communicates
     except RuntimeError as error:
         if not _LOST.search(str(error)):
             raise
@@ -229,11 +229,11 @@ def joined(distributed: DistributedConfig, device: torch.device, *, even_alone: 
 
 
 def _store_of_this_attempt() -> dist.Store:
-    """The launcher's store, under a name that the ranks agree on now.
+    """The launcher's store, with a key prefix that the ranks agree on for this attempt.
 
-    torchrun keeps one store over restarts, in which the addresses of dead processes stay (pytorch#135712), and its
-    count of restarts is each machine's own. So the first rank makes up a name, and gives it to every rank that asks:
-    under a question of its own, which no process before has asked.
+    torchrun keeps one store across restarts, in which addresses of dead processes remain (pytorch#135712), and its
+    restart count is local to each machine. So the first rank generates a prefix and sends it to every rank that asks.
+    Each rank asks under a new random key, so that answers to dead processes cannot be mistaken for its own.
     """
     store, rank, size = next(dist.rendezvous("env://"))
     if rank:
@@ -248,7 +248,7 @@ def _store_of_this_attempt() -> dist.Store:
         for other in sorted(silent):
             if store.check([f"heard/{name}/{other}"]):
                 silent.discard(other)
-            elif store.check([f"question/{other}"]):  # it may be a dead one's; then another will come
+            elif store.check([f"question/{other}"]):  # may be from a dead process; the live one will ask too
                 store.set(f"answer/{store.get(f'question/{other}').decode()}", name)
         time.sleep(0.02)
     return dist.PrefixStore(name, store)

@@ -1,1 +1,1 @@
-"""Building models, running them layer by layer, and their loss without logits."""
+"""Models: building them, loading and saving them, and computing their loss without full logits."""

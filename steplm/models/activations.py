@@ -1,4 +1,4 @@
-"""Activations of the layers in less memory: made again in the backward pass, or kept in host memory until then."""
+"""Save activation memory: recompute activations in the backward pass, or keep them in host memory until then."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from steplm.errors import ConfigError
 def layers_to_checkpoint(
     choice: bool | Literal["frozen", "new"], num_layers: int, new_layers: Iterable[int]
 ) -> tuple[int, ...]:
-    """Indices of the layers that ``train.gradient_checkpointing`` names, bottom to top.
+    """Indices of the layers that ``train.gradient_checkpointing`` selects, bottom to top.
 
     Args:
-        choice: ``True`` all, ``False`` none, ``"new"`` those of ``new_layers``, ``"frozen"`` the others.
+        choice: True for all, False for none, ``"new"`` for ``new_layers``, ``"frozen"`` for the others.
     """
     new = set(new_layers)
     chosen = {True: range(num_layers), False: (), "new": new, "frozen": set(range(num_layers)) - new}[choice]
@@ -33,13 +33,13 @@ def layers_to_checkpoint(
 
 
 def checkpoint_layers(model: PreTrainedModel, layers: Sequence[int], layer_prefix: str) -> None:
-    """Of these layers keep only the input, and run them again in the backward pass; of all others keep everything.
+    """Enable activation checkpointing for these layers and disable it for all others.
 
     Args:
-        layer_prefix: name of the list of layers, such as ``model.layers``.
+        layer_prefix: name of the module list of layers, such as ``model.layers``.
 
     Raises:
-        ConfigError: the family's layers do not offer it.
+        ConfigError: the layers of this model family do not support it.
     """
     all_layers = list(model.get_submodule(layer_prefix).children())
     for layer in all_layers:
@@ -50,12 +50,12 @@ def checkpoint_layers(model: PreTrainedModel, layers: Sequence[int], layer_prefi
                 model_type=model.config.model_type,
             )
     if layers:
-        # The newer name, where transformers has it. Reentrant checkpointing gives no gradients where the
+        # Newer transformers versions have the first name. Reentrant checkpointing gives no gradients if the
         # first layers are frozen.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-        # For reentrant checkpointing it makes the embeddings' output ask for a gradient, which
-        # would keep activations of frozen layers that nobody needs.
+        # transformers makes the embedding output require gradients, which only reentrant checkpointing needs. That
+        # would save activations of frozen layers that are never used.
         model.disable_input_require_grads()
     for index, layer in enumerate(all_layers):
         layer.gradient_checkpointing = index in layers
@@ -63,14 +63,14 @@ def checkpoint_layers(model: PreTrainedModel, layers: Sequence[int], layer_prefi
 
 @contextmanager
 def offloaded_activations(model: nn.Module) -> Iterator[None]:
-    """What autograd saves inside moves to host memory, and comes back when the backward pass asks for it.
+    """Move tensors that autograd saves to host memory, and back when the backward pass needs them.
 
-    Parameters, buffers and storages of less than ``MIN_OFFLOADED_BYTES`` stay. A storage that is saved several
-    times moves once, whole; in the backward pass it is on the device from its first use until its last.
+    Parameters, buffers, and storages smaller than ``MIN_OFFLOADED_BYTES`` stay on the device. A storage that is saved
+    several times is moved once, as a whole. In the backward pass it is on the device from its first use to its last.
     """
     stay = {StorageWeakRef(tensor.untyped_storage()) for tensor in chain(model.parameters(), model.buffers())}
-    # The weak reference in the key keeps the address from being another storage's; the version tells what was
-    # saved before a change in place from what was saved after it.
+    # The weak reference in the key prevents another storage from reusing the address. The version distinguishes
+    # tensors saved before and after an in-place change.
     moved: WeakValueDictionary[tuple[StorageWeakRef, int, torch.dtype], _Moved] = WeakValueDictionary()
 
     def pack(tensor: Tensor) -> Tensor | _View:
@@ -92,14 +92,14 @@ def offloaded_activations(model: nn.Module) -> Iterator[None]:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory; pinned, and made without waiting, where the tensor is on an accelerator."""
+    """Copy to host memory; from an accelerator, asynchronously to pinned memory."""
     on_accelerator = tensor.device.type == "cuda"
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_accelerator)
     return copy.copy_(tensor, non_blocking=on_accelerator)
 
 
 class _Moved:
-    """All elements of one storage: in host memory until somebody asks for them, then on the device."""
+    """All elements of one storage, in host memory until first requested, then on the device."""
 
     def __init__(self, tensor: Tensor) -> None:
         num_elements = tensor.untyped_storage().nbytes() // tensor.element_size()
@@ -108,14 +108,14 @@ class _Moved:
 
     def on_device(self) -> Tensor:
         if self.is_on_host:
-            # A copy on a CPU too, so that a count of bytes sees there what an accelerator does.
+            # Copy on a CPU too, so that counting bytes there matches an accelerator.
             self.elements = self.elements.to(self.device, non_blocking=True, copy=True)
             self.is_on_host = False
         return self.elements
 
 
 class _View(NamedTuple):
-    """A saved tensor: a view of a storage that was moved."""
+    """A saved tensor, as a view of a moved storage."""
 
     whole: _Moved
     size: Sequence[int]

@@ -1,4 +1,4 @@
-"""Models of ``transformers``, built from a configuration and from plain named tensors."""
+"""Build ``transformers`` models from a configuration and plain named tensors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from steplm.models.device import move
 from steplm.types import LayerMap
 from steplm.units import in_one_line, nearest
 
-# Keys of earlier transformers that its configurations still take, and turn into ``rope_parameters``.
+# Keys from earlier transformers versions that configurations still accept and convert to ``rope_parameters``.
 ACCEPTED_KEYS = ("rope_theta", "rope_scaling")
 OWN_KEYS = frozenset(ModelConfig.model_fields)
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -40,16 +40,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = None) -> PretrainedConfig:
-    """A ``transformers`` configuration from its keys.
+    """Build a ``transformers`` configuration from its keys.
 
     Args:
-        values: Hugging Face configuration keys, ``model_type`` included. A key that is None and that the family does
-            not have is left out.
-        layers: of a shallower model instead: indices of the layers that it has, or how many from the bottom.
+        values: Hugging Face configuration keys, including ``model_type``. Keys that are None are dropped if the family
+            does not have them.
+        layers: for a shallower model, the indices of its layers, or their number from the bottom.
 
     Raises:
-        ConfigError: an unknown model type, one that is no decoder-only language model, or a key that neither the
-            configuration nor the modelling code of this type has.
+        ConfigError: the model type is unknown or not a decoder-only language model, or a key is used by neither the
+            configuration nor the modeling code of this type.
     """
     values = dict(values)
     model_type = str(values.pop("model_type"))
@@ -63,7 +63,7 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
         values.pop("num_key_value_heads", None)  # a family without grouped queries
     for key, value in list(values.items()):
         if not _is_read(default, key):
-            if value is None:  # a way to leave out a key of ``model`` that the family has not
+            if value is None:  # lets users drop a key of ``model`` that the family lacks
                 del values[key]
                 continue
             hint = nearest(key, default.to_dict(), otherwise="")
@@ -72,7 +72,7 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
             raise ConfigError(f"the configuration of {model_type!r} has no key {key!r}.{hint}", key=key)
     try:
         config = AutoConfig.for_model(model_type, **values)
-    except Exception as error:  # of any kind: a key of the wrong type is found only where it is used
+    except Exception as error:  # any type: a key with a value of the wrong type fails only where it is used
         raise ConfigError(f"transformers refuses this configuration of {model_type!r}: {in_one_line(error)}") from None
     require_decoder_only(config)
     _leave_out_foreign_tokens(config, given=values)
@@ -83,10 +83,10 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
 
 
 def _leave_out_foreign_tokens(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
-    """Special tokens by a family's default are of another tokenizer: beyond this vocabulary, no model would load.
+    """Clear default special tokens outside the vocabulary: they belong to another tokenizer, and no model would load.
 
     Raises:
-        ConfigError: one that is given lies beyond it.
+        ConfigError: an explicitly given special token is outside the vocabulary.
     """
     for key in SPECIAL_TOKENS:
         value, vocab_size = getattr(config, key, None), getattr(config, "vocab_size", None)
@@ -103,7 +103,7 @@ def _leave_out_foreign_tokens(config: PretrainedConfig, given: Mapping[str, Any]
 
 
 def config_values(config: PretrainedConfig) -> dict[str, Any]:
-    """The keys of a configuration that ``hf_config`` takes back."""
+    """The keys of a configuration that ``hf_config`` accepts."""
     default = _default_config(config.model_type)
     values = {key: value for key, value in config.to_dict().items() if _is_read(default, key)}
     return {**values, "model_type": config.model_type}
@@ -112,19 +112,23 @@ def config_values(config: PretrainedConfig) -> dict[str, Any]:
 def _default_config(model_type: str) -> PretrainedConfig:
     try:
         config = AutoConfig.for_model(model_type)
-    except Exception as error:  # of any kind: a few have no valid default
+    except Exception as error:  # any type: a few families have no valid default
         raise ConfigError(f"transformers makes no configuration of {model_type!r}: {in_one_line(error)}") from None
-    config.allow_global_per_layer_attribute_access = True  # where layers differ by default, asking for a key raises
+    config.allow_global_per_layer_attribute_access = True  # otherwise, keys that differ by layer raise
     require_decoder_only(config)
     return config
 
 
 def require_decoder_only(config: PretrainedConfig) -> None:
-    """Raises ConfigError for what is more than one decoder of text, or has layers of several widths."""
+    """Require a single text decoder whose layers all have the same width.
+
+    Raises:
+        ConfigError: it is not.
+    """
     kind = f"model type {config.model_type!r}"
     try:
         text_config = config.get_text_config()
-    except ValueError:  # it has several
+    except ValueError:  # it has several text configs
         text_config = None
     if text_config is not config:
         own = getattr(text_config, "model_type", None)
@@ -132,7 +136,7 @@ def require_decoder_only(config: PretrainedConfig) -> None:
         raise ConfigError(f"{kind} is more than a language model; only text models can be trained and grown.{hint}")
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{kind} is an encoder-decoder; only decoders can be trained and grown.")
-    # Neither attribute is there in the first releases of transformers 5.
+    # The first releases of transformers 5 have neither attribute.
     asks_globally = getattr(config, "allow_global_per_layer_attribute_access", False)
     if getattr(config, "is_heterogeneous", False) and not asks_globally:
         widths = ", ".join(sorted(config.per_layer_attributes or ()))
@@ -142,16 +146,16 @@ def require_decoder_only(config: PretrainedConfig) -> None:
 
 
 def with_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
-    """The configuration of a model whose layer ``i`` is set up as layer ``layers[i]`` of this one.
+    """The configuration of a model whose layer ``i`` is configured like layer ``layers[i]`` of this one.
 
     Raises:
-        ConfigError: the layers of the new model would differ from those that they stand for.
+        ConfigError: a layer of the new model would differ from its original.
     """
     return _checked(config, select_layers(config.to_dict(), layers), layers)
 
 
 def grown_config(config: PretrainedConfig, layer_map: LayerMap) -> PretrainedConfig:
-    """The configuration of the grown model: a new layer is set up as its first parent is.
+    """The configuration of the grown model; a new layer is configured like its first parent.
 
     Raises:
         GrowthError: the map is for another depth.
@@ -164,9 +168,9 @@ def grown_config(config: PretrainedConfig, layer_map: LayerMap) -> PretrainedCon
 def build_model(
     config: PretrainedConfig, state: Mapping[str, Tensor], *, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """A causal language model that holds exactly the tensors of ``state`` (full, named, unsharded).
+    """Build a causal language model from exactly the tensors of ``state`` (full, named, unsharded).
 
-    Tensors are taken over, not copied, where they are on ``device`` already.
+    Tensors that are already on ``device`` are used directly, not copied.
 
     Raises:
         ConfigError: a tensor is missing, unexpected or of the wrong shape.
@@ -183,10 +187,10 @@ def build_model(
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model whose parameters are on the meta device; buffers have their values.
+    """Build a causal language model with parameters on the meta device but real buffers.
 
     Raises:
-        ConfigError: it has buffers that are a part of its state, which shards do not carry.
+        ConfigError: the model has persistent buffers, which sharding does not support.
     """
     with _parameters_on_meta():
         model = _from_config(config, dtype)
@@ -201,17 +205,17 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A causal language model without values: names, shapes and settings, in no memory.
+    """Build a causal language model on the meta device, with names, shapes and settings but no memory use.
 
     Raises:
-        ConfigError: transformers makes none of this configuration.
+        ConfigError: transformers cannot build a model from this configuration.
     """
     with torch.device("meta"):
         return _from_config(config, torch.float32)
 
 
 def check_state(config: PretrainedConfig, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Tensors of these names and shapes are a whole model of this configuration, which then leaves none to chance.
+    """Require that tensors of these names and shapes are a complete model, so that no weight is left random.
 
     Raises:
         ConfigError: a tensor is missing, unexpected or of the wrong shape.
@@ -220,7 +224,7 @@ def check_state(config: PretrainedConfig, shapes: Mapping[str, Sequence[int]]) -
 
 
 def initial_state(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Fresh weights by the model's own initialisation: drawn on the CPU in fp32, then rounded to ``dtype``."""
+    """Fresh weights from the model's own initialization, drawn on the CPU in fp32 and then rounded to ``dtype``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _from_config(config, torch.float32)
@@ -228,10 +232,10 @@ def initial_state(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) ->
 
 
 def fresh_layers(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> Callable[[int], dict[str, Tensor]]:
-    """A function from a layer's index to freshly initialised tensors of one layer, named below the layer.
+    """Return a function that maps a layer index to freshly initialized tensors, named relative to the layer.
 
-    Nothing is built before it is called, and then one layer with a tiny vocabulary, initialised as in a model of the
-    configuration's depth: GPT-2 draws its output projections narrower the deeper it is.
+    Nothing is built until it is called. It then builds a single layer with a tiny vocabulary, initialized as in a model
+    of the configuration's full depth, because some families (GPT-2) scale the initialization by depth.
     """
 
     @torch.no_grad()
@@ -248,33 +252,33 @@ def fresh_layers(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> 
 
 
 def with_tiny_vocabulary(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
-    """The configuration of a model of these layers with few tokens, to try a layer at little cost."""
+    """The configuration of a model with these layers and a tiny vocabulary, to test layers cheaply."""
     special = {key: 0 for key in SPECIAL_TOKENS if hasattr(config, key)}
     return _parsed(config, select_layers(config.to_dict(), layers) | special | {"vocab_size": TINY_VOCABULARY})
 
 
 def plain_state(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The model's parameters, and the buffers that are saved with them, by name; a tied tensor appears once.
+    """The model's parameters and persistent buffers, by name; a tied tensor appears once.
 
-    Shares storage unless parameters are cast to ``dtype``. Buffers keep their own type.
+    Tensors share storage with the model unless cast to ``dtype``. Buffers keep their own dtype.
     """
     parameters = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
     return parameters | saved_buffers(model)
 
 
 def dtype_of(state: Mapping[str, Tensor]) -> torch.dtype:
-    """That of the weights: of the largest tensor, as buffers can have one of their own."""
+    """The dtype of the weights, taken from the largest tensor because buffers can have another dtype."""
     return max(state.values(), key=Tensor.numel).dtype
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are saved with a model, such as the biases of routers, by name."""
+    """The persistent buffers of a model, such as router biases, by name."""
     saved = model.state_dict().keys()
     return {name: buffer.detach() for name, buffer in model.named_buffers() if name in saved}
 
 
 def _is_read(default: PretrainedConfig, key: str) -> bool:
-    """Whether a model type does anything with a key: it has a default, or is read where it is there (``head_dim``)."""
+    """Whether a model type uses a key: it has a default, or the modeling code reads it if present (``head_dim``)."""
     return key in ACCEPTED_KEYS or hasattr(default, key) or _is_read_by_model(default.model_type, key)
 
 
@@ -282,14 +286,14 @@ def _is_read(default: PretrainedConfig, key: str) -> bool:
 def _is_read_by_model(model_type: str, key: str) -> bool:
     try:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
-    except KeyError:  # no causal language model
+    except KeyError:  # not a causal language model
         return False
     source = inspect.getsource(sys.modules[model_class.__module__])
     return re.search(rf"(config\.|[\"']){re.escape(key)}\b", source) is not None
 
 
 def _checked(config: PretrainedConfig, values: dict[str, Any], layers: Sequence[int]) -> PretrainedConfig:
-    """The configuration of ``values``, if each of its layers is set up as the one in ``config`` that it stands for."""
+    """The configuration of ``values``; checks that its layer ``i`` matches layer ``layers[i]`` of ``config``."""
     if list(layers) == list(range(config.num_hidden_layers)):
         return copy.deepcopy(config)
     result = _parsed(config, values)
@@ -311,10 +315,10 @@ def _checked(config: PretrainedConfig, values: dict[str, Any], layers: Sequence[
 
 
 def _parsed(config: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig:
-    """A configuration of the same type from other values."""
+    """A configuration of the same type with other values."""
     try:
         result = type(config).from_dict(values)
-    except Exception as error:  # as above
+    except Exception as error:  # any type, as in hf_config
         raise ConfigError(
             f"transformers refuses this configuration of {config.model_type!r}: {in_one_line(error)}"
         ) from None
@@ -323,7 +327,7 @@ def _parsed(config: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfi
 
 
 def _check_outside(before: nn.Module, after: nn.Module, layers: str) -> None:
-    """Nothing outside the layers depends on the depth."""
+    """Require that tensor shapes outside the layers do not depend on the depth."""
     shapes = [
         {name: tuple(t.shape) for name, t in plain_state(model).items() if not name.startswith(layers)}
         for model in (before, after)
@@ -333,7 +337,7 @@ def _check_outside(before: nn.Module, after: nn.Module, layers: str) -> None:
 
 
 def _differing(old: nn.Module, old_index: int, new: nn.Module, new_index: int) -> tuple[str, Any, Any] | None:
-    """The first setting in which two layers differ but for their own index, and its values."""
+    """The first setting that differs between two layers, other than their own index, and both values."""
     was, would_be = _settings(old), _settings(new)
     for key in sorted(was.keys() | would_be.keys()):
         values = was.get(key, "none"), would_be.get(key, "none")
@@ -343,11 +347,11 @@ def _differing(old: nn.Module, old_index: int, new: nn.Module, new_index: int) -
 
 
 def _settings(layer: nn.Module) -> dict[str, Any]:
-    """Shapes of a layer's tensors, and the plain attributes of its modules, by name."""
+    """The shapes of a layer's tensors and the plain attributes of its modules, by name."""
     found: dict[str, Any] = {name: list(tensor.shape) for name, tensor in plain_state(layer).items()}
     for name, module in layer.named_modules():
         for key, value in vars(module).items():
-            # Not floats: a few families scale by depth, which is not set up by the configuration's lists.
+            # Floats are ignored: a few families scale values by depth, which per-layer config lists do not control.
             if not key.startswith("_") and (value is None or isinstance(value, bool | int | str)):
                 found[f"{name}.{key}".lstrip(".")] = value
     return found
@@ -355,7 +359,7 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
 
 def _check_state(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in plain_state(model).items()}
-    # A tied tensor may also be there under its other names.
+    # A tied tensor may also appear under its other names.
     known = expected.keys() | model.state_dict().keys()
     missing, unexpected = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - known)
     if missing or unexpected:
@@ -374,7 +378,7 @@ def _check_state(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) ->
 
 
 def describe_misfit(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """Names of tensors that a model lacks or does not know, and the prefix that a wrapper has put before them."""
+    """Describe missing and unexpected tensors, or the name prefix that a wrapper has added."""
     for prefix in ("_orig_mod.", "module."):
         if any(name.startswith(prefix) for name in unexpected):
             wrapper = "torch.compile" if prefix == "_orig_mod." else "DistributedDataParallel"
@@ -396,7 +400,7 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
         for implementation in implementations:
             try:
                 return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype)
-            except Exception as error:  # as above
+            except Exception as error:  # any type, as in hf_config
                 why = in_one_line(error)
                 if "scaled_dot_product_attention" not in str(error):
                     break
@@ -405,9 +409,9 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
 
 @contextmanager
 def no_padding_index() -> Iterator[None]:
-    """Inside, no embedding has a padding index, whose row would start at zero and stay there.
+    """Create embeddings without a padding index, whose row would start at zero and never be trained.
 
-    Training pads nothing, and a family's default ``pad_token_id`` is any token of the tokenizer that is used here.
+    Training uses no padding, and a family's default ``pad_token_id`` can be any token of the tokenizer used here.
     """
     initialise = nn.Embedding.__init__
 
@@ -425,7 +429,7 @@ def no_padding_index() -> Iterator[None]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Inside, new parameters take no memory while buffers (rotary frequencies) are computed as usual."""
+    """Create parameters on the meta device; buffers (rotary frequencies) are computed as usual."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

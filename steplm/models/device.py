@@ -1,4 +1,4 @@
-"""The device of a run or an evaluation, by its name in YAML and on the command line."""
+"""Device selection and memory management for runs and evaluations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from steplm.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda``.
+    """Resolve ``auto``, ``cpu`` or ``cuda`` to a device.
 
     Raises:
-        ConfigError: another name, or CUDA where there is none.
+        ConfigError: the name is unknown, or CUDA is not available.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"unknown device {name!r}: use auto, cpu or cuda", device=name)
@@ -28,24 +28,24 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _allocate_exactly() -> None:
-    """Let CUDA's allocator give tensors the bytes that they have, and lose little between them.
+    """Make the CUDA allocator use expandable segments, to reduce rounding and fragmentation.
 
-    By default it gives a large tensor up to 1 MiB more, and cannot join what is free in different blocks. Nothing is
-    changed where the user has set the allocator, or it is in use already.
+    By default it allocates up to 1 MiB more for a large tensor, and cannot merge free memory of different blocks.
+    Nothing is changed if the user has configured the allocator or CUDA is already initialized.
     """
     if not ({"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys() or torch.cuda.is_initialized()):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def free_memory() -> None:
-    """Let go of models that nobody uses any more: reference cycles among them, and what CUDA's allocator keeps."""
+    """Free the memory of unused models, including reference cycles and the CUDA allocator's cache."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def move(model: nn.Module, device: torch.device | str) -> None:
-    """Put the model on the device, in place. What is there already is not touched: a fake tensor cannot be moved."""
+    """Move the model to the device in place; do nothing if it is already there, as fake tensors cannot be moved."""
     device = torch.device(device)
     if any(tensor.device != device for tensor in (*model.parameters(), *model.buffers())):
         model.to(device)

@@ -1,4 +1,4 @@
-"""Hugging Face folders: ``config.json`` + ``model*.safetensors``, read and written as plain named tensors."""
+"""Read and write Hugging Face folders (``config.json`` and ``model*.safetensors``) as plain named tensors."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ from steplm.models.build import (
 from steplm.units import in_one_line, reason
 
 MAX_SHARD_SIZE = "5GB"
-# Files that travel with a model, whatever is done to its weights.
+# Files copied along with a model, whatever happens to its weights.
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "encoder.json",
     "spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*", "generation_config.json",
 )  # fmt: skip
-MOST_LAYERS = 1000  # of a model that is built to compare it with the weights
+MOST_LAYERS = 1000  # deeper configs are refused if they also have more layers than stored tensors
 INTEGERS = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 def save_folder(folder: Path, config: PretrainedConfig, state: Mapping[str, Tensor]) -> None:
-    """Write ``config.json`` and the weights, sharded above 5 GB, and check that they are a whole model.
+    """Write ``config.json`` and the weights, sharded above 5 GB, and check that they form a complete model.
 
     Raises:
-        ConfigError: ``config.json`` as it was written asks for other tensors than these.
+        ConfigError: the written ``config.json`` describes different tensors.
     """
     save_checked_config(folder, config, state)
     save_torch_state_dict(dict(state), folder, max_shard_size=MAX_SHARD_SIZE)
 
 
 def save_checked_config(folder: Path, config: PretrainedConfig, state: Mapping[str, Tensor]) -> None:
-    """Write ``config.json``, and check that these tensors are the whole model that it asks for.
+    """Write ``config.json``, and check that these tensors are exactly those of the model it describes.
 
     Raises:
         ConfigError: they are not.
@@ -59,29 +59,29 @@ def save_checked_config(folder: Path, config: PretrainedConfig, state: Mapping[s
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a Hugging Face folder that hold its weights, in any format, and the indices of their shards."""
+    """The weight files of a Hugging Face folder, in any format, and the index files of their shards."""
     return sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(WEIGHT_SUFFIXES))
 
 
 def save_hf_config(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
-    """Write ``config.json`` for weights of this type."""
+    """Write ``config.json`` for weights of this dtype."""
     folder.mkdir(parents=True, exist_ok=True)
     config.dtype = dtype
     config.save_pretrained(folder)
 
 
 def load_state(folder: Path, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All tensors of ``model*.safetensors`` in a folder, on the CPU.
+    """Load all tensors of ``model*.safetensors`` in a folder, on the CPU.
 
     Raises:
-        CheckpointError: no such file, or a damaged one.
+        CheckpointError: a file is missing or damaged.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
             files = sorted(folder / Path(name).name for name in names)
-        except Exception as error:  # what stands in it can be anything
+        except Exception as error:  # the file can contain anything
             raise CheckpointError(f"{index} is damaged: {reason(error)}", path=str(index)) from None
     else:
         files = [folder / "model.safetensors"]
@@ -92,7 +92,7 @@ def load_state(folder: Path, *, dtype: torch.dtype | None = None) -> dict[str, T
 
 
 def load_tensors(file: Path, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """All tensors of one safetensors file, on the CPU."""
+    """Load all tensors of one safetensors file, on the CPU."""
     if not file.is_file():
         raise CheckpointError(f"no file {file}", path=str(file))
     try:
@@ -103,14 +103,14 @@ def load_tensors(file: Path, *, dtype: torch.dtype | None = None) -> dict[str, T
 
 
 def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A model from a Hugging Face folder or from the hub, every tensor of it; never runs remote code.
+    """Load a complete model from a Hugging Face folder or the hub, without running remote code.
 
-    No embedding has a padding index: whoever goes on training it trains every row.
+    Embeddings have no padding index, so that further training updates every row.
 
     Raises:
-        CheckpointError: the folder holds no model, or other tensors than those of the model in its ``config.json``,
-            or numbers that are no weights (integers, NaN).
-        HubUnavailable: not a folder, and the hub cannot be reached or does not have it.
+        CheckpointError: the folder contains no model, its tensors do not match its ``config.json``, or their values
+            are not valid weights (integers, NaN).
+        HubUnavailable: it is not a folder, and the hub cannot be reached or does not have it.
     """
     _require_model(name)
     _require_one_set_of_weights(Path(name))
@@ -119,7 +119,7 @@ def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> P
             model, report = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, trust_remote_code=False, output_loading_info=True
             )
-    except Exception as error:  # transformers checks little of what a config.json says before it uses it
+    except Exception as error:  # any type: transformers hardly validates config.json before using it
         raise _cannot_load(name, error) from None
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing or unexpected:
@@ -134,7 +134,7 @@ def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> P
 
 
 def _require_one_set_of_weights(folder: Path) -> None:
-    """Of two sets, or a model and an adapter, transformers takes one, or both, without a word."""
+    """Refuse two sets of weights, or an adapter beside a model: transformers would silently use one or both."""
     if not folder.is_dir():
         return
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -153,7 +153,7 @@ def _require_one_set_of_weights(folder: Path) -> None:
 
 def _check_values(model: PreTrainedModel, name: str | Path) -> None:
     for key, tensor in model.named_parameters():
-        # A sum is made without a tensor of its own, and is finite in all but the rarest cases.
+        # The sum needs no temporary tensor, and finite weights almost always have a finite sum.
         if not tensor.sum(dtype=torch.float32).isfinite() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"the weights in {name} are not all numbers: {key} holds NaN or infinity", tensor=key)
     if Path(name).is_dir() and not hasattr(model.config, "quantization_config"):
@@ -168,7 +168,7 @@ def _check_values(model: PreTrainedModel, name: str | Path) -> None:
 
 
 def _refuse_integers(folder: Path, parameters: set[str], prefix: str) -> None:
-    """They would be taken for weights, as they are: what a quantization that config.json does not name has left."""
+    """Refuse integer tensors, left by a quantization not named in config.json, which would be used as weights as is."""
     for file in sorted(folder.glob("*.safetensors")):
         with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118
@@ -181,17 +181,17 @@ def _refuse_integers(folder: Path, parameters: set[str], prefix: str) -> None:
 
 
 def copy_companions(model: str | Path, folder: Path) -> None:
-    """Copy what belongs to a model besides configuration and weights: tokenizer, chat templates, generation defaults.
+    """Copy a model's files other than config and weights: tokenizer, chat templates, generation defaults.
 
     Raises:
         CheckpointError: a file cannot be copied.
-        HubUnavailable: a hub model, and the hub cannot be reached.
+        HubUnavailable: the model is on the hub, which cannot be reached.
     """
     source = Path(model)
     if not source.is_dir():
         try:
             source = Path(snapshot_download(str(model), allow_patterns=list(COMPANIONS)))
-        except Exception as error:  # as above
+        except Exception as error:  # any type, as in load_pretrained
             raise _cannot_load(model, error) from None
     for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
@@ -205,7 +205,7 @@ def copy_companions(model: str | Path, folder: Path) -> None:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """No progress bars of transformers, which would tear ours apart, and no report of tensors, which we check."""
+    """Silence transformers: its progress bars would break ours, and its tensor report repeats our own checks."""
     shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -220,10 +220,10 @@ def without_bars() -> Iterator[None]:
 def load_config_and_state(
     name: str | Path, *, dtype: torch.dtype | None = None
 ) -> tuple[PretrainedConfig, dict[str, Tensor]]:
-    """Configuration and tensors of a Hugging Face folder or hub model, in the file's dtype by default.
+    """Load the configuration and tensors of a Hugging Face folder or hub model, by default in the file's dtype.
 
     Raises:
-        ConfigError: it is no decoder-only language model, or its weights are quantized.
+        ConfigError: it is not a decoder-only language model, or its weights are quantized.
         CheckpointError, HubUnavailable: as ``load_pretrained``.
     """
     require_plain_weights(load_hf_config(name), name)
@@ -232,7 +232,11 @@ def load_config_and_state(
 
 
 def require_plain_weights(config: PretrainedConfig, name: str | Path) -> None:
-    """Raises ConfigError for what is no decoder of text, and for quantized weights: no rule trains or grows those."""
+    """Require a text decoder without quantized weights, which cannot be trained or grown.
+
+    Raises:
+        ConfigError: it is not.
+    """
     require_decoder_only(config)
     if (how := getattr(config, "quantization_config", None)) is not None:
         method = how.get("quant_method") if isinstance(how, dict) else None
@@ -244,15 +248,15 @@ def require_plain_weights(config: PretrainedConfig, name: str | Path) -> None:
 
 
 def load_hf_config(name: str | Path) -> PretrainedConfig:
-    """The configuration alone; errors as ``load_pretrained``."""
+    """Load only the configuration; raises errors as ``load_pretrained``."""
     _require_model(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # as above
+    except Exception as error:  # any type, as in load_pretrained
         raise _cannot_load(name, error) from None
     num_layers, num_tensors = getattr(config, "num_hidden_layers", None), len(_stored_shapes(Path(name)))
     if isinstance(num_layers, int) and num_layers > max(num_tensors, MOST_LAYERS):
-        # Building that many layers would take all memory before anything is compared.
+        # Building that many layers would exhaust memory before anything is compared.
         raise CheckpointError(
             f"{name}/config.json says num_hidden_layers={num_layers:,}, and the weights hold {num_tensors:,} tensors.",
             path=str(name),
@@ -265,7 +269,7 @@ def _require_model(name: str | Path) -> None:
     if path.is_dir() and not (path / "config.json").is_file():
         hint = ", but an adapter. Merge the adapter into its base model" if _is_adapter(path) else ""
         raise CheckpointError(f"{path} is not a Hugging Face folder: it has no config.json{hint}", path=str(path))
-    # "a/b" may be a hub name; anything deeper, absolute or relative by dots can only be a folder.
+    # "a/b" may be a hub name; anything deeper, absolute, or starting with a dot can only be a folder.
     if not path.exists() and (len(path.parts) != 2 or str(name).startswith((".", "/", "~"))):
         raise CheckpointError(f"no folder {path}", path=str(path))
 
@@ -273,7 +277,7 @@ def _require_model(name: str | Path) -> None:
 def _cannot_load(name: str | Path, error: Exception) -> CheckpointError | HubUnavailable:
     if Path(name).is_dir():
         why = in_one_line(error)
-        if "ignore_mismatched_sizes" in why:  # which tensors, its error does not say
+        if "ignore_mismatched_sizes" in why:  # the error does not name the tensors
             why = "; ".join(_wrong_shapes(Path(name))[:3]) or "tensors have other shapes than config.json says"
         if pointers := [file.name for file in weight_files(Path(name)) if _is_lfs_pointer(file)]:
             why = f"{pointers[0]} is a pointer of Git LFS, not the weights. Run git lfs pull in that folder."
@@ -286,7 +290,7 @@ def _cannot_load(name: str | Path, error: Exception) -> CheckpointError | HubUna
 
 
 def _stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """By the headers of a folder's safetensors files; damaged ones are left out."""
+    """Tensor shapes from the headers of a folder's safetensors files; damaged files are skipped."""
     shapes: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:

@@ -1,4 +1,4 @@
-"""The loss of a batch, for any decoder-only family, without ever making the full logits."""
+"""The loss of a batch for any decoder-only family, without materializing the full logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from steplm.units import reason
 
 
 class TokenBatch(Protocol):
-    """What ``mean_loss`` asks of a batch; the data loader's has it."""
+    """The batch interface that ``mean_loss`` needs; the data loader's ``Batch`` implements it."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -48,12 +48,12 @@ def batch_loss(
     Args:
         input_ids: (B, S).
         labels: (B, S), the token that follows each input; ``IGNORE_INDEX`` where there is none.
-        position_ids: (B, S), restarting at each document to keep attention inside it; ``None``: 0 … S-1.
-        num_valid: labels to divide by: those of the whole optimizer step, over all micro-batches and ranks,
-            which makes the loss invariant to gradient accumulation.
-        chunk_size: rows of logits that exist at once.
-        offload_activations: keep in host memory what the layers save for the backward pass.
-        sequence_losses: (B,) fp32, to which each sequence's own sum is added, undivided.
+        position_ids: (B, S), restarting at each document to keep attention within it; None: 0 … S-1.
+        num_valid: number of valid labels in the whole optimizer step, over all micro-batches and ranks, which makes
+            the loss invariant to gradient accumulation.
+        chunk_size: rows of logits computed at once.
+        offload_activations: keep the layers' saved activations in host memory.
+        sequence_losses: (B,) fp32; each sequence's summed loss is added to it, without the division.
     """
 
     def loss() -> Tensor:
@@ -74,19 +74,19 @@ def batch_loss(
             sequence_losses=sequence_losses,
         )
 
-    # A sharded model gathers the head's matrix for a call of its own.
+    # A sharded model gathers the head's weight only during a call of the root module.
     as_forward: Any = getattr(model, "as_forward", None)
     return loss() if as_forward is None else as_forward(loss)
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
-    """All but the head; a family's own name for it (Llama 4's) can be wrong."""
+    """The model without its head; ``base_model`` is the whole model if its prefix is wrong, as in Llama 4."""
     decoder = model.base_model
     return model.model if decoder is model and hasattr(model, "model") else decoder
 
 
 def _low_rank(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The two factors of what an adapter adds to the logits, (N, rank) and (V, rank); None without an adapter."""
+    """The factors, (N, rank) and (V, rank), of an adapter's contribution to the logits; None without an adapter."""
     adapter: Any = head
     if not hasattr(head, "lora_B"):
         return None
@@ -94,21 +94,21 @@ def _low_rank(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _logit_scale(model: PreTrainedModel) -> float:
-    """Families write it in two ways: Cohere multiplies by ``logit_scale``, Granite divides by ``logits_scaling``."""
+    """The factor on the logits: Cohere multiplies by ``logit_scale``, Granite divides by ``logits_scaling``."""
     scale = getattr(model.config, "logit_scale", None)
     divisor = getattr(model.config, "logits_scaling", None)
     return (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor)
 
 
 def mean_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_size: int) -> tuple[float, int]:
-    """Token-weighted mean negative log-likelihood (nats) and the number of tokens it was taken over."""
+    """Token-weighted mean negative log-likelihood (nats), and the number of tokens."""
     total, count = summed_loss(model, batches, chunk_size=chunk_size)
     return total / max(count, 1), count
 
 
 @torch.no_grad()
 def summed_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_size: int) -> tuple[float, int]:
-    """Negative log-likelihood (nats) over all tokens, and their number."""
+    """Summed negative log-likelihood (nats) of all tokens, and their number."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
@@ -125,9 +125,10 @@ def summed_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
-    """Inside, compiled layers run as they are written.
+    """Run compiled layers eagerly inside this context.
 
-    For what is not a step of training: its shapes would be compiled too, one by one, up to the compiler's limit.
+    For anything other than training steps: each of its shapes would trigger a recompilation, up to the compiler's
+    limit.
     """
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
@@ -136,8 +137,8 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
 def check_loss(model: PreTrainedModel, sequence_length: int) -> None:
     """Compare ``batch_loss`` with cross-entropy on the model's own logits, on one row of at most 16 tokens.
 
-    A family may do to its logits what ``batch_loss`` does not know of: scale, cap or shift them. And it may let
-    tokens see those that follow, which they are to predict.
+    A family may transform its logits in ways that ``batch_loss`` does not support, such as scaling, capping, or
+    shifting. It may also let tokens attend to later tokens, which they are supposed to predict.
 
     Raises:
         ConfigError: the losses differ, the model is not causal, or it cannot be run.
@@ -148,7 +149,7 @@ def check_loss(model: PreTrainedModel, sequence_length: int) -> None:
         _check_loss(model, min(sequence_length, 16))
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         is_about_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if is_about_memory or hasattr(model, "as_forward"):  # or about another rank
+        if is_about_memory or hasattr(model, "as_forward"):  # when sharded, the error may concern another rank
             raise
         raise ConfigError(
             f"model_type {model.config.model_type!r} cannot be run on a row of tokens: {reason(error)}",
@@ -163,8 +164,8 @@ def _check_loss(model: PreTrainedModel, length: int) -> None:
     vocab_size = model.config.get_text_config().vocab_size
     input_ids = (torch.arange(length, device=model.device) * 7919 % vocab_size).unsqueeze(0)
     logits = model(input_ids=input_ids, use_cache=False).logits[0].float()
-    # Fresh weights give nearly equal logits, whose mean loss is log V whatever their scale. Between the
-    # likeliest and the unlikeliest tokens lie all the differences that there are.
+    # Fresh weights give nearly equal logits, whose mean loss is about log V whatever their scale. Labels at the highest
+    # and the lowest logits make the loss depend on it as much as possible.
     expected = [F.cross_entropy(logits, labels).item() for labels in (logits.argmax(dim=1), logits.argmin(dim=1))]
     tolerance = (1e-4 if model.dtype == torch.float32 else 2e-2) * (expected[1] - expected[0]) + 1e-5
     with_another_end = input_ids.clone()
@@ -178,7 +179,7 @@ def _check_loss(model: PreTrainedModel, length: int) -> None:
         )
     for wanted, labels in zip(expected, (logits.argmax(dim=1), logits.argmin(dim=1)), strict=True):
         actual = batch_loss(model, input_ids, labels.unsqueeze(0), num_valid=length, chunk_size=length).item()
-        if not abs(actual - wanted) <= tolerance:  # not >: NaN must not pass
+        if not abs(actual - wanted) <= tolerance:  # not `>`, which NaN would pass
             raise ConfigError(
                 f"model_type {model.config.model_type!r} makes its logits in a way that the chunked loss does not "
                 f"know: loss {actual:.6f}, but {wanted:.6f} from the model's own logits. "

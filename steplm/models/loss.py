@@ -1,4 +1,4 @@
-"""Cross-entropy straight from hidden states: the full logits never exist.
+"""Cross-entropy computed from hidden states in chunks, without materializing the full logits.
 
 N rows (tokens), D hidden size, V vocabulary, R rank, C rows of one chunk.
 """
@@ -30,24 +30,26 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum of negative log-likelihoods over the valid labels, divided by ``num_valid``; an fp32 scalar.
 
-    The logits are ``hidden @ weight.T + bias + low @ B.T`` in the dtype of ``hidden``, everything after that
-    is fp32 (fp64 for fp64 inputs). Loss and gradients come from one pass over chunks, in the forward, so that
-    nothing is computed twice; gradients that nobody needs are not computed. They serve one backward pass.
+    The logits are ``hidden @ weight.T + bias + low @ B.T`` in the dtype of ``hidden``; everything after that
+    is fp32 (fp64 for fp64 inputs). One pass over the chunks, in forward, computes both the loss and the
+    gradients, so that nothing is computed twice. Only required gradients are computed, and they can be used
+    for a single backward pass.
 
     Args:
         hidden: (N, D).
         weight: (V, D), the language-model head.
-        labels: (N,), not shifted here; -100 is ignored.
+        labels: (N,), already shifted; -100 is ignored.
         num_valid: divisor, usually the number of valid labels of the whole step, over all micro-batches.
-        chunk_size: rows of logits that exist at once.
+        chunk_size: rows of logits computed at once.
         bias: (V,).
-        low_rank: ``low`` (N, R) and ``B`` (V, R) of an adapted head.
+        low_rank: ``low`` (N, R) and ``B`` (V, R) of a head with an adapter.
         logit_scale: factor on the logits.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
-        sequence_losses: (B,) fp32, where the rows are B sequences of N / B: to each its own sum is added, undivided.
+        sequence_losses: (B,) fp32, for rows that are B sequences of N / B tokens. Each sequence's summed loss is added
+            to it, without the division.
     """
     low, B = (None, None) if low_rank is None else low_rank
-    # Inside a Function grad mode is off, and needs_input_grad is true under no_grad as well.
+    # Read here because grad mode is off inside a Function, and needs_input_grad is true even under no_grad.
     with_gradients = torch.is_grad_enabled()
     return _ChunkedCrossEntropy.apply(
         hidden,
@@ -83,7 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with_gradients: bool,
     ) -> Tensor:
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        # What is summed over chunks is fp32: a sum in bf16 loses what later chunks add.
+        # Sums over chunks are fp32: a bf16 sum would lose the contributions of later chunks.
         dtypes = (hidden.dtype, accumulate, hidden.dtype, accumulate, accumulate)
         tensors = (hidden, weight, low, B, bias)
         grads = [
@@ -112,7 +114,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 _add_gradients_of_product(logits, hidden, weight, grads[0], grads[1], rows)
                 if low is not None and B is not None:
                     _add_gradients_of_product(logits, low, B, grads[2], grads[3], rows)
-            del logits  # before the next chunk's are made
+            del logits  # before the next chunk's logits are allocated
 
         for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
             if tensor is not None and grad is not None:
@@ -129,7 +131,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 "the gradients of this loss were made once, in its forward pass, and a backward pass has taken them: "
                 "compute the loss again for another one"
             )
-        # One element rather than a scalar: a scalar would be rounded to the gradients' dtype first.
+        # A one-element tensor, because a scalar would first be rounded to the dtype of the gradients.
         factor = grad_outputs[0].reshape(1)
         return (*(None if grad is None else grad.mul_(factor) for grad in grads), *[None] * 7)
 
@@ -143,10 +145,10 @@ def _loss_of_chunk(
     with_gradient: bool,
     sums: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Sum of negative log-likelihoods. ``logits`` (C, V) are overwritten, by their gradient if asked for.
+    """Sum of negative log-likelihoods; overwrites ``logits`` (C, V), with their gradient if ``with_gradient``.
 
     Args:
-        sums: to which each row's is added, and at which index.
+        sums: tensor to add each row's loss to, and the index for each row.
     """
     valid = labels != IGNORE_INDEX
     target = labels.where(valid, 0).unsqueeze(1)
@@ -154,7 +156,8 @@ def _loss_of_chunk(
         logits.mul_(logit_scale)
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
-    # In place, where no cap needs the logits again: the kernels read an element for the last time when they write it.
+    # In place unless the softcap needs the logits again. This is safe because the kernels do not read an element again
+    # after writing it.
     log_probs = torch.log_softmax(logits, dim=1, out=logits if softcap is None else None)
     if sums is not None:
         sums[0].index_add_(0, sums[1], (log_probs.gather(1, target).squeeze(1) * valid).to(sums[0].dtype), alpha=-1)
@@ -178,7 +181,7 @@ def _add_gradients_of_product(
     grad_matrix: Tensor | None,
     rows: slice,
 ) -> None:
-    """What one chunk of the logits ``inputs @ matrix.T`` adds to the gradients of both that are wanted."""
+    """Add one chunk's gradients of ``inputs @ matrix.T`` to the requested gradients of ``inputs`` and ``matrix``."""
     if grad_inputs is not None:
         torch.mm(grad_logits, matrix, out=grad_inputs[rows])
     if grad_matrix is not None:

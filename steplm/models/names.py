@@ -1,22 +1,23 @@
-"""What a model is called in tables and files, from its path."""
+"""Short model names for tables and files, derived from model paths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-EXPORT = "export"  # where a run leaves its model: the folder above says more
+EXPORT = "export"  # folder of a run's exported model; the parent folder gives the name
 
 
 def short_name(model: str) -> str:
-    """Of the run that an export is of, of the folder, or on the hub, without what lies above."""
+    """The last part of a model's folder or hub name; for an export, the name of its run."""
     return short_names([model])[0]
 
 
 def short_names(models: Sequence[str]) -> list[str]:
-    """The end of each path, as much of it as tells the models apart, without what ends all of them.
+    """The shortest path endings that tell the models apart, after dropping any common ending.
 
-    ``runs/step/lr1/export`` and ``runs/vanilla/lr1/export`` are ``step`` and ``vanilla``. Equal paths have equal names.
+    ``runs/step/lr1/export`` and ``runs/vanilla/lr1/export`` become ``step`` and ``vanilla``. Equal paths get equal
+    names.
     """
     paths = [_telling_parts(model) for model in models]
     while len(paths) > 1 and all(len(parts) > 1 for parts in paths) and len({parts[-1] for parts in paths}) == 1:

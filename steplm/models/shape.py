@@ -1,4 +1,4 @@
-"""``ModelShape`` by counting the tensors of a model: right for any decoder-only family."""
+"""Compute ``ModelShape`` by counting a model's tensors, which works for any decoder-only family."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from steplm.types import LinearShape, ModelShape
 
 
 def shape_of(values: Mapping[str, Any]) -> ModelShape:
-    """The shape of the model that these configuration keys make, in a known family or in any other.
+    """The shape of the model with these configuration keys, of a known family or any other.
 
     Raises:
-        ConfigError: no such model, or its layers are not one list of equal layers.
+        ConfigError: there is no such model, or its layers are not one list of equal layers.
     """
     if str(values.get("model_type")) in FAMILIES:
         return shape_from_hf_config(values)
@@ -28,13 +28,13 @@ def shape_of(values: Mapping[str, Any]) -> ModelShape:
 
 
 def shape_from_model(model: PreTrainedModel) -> ModelShape:
-    """Counts from a model of ``transformers``, on any device (``meta`` costs no memory).
+    """The shape of a ``transformers`` model on any device (``meta`` needs no memory).
 
-    Outside the layers, what the output head owns counts as head, other vectors as final norm, and
+    Outside the layers, parameters of the output head count as head, other vectors as final norm, and
     other matrices as embeddings. A tied tensor counts once, where it first appears.
 
     Raises:
-        ConfigError: no list of ``num_hidden_layers`` layers, or layers that differ in their parameters.
+        ConfigError: there is no list of ``num_hidden_layers`` layers, or the layers differ in their parameters.
     """
     config = model.config.get_text_config()
     prefix, layers = find_layers(model, config.num_hidden_layers)

@@ -1,4 +1,4 @@
-"""A model tried by a small one of its own layers: whether it can be trained, and whether growth keeps its function."""
+"""Test a model family on a small model of its layers: whether it can be trained, and growth preserves its function."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from steplm.models.build import TINY_VOCABULARY, build_model, grown_config, init
 from steplm.models.forward import check_loss
 from steplm.types import LayerMap, LayerOrigin
 
-# A new layer between two old ones: it copies the lower one, and the upper one moves up.
+# A new layer between two old ones; it is a copy of the lower one, and the upper one moves up.
 BETWEEN = LayerMap((LayerOrigin((0,)), LayerOrigin((0, 1), is_new=True, fraction=0.5), LayerOrigin((1,))))
 
 
 def require_trainable(config: PretrainedConfig) -> None:
-    """The model predicts tokens from those before them, and its loss is the one that training computes.
+    """Require that the model is causal and that training computes its loss correctly.
 
     Raises:
         ConfigError: as ``check_loss``.
@@ -29,12 +29,12 @@ def require_trainable(config: PretrainedConfig) -> None:
 
 @torch.no_grad()
 def require_unchanged_function(config: PretrainedConfig, operator: str) -> None:
-    """Grow two layers of this configuration to three, and compare every logit.
+    """Grow two layers of this configuration to three, and require identical logits.
 
-    Operators that do not declare that they preserve the function are not tried.
+    Only operators that declare themselves function-preserving are tested.
 
     Raises:
-        GrowthError: the operator declares it, and the logits change.
+        GrowthError: the logits change.
     """
     if not OPERATORS[operator].function_preserving:
         return
@@ -56,7 +56,7 @@ def require_unchanged_function(config: PretrainedConfig, operator: str) -> None:
 
 
 def _two_layers(config: PretrainedConfig) -> tuple[PretrainedConfig, dict[str, Tensor]]:
-    """The bottom and the top layer, with random weights and biases: ones and zeros would hide what is added."""
+    """Config and weights of the bottom and top layers, with added noise because ones and zeros would hide changes."""
     small = with_tiny_vocabulary(config, [0, config.num_hidden_layers - 1])
     state = initial_state(small, seed=0, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)

@@ -1,1 +1,1 @@
-"""A run: entering phases, the step loop, checkpoints and the export."""
+"""Training runs: phase setup, the step loop, checkpointing, and export."""

@@ -1,8 +1,8 @@
-"""A phase's model and update rules from plain tensors.
+"""Build a phase's model and update rules from plain tensors.
 
-One order, everywhere: weights -> adapters -> freeze -> pack -> device -> activation checkpointing -> shard ->
-compile -> update rules. Where tensors are cut over ranks, the model is made without values, and filled when it is
-sharded: no rank ever holds all of it.
+The order is always the same: weights -> adapters -> freeze -> pack -> device -> activation checkpointing -> shard ->
+compile -> update rules. When tensors are sharded across ranks, the model is created on the meta device and filled after
+sharding, so no rank ever holds all of it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from steplm.types import HOST, LayerProvenance, ModelShape, SourceLoss, TrainSta
 
 @dataclass
 class PhaseStart:
-    """Plain tensors and progress with which a phase begins, or goes on after a resume.
+    """Plain tensors and progress from which a phase starts or resumes.
 
-    Of weights and optimizer states a rank has its rows, of adapters all.
+    Weights and optimizer states are this rank's rows; adapters are whole on every rank.
     """
 
     hf_config: PretrainedConfig
@@ -47,17 +47,17 @@ class PhaseStart:
     optimizer_steps: dict[str, int] = field(default_factory=dict)
     unlogged_losses: tuple[float, ...] = ()
     unlogged_sources: tuple[SourceLoss, ...] = ()
-    trained_names: tuple[str, ...] | None = None  # at a resume in the middle of the phase
-    probe_loss: float | None = None  # after a growth, of the plain weights
+    trained_names: tuple[str, ...] | None = None  # set when resuming mid-phase
+    probe_loss: float | None = None  # after growth, of the plain weights
 
     def forget_tensors(self) -> None:
-        """Let go of what an assembled model holds or has copied."""
+        """Drop the tensors that the assembled model now owns or has copied."""
         self.weights, self.adapters, self.optimizer = {}, {}, {}
 
 
 @dataclass
 class Assembled:
-    """What a phase trains with."""
+    """The model and update rules of a phase."""
 
     model: PreTrainedModel
     rules: UpdateRules
@@ -67,9 +67,9 @@ class Assembled:
 def assemble(
     config: RunConfig, shape: ModelShape, phase: Phase, start: PhaseStart, world: World, *, check: bool = True
 ) -> Assembled:
-    """The phase's model on the device and its update rules, states allocated.
+    """Build the phase's model on the device and its update rules, with optimizer states allocated.
 
-    ``check`` compares the loss with the model's own logits; it needs real numbers.
+    ``check`` compares the loss with the model's own logits, which needs real (not fake or meta) tensors.
     """
     train, memory = config.train, config.memory
     prefix = layer_prefix_of(start.weights)
@@ -86,7 +86,7 @@ def assemble(
             f"{differing[:4]}. The plan in the run directory is not the one that made this checkpoint.",
             differing=differing,
         )
-    if config.sums_in_fp32 and not memory.offload_optimizer:  # which sums them itself
+    if config.sums_in_fp32 and not memory.offload_optimizer:  # the offloaded optimizer sums them itself
         _sum_gradients_in_fp32(model)
     packing = pack_frozen(
         model,
@@ -107,7 +107,7 @@ def assemble(
         adapters = start.adapters or fresh_adapter_state(model, config.seed + phase.index)
         fill(model, start.weights | {name: world.rows.cut(tensor) for name, tensor in adapters.items()})
     if check:
-        check_loss(model, train.sequence_length)  # before compile: it would compile for one short row
+        check_loss(model, train.sequence_length)  # before compile, which would otherwise specialize on one short row
     if train.compile:
         for layer in model.get_submodule(prefix):
             layer.compile()
@@ -115,7 +115,7 @@ def assemble(
     if start.trained_names is not None:
         rules.load_state_dict(start.optimizer, start.optimizer_steps)
     elif start.optimizer:
-        # The moments of adapters can outlive a restart; their factors, and so the master weights, are fresh.
+        # Adapter moments can survive a restart; the factors, and therefore their master weights, are new.
         fresh = {
             key: tensor for key, tensor in rules.state_dict()[0].items() if key.endswith((".master", ".correction"))
         }
@@ -124,10 +124,10 @@ def assemble(
 
 
 def _sum_gradients_in_fp32(model: nn.Module) -> None:
-    """Let autograd add every gradient to an fp32 sum.
+    """Make autograd accumulate gradients in fp32.
 
     Raises:
-        ConfigError: this version of PyTorch cannot.
+        ConfigError: this version of PyTorch does not support it.
     """
     for parameter in model.parameters():
         if not hasattr(parameter, "grad_dtype"):
@@ -136,14 +136,14 @@ def _sum_gradients_in_fp32(model: nn.Module) -> None:
 
 
 def packed_rows(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """Packed weights in the rows of the plan: component, kind, tensor."""
+    """Yield each frozen tensor with its component and kind as the plan lists them."""
     for name, tensor, on_host in frozen_tensors(model):
         is_staging = name.startswith("staging.")
         yield "fetched_layers" if is_staging else "frozen_layers", HOST if on_host else "weights", tensor
 
 
 def _model(hf_config: PretrainedConfig, weights: dict[str, Tensor], world: World) -> PreTrainedModel:
-    """With these weights; on the meta device where they are a rank's rows."""
+    """Build the model with these weights, or on the meta device if they are only one rank's rows."""
     if world.rows.is_whole:
         return build_model(hf_config, weights)
     return empty_model(hf_config, next(iter(weights.values())).dtype)
@@ -152,10 +152,10 @@ def _model(hf_config: PretrainedConfig, weights: dict[str, Tensor], world: World
 def probe_model(
     config: RunConfig, hf_config: PretrainedConfig, weights: dict[str, Tensor], world: World
 ) -> PreTrainedModel:
-    """A model of plain weights, of which a rank has its rows, for a loss without training.
+    """Build a model from plain weights (this rank's rows) to evaluate its loss without training.
 
-    Where frozen weights are packed, the whole model may be too large for the device: its layers then stay in host
-    memory and are fetched one after the other.
+    If the config packs frozen weights, the full model may not fit on the device: its layers then stay in host memory
+    and are fetched one at a time.
     """
     model = _model(hf_config, weights, world)
     if not world.rows.is_whole:
@@ -165,7 +165,7 @@ def probe_model(
     if config.memory.packs_frozen:
         model.requires_grad_(False)
         layers = range(hf_config.get_text_config().num_hidden_layers)
-        # Not pinned: the pinned allocator keeps what is freed, and a probe is short.
+        # Not pinned: the pinned allocator caches freed memory, and a probe is short-lived.
         pack_frozen(model, layer_prefix_of(weights), layers, fmt="full", offload=True, device=world.device, pin=False)
     move(model, world.device)
     return model

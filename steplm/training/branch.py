@@ -1,4 +1,4 @@
-"""Branching: a run that begins as another one did goes on from that one's checkpoint at a stage's end."""
+"""Branching: start a run from another run's end-of-stage checkpoint if both share their first stages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from steplm.training.checks import flat, is_one_of
 from steplm.training.folder import RunFolder
 from steplm.types import TrainState
 
-# Keys and sections that leave a stage's weights as they are, to the last bit, or that its schedule tells of.
+# Keys and sections that leave a stage's weights bitwise unchanged, or that ``stage_keys`` covers through the schedule
+# or separately.
 NOT_COMPARED = (
     "name", "output_dir", "method", "eval", "log", "train.dry_run", "train.save_steps", "train.save_minutes",
     "train.save_total_limit", "data.num_workers", "memory.reserve", "memory.correction",
@@ -29,9 +30,9 @@ NOT_COMPARED = (
 
 
 def stage_keys(config: RunConfig, plan: Plan) -> tuple[str, ...]:
-    """One key for the end of each stage: runs with equal keys have equal checkpoints there, to the last bit.
+    """One key for the end of each stage; runs with equal keys have bitwise equal checkpoints there.
 
-    A key covers the stage and those before it, and every configuration key that they read.
+    A key covers the stage, all earlier stages, and every configuration key that they read.
     """
     values = flat(with_prepared_dir(config).model_dump(mode="json"))
     common = {key: value for key, value in values.items() if not is_one_of(key, NOT_COMPARED)}
@@ -51,25 +52,25 @@ def stage_keys(config: RunConfig, plan: Plan) -> tuple[str, ...]:
 
 
 def stage_end(stage_index: int) -> str:
-    """The name of the checkpoint at a stage's end."""
+    """The name of the checkpoint at the end of a stage."""
     return checkpoint_name(TrainState(stage_index, 0, 0, 0, 0, stage_done=True))
 
 
 def branch(source_run_dir: str | Path, stage_index: int, config: RunConfig) -> Path:
-    """Give a run that has not begun the checkpoint and the log of another one, at the end of a stage.
+    """Copy the end-of-stage checkpoint of another run, and its log up to there, into a run that has not started.
 
-    ``train(config)`` then goes on from there, as if it had trained those stages itself. Files are linked where the
-    file system can, else copied.
+    ``train(config)`` then continues from there as if it had trained those stages itself. Files are hard-linked if the
+    file system supports it, else copied.
 
     Args:
-        source_run_dir: a run directory in which the stage is done, with the same ``stage_keys`` up to it.
-        stage_index: from 1.
+        source_run_dir: a run directory where the stage is done, with the same ``stage_keys`` up to that stage.
+        stage_index: stage number, from 1.
 
     Returns:
         The checkpoint in ``config.run_dir``.
 
     Raises:
-        CheckpointMismatch: the run has begun already, or its ``stage_keys`` are others.
+        CheckpointMismatch: the run has already started, or its ``stage_keys`` differ.
         CheckpointError: the source's checkpoint, or its log up to there, is missing or damaged.
     """
     name = stage_end(stage_index)
@@ -86,10 +87,10 @@ def branch(source_run_dir: str | Path, stage_index: int, config: RunConfig) -> P
 
 
 def logged_until(run_dir: Path, state: CheckpointState) -> bytes:
-    """What a run had logged when it wrote a checkpoint.
+    """The log of a run as of the time it wrote a checkpoint.
 
     Raises:
-        CheckpointError: its log is shorter than it was then.
+        CheckpointError: the log is now shorter than it was then.
     """
     log = run_dir / "metrics.jsonl"
     history = log.read_bytes()[: state.metrics_bytes] if log.is_file() else b""

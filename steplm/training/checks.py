@@ -1,4 +1,4 @@
-"""What must agree before a run begins or goes on: the given model, the configuration, the plan, the data."""
+"""Checks before a run starts or resumes: the initial model, the configuration, the plan, and the data must agree."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from steplm.planner.plan import Plan
 from steplm.schedule import Phase, Schedule
 from steplm.training.folder import RunFolder
 
-# Of ``optim``, what the schedule or the saved states depend on.
+# Keys of ``optim`` that the schedule or the saved optimizer states depend on.
 FIXED_OPTIM_KEYS = ("name", "old_layers", "rank", "update_proj_gap", "scale", "switch_steps", "schedule_over")
 
-# A resumed run may differ in these keys and sections; any other difference would make it another run.
+# Keys and sections that may change at a resume; any other change makes it another run.
 FREE_AT_RESUME = (
     "name",
     "output_dir",
@@ -32,7 +32,7 @@ FREE_AT_RESUME = (
     "train.num_threads",
     "distributed",
     "train.dry_run",
-    # How a step is computed, not what: its tokens are compared.
+    # These change how a step is computed, not its result; the tokens of a step are compared separately.
     "train.per_device_train_batch_size",
     "train.gradient_accumulation_steps",
     "train.global_batch_size",
@@ -45,7 +45,7 @@ FREE_AT_RESUME = (
     "memory.correction",
     "plan.budget",
     "plan.host_budget",
-    # The way out of a diverged run. Such a change is noted in the log.
+    # Changing these can rescue a diverged run. Such changes are logged.
     *(f"optim.{key}" for key in OptimConfig.model_fields if key not in FIXED_OPTIM_KEYS),
     "train.save_steps",
     "train.save_minutes",
@@ -54,7 +54,7 @@ FREE_AT_RESUME = (
     "log",
 )
 
-# Keys of a given model's configuration that need not be those of ``model``: the given ones hold.
+# Config keys in which the initial model may differ from ``model``; its own values apply.
 NOT_COMPARED = (
     "num_hidden_layers", "layer_types", "max_window_layers", "initializer_range", "max_position_embeddings",
     "use_cache", "dtype", "architectures", "transformers_version", "_name_or_path", "bos_token_id", "eos_token_id",
@@ -63,10 +63,13 @@ NOT_COMPARED = (
 
 
 def check_family(config: RunConfig, plan: Plan) -> None:
-    """Refuse families that cannot be trained, and growth that does not do what its operator declares.
+    """Refuse model families that cannot be trained, and growth that does not do what its operator declares.
+
+    Reads no data, so it fails early.
 
     Raises:
-        ConfigError, GrowthError: before any data are read.
+        ConfigError: the family cannot be trained or grown.
+        GrowthError: growing this family would not preserve the function as the operator declares.
     """
     final = hf_config(config.model.hf_config())
     grown = [phase for phase in plan.schedule.phases if phase.entry.operator is not None]
@@ -78,17 +81,17 @@ def check_family(config: RunConfig, plan: Plan) -> None:
 
 
 def phase_config(config: RunConfig, schedule: Schedule, phase: Phase) -> PretrainedConfig:
-    """The configuration of the final model, with only the layers that this phase's are to become."""
+    """The final model's configuration, reduced to the layers that this phase's layers will become."""
     later = (other.entry.layer_map for other in schedule.phases[phase.index :])
     growths = [layer_map for layer_map in later if layer_map is not None]
     return hf_config(config.model.hf_config(), positions_in_final(growths, phase.num_hidden_layers))
 
 
 def check_init_from(config: RunConfig, plan: Plan) -> None:
-    """The given model is the one that ``model`` describes, of stage 1's depth, with its own tokenizer.
+    """Require that the initial model matches ``model``, has stage 1's depth, and keeps its own tokenizer.
 
     Raises:
-        ConfigError: it is not; the message says which key to set.
+        ConfigError: it does not; the message says which key to set.
     """
     if config.init_from is None:
         return
@@ -115,7 +118,7 @@ def check_init_from(config: RunConfig, plan: Plan) -> None:
         )
     ours = hf_config(config.model.hf_config())
     values = config_values(ours)
-    # What is set up layer by layer, the given model says too.
+    # Per-layer settings come from the initial model too.
     per_layer = {key for key, value in select_layers(values, [0]).items() if value != values[key]}
     for key, theirs in config_values(given).items():
         value = getattr(ours, key, theirs)
@@ -127,10 +130,10 @@ def check_init_from(config: RunConfig, plan: Plan) -> None:
 
 
 def check_same_run(config: RunConfig, folder: RunFolder) -> list[str]:
-    """A run directory belongs to one configuration, but for the keys in ``FREE_AT_RESUME``.
+    """Require that the run directory has the same configuration, except for the keys in ``FREE_AT_RESUME``.
 
     Returns:
-        Keys that differ and change what is computed or what losses are of, each with its old and new value.
+        Allowed changes that affect the training result or the reported losses, each with old and new value.
 
     Raises:
         CheckpointMismatch: another key differs.
@@ -160,7 +163,7 @@ def check_same_run(config: RunConfig, folder: RunFolder) -> list[str]:
 
 
 def is_same_run(config: RunConfig) -> bool:
-    """Whether the directory has been given just this run: every key that changes what is computed is as it was."""
+    """Whether the directory was written by this same run: every key that affects the result is unchanged."""
     try:
         before = RunFolder.open(config.run_dir).written
     except ConfigError:
@@ -176,24 +179,24 @@ def is_same_run(config: RunConfig) -> bool:
 
 
 def is_one_of(key: str, names: tuple[str, ...]) -> bool:
-    """Whether ``section.key`` is one of these keys, or in one of these sections."""
+    """Whether ``section.key`` is one of these keys or belongs to one of these sections."""
     return key in names or key.partition(".")[0] in names
 
 
 def differing_keys(before: RunConfig, now: RunConfig) -> dict[str, str]:
-    """``"key: old -> new"`` of every key that differs."""
+    """Map each key that differs to ``"key: old -> new"``."""
     old, new = (flat(config.model_dump(mode="json")) for config in (before, now))
     for values in (old, new):
         if values["plan.num_stages"] == 1 and values["method"] in ("step", "growth", "thawed"):
-            values["method"] = "vanilla"  # in one stage they are the same
+            values["method"] = "vanilla"  # with one stage these methods are identical
     return {key: f"{key}: {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value}
 
 
 def check_checkpoint(path: Path | None, state: CheckpointState, plan: Plan, manifest: Manifest) -> None:
-    """The checkpoint was made by this plan, on these data.
+    """Require that the checkpoint comes from this plan and this data.
 
     Raises:
-        CheckpointMismatch: it was not.
+        CheckpointMismatch: it does not.
     """
     phase_index = state.progress.phase_index
     expected = plan.schedule.hash_until(phase_index)
@@ -212,7 +215,7 @@ def check_checkpoint(path: Path | None, state: CheckpointState, plan: Plan, mani
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as ``section.key``; the free-form ``model.extra`` stays one value."""
+    """Flatten nested sections to ``section.key``; the free-form ``model.extra`` stays one value."""
     keys: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""What the parts of a run share: its configuration, plan, data, log and processes. Data, and no way of training."""
+"""State shared by the modules of a run: config, plan, data, log, and processes. Contains no training logic."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from steplm.training.metrics import MetricsLog
 
 @dataclass
 class RunContext:
-    """What every phase of a run shares."""
+    """State shared by all phases of a run."""
 
     config: RunConfig
     plan: Plan
     manifest: Manifest
     loader: BatchLoader
-    batches: Prefetcher  # of the steps, from the loader
-    validation: dict[str, TokenDataset]  # by name; the first one's loss is the run's
+    batches: Prefetcher  # prefetches the loader's training batches
+    validation: dict[str, TokenDataset]  # by name; the first one gives the run's validation loss
     metrics: MetricsLog
     display: Display
     world: World
-    writer: Background = field(default_factory=Background)  # of checkpoints; of several ranks a BackgroundWriter
-    seconds_before: float = 0.0  # trained before this process
+    writer: Background = field(default_factory=Background)  # writes checkpoints; a BackgroundWriter on several ranks
+    seconds_before: float = 0.0  # training time of earlier processes
     started_at: float = field(default_factory=time.monotonic)
     last_checkpoint: Path | None = None
     saved_at: float = field(default_factory=time.monotonic)
-    requested_signal: int | None = None  # to this process
-    stop_signal: int | None = None  # what all ranks stop at, at the same step
+    requested_signal: int | None = None  # received by this process
+    stop_signal: int | None = None  # agreed on by all ranks, which stop at the same step
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +70,7 @@ class RunContext:
         return None if self._peak_flops is None else flops / (seconds * self._peak_flops)
 
     def agree_to_stop(self) -> None:
-        """A signal to one rank stops all of them at the same step; one that comes later waits for the next step."""
-        requested = self.requested_signal  # read once: it can come at any time
+        """Make a signal to one rank stop all ranks at the same step; a later signal waits for the next step."""
+        requested = self.requested_signal  # read once: it can change at any time
         if self.world.any(requested):
             self.stop_signal = requested or signal.SIGTERM

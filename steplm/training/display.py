@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: lines for a log, or a progress bar below them on a terminal."""
+"""Console output of a run: log lines, with a progress bar below them on a terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Display:
-    """Prints events as they come. The base of the others, and silent where ``console`` is quiet."""
+    """Prints one line per event; silent if ``console`` is quiet. Base class of the other displays."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -41,7 +41,7 @@ class Display:
         pass
 
     def note(self, text: str) -> None:
-        self.console.print(text, style="dim", highlight=False, markup=False)  # a path may hold [brackets]
+        self.console.print(text, style="dim", highlight=False, markup=False)  # paths may contain [brackets]
 
     def plan(self, plan: Plan) -> None:
         self._plan = plan
@@ -56,7 +56,7 @@ class Display:
         )
 
     def prepare(self, progress: PrepareProgress) -> None:
-        """Data preparation speaks when a phase begins and at every tenth of it."""
+        """Report data preparation at the start of a phase and at every tenth of it."""
         for note in progress.notes if self._prepared is None else ():
             self.note(f"data  {note}")
         moment = (progress.phase, int(progress.fraction * 10) if progress.num_documents else 0)
@@ -89,7 +89,7 @@ class Display:
         measured_peak_bytes: int | None = None,
         library_bytes: int = 0,
     ) -> None:
-        """The table of planned beside measured bytes; the peak is the dry run's, libraries' workspaces apart."""
+        """Print a table of planned and measured bytes; the peak is the dry run's, without library workspaces."""
         table = Table(title=self._title(phase), title_justify="left", title_style="bold", box=None, pad_edge=False)
         table.add_column("model state")
         for heading in ("planned bytes", "measured bytes", ""):
@@ -124,13 +124,13 @@ class Display:
 
     def _memory(self, report: StepReport) -> str:
         if report.peak.peak_allocated_bytes is None or self._plan is None:
-            return str(report.peak)  # the whole process, libraries included: no plan is made for that
+            return str(report.peak)  # covers the whole process including libraries, which has no planned value
         cost = self._plan.cost(report.phase)
         what = "planned" if cost.peak is not None else "state planned"
         return f"{report.peak} ({what} {format_bytes(cost.device_bytes)})"
 
     def _left(self, report: StepReport) -> str:
-        """Time for the tokens of the whole plan that are still to come, at the present speed."""
+        """Time left for the remaining tokens of the whole plan, at the current speed."""
         if self._plan is None or report.tokens_per_second <= 0:
             return ""
         tokens_left = self._plan.total_tokens - report.progress.tokens_seen
@@ -185,13 +185,13 @@ class Display:
 
 
 class RichDisplay(Display):
-    """Lines for events, and one progress bar for the whole run, with the time that is left."""
+    """Prints events as lines, and steps as one progress bar for the whole run with the time left."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._is_wide = console.width >= 100
         self._progress = Progress(
-            # Widths that hold in 80 columns, where the peak, which hardly changes, is left out.
+            # These widths fit in 80 columns, where the peak is omitted because it hardly changes.
             TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=28)),
             BarColumn(bar_width=12 if self._is_wide else 6),
             TextColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True, min_width=4)),
@@ -225,10 +225,10 @@ class RichDisplay(Display):
 
 
 def make_display(kind: str) -> Display:
-    """``rich``, ``lines``, ``none``, or ``auto``: rich where the output is a terminal."""
+    """Create a display: ``rich``, ``lines``, ``none``, or ``auto`` (rich if stdout is a terminal, else lines)."""
     if kind == "auto":
         kind = "rich" if sys.stdout.isatty() else "lines"
-    # A log keeps each event on one line, however narrow the pipe claims to be.
+    # In a log, each event stays on one line, whatever width the pipe reports.
     console = Console(quiet=kind == "none", soft_wrap=kind == "lines")
     return RichDisplay(console) if kind == "rich" else Display(console)
 

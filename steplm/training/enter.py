@@ -1,4 +1,4 @@
-"""How a phase begins: the plain tensors that it starts from, and the checks before its first step.
+"""Enter a phase: prepare the plain tensors it starts from and run the checks before its first step.
 
 Merge and growth act on plain tensors, before the phase's model is assembled.
 """
@@ -34,10 +34,10 @@ from steplm.types import LayerMap, LayerProvenance, TrainState, to_json
 
 
 def enter(run: RunContext, phase: Phase, before: Checkpoint | None) -> PhaseStart:
-    """Fresh or given weights, those of the checkpoint (at a resume), or the merged and grown ones.
+    """Initial weights, the weights of the checkpoint when resuming, or the merged and grown weights.
 
     Args:
-        before: what the run goes on from, of this phase or of the one before; None at the beginning.
+        before: checkpoint to continue from, of this phase or the previous one; None at the start of a run.
     """
     reset_peak(run.device)
     if before is None:
@@ -71,10 +71,10 @@ def enter(run: RunContext, phase: Phase, before: Checkpoint | None) -> PhaseStar
 
 
 def go_on(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled) -> None:
-    """Change who is trained, in the model that is there.
+    """Continue with the assembled model, and change which parameters are trained.
 
     Raises:
-        MemoryMismatch: the measured bytes of the model state are not the planned ones.
+        MemoryMismatch: the measured bytes of the model state differ from the plan.
     """
     model, prefix = assembled.model, layer_prefix_of(name for name, _ in assembled.model.named_parameters())
     assembled.rules.zero_grad()
@@ -93,7 +93,7 @@ def go_on(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled
 
 
 def next_phase(phase: Phase, progress: TrainState) -> TrainState:
-    """Progress at the beginning of a phase, after that of the phase before."""
+    """Progress at the start of a phase, given the progress at the end of the previous one."""
     step = progress.step if progress.stage_index == phase.stage else 0
     return replace(
         progress,
@@ -108,7 +108,7 @@ def next_phase(phase: Phase, progress: TrainState) -> TrainState:
 
 def _first_start(run: RunContext, phase: Phase) -> PhaseStart:
     dtype = DTYPES[run.config.train.precision]
-    with run.world.in_turn():  # the whole model, in host memory, until it is sharded
+    with run.world.in_turn():  # the whole model is in host memory until it is sharded
         if run.config.init_from is None:
             config = phase_config(run.config, run.plan.schedule, phase)
             weights = initial_state(config, seed=run.config.seed, dtype=dtype)
@@ -121,7 +121,7 @@ def _first_start(run: RunContext, phase: Phase) -> PhaseStart:
 
 
 def _later_start(run: RunContext, phase: Phase, before: Checkpoint) -> PhaseStart:
-    """Merge, then grow if the phase does; the loss before and after each is logged."""
+    """Merge adapters, then grow if the phase grows; log the loss before and after each."""
     state, entry, weights = before.state, phase.entry, before.weights
     tokens_seen = state.progress.tokens_seen
     if state.phase.has_adapters:
@@ -152,11 +152,11 @@ def _later_start(run: RunContext, phase: Phase, before: Checkpoint) -> PhaseStar
         return start
     if run.config.init_from is None:
         start.hf_config = phase_config(run.config, run.plan.schedule, phase)
-    else:  # the given model says how its layers are set up
+    else:  # the layers are configured as in the given model
         start.hf_config = grown_config(before.config, layer_map)
     fresh = fresh_layers(start.hf_config, seed=run.config.seed + phase.stage, dtype=DTYPES[run.config.train.precision])
     require_row_wise(entry.operator, run.world.rows)
-    cut = run.world.rows.cut  # what grows out of a rank's rows are the rows of the whole
+    cut = run.world.rows.cut  # growing a rank's rows gives its rows of the grown model
     start.weights = grow(
         weights,
         layer_map,
@@ -181,7 +181,7 @@ def _later_start(run: RunContext, phase: Phase, before: Checkpoint) -> PhaseStar
 def _kept_optimizer(
     run: RunContext, phase: Phase, before: Checkpoint, names_after: dict[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """What outlives the beginning of a phase: states of weights that may go on being trained, and of adapters."""
+    """The optimizer states that the phase keeps: those of weights still trained by the same rule, and of adapters."""
     saved, steps, config = before.optimizer, before.state.optimizer_steps, run.config
     grows = phase.entry.kind == "grow"
     kept: dict[str, Tensor] = {}
@@ -201,7 +201,7 @@ def _kept_optimizer(
 def _under_the_same_rule(
     run: RunContext, phase: Phase, before: Checkpoint, names_after: dict[str, str]
 ) -> dict[str, str]:
-    """Without the matrices that another rule updates from now on: its states have another form."""
+    """Drop weights whose update rule changes in this phase, because states differ between rules."""
     prefix, linears = layer_prefix_of(names_after), {linear.name for linear in run.plan.shape.linears}
     shapes = {name: tuple(before.weights[name].shape) for name in names_after}
     old = rule_of_each(shapes, before.state.phase, prefix, linears, run.config)
@@ -213,7 +213,7 @@ def _under_the_same_rule(
 def _parents_under_the_same_rule(
     run: RunContext, phase: Phase, before: Checkpoint
 ) -> dict[str, tuple[list[str], float]]:
-    """Of each weight of a new layer that one rule updates as it did its parents: their names, and the place between."""
+    """For each new-layer weight with the same update rule as its parents: the parents' names and their mix fraction."""
     layer_map, operator = phase.entry.layer_map, phase.entry.operator
     assert layer_map is not None
     assert operator is not None
@@ -239,12 +239,12 @@ def _parents_under_the_same_rule(
 
 
 def check_entrance(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled) -> None:
-    """A dry run without an update, then planned bytes against measured bytes.
+    """Do a dry run without an update, then compare measured bytes with planned bytes.
 
-    Checked at a resume in the middle of a phase too, where the events are in the log already.
+    A resume in the middle of a phase is checked too, but its events are already in the log and not logged again.
 
     Raises:
-        MemoryMismatch: they are not equal.
+        MemoryMismatch: measured and planned bytes differ.
     """
     model, rules, train, cost = assembled.model, assembled.rules, run.config.train, run.plan.cost(phase)
     entrance_peak = measure_peak(run.device)  # of merge, growth and assembly
@@ -262,7 +262,7 @@ def check_entrance(run: RunContext, phase: Phase, start: PhaseStart, assembled: 
     rules.zero_grad()
     measured = comparable(everything, cost.memory)
     bytes_of_ranks = run.world.gather(measured.total_bytes)
-    if run.world.rows.index == 0:  # it has the most rows of every tensor; others may have fewer
+    if run.world.rows.index == 0:  # its shards are the largest; other ranks may have fewer rows
         check_against_plan(everything, cost.memory)
     if start.progress.phase_step == 0 and phase.entry.kind != "go_on":
         _report_packing(run, phase, start, assembled)
@@ -287,16 +287,16 @@ def check_entrance(run: RunContext, phase: Phase, start: PhaseStart, assembled: 
 def _dry_run(
     run: RunContext, model: PreTrainedModel, rules: UpdateRules, options: StepOptions
 ) -> tuple[int | None, int]:
-    """A step without its update, gradients left.
+    """Run a step without its update; gradients are kept, except with ``fused_backward``.
 
     Returns:
-        The most bytes of tensors that the device held, if that can be told, and those of libraries' workspaces.
+        Peak bytes of tensors on the device (None if unknown), and bytes of library workspaces.
     """
     train = run.config.train
-    # Two micro-batches where there are as many: the second meets the gradients of the first.
+    # Two micro-batches if the step has that many: the second runs on top of the gradients of the first.
     num_sequences = run.config.micro_batch_size * min(2, run.config.micro_batches)
     batch = run.loader.batch(0, num_sequences)
-    # A compiled layer hides its tensors from a count, and a sharded one keeps what it gathers in storages of its own.
+    # The count does not see tensors inside compiled layers, or the buffers into which sharded layers gather weights.
     counts = run.device.type == "cuda" or (run.world.is_alone and not train.compile)
     with peak_meter_for(run.device) if counts else nullcontext() as meter:
         if meter is not None:
@@ -309,12 +309,12 @@ def _dry_run(
         if meter is None:
             return None, 0
         peak_bytes, library_bytes = meter.peak_bytes, meter.library_bytes()
-        # It updates nothing: where updates are a part of the pass, its peak is another.
+        # With updates fused into backward, a real step has another peak than this dry run.
         return None if options.fused_backward else peak_bytes - library_bytes, library_bytes
 
 
 def _report_packing(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled) -> None:
-    """What the packed format costs: the error of the weights, and the loss before and after."""
+    """Log the cost of quantizing frozen weights: the weight error, and the loss before and after."""
     packing = assembled.packing
     if not packing.relative_rms_error:
         return

@@ -1,4 +1,4 @@
-"""The device, the versions and the command of a run."""
+"""The environment of a run: device, versions, command, and load of the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from steplm.version import __version__
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """The device, the versions and the command: what a reader needs to judge a number."""
+    """The device, the versions, and the command, which a reader needs to interpret measurements."""
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
@@ -35,16 +35,16 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def crowded_processors(tokens_per_second: float, before: float) -> str | None:
-    """Where steps have become slow and the processors have more work than they can do: what can be set; else None."""
+    """Advice for slow steps if the CPUs are overloaded; else None."""
     num_cpus, num_threads = os.cpu_count() or 1, torch.get_num_threads()
     try:
         load = os.getloadavg()[0]
-    except OSError:  # a system that does not count it
+    except OSError:  # not available on this system
         return None
     if load <= num_cpus:
         return None
     advice = "Leave other work for later"
-    if num_threads > 1:  # threads wait for each other, so each waits for the one that other work holds up
+    if num_threads > 1:  # threads synchronize, so all wait for the one that other work delays
         advice += ", or start again with train.num_threads=1: fewer threads lose less to it"
     share = f"{num_threads} thread{'s' * (num_threads > 1)} of this run share{'s' * (num_threads == 1)}"
     return (
@@ -54,12 +54,12 @@ def crowded_processors(tokens_per_second: float, before: float) -> str | None:
 
 
 def free_host_bytes() -> int | None:
-    """What a process may take of the host's memory, without swap, and of its control group's; None if not known."""
+    """Memory that this process can still use, within the host (without swap) and its cgroup; None if unknown."""
     limits = []
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         limits.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")))
-    with suppress(OSError, ValueError):  # "max" where there is none
+    with suppress(OSError, ValueError):  # "max" if there is no limit
         group = Path("/sys/fs/cgroup")
         limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return min(limits, default=None)

@@ -1,4 +1,4 @@
-"""Validation losses inside a run, and the refusal of a loss that is not finite."""
+"""Validation losses during a run, and the check that losses are finite."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from steplm.training.context import RunContext
 from steplm.types import TrainState
 from steplm.units import perplexity_of
 
-PROBE_WINDOWS = 32  # validation windows on which the loss around merge and growth is compared
+PROBE_WINDOWS = 32  # validation windows for comparing the loss before and after merge and growth
 
 
 def evaluate(run: RunContext, progress: TrainState, model: PreTrainedModel) -> float:
-    """Validation loss, logged and shown; of several validation sets the first one's, and all in the log.
+    """Evaluate every validation set, log and display the losses, and return the loss of the first set.
 
     Raises:
-        TrainingDiverged: it is not finite.
+        TrainingDiverged: the loss is not finite.
     """
     losses = {name: validation_loss(run, model, name=name) for name in run.validation}
     loss = next(iter(losses.values()))
@@ -44,17 +44,18 @@ def evaluate(run: RunContext, progress: TrainState, model: PreTrainedModel) -> f
 
 
 def probe_loss(run: RunContext, model: PreTrainedModel) -> float:
-    """Mean loss on the same few validation windows at every call."""
+    """Mean loss on a small, fixed set of validation windows."""
     return validation_loss(run, model, PROBE_WINDOWS * run.config.train.sequence_length)
 
 
 def validation_loss(
     run: RunContext, model: PreTrainedModel, max_tokens: int | None = None, *, name: str | None = None
 ) -> float:
-    """Mean over so many validation tokens, by default those of an evaluation; each rank computes its share.
+    """Mean validation loss; each rank computes its share.
 
     Args:
-        name: of the validation set; default: the first.
+        max_tokens: tokens to evaluate on; default ``eval.max_tokens``.
+        name: validation set; default the first.
     """
     batches = validation_windows(
         run.validation[name or next(iter(run.validation))],
@@ -71,14 +72,14 @@ def validation_loss(
 
 
 def require_finite(run: RunContext, progress: TrainState, loss: float, grad_norm: float | None = None) -> None:
-    """Stop before a loss that is NaN or infinite is trained on, logged or saved.
+    """Stop if the loss or gradient norm is NaN or infinite, before it is logged or its weights are saved.
 
     Raises:
-        TrainingDiverged: it is; the last good checkpoint is named.
+        TrainingDiverged: a value is not finite; the message names the last good checkpoint.
     """
     if math.isfinite(loss) and (grad_norm is None or math.isfinite(grad_norm)):
         return
-    run.writer.join()  # the last one may still be on its way to the disk
+    run.writer.join()  # the last checkpoint may still be being written
     last = latest_checkpoint(run.checkpoints_dir)
     way_out = f"The last good checkpoint is {last}." if last else "There is no checkpoint before it."
     norm = "" if grad_norm is None else f", gradient norm {grad_norm}"
@@ -94,7 +95,7 @@ def require_finite(run: RunContext, progress: TrainState, loss: float, grad_norm
 
 
 def _alive(run: RunContext, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches, each a sign of life for the watchdog."""
+    """Yield the batches and tell the watchdog before each that this rank is alive."""
     for batch in batches:
         run.world.alive()
         yield batch

@@ -1,4 +1,4 @@
-"""From a checkpoint to a plain Hugging Face folder: adapters merged, tokenizer and model card beside the weights."""
+"""Export a checkpoint to a plain Hugging Face folder: merged adapters, weights, tokenizer, and model card."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from steplm.yaml_files import dump_yaml
 def export(source: str | Path, output_dir: str | Path | None = None) -> Path:
     """Write the model of a run (its latest checkpoint) or of one checkpoint as a Hugging Face folder.
 
-    The folder has ``config.json``, the weights, the tokenizer, ``generation_config.json``,
-    ``provenance.json`` (where each layer comes from) and a model card that tells the plan.
+    The folder contains ``config.json``, the weights, the tokenizer, ``generation_config.json``,
+    ``provenance.json`` (where each layer comes from), and a model card that describes the plan.
 
     Args:
         source: a run directory, or a checkpoint inside one.
-        output_dir: default ``RUN_DIR/export``. A folder there that is an earlier export is replaced.
+        output_dir: default ``RUN_DIR/export``; an earlier export there is replaced.
 
     Raises:
-        CheckpointError: no complete checkpoint, no tokenizer, or the output folder holds something else.
+        CheckpointError: no complete checkpoint, no tokenizer, or the output folder cannot be replaced.
     """
     source = Path(source)
     checkpoint_path: Path | None
@@ -50,7 +50,7 @@ def export(source: str | Path, output_dir: str | Path | None = None) -> Path:
     checkpoint = load_checkpoint(checkpoint_path, with_optimizer=False)
     config, plan = load_written_config(run_dir / "config.yaml"), read_plan(run_dir)
     output_dir = Path(output_dir) if output_dir is not None else run_dir / "export"
-    final = output_dir.resolve()  # "." has no name of its own
+    final = output_dir.resolve()  # "." has no name
     _require_replaceable(final)
     tokenizer_dir = _tokenizer_dir(run_dir, config)
 
@@ -63,7 +63,7 @@ def export(source: str | Path, output_dir: str | Path | None = None) -> Path:
 
 
 def _require_replaceable(folder: Path) -> None:
-    """Absent, empty, or an earlier export; and not the ground under our feet."""
+    """Require a folder that is absent, empty, or an earlier export, and does not contain the working directory."""
     if Path.cwd().is_relative_to(folder):
         raise CheckpointError(
             f"{folder} is the current folder or above it, and an export replaces its folder: name a new one inside it",
@@ -77,7 +77,7 @@ def _require_replaceable(folder: Path) -> None:
 
 
 def _tokenizer_dir(run_dir: Path, config: RunConfig) -> Path:
-    """The run's own copy, or that of the prepared data, where a run has none."""
+    """The run's own copy of the tokenizer, or else that of the prepared data."""
     candidates = [run_dir / "tokenizer"]
     if config.data.prepared_dir is not None:
         candidates.append(config.prepared_dir / "tokenizer")
@@ -92,7 +92,7 @@ def _tokenizer_dir(run_dir: Path, config: RunConfig) -> Path:
 
 
 def _public(config: RunConfig) -> dict[str, Any]:
-    """The configuration for others to read, without the folders of the machine that it was written on."""
+    """The config as published, without folder names from this machine."""
     values = config.model_dump(mode="json")
     data = values["data"]
     values["output_dir"] = data["prepared_dir"] = None
@@ -104,7 +104,7 @@ def _public(config: RunConfig) -> dict[str, Any]:
 
 
 def _public_texts(texts: Any) -> Any:
-    """Entries without their folders, in the lists and mappings that name them."""
+    """Strip folders from all entries of nested lists and mappings."""
     if isinstance(texts, list):
         return [_public_texts(entry) for entry in texts]
     if isinstance(texts, dict):
@@ -131,7 +131,7 @@ def _write(folder: Path, checkpoint: Checkpoint, config: RunConfig, plan: Plan, 
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    # The architecture's defaults name another tokenizer's ids; generation must stop at ours.
+    # The architecture's default IDs belong to another tokenizer; generation must stop at ours.
     for name, token_id in special.items():
         setattr(hf_config, name, token_id)
     save_folder(folder, hf_config, weights)
@@ -145,10 +145,10 @@ def _write(folder: Path, checkpoint: Checkpoint, config: RunConfig, plan: Plan, 
 
 
 def _generation_config(config: RunConfig, special: Mapping[str, Any]) -> GenerationConfig:
-    """That of the given model, which may end an answer at more tokens than one; else plain sampling."""
+    """The generation config of the initial model, which may have several EOS tokens; else plain sampling."""
     generation = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95)
     if config.init_from is not None:
-        with suppress(OSError):  # it has none, or is gone
+        with suppress(OSError):  # the model has none or no longer exists
             generation = GenerationConfig.from_pretrained(config.init_from)
     given = generation.eos_token_id
     ends = sorted({*(given if isinstance(given, list) else [given]), special["eos_token_id"]} - {None})

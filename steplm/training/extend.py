@@ -1,7 +1,7 @@
-"""Extension: a longer run, or the decay of a run, that begins with a checkpoint of a shorter one.
+"""Extend a run: start a longer run, or a learning-rate decay, from a checkpoint of a shorter run.
 
-The checkpoint must be one that the longer run would have come by itself: the same phases, and the same learning rate
-at every step up to there. Schedules with a stable phase have such checkpoints until they decay.
+The longer run must be able to reach the checkpoint on its own: the phases and the learning rate of every step up to
+that point must match. Learning-rate schedules with a stable phase satisfy this until their decay starts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from steplm.training.checks import FREE_AT_RESUME, differing_keys, is_one_of
 from steplm.training.folder import RunFolder
 from steplm.training.rates import rate_of_step, warmup_base
 
-# What these say of the steps before the checkpoint, the comparison of schedules and learning rates tells.
+# Not compared key by key: their effect before the checkpoint shows in the schedule and learning-rate comparison.
 COMPARED_BY_STEP = (
     "plan",
     "optim.learning_rate",
@@ -34,16 +34,16 @@ COMPARED_BY_STEP = (
 
 
 def extended(config: RunConfig, source_run_dir: str | Path) -> tuple[RunConfig, Path]:
-    """A longer run than that in a run directory, and the last of its checkpoints that the longer run can begin with.
+    """Return the config of a longer run and the latest checkpoint of the source run that it can start from.
 
-    Earlier stages keep their tokens, and every stage its steps of warm-up.
+    Earlier stages keep their token counts, and every stage keeps its number of warmup steps.
 
     Args:
-        config: as the run's, with more tokens and its own ``output_dir``.
+        config: the source run's config, with more tokens and its own ``output_dir``.
 
     Raises:
-        ConfigError: no more tokens, or the same directory.
-        CheckpointMismatch: it would not have come by any of the checkpoints; the message says why.
+        ConfigError: the config does not have more tokens, or it has the same run directory.
+        CheckpointMismatch: the longer run would reach none of the checkpoints; the message says why.
     """
     source = RunFolder.open(Path(source_run_dir))
     begun_with = _begun_with(source)
@@ -71,15 +71,16 @@ def extended(config: RunConfig, source_run_dir: str | Path) -> tuple[RunConfig, 
 
 
 def decayed(checkpoint: str | Path, tokens: int, output_dir: str | Path) -> RunConfig:
-    """The run that ends so many tokens after a checkpoint, and decays its learning rate over all of them.
+    """Return the config of a run that decays the learning rate over the given tokens after a checkpoint, then ends.
 
     Args:
-        checkpoint: within the last stage of a run directory.
+        checkpoint: a checkpoint from the last stage of a run.
         tokens: rounded to whole steps.
-        output_dir: of the new run.
+        output_dir: output directory of the new run.
 
     Raises:
-        CheckpointError, ConfigError: there is no such checkpoint, or it is within an earlier stage.
+        CheckpointError: there is no such checkpoint.
+        ConfigError: the checkpoint is from an earlier stage.
     """
     checkpoint = Path(checkpoint)
     source = RunFolder.open(checkpoint.parent.parent)
@@ -114,14 +115,14 @@ def decayed(checkpoint: str | Path, tokens: int, output_dir: str | Path) -> RunC
 
 
 def begin_with(checkpoint: Path, config: RunConfig) -> Path:
-    """Give a run that has not begun a checkpoint of a shorter one, and the log up to there.
+    """Copy a checkpoint of a shorter run, and its log up to that point, into a run that has not started.
 
     Returns:
         The checkpoint in ``config.run_dir``.
 
     Raises:
-        CheckpointMismatch: the run would not have come by it.
-        CheckpointError: it, or the log, is missing or damaged.
+        CheckpointMismatch: the run would not have reached this checkpoint.
+        CheckpointError: the checkpoint or the log is missing or damaged.
     """
     source = RunFolder.open(checkpoint.parent.parent)
     verify_checkpoint(checkpoint)
@@ -133,7 +134,7 @@ def begin_with(checkpoint: Path, config: RunConfig) -> Path:
         )
     phase, progress = plan.schedule.phases[state.progress.phase_index - 1], state.progress
     history = logged_until(source.path, state)
-    if progress.phase_done and progress.phase_step * config.step_tokens < phase.tokens:  # the longer run goes on
+    if progress.phase_done and progress.phase_step * config.step_tokens < phase.tokens:  # the longer run continues
         last_line = history[history.rstrip().rfind(b"\n") + 1 :]
         if json.loads(last_line)["event"] == "stage_end":
             history = history.removesuffix(last_line)
@@ -151,7 +152,7 @@ def begin_with(checkpoint: Path, config: RunConfig) -> Path:
 
 
 def has_begun(config: RunConfig) -> bool:
-    """Whether the run has a checkpoint of its own already, or is finished."""
+    """Whether the run already has a checkpoint of its own or is finished."""
     folder = RunFolder.open(config.run_dir)
     return folder.finished or bool(folder.checkpoints)
 
@@ -159,7 +160,7 @@ def has_begun(config: RunConfig) -> bool:
 def _difference(
     begun_with: RunConfig, before: Plan, state: CheckpointState, config: RunConfig, after: Plan
 ) -> str | None:
-    """Why a run of ``config`` would not have come by this checkpoint; None if it would."""
+    """Why a run of ``config`` would not have reached this checkpoint; None if it would."""
     changed = [
         change
         for key, change in differing_keys(begun_with, config).items()
@@ -186,7 +187,7 @@ def _difference(
 
 
 def _with_tokens(config: RunConfig, begun_with: RunConfig, before: Plan, total_tokens: int) -> RunConfig:
-    """With so many tokens, those of all stages but the last and every stage's warm-up as they were."""
+    """Set the total tokens; keep every stage's warmup steps and the tokens of all stages but the last."""
     earlier = [stage.tokens for stage in before.stages[:-1]]
     per_stage = [*earlier, total_tokens - sum(earlier)]
     budget = {"tokens_per_stage": per_stage} if earlier else {"total_tokens": total_tokens}

@@ -1,4 +1,4 @@
-"""A run directory, opened once: what was written into it, and how far it got."""
+"""A run directory: its files, and how far the run got."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from steplm.units import reason
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run directory as it was found."""
+    """A snapshot of a run directory."""
 
     path: Path
-    checkpoints: tuple[Path, ...]  # complete ones, oldest progress first
+    checkpoints: tuple[Path, ...]  # complete ones, earliest progress first
     damaged: tuple[Path, ...]
-    finished: bool  # its summary is written
+    finished: bool  # summary.json exists
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """List it; an absent folder is an empty one."""
+        """List the directory; a missing one counts as empty."""
         checkpoints = path / "checkpoints"
         return cls(
             path=path,
@@ -44,24 +44,24 @@ class RunFolder:
 
     @cached_property
     def written(self) -> RunConfig | None:
-        """``config.yaml``, where there is one.
+        """The configuration in ``config.yaml``, if there is one.
 
         Raises:
-            ConfigError: it cannot be used.
+            ConfigError: the file cannot be used.
         """
         return load_written_config(self.path / "config.yaml") if (self.path / "config.yaml").is_file() else None
 
     @property
     def begun_with(self) -> RunConfig | None:
-        """The configuration of a run that has been trained, at least in part."""
+        """The written configuration if the run has been trained, at least in part; else None."""
         return self.written if self.checkpoints or self.finished else None
 
     @cached_property
     def plan(self) -> Plan:
-        """``plan.json``.
+        """The plan in ``plan.json``.
 
         Raises:
-            CheckpointError: there is none that can be used.
+            CheckpointError: the file is missing or cannot be used.
         """
         return read_plan(self.path)
 
@@ -71,7 +71,7 @@ class RunFolder:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """``summary.json``, or nothing where it is absent or damaged."""
+        """The contents of ``summary.json``; empty if it is missing or damaged."""
         try:
             values = json.loads((self.path / "summary.json").read_text())
         except (OSError, ValueError):
@@ -80,11 +80,11 @@ class RunFolder:
 
     @property
     def data_fingerprint(self) -> str | None:
-        """Of the data that a finished run was trained on; None of one that is not, or that an old version finished."""
+        """Fingerprint of a finished run's data; None if the run is not finished or an old version finished it."""
         return self.summary.get("data_fingerprint")
 
     def without_damage(self, note: Any) -> RunFolder:
-        """The same with its newest checkpoint verified; damaged ones are renamed, and named by ``note``.
+        """Verify the newest checkpoint; rename damaged ones, report them through ``note``, and try the one before.
 
         Raises:
             CheckpointError: there are checkpoints, and all are damaged.
@@ -108,10 +108,10 @@ class RunFolder:
 
 
 def read_plan(run_dir: Path) -> Plan:
-    """``plan.json`` of a run directory. That of an old finished run is made again from its configuration.
+    """Read ``plan.json`` of a run directory; the plan of an old finished run is rebuilt from its configuration.
 
     Raises:
-        CheckpointError: there is none that can be used.
+        CheckpointError: the file is missing or cannot be used.
     """
     path = run_dir / "plan.json"
     try:
@@ -131,17 +131,17 @@ def read_plan(run_dir: Path) -> Plan:
 
 
 def require_this_version(folder: RunFolder) -> None:
-    """Refuse to resume what an earlier version began.
+    """Refuse to resume a run that another version of steplm started.
 
     Raises:
-        CheckpointError: with the versions of its plan.
+        CheckpointError: the schema versions of the plan differ; the message states both.
     """
     if folder.finished or not folder.checkpoints or not folder.has_plan:
         return
     try:
         version = json.loads((folder.path / "plan.json").read_text()).get("schema_version")
     except (OSError, ValueError, AttributeError):
-        return  # reading the plan tells what is wrong
+        return  # reading the plan will report what is wrong
     if version != SCHEMA_VERSION:
         raise CheckpointError(
             f"{folder.path} was begun by another version of steplm (plan schema {version}; this version has "

@@ -1,4 +1,4 @@
-"""Depth up-scaling of any Hugging Face decoder: a deeper folder from a shallower one."""
+"""Depth up-scaling of any Hugging Face decoder: write a deeper model folder from a shallower one."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def grow(
     position: str | None = None,
     seed: int = 0,
 ) -> LayerMap:
-    """Write ``output_dir``: the model of ``to`` layers that ``operator`` makes of ``model``.
+    """Grow ``model`` to ``to`` layers with ``operator`` and write the result to ``output_dir``.
 
     Args:
         model: Hugging Face folder or hub name of a decoder-only model.
-        to: layers after growth.
+        to: number of layers after growth.
         operator: interpolation, interpolation_mean, stack, identity or random.
         position: upper (default), intermediate, lower, random or even; stack always goes on top.
 
@@ -45,10 +45,10 @@ def grow(
         For each layer of the grown model, its parents in the old one.
 
     Raises:
-        ConfigError: no such operator or position, or a pair that does not go together.
-        GrowthError: ``to`` is not more than the model has, or its layers are not alike.
-        CheckpointError: no model there, or ``output_dir`` is not empty.
-        WriteError: the file system refuses.
+        ConfigError: the operator or position does not exist, or they cannot be combined.
+        GrowthError: ``to`` is not larger than the current depth, or the layers differ in shape.
+        CheckpointError: there is no model at ``model``, or ``output_dir`` is not empty.
+        WriteError: the files cannot be written.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):

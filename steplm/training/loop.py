@@ -1,4 +1,4 @@
-"""The step loop of a phase, and what happens between steps: log, evaluate, save."""
+"""The step loop of a phase, with logging, evaluation, and checkpointing between steps."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from steplm.training.step import StageLog, StepReport, StepResult, step_options,
 from steplm.types import TrainState, to_json
 from steplm.units import format_bytes
 
-FAR_SLOWER = 3  # times slower than the stage has been: no step differs so much from another by itself
+FAR_SLOWER = 3  # times slower than the stage's best speed; normal variation between steps is smaller
 
 
 def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled, log: StageLog) -> TrainState:
-    """Steps until the phase's tokens are seen, or a signal asks to stop; returns the progress."""
+    """Train until the phase's tokens are seen or a signal requests a stop; return the progress."""
     config, world = run.config, run.world
     options = step_options(config, world)
     num_steps = phase.tokens // config.step_tokens
@@ -39,8 +39,8 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
     progress = start.progress
     while progress.phase_step < num_steps and not run.stop_signal:
         rate = rate_of_step(config, phase, progress.phase_step)
-        # Dropout, where a model has it, is a function of the position too: a resumed run draws the same. Replicas draw
-        # alike, as stochastic rounding must give them the same weights.
+        # Seeded by position, so that dropout is the same after a resume. Replicas share a seed, because stochastic
+        # rounding must give them the same weights.
         torch.manual_seed(config.seed * 1_000_003 + progress.tokens_seen + world.rows.index)
         batch = run.batches.batch(progress.tokens_seen)
         result = train_step(
@@ -68,13 +68,13 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
         if is_due or run.stop_signal or _is_time_to_save(run):
             progress = replace(progress, stage_done=at_end)
             _save_tried(run, phase, replace(start, progress=progress), assembled, log)
-        log.logged_at += time.monotonic() - paused_at  # speed counts training alone
+        log.logged_at += time.monotonic() - paused_at  # exclude the pause from the speed
     start.progress = progress
     return progress
 
 
 def _highest_grad_norm(run: RunContext, progress: TrainState) -> float:
-    """Of a step that is no spike; after as many skipped steps as there may be in a row, any."""
+    """The highest gradient norm that is not a spike; infinite after ``max_skipped_steps`` skipped steps in a row."""
     optim = run.config.optim
     if progress.skipped_in_a_row >= optim.max_skipped_steps:
         return math.inf
@@ -82,10 +82,11 @@ def _highest_grad_norm(run: RunContext, progress: TrainState) -> float:
 
 
 def _skip_or_stop(run: RunContext, progress: TrainState, result: StepResult) -> None:
-    """Go on without the update of a spike, or of a step that is not finite, unless there were too many of these.
+    """Log a step skipped as a spike or non-finite, or stop if it cannot be skipped.
 
     Raises:
-        TrainingDiverged: more in a row than ``optim.max_skipped_steps``, or the update has been made already.
+        TrainingDiverged: the step is not finite, and either ``optim.max_skipped_steps`` in a row were already skipped
+            or its update has been applied.
     """
     was_updated = run.config.memory.fused_backward and math.isfinite(result.loss)
     is_too_many = progress.skipped_in_a_row >= run.config.optim.max_skipped_steps
@@ -130,7 +131,7 @@ def _log_step(
     now = time.monotonic()
     speed = log.steps_since * run.config.step_tokens / max(now - log.logged_at, 1e-9)
     mfu = run.mfu(run.plan.cost(phase).flops_per_token * speed, 1.0)
-    assert progress.grad_norm is not None  # a step that was updated has a loss to log
+    assert progress.grad_norm is not None  # there is a loss to log only after an updated step
     mean = StepResult(math.fsum(log.unlogged_losses) / len(log.unlogged_losses), progress.grad_norm)
     names = [split.partition("/")[2] for split in run.config.data.weights]
     by_source = {name: s.nats / s.tokens for name, s in zip(names, log.unlogged_sources, strict=False) if s.tokens}
@@ -162,16 +163,16 @@ def _log_step(
 
 
 def _is_time_to_save(run: RunContext) -> bool:
-    """Whether ``train.save_minutes`` have passed, by any rank's clock."""
+    """Whether ``train.save_minutes`` have passed on any rank's clock."""
     minutes = run.config.train.save_minutes
     return minutes is not None and run.world.any(time.monotonic() - run.saved_at >= 60 * minutes)
 
 
 def _save_tried(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled, log: StageLog) -> None:
-    """Save weights that have been tried.
+    """Save a checkpoint, after checking that its weights give a finite loss and gradient norm.
 
-    The loss of a step says nothing about the weights that its update makes: before they are saved as good, they are
-    tried on the sequence that comes next, or on one of the steps that may be skipped after it.
+    The loss of a step says nothing about the weights its update produces. The new weights are therefore tried on the
+    next sequence and, if that fails, on sequences from the following steps, up to ``optim.max_skipped_steps``.
     """
     progress, options = start.progress, step_options(run.config, run.world)
     for steps_ahead in range(run.config.optim.max_skipped_steps + 1):
@@ -189,11 +190,11 @@ def _save_tried(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
 
 @contextmanager
 def memory_errors(run: RunContext, phase: Phase) -> Iterator[None]:
-    """Out of memory, on any device, becomes one message that says what to change."""
+    """Turn out-of-memory errors on any device into an error that says what to change."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        # On a CPU PyTorch has no class for it.
+        # PyTorch has no exception class for this on CPU.
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         train, cost = run.config.train, run.plan.cost(phase)

@@ -1,20 +1,20 @@
-"""``metrics.jsonl``: one JSON object per event, and the optional sinks beside it.
+"""``metrics.jsonl``, with one JSON object per event, and optional sinks that receive the same numbers.
 
-Events, told apart by ``event``:
-    stage_start   stage, tokens_seen, num_hidden_layers; planned_bytes, measured_bytes of the model state by kind, on
-                  several ranks measured_bytes_of_ranks; planned_peak_bytes; of a dry run planned_dry_run_bytes,
-                  measured_dry_run_bytes (tensors) and measured_library_bytes (cuBLAS's workspaces); of growth and
+Values of ``event``, and the fields of each:
+    stage_start   stage, tokens_seen, num_hidden_layers; planned_bytes, measured_bytes of the model state by kind;
+                  measured_bytes_of_ranks on several ranks; planned_peak_bytes; for the dry run planned_dry_run_bytes,
+                  measured_dry_run_bytes (tensors) and measured_library_bytes (cuBLAS workspaces); for growth and
                   assembly entrance_peak_allocated_bytes, entrance_peak_reserved_bytes, entrance_peak_resident_bytes
     train         stage, step, num_steps, tokens_seen, loss (mean since the last such event), learning_rate, grad_norm,
                   tokens_per_second, elapsed_seconds, peak_allocated_bytes, peak_reserved_bytes, peak_resident_bytes;
-                  on a GPU of ``steplm.cost.devices`` mfu; of a mixture loss_NAME of each source
-    skipped       stage, step, tokens_seen, loss, grad_norm (null: not finite), skipped_in_a_row: a step without an
-                  update
-    eval          stage, step, tokens_seen, loss, perplexity; of several validation sets loss_NAME of each
+                  ``mfu`` on a GPU in ``steplm.cost.devices``; for a mixture loss_NAME of each source
+    skipped       a step without an update: stage, step, tokens_seen, loss, grad_norm (null: not finite),
+                  skipped_in_a_row
+    eval          stage, step, tokens_seen, loss, perplexity; loss_NAME of each validation set if there are several
     merge         stage, tokens_seen, loss_before, loss_after
     growth        stage, tokens_seen, loss_before, loss_after, operator, position
     pack          stage, tokens_seen, format, num_matrices, relative_rms_error, loss_before, loss_after
-    changed       tokens_seen, keys: of a resume, those of ``optim``, and eval.max_tokens, that differ
+    changed       tokens_seen, keys: keys of ``optim``, and eval.max_tokens, that changed at a resume
     stage_end     stage, step, tokens_seen
     run_end       tokens_seen, elapsed_seconds, validation_loss
 """
@@ -34,7 +34,7 @@ from steplm.errors import ConfigError
 
 
 class Sink(Protocol):
-    """Takes the numbers of one event at one position of the run."""
+    """Receives the numbers of each event, with its position in the run."""
 
     def log(self, values: Mapping[str, float], tokens_seen: int) -> None: ...
 
@@ -42,13 +42,13 @@ class Sink(Protocol):
 
 
 class MetricsLog:
-    """Appends events to ``metrics.jsonl``; numbers go to the sinks too."""
+    """Appends events to ``metrics.jsonl`` and sends their numbers to the sinks."""
 
     def __init__(self, path: Path, sinks: list[Sink], *, keep_bytes: int = 0) -> None:
-        """Open the log and cut it to ``keep_bytes``, its length when the checkpoint was written."""
+        """Open the log and truncate it to ``keep_bytes``, its length when the checkpoint was written."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = path.open("ab")
-        # A log that was cut or removed by hand is gone on with, not filled up with zeros.
+        # The log may have been shortened or deleted by hand: never let truncate() pad it with zeros.
         self._stream.truncate(min(keep_bytes, self._stream.seek(0, os.SEEK_END)))
         self._stream.seek(0, os.SEEK_END)
         self._sinks = sinks
@@ -58,11 +58,11 @@ class MetricsLog:
         return self._stream.tell()
 
     def sync(self) -> None:
-        """On the disk, before a checkpoint says how long the log is."""
+        """Flush to disk; call before a checkpoint records the length of the log."""
         os.fsync(self._stream.fileno())
 
     def write(self, event: str, **values: Any) -> None:
-        """``values`` have ``tokens_seen``, the position of the event, wherever there are sinks."""
+        """Write an event; if there are sinks, ``values`` must include its position, ``tokens_seen``."""
         line = json.dumps({"event": event, **values}, separators=(",", ":"), allow_nan=False)
         self._stream.write(line.encode() + b"\n")
         self._stream.flush()
@@ -77,7 +77,7 @@ class MetricsLog:
 
 
 class NoLog(MetricsLog):
-    """Of a rank that is not the first: nothing is written."""
+    """The log of every rank but the first: writes nothing."""
 
     num_bytes = 0
 
@@ -91,22 +91,22 @@ class NoLog(MetricsLog):
 
 
 def read_metrics(path: Path, event: str | None = None) -> list[dict[str, Any]]:
-    """The events of a ``metrics.jsonl``, all or of one kind."""
+    """Read the events of a ``metrics.jsonl``, all or of one kind."""
     if not path.is_file():
         return []
-    # A process killed while it wrote may leave half a line at the end.
+    # A process killed while writing may leave half a line at the end.
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     events = [json.loads(line) for line in lines]
     return [entry for entry in events if event in (None, entry["event"])]
 
 
 class TensorBoardSink:
-    """Scalars over tokens seen, under ``<run>/tensorboard``."""
+    """Logs scalars against tokens seen, under ``<run>/tensorboard``."""
 
     def __init__(self, run_dir: Path, config: RunConfig, tokens_seen: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a killed process logged after its last checkpoint is logged again.
+        # Steps that a killed process logged after its last checkpoint are logged again.
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=tokens_seen)
 
     def log(self, values: Mapping[str, float], tokens_seen: int) -> None:
@@ -118,7 +118,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """The same to Weights & Biases; a resumed run goes on under the id that is kept in its directory."""
+    """Logs to Weights & Biases; a resumed run continues under the ID stored in its directory."""
 
     def __init__(self, run_dir: Path, config: RunConfig, tokens_seen: int) -> None:
         import wandb
@@ -142,7 +142,7 @@ class WandbSink:
         self._run.finish()
 
 
-# name in log.report_to, and of the package -> (run_dir, configuration, tokens seen) -> sink
+# name in log.report_to, which is also the package name -> (run_dir, config, tokens seen) -> sink
 SINKS: dict[str, Callable[[Path, RunConfig, int], Sink]] = {
     "tensorboard": TensorBoardSink,
     "wandb": WandbSink,
@@ -150,7 +150,11 @@ SINKS: dict[str, Callable[[Path, RunConfig, int], Sink]] = {
 
 
 def require_sinks(names: Iterable[str]) -> None:
-    """Raises ConfigError if a sink's package is not installed: better now than after the data are prepared."""
+    """Fail before the data is prepared if a sink's package is missing.
+
+    Raises:
+        ConfigError: a package is not installed.
+    """
     for name in names:
         try:
             import_module(name)

@@ -1,4 +1,4 @@
-"""The model card of an export: a Hugging Face ``README.md`` that tells how the model came to be."""
+"""The model card of an export: a Hugging Face ``README.md`` that describes how the model was trained."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ COMPONENTS = {
 def model_card(config: RunConfig, plan: Plan, state: CheckpointState) -> str:
     """Markdown with YAML front matter: what the model is, its plan, the origin of its layers, how to load it.
 
-    What nobody said (licence, language) is left out. Local data appears by file name, without its folder.
+    Fields that the config does not state (license, language) are omitted. Local data files appear without their folder.
 
     Args:
-        state: of the checkpoint that is exported, which may lie before the end of the plan.
+        state: state of the exported checkpoint, which may be from before the end of the plan.
     """
     sections = [
         _front_matter(config),
@@ -165,10 +165,10 @@ def _data(config: RunConfig) -> str:
 
 
 def public_name(entry: str, *, may_be_on_hub: bool = False) -> str:
-    """A name for others: a local path loses its folders, which tell of the machine; hub:// and the like stay.
+    """Make a name publishable: drop the folders of local paths, which reveal the machine; keep hub:// and other URLs.
 
     Args:
-        may_be_on_hub: whether ``owner/name`` is a name on the hub, if no such path exists.
+        may_be_on_hub: whether ``owner/name`` is a hub name if no such path exists.
     """
     path = Path(entry)
     is_local = path.exists() or len(path.parts) != 2 or entry.startswith((".", "/", "~"))

@@ -1,4 +1,4 @@
-"""What the device holds while something runs: counted tensor by tensor, or told by the allocator."""
+"""Peak device memory of a block of code: counted tensor by tensor, or reported by the allocator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALLOCATED = "allocated"  # kind of bytes
 
 
 class CountedBytes(ByteCounter):
-    """Counts the bytes of tensors, and knows by which name each goes: for a CPU, and for fake tensors."""
+    """Counts the bytes of tensors by label, for a CPU and for fake tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,14 +46,14 @@ class CountedBytes(ByteCounter):
             self.track(tensor, HOST)
 
     def on_host(self) -> AbstractContextManager[None]:
-        """What is born inside is in host memory."""
+        """Count tensors created inside this context as host memory."""
         return self.labelling(HOST)
 
     def reset(self) -> None:
         self.reset_peak()
 
     def library_bytes(self) -> int:
-        """None: what a kernel takes inside itself is no tensor."""
+        """Always 0: kernel-internal workspaces are not tensors."""
         return 0
 
     def peak(self) -> dict[str, int]:
@@ -71,7 +71,7 @@ class CountedBytes(ByteCounter):
         super().__exit__(*exception)
 
     def _on_gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:  # or it has left for the host
+        if parameter.grad is not None:  # None if already moved to the host
             self.track(parameter.grad, "gradients")
 
     def _copy_on_host(self, tensor: Tensor) -> Tensor:
@@ -80,16 +80,16 @@ class CountedBytes(ByteCounter):
 
 
 class AllocatedBytes:
-    """What CUDA's allocator gave out."""
+    """Reads the peak from the CUDA caching allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def watch(self, model: nn.Module, optimizer: UpdateRules) -> None:
-        """Nothing to do: the allocator sees all."""
+        """Do nothing: the allocator sees everything."""
 
     def on_host(self) -> AbstractContextManager[None]:
-        """Nothing to do: the allocator sees nothing of it."""
+        """Do nothing: the CUDA allocator does not count host memory."""
         return nullcontext()
 
     def reset(self) -> None:
@@ -103,9 +103,9 @@ class AllocatedBytes:
         return torch.cuda.max_memory_allocated(self.device)
 
     def library_bytes(self) -> int:
-        """Of the peak, the workspaces of cuBLAS, which are no tensors of the plan: what is free when they are gone.
+        """Bytes of cuBLAS workspaces in the peak, which the plan does not count, measured by freeing them.
 
-        The next product of matrices makes them anew.
+        The next matmul allocates them again.
         """
         before = torch.cuda.memory_allocated(self.device)
         torch._C._cuda_clearCublasWorkspaces()
@@ -118,5 +118,5 @@ class AllocatedBytes:
 
 
 def peak_meter_for(device: torch.device) -> CountedBytes | AllocatedBytes:
-    """The allocator of a CUDA device; elsewhere, a count."""
+    """Read the allocator on a CUDA device; count tensors elsewhere."""
     return AllocatedBytes(device) if device.type == "cuda" else CountedBytes()

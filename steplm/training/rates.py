@@ -1,4 +1,4 @@
-"""The learning rate of every step of a phase, and where a run begins to decay it."""
+"""The learning rate of every step of a phase, and the step where a run starts to decay it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from steplm.schedule import Phase, Schedule
 
 
 def rate_of_step(config: RunConfig, phase: Phase, phase_step: int) -> float:
-    """The learning rate of a step of a phase, from 0."""
+    """The learning rate of a step of a phase; steps count from 0."""
     optim = config.optim
     _, start_step, scheduled_steps = _steps(config, phase)
     rises_again = start_step > 0 and phase.entry.warms_up_again
@@ -26,13 +26,13 @@ def rate_of_step(config: RunConfig, phase: Phase, phase_step: int) -> float:
 
 
 def warmup_base(config: RunConfig, phase: Phase) -> int:
-    """Steps of which ``optim.warmup_ratio`` is a share."""
+    """The number of steps that ``optim.warmup_ratio`` is a fraction of."""
     num_steps, start_step, scheduled_steps = _steps(config, phase)
     return num_steps if start_step > 0 and phase.entry.warms_up_again else scheduled_steps
 
 
 def last_stable_step(config: RunConfig, schedule: Schedule) -> int | None:
-    """Steps of the last stage before its learning rate decays; None where no stable phase comes before a decay."""
+    """Number of steps in the last stage before its learning rate decays; None if no stable phase precedes a decay."""
     if config.optim.lr_scheduler_type != "warmup_stable_decay":
         return None
     steps_before = 0
@@ -46,6 +46,6 @@ def last_stable_step(config: RunConfig, schedule: Schedule) -> int | None:
 
 
 def _steps(config: RunConfig, phase: Phase) -> tuple[int, int, int]:
-    """Steps of a phase, its first one in the schedule of the learning rate, and all of that schedule."""
+    """Steps in a phase, its first step within its learning-rate schedule, and the total steps of that schedule."""
     num_steps, start_step = phase.tokens // config.step_tokens, phase.schedule_start_tokens // config.step_tokens
     return num_steps, start_step, max(phase.scheduled_tokens // config.step_tokens, start_step + num_steps)

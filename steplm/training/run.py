@@ -1,4 +1,4 @@
-"""A run, from configuration to exported model: prepare, plan, stages, export. One loop for every method."""
+"""A run from configuration to exported model: prepare, plan, train, export. All methods share one loop."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from steplm.units import perplexity_of, reason
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind. ``finished`` is false where a signal stopped it."""
+    """The result of a run; ``finished`` is false if a signal stopped it."""
 
     run_dir: Path
     plan: Plan
@@ -71,14 +71,16 @@ class RunResult:
 def train(config: RunConfig, *, display: Display | None = None, begin: Path | None = None) -> RunResult:
     """Run every stage of the plan and export the merged model; resume where an earlier call stopped.
 
-    A run that has not begun begins with the checkpoint ``begin`` of a shorter one: see ``steplm.training.extend``.
     Writes ``config.yaml``, ``plan.json``, ``environment.json``, ``metrics.jsonl``, ``checkpoints/``,
-    ``export/`` and ``summary.json`` into the run directory. A finished run returns at once.
+    ``export/`` and ``summary.json`` into the run directory. Returns immediately if the run is finished.
+
+    Args:
+        begin: checkpoint of a shorter run to start from, if this run has not started; see ``steplm.training.extend``.
 
     Raises:
-        ConfigError, DataError, PlanInfeasible: before anything is trained.
-        CheckpointMismatch: the run directory holds another run.
-        MemoryMismatch: the measured model-state bytes are not the planned ones.
+        ConfigError, DataError, PlanInfeasible: raised before any training.
+        CheckpointMismatch: the run directory belongs to another run.
+        MemoryMismatch: the measured model-state bytes differ from the plan.
         TrainingDiverged: the loss became NaN or infinite.
     """
     if config.train.num_threads is not None:
@@ -106,18 +108,18 @@ def _train(config: RunConfig, world: World, display: Display) -> RunResult:
                 return RunResult(config.run_dir, run.plan, finished=False, stop_signal=run.stop_signal)
             return _finish(run)
     finally:
-        run.writer.join(config.distributed.timeout * 60)  # before its process group is gone
+        run.writer.join(config.distributed.timeout * 60)  # before its process group is destroyed
         run.batches.close()
         run.metrics.close()
 
 
 def _set_up(config: RunConfig, world: World, display: Display) -> RunContext | None:
-    """The run, with the checkpoint that it goes on from; None if it is finished. The first rank writes and checks."""
+    """Build the run context with the checkpoint to resume from; None if finished. Rank 0 does all writes and checks."""
     folder, first = RunFolder.open(config.run_dir), world.is_first
     config = _with_prepared_dir(config, folder)
     shape = shape_of(config.model.hf_config())
     require_this_version(folder)
-    # All that can fail at once, before the data, which can take hours.
+    # Do everything that can fail early before preparing the data, which can take hours.
     require_sinks(config.log.report_to)
     changed = check_same_run(config, folder) if first else []
     resumes = bool(folder.checkpoints) and folder.has_plan
@@ -134,7 +136,7 @@ def _set_up(config: RunConfig, world: World, display: Display) -> RunContext | N
     display.plan(plan)
     folder = folder.without_damage(display.note) if first else RunFolder.open(config.run_dir)
     checkpoint = folder.last_checkpoint
-    # A resumed run needs its shards, which the checkpoint names by their hash, but not the text any more.
+    # A resumed run needs its shards, which the checkpoint identifies by hash, but no longer the source text.
     prepares = first and checkpoint is None
     manifest = prepare(config, display.prepare) if prepares else Manifest.load(config.prepared_dir)
     state = None if checkpoint is None else load_checkpoint_state(checkpoint)
@@ -172,15 +174,15 @@ def _set_up(config: RunConfig, world: World, display: Display) -> RunContext | N
 
 
 def _on_these_devices(config: RunConfig) -> RunConfig:
-    """With the number of processes that there are, and the batch of before, if there ever were more or fewer.
+    """Set the actual world size; keep the run's global batch size if the world size has ever changed.
 
     Raises:
-        ConfigError: another number is written, or it divides something unevenly.
+        ConfigError: the config states another world size, or something is not divisible by it.
     """
     distributed = with_world_size(config.distributed)
     train, folder = config.train, RunFolder.open(config.run_dir)
     if folder.checkpoints and (before := folder.written) is not None:
-        kept = before.train.global_batch_size is not None  # by an earlier change of their number
+        kept = before.train.global_batch_size is not None  # by an earlier change of the world size
         if train.global_batch_size is None and (kept or before.distributed.world_size != distributed.world_size):
             sequences = {"global_batch_size": before.global_batch_size, "gradient_accumulation_steps": 1}
             train = train.model_copy(update=sequences)
@@ -192,7 +194,7 @@ def _on_these_devices(config: RunConfig) -> RunConfig:
 
 
 def _run_phases(run: RunContext) -> None:
-    """Every phase that is left, each from the checkpoint or from the end of the one before it."""
+    """Run the remaining phases, each from a checkpoint or from the in-memory state of the previous phase."""
     before = _loaded(run)
     phases = remaining_phases(run.plan.schedule, None if before is None else before.state.progress)
     start: PhaseStart | None = None
@@ -200,13 +202,13 @@ def _run_phases(run: RunContext) -> None:
     log = StageLog([], [])
     for index, phase in enumerate(phases):
         with memory_errors(run, phase):
-            if start is not None and assembled is not None:  # of the phase before, which is in memory
+            if start is not None and assembled is not None:  # the previous phase's model is still in memory
                 go_on(run, phase, start, assembled)
             else:
                 start = enter(run, phase, before)
                 before = None
                 assembled = assemble(run.config, run.plan.shape, phase, start, run.world)
-                start.forget_tensors()  # the model holds what it needs
+                start.forget_tensors()  # the model now owns what it needs
                 check_entrance(run, phase, start, assembled)
                 log = StageLog(list(start.unlogged_losses), list(start.unlogged_sources))
             progress = train_phase(run, phase, start, assembled, log)
@@ -217,8 +219,8 @@ def _run_phases(run: RunContext) -> None:
             continue
         if following is not None and not progress.stage_done:
             before = in_memory(run, phase, start, assembled, log)
-        # Gone before the next model is built: at growth the device holds plain weights only. A compiled layer is a
-        # reference cycle, which only the collector ends.
+        # Free the model before the next one is built: during growth the device may hold plain weights only. Compiled
+        # layers form reference cycles, which only the garbage collector frees.
         start = assembled = None
         free_memory()
         if following is not None and before is None:
@@ -228,7 +230,7 @@ def _run_phases(run: RunContext) -> None:
 
 
 def _loaded(run: RunContext) -> Checkpoint | None:
-    """The last checkpoint, verified when it was chosen."""
+    """Load the last checkpoint, which was verified when it was chosen."""
     if run.last_checkpoint is None:
         return None
     with run.world.patiently():  # a network disk can be slow
@@ -241,14 +243,14 @@ def _wait_for_writer(run: RunContext) -> None:
 
 
 def remaining_phases(schedule: Schedule, progress: TrainState | None) -> tuple[Phase, ...]:
-    """The phases that are not done; the first of them may be done in part."""
+    """The phases that are not done; the first may be partly done."""
     if progress is None:
         return schedule.phases
     return schedule.phases[progress.phase_index - (0 if progress.phase_done else 1) :]
 
 
 def _finish(run: RunContext) -> RunResult:
-    """Export, evaluate the exported model, write the summary."""
+    """Export the model, evaluate it, and write the summary."""
     run_dir = run.config.run_dir
     export_dir = run_dir / "export"
     with run.world.first_goes_ahead():
@@ -284,7 +286,7 @@ def _finish(run: RunContext) -> RunResult:
 
 
 def _exported_model(run: RunContext, export_dir: Path) -> PreTrainedModel:
-    """The exported model, to be evaluated; of several ranks each reads its rows."""
+    """Load the exported model for evaluation; with several ranks, each reads only its rows."""
     if run.world.rows.is_whole:
         exported_config, weights = load_config_and_state(export_dir, dtype=DTYPES[run.config.train.precision])
     else:
@@ -299,7 +301,7 @@ def _result_of(run_dir: Path) -> RunResult:
     try:
         summary = json.loads(file.read_text())
         loss, export_dir = float(summary["validation_loss"]), Path(summary["export_dir"]).name
-    except Exception as error:  # what stands in it can be anything
+    except Exception as error:  # the file can contain anything
         raise CheckpointError(
             f"{file} cannot be used: {reason(error)}. Remove it, and run the same command again to write it.",
             path=str(file),
@@ -308,7 +310,7 @@ def _result_of(run_dir: Path) -> RunResult:
 
 
 def _with_prepared_dir(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """The folder of shards that is given, that this run used before, or that its inputs name."""
+    """Set the prepared-data folder: as configured, as used before by this run, or derived from the inputs."""
     if config.data.prepared_dir is None and folder.checkpoints and folder.written is not None:
         before = folder.written.data.prepared_dir
         if before is not None and (Path(before) / MANIFEST).is_file():
@@ -324,7 +326,7 @@ def _open_metrics(config: RunConfig, state: CheckpointState | None) -> MetricsLo
 
 
 def _keep_tokenizer(config: RunConfig) -> None:
-    """A copy beside the checkpoints: a run that is moved elsewhere can still be exported."""
+    """Copy the tokenizer into the run directory, so that a run moved elsewhere can still be exported."""
     target = config.run_dir / "tokenizer"
     if not target.is_dir():
         unfinished = config.run_dir / ".tokenizer.writing"
@@ -341,7 +343,7 @@ def _write_documents(config: RunConfig, plan: Plan, world: World) -> None:
 
 @contextmanager
 def _exclusive(run_dir: Path) -> Iterator[None]:
-    """One process per run directory. The lock goes with the process, however it ends."""
+    """Allow one process per run directory; the lock is released however the process ends."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock: IO[str] = (run_dir / ".lock").open("w")
@@ -359,7 +361,7 @@ def _exclusive(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def _disk_errors(run_dir: Path) -> Iterator[None]:
-    """A full disk, wherever it is met: in the log, in the export, in the tokenizer's copy."""
+    """Explain disk-full errors wherever they occur: in the log, the export, or the tokenizer copy."""
     try:
         yield
     except Exception as error:

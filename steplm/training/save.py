@@ -1,4 +1,4 @@
-"""The state of a phase at one instant: as a checkpoint on the disk, or in memory for the phase that follows."""
+"""Capture the state of a phase: as a checkpoint on disk, or in memory for the next phase."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def save(
     assembled: Assembled,
     log: StageLog,
 ) -> Path:
-    """Write a checkpoint of this instant and prune the older ones, while training goes on."""
+    """Write a checkpoint of the current state and prune older ones, both in the background."""
     model, rules = assembled.model, assembled.rules
-    with run.world.patiently():  # the one before may still be on its way to the disk
+    with run.world.patiently():  # the previous checkpoint may still be being written
         run.writer.wait()
     adapters = adapter_state(model)
     tensors, _ = rules.state_dict()
@@ -50,7 +50,7 @@ def save(
         return save_checkpoint(
             run.checkpoints_dir,
             config=start.hf_config,
-            # Packed weights are saved whole: packed again, they give the same codes.
+            # Packed weights are saved dequantized: packing them again gives the same codes.
             weights=copied_to_cpu(weights) | dict(unpacked_state(model)),
             adapters=copied_to_cpu(adapters),
             optimizer=copied_to_cpu(tensors),
@@ -78,7 +78,7 @@ def in_memory(
     assembled: Assembled,
     log: StageLog,
 ) -> Checkpoint:
-    """What the next phase of the same stage begins with, where no checkpoint is due."""
+    """The state from which the next phase of the same stage starts when no checkpoint is due."""
     model = assembled.model
     adapters = {name: _whole(tensor) for name, tensor in adapter_state(model).items()}
     weights = {name: on_this_rank(t) for name, t in plain_state(model).items() if name not in adapters}
@@ -118,14 +118,14 @@ def _state(
 
 
 def _prune(run: RunContext) -> None:
-    """Of the older checkpoints keep the last few, and that from which the run can be extended."""
+    """Keep the latest checkpoints and the one from which the run can be extended; delete the others."""
     stage, step = run.plan.num_stages, last_stable_step(run.config, run.plan.schedule)
     keep = None if step is None else checkpoint_name(TrainState(stage, 0, step, 0, 0))
     prune_checkpoints(run.checkpoints_dir, run.config.train.save_total_limit, keep)
 
 
 def copied_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What training changes no more, to be written beside it."""
+    """Copies that can be written in the background while training changes the originals."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
@@ -134,5 +134,5 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _whole(tensor: Any) -> Tensor:
-    """All rows of a tensor that may be sharded."""
+    """The full tensor, gathered if it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,4 +1,4 @@
-"""A signal asks for a checkpoint and an orderly end."""
+"""Signal handling: save a checkpoint and exit cleanly."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Protocol
 
 
 class Stoppable(Protocol):
-    """Looks at ``requested_signal`` between steps."""
+    """Work that checks ``requested_signal`` between steps."""
 
     requested_signal: int | None
 
 
 @contextmanager
 def stopping_on_signals(work: Stoppable) -> Iterator[None]:
-    """SIGTERM and SIGINT are noted in ``work.requested_signal``; a second Ctrl-C ends at once.
+    """Record SIGTERM and SIGINT in ``work.requested_signal``; a second Ctrl-C stops immediately.
 
-    Not in the main thread, which alone can have handlers, the caller's own stay.
+    Only the main thread can install signal handlers; in any other thread the existing handlers stay in place.
     """
 
     def ask(signum: int, frame: FrameType | None) -> None:

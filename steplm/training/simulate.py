@@ -1,7 +1,7 @@
-"""The steps and the growth of a real phase, run to see what they hold: on fake tensors, in seconds, or on real ones.
+"""Run the steps and growth of a phase to count their memory: on fake tensors, in seconds, or on real tensors.
 
-Fake tensors have a shape, a device and no data. They run the code that training runs, so that all it allocates is
-counted; not seen are the insides of kernels, and the device's context, libraries and fragmentation.
+Fake tensors have a shape and a device but no data. They go through the same code as training, so every tensor that
+training allocates is counted. Excluded are kernel-internal workspace, the device context, libraries, and fragmentation.
 """
 
 from __future__ import annotations
@@ -36,44 +36,45 @@ T = TypeVar("T")
 
 
 def simulate_phase(config: RunConfig, phase: Phase) -> PeakEstimate:
-    """What the device would hold at most in each part of a phase's step, counted on fake tensors.
+    """Peak device memory in each part of a phase's step, counted on fake tensors.
 
-    The instants are ``AT_REST``, ``FORWARD``, ``BACKWARD`` and, unless the update is part of that, ``STEP``. The
-    kinds of their terms are ``weights``, ``gradients``, ``optimizer``, ``rest`` (activations and workspace) and
-    ``host``. A compiled model is counted as if it were not.
+    The instants are ``AT_REST``, ``FORWARD``, ``BACKWARD`` and, unless the update is fused into backward, ``STEP``.
+    The kinds of their terms are ``weights``, ``gradients``, ``optimizer``, ``rest`` (activations and workspace) and
+    ``host``. ``train.compile`` is ignored.
     """
     config = _without_compile(config)
     return _simulated(config, phase, lambda shapes: _steps(config, phase, shapes, CountedBytes(), check=False))
 
 
 def measure_phase(config: RunConfig, phase: Phase, device: torch.device | str) -> PeakEstimate:
-    """The same on real tensors, with constant weights and random tokens.
+    """Like ``simulate_phase``, but on real tensors, with constant weights and random tokens.
 
-    On a CPU counted as in the simulation. On CUDA the allocator's own peak: a term of kind ``allocated`` and, of the
-    instants in a step, one of kind ``libraries``, the workspaces of cuBLAS, which no plan counts.
+    On a CPU, tensors are counted as in the simulation. On CUDA, the peak is the allocator's: a term of kind
+    ``allocated`` and, for the instants within a step, one of kind ``libraries`` for the cuBLAS workspaces, which no
+    plan counts.
     """
     device = torch.device(device)
     return _steps(config, phase, _weight_shapes(config, phase), peak_meter_for(device), device)
 
 
 def simulate_timeline(config: RunConfig, phase: Phase) -> list[Part]:
-    """The course of a phase, counted on fake tensors: the growth, if there is one, the assembly and two steps.
+    """Memory over the course of a phase, counted on fake tensors: growth (if any), assembly, and two steps.
 
-    The first step has one micro-batch, the second two where steps of this run have more than one.
+    The first step has one micro-batch; the second has two if the run's steps have more than one.
     """
     config = _without_compile(config)
     return _simulated(config, phase, lambda shapes: _timeline(config, phase, shapes, check=False))
 
 
 def measure_timeline(config: RunConfig, phase: Phase) -> list[Part]:
-    """The same on real tensors, on the CPU."""
+    """Like ``simulate_timeline``, but on real tensors on the CPU."""
     return _timeline(config, phase, _weight_shapes(config, phase), check=True)
 
 
 def simulate_growth(config: RunConfig, phase: Phase) -> PeakEstimate:
-    """What the device would hold at most when this phase is entered: the grown model's loss, of plain weights.
+    """Peak device memory on entering this phase, reached when the loss of the grown model's plain weights is computed.
 
-    Merge and growth themselves act in the host's memory, and the model before them is smaller.
+    Merge and growth themselves run in host memory, and the model before them is smaller.
     """
     return _simulated(config, phase, lambda shapes: _growth(config, phase, shapes, CountedBytes()))
 
@@ -123,7 +124,7 @@ def _steps(
     check: bool = True,
     on_part: Callable[[str], None] = lambda name: None,
 ) -> PeakEstimate:
-    """A step of one micro-batch and, where a step has more, a second one of two."""
+    """Run two steps: the first of one micro-batch, the second of two if the run's steps have that many."""
     highest: dict[str, dict[str, int]] = {}
 
     @contextmanager
@@ -134,7 +135,7 @@ def _steps(
         highest[name] = max(meter.peak(), highest.get(name, {}), key=on_device)
 
     fused, learning_rate = config.memory.fused_backward, config.learning_rate(phase.stage)
-    # A half stands for any clip coefficient: to scale a gradient may take memory.
+    # 0.5 stands in for any clip coefficient: scaling gradients may allocate memory.
     grad_scale = 1.0 if config.optim.max_grad_norm is None else 0.5
     with meter:
         on_part(STAGE_WEIGHTS)
@@ -146,7 +147,7 @@ def _steps(
         meter.watch(model, rules)
         with part(AT_REST):
             pass
-        # The second step meets what the first has left behind, the second micro-batch the gradients of the first.
+        # The second step includes what the first leaves allocated, the second micro-batch the gradients of the first.
         for num_micro_batches in (1, min(2, config.micro_batches)):
             for _ in range(num_micro_batches):
                 with part(FORWARD):
@@ -169,7 +170,7 @@ def _steps(
 def _forward(
     config: RunConfig, model: PreTrainedModel, device: torch.device, batch_size: int | None = None
 ) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """The inputs of a micro-batch, which live until its backward pass is done, and its loss."""
+    """Return the inputs of a micro-batch, which must stay alive until its backward pass is done, and its loss."""
     sequence_length = config.train.sequence_length
     shape = (batch_size or config.micro_batch_size, sequence_length)
     input_ids = torch.randint(config.model.vocab_size, shape, device=device)
@@ -191,10 +192,10 @@ def _forward(
 
 @contextmanager
 def _unpacked_sequences(config: RunConfig) -> Iterator[None]:
-    """Inside, ``transformers`` takes each sequence for one document, if the configuration does.
+    """Make ``transformers`` treat each sequence as one document, unless the config attends within documents.
 
-    It looks for packed documents in the positions' values, which fake positions do not have, and so would always
-    make masks of sequence times sequence, though training never sees them.
+    It detects packed documents from the values of the position IDs. Fake tensors have no values, so it would always
+    build full sequence-by-sequence masks, which training never allocates.
     """
     found = masking_utils.find_packed_sequence_indices
     if not config.data.within_documents:
@@ -216,7 +217,7 @@ def _weight_shapes(config: RunConfig, phase: Phase) -> dict[str, torch.Size]:
 
 
 def _hf_config(config: RunConfig, phase: Phase) -> PretrainedConfig:
-    with unset_fake_temporarily():  # it compares meta models of two depths, whose tensors are not fake
+    with unset_fake_temporarily():  # hf_config compares two models on the meta device, whose tensors are not fake
         return hf_config(config.model.hf_config(), phase.num_hidden_layers)
 
 

@@ -1,4 +1,4 @@
-"""The speeds of the present machine, timed on small models in less than a minute, and kept in the user's cache."""
+"""The speeds of this machine, timed on small models in less than a minute and cached in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from steplm.training.environment import environment
 from steplm.training.step import StepOptions, forward_backward, step_options
 from steplm.types import ModelShape, TrainState
 
-SECONDS = 40.0  # of timing, beside some for making the models
+SECONDS = 40.0  # of timing; building the models takes extra
 LEAST_ROUNDS = 3
-FASTEST = 1e18  # units a second, of a kind of work that cost nothing measurable
+FASTEST = 1e18  # units per second, for a kind of work with no measurable cost
 
 Clock = Callable[[], float]
 
-# Each small model weighs some kinds of work more than the others do. Sizes are those of a CPU; an accelerator takes
+# Each small model stresses some kinds of work more than the others do. The sizes are for a CPU; an accelerator gets
 # ``ACCELERATOR_SEQUENCES`` times as many sequences.
 BASE = {
     "plan": {"num_stages": 1, "total_tokens": 1_000_000},
@@ -86,7 +86,7 @@ _BF16_KINDS = {
 
 @dataclass
 class Trial:
-    """A phase on random tokens, ready to be timed."""
+    """A phase on random tokens, ready for timing."""
 
     config: RunConfig
     shape: ModelShape
@@ -100,13 +100,13 @@ class Trial:
         forward_backward(self.assembled.model, self.batch, self.options)
 
     def update(self) -> None:
-        """Needs the gradients of ``forward_backward``."""
+        """Compute the gradient norm and step; call ``forward_backward`` first."""
         global_grad_norm(self.assembled.rules.parameters.values())
         self.assembled.rules.step(1e-5)
 
 
 def make_trial(config: RunConfig, device: torch.device, stage: int | None = None) -> Trial:
-    """A stage of a run (default: the last), with fresh weights and random tokens."""
+    """Build a stage of a run (default: the last) with fresh weights and random tokens."""
     planned = plan(config)
     phase = planned.stages[-1 if stage is None else stage - 1].highest_phase
     model = config.model.hf_config()
@@ -124,9 +124,10 @@ def make_trial(config: RunConfig, device: torch.device, stage: int | None = None
 def least_seconds(
     trials: Sequence[Trial], device: torch.device, seconds: float, clock: Clock = time.perf_counter
 ) -> list[tuple[float, float]]:
-    """The least seconds of each one's passes and of its update, in rounds over all of them.
+    """Minimum seconds of each trial's forward and backward pass and of its update.
 
-    Rounds, so that what else the machine does for a while disturbs all alike. The first one warms up.
+    Trials take turns in rounds, so that temporary load on the machine affects all of them alike. The first round is a
+    warmup.
     """
     least = [(float("inf"), float("inf"))] * len(trials)
     stop, rounds = time.monotonic() + seconds, 0
@@ -141,7 +142,7 @@ def least_seconds(
 
 
 def small_trials(device: torch.device) -> list[Trial]:
-    """The small models that the speeds are fitted to."""
+    """Build the small models that the speeds are fitted to."""
     trials = []
     for precision in ("fp32", "bf16"):
         kinds = _KINDS if precision == "fp32" else _KINDS | _BF16_KINDS
@@ -155,7 +156,7 @@ def small_trials(device: torch.device) -> list[Trial]:
 
 
 def speeds_of(trials: Sequence[Trial], times: Sequence[tuple[float, float]], device: torch.device) -> Speeds:
-    """The speeds that explain the seconds of ``least_seconds``."""
+    """Fit speeds to the times from ``least_seconds``."""
     is_cuda, samples = device.type == "cuda", list[tuple[list[Work], float]]()
     for trial, (passes, update) in zip(trials, times, strict=True):
         work = step_work(trial.config, trial.shape, trial.phase, on_cuda=is_cuda) or ()
@@ -166,13 +167,13 @@ def speeds_of(trials: Sequence[Trial], times: Sequence[tuple[float, float]], dev
 
 
 def fit_speeds(samples: Sequence[tuple[Sequence[Work], float]], *, asynchronous: bool) -> dict[str, float]:
-    """The speed of each kind of work that together come closest to the measured seconds, in relative terms.
+    """Fit the speed of each kind of work to the measured seconds, by non-negative least squares on relative errors.
 
-    Least squares without negative times. On an accelerator launches take place beside the computing: what is fitted is
-    then the computing alone, and a launch takes what the sample with the most launches a second shows at most.
+    On an accelerator, kernel launches overlap with compute. The fit then covers compute only, and the launch speed is
+    the highest number of launches per second in any sample.
 
     Args:
-        samples: the work that was done, and its seconds.
+        samples: pairs of the work done and its seconds.
     """
     apart = ("host update", *(["launches"] if asynchronous else []))
     kinds = [kind for kind in KINDS if kind not in apart]
@@ -191,7 +192,7 @@ def fit_speeds(samples: Sequence[tuple[Sequence[Work], float]], *, asynchronous:
 
 
 def speeds_here(device: torch.device, *, again: bool = False, note: Callable[[str], Any] = print) -> Speeds:
-    """The kept speeds of this machine; timed and kept where there are none, or ``again``."""
+    """The cached speeds of this machine; timed first if there are none or if ``again`` is set."""
     path = cache_file()
     key = _key(device)
     kept = _kept(path)
@@ -208,7 +209,7 @@ def speeds_here(device: torch.device, *, again: bool = False, note: Callable[[st
 
 
 def cache_file() -> Path:
-    """``steplm/speeds.json`` in the user's folder for caches."""
+    """``steplm/speeds.json`` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steplm" / "speeds.json"
 
 
@@ -223,7 +224,7 @@ def _kept(path: Path) -> dict[str, Any]:
         return {}
     except ValueError:
         raise ConfigError(f"{path} cannot be read. Delete it: the machine is then timed again.") from None
-    # Of a version that told other kinds of work apart.
+    # Skips entries from a version with other kinds of work.
     return {key: value for key, value in values.items() if set(value["per_second"]) == set(KINDS)}
 
 

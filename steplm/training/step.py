@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches forward and backward, the clip coefficient, the update; or all in one backward."""
+"""One optimizer step: forward and backward over micro-batches, clipping, update; or the update fused into backward."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from steplm.types import SourceLoss, TrainState
 class StepResult:
     loss: float  # token mean over the whole step, nats
     grad_norm: float  # before clipping
-    is_spike: bool = False  # the norm is higher than an update may have
-    sources: tuple[SourceLoss, ...] = ()  # of a mixture, in its order
+    is_spike: bool = False  # the norm is above the limit for an update
+    sources: tuple[SourceLoss, ...] = ()  # per source of a mixture, in its order
 
     @property
     def is_finite(self) -> bool:
@@ -41,13 +41,13 @@ class StepResult:
 
 @dataclass
 class StageLog:
-    """What the log of a stage has to know between two of its lines."""
+    """State of a stage's log between two log lines."""
 
     unlogged_losses: list[float]
-    unlogged_sources: list[SourceLoss]  # of a mixture, the sums over those steps
-    logged_at: float = field(default_factory=time.monotonic)  # moved on by what is no training
+    unlogged_sources: list[SourceLoss]  # per source of a mixture, summed over those steps
+    logged_at: float = field(default_factory=time.monotonic)  # shifted forward by time not spent training
     steps_since: int = 0
-    best_speed: float = 0.0  # tokens a second, of this stage
+    best_speed: float = 0.0  # tokens per second, of this stage
     told_of_load: bool = False
 
     def add(self, result: StepResult) -> None:
@@ -60,33 +60,33 @@ class StageLog:
 
 @dataclass(frozen=True)
 class StepReport:
-    """A logged step, as ``metrics.jsonl`` and the display get it."""
+    """A logged step, as passed to ``metrics.jsonl`` and the display."""
 
     phase: Phase
     progress: TrainState
     num_steps: int  # of the stage
-    result: StepResult  # the loss is the mean since the last report
+    result: StepResult  # its loss is the mean since the last report
     learning_rate: float
     tokens_per_second: float
     peak: PeakMemory
-    source_losses: dict[str, float] = field(default_factory=dict)  # of a mixture, since the last report
+    source_losses: dict[str, float] = field(default_factory=dict)  # by source of a mixture, since the last report
     mfu: float | None = None  # see ``RunContext.mfu``
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a batch goes forward and backward."""
+    """How the forward and backward pass of a batch is run."""
 
-    micro_batch_size: int  # sequences at once
-    chunk_size: int  # rows of logits at once
+    micro_batch_size: int  # in sequences
+    chunk_size: int  # rows of logits computed at once
     offload_activations: bool = False
-    fused_backward: bool = False  # each parameter is updated as soon as its gradient is there
+    fused_backward: bool = False  # update each parameter as soon as its gradient is ready
     num_sources: int = 0  # of a mixture
-    world: World = field(default_factory=lambda: World(torch.device("cpu")))  # batches are a rank's part
+    world: World = field(default_factory=lambda: World(torch.device("cpu")))  # each rank gets its share of a batch
 
 
 def step_options(config: RunConfig, world: World) -> StepOptions:
-    """How every forward and backward pass of a run is computed."""
+    """Step options from a run's config."""
     return StepOptions(
         micro_batch_size=config.train.per_device_train_batch_size,
         chunk_size=config.train.loss_chunk_size,
@@ -100,10 +100,10 @@ def step_options(config: RunConfig, world: World) -> StepOptions:
 def forward_backward(
     model: PreTrainedModel, batch: Batch, options: StepOptions, sequence_losses: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Gradients of the mean loss over all valid tokens of all ranks' batches, accumulated over micro-batches.
+    """Accumulate over micro-batches the gradients of the mean loss over all valid tokens on all ranks.
 
     Args:
-        sequence_losses: (B,) fp32, to which each sequence's summed loss is added.
+        sequence_losses: (B,) fp32; each sequence's summed loss is added to it.
 
     Returns:
         This rank's share of the loss, a detached fp32 scalar on the model's device.
@@ -126,13 +126,14 @@ def train_step(
     last_grad_norm: float | None = None,
     highest_grad_norm: float = math.inf,
 ) -> StepResult:
-    """One step. Nothing is updated where the loss or the gradient is not finite, or its norm is a spike.
+    """Run one step; skip the update if the loss or the gradient norm is not finite, or if the norm is a spike.
 
-    With ``fused_backward`` each parameter is updated within the backward pass, before the norm of all gradients is
-    known: it is clipped by that of the step before, and a gradient that is not finite is met too late.
+    With ``fused_backward``, each parameter is updated during the backward pass, before the global gradient norm is
+    known. Gradients are therefore clipped by the previous step's norm, and non-finite gradients are detected too late
+    to skip the update.
 
     Raises:
-        ValueError: ``fused_backward`` with more than one micro-batch.
+        ValueError: ``fused_backward`` is set and the batch has more than one micro-batch.
     """
     if options.fused_backward:
         scale = 1.0 if last_grad_norm is None else clip_coefficient(last_grad_norm, max_grad_norm)
@@ -150,10 +151,10 @@ def train_step(
 
 
 def trial(model: PreTrainedModel, optimizer: UpdateRules, batch: Batch, options: StepOptions) -> tuple[float, float]:
-    """Loss and gradient norm of a batch, in the memory of a step but without the update; no gradient is left.
+    """Loss and gradient norm of a batch, with the memory use of a step but no update; gradients are cleared.
 
     Raises:
-        ValueError: ``fused_backward`` with more than one micro-batch.
+        ValueError: ``fused_backward`` is set and the batch has more than one micro-batch.
     """
     with uncompiled(model):
         if options.fused_backward:
@@ -167,18 +168,18 @@ def trial(model: PreTrainedModel, optimizer: UpdateRules, batch: Batch, options:
 
 
 def _sequence_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor | None:
-    """Of a mixture, where a step adds up the loss of each sequence."""
+    """Zeros to accumulate each sequence's loss in; None if the data is not a mixture."""
     return None if batch.source_ids is None else torch.zeros(len(batch), device=model.device)
 
 
 def _numbers(sequence_losses: torch.Tensor | None, *scalars: torch.Tensor) -> list[float]:
-    """The scalars and then the losses, in one transfer: on an accelerator each is a wait for the device."""
+    """The scalars, then the losses, in one transfer: on an accelerator every transfer waits for the device."""
     losses = [] if sequence_losses is None else [sequence_losses]
     return torch.cat((torch.stack(scalars), *losses)).tolist()
 
 
 def _of_sources(batch: Batch, nats: Sequence[float], options: StepOptions) -> list[SourceLoss]:
-    """This rank's sums for each source of a mixture, of the summed loss of each sequence."""
+    """This rank's loss and token count for each source of a mixture, from the summed loss of each sequence."""
     sources = [SourceLoss(0.0, 0)] * options.num_sources
     if batch.source_ids is not None:
         counts = (batch.labels != IGNORE_INDEX).sum(1)
@@ -188,7 +189,7 @@ def _of_sources(batch: Batch, nats: Sequence[float], options: StepOptions) -> li
 
 
 def _over_ranks(world: World, loss: float, norm: float, sources: Sequence[SourceLoss] = ()) -> StepResult:
-    """The loss of which each rank has a share, and the norm of the gradients of which each has some rows."""
+    """Sum the ranks' shares of the loss, and compute the norm of gradients whose rows are split across ranks."""
     if world.is_alone:
         return StepResult(loss, norm, sources=tuple(sources))
     loss, square, *sums = world.sum(loss, norm * norm, *(value for s in sources for value in (s.nats, s.tokens)))
@@ -200,7 +201,7 @@ def _over_ranks(world: World, loss: float, norm: float, sources: Sequence[Source
 def _micro_losses(
     model: PreTrainedModel, batch: Batch, options: StepOptions, sequence_losses: torch.Tensor | None = None
 ) -> Iterator[torch.Tensor]:
-    """Each micro-batch's share of the mean loss over all valid tokens of all ranks' batches; they sum to it."""
+    """Yield each micro-batch's share of the mean loss over all valid tokens on all ranks; the shares sum to it."""
     (num_valid,) = options.world.sum((batch.labels != IGNORE_INDEX).sum().item())
     parts = repeat(None) if sequence_losses is None else sequence_losses.split(options.micro_batch_size)
     for micro_batch, losses in zip(batch.split(options.micro_batch_size), parts, strict=False):

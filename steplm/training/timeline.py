@@ -1,4 +1,4 @@
-"""The whole course of a count: what was held after each operation, part by part, and by which name."""
+"""Memory in use over time: bytes by kind after each operation, for each part of a stage."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from steplm.training.peak_meter import CountedBytes
 from steplm.types import HOST
 
 ADAPTERS = "adapters"
-GROWN_WEIGHTS, STAGE_WEIGHTS = "grown weights", "weights of the stage"  # parts in which plain weights are made
+GROWN_WEIGHTS, STAGE_WEIGHTS = "grown weights", "weights of the stage"  # parts that create plain weights
 
-_OPERATION_DONE = -1  # stands in the place of a storage's number
+_OPERATION_DONE = -1  # in place of a storage number in the events
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes by kind after each operation of one part of a stage, in the order of time.
+    """Bytes by kind after each operation of one part of a stage, in time order.
 
     The kinds are ``weights``, ``gradients``, ``optimizer``, ``adapters`` (their weights, gradients and states),
     ``rest`` (activations and workspace) and ``host``.
@@ -34,7 +34,7 @@ class Part:
 
     @property
     def highest(self) -> dict[str, int]:
-        """The first point with the most bytes on the device."""
+        """The point with the most bytes on the device; the first if there are several."""
         return max(self.points, key=on_device)
 
     @property
@@ -43,19 +43,19 @@ class Part:
 
 
 class RecordedBytes(CountedBytes):
-    """Writes down births, deaths and operations: a storage has its last name from its birth on."""
+    """Records allocations, frees, and operations; a storage's last label applies to its whole lifetime."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._numbers: dict[int, int] = {}  # address of a living storage -> its number
-        self._sizes: list[int] = []  # by number: bytes now
+        self._numbers: dict[int, int] = {}  # address of a live storage -> its number
+        self._sizes: list[int] = []  # by number: current bytes
         self._names: list[str] = []  # by number: last label
         self._parts: list[tuple[str, int]] = []  # name, index of the first event
-        self._events: list[tuple[int, int]] = []  # number of a storage, bytes more or less
+        self._events: list[tuple[int, int]] = []  # storage number, change in bytes
 
     def start(self, part: str) -> None:
-        """What comes now belongs to this part."""
-        # Weights come from the host: those that no model keeps as they are have never been on the device.
+        """Start a new part; everything recorded from now on belongs to it."""
+        # Weights are created on the host. Those that the model does not keep unchanged never reach the device.
         self._newborn = HOST if part in (GROWN_WEIGHTS, STAGE_WEIGHTS) else REST
         self._parts.append((part, len(self._events)))
         self._end_operation()
@@ -71,7 +71,7 @@ class RecordedBytes(CountedBytes):
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_adapter_gradient))
 
     def parts(self) -> list[Part]:
-        """All that was recorded."""
+        """The recorded parts, in order."""
         held: dict[str, int] = {}
         parts = []
         edges = [*(index for _, index in self._parts), len(self._events)]
@@ -121,5 +121,5 @@ class RecordedBytes(CountedBytes):
 
 
 def on_device(by_kind: dict[str, int]) -> int:
-    """Bytes of all kinds but the host's."""
+    """Total bytes of all kinds except ``host``."""
     return sum(num_bytes for kind, num_bytes in by_kind.items() if kind != HOST)
