@@ -1,1 +1,1 @@
-"""Suites: many runs over methods, seeds and learning rates, matched, tuned, resumable."""
+"""Suites of runs over methods, seeds and learning rates: matched, tuned and resumable."""

@@ -1,4 +1,4 @@
-"""All that can fail early, before the first run starts: configurations, plans, matches, data, texts, folders."""
+"""Checks before the first run starts: configurations, plans, matching, data, texts, folders."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from steplm.planner.ways import written
 
 
 def check_plans(suite: Suite) -> list[RunKey]:
-    """Make the plan of every run that the suite can lead to, and compare it with the baseline's.
+    """Plan every run that the suite can lead to, and check that it matches the baseline.
 
     Raises:
-        ConfigError: what is wrong, of all entries at once.
+        ConfigError: lists the problems of all entries at once.
     """
     problems: dict[str, None] = {}
     runs: list[RunKey] = []
@@ -51,7 +51,7 @@ MEASURED_ON = ("eval.max_tokens", "data.validation", "data.validation_fraction",
 
 
 def _check_same_text(suite: Suite, run: RunKey) -> None:
-    """Raises ConfigError where a run's losses are of other text than the baseline's."""
+    """Raise ``ConfigError`` if a run's losses are measured on different text than the baseline's."""
     ours, theirs = suite.run_config(run), suite.run_config(suite.baseline_run(run.seed))
     for name in MEASURED_ON:
         value, reference = written(ours, name), written(theirs, name)
@@ -64,13 +64,13 @@ def _check_same_text(suite: Suite, run: RunKey) -> None:
 
 
 def check_texts(suite: Suite) -> None:
-    """Raises DataError if a text of ``evaluate`` is not there, or holds nothing that can be scored."""
+    """Raise ``DataError`` if a text of ``evaluate`` is missing, or has nothing to score."""
     for text in suite.config.evaluate.values():
         require_text(text.data, text.text_field)
 
 
 def prepare_data(suite: Suite, runs: list[RunKey], on_progress: OnProgress | None = None) -> dict[RunKey, RunConfig]:
-    """The configuration of every run with the folder of its token shards, which are made where they are not there."""
+    """Create missing token shards; return the configuration of every run with the folder of its shards."""
     folders: dict[tuple[str, int], str] = {}
     configs = {}
     for run in runs:
@@ -86,15 +86,16 @@ def prepare_data(suite: Suite, runs: list[RunKey], on_progress: OnProgress | Non
 
 
 def check_folders(suite: Suite, configs: dict[RunKey, RunConfig]) -> None:
-    """Every run directory that is there already holds the run that the suite means.
+    """Check that every existing run directory holds the run that the suite expects there.
 
     Raises:
-        CheckpointMismatch: another run, by any key that changes what is computed or what losses are of, or by its data.
+        CheckpointMismatch: a directory holds a run that differs in its data, or in a key that affects the computation
+            or the text that losses are measured on.
     """
     from steplm.training.checks import check_same_run
     from steplm.training.folder import RunFolder
 
-    fingerprint = cache(lambda folder: Manifest.load(folder).fingerprint)  # most runs have the same folder
+    fingerprint = cache(lambda folder: Manifest.load(folder).fingerprint)  # most runs share a folder
     for config in configs.values():
         folder = RunFolder.open(config.run_dir)
         changed = check_same_run(config, folder)

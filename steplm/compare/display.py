@@ -1,4 +1,4 @@
-"""What a person sees of a suite: lines for a log, and on a terminal a table that stays below them."""
+"""Console output of a suite: log lines, and on a terminal a live table below them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from steplm.units import format_count, format_seconds
 
 LINE_EVERY_SECONDS = 60.0
 
-# A running run: its directory, its latest training event, its plan.
+# An active run: its directory, its latest training event, its plan.
 Row = tuple[str, dict[str, Any] | None, Plan]
 
 
 class SuiteDisplay:
-    """Prints events as they come, and once a minute how far the suite is."""
+    """Prints events as they happen, and overall progress once a minute."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -82,7 +82,7 @@ class SuiteDisplay:
 
 
 class LiveDisplay(SuiteDisplay):
-    """Lines for events, and a table of the running runs with the time that is left."""
+    """Prints events, above a live table of the active runs and the time left."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -106,7 +106,7 @@ class LiveDisplay(SuiteDisplay):
 
 
 def make_display(kind: str) -> SuiteDisplay:
-    """``rich``, ``lines``, ``none``, or ``auto``: rich where the output is a terminal."""
+    """Create a display: ``rich``, ``lines``, ``none``, or ``auto`` (rich on a terminal, else lines)."""
     if kind == "auto":
         kind = "rich" if sys.stdout.isatty() else "lines"
     console = Console(quiet=kind == "none", soft_wrap=kind == "lines")

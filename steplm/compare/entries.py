@@ -1,4 +1,4 @@
-"""``SuiteConfig`` -> entries, and the configuration and plan of every run that they can lead to."""
+"""Expands a ``SuiteConfig`` into entries, and the configuration and plan of every run that they can lead to."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ class Entry:
     method: str
     like: str | None
     match: str
-    settings: Mapping[str, Any]  # beside the method's own
+    settings: Mapping[str, Any]  # in addition to the method's own
     seeds: tuple[int, ...]
     grid: tuple[float, ...]  # (): not tuned
-    extend: int  # times that the grid grows where its best is at an edge
-    refine: int  # times that it grows between the best and its neighbours
-    finalists: int  # rates of it that all seeds are run at
-    rate_of: str | None  # the entry whose learning rate it takes
+    extend: int  # times the grid may grow beyond an edge, while the best rate is there
+    refine: int  # times the grid grows between the best rate and its neighbors
+    finalists: int  # number of best rates that all seeds run at
+    rate_of: str | None  # the entry whose learning rate this one uses
 
     @property
     def reachable_rates(self) -> tuple[float, ...]:
-        """Every rate that its tuning can try."""
+        """Every learning rate that tuning can try."""
         return reachable(self.grid, self.extend, self.refine)
 
     @property
     def record(self) -> EntryRecord:
-        """Before any choice of a learning rate."""
+        """The entry's record before a learning rate is chosen."""
         return EntryRecord(
             name=self.name,
             label=self.label,
@@ -69,12 +69,12 @@ class RunKey(NamedTuple):
 
     @property
     def dir(self) -> str:
-        """Its run directory, below the suite's."""
+        """The run directory, relative to the suite's."""
         return f"runs/{self.entry}/lr{self.learning_rate:g}-seed{self.seed}"
 
 
 class Suite:
-    """The entries of a suite, and what their runs are."""
+    """The entries of a suite, and the configuration and plan of their runs."""
 
     def __init__(self, config: SuiteConfig) -> None:
         self.config = config
@@ -88,10 +88,10 @@ class Suite:
         self.run_config, self._plan_of = cache(self._run_config), cache(self._plan)
 
     def fixed_rate(self, entry: Entry) -> float:
-        """The learning rate of an entry that is not tuned, as its configuration has it.
+        """The configured learning rate of an entry that is not tuned.
 
         Raises:
-            ConfigError: it has one for each stage, and a suite sets entries side by side by one.
+            ConfigError: the entry has one rate per stage; a suite compares runs at a single rate.
         """
         rate = _configured(entry, self._base, {}).optim.learning_rate
         if isinstance(rate, list):
@@ -106,7 +106,7 @@ class Suite:
         return self.config.run
 
     def possible_rates(self, entry: Entry, chosen: Mapping[str, float | None]) -> tuple[float, ...]:
-        """Learning rates that the seeds of an entry are run at: one, once it is chosen."""
+        """Learning rates that the seeds of an entry may run at; exactly one once it is chosen."""
         rate = chosen.get(entry.name)
         if rate is not None:
             return (rate,)
@@ -115,17 +115,17 @@ class Suite:
         return entry.reachable_rates or (self.fixed_rate(entry),)
 
     def possible_runs(self, entry: Entry, chosen: Mapping[str, float | None]) -> Iterator[RunKey]:
-        """Every run that an entry can lead to, given the rates that are chosen already."""
+        """Every run that an entry can lead to, given the rates already chosen."""
         runs = [RunKey(entry.name, self.tune_seed, rate) for rate in entry.reachable_rates]
         rates = self.possible_rates(entry, chosen)
         runs += [RunKey(entry.name, seed, rate) for seed in entry.seeds for rate in rates]
         yield from dict.fromkeys(runs)
 
     def expected_runs(self, chosen: Mapping[str, float | None], known: Collection[RunKey] = ()) -> list[RunKey]:
-        """As many runs as the suite will have at least, at some rate where it is not chosen yet.
+        """The fewest runs that the suite can end up with, at a placeholder rate where none is chosen yet.
 
         Args:
-            known: the runs that there are, those of an extended or refined grid among them.
+            known: runs that exist, including those of an extended or refined grid.
         """
         return [run for entry in self.entries.values() for run in self._expected_runs_of(entry, chosen, known)]
 
@@ -153,7 +153,7 @@ class Suite:
         return _configured(entry, self._base, values)
 
     def plan(self, run: RunKey) -> Plan:
-        """The plan of a run, which its learning rate does not change."""
+        """The plan of a run; it does not depend on the learning rate."""
         return self._plan_of(run.entry, run.seed)
 
     def _plan(self, entry: str, seed: int) -> Plan:
@@ -163,7 +163,7 @@ class Suite:
         return make_plan(config, shape_of(config.model.hf_config()))
 
     def baseline_run(self, seed: int) -> RunKey:
-        """What the other runs are matched with; its plan is the same for every learning rate."""
+        """The run that others are matched against; its plan is the same for every learning rate."""
         baseline = self.entries[self.config.baseline]
         return RunKey(baseline.name, seed, self.possible_rates(baseline, {})[0])
 
@@ -194,7 +194,7 @@ def _combinations(written: EntryConfig) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _as_name(value: Any) -> str:
-    """A value as a part of a folder's name."""
+    """Format a value for a folder name."""
     is_negative = isinstance(value, int | float) and value < 0
     return "-" * is_negative + re.sub(r"[^\w.]+", "-", str(value)).strip("-")
 
@@ -226,7 +226,7 @@ def _entry(
         )
     match = written.match or config.match
     label = written.label or (like.label if like else METHODS[method].label)
-    told = varied if written.label or not like else own  # what the label does not say yet
+    told = varied if written.label or not like else own  # settings that the label does not mention yet
     label += "".join(f", {key.rpartition('.')[2]} {value}" for key, value in told.items())
     if match != config.match and not written.label:
         label += f", equal {'FLOPs' if match == 'flops' else match}"
@@ -268,7 +268,7 @@ def _matching(pattern: str, names: Collection[str], where: str) -> list[str]:
 
 
 def _last_models(config: SuiteConfig, entries: Mapping[str, Entry]) -> dict[str, tuple[Entry, int]]:
-    """The entry and seed of each model that the suite ends with, by its name in tables; the baseline's first."""
+    """Entry and seed of each model that ``afterwards`` covers, by its name in tables; the baseline comes first."""
     if config.afterwards is None:
         return {}
     given = config.afterwards.seeds
@@ -284,5 +284,5 @@ def _last_models(config: SuiteConfig, entries: Mapping[str, Entry]) -> dict[str,
             )
         for seed in seeds:
             label = name if len(seeds) == 1 else f"{name}-seed{seed}"
-            models[re.sub(r"[^\w.=+-]", "_", label)] = entry, seed  # MT-Bench has files of these names
+            models[re.sub(r"[^\w.=+-]", "_", label)] = entry, seed  # MT-Bench uses these as file names
     return models

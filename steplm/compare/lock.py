@@ -1,4 +1,4 @@
-"""One suite per directory; and none begins before the runs of a killed one have ended."""
+"""File locks: one suite per directory, and none starts before the runs of a killed suite have ended."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from steplm.errors import SteplmError
 
-RUNS_LOCK = ".runs.lock"  # shared by every run's process while it lives
+RUNS_LOCK = ".runs.lock"  # every run's process holds it, shared, while it lives
 
 
 @contextmanager
 def exclusive(directory: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold a suite's directory. Locks go with their processes, however they end.
+    """Lock a suite's directory; the lock is released when the process ends, however it ends.
 
     Raises:
-        SteplmError: another process holds it.
+        SteplmError: another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
@@ -39,7 +39,7 @@ def exclusive(directory: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def shared_lock(file: Path) -> Iterator[None]:
-    """Held together with others; whoever wants it alone waits for all of them."""
+    """Hold a shared lock; a process that wants it exclusively waits for all holders."""
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         yield

@@ -1,4 +1,4 @@
-"""Runs are compared at equal tokens or at equal FLOPs; what is neither is refused."""
+"""Runs are compared at equal tokens or equal FLOPs; anything else is rejected."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from steplm.units import format_count
 
 
 def check_match(suite: Suite, run: RunKey) -> None:
-    """The run's plan has as many tokens, or as many training FLOPs, as the baseline's, to one optimizer step.
+    """Check that a run has as many tokens, or training FLOPs, as the baseline, to within one optimizer step.
 
     Raises:
-        PlanError: it has not; the message says by how much.
+        PlanError: it does not; the message says by how much.
     """
     entry, baseline_run = suite.entries[run.entry], suite.baseline_run(run.seed)
     plan, baseline = suite.plan(run), suite.plan(baseline_run)

@@ -1,4 +1,4 @@
-"""The methods that a suite compares: each is a set of configuration keys, run by the one loop."""
+"""Methods that a suite compares: each is a set of configuration keys for the same training loop."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Method:
-    """What tells a method apart; every other key is the base's."""
+    """The settings that define a method; every other key comes from the base configuration."""
 
     label: str
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-# What the base says of stages is for the methods that grow; what it says of layers, for its own number of stages.
+# The base's stages are meant for methods that grow, and its layers for that number of stages.
 ONE_STAGE = {"method": "vanilla", "plan.num_stages": 1, "plan.layers": None}
 
 METHODS: dict[str, Method] = {
@@ -40,7 +40,7 @@ METHODS: dict[str, Method] = {
     "growth": Method("growth, nothing frozen", {"method": "growth"}),
     "stack": Method("stacking", {"method": "growth", "growth.operator": "stack", "growth.position": None}),
     "step": Method("STEP", {"method": "step"}),
-    # Old layers trained by APOLLO-Mini in place of adapters: this project's own.
+    # Trains old layers with APOLLO-Mini instead of adapters; a method of this project.
     "step_thawed": Method(
         "STEP, thawed",
         {"method": "thawed", "optim.old_layers": "apollo_mini", "memory.master_weights": "adamw"},

@@ -1,4 +1,4 @@
-"""How far the running runs are, read from the ends of their logs."""
+"""Progress of active runs, read from the ends of their logs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class LogTail:
     _rest: bytes = b""
 
     def read(self) -> dict[str, Any] | None:
-        """``latest``, after what was written since the last call."""
+        """Read what was written since the last call, and return ``latest``."""
         try:
             size = self.path.stat().st_size
-            if size < self._offset:  # a resumed run has cut its log
+            if size < self._offset:  # a resumed run truncated its log
                 self._offset, self._rest = 0, b""
             with self.path.open("rb") as stream:
                 stream.seek(self._offset)
@@ -34,20 +34,20 @@ class LogTail:
         *lines, self._rest = text.split(b"\n")
         for line in lines:
             if line.startswith(b'{"event":"train"'):
-                with suppress(ValueError):  # the report names a damaged line; a display goes on
+                with suppress(ValueError):  # the report rejects damaged lines; a display ignores them
                     self.latest = json.loads(line)
         return self.latest
 
 
 @dataclass
 class Clock:
-    """Time left for a suite, from the FLOPs that were done since it was started."""
+    """Estimates the time left for a suite from the FLOPs done since it started."""
 
     started_at: float = field(default_factory=time.monotonic)
     flops_before: float | None = None
 
     def seconds_left(self, flops_done: float, flops_total: float) -> float | None:
-        """``None`` before anything can be said."""
+        """``None`` until there is progress to extrapolate from."""
         if self.flops_before is None:
             self.flops_before = flops_done
         done_now = flops_done - self.flops_before

@@ -1,4 +1,4 @@
-"""Run a suite: choose the next runs, a few processes at a time, resumable."""
+"""Run a suite: choose the next runs and start them, a few processes at a time; resumable."""
 
 from __future__ import annotations
 
@@ -49,29 +49,29 @@ class Job:
 
 
 class Runner:
-    """A suite being run. ``record`` is the current content of ``suite.json``."""
+    """Runs a suite; ``record`` is the current content of ``suite.json``."""
 
     def __init__(
         self, suite: Suite, configs: Mapping[RunKey, RunConfig], display: SuiteDisplay, *, jobs: int | None = None
     ) -> None:
-        """``configs``: of every run that the suite may need, with the folder of its data."""
+        """``configs`` has the configuration of every run that the suite may need, with its data folder."""
         self.suite, self.configs, self.display = suite, configs, display
         self.directory = suite.directory
         self.num_jobs = jobs or suite.config.jobs
         self.jobs: dict[RunKey, Job] = {}
         self.runs: dict[RunKey, RunEntry] = {}
-        self.choices: dict[str, tuple[float | None, bool]] = {}  # learning rate, and whether at the grid's edge
+        self.choices: dict[str, tuple[float | None, bool]] = {}  # learning rate, whether it is at an edge of the grid
         self.stop_signal: int | None = None
         self._asked_twice = False
         self._clock = Clock()
 
     def run(self) -> SuiteRecord:
-        """Run everything that is not finished; return at the end, or when a signal has stopped every run."""
+        """Run everything unfinished; return when all runs have ended, or a signal has stopped them."""
         with exclusive(self.directory, self.display.waiting_for_runs), self._stopping_on_signals():
             self._before = self._earlier_runs()
             write_atomically(self.directory / "suite.yaml", dump_suite(self.suite.config))
             self._update()
-            self._remove_checkpoints()  # of what was done when a process before this one was killed
+            self._remove_checkpoints()  # in case an earlier process was killed before it could
             with self.display:
                 while self._start_runs() or self.jobs:
                     connection.wait([job.process.sentinel for job in self.jobs.values()], TICK_SECONDS)
@@ -101,7 +101,7 @@ class Runner:
             baseline=config.baseline,
         )
 
-    # Which runs there are
+    # Listing the runs
 
     def _earlier_runs(self) -> dict[str, RunEntry]:
         if not is_suite(self.directory):
@@ -109,9 +109,9 @@ class Runner:
         return {run.dir: run for run in load_suite(self.directory).runs}
 
     def _update(self) -> None:
-        """Choose the rates that can be chosen, list the runs that follow, and save both."""
+        """Choose the learning rates that can be chosen, list the resulting runs, and save both."""
         entries, before = self.suite.entries.values(), (-1, -1)
-        # Again while there is more: on a restart, the runs that a choice leads to may be finished, and lead to another.
+        # Repeat until nothing changes: on a restart, the runs that a choice adds may be finished and allow another.
         while before != (before := (len(self.choices), len(self.runs))):
             for entry in entries:
                 self._choose_rate(entry)
@@ -156,7 +156,7 @@ class Runner:
         self.display.chosen(entry.name, losses, choice)
 
     def _grid(self, entry: Entry) -> tuple[float, ...]:
-        """The grid with the rates beyond an edge and around the best that the results so far require."""
+        """The grid, plus the rates beyond an edge and around the best that the results so far call for."""
         grid = entry.grid
         for _ in range(entry.extend):
             losses = self._losses(entry, grid)
@@ -172,14 +172,14 @@ class Runner:
         return grid
 
     def _losses(self, entry: Entry, grid: Iterable[float]) -> dict[float, float | None] | None:
-        """Final losses by rate (None: diverged); None while a run is missing."""
+        """Final losses by learning rate (``None`` if diverged); ``None`` while a run is missing."""
         tried = {rate: self.runs.get(RunKey(entry.name, self.suite.tune_seed, rate)) for rate in grid}
         if any(run is None or run.status not in ("finished", "diverged") for run in tried.values()):
             return None
         return {rate: self._final_loss(run) for rate, run in tried.items() if run is not None}
 
     def _mean_loss(self, entry: Entry, rate: float) -> float | None:
-        """Mean over all seeds; infinite if one diverged, None while one is missing."""
+        """Mean final loss over all seeds; infinite if one diverged, ``None`` while one is missing."""
         runs = [self.runs.get(RunKey(entry.name, seed, rate)) for seed in entry.seeds]
         if any(run is None or run.status not in ("finished", "diverged") for run in runs):
             return None
@@ -193,24 +193,24 @@ class Runner:
         return None if summary is None else summary["validation_loss"]
 
     def _first_record(self, run: RunKey) -> RunEntry:
-        """Status from disk: finished and diverged runs stay so, all others run or resume."""
+        """A run's record with its status from disk: finished and diverged runs keep theirs, others run or resume."""
         before = self._before.get(run.dir)
         run_dir = self.directory / run.dir
         status, error = "waiting", None
         if self._is_finished(run):
             status = "finished"
         elif before is not None and before.status == "diverged" and is_same_run(self.configs[run]):
-            status, error = "diverged", before.error  # of another configuration, it is tried again
+            status, error = "diverged", before.error  # with another configuration, retry it
         shared_from = before.shared_from if before is not None and run_dir.is_dir() else None
         return RunEntry(run.entry, run.seed, run.learning_rate, run.dir, status, error, shared_from)  # type: ignore[arg-type]
 
     def _is_finished(self, run: RunKey) -> bool:
-        """Trained, and scored on every text. Kept results have no model, so their missing scores stay missing."""
+        """Whether a run is trained and scored on every text; without its model, missing scores stay missing."""
         run_dir = self.directory / run.dir
         try:
             if read_document(Summary, run_dir / "summary.json") is None:
                 return False
-        except SteplmError:  # damaged: the run itself tells what to do
+        except SteplmError:  # damaged: the run itself reports what to do
             return False
         done, has_model = evaluations(run_dir), (run_dir / "export").is_dir()
         return not has_model or all(is_scored(done, name, text) for name, text in self.suite.config.evaluate.items())
@@ -218,7 +218,7 @@ class Runner:
     # Processes
 
     def _start_runs(self) -> bool:
-        """Start as many runs as allowed; returns whether any was started."""
+        """Start as many runs as allowed; return whether any was started."""
         started = False
         while len(self.jobs) < self.num_jobs and self.stop_signal is None:
             start = self._next_start()
@@ -231,7 +231,7 @@ class Runner:
     def _next_start(self) -> Start[RunKey] | None:
         waiting = [run for run, entry in self.runs.items() if entry.status == "waiting"]
         names = {run: {path.name for path in self._checkpoints(run)} for run in self.runs}
-        # One that branched off itself has not the ends of all its stages.
+        # A run that branched off itself lacks the ends of its first stages.
         ends = {
             run: [n for n in range(1, self.suite.plan(run).num_stages + 1) if stage_end(n) in names[run]]
             for run in names
@@ -259,13 +259,13 @@ class Runner:
 
     @cached_property
     def _context(self) -> multiprocessing.context.ForkServerContext:
-        """Processes are forked from one that has imported everything, and nothing else: no threads, no device."""
+        """Processes are forked from a server that has done nothing but imports: no threads, no device."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["steplm.compare.worker"])
         return context
 
     def _with_threads(self, config: RunConfig) -> RunConfig:
-        """Runs side by side divide the cores."""
+        """Divide the CPU cores among concurrent runs."""
         if config.train.num_threads is not None or "OMP_NUM_THREADS" in os.environ:
             return config
         share = max(1, (os.cpu_count() or 1) // self.num_jobs)
@@ -299,7 +299,7 @@ class Runner:
         self.runs[run] = replace(self.runs[run], **changes)  # type: ignore[arg-type]
         save_suite(self.record, self.directory)
 
-    # Stages that several runs share
+    # Stages shared by several runs
 
     @cached_property
     def stage_keys(self) -> dict[RunKey, tuple[str, ...]]:
@@ -310,20 +310,20 @@ class Runner:
 
     def _still_to_come(self) -> Iterator[RunKey]:
         for entry in self.suite.entries.values():
-            # Once the rate is chosen all runs are listed; before, it can be any that the tuning may reach.
+            # Once the rate is chosen, all runs are listed; until then, it can be any rate that tuning may reach.
             runs = [] if entry.name in self.choices else self.suite.possible_runs(entry, {})
             for run in dict.fromkeys([*runs, *(run for run in self.runs if run.entry == entry.name)]):
                 if run not in self.runs or self.runs[run].status not in SETTLED:
                     yield run
 
     def _remove_checkpoints(self) -> None:
-        """Of finished and diverged runs that no further run can branch off from."""
+        """Remove those of finished and diverged runs that no further run can branch off from."""
         if self.suite.config.keep_checkpoints:
             return
         to_come = list(self._still_to_come())
         for run, entry in self.runs.items():
             folder = self.directory / run.dir / "checkpoints"
-            gone = folder.with_name(".checkpoints.gone")  # renamed at once: half a checkpoint is never read
+            gone = folder.with_name(".checkpoints.gone")  # renamed first, so that half a checkpoint is never read
             shutil.rmtree(gone, ignore_errors=True)
             is_over = entry.status in ("finished", "diverged") and folder.is_dir()
             if is_over and not is_needed(run, to_come, self.stage_keys):
@@ -334,7 +334,7 @@ class Runner:
 
     @contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:
-        """The first asks every run to save and stop; a second one kills them."""
+        """The first signal asks every run to save and stop; the second kills them."""
 
         def ask(signum: int, frame: FrameType | None) -> None:
             self._asked_twice = self.stop_signal is not None
@@ -346,7 +346,7 @@ class Runner:
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-            for job in self.jobs.values():  # an error of our own leaves no run behind
+            for job in self.jobs.values():  # an error here must leave no run behind
                 job.process.terminate()
 
     _passed_on = False
@@ -388,7 +388,7 @@ def _cause(exit_code: int | None) -> str:
 
 
 def problems_of(record: SuiteRecord) -> list[str]:
-    """What a finished suite still lacks: runs that failed, and entries of which no run tells the learning rate."""
+    """Problems of a finished suite: failed runs, and entries without a learning rate or a result."""
     lines = [f"{run.dir}: {run.error}" for run in record.runs if run.status == "failed"]
     for entry in record.entries:
         counting = {run.status for run in record.runs_of(entry.name)}
@@ -400,5 +400,5 @@ def problems_of(record: SuiteRecord) -> list[str]:
 
 
 def all_stage_keys(suite: Suite, configs: Mapping[RunKey, RunConfig]) -> dict[RunKey, tuple[str, ...]]:
-    """Keys of the ends of every run's stages: where two are equal, so are the checkpoints."""
+    """One key per stage of every run; stages with equal keys end in equal checkpoints."""
     return {run: stage_keys(config, suite.plan(run)) for run, config in configs.items()}

@@ -16,7 +16,7 @@ EVALUATIONS = "evaluations.json"
 
 
 def evaluations(run_dir: Path) -> dict[str, Any]:
-    """Scores of a run by the name of the text; none before it is finished, or where the file is damaged."""
+    """A run's scores by text name; empty before it is finished, or if the file is damaged."""
     try:
         done = json.loads((run_dir / EVALUATIONS).read_text())
     except (OSError, ValueError, RecursionError):
@@ -26,7 +26,10 @@ def evaluations(run_dir: Path) -> dict[str, Any]:
 
 
 def is_scored(done: Mapping[str, Any], name: str, text: TextConfig) -> bool:
-    """Whether this very text, and as much of it, has been scored. Kept results name folders by variables."""
+    """Whether exactly this text, to the same length, has been scored.
+
+    Saved results may refer to folders by environment variables.
+    """
     if name not in done:
         return False
     same_words = with_environment(done[name].get("text"), name) == text.model_dump(mode="json")
@@ -35,7 +38,7 @@ def is_scored(done: Mapping[str, Any], name: str, text: TextConfig) -> bool:
 
 
 def content_of(text: TextConfig) -> list[str]:
-    """What changes when a file of the text does."""
+    """A description of the text's files that changes when a file does."""
     return _described(tuple(text.data))
 
 

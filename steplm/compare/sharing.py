@@ -1,7 +1,7 @@
-"""Runs that begin alike train their common stages once: the others branch off from the stage's end.
+"""Stages that several runs have in common are trained once; the other runs branch off from the end of the stage.
 
-Two runs with the same key of a stage's end have the same checkpoint there, to the last bit. Keys cover all
-stages up to theirs, so that runs share a number of first stages.
+Two runs with the same key for a stage have bit-identical checkpoints at its end. A key covers all stages up to its
+own, so what two runs share is always a number of leading stages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Run = TypeVar("Run")
 
 @dataclass(frozen=True)
 class Start(Generic[Run]):
-    """A run that may start now, and the run and stage that it branches off from."""
+    """A run that may start now, and the run and stage that it branches off from, if any."""
 
     run: Run
     source: Run | None = None
@@ -23,7 +23,7 @@ class Start(Generic[Run]):
 
 
 def num_shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """Stages, from the first, that two runs have in common."""
+    """Number of leading stages that two runs have in common."""
     count = 0
     while count < min(len(one), len(other)) and one[count] == other[count]:
         count += 1
@@ -37,12 +37,12 @@ def next_start(
     stage_ends: Mapping[Run, Collection[int]],
     begun: Collection[Run],
 ) -> Start[Run] | None:
-    """The first waiting run that need not wait for a stage that a running one is about to finish.
+    """The first waiting run that need not wait for a shared stage that a running one is still training.
 
     Args:
-        keys: of the ends of each run's stages.
-        stage_ends: the stages of each run whose ends are on the disk; runs without one may be left out.
-        begun: runs that have checkpoints of their own, and go on from them.
+        keys: stage keys of each run.
+        stage_ends: stages of each run with a checkpoint at their end; runs without any may be omitted.
+        begun: runs that have checkpoints of their own and resume from them.
     """
     running = list(running)
     for run in waiting:
@@ -62,5 +62,5 @@ def next_start(
 
 
 def is_needed(run: Run, still_to_come: Iterable[Run], keys: Mapping[Run, Sequence[str]]) -> bool:
-    """Whether a run that is still to come could branch off from this one."""
+    """Whether another run, not yet settled, could branch off from this one."""
     return any(num_shared(keys[run], keys[other]) for other in still_to_come if other != run)

@@ -1,6 +1,6 @@
-"""``suite.yaml`` -> ``SuiteConfig``: what the user wrote, checked; nothing computed.
+"""Reads ``suite.yaml`` into a ``SuiteConfig``: validated as the user wrote it, with nothing derived.
 
-Environment variables are replaced as in ``run.yaml``.
+Environment variables are expanded as in ``run.yaml``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from steplm.yaml_files import dump_yaml, read_yaml
 
 Match = Literal["tokens", "flops"]
 Rates = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=100)]
-Repeats = Annotated[int, Field(ge=0, le=8)]  # each of `refine` can double the grid
+Repeats = Annotated[int, Field(ge=0, le=8)]  # each `refine` step can double the grid
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Seeds = Annotated[list[Seed], Field(min_length=1)]
 MOST_COMBINATIONS = 1000
@@ -31,7 +31,7 @@ SET_BY_THE_SUITE = ("name", "output_dir", "seed")
 
 
 class TuneConfig(Section):
-    """The grid that every tuned entry is run over, at one seed, and how the choice is made."""
+    """The grid of learning rates for every tuned entry, at one seed, and how to choose from it."""
 
     learning_rates: Rates
     extend: Repeats = Field(
@@ -51,7 +51,7 @@ class TextConfig(Section):
 
 
 class EntryConfig(Section):
-    """One method with its settings, or several where ``vary`` is given."""
+    """One method with its settings, or several entries if ``vary`` is given."""
 
     name: str = Field(pattern=FOLDER_NAME, max_length=100)
     method: str | None = Field(None, description=f"one of {', '.join(METHODS)}")
@@ -86,7 +86,7 @@ class EntryConfig(Section):
 
 
 class QuestionConfig(Section):
-    """What the report sets side by side. Entries may be shell patterns: ``position=*``."""
+    """Entries that the report compares; they may be shell patterns such as ``position=*``."""
 
     title: str
     text: str = ""
@@ -112,12 +112,12 @@ class InstructionsConfig(SftConfig):
 
     @model_serializer
     def _as_written(self) -> dict[str, Any]:
-        """Without defaults: some keys exclude others, and a suite that was written down is read again."""
+        """Omit defaults: some keys exclude others, and a saved suite must load again."""
         return {key: getattr(self, key) for key in type(self).model_fields if key in self.model_fields_set}
 
     @property
     def keys(self) -> SftConfig:
-        """What ``instruction_tune`` takes beside the data."""
+        """The settings of ``instruction_tune``, without the data."""
         return SftConfig.model_validate({key: value for key, value in self.model_dump().items() if key != "data"})
 
 
@@ -147,7 +147,7 @@ class MtBenchConfig(Section):
 
 
 class AfterwardsConfig(Section):
-    """What the suite ends in, when its last run is done: of each entry's model at the chosen learning rate."""
+    """Tuning and evaluation after the last run, for each entry's model at the chosen learning rate."""
 
     entries: Annotated[Texts, Field(min_length=1)] = Field(["*"], description="names or shell patterns")
     seeds: Seeds | None = Field(None, description="default: the first of each entry's")
@@ -168,7 +168,7 @@ class AfterwardsConfig(Section):
 
 
 class SuiteConfig(Section):
-    """A whole suite."""
+    """A suite of runs."""
 
     name: str = Field(pattern=FOLDER_NAME)
     run: str | dict[str, Any] = Field(description="recipe, path or sections: the configuration that all runs share")
@@ -196,14 +196,14 @@ class SuiteConfig(Section):
 
 
 def read_suite(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> SuiteConfig:
-    """Read a suite and the run that it is based on, which then stands in ``run`` with all its keys.
+    """Read a suite, and replace ``run`` by the full configuration of the run that it is based on.
 
     Args:
         source: path of a YAML file, name of a shipped suite, or nested mappings.
-        overrides: ``section.key=value`` strings, for the base.
+        overrides: ``section.key=value`` strings for the base run.
 
     Raises:
-        ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
+        ConfigError: lists all problems at once, each with its path and, for unknown keys, the nearest known key.
     """
     values = dict(source) if isinstance(source, Mapping) else read_yaml(_find_suite(source))
     if "model" in values and "entries" not in values:
@@ -219,7 +219,7 @@ def dump_suite(suite: SuiteConfig) -> str:
 
 
 def _find_suite(source: str | Path) -> Path:
-    """The path of a YAML file, or of the shipped suite of that name."""
+    """The path of a YAML file, or of the shipped suite with that name."""
     folder = recipes_dir() / "suites"
     for path in (Path(source), folder / f"{source}.yaml", recipes_dir() / f"{source}.yaml"):
         if is_file(path):

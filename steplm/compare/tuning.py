@@ -1,4 +1,4 @@
-"""Which learning rate of a grid is the best, and which to try next."""
+"""Choose the best learning rate of a grid, and the rates to try next."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Choice:
-    """``at_edge``: the rate is the lowest or the highest that was tried, so that a better one may lie outside."""
+    """``at_edge``: the rate is the lowest or highest tried, so a better one may lie outside the grid."""
 
     learning_rate: float
     at_edge: bool
 
 
 def beyond(losses: Mapping[float, float | None]) -> float | None:
-    """The rate to try next where the best is at an edge, further by the ratio of the two rates there; else None."""
+    """If the best rate is at an edge, the next rate beyond it, by the ratio of the two rates there; else ``None``."""
     choice, rates = choose(losses), sorted(losses)
     if choice is None or not choice.at_edge or len(rates) < 2:
         return None
@@ -26,7 +26,7 @@ def beyond(losses: Mapping[float, float | None]) -> float | None:
 
 
 def between(losses: Mapping[float, float | None]) -> tuple[float, ...]:
-    """The rates halfway, by ratio, from the best to its neighbours."""
+    """Rates halfway, by ratio, between the best rate and its neighbors."""
     choice, rates = choose(losses), sorted(losses)
     if choice is None:
         return ()
@@ -36,7 +36,7 @@ def between(losses: Mapping[float, float | None]) -> tuple[float, ...]:
 
 
 def reachable(grid: Sequence[float], extend: int, refine: int = 0) -> tuple[float, ...]:
-    """All rates that a grid can lead to, extended and then refined so many times, in rising order."""
+    """All rates reachable by extending and then refining a grid this many times, in ascending order."""
     rates = sorted(grid)
     if len(rates) < 2:
         return tuple(rates)
@@ -51,12 +51,12 @@ def reachable(grid: Sequence[float], extend: int, refine: int = 0) -> tuple[floa
 
 
 def best(losses: Mapping[float, float | None], count: int) -> tuple[float, ...]:
-    """The rates with the lowest losses, at most so many, the best first; of two that are equal the lower one."""
+    """Up to ``count`` rates with the lowest losses, best first; ties go to the lower rate."""
     finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
     return tuple(sorted(finite, key=lambda rate: (finite[rate], rate))[:count])
 
 
-# Rates as one would write them: 0.0005, not 0.0005000000000000001.
+# Round rates to what one would write: 0.0005, not 0.0005000000000000001.
 
 
 def _further(edge: float, inner: float) -> float:
@@ -68,18 +68,18 @@ def _halfway(one: float, other: float) -> float:
 
 
 def _written(rate: float) -> float:
-    return float(f"{min(max(rate, 1e-300), 1e300):.3g}")  # beyond, the next step would be zero or infinite
+    return float(f"{min(max(rate, 1e-300), 1e300):.3g}")  # outside, the next step would be zero or infinite
 
 
 def choose(losses: Mapping[float, float | None], means: Mapping[float, float | None] | None = None) -> Choice | None:
-    """The rate with the lowest final validation loss; the lower of two that are equal.
+    """The rate with the lowest final validation loss; ties go to the lower rate.
 
     Args:
-        losses: nats per token by learning rate; ``None`` where the run diverged, which is worse than any loss.
-        means: of the rates to choose from, over several seeds; by default the losses decide.
+        losses: nats per token by learning rate; ``None`` if the run diverged, which is worse than any loss.
+        means: mean losses over several seeds, for the rates to choose from; default: choose by ``losses``.
 
     Returns:
-        ``None`` where every run diverged.
+        ``None`` if every run diverged.
     """
     lowest = best(losses if means is None else means, 1)
     return Choice(lowest[0], at_edge=lowest[0] in (min(losses), max(losses))) if lowest else None

@@ -29,25 +29,25 @@ from steplm.training.run import train
 
 @dataclass(frozen=True)
 class Task:
-    """The work of a process."""
+    """The work for one process."""
 
     config: RunConfig
     texts: Mapping[str, TextConfig]
     lock_file: Path  # held while the process lives
-    branch_from: tuple[Path, int] | None = None  # a run directory and the stage whose end is the start
+    branch_from: tuple[Path, int] | None = None  # a run directory, and the stage at whose end to start
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended. A stopped run resumes when it is started again."""
+    """How a process ended; a stopped run resumes when it is started again."""
 
-    status: str  # "finished", "diverged", "failed", "stopped", or "again": what it would have branched off from is gone
+    status: str  # "finished", "diverged", "failed", "stopped", or "again": its starting checkpoint is unusable
     error: str | None = None
 
 
 def work(task: Task, answer: connection.Connection) -> None:
     """Main function of the process; its output goes to the run's ``log.txt``."""
-    os.setsid()  # a key pressed in the terminal reaches the suite alone, which passes it on once
+    os.setsid()  # Ctrl-C in the terminal reaches only the suite, which passes it on once
     threading.Thread(target=_stop_with_the_suite, daemon=True).start()
     with shared_lock(task.lock_file):
         outcome = _outcome(task)
@@ -59,7 +59,7 @@ def _outcome(task: Task) -> Outcome:
     try:
         task.config.run_dir.mkdir(parents=True, exist_ok=True)
         _print_to(task.config.run_dir / "log.txt")
-    except OSError as error:  # there is no log to tell it
+    except OSError as error:  # there is no log to write it to
         return Outcome("failed", f"its folder is not writable: {error}")
     try:
         if task.branch_from is not None and (problem := _branched(*task.branch_from, task.config)):
@@ -81,7 +81,7 @@ def _outcome(task: Task) -> Outcome:
 
 
 def _branched(source_run_dir: Path, stage_index: int, config: RunConfig) -> str | None:
-    """Branch off; returns the error of a damaged source, which is then marked as damaged."""
+    """Branch off; if the source checkpoint is damaged, mark it so and return the error."""
     try:
         branch(source_run_dir, stage_index, config)
     except CheckpointMismatch:
@@ -95,7 +95,7 @@ def _branched(source_run_dir: Path, stage_index: int, config: RunConfig) -> str 
 
 
 def score(config: RunConfig, model: Path, texts: Mapping[str, TextConfig]) -> None:
-    """Add the texts that have not been scored yet to ``evaluations.json``."""
+    """Score the texts that have no score yet, and add them to ``evaluations.json``."""
     done = evaluations(config.run_dir)
     for name, text in texts.items():
         if is_scored(done, name, text):
@@ -129,7 +129,7 @@ def _print_to(log: Path) -> None:
 
 
 def _stop_with_the_suite() -> None:
-    """A suite that is killed takes its runs with it: they save and stop, as they do at its signal."""
+    """If the suite is killed, make this run save and stop, as it does on the suite's signal."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

@@ -1,1 +1,1 @@
-"""What a finished model is worth: perplexity on text, and samples."""
+"""Evaluation of finished models: perplexity, zero-shot tasks, text generation and chat."""

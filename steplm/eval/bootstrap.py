@@ -1,6 +1,6 @@
-"""Differences between two models on the same items, with an interval, by resampling the items.
+"""Paired bootstrap: the difference between two models on the same items, with a confidence interval.
 
-N items, R resamples. Both models are scored on each resample, so what is hard or easy for both cancels out.
+N items, R resamples. Both models are scored on the same resamples, so the difficulty of the items cancels out.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from steplm.errors import DataError
 
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
-DRAWN_AT_ONCE = 4_000_000  # items, 32 MB of scores
+DRAWN_AT_ONCE = 4_000_000  # item draws per chunk of resamples: 32 MB of scores
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class ItemScores:
-    """One number an item, in the order of the set; ``ids`` tell the items apart."""
+    """One score per item, in dataset order; ``ids`` identify the items."""
 
     ids: tuple[str, ...]
     scores: tuple[float, ...]
@@ -30,7 +30,7 @@ class ItemScores:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference and the bounds of its 95% interval; ``replicates`` are the resampled differences, (R,)."""
+    """A difference and the bounds of its 95% interval; ``replicates``, (R,), are the resampled differences."""
 
     value: float
     low: float
@@ -43,7 +43,7 @@ class Difference:
 
 
 def identity(means: Array) -> Array:
-    """The statistic of an accuracy: the mean itself."""
+    """The statistic for accuracies: the mean itself."""
     return means
 
 
@@ -58,11 +58,11 @@ def paired_difference(
     """``statistic(mean of ours) - statistic(mean of theirs)``, with its percentile interval.
 
     Args:
-        statistic: what is made of mean scores, element by element; for a perplexity ``exp(-mean)``.
-        seed: the same text gives the same interval.
+        statistic: elementwise function of the mean scores; for a perplexity ``exp(-mean)``.
+        seed: the same string gives the same interval.
 
     Raises:
-        DataError: the two were not scored on the same items, or there are none.
+        DataError: the two models were not scored on the same items, or there are no items.
     """
     _require_same_items(ours, theirs)
     our_scores, their_scores = np.array(ours.scores), np.array(theirs.scores)
@@ -73,7 +73,7 @@ def paired_difference(
     for start in range(0, num_resamples, rows):
         end = min(start + rows, num_resamples)
         items = generator.integers(num_items, size=(end - start, num_items), dtype=np.int32)
-        # Each mean by the same operations: equal models differ by exactly 0.
+        # Both means use the same operations, so that equal models differ by exactly 0.
         our_means, their_means = our_scores[items].mean(axis=1), their_scores[items].mean(axis=1)
         replicates[start:end] = statistic(our_means) - statistic(their_means)
     value = float(statistic(our_scores.mean(keepdims=True))[0] - statistic(their_scores.mean(keepdims=True))[0])
@@ -81,13 +81,13 @@ def paired_difference(
 
 
 def mean_difference(differences: Sequence[Difference]) -> Difference:
-    """The mean of differences on several sets, each of which was resampled by itself."""
+    """Mean of the differences on several datasets, each resampled independently."""
     value = float(np.mean([difference.value for difference in differences]))
     return with_interval(value, np.mean([difference.replicates for difference in differences], axis=0))
 
 
 def with_interval(value: float, replicates: Array) -> Difference:
-    """A difference with the 2.5th and the 97.5th percentile of its replicates."""
+    """A difference whose interval is the 2.5th to 97.5th percentile of its replicates."""
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(replicates, [tail, 100 - tail])
     return Difference(value, float(low), float(high), replicates)

@@ -1,4 +1,4 @@
-"""A conversation with a model, by its chat template."""
+"""Chat with a model through its chat template."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said to the last message."""
+    """A model's reply to the last message."""
 
     text: str
     num_tokens: int
-    ended: bool  # by itself, at a token that ends a turn
-    num_messages_left_out: int = 0  # the oldest, that had no room in the context
+    ended: bool  # the model emitted an end-of-turn token
+    num_messages_left_out: int = 0  # oldest messages, dropped to fit the context
 
 
 def read_chat_template(file: str | Path) -> str:
-    """A Jinja file; ``ConfigError`` where it cannot be read."""
+    """Read a Jinja file; raise ``ConfigError`` if it cannot be read."""
     try:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -44,14 +44,14 @@ def read_chat_template(file: str | Path) -> str:
 
 
 def load_chat_tokenizer(model: str | Path, chat_template: str | Path | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model that can chat.
+    """Load the tokenizer of a chat model.
 
     Args:
-        chat_template: a Jinja file, in place of the tokenizer's own.
+        chat_template: a Jinja file, used instead of the tokenizer's own template.
 
     Raises:
-        ConfigError: no template, or no such file.
-        DataError, HubUnavailable: no tokenizer there.
+        ConfigError: there is no chat template, or the file cannot be read.
+        DataError, HubUnavailable: no tokenizer was found.
     """
     tokenizer = load_tokenizer(model)
     if chat_template is not None:
@@ -70,38 +70,38 @@ class ChatModel:
 
     Args:
         model: Hugging Face folder or hub name.
-        chat_template: a Jinja file, in place of the tokenizer's own.
+        chat_template: a Jinja file, used instead of the tokenizer's own template.
 
     Raises:
-        ConfigError: no template, or no such file.
-        CheckpointError, DataError, HubUnavailable: no model or tokenizer there.
+        ConfigError: there is no chat template, or the file cannot be read.
+        CheckpointError, DataError, HubUnavailable: no model or tokenizer was found.
     """
 
     def __init__(self, model: str | Path, *, chat_template: str | None = None, device: str = "auto") -> None:
-        self.tokenizer = load_chat_tokenizer(model, chat_template)  # in no time; the weights take theirs
+        self.tokenizer = load_chat_tokenizer(model, chat_template)  # first: it fails faster than loading weights
         self.model = load_pretrained(model).to(resolve_device(device)).eval()
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.stop_ids = _stop_ids(model, self.tokenizer.eos_token_id)
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
-        """The tokens that the model is given: the template's, which asks for an answer.
+        """Token IDs of the messages rendered by the template, including its generation prompt.
 
         Raises:
-            ConfigError: the template refuses the messages, or one is not valid Unicode.
+            ConfigError: the template rejects the messages, or one is not valid Unicode.
         """
         if not all(is_unicode(message["content"]) for message in messages):
             raise ConfigError("a message is not valid Unicode: it holds a lone surrogate")
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program: it can fail in any way
+        except Exception as error:  # a template is a program and can raise anything
             raise ConfigError(f"the chat template refuses these messages: {reason(error)}") from None
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def fitted(self, messages: list[Message], max_new_tokens: int) -> tuple[list[int], int]:
-        """Tokens of as much of the conversation as leaves room for an answer, and how many messages were left out.
+        """Trim the conversation to leave room for an answer; return its token IDs and how many messages were dropped.
 
-        The oldest go first, but neither a system message nor what the user said last. The room is
-        ``max_new_tokens``, at most half of the context.
+        The oldest messages are dropped first, but never the system message or the last user message. The room
+        reserved is ``max_new_tokens``, at most half of the context.
 
         Raises:
             ConfigError: the last message alone is too long.
@@ -132,16 +132,16 @@ class ChatModel:
         seed: int = 0,
         on_text: Callable[[str], None] = lambda text: None,
     ) -> Reply:
-        """The answer to ``messages``; the same seed gives the same one.
+        """Generate the answer to ``messages``; the same seed gives the same answer.
 
         Args:
-            messages: ``{"role": …, "content": …}``, the user's last.
-            temperature: 0 takes the likeliest token each time, whatever the seed.
-            on_text: given the text as it comes, token by token. Where it, or Ctrl-C, raises KeyboardInterrupt, the
-                answer ends with what there is.
+            messages: ``{"role": …, "content": …}`` each; the last one is the user's.
+            temperature: 0 is greedy decoding, whatever the seed.
+            on_text: called with the text as it is generated, token by token. If the callback or Ctrl-C raises
+                KeyboardInterrupt, the answer is the text so far.
 
         Raises:
-            ConfigError: a number out of range, or as ``fitted``.
+            ConfigError: a number is out of range, or an error of ``fitted``.
         """
         sampling = sampling_arguments(temperature, top_p, max_new_tokens)
         ids, num_left_out = self.fitted(messages, max_new_tokens)
@@ -168,7 +168,7 @@ class ChatModel:
 
 
 class _Streamer(BaseStreamer):
-    """Hands on the text of each token, and keeps the tokens for whoever is interrupted."""
+    """Streams the text of each new token, and keeps the tokens in case generation is interrupted."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], None]) -> None:
         self.tokenizer = tokenizer
@@ -179,7 +179,7 @@ class _Streamer(BaseStreamer):
 
     @property
     def text(self) -> str:
-        """All of it, without the spaces that some tokenizers put before a first word."""
+        """All text so far, without the spaces that some tokenizers put before the first word."""
         return self.tokenizer.decode(self.token_ids, skip_special_tokens=True).lstrip()
 
     def put(self, value: torch.Tensor) -> None:
@@ -187,7 +187,7 @@ class _Streamer(BaseStreamer):
             self._is_prompt = False
             return
         self.token_ids += value.flatten().tolist()
-        # The bytes of one character can be several tokens; until the last of them there is no text to show.
+        # One character can span several tokens; there is no text to show until the last of them.
         if not self.text.endswith("\N{REPLACEMENT CHARACTER}"):
             self.end()
 
@@ -199,7 +199,7 @@ class _Streamer(BaseStreamer):
 
 
 def _stop_ids(model: str | Path, eos_token_id: int) -> list[int]:
-    """Tokens that end a turn: the tokenizer's, and those of the folder's generation defaults."""
+    """Tokens that end a turn: the tokenizer's EOS and those in the model's generation config."""
     try:
         known = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:

@@ -1,4 +1,4 @@
-"""Of what a saved result is: hashes of models and of texts."""
+"""Hashes of models and texts, to tell what a saved result was computed from."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from steplm.models.folder import load_hf_config, weight_files
 
 
 def model_fingerprint(model: str) -> str:
-    """A hash of a folder's configuration, weights and tokenizer; of a hub model, its name and commit.
+    """Hash a local model's config, weights and tokenizer; for a hub model, return its name and commit.
 
     Raises:
-        CheckpointError, DataError, HubUnavailable: no model there, or no tokenizer.
+        CheckpointError, DataError, HubUnavailable: no model or no tokenizer was found.
     """
     config = load_hf_config(model)
     folder = Path(model)
@@ -31,7 +31,7 @@ def model_fingerprint(model: str) -> str:
 
 
 def text_fingerprint(entries: Sequence[str]) -> str | None:
-    """A hash of the files that the entries name; ``None`` where a text on the hub may change, as no commit is pinned.
+    """Hash the files that the entries name; ``None`` if a hub dataset may change because no commit is pinned.
 
     Raises:
         DataError: an entry matches nothing or has an unknown format.
@@ -47,7 +47,7 @@ def text_fingerprint(entries: Sequence[str]) -> str | None:
 
 
 def _sha256(file: Path) -> str:
-    """Read once: a model is asked for with every text, and a text with every model."""
+    """Cached, because each model is hashed again for every text and each text for every model."""
     stat = file.stat()
     return _sha256_of_version(file, stat.st_size, stat.st_mtime_ns)
 

@@ -1,4 +1,4 @@
-"""Text from a model, by the generation of ``transformers``."""
+"""Text generation with ``transformers``."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def generate(
     seed: int = 0,
     device: str = "auto",
 ) -> str:
-    """The continuation of ``prompt``, without the prompt; the same seed gives the same text.
+    """Continue ``prompt`` and return only the new text; the same seed gives the same text.
 
     Args:
         folder: a Hugging Face folder or hub model, with its tokenizer.
-        prompt: the beginning of a document, may be empty; ``opening_token`` is put before it, as in evaluation.
-        temperature: 0 takes the likeliest token each time, whatever the seed.
-        top_p: nucleus sampling: share of probability kept.
+        prompt: the beginning of a document; may be empty. ``opening_token`` is prepended, as in evaluation.
+        temperature: 0 is greedy decoding, whatever the seed.
+        top_p: probability mass kept by nucleus sampling.
 
     Raises:
-        ConfigError: a number out of range, or a prompt that leaves no room in the model's context.
-        CheckpointError, DataError, HubUnavailable: no model or tokenizer there.
+        ConfigError: a number is out of range, or prompt and new tokens do not fit the model's context.
+        CheckpointError, DataError, HubUnavailable: no model or tokenizer was found.
     """
     sampling = sampling_arguments(temperature, top_p, max_new_tokens)
     if not is_unicode(prompt):
@@ -54,16 +54,16 @@ def generate(
             use_cache=True,
             **sampling,
         )
-    # Decoded alone, the new tokens would lose a space at the seam with some tokenizers.
+    # With some tokenizers, decoding the new tokens alone would drop the space before them.
     before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
     return tokenizer.decode(output[0], skip_special_tokens=True)[len(before) :]
 
 
 def sampling_arguments(temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:
-    """Of ``model.generate``: these numbers, none of the folder's own; temperature 0: always the most likely token.
+    """Arguments of ``model.generate`` that replace the model's own sampling defaults; temperature 0 is greedy.
 
     Raises:
-        ConfigError: a number out of range.
+        ConfigError: a number is out of range.
     """
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ConfigError(

@@ -1,4 +1,7 @@
-"""One model on one task by lm_eval: what it scored on every item. The one module that imports lm_eval at once."""
+"""Scores of one model on every item of one lm_eval task.
+
+This is the only module that imports lm_eval at module level.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ from steplm.units import reason
 
 FEWSHOT_SEED = 1234  # lm_eval's own
 
-Advance = Callable[[int, int], None]  # requests done, requests in all
+Advance = Callable[[int, int], None]  # requests done, total requests
 
 
 class Scorer(HFLM):
-    """lm_eval's view of a model, which counts what it scores and what did not fit the model's context."""
+    """lm_eval's wrapper of a model; counts the requests scored, and those truncated to the model's context."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int) -> None:
-        # In bf16 the log-probabilities of two endings would often be equal: 8 bits are a step of 0.25 at 40 nats.
+        # In bf16 the log-probabilities of two endings would often tie: near 40 nats, 8 bits give steps of 0.25.
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32", backend="causal"
         )
@@ -47,20 +50,20 @@ class Scorer(HFLM):
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits = super()._model_call(inps, *args, **kwargs)
-        # Requests that share all but their last token are answered by one row: the last batch may end early.
+        # Requests that differ only in their last token share one row, so the count may end below the total.
         self.num_done += len(inps)
         self.advance(self.num_done, self.num_requests)
         return logits
 
 
 def scorer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int) -> Scorer:
-    """The model as lm_eval wants it."""
+    """Wrap a model for lm_eval."""
     with quiet():
         return Scorer(model, tokenizer, batch_size)
 
 
 def task_key(task: Task, limit: int | None) -> str:
-    """What decides the scores of any model on a task: its items, words, few-shot examples, and lm_eval's version."""
+    """Hash of what determines scores on a task: its items, prompts, few-shot examples and lm_eval's version."""
     config = {name: value for name, value in task.dump_config().items() if name not in ("metadata", "dataset_kwargs")}
     digest = hashlib.sha256(_text([lm_eval.__version__, str(task.VERSION), config]).encode())
     with quiet():
@@ -72,10 +75,10 @@ def task_key(task: Task, limit: int | None) -> str:
 
 
 def score(lm: Scorer, name: str, task: Task, limit: int | None) -> TaskResult:
-    """Score every item (the first ``limit``).
+    """Score every item, or the first ``limit``.
 
     Raises:
-        DataError: lm_eval or the model cannot deal with an item.
+        DataError: lm_eval or the model fails on an item.
     """
     lm.num_truncated = 0
     task.set_fewshot_seed(FEWSHOT_SEED)
@@ -84,7 +87,7 @@ def score(lm: Scorer, name: str, task: Task, limit: int | None) -> TaskResult:
             found = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
     except SteplmError:
         raise
-    except Exception as error:  # templates, metrics and models of others
+    except Exception as error:  # third-party templates, metrics and models can raise anything
         advice = " Lower the batch size." if isinstance(error, torch.OutOfMemoryError) else ""
         raise DataError(
             f"task {name!r} could not be scored: {type(error).__name__}: {reason(error)}.{advice}", task=name
@@ -126,8 +129,7 @@ def _result(name: str, task: Task, found: dict[str, Any], limit: int | None, num
 
 
 def _standard_error(aggregation: str, scores: tuple[float, ...] | None) -> float | None:
-    """Of a mean: the standard deviation over the root of the number; of a perplexity, that of its logarithm's mean
-    times the perplexity."""
+    """Standard error of a mean; for a perplexity, that of the mean log-likelihood times the perplexity."""
     if scores is None or len(scores) < 2:
         return None
     mean = math.fsum(scores) / len(scores)
@@ -137,14 +139,14 @@ def _standard_error(aggregation: str, scores: tuple[float, ...] | None) -> float
 
 
 def _chance(task: Task, items: list[dict[str, Any]]) -> float | None:
-    """The accuracy of guessing, of a multiple-choice task."""
+    """Accuracy of random guessing; ``None`` unless the task is multiple choice."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return None
     return math.fsum(1 / len(task.doc_to_choice(item["doc"])) for item in items) / len(items)
 
 
 def _item_id(item: dict[str, Any]) -> str:
-    """Of what the model is asked, so that a copy of a set from elsewhere has the same items."""
+    """Hash of what the model is asked, so that every copy of a dataset has the same IDs."""
     return hashlib.sha256(_text(item["arguments"]).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Perplexities that outlive a start: a file for each model and text, read again where nothing of it has changed."""
+"""Perplexities saved in one file per model and text, and reused while model, text and settings are unchanged."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def evaluate_or_reuse(
     device: str = "auto",
     dtype: str = "auto",
 ) -> tuple[PerplexityResult, bool]:
-    """``evaluate_folder``, and whether its result is one that was saved in ``output``.
+    """``evaluate_folder``, or its result saved in ``output``; also returns whether the result was reused.
 
-    Reused is what has the same weights, configuration and tokenizer, the same text, and the same settings; of texts
-    on the hub only those with a commit.
+    A result is reused if the weights, configuration, tokenizer, text and settings are the same. Results on hub
+    datasets are saved only if a commit is pinned.
     """
     length = sequence_length or default_sequence_length(folder, load_hf_config(folder))
     text = text_fingerprint(data_entries)
@@ -83,7 +83,7 @@ def evaluate_or_reuse(
 
 
 def _load(path: Path, fingerprint: str) -> PerplexityResult | None:
-    """``None`` if there is nothing, or something else."""
+    """``None`` if there is no result with this fingerprint."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA or document["fingerprint"] != fingerprint:
@@ -91,4 +91,4 @@ def _load(path: Path, fingerprint: str) -> PerplexityResult | None:
         result = PerplexityResult(**document["result"])
         return result if result.loss >= 0 else None
     except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError, RecursionError):
-        return None  # it is scored again
+        return None  # invalid: score the model again

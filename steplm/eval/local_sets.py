@@ -1,8 +1,8 @@
-"""Evaluation sets in local files, as the task files beside this module name them.
+"""Readers of local evaluation datasets for the task files in ``tasks/``.
 
 A task file says ``custom_dataset: !function steplm.eval.local_sets.<reader>`` and gives the reader's arguments in
-``dataset_kwargs``; the folder comes from the task manager's ``metadata``. Each record is checked: a set with a missing
-column ends with one message, not inside a template.
+``dataset_kwargs``; the folder comes from the task manager's ``metadata``. Every record is validated, so that a missing
+column gives a clear error here rather than a failure inside a template.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ Fields = dict[str, Callable[[Any], bool]]
 
 
 def last_word(*, folder: str, file: str | list[str], **_: Any) -> dict[str, Dataset]:
-    """Records ``context`` and ``continuation``, or ``text`` (LAMBADA)."""
+    """Read records of ``context`` and ``continuation``, or of ``text`` (LAMBADA)."""
     return _as_split(folder, file, {"context": _is_text, "continuation": _is_text})
 
 
 def multiple_choice(*, folder: str, file: str | list[str], prefix: str = "", **_: Any) -> dict[str, Dataset]:
-    """Records ``query``, ``choices`` and ``gold``, or those of a set as it is published (``PUBLISHED``).
+    """Read records of ``query``, ``choices`` and ``gold``, or a dataset's published format (``PUBLISHED``).
 
     Args:
-        prefix: of the query of a published record.
+        prefix: prepended to the query of a published record.
     """
     fields: Fields = {"query": _is_text, "choices": _is_choices, "gold": _is_index}
     return _as_split(folder, file, fields, chosen_from="choices", prefix=prefix)
 
 
 def partial_scoring(*, folder: str, file: str | list[str], **_: Any) -> dict[str, Dataset]:
-    """Records ``context_options``, ``continuation`` and ``gold``: contexts compete for one end. Or WinoGrande's own."""
+    """Read records of ``context_options``, their shared ``continuation`` and ``gold``, or WinoGrande's own format."""
     fields: Fields = {"context_options": _is_choices, "continuation": _is_text, "gold": _is_index}
     return _as_split(folder, file, fields, chosen_from="context_options")
 
 
 def hellaswag_lines(*, folder: str, file: str | list[str], **_: Any) -> dict[str, Dataset]:
-    """Text with six lines an item (context, number of the right ending, four endings), or records (HellaSwag)."""
+    """Read HellaSwag: text with six lines per item (context, index of the right ending, four endings), or records."""
     path = _find(folder, file)
     if ".txt" not in path.suffixes:
         return multiple_choice(folder=folder, file=file)
     return {SPLIT: _dataset(path, _hellaswag_records(path))}
 
 
-# --- records as sets are published ------------------------------------------------------------------------
+# --- published record formats -----------------------------------------------------------------------------
 
 
 def _from_text(record: Record) -> Record:
@@ -69,7 +69,7 @@ def _from_text(record: Record) -> Record:
 
 
 def _from_answer_key(record: Record) -> Record:
-    """ARC, OpenBookQA: in the original files the question holds the choices, on the hub these are two lists."""
+    """ARC and OpenBookQA: the original files nest the choices in the question; the hub has two lists."""
     question = record.get("question_stem", record.get("question"))
     if isinstance(question, dict):
         choices = question["choices"]
@@ -108,7 +108,7 @@ def _from_hellaswag(record: Record) -> Record:
     return {"query": _without_brackets(context), "choices": choices, "gold": int(record["label"])}
 
 
-# The columns that tell a published record, and what lm_eval's own task makes of it.
+# Columns that identify a published format, and its converter, which follows lm_eval's own task.
 PUBLISHED: dict[tuple[str, ...], Callable[[Record], Record]] = {
     ("question", "answerKey"): _from_answer_key,
     ("question_stem", "choices", "answerKey"): _from_answer_key,
@@ -122,10 +122,10 @@ PUBLISHED: dict[tuple[str, ...], Callable[[Record], Record]] = {
 
 
 def hellaswag_query(context: str) -> str:
-    """The context as lm_eval words it.
+    """Format a context as lm_eval does.
 
-    The half sentence that the endings go on from begins with a capital there ("He", not "he"). Only contexts from
-    video captions end in one, without a full stop; what comes after their last sentence is it.
+    lm_eval capitalizes the unfinished sentence that the endings continue ("He", not "he"). Only contexts from video
+    captions have one: it follows their last full sentence and does not end with a period.
     """
     half = None if context.endswith(".") else re.fullmatch(r"(.*[.!?][\"')]*) (.*)", context, re.DOTALL)
     return _without_brackets(context if half is None else f"{half[1]} {half[2].capitalize()}")
@@ -154,7 +154,7 @@ def _hellaswag_records(path: Path) -> Iterator[Record]:
 
 
 def _without_brackets(text: str) -> str:
-    """WikiHow's mark-up goes: ``[title]`` ends a sentence, whatever else is in brackets was no text."""
+    """Remove WikiHow markup: ``[title]`` ends a sentence, and anything else in brackets is not text."""
     sentences = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", sentences).replace("  ", " ")
 
@@ -163,7 +163,7 @@ def _without_brackets(text: str) -> str:
 
 
 def _find(folder: str, file: str | list[str]) -> Path:
-    """The first of the files that is in the folder, packed or not."""
+    """The first of the files that exists in the folder, compressed or not."""
     files = [file] if isinstance(file, str) else file
     for name in files:
         for suffix in PACKED:
@@ -204,7 +204,7 @@ def _records(path: Path, fields: Fields, chosen_from: str, prefix: str) -> Itera
 
 
 def _unified(record: Any, fields: Fields, prefix: str) -> Record:
-    """A record with the fields, made of a published one if it is of that kind."""
+    """A record with the expected fields, converted if it has a published format."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, not {shortened(record)}")
     published = {("text",): _from_text} if "context" in fields and "context" not in record else PUBLISHED

@@ -1,6 +1,6 @@
-"""Perplexity and bits per byte: the sum of negative log-likelihoods over the number of tokens.
+"""Perplexity and bits per byte of a model on text, from the sum of negative log-likelihoods.
 
-N tokens, S positions of a window, W windows.
+N tokens, S positions per window.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from steplm.models.forward import mean_loss
 from steplm.models.loss import IGNORE_INDEX
 from steplm.units import perplexity_of
 
-LOSS_CHUNK_SIZE = 1024  # rows of logits that exist at once
+LOSS_CHUNK_SIZE = 1024  # rows of logits materialized at a time
 LONGEST_DEFAULT = 1024  # tokens
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """Sums, from which every mean follows; ``num_text_bytes`` is ``None`` where the text is not known."""
+    """Sums that give every mean; ``num_text_bytes`` is ``None`` if the text is unknown."""
 
     nll_sum: float  # nats
     num_tokens: int  # predicted
@@ -52,12 +52,12 @@ class PerplexityResult:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Comparable between tokenizers, as perplexity is not."""
+        """Comparable across tokenizers, unlike perplexity."""
         return self.nll_sum / math.log(2) / self.num_text_bytes if self.num_text_bytes else None
 
 
 def comparison_note(results: Sequence[PerplexityResult]) -> str | None:
-    """What a reader must know who compares models by their results on one text; ``None`` where there is nothing."""
+    """A caveat for readers who compare these models' results on one text; ``None`` if there is none."""
     if len({(result.num_tokens, result.num_text_bytes) for result in results}) < 2:
         return None
     note = "the models split this text into different tokens: compare bits per byte, not perplexity"
@@ -81,19 +81,19 @@ def perplexity(
 ) -> PerplexityResult:
     """Score every token but the first exactly once.
 
-    The first token is context only: put a BOS or EOS there, and every token of the text is predicted.
+    The first token is only context: make it BOS or EOS to have every token of the text predicted.
 
     Args:
         token_ids: (N,), one stream.
-        sequence_length: positions of a window, S. By default windows meet without overlap, and each window's
-            last label is the next one's first input.
-        stride: scored tokens of a window after the first: the windows slide, and each token but the first S
-            has at least ``S - stride`` tokens of context. Costs ``S / stride`` times the work.
-        batch_size: windows of one forward pass; the result does not depend on it.
+        sequence_length: positions per window, S. By default windows do not overlap, and the last label of each is
+            the first input of the next.
+        stride: tokens scored per window after the first. The windows slide, and every token after the first S has
+            at least ``S - stride`` tokens of context, at ``S / stride`` times the compute.
+        batch_size: windows per forward pass; it does not affect the result.
 
     Raises:
-        ConfigError: a stride outside 1 … S, or windows longer than the model's positions.
-        DataError: fewer than two tokens, or a token that the model does not have.
+        ConfigError: the stride is outside 1 … S, or windows are longer than the model's context.
+        DataError: there are fewer than two tokens, or a token is outside the model's vocabulary.
     """
     tokens = torch.as_tensor(token_ids, dtype=torch.long).cpu()
     stride = sequence_length if stride is None else stride
@@ -120,17 +120,17 @@ def evaluate_folder(
 
     Args:
         data_entries: as in ``data.train``; see ``token_stream`` for how they become one stream.
-        sequence_length: default: what the model was trained with, where the folder says so, else its context,
-            ``LONGEST_DEFAULT`` at most.
+        sequence_length: default: the training length if the folder records it, else the model's context, at most
+            ``LONGEST_DEFAULT``.
         max_tokens: tokens to predict; default: all.
-        max_bytes: where ``max_tokens`` has cut the text for another model, whose tokenizer may differ: the text is cut
-            there instead.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``.
-        dtype: ``auto`` (the file's), ``float32``, ``bfloat16``.
+        max_bytes: bytes of text to score, instead of ``max_tokens``: where ``max_tokens`` cut the text for another
+            model, whose tokenizer may differ.
+        device: ``auto`` (CUDA if available), ``cpu``, ``cuda``.
+        dtype: ``auto`` (as in the checkpoint), ``float32``, ``bfloat16``.
 
     Raises:
-        CheckpointError, HubUnavailable: no model there.
-        ConfigError, DataError: as ``perplexity`` and ``token_stream``.
+        CheckpointError, HubUnavailable: no model was found.
+        ConfigError, DataError: as in ``perplexity`` and ``token_stream``.
     """
     model = load_pretrained(folder, dtype=dtype).to(resolve_device(device))
     tokenizer = load_tokenizer(folder)
@@ -149,8 +149,8 @@ def evaluate_folder(
 
 
 def default_sequence_length(folder: str | Path, config: PretrainedConfig) -> int:
-    """The length of the model's training, where its folder says so; else its context, within a limit."""
-    with contextlib.suppress(ConfigError):  # none, or a file of this name by another program
+    """The model's training length if its folder records it, else its context, at most ``LONGEST_DEFAULT``."""
+    with contextlib.suppress(ConfigError):  # no such file, or another program's file of the same name
         return load_written_config(Path(folder) / "training_config.yaml").train.sequence_length
     return min(getattr(config, "max_position_embeddings", None) or LONGEST_DEFAULT, LONGEST_DEFAULT)
 
@@ -160,7 +160,7 @@ def _batches(tokens: Tensor, sequence_length: int, stride: int, batch_size: int)
     num_windows = 1 + max(0, math.ceil((num_labels - sequence_length) / stride))
     for first in range(0, num_windows, batch_size):
         starts = [index * stride for index in range(first, min(first + batch_size, num_windows))]
-        # Padding stands to the right of everything that is scored: causal attention never sees it.
+        # Padding is to the right of all scored tokens, so causal attention never sees it.
         input_ids = torch.zeros(len(starts), sequence_length, dtype=torch.long)
         labels = torch.full_like(input_ids, IGNORE_INDEX)
         for row, start in enumerate(starts):

@@ -1,4 +1,4 @@
-"""Silence for libraries that talk while they work: what matters of it becomes an error or a number."""
+"""Silences verbose libraries; what matters in their output is reported as an error or a number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOGGERS = ("lm_eval", "datasets", "transformers", "huggingface_hub", "evaluate",
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No log below an error, no warning, no progress bar and no print of a library inside."""
+    """Suppress library logs below ERROR, warnings, progress bars and prints."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

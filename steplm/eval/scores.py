@@ -1,4 +1,4 @@
-"""What a model scored on a task, as values and as a file."""
+"""A model's scores on a task, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import numpy as np
 from steplm.eval.bootstrap import Array, Difference, ItemScores, identity, paired_difference
 from steplm.files import write_atomically
 
-SCHEMA = 1  # of the files of one model and task
+SCHEMA = 1  # of the file for one model and task
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number over all items.
+    """A metric aggregated over all items.
 
     Attributes:
-        stderr: its standard error, where the metric is a mean or a perplexity.
-        aggregation: what is made of the items' scores: ``mean``, ``perplexity`` (exp of minus the mean of
-            log-likelihoods) or ``other``.
+        stderr: standard error of the value, if the metric is a mean or a perplexity.
+        aggregation: how item scores are combined: ``mean``, ``perplexity`` (exp of the negative mean
+            log-likelihood) or ``other``.
     """
 
     value: float
@@ -33,21 +33,21 @@ class Metric:
 
     @property
     def is_share(self) -> bool:
-        """An accuracy, or what has its range."""
+        """Whether this is an accuracy, or another mean between 0 and 1."""
         return self.aggregation == "mean" and 0 <= self.value <= 1
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One model on one task.
+    """Results of one model on one task.
 
     Attributes:
-        chance: accuracy of guessing, of a multiple-choice task.
-        num_truncated: requests that were cut at the left, as they are longer than the model's context.
-        item_ids: of what the model was asked, item by item.
-        item_scores: by metric, one number an item.
-        loglikelihoods: nats, of each item one a choice.
-        seconds: how long it took.
+        chance: accuracy of random guessing, for a multiple-choice task.
+        num_truncated: requests longer than the model's context, truncated on the left.
+        item_ids: per item, a hash of what the model was asked.
+        item_scores: per metric, one score per item.
+        loglikelihoods: nats; per item, one per choice.
+        seconds: time taken to score the task.
     """
 
     task: str
@@ -69,20 +69,20 @@ class TaskResult:
 
     @property
     def primary_metric(self) -> str | None:
-        """What stands for the task in averages and figures: ``acc_norm``, else ``acc``, else the first share."""
+        """The metric used in averages and figures: ``acc_norm``, else ``acc``, else the first share."""
         shares = [name for name, metric in self.metrics.items() if metric.is_share and metric.higher_is_better]
         return next((name for name in ("acc_norm", "acc") if name in shares), shares[0] if shares else None)
 
     def scores_of(self, metric: str) -> ItemScores:
-        """The items' scores of a metric."""
+        """Per-item scores for a metric."""
         return ItemScores(self.item_ids, self.item_scores[metric])
 
 
 def difference(ours: TaskResult, theirs: TaskResult, metric: str) -> Difference | None:
-    """Ours less theirs, with a 95% interval over the same items; ``None`` where items have no score of their own.
+    """Ours minus theirs, with a 95% interval over the same items; ``None`` if the metric has no per-item scores.
 
     Raises:
-        DataError: the items are not the same.
+        DataError: the items differ.
     """
     if metric not in ours.item_scores or metric not in theirs.item_scores:
         return None
@@ -95,25 +95,25 @@ def _exp_of_minus(means: Array) -> Array:
         return np.exp(-means)
 
 
-# --- one file a model and task ----------------------------------------------------------------------------
+# --- one file per model and task --------------------------------------------------------------------------
 
 
 def save(result: TaskResult, path: Path, fingerprint: str) -> None:
-    """Write a result whole or not at all; ``fingerprint`` says of what it is the result."""
+    """Write a result atomically; ``fingerprint`` identifies what it was computed from."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {"schema": SCHEMA, "fingerprint": fingerprint, **asdict(result)}
     write_atomically(path, json.dumps(document, ensure_ascii=False) + "\n")
 
 
 def load(path: Path, fingerprint: str) -> TaskResult | None:
-    """What ``save`` wrote; ``None`` if there is nothing, or something else."""
+    """Read what ``save`` wrote; ``None`` if there is no result with this fingerprint."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document.pop("schema") != SCHEMA or document.pop("fingerprint") != fingerprint:
             return None
         return _from_document(document)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # it is scored again
+        return None  # invalid: score the task again
 
 
 def _from_document(document: dict[str, Any]) -> TaskResult:
@@ -129,7 +129,7 @@ def _from_document(document: dict[str, Any]) -> TaskResult:
 
 
 def mean_of(values: list[tuple[float, float | None]]) -> tuple[float, float | None]:
-    """The mean of independent estimates (value, standard error), and its standard error."""
+    """Mean of independent estimates (value, standard error), with its own standard error."""
     mean = math.fsum(value for value, _ in values) / len(values)
     errors = [error for _, error in values]
     if any(error is None for error in errors):

@@ -1,4 +1,4 @@
-"""Tasks by name: from local copies, from a folder of the user's, or from lm_eval's own list."""
+"""Find tasks by name: in the user's folders, in local copies, or in lm_eval's own list."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
-# Builders of ``datasets`` that read local files; any other path is a name on the hub.
+# ``datasets`` builders that read local files; any other path is a dataset on the hub.
 FILE_BUILDERS = ("json", "csv", "text", "parquet", "arrow", "xml", "pandas")
 KNOWN_SETS = sorted(file.stem for file in TASKS_FOLDER.glob("*.yaml"))
 SHOWN_NAMES = 12
@@ -29,12 +29,12 @@ _NAMES = re.compile(r"""^["']?(?:task|group)["']?[ \t]*:[ \t]*["']?([\w.-]+)""",
 
 @dataclass(frozen=True)
 class TaskFolders:
-    """Where tasks are looked for, before lm_eval's own list.
+    """Folders searched for tasks before lm_eval's own list.
 
     Attributes:
-        paths: folders of lm_eval task files (YAML). A file may name Python functions (``!function``): of the tasks
-            that are asked for, and only of those, they are run. Whose files are here decides what runs.
-        data: a folder with local copies of the sets that ``steplm/eval/tasks`` describes.
+        paths: folders of lm_eval task files (YAML). A file may name Python functions (``!function``); those of the
+            requested tasks, and only those, are run, so the files must be trusted.
+        data: a folder with local copies of the datasets that ``steplm/eval/tasks`` describes.
     """
 
     paths: tuple[Path, ...] = ()
@@ -42,10 +42,10 @@ class TaskFolders:
 
 
 def check_names(names: Sequence[str], folders: TaskFolders) -> None:
-    """Refuse a name that no task, group or tag has, in about a second: lm_eval's list takes ten to read.
+    """Reject unknown task, group and tag names in about a second; reading lm_eval's full list takes ten.
 
     Raises:
-        ConfigError: no such folder, or no such task (with near names).
+        ConfigError: a folder does not exist, or a task does not (the message suggests similar names).
     """
     in_folders = {name for manager in _local_managers(folders) for name in manager.task_index}
     for name in names:
@@ -55,23 +55,23 @@ def check_names(names: Sequence[str], folders: TaskFolders) -> None:
 
 @cache
 def _standard_text() -> str:
-    """What lm_eval's own task files say, together: a name that does not occur in it is no name of its list."""
+    """Concatenated text of lm_eval's own task files; a name that does not occur in it is not one of its tasks."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
-    files = (file for file in root.rglob("*") if file.suffix in (".yaml", "") and file.is_file())  # "": included ones
+    files = (file for file in root.rglob("*") if file.suffix in (".yaml", "") and file.is_file())  # "": YAML includes
     return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
 def load_tasks(names: Sequence[str], folders: TaskFolders, num_fewshot: int | None = None) -> dict[str, Task]:
-    """The tasks by name, with their items; groups and tags become the tasks that they stand for.
+    """Load tasks by name, with their items; groups and tags are expanded to their tasks.
 
-    lm_eval's whole list takes ten seconds or more to read: only for a name that is found in no other way.
+    Reading lm_eval's full list takes ten seconds or more, so it is only used for names found nowhere else.
 
     Raises:
-        ConfigError: no such folder, no such task (with near names), or a task file that makes no task.
-        DataError: items that are missing or unusable.
-        HubUnavailable: a set on the hub that cannot be had.
+        ConfigError: a folder or a task does not exist (the message suggests similar names), or a task file is invalid.
+        DataError: items are missing or unusable.
+        HubUnavailable: a dataset could not be fetched from the hub.
     """
     local = _local_managers(folders)
     tasks: dict[str, Task] = {}
@@ -109,7 +109,7 @@ def _manager(path: Path, **metadata: Any) -> TaskManager:
 
 
 def _standard_folder(name: str) -> TaskManager | None:
-    """The folder of lm_eval's own where a file of this name describes this task, as it is for most: found at once."""
+    """Find a task in lm_eval's folders by its file name: fast, and enough for most tasks."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
@@ -122,7 +122,7 @@ def _standard_folder(name: str) -> TaskManager | None:
 
 @cache
 def _standard_manager() -> TaskManager:
-    """All of lm_eval's own tasks, groups and tags: some 15,000 files are read."""
+    """All of lm_eval's own tasks, groups and tags; reads about 15,000 files."""
     from lm_eval.tasks import TaskManager
 
     with quiet():
@@ -135,7 +135,7 @@ def _load(name: str, manager: TaskManager) -> dict[str, Task]:
             return manager.load([name])["tasks"]
     except SteplmError:
         raise
-    except Exception as error:  # a task file can say anything, and its set can be anywhere
+    except Exception as error:  # task files can contain anything, and their datasets can be anywhere
         raise _cannot_load(name, manager.task_index[name], error) from None
 
 
@@ -169,20 +169,20 @@ def _unknown(name: str, in_folders: Sequence[str], standard: Iterable[str], fold
 
 
 def _unreadable(folder: Path) -> list[str]:
-    """The task files that lm_eval passes over without a word."""
+    """Task files that lm_eval silently skips."""
     from lm_eval.tasks._index import TaskIndex
 
     lines = []
     for file in sorted(folder.rglob("*.yaml")):
         try:
             TaskIndex.entry_from_path(file)
-        except Exception as error:  # as above
+        except Exception as error:  # task files can contain anything
             lines.append(f"{file} ({reason(error)})")
     return lines
 
 
 def _set_fewshot(task: Task, num_fewshot: int | None) -> None:
-    """As lm_eval does: a task that says 0 keeps it."""
+    """Set the number of few-shot examples as lm_eval does: a task configured with 0 keeps 0."""
     own = task.get_config("num_fewshot")
     if own is None or (num_fewshot is not None and own != 0):
         task.set_config("num_fewshot", num_fewshot or 0)

@@ -1,4 +1,4 @@
-"""Text to be scored, as one stream of tokens."""
+"""Text to score, as one stream of tokens."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from steplm.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-LINE_DATASETS = ("wikitext",)  # on the hub, each record of these is one line of a text
+LINE_DATASETS = ("wikitext",)  # hub datasets whose records are the lines of one text
 
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Tokens of all texts; the first is context only, so that every token of the texts is predicted."""
+    """Tokens of all texts; the first token is only context, so that every token of the texts is predicted."""
 
     token_ids: npt.NDArray[np.uint32]
-    num_text_bytes: int  # UTF-8, of the texts that the tokens stand for
+    num_text_bytes: int  # UTF-8, of the text that the tokens encode
     num_skipped_records: int  # empty or unusable
 
 
@@ -37,24 +37,24 @@ def token_stream(
     max_tokens: int | None = None,
     max_bytes: int | None = None,
 ) -> TokenStream:
-    """Read, tokenize and join: one end-of-text token after each document, as in training.
+    """Read, tokenize and concatenate documents, with an end-of-text token after each, as in training.
 
-    Text files are one document each (WikiText's layout); JSON and Parquet files hold one a record. The stream
+    A text file is one document (WikiText's layout); JSON and Parquet files hold one document per record. The stream
     begins with ``opening_token``.
 
     Args:
         entries: files, globs, folders, ``hub://…``, ``builtin://…``, as in ``data.train``.
-        max_tokens: tokens to be predicted; bytes are counted up to there.
-        max_bytes: of text, rounded down to a whole character: the same text whatever the tokenizer.
+        max_tokens: tokens to predict; bytes are counted up to there.
+        max_bytes: bytes of text, rounded down to a whole character, so that every tokenizer gets the same text.
 
     Raises:
-        DataError: no text at all, or an entry that cannot be read.
+        DataError: there is no text, or an entry cannot be read.
     """
-    token_ids = array("I", [opening_token(tokenizer)])  # 4 bytes a token, where a list takes 36
+    token_ids = array("I", [opening_token(tokenizer)])  # 4 bytes per token; a list takes 36
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    # A text that says "</s>" does not end itself. Set last: every call of the tokenizer resets it.
+    # A literal "</s>" in the text must not become EOS. Set this last: every tokenizer call resets it.
     backend.encode_special_tokens = True
     num_bytes = 0
     bad = BadRecords()
@@ -81,7 +81,7 @@ def token_stream(
 
 
 def require_text(entries: Sequence[str], text_field: str) -> None:
-    """Raises ``DataError`` where there is no text to be scored: better before a model is trained than after."""
+    """Raise ``DataError`` if there is no text to score, so that this fails before training rather than after."""
     bad = BadRecords()
     documents = (document for source in find_sources(entries) for document in source.documents(text_field, bad))
     if not any(document.text for document in documents):
@@ -109,9 +109,9 @@ def _is_one_text(source: Source) -> bool:
 
 
 def opening_token(tokenizer: PreTrainedTokenizerFast) -> int:
-    """What stands before a text: BOS where the tokenizer puts it there by itself, else end-of-text.
+    """The token that precedes a text: BOS if the tokenizer adds it by default, else end-of-text.
 
-    Models trained here have seen end-of-text before each document but the very first, and never BOS.
+    Models trained here have seen end-of-text before every document except the first, and never BOS.
     """
     bos = tokenizer.bos_token_id
     return bos if bos is not None and bos in tokenizer("").input_ids else tokenizer.eos_token_id

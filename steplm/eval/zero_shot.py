@@ -1,17 +1,17 @@
-"""Zero-shot tasks: models × tasks by lm_eval, each pair saved as soon as it is scored, and reused.
+"""Zero-shot evaluation with lm_eval; each pair of model and task is saved as soon as it is scored, and reused.
 
 The JSON document of the results (``ZeroShotResults.as_json``), schema 1::
 
     {"schema": 1, "kind": "zero_shot", "lm_eval": VERSION, "limit": N or null,
-     "models": [{"model": PATH, "label": SHORT NAME}, …],             the first is the one compared with
+     "models": [{"model": PATH, "label": SHORT NAME}, …],             the first is the baseline
      "tasks": [{"task", "version", "num_fewshot", "num_items", "chance": SHARE or null,
-                "num_truncated": [N a model], "primary_metric": NAME or null,
+                "num_truncated": [N per model], "primary_metric": NAME or null,
                 "metrics": {NAME: {"higher_is_better", "aggregation",
-                                   "scores": [{"value", "stderr"} a model],
+                                   "scores": [{"value", "stderr"} per model],
                                    "differences": [null, {"value", "low", "high"}, …]}}}, …],
      "average": {"scores": […], "differences": […], "tasks": [NAMES]} or null}
 
-Shares are between 0 and 1; ``low`` and ``high`` bound a 95% interval; a number that is not finite is null.
+Shares are between 0 and 1; ``low`` and ``high`` bound a 95% interval; non-finite numbers are null.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ITEMS_FOLDER = "items"
 
 
 class Progress(Protocol):
-    """Who wants to know how far an evaluation is."""
+    """Callbacks that report the progress of an evaluation."""
 
     def begin(self, model: str, task: str) -> None: ...
 
@@ -57,21 +57,21 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class ZeroShotResults:
-    """Every model on every task; the first model is what the others are compared with."""
+    """Results of every model on every task; the first model is the baseline."""
 
     models: tuple[str, ...]
     tasks: tuple[str, ...]
     by_model_and_task: dict[tuple[str, str], TaskResult]
     lm_eval_version: str
-    names: tuple[str, ...] = ()  # of the models in tables; default: the ends of their paths
+    names: tuple[str, ...] = ()  # model names in tables; default: the ends of their paths
 
     def of(self, task: str) -> list[TaskResult]:
-        """The results on a task, in the order of the models."""
+        """Results on a task, in the order of ``models``."""
         return [self.by_model_and_task[model, task] for model in self.models]
 
     @cached_property
     def labels(self) -> dict[str, str]:
-        """A short name of each model."""
+        """A short name for each model."""
         return dict(zip(self.models, self.names or short_names(self.models), strict=True))
 
     @cached_property
@@ -86,28 +86,28 @@ class ZeroShotResults:
         }
 
     def difference(self, model: str, task: str, metric: str) -> Difference | None:
-        """Of a model from the first one, over the same items; ``None`` for the first, and where there is none."""
+        """A model minus the baseline, over the same items; ``None`` for the baseline, or without per-item scores."""
         return None if model == self.models[0] else self._differences[model, task, metric]
 
     @cached_property
     def averaged(self) -> dict[str, str]:
-        """The tasks that an average is of, with the metric of each; empty if there are fewer than two."""
+        """Tasks in the average, with the metric of each; empty if there are fewer than two."""
         primary = {task: self.of(task)[0].primary_metric for task in self.tasks}
         chosen = {task: metric for task, metric in primary.items() if metric is not None}
         return chosen if len(chosen) > 1 else {}
 
     def average(self, model: str) -> tuple[float, float | None]:
-        """Mean and standard error over ``averaged``; each task counts the same, however many items it has."""
+        """Mean and standard error over ``averaged``; every task has equal weight, however many items it has."""
         metrics = [self.by_model_and_task[model, task].metrics[name] for task, name in self.averaged.items()]
         return mean_of([(metric.value, metric.stderr) for metric in metrics])
 
     def average_difference(self, model: str) -> Difference | None:
-        """Of the average, from the first model's; ``None`` for the first."""
+        """A model's average minus the baseline's; ``None`` for the baseline, or if a task has no difference."""
         parts = [self.difference(model, task, metric) for task, metric in self.averaged.items()]
         return mean_difference([p for p in parts if p is not None]) if parts and None not in parts else None
 
     def as_json(self) -> dict[str, Any]:
-        """The document that the module describes."""
+        """The JSON document described in the module docstring."""
         return {
             "schema": SCHEMA,
             "kind": "zero_shot",
@@ -162,33 +162,33 @@ def evaluate_tasks(
     names: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> ZeroShotResults:
-    """Score models on tasks. No code of a model is ever run (``trust_remote_code`` stays off).
+    """Score models on tasks; a model's own code is never run (``trust_remote_code`` stays off).
 
     Args:
-        models: Hugging Face folders or hub names; the first is what the others are compared with.
+        models: Hugging Face folders or hub names; the first is the baseline.
         tasks: names, as in lm_eval; groups and tags stand for their tasks.
-        limit: items of each task, the first ones; default: all.
+        limit: number of items per task, from the first; default: all.
         num_fewshot: solved examples before each item; default: the task's own number.
-        batch_size: requests of one forward pass.
-        tasks_path: folders of lm_eval task files, before lm_eval's own. What Python functions the files of the
-            tasks asked for name (``!function``) is run.
-        tasks_data: folder with local copies of ``lambada_openai``, ``piqa``, ``arc_easy``, ``winogrande`` and
-            ``hellaswag``: those tasks then need no network.
-        output: folder where each pair of model and task is saved when it is scored. What is there, of the same
-            weights, tokenizer, precision, items, examples and lm_eval, is reused.
+        batch_size: requests per forward pass.
+        tasks_path: folders of lm_eval task files, searched before lm_eval's own. Python functions named
+            (``!function``) in the files of the requested tasks are run.
+        tasks_data: folder with local copies of the datasets that ``steplm/eval/tasks`` describes; those tasks then
+            need no network.
+        output: folder where each pair of model and task is saved once scored. A result is reused if the weights,
+            tokenizer, precision, items, few-shot examples and lm_eval version are the same.
         device, dtype: as in ``evaluate_folder``.
-        names: of the models in tables; default: the ends of their paths.
+        names: model names in tables; default: the ends of their paths.
 
     Raises:
-        ConfigError: lm_eval is not there, unknown tasks, numbers out of range.
-        CheckpointError, DataError, HubUnavailable: no such model, tokenizer or set, or an unusable one.
+        ConfigError: lm_eval is not installed, a task is unknown, or a number is out of range.
+        CheckpointError, DataError, HubUnavailable: a model, tokenizer or dataset is missing or unusable.
     """
     paths = [str(model) for model in models]
     _check(paths, names, tasks, limit, num_fewshot, batch_size)
     resolve_device(device)
     require_lm_eval()
     check_names(tasks, _folders(tasks_path, tasks_data))
-    fingerprints = {path: model_fingerprint(path) for path in paths}  # wrong names are found before minutes of work
+    fingerprints = {path: model_fingerprint(path) for path in paths}  # a wrong name fails before minutes of work
     loaded = tasks_of(tasks, num_fewshot=num_fewshot, tasks_path=tasks_path, tasks_data=tasks_data)
 
     import lm_eval
@@ -224,7 +224,7 @@ def tasks_of(
     tasks_path: Sequence[str | Path] = (),
     tasks_data: str | Path | None = None,
 ) -> dict[str, Task]:
-    """The tasks with their items; arguments and errors as in ``evaluate_tasks``."""
+    """Load tasks with their items; arguments and errors as in ``evaluate_tasks``."""
     require_lm_eval()
     folders = _folders(tasks_path, tasks_data)
     check_names(tasks, folders)
@@ -280,7 +280,7 @@ def _check(
 
 
 def require_lm_eval() -> None:
-    """Raises ConfigError where it cannot be imported."""
+    """Raise ``ConfigError`` if lm_eval cannot be imported."""
     try:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:

@@ -1,6 +1,6 @@
-"""Answers of a model to the questions, by the generation of ``transformers``.
+"""A model's answers to the questions, generated with ``transformers``.
 
-B questions of a batch, V vocabulary.
+B questions per batch, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from steplm.mt_bench.data import NUM_TURNS, Answer, Choice, Question, QuestionId
 from steplm.mt_bench.journal import Journal
 from steplm.units import reason
 
-# As published, by category of the question.
+# As published, by question category.
 TEMPERATURES = {
     "writing": 0.7,
     "roleplay": 0.7,
@@ -46,12 +46,12 @@ TEMPERATURES = {
     "humanities": 0.1,
 }
 OTHER_TEMPERATURE = 0.7
-LEAST_ANSWER_SHARE = 0.25  # of the context that a long prompt must leave to its answer
+LEAST_ANSWER_SHARE = 0.25  # share of the context that a long prompt must leave for the answer
 
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """What an answer depends on besides the model and the question."""
+    """Settings that an answer depends on, besides the model and the question."""
 
     max_new_tokens: int = 1024
     seed: int = 0
@@ -67,8 +67,8 @@ class Completion:
 
     text: str
     num_tokens: int
-    ended: bool  # by itself, not at the limit
-    num_cut_tokens: int  # of the prompt's beginning, where it left no room
+    ended: bool  # at an end token, not at the limit
+    num_cut_tokens: int  # dropped from the start of a prompt that left too little room
 
 
 def answer_questions(
@@ -83,18 +83,18 @@ def answer_questions(
     chat_template: Path | None = None,
     on_answers: Callable[[int], None] = lambda n: None,
 ) -> dict[QuestionId, Turns]:
-    """The model's answers to all questions; those in ``file`` are kept, the others generated and added to it.
+    """The model's answers to all questions; those in ``file`` are kept, the others are generated and added to it.
 
-    The same seed gives the same answers, however often it is interrupted.
+    The same seed gives the same answers, however often generation is interrupted.
 
     Args:
-        file: FastChat's ``model_answer`` format, with a key ``made_by`` that tells of what the answer depends on.
-        batch_size: questions that are answered at once.
-        on_answers: called with the number of answers that a batch has added.
+        file: in FastChat's ``model_answer`` format, plus a key ``made_by`` with everything the answer depends on.
+        batch_size: questions answered at once.
+        on_answers: called with the number of answers that a batch added.
 
     Raises:
-        ConfigError: no chat template, or ``file`` has answers of another model or other settings.
-        CheckpointError, DataError, HubUnavailable: no model or tokenizer there.
+        ConfigError: there is no chat template, or ``file`` has answers from another model or other settings.
+        CheckpointError, DataError, HubUnavailable: no model or tokenizer was found.
     """
     with Journal(file, Answer) as journal:
         tokenizer = load_chat_tokenizer(folder, chat_template)
@@ -112,7 +112,7 @@ def answer_questions(
                 continue
             if model is None:
                 model = load_pretrained(folder).to(resolve_device(device)).eval()
-            # All of the batch, for the padding of a batch has a part in the last bits of its numbers.
+            # Answer the whole batch again, because padding affects the last bits of its logits.
             completions = _answer_batch(model, tokenizer, batch, settings)
             rows = [
                 _row(model_id, question, of_question, made_by)
@@ -157,12 +157,12 @@ def _prompt(tokenizer: PreTrainedTokenizerFast, question: Question, so_far: Sequ
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template can raise anything
         raise DataError(f"the chat template fails on question {question.question_id!r}: {reason(error)}") from None
-    return tokenizer(text, add_special_tokens=False).input_ids  # the template has put them in
+    return tokenizer(text, add_special_tokens=False).input_ids  # the template adds them
 
 
 def _seed(seed: int, question_id: QuestionId, turn: int) -> int:
     digest = hashlib.sha256(json.dumps([seed, question_id, turn]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1  # a generator takes 63 bits
+    return int.from_bytes(digest[:8], "big") >> 1  # torch.Generator takes 63 bits
 
 
 # --- generation -----------------------------------------------------------------------------------------
@@ -178,10 +178,10 @@ def complete(
     seeds: Sequence[int],
     max_new_tokens: int,
 ) -> list[Completion]:
-    """Go on from B prompts of tokens at once, each with a temperature and a seed of its own.
+    """Complete B tokenized prompts at once, each with its own temperature and seed.
 
-    Prompt and answer stay within the model's context: an answer ends there, and a prompt that leaves less than
-    ``LEAST_ANSWER_SHARE`` of the context to it loses its beginning.
+    Prompt and answer stay within the model's context: the answer ends there, and a prompt that leaves less than
+    ``LEAST_ANSWER_SHARE`` of the context for the answer loses its beginning.
     """
     if not prompts:
         return []
@@ -195,7 +195,7 @@ def complete(
     for row, prompt in enumerate(kept):
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
         attention_mask[row, width - len(prompt) :] = 1
-    # The folder's own defaults (top-k, penalties) would be taken for whatever is not set here.
+    # Otherwise the folder's own defaults (top-k, penalties) would apply to whatever is not set here.
     model.generation_config = GenerationConfig(
         max_new_tokens=max(budgets), do_sample=False, eos_token_id=ends, pad_token_id=padding
     )
@@ -221,10 +221,10 @@ def complete(
 
 
 class SeededSampling(LogitsProcessor):
-    """Sampling that does not depend on the other rows of a batch: greedy choice after seeded Gumbel noise.
+    """Sampling that does not depend on the other rows of a batch: greedy choice after adding seeded Gumbel noise.
 
-    The largest of ``logits / temperature + Gumbel noise`` is a draw from ``softmax(logits / temperature)``
-    (Gumbel 1954). A temperature of 0 leaves the logits as they are.
+    The argmax of ``logits / temperature + Gumbel noise`` is a sample from ``softmax(logits / temperature)``
+    (Gumbel 1954). A temperature of 0 leaves the logits unchanged.
     """
 
     def __init__(self, temperatures: Sequence[float], seeds: Sequence[int], device: torch.device | str) -> None:
@@ -242,7 +242,7 @@ class SeededSampling(LogitsProcessor):
 
 
 class _Budgets(StoppingCriteria):
-    """Each row ends after tokens of its own number."""
+    """Ends each row after its own number of new tokens."""
 
     def __init__(self, width: int, budgets: Sequence[int]) -> None:
         self._width = width
@@ -253,7 +253,7 @@ class _Budgets(StoppingCriteria):
 
 
 def _fitted(prompt: Sequence[int], max_new_tokens: int, context: int | None) -> tuple[list[int], int]:
-    """What is kept of a prompt, and how many new tokens may follow."""
+    """The part of a prompt that is kept, and how many new tokens may follow."""
     if context is None:
         return list(prompt), max_new_tokens
     room = max(1, min(max_new_tokens, int(context * LEAST_ANSWER_SHARE)))
@@ -262,7 +262,7 @@ def _fitted(prompt: Sequence[int], max_new_tokens: int, context: int | None) -> 
 
 
 def _positions_below(context: int | None) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """A hook for rows that have ended: they are carried on by their batch, past what a table of positions holds."""
+    """A hook that clamps position IDs: ended rows continue with their batch, past the end of the position table."""
 
     def clamp(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if context is not None and kwargs.get("position_ids") is not None:
@@ -273,7 +273,7 @@ def _positions_below(context: int | None) -> Callable[..., tuple[Any, dict[str, 
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Those of the folder's generation (a chat model's end of turn), and the tokenizer's end of text."""
+    """End tokens of the model's generation config (a chat model's end of turn), and the tokenizer's end of text."""
     named = model.generation_config.eos_token_id
     ends = named if isinstance(named, list) else [] if named is None else [named]
     return list(dict.fromkeys([*ends, tokenizer.eos_token_id]))
@@ -318,7 +318,7 @@ def _check_origin(file: Path, answer: Answer, made_by: dict[str, Any], digests: 
 
 
 def _fingerprint(folder: str | Path, tokenizer: PreTrainedTokenizerFast) -> str:
-    """A hash that another model, or another chat template, does not share."""
+    """A hash that identifies the model and its chat template."""
     known_by = [model_fingerprint(str(folder)), tokenizer.chat_template]
     return hashlib.sha256(json.dumps(known_by).encode()).hexdigest()[:16]
 

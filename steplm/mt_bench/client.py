@@ -1,9 +1,9 @@
-"""Asking the judge: an OpenAI-compatible endpoint that may be slow, busy, broken, or not there.
+"""A client for the judge: an OpenAI-compatible endpoint that may be slow, busy, broken or down.
 
-The retries are not those of the ``openai`` client: here a pause that the server asks for holds for all threads, however
-long it is, malformed replies are retried too, and Ctrl-C ends a wait.
+It does not use the retries of the ``openai`` client: here a pause that the server asks for applies to all threads and
+may last an hour, malformed replies are retried too, and Ctrl-C ends a wait.
 
-The key is read from the environment by whoever calls, held in memory, and cut out of every text that leaves here.
+The caller reads the API key from the environment. The key is kept in memory and removed from all text that leaves here.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
     from openai import APIConnectionError, APIStatusError
 
 CONNECT_SECONDS = 5.0
-LONG_WAIT_SECONDS = 10.0  # is told of
-LONGEST_WAIT_SECONDS = 60.0  # of our own back-off; a server's Retry-After may ask for more
+LONG_WAIT_SECONDS = 10.0  # waits at least this long are announced
+LONGEST_WAIT_SECONDS = 60.0  # of our own backoff; a server's Retry-After may ask for more
 LONGEST_RETRY_AFTER_SECONDS = 3600.0
-MOST_FAILURES_IN_A_ROW = 5  # then the server is taken for down
+MOST_FAILURES_IN_A_ROW = 5  # then the server is considered down
 _RETRIED = (408, 409, 425, 429)  # and every 5xx
-_SHORTEST_SECRET = 8  # characters; a local server's key may be an "x", which stands in many replies
+_SHORTEST_SECRET = 8  # characters; a local server's key may be just "x", which many replies contain
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Address of the judge, with timeouts, retries and rate limit. ``api_key=None`` suits a local server."""
+    """Address of the judge, with timeouts, retries and rate limit; ``api_key=None`` suits a local server."""
 
     model: str
     base_url: str
     api_key: str | None = field(default=None, repr=False)
     api_key_env: str = "OPENAI_API_KEY"  # named in messages
     timeout_seconds: float = 120.0
-    retries: int = 6  # of one request, after the first try
+    retries: int = 6  # per request, after the first try
     backoff_seconds: float = 1.0  # before the first retry; doubled before each further one
     concurrency: int = 4
     requests_per_minute: float | None = None
@@ -70,7 +70,7 @@ class Endpoint:
 
     @property
     def shown_url(self) -> str:
-        """Without a password or a query, which can hold secrets."""
+        """The URL without password and query, which can contain secrets."""
         try:
             parts = urlsplit(self.base_url)
             return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
@@ -78,7 +78,7 @@ class Endpoint:
             return "?"
 
     def redacted(self, text: str) -> str:
-        """The text without the key, should a server have sent it back, whole or only its beginning or end."""
+        """The text without the key, in case a server echoed it, whole or only its beginning or end."""
         key = self.api_key or ""
         if len(key) < _SHORTEST_SECRET:
             return text
@@ -88,7 +88,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Failure:
-    """A request that got no reply, though others may."""
+    """A request that got no reply; others may still succeed."""
 
     request: Request
     reason: str
@@ -107,14 +107,14 @@ class _Refused(Exception):
 
 
 class _Stopped(Exception):
-    """No further request is sent."""
+    """The client was stopped and sends no further requests."""
 
 
 class JudgeClient:
-    """One connection pool to the judge; threads may ask together.
+    """A connection pool to the judge, shared by threads.
 
     Args:
-        say: told where a wait is long, and where the judge is asked otherwise than as published.
+        say: called with a note about every long wait, and when the judge is not asked at the published temperature.
 
     Raises:
         ConfigError: the ``openai`` library is not installed.
@@ -141,7 +141,7 @@ class JudgeClient:
         self.stopped = threading.Event()
 
     def check(self) -> None:
-        """Raise ``JudgeError`` where nobody answers at the address. Whatever the answer is, somebody is there."""
+        """Raise ``JudgeError`` if nothing answers at the address; any answer, even an error, will do."""
         try:
             self._client.models.list()
         except self._openai.APIConnectionError as error:
@@ -152,11 +152,12 @@ class JudgeClient:
         self._was_reached = True
 
     def ask(self, request: Request) -> Reply:
-        """The judge's reply, after as many tries as the endpoint allows.
+        """Return the judge's reply, after as many tries as the endpoint allows.
 
         Raises:
-            JudgeError: no request can succeed: a refused key, a wrong URL or model, nobody there.
-            _Refused: this one cannot.
+            JudgeError: no request can succeed: the key is rejected, the URL or model is wrong, the account has no
+                credit left, or the server is down.
+            _Refused: this request cannot succeed.
             _Stopped: ``stopped`` was set.
         """
         endpoint = self.endpoint
@@ -173,19 +174,19 @@ class JudgeClient:
         raise _Refused(f"{last}, after {endpoint.retries + 1} {'tries' if endpoint.retries else 'try'}")
 
     def _wait(self, error: _Retryable, attempt: int) -> None:
-        if error.retry_after is not None:  # holds for all threads: the server has had enough of us
+        if error.retry_after is not None:  # applies to all threads: the server throttles us
             wait = min(error.retry_after, LONGEST_RETRY_AFTER_SECONDS)
             self._pace.pause(wait)
         else:
             wait = min(self.endpoint.backoff_seconds * 2**attempt, LONGEST_WAIT_SECONDS)
-            wait *= random.uniform(0.75, 1.25)  # so that threads do not come back as one
+            wait *= random.uniform(0.75, 1.25)  # so that threads do not retry at the same instant
         if wait >= LONG_WAIT_SECONDS:
             self._say(f"waiting {format_seconds(wait)} for the judge: {error}")
         if error.retry_after is None:
             self.stopped.wait(wait)
 
     def _send(self, request: Request) -> Reply:
-        """One try, with the options that this judge takes: which it takes is learned from its refusals."""
+        """One try, with the options that this judge accepts, which are learned from its rejections."""
         openai = self._openai
         values = {"temperature": TEMPERATURE, "max_tokens": request.max_tokens}
         values["max_completion_tokens"] = request.max_tokens
@@ -197,23 +198,23 @@ class JudgeClient:
             try:
                 completion = self._client.chat.completions.create(model=request.judge, messages=messages, **chosen)
                 return self._reply(completion, TEMPERATURE if "temperature" in options else None)
-            except openai.APIStatusError as error:  # before its base class below
+            except openai.APIStatusError as error:  # must precede its base class below
                 if not self._learned(error, options):
                     raise self._status_error(error) from None
-            except openai.APIConnectionError as error:  # timeouts too
+            except openai.APIConnectionError as error:  # including timeouts
                 raise self._connection_error(error) from None
             except (openai.OpenAIError, ValueError, TypeError) as error:
                 raise _Retryable(f"a malformed reply ({self.endpoint.redacted(reason(error))})") from None
 
     def _learned(self, error: APIStatusError, options: tuple[str, ...]) -> bool:
-        """Whether the judge refused for the sake of an option, and may take the request otherwise."""
+        """Whether the judge rejected an option; if so, change the options, so that it may accept the request."""
         said = _said(error)
         if error.status_code != 400:
             return False
         is_temperature = error.param == "temperature" or ("temperature" in said and "support" in said.lower())
-        if "max_tokens" in options and "max_completion_tokens" in said:  # as newer models call the same limit
+        if "max_tokens" in options and "max_completion_tokens" in said:  # newer models' name for the same limit
             other = tuple("max_completion_tokens" if name == "max_tokens" else name for name in options)
-        elif "temperature" in options and is_temperature:  # reasoning models have their own
+        elif "temperature" in options and is_temperature:  # reasoning models only accept their own
             other = tuple(name for name in options if name != "temperature")
         else:
             return False
@@ -242,7 +243,7 @@ class JudgeClient:
             raise _Retryable(f"the judge says: {self.endpoint.redacted(_text_of(error))}")
         usage = completion.usage
         return Reply(
-            as_unicode(self.endpoint.redacted(content or "")),  # nothing: a refusal or a filter, unparsable
+            as_unicode(self.endpoint.redacted(content or "")),  # empty after a refusal or a filter, so unparsable
             getattr(choice, "finish_reason", None),
             _whole(getattr(usage, "prompt_tokens", None)),
             _whole(getattr(usage, "completion_tokens", None)),
@@ -251,10 +252,10 @@ class JudgeClient:
         )
 
     def _connection_error(self, error: APIConnectionError) -> Exception:
-        """A ``JudgeError`` if the server has never answered: only one that has answered before may recover."""
+        """A ``JudgeError`` if the server was never reached: only one that was reached before may recover."""
         cause = error.__cause__ or error
         said = f"the connection failed ({self.endpoint.redacted(reason(cause))})"
-        # ConnectError and ConnectTimeout, and not a connection that broke: somebody was there.
+        # ConnectError and ConnectTimeout, but not a broken connection, which shows that a server is there.
         if type(cause).__name__.startswith("Connect") and not self._was_reached:
             url = self.endpoint.shown_url
             return JudgeError(
@@ -299,17 +300,18 @@ def ask_all(
     ask_again: int = 2,
     on_done: Callable[[], None] = lambda: None,
 ) -> list[Failure]:
-    """Ask every request until a reply can be read, or ``1 + ask_again`` could not; each reply is saved as it comes.
+    """Send every request until a reply can be parsed, or ``1 + ask_again`` could not; save each reply as it arrives.
 
-    Stopped in the middle it lets the requests under way end, and saves them too.
+    When interrupted, it lets requests in flight finish and saves their replies too.
 
     Args:
-        on_done: called once a request, in the calling thread.
+        on_done: called once per request, in the calling thread.
 
-    Returns: the requests without any reply, with the reason.
+    Returns:
+        The requests that got no reply, with the reason.
 
     Raises:
-        JudgeError: no request can succeed, or ``MOST_FAILURES_IN_A_ROW`` did not.
+        JudgeError: no request can succeed, or ``MOST_FAILURES_IN_A_ROW`` failed in a row.
     """
 
     def work(request: Request) -> Failure | None:
@@ -350,7 +352,7 @@ def ask_all(
 
 
 class _Pace:
-    """When the next request may leave: evenly spaced, and not before a pause has ended."""
+    """Decides when the next request may be sent: evenly spaced, and not before a pause has ended."""
 
     def __init__(self, per_minute: float | None) -> None:
         self._interval = 0.0 if per_minute is None else 60.0 / per_minute
@@ -372,12 +374,12 @@ class _Pace:
 
 
 def _said(error: APIStatusError) -> str:
-    """A server's own words for its error."""
+    """A server's own message for its error."""
     return _text_of(error.body or error.message)
 
 
 def _text_of(body: Any) -> str:
-    """The message in ``{"error": {"message": …}}`` and in what servers send instead of it, in one line."""
+    """The message in ``{"error": {"message": …}}``, or in what some servers send instead, as one line."""
     for key in ("error", "message", "detail"):
         if isinstance(body, dict) and body.get(key):
             body = body[key]
@@ -385,7 +387,7 @@ def _text_of(body: Any) -> str:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds from ``Retry-After``, which holds a number or a date."""
+    """Seconds from ``Retry-After``, which is a number or a date."""
     try:
         seconds = float(value or "")
     except ValueError:

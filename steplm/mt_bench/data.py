@@ -1,4 +1,4 @@
-"""FastChat's files: questions, reference answers, judge prompts and answers of models."""
+"""FastChat's files: questions, reference answers, judge prompts and model answers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Turns = tuple[str, ...]  # what one side said, turn by turn
 Answers = Mapping[str, Mapping[QuestionId, Turns]]  # by model and question
 
 NUM_TURNS = 2
-CATEGORIES_WITH_REFERENCE = ("math", "reasoning", "coding")  # as published; references to others are not shown
-# By kind of judgment, whether there is a reference, and turn.
+CATEGORIES_WITH_REFERENCE = ("math", "reasoning", "coding")  # as published; references in others are not shown
+# Keyed by kind of judgment, whether there is a reference, and turn.
 PROMPT_NAMES = {
     ("single", False, 1): "single-v1",
     ("single", True, 1): "single-math-v1",
@@ -34,7 +34,7 @@ PROMPT_NAMES = {
     ("pairwise", False, 2): "pair-v2-multi-turn",
     ("pairwise", True, 2): "pair-math-v1-multi-turn",
 }
-_OTHER_NAMES = (("question_id", "prompt_id"), ("turns", "prompt"))  # FastChat's, and those of sets on the hub
+_OTHER_NAMES = (("question_id", "prompt_id"), ("turns", "prompt"))  # FastChat's names, and those of datasets on the hub
 WHERE_TO_GET = (
     "The folder has FastChat's layout (github.com/lm-sys/FastChat, fastchat/llm_judge/data): question.jsonl, "
     "reference_answer/gpt-4.jsonl and judge_prompts.jsonl, the last in the folder or beside it"
@@ -46,7 +46,7 @@ class Question:
     question_id: QuestionId
     category: str
     turns: Annotated[Turns, Field(min_length=1)]
-    own_reference: Turns = ()  # what its set gives beside it
+    own_reference: Turns = ()  # from the question's own dataset
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,17 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A row of FastChat's ``model_answer`` format, and what is kept beside it of answers that are made here."""
+    """A row of FastChat's ``model_answer`` format, with further fields for answers made here."""
 
     question_id: QuestionId
     answer_id: str = ""
     model_id: str
-    choices: Annotated[tuple[Choice, ...], Field(min_length=1)]  # the first counts
+    choices: Annotated[tuple[Choice, ...], Field(min_length=1)]  # only the first is used
     tstamp: float = 0.0
-    num_tokens: tuple[int, ...] = ()  # by turn, as the two below
-    ended: tuple[bool, ...] = ()  # by itself, not at the limit
-    num_cut_tokens: tuple[int, ...] = ()  # of the prompt's beginning
-    made_by: dict[str, Any] = field(default_factory=dict)  # all that the answer depends on
+    num_tokens: tuple[int, ...] = ()  # per turn, like the two below
+    ended: tuple[bool, ...] = ()  # at an end token, not at the limit
+    num_cut_tokens: tuple[int, ...] = ()  # dropped from the start of the prompt
+    made_by: dict[str, Any] = field(default_factory=dict)  # everything that the answer depends on
 
     @property
     def turns(self) -> Turns:
@@ -83,12 +83,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Bench:
-    """What is asked, and how it is judged."""
+    """The questions, and what it takes to judge them."""
 
     questions: tuple[Question, ...]
-    references: Mapping[QuestionId, Turns]  # of the categories that are judged against one
+    references: Mapping[QuestionId, Turns]  # for the categories that are judged against one
     prompts: Mapping[str, JudgePrompt]
-    num_own_references: int = 0  # of the references those that are no published ones, but the questions' own
+    num_own_references: int = 0  # references that are the questions' own, not published ones
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -98,20 +98,20 @@ class Bench:
 def load_bench(
     folder: Path, *, questions: str | None = None, categories: Sequence[str] = (), limit: int | None = None
 ) -> Bench:
-    """Questions with the references and prompts that judging them takes.
+    """Load questions, with the references and prompts needed to judge them.
 
     Args:
-        folder: in FastChat's layout, see ``WHERE_TO_GET``.
-        questions: instead of those of the folder: a file, or ``hub://OWNER/NAME?revision=COMMIT``. Columns are
+        folder: in FastChat's layout; see ``WHERE_TO_GET``.
+        questions: used instead of the folder's: a file, or ``hub://OWNER/NAME?revision=COMMIT``. Columns are
             FastChat's, or ``prompt_id`` and ``prompt`` for ``question_id`` and ``turns``. A question without a
-            reference in the folder is judged against its own, the column ``reference``.
+            reference in the folder is judged against its own, from the column ``reference``.
         categories: only these; default: all.
-        limit: the first so many questions of each category; default: all.
+        limit: number of questions per category, from the first; default: all.
 
     Raises:
-        DataError: a file is missing or damaged, a reference or a prompt is missing.
-        HubUnavailable: the hub does not give the questions.
-        ConfigError: an unknown category, or nothing left.
+        DataError: a file is missing or damaged, a reference is missing, or there are no questions.
+        HubUnavailable: the questions could not be fetched from the hub.
+        ConfigError: a category is unknown.
     """
     if not folder.is_dir():
         raise DataError(f"no folder {folder}. {WHERE_TO_GET}.", path=str(folder))
@@ -125,10 +125,10 @@ def load_bench(
 
 
 def load_answers(path: Path) -> dict[str, dict[QuestionId, Turns]]:
-    """Answers by model and question from a file in FastChat's ``model_answer`` format; of several choices the first.
+    """Load answers by model and question from a file in FastChat's ``model_answer`` format; the first choice counts.
 
     Raises:
-        DataError: no such file, or a row that is no answer.
+        DataError: the file does not exist or is empty, or a row is not an answer.
     """
     answers: dict[str, dict[QuestionId, Turns]] = {}
     for answer in read_rows(path, Answer):
@@ -139,10 +139,10 @@ def load_answers(path: Path) -> dict[str, dict[QuestionId, Turns]]:
 
 
 def prompt_for(bench: Bench, kind: str, question: Question, turn: int) -> JudgePrompt:
-    """The judge prompt of a question's turn, by whether it is judged against a reference.
+    """The judge prompt for a question's turn, which depends on whether it is judged against a reference.
 
     Raises:
-        DataError: it is not in the file.
+        DataError: the prompt is not in the file.
     """
     name = PROMPT_NAMES[kind, question.category in CATEGORIES_WITH_REFERENCE, turn]
     if name not in bench.prompts:
@@ -199,7 +199,7 @@ def _selected(questions: list[Question], categories: Sequence[str], limit: int |
 
 
 def _references(folder: Path, questions: Sequence[Question]) -> tuple[dict[QuestionId, Turns], int]:
-    """Those of the questions that need one, and how many are their own. Of several files GPT-4's, as published."""
+    """References of the questions that need one, and how many are the questions' own; prefers GPT-4's, as published."""
     needed = [question for question in questions if question.category in CATEGORIES_WITH_REFERENCE]
     if not needed:
         return {}, 0

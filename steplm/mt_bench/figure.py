@@ -1,4 +1,4 @@
-"""A radar of the single scores by category."""
+"""A radar chart of the single scores by category."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LEAST_CATEGORIES = 3  # fewer make no polygon
 
 
 def radar_figure(scores: Scores, path: Path) -> Path | None:
-    """Draw the mean over both turns, an axis a category and a line a model; ``None`` where there is too little.
+    """Draw the mean over both turns, one axis per category and one line per model; ``None`` if there is too little.
 
-    A category without a judgment leaves a gap in its line; a hollow point is of fewer answers than there should be.
+    A category without a judgment leaves a gap in its line; a hollow point means that some judgments are missing.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""Files of JSON lines, and one that only grows: what was paid for, in time or money, is on the disk at once."""
+"""JSON Lines files, and an append-only journal that saves at once what cost time or money."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Row = TypeVar("Row")
 
 
 class Journal(Generic[Row]):
-    """Rows of an append-only file. One process holds it at a time; threads may append together.
+    """Rows of an append-only file, which one process holds at a time; its threads may append concurrently.
 
-    A line that a kill tore is cut off when the file is opened.
+    A last line left incomplete by a killed process is removed when the file is opened.
 
     Args:
-        kind: what each line holds, e.g. a dataclass; other keys are passed over.
+        kind: the type of each line, e.g. a dataclass; other keys are ignored.
 
     Raises:
-        DataError: a line that is not of this kind.
+        DataError: a line is not of this type.
         SteplmError: another process holds the file.
-        WriteError: the file system refuses.
+        WriteError: the file cannot be written.
     """
 
     def __init__(self, path: Path, kind: type[Row]) -> None:
@@ -53,7 +53,7 @@ class Journal(Generic[Row]):
         sync(path.parent)
 
     def append(self, *rows: Row) -> None:
-        """Write rows; on return they survive a power cut. Of rows that the file system refuses nothing stays."""
+        """Write rows; on return they survive a power cut, and if writing fails, none of them remains."""
         data = b"".join(self._adapter.dump_json(row) + b"\n" for row in rows)
         with self._lock, write_errors(self.path):
             size = os.fstat(self._stream.fileno()).st_size
@@ -89,10 +89,10 @@ class Journal(Generic[Row]):
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """The rows of a file of JSON lines; empty lines are passed over.
+    """Read the rows of a JSON Lines file; empty lines are skipped.
 
     Raises:
-        DataError: no such file, or a line that is not of this kind.
+        DataError: the file cannot be read, or a line is not of this type.
     """
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
@@ -102,7 +102,7 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
 
 
 def parsed_row(where: str, line: str | bytes, adapter: TypeAdapter[Row]) -> Row:
-    """A row from JSON, strictly: a text is no number. ``DataError`` says where it stands and what is wrong."""
+    """Parse a row from JSON in strict mode (a string is not a number); ``DataError`` says where and what is wrong."""
     try:
         return adapter.validate_json(line, strict=True)
     except ValidationError as error:

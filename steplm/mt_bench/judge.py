@@ -1,7 +1,7 @@
-"""What the judge is asked, and what its replies amount to.
+"""Requests to the judge, and the outcomes of its replies.
 
-A request is known by a hash of all that is sent, so a reply is found again whatever else has changed, and a reply to
-another text is never taken for it.
+A request is identified by a hash of everything that is sent, so that a saved reply is found again whatever else has
+changed, and a reply to a different text is never mistaken for it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from steplm.mt_bench.parse import Which, parsed
 
 TEMPERATURE = 0
 MAX_TOKENS = 2048  # of a reply, as published
-CHARACTERS_PER_TOKEN = 4  # of English, about
-USUAL_REPLY_TOKENS = 200  # mean of GPT-4's replies to these prompts
+CHARACTERS_PER_TOKEN = 4  # approximately, in English
+USUAL_REPLY_TOKENS = 200  # mean length of GPT-4's replies to these prompts
 
 
 @dataclass(frozen=True)
 class Request:
-    """One message to the judge; equal requests are asked once."""
+    """One message to the judge; equal requests are sent once."""
 
     kind: str  # "single" or "pairwise"
     prompt_name: str
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Judgment:
-    """One answer, to be given 1 to 10, by one request; or two, by one in each order, the first model's first."""
+    """One request to grade an answer from 1 to 10, or two to compare a pair in both orders, the first model's first."""
 
     question: Question
     turn: int
@@ -51,7 +51,7 @@ class Judgment:
 
 
 def gradings(bench: Bench, answers: Answers, judge: str, max_tokens: int = MAX_TOKENS) -> list[Judgment]:
-    """All single gradings of the answers that there are: model by model, question by question, turn by turn."""
+    """Single gradings of all available answers, ordered by model, question and turn."""
     return [
         Judgment(question, turn, (model,), (_request(bench, judge, max_tokens, question, turn, {"answer": turns}),))
         for model, given in answers.items()
@@ -85,7 +85,7 @@ def _request(
     else:
         fields = {f"{name}_{number}": turns[number - 1] for name, turns in sides.items() for number in (1, 2)}
     reference = bench.references.get(question.question_id, ())
-    # The second may be missing: then nothing asks for it.
+    # The second reference may be missing; then no template uses it.
     fields |= {f"ref_answer_{number}": text for number, text in enumerate((*reference, "", "")[:2], 1)}
     return Request(kind, prompt.name, judge, prompt.system_prompt, prompt.prompt_template.format(**fields), max_tokens)
 
@@ -95,21 +95,21 @@ def _request(
 
 @dataclass(frozen=True)
 class Reply:
-    """As it is saved: ``key`` is its request's, ``judge`` the name of the judge and of the prompt."""
+    """A reply as saved: ``key`` is its request's, ``judge`` the names of the judge and the prompt."""
 
     content: str
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     tstamp: float = 0.0
-    temperature: float | None = TEMPERATURE  # that was asked for; None: none, as the judge takes its own alone
+    temperature: float | None = TEMPERATURE  # requested; None: not set, since the judge only accepts its own
     key: str = ""
     judge: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a request; ``value`` is ``None`` without a readable reply."""
+    """The outcome of a request; ``value`` is ``None`` without a parsable reply."""
 
     value: float | str | None
     reply: Reply | None
@@ -120,11 +120,11 @@ class Outcome:
 
 
 class Replies:
-    """Every reply that was ever got, by request, on the disk.
+    """Every reply ever received, by request, saved on disk.
 
     Args:
-        journal: None: there are none, and none will be added.
-        which: rating of a reply counts.
+        journal: ``None`` if there are no replies and none will be added.
+        which: which rating of a reply counts.
     """
 
     def __init__(self, journal: Journal[Reply] | None, which: Which = "first") -> None:
@@ -135,7 +135,7 @@ class Replies:
             self._of.setdefault(reply.key, []).append(reply)
 
     def add(self, request: Request, reply: Reply) -> None:
-        """Save it; on return it survives a power cut."""
+        """Save a reply; on return it survives a power cut."""
         assert self._journal is not None
         reply = replace(reply, key=request.key, judge=(request.judge, request.prompt_name))
         self._journal.append(reply)
@@ -145,7 +145,7 @@ class Replies:
         return self._of.get(request.key, [])
 
     def outcome(self, request: Request) -> Outcome:
-        """The first reply that can be read; else the last, which cannot; else none."""
+        """The outcome of the first reply that can be parsed, else of the last reply, else of none."""
         replies = self.to(request)
         for reply in replies:
             if (value := parsed(request.kind, reply.content, self._which)) is not None:
@@ -153,50 +153,50 @@ class Replies:
         return Outcome(None, replies[-1] if replies else None)
 
     def is_open(self, request: Request, ask_again: int) -> bool:
-        """Whether it is still to be asked: no reply can be read yet, and there are at most ``ask_again``."""
+        """Whether to send the request (again): no reply can be parsed, and there are at most ``ask_again``."""
         return len(self.to(request)) <= ask_again and self.outcome(request).value is None
 
 
 def open_requests(judgments: Iterable[Judgment], replies: Replies, *, ask_again: int) -> list[Request]:
-    """What is still to be asked, each once."""
+    """Requests still to be sent, without duplicates."""
     wanted = {request.key: request for judgment in judgments for request in judgment.requests}
     return [request for request in wanted.values() if replies.is_open(request, ask_again)]
 
 
 def estimated_tokens(requests: Sequence[Request]) -> tuple[int, int]:
-    """About how many tokens these requests send, and how many come back if the judge is as brief as GPT-4."""
+    """Approximate tokens that these requests send, and that come back if the judge is as brief as GPT-4."""
     characters = sum(len(request.system) + len(request.user) for request in requests)
     return characters // CHARACTERS_PER_TOKEN, USUAL_REPLY_TOKENS * len(requests)
 
 
 # --- FastChat's format ------------------------------------------------------------------------------------
 
-_UNPARSABLE_SCORE = -1  # FastChat's mark; its show_result leaves such rows out
+_UNPARSABLE_SCORE = -1  # FastChat's convention; its show_result skips such rows
 _WINNERS = {"A": ("model_1", "model_2"), "B": ("model_2", "model_1"), "tie": ("tie", "tie"), None: ("error", "error")}
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A judgment with the outcome of its requests."""
+    """A judgment with the outcomes of its requests."""
 
     judgment: Judgment
     outcomes: tuple[Outcome, ...] = ()
 
     @property
     def score(self) -> float | None:
-        """1 to 10 of a grading; ``None`` where it is missing or cannot be read."""
+        """The grade, 1 to 10; ``None`` if the reply is missing or unparsable."""
         value = self.outcomes[0].value
         return value if isinstance(value, float) else None
 
     @property
     def winners(self) -> tuple[str, str]:
-        """Of a comparison in both orders: ``model_1``, ``model_2``, ``tie`` or ``error``."""
+        """The winner of a comparison in each order: ``model_1``, ``model_2``, ``tie`` or ``error``."""
         first, second = (outcome.value for outcome in self.outcomes)
         return _WINNERS[first][0], _WINNERS[second][1]  # type: ignore[index]
 
     @property
     def winner(self) -> str | None:
-        """A win only where both orders agree, else a tie; ``None`` where one is missing or cannot be read."""
+        """A win only if both orders agree, else a tie; ``None`` if a reply is missing or unparsable."""
         first, second = self.winners
         if "error" in (first, second):
             return None
@@ -204,12 +204,12 @@ class Judged:
 
 
 def judged(judgments: Iterable[Judgment], replies: Replies) -> list[Judged]:
-    """Each judgment with what the replies say of it."""
+    """Each judgment with the outcomes of its replies."""
     return [Judged(each, tuple(map(replies.outcome, each.requests))) for each in judgments]
 
 
 def fastchat_row(each: Judged) -> dict[str, Any] | None:
-    """A row of FastChat's ``model_judgment`` files; ``None`` where a reply is missing."""
+    """A row of FastChat's ``model_judgment`` files; ``None`` if a reply is missing."""
     judgment = each.judgment
     replies = [outcome.reply for outcome in each.outcomes if outcome.reply is not None]
     if len(replies) < len(judgment.requests):

@@ -1,4 +1,4 @@
-"""What a judge's reply says: by FastChat's rules, or by the last rating outside of its thoughts."""
+"""Parses a judge's reply: by FastChat's rules, or by the last rating outside its ``<think>`` blocks."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 _VERDICTS = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
 _THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 
-Which = Literal["first", "last"]  # rating or verdict of a reply: FastChat's rule, or the last outside of <think>
+Which = Literal["first", "last"]  # rating or verdict that counts: FastChat's rule, or the last one outside <think>
 
 
 def parsed(kind: str, reply: str, which: Which = "first") -> float | str | None:
-    """The rating of a ``single`` reply or the verdict of a ``pairwise`` one; ``None`` where there is none."""
+    """The rating of a ``single`` reply or the verdict of a ``pairwise`` one; ``None`` if there is none."""
     if which == "last":
         reply = without_thoughts(reply)
     return rating(reply, which) if kind == "single" else verdict(reply, which)
 
 
 def rating(reply: str, which: Which = "first") -> float | None:
-    """The first (last) number in double brackets, else in single ones; ``None`` where there is none in 1 … 10."""
+    """The first or last number in double brackets, else in single ones; ``None`` unless it is within 1 … 10."""
     for pattern in _RATINGS:
         if found := pattern.findall(reply):
             value = float(found[0 if which == "first" else -1])
@@ -30,7 +30,7 @@ def rating(reply: str, which: Which = "first") -> float | None:
 
 
 def verdict(reply: str, which: Which = "first") -> str | None:
-    """``A``, ``B`` or ``tie``. Of several the last, or, by FastChat's rule, the first in this order."""
+    """``A``, ``B`` or ``tie``; of several, the last or, by FastChat's rule, the first in this order."""
     found = [mark for mark in _VERDICTS if mark in reply]
     if which == "last":
         found.sort(key=reply.rfind, reverse=True)
@@ -38,6 +38,8 @@ def verdict(reply: str, which: Which = "first") -> str | None:
 
 
 def without_thoughts(reply: str) -> str:
-    """The reply without its ``<think>`` blocks. One that ends at the limit of tokens may lack the closing mark, and one
-    whose chat template opens the block lacks the opening one."""
+    """The reply without its ``<think>`` blocks.
+
+    A block cut off at the token limit lacks the closing tag, and one opened by the chat template lacks the opening tag.
+    """
     return _THOUGHTS.sub("", reply).rpartition("</think>")[2]

@@ -1,8 +1,8 @@
-"""The whole benchmark: answers, judgments, scores. Every part resumes where it stopped.
+"""The whole benchmark: answers, judgments and scores; every step resumes where it stopped.
 
-DIR/model_answer/NAME.jsonl             answers, FastChat's format
-DIR/replies.jsonl                       every reply of a judge, as it came: what is here is not asked again
-DIR/model_judgment/JUDGE_single.jsonl   made of the replies, FastChat's format; also JUDGE_pair.jsonl
+DIR/model_answer/NAME.jsonl             answers, in FastChat's format
+DIR/replies.jsonl                       every raw reply of a judge; these requests are not sent again
+DIR/model_judgment/JUDGE_single.jsonl   derived from the replies, in FastChat's format; also JUDGE_pair.jsonl
 DIR/tables.md scores.csv scores.json radar.png
 """
 
@@ -51,16 +51,16 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is judged: models to generate answers with, by name, and answers made elsewhere."""
+    """What to judge: models that generate answers, by name, and answers made elsewhere."""
 
     bench: Bench
     models: Mapping[str, str]  # folder or hub name
     given: Answers
     modes: tuple[str, ...]
     output: Path
-    questions: str | None = None  # where they are from, if not from the folder
+    questions: str | None = None  # their source, if not the folder
     max_judge_tokens: int = MAX_TOKENS
-    which: Which = "first"  # rating of a reply counts
+    which: Which = "first"  # which rating of a reply counts
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,12 +74,12 @@ class Benchmark:
         return self.output / "model_answer" / f"{name}.jsonl"
 
     def saved_answers(self) -> dict[str, dict[QuestionId, Turns]]:
-        """Those given, and those that an earlier run generated."""
+        """The given answers, and those that an earlier run generated."""
         generated = {name: {a.question_id: a.turns for a in self._generated(name)} for name in self.models}
         return {**generated, **{name: dict(given) for name, given in self.given.items()}}
 
     def limits(self) -> dict[str, dict[str, int]]:
-        """Of each model's answers the number of turns, of those that ran into a limit, and of prompts that were cut."""
+        """For each model, the number of turns, of turns that reached a length limit, and of truncated prompts."""
         found = {}
         for name in self.models:
             answers = self._generated(name)
@@ -89,7 +89,7 @@ class Benchmark:
         return found
 
     def _generated(self, name: str) -> list[Answer]:
-        """Of the questions that are asked."""
+        """Saved answers to the selected questions."""
         if not self.answer_file(name).is_file():
             return []
         asked = {question.question_id for question in self.bench.questions}
@@ -97,7 +97,7 @@ class Benchmark:
             return [answer for answer in journal.rows if answer.question_id in asked]
 
     def judgments(self, answers: Answers, judge: str) -> list[Judgment]:
-        """All that there are to be, of these answers."""
+        """All judgments to be made of these answers."""
         makers = {"single": gradings, "pairwise": comparisons}
         return [j for mode in self.modes for j in makers[mode](self.bench, answers, judge, self.max_judge_tokens)]
 
@@ -116,10 +116,10 @@ def prepare(
     max_judge_tokens: int = MAX_TOKENS,
     rating: str = "first",
 ) -> Benchmark:
-    """Read all files and check what can be checked before time and money are spent.
+    """Read all files, and check what can be checked before spending time and money.
 
     Raises:
-        ConfigError, DataError: what is asked for cannot be done, or a file is missing or damaged.
+        ConfigError, DataError: the arguments are invalid, or a file is missing or damaged.
     """
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}: use single, pairwise or both", mode=mode)
@@ -160,17 +160,17 @@ def prepare(
 
 @dataclass(frozen=True)
 class Cost:
-    """What is to come, as far as it is known."""
+    """The estimated cost of a run."""
 
     num_answers: int  # to be generated
     num_requests: int  # to be sent
-    num_saved: int  # that have their reply already
-    prompt_tokens: int  # about; at most, while answers are to be generated
+    num_saved: int  # requests that already have a reply
+    prompt_tokens: int  # approximate; an upper bound while answers are missing
     reply_tokens: int
 
 
 def cost(benchmark: Benchmark, judge: str, *, max_new_tokens: int, ask_again: int) -> Cost:
-    """Before it is paid. An answer that is not there yet counts with its most tokens."""
+    """Estimate the cost of a run; an answer not yet generated counts at its maximum length."""
     answers = benchmark.saved_answers()
     num_missing = 0
     for name in benchmark.models:
@@ -181,7 +181,7 @@ def cost(benchmark: Benchmark, judge: str, *, max_new_tokens: int, ask_again: in
                 answers[name][question.question_id] = (longest,) * len(question.turns)
     judgments = benchmark.judgments(answers, judge)
     file = benchmark.output / "replies.jsonl"
-    with Journal(file, Reply) if file.is_file() else nullcontext() as journal:  # asking leaves no trace
+    with Journal(file, Reply) if file.is_file() else nullcontext() as journal:  # an estimate creates no file
         to_ask = open_requests(judgments, Replies(journal, benchmark.which), ask_again=ask_again)
     num_requests = len({request.key for judgment in judgments for request in judgment.requests})
     return Cost(num_missing, len(to_ask), num_requests - len(to_ask), *estimated_tokens(to_ask))
@@ -196,12 +196,12 @@ def generate_answers(
     chat_template: Path | None,
     progress: Progress,
 ) -> dict[str, dict[QuestionId, Turns]]:
-    """All answers; those that are saved are not generated again."""
+    """Return all answers, generating those that are not saved yet."""
     from steplm.eval.chat import load_chat_tokenizer
     from steplm.mt_bench.answers import answer_questions
 
     saved = benchmark.saved_answers()
-    for folder in benchmark.models.values():  # all, before the first spends its hours
+    for folder in benchmark.models.values():  # check all, before the first takes hours
         load_chat_tokenizer(folder, chat_template)
     answers: dict[str, dict[QuestionId, Turns]] = {}
     for name, folder in benchmark.models.items():
@@ -222,14 +222,14 @@ def generate_answers(
 
 @dataclass(frozen=True)
 class Outcome:
-    """Scores, and what they took."""
+    """Scores, and what they cost."""
 
-    judge: str  # as tables name it
+    judge: str  # as named in tables
     scores: Scores
     judgments: list[Judged]
     failures: list[Failure] = field(default_factory=list)
-    num_asked: int = 0  # replies of this run
-    prompt_tokens: int = 0  # of them, as the server counts
+    num_asked: int = 0  # replies received in this run
+    prompt_tokens: int = 0  # of these replies, as counted by the server
     completion_tokens: int = 0
     files: list[Path] = field(default_factory=list)
     num_thinking: int = 0  # replies with a <think> block
@@ -244,13 +244,13 @@ def judge_answers(
     ask_again: int,
     progress: Progress,
 ) -> Outcome:
-    """Ask for what is missing, then write judgments, tables and figure.
+    """Ask the judge for missing replies, then write judgments, tables and the figure.
 
     Args:
-        make_client: called only where there is something to ask.
+        make_client: called only if there is something to ask.
 
     Raises:
-        JudgeError: the judge cannot be asked; what was judged is saved.
+        JudgeError: the judge cannot be asked; judgments made so far are saved.
     """
     output = benchmark.output
     with Journal(output / "replies.jsonl", Reply) as journal:
@@ -314,5 +314,5 @@ def _write_judgments(folder: Path, judge: str, modes: Iterable[str], results: Se
 
 
 def file_name(text: str) -> str:
-    """The text with what a file's name cannot hold everywhere replaced by ``_``."""
+    """The text as a portable file name, with other characters replaced by ``_``."""
     return re.sub(r"[^\w.=+-]", "_", text).lstrip(".")

@@ -1,6 +1,6 @@
-"""Means and shares with their intervals, and of how many judgments they are.
+"""Means and win shares with their intervals and numbers of judgments.
 
-The unit that is drawn again is the question, with both its turns: they are not independent of each other.
+The bootstrap resamples questions, each with both of its turns, because the turns are not independent.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from steplm.mt_bench.judge import Judged
 NUM_RESAMPLES = 10_000
 CONFIDENCE = 0.95
 ALL = "all"
-TURNS = (None, 1, 2)  # of a mean: both together, the first, the second
+TURNS = (None, 1, 2)  # turns that a mean covers: both, the first, the second
 _WORTH = {"model_1": 1.0, "tie": 0.5, "model_2": 0.0}
 
-Cell = tuple[QuestionId, int]  # a question's turn
-Where = tuple[str, int | None]  # a category or ``ALL``, a turn or None for both
+Cell = tuple[QuestionId, int]  # a question and a turn
+Where = tuple[str, int | None]  # a category or ``ALL``, and a turn or None for both
 
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over judgments; ``None`` where nothing was judged, an interval only from two questions on.
+    """A mean over judgments, ``None`` if nothing was judged; an interval needs at least two questions.
 
     Attributes:
-        kind: ``score`` of one model, 1 to 10; ``score_difference`` of two, over what both were judged on, above 0 where
+        kind: ``score`` of one model, 1 to 10; ``score_difference`` of two, over what both were judged on, above 0 if
             the first is better; ``win_share`` of the first of two, where a tie counts as half a win.
-        judged: judgments that the mean is of.
-        expected: that there would be if none were missing.
-        unparsable: replies that say nothing; the rest of those missing were not asked or not answered.
-        counts: of a win share: ``wins``, ``ties``, ``losses``, and ``orders_disagree`` among the ties.
+        judged: number of judgments in the mean.
+        expected: number of judgments if none were missing.
+        unparsable: judgments with an unparsable reply; any others missing were not requested or got no reply.
+        counts: for a win share: ``wins``, ``ties``, ``losses``, and ``orders_disagree`` among the ties.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class Score:
 
     @property
     def row(self) -> dict[str, Any]:
-        """Flat, for CSV and JSON."""
+        """A flat row for CSV and JSON."""
         return {
             "kind": self.kind,
             **dict(zip(("model", "other"), self.models, strict=False)),
@@ -77,7 +77,7 @@ class Scores:
     scores: tuple[Score, ...]
 
     def of(self, kind: str) -> dict[tuple[str, ...], dict[Where, Score]]:
-        """Those of a kind by model or pair of models, each by category and turn."""
+        """Scores of one kind by model or pair of models, each by category and turn."""
         found: dict[tuple[str, ...], dict[Where, Score]] = {}
         for score in self.scores:
             if score.kind == kind:
@@ -89,8 +89,8 @@ def all_scores(bench: Bench, models: Sequence[str], modes: Sequence[str], judgme
     """Every mean of a run.
 
     Args:
-        modes: of ``single`` and ``pairwise``.
-        judgments: what was judged; whatever is not among them counts as missing.
+        modes: ``single``, ``pairwise`` or both.
+        judgments: the judgments made; all others count as missing.
     """
     found: dict[tuple[str, ...], dict[Cell, Judged]] = {}
     for each in judgments:
@@ -145,7 +145,7 @@ def _counts(compared: Sequence[Judged]) -> dict[str, int]:
 def interval(values: Mapping[Cell, float]) -> tuple[float | None, float | None, float | None]:
     """Mean of values by question and turn, with the 95% percentile interval of a bootstrap over questions.
 
-    No interval from fewer than two questions. The same values give the same interval.
+    There is no interval for fewer than two questions. The same values give the same interval.
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
     """
     by_question: dict[QuestionId, list[float]] = {}

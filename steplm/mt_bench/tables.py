@@ -21,7 +21,7 @@ _CAPTION = (
 
 
 def all_tables(scores: Scores, judge: str) -> list[Table]:
-    """The models side by side, then each by category, then every two against each other."""
+    """One table of all models, then one per model by category, then one per pair of models."""
     singles = scores.of("score")
     tables = []
     if len(singles) > 1:
@@ -66,7 +66,7 @@ def _difference_table(one: str, two: str, found: Mapping[Where, Score]) -> Table
 
 
 def _pair_table(one: str, two: str, judge: str, found: Mapping[Where, Score]) -> Table:
-    # A category's turns are in the files; ten comparisons a row say little.
+    # The turns of a category are only in the files: ten comparisons per row say little.
     shown = [
         (score, category if turn is None else TURN_NAMES[turn])
         for (category, turn), score in found.items()
@@ -109,10 +109,10 @@ def _judged_cell(score: Score) -> Cell:
 
 
 def write_results(scores: Scores, tables: Sequence[Table], directory: Path, about: dict[str, Any]) -> list[Path]:
-    """``tables.md``, ``scores.csv`` and ``scores.json``; returns their paths.
+    """Write ``tables.md``, ``scores.csv`` and ``scores.json``; return their paths.
 
     Args:
-        about: what was run, for the JSON.
+        about: a description of what was run, for the JSON file.
     """
     paths = [directory / name for name in ("tables.md", "scores.csv", "scores.json")]
     rows = [score.row for score in scores.scores]

@@ -1,4 +1,4 @@
-"""``runs.tar.xz``: a finished suite or run in one file, of a thirtieth of its size."""
+"""``runs.tar.xz``: a finished suite or run in one file, a thirtieth of its size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ARCHIVE = "runs.tar.xz"
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Write every file below a folder; equal files give an equal archive."""
+    """Archive every file below a folder; equal files give an equal archive."""
     with tarfile.open(archive, "w:xz", preset=9) as tar:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             member = tarfile.TarInfo(path.relative_to(folder).as_posix())  # no owner, no time, mode 0644
@@ -27,10 +27,10 @@ def pack(folder: Path, archive: Path) -> None:
 
 @contextmanager
 def unpacked(directory: Path) -> Iterator[Path]:
-    """The directory itself, or for as long as it is needed a copy of what its archive holds, under the same name.
+    """The directory itself or, if it has an archive, a temporary folder of the same name with the archive's content.
 
     Raises:
-        SteplmError: the archive is damaged, or has files for other places.
+        SteplmError: the archive is damaged, or has files that would be written outside the folder.
     """
     archive = directory / ARCHIVE
     if not archive.is_file():

@@ -1,8 +1,8 @@
-"""The charts of a suite as plain data, which the page draws by Plotly (``page.js``) and files by Matplotlib.
+"""The charts of a suite as plain data, drawn with Plotly on the page (``page.js``) and with Matplotlib in files.
 
-A trace's ``x`` is a list, or a dict of lists by axis where the reader may choose one. Roles: ``line``, ``band``
+A trace's ``x`` is a list, or a dict of lists by axis if the reader may choose the axis. Roles: ``line``, ``band``
 (``low`` to ``high``), ``faint`` (training loss), ``growth``, ``step``, ``planned``, ``measured``, ``point``,
-``frontier``, ``area``, ``rates``, ``diverged``. ``ends``, for the files: value, text and entry of a line's label.
+``frontier``, ``area``, ``rates``, ``diverged``. ``ends``, for the files, has each line label's value, text and entry.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from steplm.report.tables import tuning_run
 from steplm.units import format_bytes, format_count, format_seconds
 
 MOST_TRAINING_POINTS = 400
-FEW_POINTS = 12  # of a line, each of which is marked
+FEW_POINTS = 12  # lines with at most this many points get a marker on each
 
 
 def question_charts(suite: Suite, question: Question, number: int, look: dict[str, Look]) -> list[dict[str, Any]]:
-    """Loss, trade-off, memory and growth; those that have something to show."""
+    """The loss, trade-off, memory and growth charts that have data."""
     entries = suite.of(question)
     curves = [c for entry in entries if (c := curve(entry)) is not None]
     charts = [loss_chart(curves), tradeoff_chart(entries, look), memory_chart(entries), growth_chart(curves)]
@@ -35,7 +35,7 @@ def question_charts(suite: Suite, question: Question, number: int, look: dict[st
 
 
 def loss_chart(curves: Sequence[Curve]) -> dict[str, Any] | None:
-    """Validation loss over tokens, FLOPs or time; with a run alone, the training loss too."""
+    """Validation loss over tokens, FLOPs or time; for a single entry, the training loss too."""
     if not curves:
         return None
     seconds, unit = _time_unit(max((s for c in curves for s in c.training.seconds), default=0.0))
@@ -98,7 +98,7 @@ def _time_unit(longest: float) -> tuple[float, str]:
 
 
 def tradeoff_chart(entries: Sequence[EntrySummary], look: dict[str, Look]) -> dict[str, Any] | None:
-    """Perplexity against the planned peak of the model state, with intervals and the frontier."""
+    """Perplexity against planned peak model-state memory, with intervals and the frontier."""
     found = [
         (e, e.plan.peak_model_state_bytes, e.validation_loss.exp()) for e in entries if e.plan and e.validation_loss
     ]
@@ -161,7 +161,7 @@ def _label_offsets(
     x_range: tuple[float, float],
     y_range: tuple[float, float],
 ) -> list[tuple[float, float]]:
-    """Places for the labels on a drawing of ``USUAL_SIZE`` pixels."""
+    """Offsets of the labels, for a drawing of ``USUAL_SIZE`` pixels."""
 
     def place(x: float, y: float) -> tuple[float, float]:
         shares = (x - x_range[0]) / (x_range[1] - x_range[0]), (y - y_range[0]) / (y_range[1] - y_range[0])
@@ -177,7 +177,7 @@ def _label_offsets(
 
 
 def memory_chart(entries: Sequence[EntrySummary]) -> dict[str, Any] | None:
-    """Model-state bytes over tokens, planned and measured; of a run alone, by kind."""
+    """Model-state bytes over tokens, planned and measured; for a single entry, by kind."""
     planned = [(entry, entry.plan) for entry in entries if entry.plan is not None]
     if not planned:
         return None
@@ -231,9 +231,9 @@ def memory_chart(entries: Sequence[EntrySummary]) -> dict[str, Any] | None:
 
 
 def growth_chart(curves: Sequence[Curve]) -> dict[str, Any] | None:
-    """The training loss around every growth, all laid upon the instant of growth."""
+    """Training loss around every growth, aligned at the growth."""
     traces: list[dict[str, Any]] = []
-    ends: dict[str, tuple[float, str, str]] = {}  # by entry: of its last growth
+    ends: dict[str, tuple[float, str, str]] = {}  # by entry, from its last growth
     for drawn in curves:
         name = drawn.entry.entry.name
         for window in growth_windows(drawn):
@@ -267,7 +267,7 @@ def growth_chart(curves: Sequence[Curve]) -> dict[str, Any] | None:
 
 
 def rates_chart(suite: Suite) -> dict[str, Any] | None:
-    """Validation loss over the learning rates that were tried; crosses at the top: runs without a result."""
+    """Validation loss over the learning rates tried; crosses at the top are runs without a result."""
     traces: list[dict[str, Any]] = []
     diverged: list[dict[str, Any]] = []
     ends = []
@@ -311,7 +311,7 @@ def _unit(num_bytes: Sequence[float]) -> tuple[int, str]:
 
 
 def facts(suite: Suite) -> list[tuple[str, str]]:
-    """What was run, for the head of the page: (name, value)."""
+    """(name, value) pairs that describe what was run, for the head of the page."""
     run = suite.any_run
     result: list[tuple[str, str]] = []
     if run is not None and run.record is not None:
@@ -355,7 +355,7 @@ def facts(suite: Suite) -> list[tuple[str, str]]:
 
 
 def _short(source: str) -> str:
-    """The end of a path, which says what was read, without the folders of the machine it was read on."""
+    """The end of a path: enough to identify the data, without the folders of one machine."""
     return source if "://" in source else "/".join(Path(source).parts[-2:])
 
 

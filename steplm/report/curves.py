@@ -1,4 +1,4 @@
-"""What the charts draw: the validation loss of an entry over tokens, FLOPs and time, and its instants of growth."""
+"""Data for the charts: the validation loss of an entry over tokens, FLOPs and time, and its growth points."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from steplm.report.style import INK, RUN_COLOURS
 from steplm.report.summary import EntrySummary, Suite, SuiteRun
 
 AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "wall time"}
-DASHES = ("solid", "dash", "dot")  # one for each round through the colours
+DASHES = ("solid", "dash", "dot")  # one for each pass through the colors
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star")
-GROWTH_WINDOW = 0.04  # of a run's tokens, to each side of a growth
-FEWEST_POINTS = 5  # to each side, where the window has fewer
+GROWTH_WINDOW = 0.04  # share of a run's tokens shown on each side of a growth
+FEWEST_POINTS = 5  # minimum number of points on each side
 
 
 @dataclass(frozen=True)
 class Look:
-    """How an entry is drawn, in every chart of a suite. ``colour`` is ``None`` for the ink of the text."""
+    """How every chart of a suite draws an entry; ``colour`` is ``None`` for the text color."""
 
     colour: str | None
     dash: str
@@ -34,7 +34,7 @@ class Look:
 
 
 def looks(suite: Suite) -> dict[str, Look]:
-    """The look of each entry: the baseline in ink, every other one in its own colour and dash."""
+    """The look of each entry: the baseline in the text color, the others each in their own color and dash."""
     result = {}
     others = [name for name in suite.entries if name != suite.record.baseline]
     for index, name in enumerate(others):
@@ -47,7 +47,7 @@ def looks(suite: Suite) -> dict[str, Look]:
 
 @dataclass(frozen=True)
 class Series:
-    """Losses at positions of each of ``AXES``; ``low`` and ``high`` are the extreme seeds."""
+    """Losses and their positions on each of ``AXES``; ``low`` and ``high`` are the extreme seeds."""
 
     tokens: tuple[float, ...]
     flops: tuple[float, ...]
@@ -62,7 +62,7 @@ class Series:
 
 @dataclass(frozen=True)
 class GrowthPoint:
-    """A growth on the curve: what grew, and the loss before and after on the same few windows."""
+    """A growth on the curve: what grew, and the loss before and after it on the same few windows."""
 
     label: str  # "8→12 layers"
     tokens: float
@@ -73,7 +73,7 @@ class GrowthPoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """One entry: the mean over its seeds, and the training loss of its first one."""
+    """One entry: the mean validation loss over its seeds, and the training loss of its first seed."""
 
     entry: EntrySummary
     validation: Series
@@ -83,7 +83,7 @@ class Curve:
 
 
 def curve(entry: EntrySummary) -> Curve | None:
-    """The curve of an entry's finished seeds; of the running ones where none has finished; else ``None``."""
+    """The curve of an entry's finished seeds, else of its running seeds; ``None`` if there are neither."""
     runs = list(entry.finished) or [run for run in entry.runs if run.entry.status == "running"]
     runs = [run for run in runs if run.record is not None and run.record.events_of("train")]
     if not runs:
@@ -106,7 +106,7 @@ def curve(entry: EntrySummary) -> Curve | None:
 
 
 def _series(run: SuiteRun, losses: Sequence[tuple[int, float]]) -> Series:
-    """Of (tokens, loss)."""
+    """The series of one run from its (tokens, loss) pairs."""
     assert run.record is not None
     tokens = tuple(float(seen) for seen, _ in losses)
     flops, seconds = flops_at(run), seconds_at(run.record)
@@ -114,7 +114,7 @@ def _series(run: SuiteRun, losses: Sequence[tuple[int, float]]) -> Series:
 
 
 def _mean_series(seeds: Sequence[Series]) -> Series:
-    """Mean over seeds at the tokens that all of them were evaluated at."""
+    """Mean over seeds, at the token counts where all seeds were evaluated."""
     shared = sorted(set.intersection(*(set(series.tokens) for series in seeds)))
     at = [{tokens: index for index, tokens in enumerate(series.tokens)} for series in seeds]
 
@@ -136,7 +136,7 @@ def _mean_series(seeds: Sequence[Series]) -> Series:
 
 
 def flops_at(run: SuiteRun) -> Callable[[float], float]:
-    """Tokens seen -> FLOPs spent: linear in each stage, with the slope of its FLOPs a token."""
+    """A function from tokens seen to FLOPs spent; its slope in each stage is that stage's FLOPs per token."""
     assert run.record is not None
     stages, costs = run.record.plan.stages, run.stage_flops_per_token
     starts = [0, *accumulate(stage.tokens for stage in stages)]
@@ -150,7 +150,7 @@ def flops_at(run: SuiteRun) -> Callable[[float], float]:
 
 
 def seconds_at(record: RunRecord) -> Callable[[float], float]:
-    """Tokens seen -> seconds since the start, between the logged steps in proportion."""
+    """A function from tokens seen to seconds since the start, interpolated linearly between logged steps."""
     train = [e for e in record.events_of("train") if "elapsed_seconds" in e]
     tokens = [0.0, *(e["tokens_seen"] for e in train)]
     seconds = [0.0, *(e["elapsed_seconds"] for e in train)]
@@ -192,7 +192,7 @@ def _stage(record: RunRecord, index: int) -> Stage:
 
 @dataclass(frozen=True)
 class GrowthWindow:
-    """The training loss around one growth, a loss for each logged step."""
+    """Training loss around one growth, one loss per logged step."""
 
     curve: Curve
     point: GrowthPoint
@@ -201,7 +201,7 @@ class GrowthWindow:
 
 
 def growth_windows(curve: Curve) -> list[GrowthWindow]:
-    """A window of the training loss to both sides of each growth."""
+    """A window of training loss on both sides of each growth."""
     training = list(zip(curve.training.tokens, curve.training.loss, strict=True))
     reach = GROWTH_WINDOW * max(curve.training.tokens, default=0.0)
     windows = []
@@ -217,7 +217,7 @@ def growth_windows(curve: Curve) -> list[GrowthWindow]:
 
 
 def loss_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
-    """The range of losses to show. The initial fall from log(vocabulary size) would flatten everything else."""
+    """The range of losses to show, without the initial fall from log(vocabulary size), which would flatten the rest."""
     shown = []
     for drawn in curves:
         series = drawn.validation
@@ -230,7 +230,7 @@ def loss_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those (memory, perplexity) that no other point beats in both, from the least memory on."""
+    """The Pareto frontier of (memory, perplexity) points, from the least memory up."""
     best: list[tuple[float, float]] = []
     for point in sorted(points):
         if not best or point[1] < best[-1][1]:

@@ -1,6 +1,6 @@
-"""The documents of a run directory, checked: what a report computes with is there, and is a number where it must be.
+"""Validated documents of a run directory: every field that a report computes with is present and has the right type.
 
-A disk, another version or a hand can have changed any of them.
+A disk error, another version or manual edits may have changed any of these files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from steplm.planner.plan import Plan
 from steplm.types import from_json
 from steplm.units import reason
 
-MOST = 1e18  # of any number in a document: a plan's sums and products then stay far below what a float can hold
+MOST = 1e18  # largest number in a document, so that a plan's sums and products stay far below the float limit
 Amount = Annotated[float, Field(ge=0, le=MOST)]
 Loss = Annotated[float, Field(ge=-MOST, le=MOST)]
 Perplexity = Annotated[float, Field(ge=0)]
@@ -31,7 +31,7 @@ class _Document(BaseModel):
 
 
 class MeasuredBytes(_Document):
-    """As ``MemoryEstimate.by_kind`` gives them."""
+    """Bytes by kind, as in ``MemoryEstimate.by_kind``."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -79,7 +79,7 @@ class Summary(_Document):
 
 
 class Scores(_Document):
-    """Of one text in ``evaluations.json``."""
+    """Scores on one text in ``evaluations.json``."""
 
     loss: Loss
     bits_per_byte: Loss | None = None
@@ -100,7 +100,7 @@ class Environment(_Document):
 
 
 class SavedCell(_Document):
-    """As ``steplm.report.tables.Cell``."""
+    """Mirrors ``steplm.report.tables.Cell``."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -111,7 +111,7 @@ class SavedCell(_Document):
 
 
 class SavedTable(_Document):
-    """As ``steplm.report.tables.Table``."""
+    """Mirrors ``steplm.report.tables.Table``."""
 
     title: str
     columns: list[str]
@@ -131,10 +131,10 @@ D = TypeVar("D", bound=BaseModel)
 
 
 def read_document(kind: type[D], path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, as it stands, once it is known to be one of this kind; ``None`` where no file is.
+    """Read a JSON object, validate it as ``kind`` and return it unchanged; ``None`` if the file does not exist.
 
     Raises:
-        SteplmError: it is not.
+        SteplmError: the file is unreadable or invalid.
     """
     if not path.is_file():
         return None
@@ -147,13 +147,13 @@ def read_document(kind: type[D], path: Path) -> dict[str, Any] | None:
 
 
 def read_plan(path: Path, config: RunConfig) -> tuple[Plan, tuple[int, ...]]:
-    """``plan.json``, and the plan's stage for every stage number of ``metrics.jsonl``.
+    """Read ``plan.json``; return the plan, and its stage for every stage number in ``metrics.jsonl``.
 
     Args:
-        config: the run's ``config.yaml``, from which a plan of steplm 0.1 is made again.
+        config: the run's ``config.yaml``, from which a plan by steplm 0.1 is rebuilt.
 
     Raises:
-        SteplmError: it is none, or of another version.
+        SteplmError: the file is not a plan, or is from another version.
     """
     try:
         values = parse_json(path.read_bytes())
@@ -174,17 +174,17 @@ def read_plan(path: Path, config: RunConfig) -> tuple[Plan, tuple[int, ...]]:
 
 
 def read_events(path: Path, stages: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """The events of a ``metrics.jsonl``, none where there is no file.
+    """Yield the events of a ``metrics.jsonl``; none if the file does not exist.
 
     Args:
-        stages: the plan's stage for every stage number, as ``read_plan`` gives them.
+        stages: the plan's stage for every stage number, from ``read_plan``.
 
     Raises:
-        SteplmError: the first line that is none.
+        SteplmError: a line is not a valid event; names the first such line.
     """
     if not path.is_file():
         return
-    # A process killed while it wrote may leave half a line at the end.
+    # A process killed while writing may leave half a line at the end.
     *lines, _ = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
@@ -200,14 +200,14 @@ def read_events(path: Path, stages: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 
 def parse_json(data: bytes) -> Any:
-    """What JSON in UTF-8 says, of which every text can be written to a file again.
+    """Parse UTF-8 JSON whose strings can all be encoded again.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the data is not such JSON.
     """
     try:
         values = json.loads(data.decode())
-        if b"\\u" in data:  # half of a surrogate pair can be escaped, but not be encoded
+        if b"\\u" in data:  # an escaped lone surrogate parses, but cannot be encoded
             json.dumps(values, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None

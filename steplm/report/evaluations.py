@@ -1,4 +1,4 @@
-"""Evaluations of models, kept as tables and pictures, so that a report shows them next to training."""
+"""Model evaluations saved as tables and figures, which a report shows next to training results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steplm.report.documents import SavedTables, read_document
 from steplm.report.tables import Cell, Table
 
 SUFFIX = ".tables.json"
-SEARCH_DEPTH = 4  # folders below the given one: suites keep runs two deep, and their evaluations below them
+SEARCH_DEPTH = 4  # folder levels to search: a suite's runs are two levels down, their evaluations below them
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Evaluation:
     figures: tuple[Path, ...] = ()
 
     def markdown(self, base: Path) -> str:
-        """All of it; figures are named as seen from the folder ``base``."""
+        """Render as Markdown, with figure paths relative to the folder ``base``."""
         pictures = [f"![{self.title}]({Path(os.path.relpath(figure, base)).as_posix()})\n" for figure in self.figures]
         return "\n".join([f"## {self.title}\n", *(table.markdown() for table in self.tables), *pictures])
 
 
 def save_evaluation(folder: Path, name: str, evaluation: Evaluation) -> Path:
-    """Write ``<name>.tables.json``; its figures are files of the same folder."""
+    """Write ``<name>.tables.json``; its figures must be in the same folder."""
     document = {
         "schema": 1,
         "title": evaluation.title,
@@ -45,10 +45,10 @@ def save_evaluation(folder: Path, name: str, evaluation: Evaluation) -> Path:
 
 
 def find_evaluations(folder: Path) -> list[Evaluation]:
-    """What ``save_evaluation`` has left in a folder and below it, by title and place.
+    """Evaluations saved by ``save_evaluation`` in a folder or below it, sorted by title and path.
 
     Raises:
-        SteplmError: a file that cannot be read.
+        SteplmError: a file cannot be read.
     """
     found = [(path, read_document(SavedTables, path) or {}) for path in _files(folder)]
     found.sort(key=lambda pair: (pair[1]["title"], str(pair[0])))
@@ -65,7 +65,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _evaluation(path: Path, document: dict[str, Any], folder: Path, titles: Sequence[str]) -> Evaluation:
     title = document["title"]
-    if titles.count(title) > 1:  # of two models, each in a folder of its own
+    if titles.count(title) > 1:  # several models, each in its own folder
         title += f", {path.parent.relative_to(folder).as_posix()}"
     tables = [
         Table(

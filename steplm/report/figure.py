@@ -1,4 +1,4 @@
-"""Loss above, model-state memory below, both over tokens, with the instants of growth marked."""
+"""A figure of runs over tokens: loss in the top panel, model-state memory in the bottom one, growth marked in both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OUTSIDE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Span:
-    """One stage on the token axis: bytes by kind, as ``stage_start`` events give them."""
+    """One stage on the token axis, with the bytes by kind from its ``stage_start`` event."""
 
     start: float
     end: float
@@ -34,10 +34,10 @@ class Span:
 
 
 def run_figure(records: Sequence[RunRecord], path: str | Path) -> Path:
-    """Draw one run or several and write a PNG (or whatever the suffix of ``path`` says).
+    """Draw one or more runs and write a PNG, or the format given by the suffix of ``path``.
 
-    Above, the training loss (pale; strong where smoothed) and the validation loss (circles). Below, the
-    model-state bytes of each stage: filled as measured, dashed as planned; one run is split by kind.
+    The top panel shows training loss (pale; the smoothed curve is strong) and validation loss (circles). The bottom
+    panel shows the model-state bytes of each stage: measured filled, planned dashed; a single run is split by kind.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -90,7 +90,7 @@ def _draw_losses(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str
     for record, colour in zip(records, colours, strict=True):
         train, evaluations = record.training_losses, record.events_of("eval")
         width = SMOOTHING_SHARE * len(train)
-        for stage in record.plan.stages:  # each alone: a jump at growth stays a jump
+        for stage in record.plan.stages:  # smoothed separately, so that a jump at growth stays a jump
             tokens = [seen for seen, _, index in train if index == stage.index]
             losses = [loss for _, loss, index in train if index == stage.index]
             axes.plot(tokens, losses, color=colour, alpha=0.22, linewidth=0.8)
@@ -99,7 +99,7 @@ def _draw_losses(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str
         axes.plot(
             [event["tokens_seen"] for event in evaluations], validation, color=colour, **marker, zorder=4, clip_on=False
         )
-        # The first steps fall from log(vocabulary size): drawn to scale they would flatten all the rest.
+        # The first steps fall from log(vocabulary size); at full scale they would flatten the rest.
         after_start = [loss for seen, loss, _ in train if seen >= record.tokens_seen / 20]
         shown += smoothed(after_start, width) + validation
         if train or validation:
@@ -123,7 +123,7 @@ def _draw_losses(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str
 
 
 def smoothed(values: Sequence[float], width: float) -> list[float]:
-    """Mean under a centred Gaussian window of standard deviation ``width`` points, cut at both ends."""
+    """Mean under a centered Gaussian window of standard deviation ``width`` points, truncated at both ends."""
     reach = math.ceil(3 * width)
     weights = [math.exp(-0.5 * (offset / width) ** 2) if width else 1.0 for offset in range(-reach, reach + 1)]
     result = []
@@ -151,7 +151,7 @@ def _legend(axes: Axes, lines: Sequence[dict[str, Any]], labels: Sequence[str], 
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float) -> None:
-    """Names of curves to the right of the axes, at the height where they end, pushed apart."""
+    """Label curves to the right of the axes, at the heights where they end, spread to avoid overlap."""
     low, high = axes.get_ylim()
     heights = spread([(value - low) / (high - low) for value, _, _ in ends], gap, 0.03, 0.97)
     for height, (_, text, colour) in zip(heights, ends, strict=True):
@@ -164,7 +164,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float) 
 
 
 def measured_spans(record: RunRecord) -> list[Span]:
-    """What was measured at each entrance, from there to the next one or to where the run is now."""
+    """Bytes measured at the start of each stage, each span ending at the next start or the run's latest token."""
     entrances, seen = [], 0
     for event in record.events:
         seen = event.get("tokens_seen") or seen
@@ -208,7 +208,7 @@ def _draw_memory_by_kind(axes: Axes, record: RunRecord) -> None:
 
 
 def _label_kinds(axes: Axes, labels: Sequence[tuple[float, str, str | None]]) -> None:
-    """What the last stage holds, beside it; without a colour, the saving."""
+    """Label the last stage's bytes by kind to its right; a label without a color is the saving."""
     high = axes.get_ylim()[1]
     heights = spread([value / high for value, *_ in labels], 0.105, 0.04, 0.96)
     for height, (_, text, colour) in zip(heights, labels, strict=True):
@@ -219,7 +219,7 @@ def _label_kinds(axes: Axes, labels: Sequence[tuple[float, str, str | None]]) ->
 
 
 def _arrow_down(axes: Axes, start: float, end: float) -> None:
-    """To the right of the axes, from vanilla's height to the plan's peak."""
+    """Draw an arrow to the right of the axes, from vanilla's memory down to the plan's peak."""
     high = axes.get_ylim()[1]
     axes.annotate(
         "",
@@ -289,7 +289,7 @@ def _byte_unit(records: Sequence[RunRecord]) -> tuple[float, str]:
 
 
 def _mark_growth(top: Axes, bottom: Axes, records: Sequence[RunRecord], colours: Sequence[str]) -> None:
-    """Dashed lines through both panels; labels above, in a second row where they would meet."""
+    """Draw dashed lines through both panels, with labels above in as many rows as it takes to avoid overlap."""
     width = top.get_xlim()[1]
     row_ends: list[float] = []
     marks = [
@@ -310,6 +310,6 @@ def _mark_growth(top: Axes, bottom: Axes, records: Sequence[RunRecord], colours:
 
 
 def growth_label(record: RunRecord, stage_index: int) -> str:
-    """``'8→12 layers'`` for the growth into a stage (from 2)."""
+    """``'8→12 layers'`` for the growth into a stage (2 or later)."""
     before, after = record.plan.stages[stage_index - 2], record.plan.stages[stage_index - 1]
     return f"{before.num_hidden_layers}→{after.num_hidden_layers} layers"

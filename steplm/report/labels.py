@@ -1,4 +1,4 @@
-"""Placement of the labels of points, so that they overlap neither each other nor a point."""
+"""Placement of point labels so that they overlap neither each other nor a point."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 RADII = (10, 20, 32, 46, 62, 80)  # from the point to the nearest edge of its label
 DIRECTIONS = 12
-USUAL_SIZE = (1000.0, 400.0)  # pixels of the page's drawing on a desktop, for which labels are placed
+USUAL_SIZE = (1000.0, 400.0)  # pixels of a chart on a desktop page; label placement assumes this size
 USUAL_FONT = 12.5  # pixels
-WIDTH, HEIGHT = 0.58, 1.25  # of a letter and of a line, in font sizes
-MARK = 6.0  # half the side of the square that a marker takes
+WIDTH, HEIGHT = 0.58, 1.25  # width of a letter and height of a line, in font sizes
+MARK = 6.0  # half the side of a marker's bounding square
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 
@@ -22,15 +22,15 @@ def place_labels(
     font_size: float,
     obstacles: Sequence[Box] = (),
 ) -> list[tuple[float, float]]:
-    """For each point, the offset of its label's anchor from it; all lengths in one unit, y upwards.
+    """For each point, the offset of its label's anchor; all lengths are in one unit, with y up.
 
-    The anchor is the middle of the label's edge nearest the point: the left edge where the label stands to the
-    right, the right edge where it stands to the left, its middle above and below. Of the free places the nearest is
-    taken, beginning to the right; where none is free, the one that covers least.
+    The anchor is the middle of the left edge for a label to the right of its point, of the right edge for one to the
+    left, and the center for one directly above or below. The nearest free position wins, starting from the right;
+    if none is free, the one that covers least.
 
     Args:
-        size: of the drawing, whose lower left corner is (0, 0).
-        obstacles: what labels should not cover, besides points and labels.
+        size: width and height of the drawing, whose lower left corner is (0, 0).
+        obstacles: boxes that labels should not cover, besides points and other labels.
     """
     taken = [(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in points] + list(obstacles)
     inside = (0.0, 0.0, *size)
@@ -52,7 +52,7 @@ def place_labels(
 
 
 def anchor(dx: float) -> str:
-    """The edge by which a label at this offset is held: ``"left"``, ``"right"`` or ``"center"``."""
+    """Where a label at this offset is anchored: ``"left"``, ``"right"`` or ``"center"``."""
     return "left" if dx > 1 else "right" if dx < -1 else "center"
 
 

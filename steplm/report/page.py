@@ -1,4 +1,4 @@
-"""One HTML page of a suite that works from a file, without a network: tables, interactive charts, and what was run."""
+"""A self-contained HTML page for a suite, which works offline: tables, interactive charts, and what was run."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from steplm.version import __version__
 
 WITHOUT_PLOTLY = "For interactive charts: pip install plotly, and run steplm report again."
 AXIS_BUTTONS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "time"}
-MOST_STAGE_TABLES = 6  # runs whose stages are shown where runs are all there is
-LONG_CELL = 18  # characters, from which on a cell of words may be broken into lines
+MOST_STAGE_TABLES = 6  # most entries for which stages are shown, on a page without a comparison
+LONG_CELL = 18  # characters above which a cell of words may wrap
 
 
 def write_page(suite: Suite, path: Path, figures: Mapping[str, Path], evaluations: Sequence[Evaluation] = ()) -> Path:
-    """Write the page; ``figures`` are shown in it where Plotly is not installed, those of evaluations always."""
+    """Write the page; it shows ``figures`` only if Plotly is not installed, but those of evaluations always."""
     plotly = plotly_script()
     page = PageParts(suite, looks(suite), {} if plotly else figures)
     body = "\n".join([page.body(), *map(_evaluation, evaluations)])
@@ -59,7 +59,7 @@ def write_page(suite: Suite, path: Path, figures: Mapping[str, Path], evaluation
 
 
 def plotly_script() -> str | None:
-    """The JavaScript of the installed Plotly; ``None`` where it is not installed."""
+    """The JavaScript of the installed Plotly, or ``None`` if it is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -72,12 +72,12 @@ def _file(name: str) -> str:
 
 
 def _embedded(value: Any) -> str:
-    """JSON that cannot end the script element which holds it."""
+    """Encode as JSON that cannot close the script element around it."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 class PageParts:
-    """The sections of one page and the charts that they name."""
+    """The sections of one page and the charts that they reference."""
 
     def __init__(self, suite: Suite, look: dict[str, Look], pictures: Mapping[str, Path]) -> None:
         self.suite = suite
@@ -93,7 +93,7 @@ class PageParts:
         return "\n".join(part for part in parts if part)
 
     def data(self) -> dict[str, Any]:
-        """What the script needs; after ``body``."""
+        """Data for the script; call after ``body``, which collects the charts."""
         on_dark = dict(zip(RUN_COLOURS, RUN_COLOURS_ON_DARK, strict=True))
         return {
             "charts": self.charts,
@@ -165,7 +165,7 @@ class PageParts:
         return f'<fieldset class="tabs" aria-label="Horizontal axis and scale">{radios}{log}</fieldset>'
 
     def _stages(self) -> str:
-        """The stages of each run, where there is no comparison."""
+        """The stages of each run, if the suite compares nothing."""
         if self.suite.record.baseline is not None or len(self.suite.entries) > MOST_STAGE_TABLES:
             return ""
         made = [make(entry) for entry in self.suite.entries.values() for make in (stages_table, sources_table)]
@@ -196,10 +196,10 @@ def _evaluation(evaluation: Evaluation) -> str:
 
 
 def table_html(table: Table, *, titled: bool = True) -> str:
-    """A table whose headings sort it, in a box that scrolls sideways; on a phone, a block of lines for each row.
+    """A table with sortable columns in a box that scrolls horizontally; on a phone, each row is a block of lines.
 
     Args:
-        titled: show its title, where no heading just above says the same.
+        titled: show the title; false if a heading just above says the same.
     """
     heads = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in table.columns)
     rows = "".join(
@@ -213,7 +213,7 @@ def table_html(table: Table, *, titled: bool = True) -> str:
 
 
 def _cell_html(cell: Cell, column: str) -> str:
-    """A cell, labelled by its column; the first cell of a row, which names the row, has none."""
+    """A cell labeled with its column; the first cell of a row names the row and has no label."""
     classes = " ".join(
         filter(None, ["strong" if cell.strong else "", cell.tone, "wrap" if _has_long_words(cell) else ""])
     )

@@ -1,4 +1,4 @@
-"""The documents of a run, finished or not, and the table that compares several runs."""
+"""The documents of a run, finished or not, and a table that compares several runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT_YET = "–"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run's documents. ``summary`` is ``None`` while the run is unfinished."""
+    """One run's documents; ``summary`` is ``None`` while the run is unfinished."""
 
     label: str
     config: RunConfig
@@ -32,14 +32,14 @@ class RunRecord:
     summary: dict[str, Any] | None = None
 
     def events_of(self, kind: str) -> list[dict[str, Any]]:
-        """The events of one kind (see ``steplm.training.metrics``), in the order of the run."""
+        """The events of one kind (see ``steplm.training.metrics``), in order."""
         return [event for event in self.events if event["event"] == kind]
 
     @property
     def training_losses(self) -> list[tuple[int, float, int]]:
-        """(tokens seen, mean training loss since the point before, stage), for about equally many tokens each.
+        """(tokens seen, mean training loss since the previous point, stage), at about equal token intervals.
 
-        The line that closes a stage can be the mean of a few steps, which scatter more: it joins the point before.
+        The last log line of a stage may average only a few steps, which is noisier; it is merged into the point before.
         """
         events = self.events_of("train")
         spans = [event["tokens_seen"] for event in events]
@@ -58,12 +58,12 @@ class RunRecord:
 
     @property
     def measured_model_state_bytes(self) -> int | None:
-        """The largest total that was measured at a stage's entrance."""
+        """The largest total measured at the start of a stage."""
         return max((event["measured_bytes"]["total"] for event in self.events_of("stage_start")), default=None)
 
     @property
     def validation_perplexity(self) -> float | None:
-        """Of the exported model; before the end, of the latest evaluation."""
+        """Perplexity of the exported model; before the run ends, of the latest evaluation."""
         if self.summary is not None:
             return self.summary["validation_perplexity"]
         evaluations = self.events_of("eval")
@@ -81,7 +81,7 @@ class RunRecord:
 
     @property
     def median_tokens_per_second(self) -> float | None:
-        """Of the logged training intervals: evaluation and checkpoints left out."""
+        """Median over the logged training intervals, which exclude evaluation and checkpoints."""
         speeds = [event["tokens_per_second"] for event in self.events_of("train")]
         return statistics.median(speeds) if speeds else None
 
@@ -90,10 +90,10 @@ def load_run(run_dir: str | Path, label: str | None = None) -> RunRecord:
     """Read ``plan.json``, ``config.yaml``, ``metrics.jsonl`` and ``summary.json`` of a run directory.
 
     Args:
-        label: what tables and figures call the run; default: the configuration's ``name``.
+        label: the run's name in tables and figures; default: the configuration's ``name``.
 
     Raises:
-        SteplmError: the folder holds no run, or one that cannot be read.
+        SteplmError: the folder is not a run directory, or the run cannot be read.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "plan.json").is_file():
@@ -111,7 +111,7 @@ def load_run(run_dir: str | Path, label: str | None = None) -> RunRecord:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One run in numbers; ``None`` where the run has not come so far."""
+    """The numbers of one run; ``None`` for those that it has not produced yet."""
 
     method: str
     layers: tuple[int, ...]  # n_1 … n_K
@@ -124,8 +124,8 @@ class ComparisonRow:
     elapsed_seconds: float | None
 
 
-# Heading, and how a row's cell is written. The first column is text, the others are numbers.
-# Short headings: the table fits a terminal of 80 columns. What they stand for: CAPTION.
+# Heading -> formatter of a row's cell. The first column is text, the others are numbers.
+# Headings are short so that the table fits an 80-column terminal; CAPTION explains them.
 COLUMNS = {
     "method": lambda row: row.method,
     "layers": lambda row: "+".join(map(str, row.layers)),
@@ -144,7 +144,7 @@ CAPTION = (
 
 
 def comparison_table(records: Iterable[RunRecord]) -> list[ComparisonRow]:
-    """One row a run, in the given order."""
+    """One row per run, in the given order."""
     return [
         ComparisonRow(
             method=record.label,
@@ -162,7 +162,7 @@ def comparison_table(records: Iterable[RunRecord]) -> list[ComparisonRow]:
 
 
 def render_rich(records: Iterable[RunRecord], console: Console) -> None:
-    """``comparison_table`` on a terminal."""
+    """Print ``comparison_table`` on a terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -171,7 +171,7 @@ def render_rich(records: Iterable[RunRecord], console: Console) -> None:
     for index, heading in enumerate(header):
         table.add_column(heading, justify="left" if index == 0 else "right")
     for line in body:
-        table.add_row(*map(Text, line))  # Text: a label may hold brackets, which rich would take for markup
+        table.add_row(*map(Text, line))  # Text, because rich would parse brackets in a label as markup
     console.print(table)
     console.print(CAPTION, style="dim", highlight=False)
 

@@ -1,4 +1,4 @@
-"""Colours and type of every figure, so that a colour means the same thing wherever it appears."""
+"""Colors and fonts of all figures, so that a color means the same everywhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MUTED = "#6b7785"
 FAINT = "#e6e9ed"
 FROZEN = "#c3cad3"
 
-# Told apart also by those who see red and green alike, and in grey.
+# Distinguishable with red-green color blindness, and in grayscale.
 RUN_COLOURS = ("#1f6fb2", "#d9662b", "#2a9d74", "#8e5bb5", "#b8891a", "#c2437a")
 RUN_COLOURS_ON_DARK = ("#5ea9e8", "#ee8a58", "#4cc39a", "#b98ae0", "#d8ad4e", "#e5729f")
 KIND_COLOURS = {"weights": "#23415f", "gradients": "#5289b5", "optimizer": "#a6c8e1", "adapters": "#e8944a"}
@@ -35,14 +35,14 @@ RC: dict[str, Any] = {
 
 
 def clean(axes: Axes) -> None:
-    """No top and right spines, a light horizontal grid."""
+    """Remove the top and right spines, and add a light horizontal grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=FAINT, linewidth=0.8)
     axes.tick_params(length=3, width=0.8)
 
 
 def spread(wanted: list[float], gap: float, lowest: float = 0.0, highest: float = 1.0) -> list[float]:
-    """Positions at least ``gap`` apart, in the order of ``wanted`` and near it."""
+    """Positions near those in ``wanted`` and in the same order, but at least ``gap`` apart."""
     order = sorted(range(len(wanted)), key=wanted.__getitem__)
     placed: list[float] = []
     for index in order:

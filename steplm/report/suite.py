@@ -1,6 +1,6 @@
 """``suite.json``: the runs of a suite, their status, and the questions of its report.
 
-``steplm compare`` writes it after every event, ``steplm report`` reads it. A suite directory:
+``steplm compare`` writes it after every event, and ``steplm report`` reads it. Layout of a suite directory:
 
     suite.json               this document
     suite.yaml               the suite as the user wrote it
@@ -8,7 +8,7 @@
                              {"wikitext2": {"loss", "perplexity", "bits_per_byte", "num_tokens"}, ...}
     report/                  tables, figures and the page
 
-All paths in it are relative to the directory, which can therefore be copied.
+All paths in ``suite.json`` are relative to the directory, so that the directory can be copied.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Status = Literal["waiting", "running", "finished", "diverged", "failed"]
 
 @dataclass(frozen=True)
 class EntryRecord:
-    """One method of a suite. The learning rate is ``None`` until the tuning has chosen one."""
+    """One method of a suite; the learning rate is ``None`` until tuning has chosen one."""
 
     name: str
     label: str
@@ -43,13 +43,13 @@ class EntryRecord:
     settings: dict[str, Any] = field(default_factory=dict)
     tuned: bool = False
     learning_rate: float | None = None
-    at_edge: bool = False  # the best rate is the lowest or the highest of the grid
-    seeds: tuple[int, ...] = ()  # (): those of the suite
+    at_edge: bool = False  # the best rate is the lowest or highest of the grid
+    seeds: tuple[int, ...] = ()  # (): the suite's
 
 
 @dataclass(frozen=True)
 class RunEntry:
-    """One run of a suite; ``shared_from`` is the directory of the run whose first stages it went on from."""
+    """One run of a suite; ``shared_from`` is the directory of the run that it branched off from."""
 
     entry: str
     seed: int
@@ -72,31 +72,31 @@ class Question:
 
 @dataclass(frozen=True)
 class SuiteRecord:
-    """The whole of ``suite.json``."""
+    """The content of ``suite.json``."""
 
     name: str
-    match: str  # what is equal among the entries: "tokens" or "flops"
+    match: str  # what is equal across entries: "tokens" or "flops"
     seeds: tuple[int, ...]
     entries: tuple[EntryRecord, ...]
     runs: tuple[RunEntry, ...] = ()
     questions: tuple[Question, ...] = ()
-    grid: tuple[float, ...] = ()  # learning rates that were tried
+    grid: tuple[float, ...] = ()  # learning rates tried
     tune_seed: int = 0
     baseline: str | None = None
     schema_version: int = SCHEMA_VERSION
-    finalists: int = 1  # rates of each method that all seeds were run at, before the choice
+    finalists: int = 1  # rates per method that all seeds were run at before choosing
 
     def entry(self, name: str) -> EntryRecord:
-        """The entry of this name; ``KeyError`` if there is none."""
+        """The entry with this name; ``KeyError`` if there is none."""
         return {entry.name: entry for entry in self.entries}[name]
 
     def runs_of(self, name: str, *, chosen: bool = True) -> tuple[RunEntry, ...]:
-        """Runs of an entry by seed: those that count, or all of them."""
+        """Runs of an entry, sorted by learning rate and seed: those that count, or all."""
         runs = [run for run in self.runs if run.entry == name and (not chosen or self.counts(run))]
         return tuple(sorted(runs, key=lambda run: (run.learning_rate, run.seed)))
 
     def counts(self, run: RunEntry) -> bool:
-        """Whether it is of one of its entry's seeds, at the chosen rate; a tuning run can be that too."""
+        """Whether the run has one of its entry's seeds and the chosen rate; a tuning run may count too."""
         entry = self.entry(run.entry)
         return run.learning_rate == entry.learning_rate and run.seed in (entry.seeds or self.seeds)
 
@@ -107,7 +107,7 @@ def is_suite(directory: str | Path) -> bool:
 
 
 def save_suite(record: SuiteRecord, directory: str | Path) -> Path:
-    """Write ``suite.json`` so that a reader finds the old document or the new one, never half of it."""
+    """Write ``suite.json`` atomically: a reader finds the old document or the new one, never half of one."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / SUITE_FILE
@@ -119,7 +119,7 @@ def load_suite(directory: str | Path) -> SuiteRecord:
     """Read ``suite.json``.
 
     Raises:
-        SteplmError: there is none, it is of a later version, or it says what cannot be.
+        SteplmError: the file is missing, from another version, or invalid.
     """
     path = Path(directory) / SUITE_FILE
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The figures of a suite as PNG files: the charts of the page, drawn by Matplotlib."""
+"""The figures of a suite as PNG files: the page's charts, drawn with Matplotlib."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Kind of chart -> name of its figure, after the question's; the page shows the same where Plotly is not installed.
+# Chart kind -> figure name, which follows the question's prefix; the page shows these if Plotly is not installed.
 NAMES = {
     "loss": "loss_tokens",
     "tradeoff": "perplexity_memory",
@@ -29,11 +29,11 @@ NAMES = {
 LINE_STYLES: dict[str, Any] = {"solid": "-", "dash": (0, (5, 2)), "dot": (0, (1.2, 1.6))}
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "X", "star": "*"}
 LABEL_FONT = 8.5  # points
-TRADEOFF_SCALE = 0.6  # points of the figure for each pixel of the page, by which its labels were placed
+TRADEOFF_SCALE = 0.6  # points of the figure per pixel of the page, for which labels were placed
 
 
 def write_figures(suite: Suite, directory: Path) -> dict[str, Path]:
-    """Draw every chart that has data; returns the files by name: ``q1_loss_tokens``, ..., ``learning_rate``."""
+    """Draw every chart that has data; return the files by name: ``q1_loss_tokens``, ..., ``learning_rate``."""
     directory.mkdir(parents=True, exist_ok=True)
     look = looks(suite)
     drawn: dict[str, Path] = {}
@@ -67,7 +67,7 @@ def _draw_chart(chart: Mapping[str, Any], look: Mapping[str, Look], axis: str, p
         clean(axes)
         if is_tradeoff:
             axes.grid(axis="x", color=FAINT, linewidth=0.8)
-        base = None  # of the next kind of bytes
+        base = None  # where the next area of a stack begins
         for trace in chart["traces"]:
             x = trace["x"] if isinstance(trace["x"], list) else trace["x"][axis]
             style = look.get(trace.get("entry", ""), Look(None, "solid", "circle"))
@@ -80,11 +80,11 @@ def _draw_chart(chart: Mapping[str, Any], look: Mapping[str, Look], axis: str, p
                 _draw_trace(axes, x, trace, style)
         _finish(axes, chart, axis)
         _label_ends(axes, chart["ends"], look)
-        figure.savefig(path, bbox_inches="tight", pad_inches=0.15)  # however long the labels are
+        figure.savefig(path, bbox_inches="tight", pad_inches=0.15)  # grows to fit long labels
 
 
 def _place(figure: Figure, *, is_tradeoff: bool) -> tuple[float, float, float, float]:
-    """Left, bottom, width and height of the axes; those of a trade-off as its labels were placed for."""
+    """Left, bottom, width and height of the axes; a trade-off chart has the size its labels were placed for."""
     if not is_tradeoff:
         return 0.07, 0.12, 0.66, 0.83
     width, height = (TRADEOFF_SCALE * side / 72 for side in USUAL_SIZE)
@@ -125,7 +125,7 @@ def _draw_trace(axes: Axes, x: Sequence[float], trace: Mapping[str, Any], look: 
 
 
 def _draw_point(axes: Axes, x: float, y: float, trace: Mapping[str, Any], look: Look) -> None:
-    """A point with its interval, and its name where the chart has found a place for it."""
+    """Draw a point with its interval, and its label at the position chosen by the chart."""
     colour, label = look.ink, trace["label"]
     if "error" in trace:
         up, down = trace["error"]
@@ -150,7 +150,7 @@ def _finish(axes: Axes, chart: Mapping[str, Any], axis: str) -> None:
     axes.set_xlabel(title)
     axes.set_ylabel(chart["y_title"])
     axes.set_title(chart["about"], loc="left", color=MUTED, fontsize=8.5)
-    if chart["kind"] in ("loss", "memory") and axes.dataLim.x1 > 0:  # there is a point
+    if chart["kind"] in ("loss", "memory") and axes.dataLim.x1 > 0:  # not empty
         axes.set_xlim(0, axes.dataLim.x1)
     if "x_ticks" in chart:
         axes.set_xscale("log")
@@ -175,7 +175,7 @@ def _finish(axes: Axes, chart: Mapping[str, Any], axis: str) -> None:
 def _label_ends(
     axes: Axes, ends: Sequence[tuple[float, str, str]], look: Mapping[str, Look], size: float = 8.5
 ) -> None:
-    """Names to the right of the axes, near the heights of their lines, with a piece of the line before each."""
+    """Label lines to the right of the axes near where they end, each label with a sample of its line."""
     low, high = axes.get_ylim()
     inches = axes.get_position().height * axes.get_figure().get_figheight()  # type: ignore[union-attr]
     gap = 1.45 * LABEL_FONT / 72 / inches

@@ -1,7 +1,7 @@
-"""The numbers of a suite: of each run, of each entry over its seeds, and of an entry against a baseline.
+"""The numbers of a suite: per run, per entry over its seeds, and per entry against a baseline.
 
-A number comes from finished runs only. Losses are nats per token, memory is bytes, and an interval is the 95% interval
-of the mean over seeds by Student's t; one run alone has none.
+Results come from finished runs only. Losses are in nats per token and memory in bytes. Intervals are 95% Student's t
+intervals of the mean over seeds; a single run has none.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from steplm.report.suite import EntryRecord, Question, RunEntry, Status, SuiteRe
 from steplm.units import perplexity_of
 
 CONFIDENCE = 0.95
-SEARCH_DEPTH = 3  # folders below the given one in which runs are looked for
+SEARCH_DEPTH = 3  # folder levels searched for runs
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Estimate:
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
     def exp(self) -> Estimate:
-        """The perplexity of a loss: both ends of the interval follow the mean."""
+        """The perplexity of a loss, with the ends of its interval transformed likewise."""
         low, high = (None if end is None else perplexity_of(end) for end in (self.low, self.high))
         return Estimate(perplexity_of(self.mean), low, high, self.n)
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and 95% t-interval: ``mean ± t(n - 1) s / √n``; ``None`` of no values."""
+    """Mean and 95% t-interval, ``mean ± t(n - 1) s / √n``; ``None`` without values."""
     if not values:
         return None
     mean, n = statistics.fmean(values), len(values)
@@ -60,10 +60,10 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """One run: its line in ``suite.json`` and what its directory holds, if it has begun."""
+    """One run: its entry in ``suite.json`` and, once it has begun, the documents of its directory."""
 
     entry: RunEntry
-    counts: bool  # a seed of its entry, at the learning rate that this has chosen
+    counts: bool  # has one of its entry's seeds and the chosen learning rate
     record: RunRecord | None = None
     evaluations: dict[str, dict[str, Any]] | None = None
     environment: dict[str, Any] | None = None
@@ -78,18 +78,18 @@ class SuiteRun:
 
     @property
     def validation_loss(self) -> float | None:
-        """Of the exported model."""
+        """Validation loss of the exported model."""
         if not self.finished or self.record is None or self.record.summary is None:
             return None
         return self.record.summary["validation_loss"]
 
     @property
     def losses(self) -> dict[str, float]:
-        """By text, ``evaluations.json``."""
+        """Losses by text, from ``evaluations.json``."""
         return {name: result["loss"] for name, result in (self.evaluations or {}).items()} if self.finished else {}
 
     def loss_on(self, text: str | None) -> float | None:
-        """On a text of ``evaluations.json``; ``None`` is the validation text."""
+        """Loss on a text of ``evaluations.json``, or for ``None`` on the validation text."""
         return self.validation_loss if text is None else self.losses.get(text)
 
     @cached_property
@@ -101,7 +101,7 @@ class SuiteRun:
         return None if self.record is None else self.record.plan.training_flops
 
     def largest(self, event: str, key: str) -> int | None:
-        """The largest value of a key in the events of one kind; ``None`` where no event has it."""
+        """The largest value of a key in the events of one kind; ``None`` if no event has the key."""
         if not self.finished or self.record is None:
             return None
         return max((e[key] for e in self.record.events_of(event) if e.get(key) is not None), default=None)
@@ -120,7 +120,7 @@ class SuiteRun:
 
     @cached_property
     def row(self) -> dict[str, Any]:
-        """Every number of the run by a plain name with its unit: a line of ``runs.csv``."""
+        """A row of ``runs.csv``: every number of the run, by a name that includes its unit."""
         plan, texts = self.plan, (self.evaluations or {}) if self.finished else {}
         loss = self.validation_loss
         return {
@@ -172,7 +172,7 @@ class EntrySummary:
 
     @property
     def record(self) -> RunRecord | None:
-        """Of a finished run, or else of any that has a plan: the plan does not depend on the seed."""
+        """The record of a finished run, else of any run with a plan; the plan does not depend on the seed."""
         records = [run.record for run in (*self.finished, *self.runs) if run.record is not None]
         return records[0] if records else None
 
@@ -186,7 +186,7 @@ class EntrySummary:
 
     @cached_property
     def losses(self) -> dict[str, Estimate]:
-        """By text, over the seeds that have it."""
+        """Losses by text, over the seeds scored on it."""
         names = {name: None for run in self.finished for name in run.losses}
         estimates = {
             name: estimate([run.losses[name] for run in self.finished if name in run.losses]) for name in names
@@ -218,7 +218,7 @@ class EntrySummary:
 
     @cached_property
     def row(self) -> dict[str, Any]:
-        """Every number of the entry by a plain name with its unit: a line of ``summary.csv``."""
+        """A row of ``summary.csv``: every number of the entry, by a name that includes its unit."""
         plan, loss = self.plan, self.validation_loss
         return {
             "entry": self.entry.name,
@@ -264,14 +264,14 @@ def _why_not(run: SuiteRun) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """The loss of an entry less the baseline's, seed by seed: same seed, same order of the data."""
+    """The loss of an entry minus the baseline's, paired by seed: the same seed means the same data order."""
 
     estimate: Estimate
     verdict: str  # "better", "worse", "no difference seen", "one seed: no verdict", or "1 of 3 diverged"
 
 
 def difference(entry: EntrySummary, baseline: EntrySummary, text: str | None = None) -> Difference | None:
-    """Paired difference in loss on a text, by default the validation text; ``None`` where no seed has it in both."""
+    """Paired difference in loss on a text, by default the validation text; ``None`` if no seed has both losses."""
     losses = {run.entry.seed: run.loss_on(text) for run in baseline.finished}
     gaps = [
         loss - reference
@@ -283,7 +283,7 @@ def difference(entry: EntrySummary, baseline: EntrySummary, text: str | None = N
         return None
     for side, whose in ((entry, ""), (baseline, " of the baseline")):
         if diverged := sum(run.entry.status == "diverged" for run in side.runs):
-            # A mean over the seeds that survived would flatter the method.
+            # A mean over the surviving seeds would flatter the method.
             return Difference(gap, f"{diverged} of {len(side.runs)}{whose} diverged")
     if gap.low is None or gap.high is None:
         return Difference(gap, "one seed: no verdict")
@@ -301,7 +301,7 @@ class Suite:
 
     @cached_property
     def entries(self) -> dict[str, EntrySummary]:
-        """By name, in the order of the suite."""
+        """Entries by name, in the order of the suite."""
         return {
             entry.name: EntrySummary(
                 entry,
@@ -317,28 +317,28 @@ class Suite:
 
     @property
     def texts(self) -> list[str]:
-        """Names of all texts that a run was evaluated on."""
+        """Names of all texts that any run was evaluated on."""
         return list({name: None for entry in self.entries.values() for name in entry.losses})
 
     def of(self, question: Question) -> list[EntrySummary]:
-        """The entries of a question, the baseline first."""
+        """The entries of a question, baseline first."""
         names = dict.fromkeys([*([question.baseline] if question.baseline else []), *question.entries])
         return [self.entries[name] for name in names]
 
     @property
     def any_run(self) -> SuiteRun | None:
-        """One that says on what the suite ran."""
+        """A run that tells what the suite ran on, if possible a finished one."""
         runs = [run for run in self.runs if run.record is not None]
         return next((run for run in runs if run.finished), runs[0] if runs else None)
 
 
 def read_suite(directory: str | Path) -> Suite:
-    """A suite directory, or a run directory, or a folder of run directories, each of which is then an entry.
+    """Read a suite directory, a run directory, or a folder of run directories; each run is then an entry.
 
-    Any of them may be packed: see ``steplm.report.archive``.
+    Any of them may be archived: see ``steplm.report.archive``.
 
     Raises:
-        SteplmError: none of the three.
+        SteplmError: the directory is none of the three.
     """
     with unpacked(Path(directory)) as folder:
         record = load_suite(folder) if is_suite(folder) else _suite_of_runs(folder)
@@ -355,10 +355,10 @@ def _read_run(directory: Path, run: RunEntry, suite: SuiteRecord) -> SuiteRun:
 
 
 def _suite_of_runs(directory: Path) -> SuiteRecord:
-    """Every run below a folder as an entry, compared in one question."""
+    """A suite with one entry for every run below a folder, and one question for all of them."""
     patterns = ["/".join(["*"] * depth + ["plan.json"]) for depth in range(SEARCH_DEPTH + 1)]
     plans = (path.parent for pattern in patterns for path in directory.glob(pattern))
-    folders = sorted(folder for folder in plans if (folder / "config.yaml").is_file())  # an export has a plan too
+    folders = sorted(folder for folder in plans if (folder / "config.yaml").is_file())  # exports have a plan.json too
     if not folders:
         raise SteplmError(
             f"{directory} holds neither a suite (suite.json) nor a run (plan.json). "

@@ -1,4 +1,4 @@
-"""The tables of a suite, as Markdown and as the page shows them, and the same numbers as CSV and JSON."""
+"""The tables of a suite, for Markdown and the page, and the same numbers as CSV and JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """The first column is text, the others are numbers."""
+    """A table whose first column is text and whose others are numbers."""
 
     title: str
     columns: tuple[str, ...]
@@ -36,7 +36,7 @@ class Table:
     caption: str = ""
 
     def markdown(self) -> str:
-        """A GitHub table under a bold title, numbers to the right."""
+        """Render as a GitHub table under a bold title, with numbers right-aligned."""
         lines = [
             f"**{self.title}**",
             "",
@@ -75,7 +75,7 @@ def _perplexity_cell(loss: Estimate | None) -> Cell:
 
 
 def _without_empty(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str) -> Table:
-    """A column in which no row has anything is left out."""
+    """A table without the columns that are empty in every row."""
     kept = [i for i in range(len(columns)) if i == 0 or any(row[i].text != NOT_YET for row in rows)]
     return Table(title, tuple(columns[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows), caption)
 
@@ -84,7 +84,7 @@ def _without_empty(title: str, columns: Sequence[str], rows: Sequence[Sequence[C
 
 
 def question_table(suite: Suite, question: Question) -> Table:
-    """Quality, memory and cost: one row per entry, the baseline first."""
+    """Quality, memory and cost: one row per entry, baseline first."""
     baseline = suite.entries[question.baseline] if question.baseline else None
     columns = (
         "method", "seeds", "perplexity", *(f"{text} perplexity" for text in suite.texts), "Δ loss", "verdict",
@@ -128,7 +128,7 @@ def _difference_cells(entry: EntrySummary, baseline: EntrySummary | None) -> tup
 
 
 def _reduction_cell(entry: EntrySummary, baseline: EntrySummary | None) -> Cell:
-    if baseline is None:  # then against vanilla, as the plan has it
+    if baseline is None:  # then against vanilla, from the plan
         return _cell((entry.plan.reduction or None) if entry.plan else None, lambda share: percent(-share))
     if baseline is entry or entry.plan is None or baseline.plan is None:
         return Cell(NOT_YET)
@@ -137,7 +137,7 @@ def _reduction_cell(entry: EntrySummary, baseline: EntrySummary | None) -> Cell:
 
 
 def _caption(suite: Suite, question: Question, baseline: EntrySummary | None) -> str:
-    """What the columns mean, and warnings."""
+    """Explanations of the columns, and warnings."""
     several = any(len(entry.finished) > 1 for entry in suite.of(question))
     if not any(entry.finished for entry in suite.of(question)):
         return "No run has finished yet."
@@ -176,7 +176,7 @@ AXIS_WORDS = {"tokens": "tokens", "flops": "training FLOPs"}
 
 
 def details_table(suite: Suite, question: Question) -> Table:
-    """Bits per byte of other texts, the whole peak and the learning rate of each entry of a question."""
+    """Bits per byte on other texts, total peak memory and learning rate of each entry of a question."""
     texts = suite.texts
     columns = ["method", "layers", "learning rate", *(f"{text} bits/byte" for text in texts)]
     peaks = {
@@ -204,11 +204,11 @@ def details_table(suite: Suite, question: Question) -> Table:
     return _without_empty(f"{question.title}: further numbers", [*columns, *peaks], rows, caption)
 
 
-# --- the learning rates that were tried ---------------------------------------------------------------------
+# --- the learning rates tried -------------------------------------------------------------------------------
 
 
 def tuning_table(suite: Suite) -> Table | None:
-    """Validation loss of each entry at each learning rate of the grid, the choice bold; ``None`` without a grid."""
+    """Validation loss of each entry at each learning rate, with the chosen one in bold; ``None`` without a grid."""
     record = suite.record
     tried = [entry for entry in record.entries if entry.tuned]
     if not record.grid or not tried:
@@ -228,7 +228,7 @@ def tuning_table(suite: Suite) -> Table | None:
 
 
 def how_chosen(record: SuiteRecord) -> str:
-    """A learning rate of the grid."""
+    """How a learning rate of the grid was chosen, in words."""
     if record.finalists == 1:
         return "used for all seeds"
     return f"of the {record.finalists} best the one with the lowest mean over all seeds"
@@ -278,7 +278,7 @@ def stages_table(entry: EntrySummary) -> Table | None:
 
 
 def sources_table(entry: EntrySummary) -> Table | None:
-    """The latest loss on each source of a mixture and on each validation set; ``None`` where there is one of each."""
+    """The latest loss on each source of a mixture and each validation set; ``None`` if there is one of each."""
     record, rows = entry.record, list[list[Cell]]()
     if record is None:
         return None
@@ -318,7 +318,7 @@ def _stage_row(stage: Stage, start: dict[str, Any] | None, ended: bool, loss: fl
 
 
 def all_tables(suite: Suite) -> list[Table]:
-    """Of every question its table and its further numbers, then the learning rates."""
+    """The main and details tables of every question, then the learning rates."""
     tables = [make(suite, question) for question in suite.record.questions for make in (question_table, details_table)]
     tuning = tuning_table(suite)
     return [table for table in (*tables, tuning) if table is not None and len(table.columns) > 1]
@@ -335,10 +335,10 @@ def problems(suite: Suite) -> list[str]:
 
 
 def write_tables(suite: Suite, directory: Path, evaluations: Sequence[str] = ()) -> list[Path]:
-    """``tables.md``, ``runs.csv``, ``summary.csv`` and ``summary.json``; returns their paths.
+    """Write ``tables.md``, ``runs.csv``, ``summary.csv`` and ``summary.json``; return their paths.
 
     Args:
-        evaluations: further sections of ``tables.md``, as Markdown.
+        evaluations: additional Markdown sections for ``tables.md``.
     """
     parts = [f"# {suite.record.name}\n", *(table.markdown() for table in all_tables(suite))]
     if unfinished := problems(suite):

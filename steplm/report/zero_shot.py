@@ -1,4 +1,4 @@
-"""Zero-shot results as one table: Markdown, CSV and JSON. What is in the JSON: ``steplm.eval.zero_shot``."""
+"""Zero-shot results as a table in Markdown, CSV and JSON; see ``steplm.eval.zero_shot`` for the JSON schema."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from steplm.units import format_count
 
 @dataclass(frozen=True)
 class TextScore:
-    """A model on a text: ``name`` is empty where the text has none."""
+    """The result of a model on a text; ``name`` is empty if the text has none."""
 
     model: str
     name: str
@@ -29,7 +29,7 @@ class TextScore:
     result: PerplexityResult
 
     def as_json(self) -> dict[str, Any]:
-        """Sums, means and what they are of."""
+        """Counts and means, with the model and text that they belong to."""
         return {
             "model": self.model,
             "name": self.name,
@@ -44,7 +44,7 @@ class TextScore:
 
 
 def tasks_table(results: ZeroShotResults) -> Table:
-    """A row a task and metric, a column a model, and one for its difference from the first model."""
+    """One row per task and metric; one column per model, and one for its difference from the first model."""
     first, *others = results.models
     labels = results.labels
     columns = ["task", "items", "chance", labels[first]]
@@ -90,7 +90,7 @@ def _number(value: float, stderr: float | None, *, is_share: bool) -> str:
 def _written(number: float, is_share: bool, sign: str = "") -> str:
     if is_share:
         return f"{100 * number:{sign}.1f}".replace("-", "−")
-    if abs(number) >= 1000:  # the perplexity of a model that knows nothing has seven digits
+    if abs(number) >= 1000:  # an untrained model's perplexity has seven digits
         return ("+" if sign and number > 0 else "") + format_count(number).replace("-", "−")
     return f"{number:{sign}.2f}".replace("-", "−")
 
@@ -132,9 +132,9 @@ def _caption(results: ZeroShotResults) -> str:
 
 
 def texts_table(scores: Sequence[TextScore]) -> Table | None:
-    """Perplexity and bits per byte, a row a model and text; ``None`` without texts.
+    """Perplexity and bits per byte, one row per model and text; ``None`` without texts.
 
-    Where models split a text into different tokens, bits per byte stand first and the caption says why.
+    If models split a text into different tokens, bits per byte come first and the caption says why.
     """
     if not scores:
         return None
@@ -155,15 +155,16 @@ def texts_table(scores: Sequence[TextScore]) -> Table | None:
 
 
 def document(results: ZeroShotResults | None, texts: Sequence[TextScore]) -> dict[str, Any] | list[dict[str, Any]]:
-    """The JSON document: the tasks, and the perplexities beside them, or alone."""
+    """The JSON document: tasks with perplexities, or perplexities alone."""
     scores = [score.as_json() for score in texts]
     return scores if results is None else {**results.as_json(), "perplexity": scores}
 
 
 def write_results(results: ZeroShotResults | None, texts: Sequence[TextScore], folder: Path) -> list[Path]:
-    """``zero_shot.md``, ``.csv``, ``.json`` and, where there is an accuracy, ``.png``; returns their paths.
+    """Write ``zero_shot.md``, ``.csv``, ``.json`` and, if there is an accuracy, ``.png``; return their paths.
 
-    And ``zero_shot.tables.json``, which ``steplm report`` shows. Without tasks they are called ``perplexity``.
+    Also writes ``zero_shot.tables.json``, which ``steplm report`` shows. Without tasks the files are named
+    ``perplexity``.
     """
     from steplm.report.zero_shot_figure import accuracy_figure
 

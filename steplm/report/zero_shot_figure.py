@@ -1,4 +1,4 @@
-"""Accuracy of each model on each task, with 95% intervals and the accuracy of guessing."""
+"""A figure of each model's accuracy on each task, with 95% intervals and the accuracy of random guessing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from steplm.report.style import FAINT, INK, MUTED, RC, RUN_COLOURS, clean
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GROUP_WIDTH = 0.8  # of the distance between tasks
-NORMAL_95 = 1.96  # standard errors to either side
-MOST_VALUES = 36  # bars that still have room for their number
+GROUP_WIDTH = 0.8  # share of the distance between tasks
+NORMAL_95 = 1.96  # standard errors on either side
+MOST_VALUES = 36  # most bars that leave room for a number on each
 
 
 def accuracy_figure(results: ZeroShotResults, path: Path) -> bool:
-    """Draw the primary accuracy of every task as bars, a colour a model; False where no task has one."""
+    """Draw the primary accuracy of every task as bars, one color per model; return False if no task has one."""
     groups = _groups(results)
     if not groups:
         return False
@@ -49,7 +49,7 @@ def accuracy_figure(results: ZeroShotResults, path: Path) -> bool:
 
 
 def _groups(results: ZeroShotResults) -> list[tuple[str, str, float | None]]:
-    """Task, metric and chance of each group of bars; the average last."""
+    """Task, metric and chance of each group of bars; the average comes last."""
     groups: list[tuple[str, str, float | None]] = []
     for task in results.tasks:
         first = results.of(task)[0]
@@ -90,6 +90,6 @@ def _draw_chance(axes: Axes, groups: list[tuple[str, str, float | None]]) -> Non
     shown = [(place, chance) for place, (_, _, chance) in enumerate(groups) if chance is not None]
     for number, (place, chance) in enumerate(shown):
         ends = (place - 0.45, place + 0.45)
-        axes.plot(ends, [100 * chance] * 2, color=FAINT, linewidth=2.4, zorder=2.5)  # seen on dark bars too
+        axes.plot(ends, [100 * chance] * 2, color=FAINT, linewidth=2.4, zorder=2.5)  # also visible on dark bars
         label = "guessing" if number == 0 else None
         axes.plot(ends, [100 * chance] * 2, color=INK, linewidth=1.0, linestyle=(0, (3, 2)), zorder=3, label=label)

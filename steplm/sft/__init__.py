@@ -1,4 +1,4 @@
-"""Instruction tuning: a Hugging Face folder and records of instructions -> a folder that answers, for ``steplm chat``.
+"""Instruction tuning: turns a Hugging Face folder and instruction records into a model for ``steplm chat``.
 
 from steplm.sft import instruction_tune, load_sft_config
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# name -> module. Looked up at first use: a configuration is checked before torch is loaded.
+# name -> module, imported on first use, so that a configuration can be checked before torch is loaded.
 _PUBLIC = {
     "ALPACA_TEMPLATE": "steplm.sft.templates",
     "Conversation": "steplm.sft.records",

@@ -1,4 +1,4 @@
-"""What a user can write for instruction tuning; as ``steplm.config``, but one flat section."""
+"""The settings of instruction tuning, like ``steplm.config`` but in one flat section."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from steplm.config import Section
 from steplm.problems import validated
 from steplm.yaml_files import apply_override, read_yaml
 
-FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4  # what Alpaca and LoRA are mostly tuned with
+FULL_LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4  # usual for Alpaca and for LoRA
 LONGEST_DEFAULT = 1024  # tokens
-# A resumed run may differ in these; any other difference would make it another run.
+# Keys that may change when a run resumes; a change in any other key makes it another run.
 FREE_AT_RESUME = ("device", "logging_steps", "eval_steps", "save_steps", "save_total_limit")
 
 
 class SftConfig(Section):
-    """Instruction tuning. Names as in Hugging Face ``TrainingArguments``."""
+    """Settings of instruction tuning, named as in Hugging Face ``TrainingArguments``."""
 
     seed: int = Field(0, ge=0, description="of the order of the records, and of adapters")
     chat_template: str | None = Field(
@@ -83,15 +83,15 @@ class SftConfig(Section):
 
     @property
     def alpha(self) -> float:
-        """Of LoRA: an adapter's product is scaled by alpha / rank."""
+        """LoRA's alpha; an adapter's output is scaled by alpha / rank."""
         return self.lora_alpha or 2.0 * (self.lora_rank or 0)
 
 
 def load_sft_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> SftConfig:
-    """A YAML file, or nothing but the defaults, with ``key=value`` overrides.
+    """Load a YAML file, or the defaults, and apply ``key=value`` overrides.
 
     Raises:
-        ConfigError: all problems at once; for unknown keys the nearest known key.
+        ConfigError: lists all problems at once, for unknown keys with the nearest known key.
     """
     values = {} if path is None else read_yaml(Path(path))
     for override in overrides:

@@ -1,4 +1,4 @@
-"""Conversations -> token ids and labels. The labels are the tokens of the answers, and -100 everywhere else."""
+"""Encodes conversations as token IDs and labels; labels are the answers' tokens, and -100 everywhere else."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Example:
-    """One record; a label stands at the place of its own token, as Hugging Face models have it: unshifted."""
+    """One record, with unshifted labels as Hugging Face models expect them."""
 
     input_ids: list[int]
     labels: list[int]
 
     @property
     def num_answer_tokens(self) -> int:
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])  # the first token is predicted by none
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])  # the first token is never predicted
 
     def cut(self, length: int) -> Example:
         return Example(self.input_ids[:length], self.labels[:length])
 
 
 class Encoder:
-    """Encodes by the tokenizer's chat template, or, without one, prompt and completion as they stand.
+    """Encodes with the tokenizer's chat template or, without one, the prompt and completion verbatim.
 
-    The tokens before an answer are those that the model will be given when it is asked, and every last answer ends
-    with a token that ends generation, which has a label.
+    The tokens before an answer are the same as at inference. The last answer ends with a token that ends generation,
+    and that token has a label.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, uses_template: bool = True) -> None:
@@ -45,11 +45,11 @@ class Encoder:
         self._special_texts, self._special = tuple(special), frozenset(special.values())
 
     def encode(self, conversation: Conversation) -> Example:
-        """Token ids and labels.
+        """Encode as token IDs and labels.
 
         Raises:
-            ValueError: the template refuses the conversation, or a message has a special token in its text, which
-                would end a turn in its midst.
+            ValueError: the template rejects the conversation, or a message's text contains a special token, which
+                would end a turn early.
         """
         pieces = self._rendered(conversation) if self.uses_template else self._as_it_stands(conversation)
         ids = self._encoded([text for text, _ in pieces])
@@ -64,9 +64,9 @@ class Encoder:
         return example
 
     def _rendered(self, conversation: Conversation) -> list[tuple[str, bool]]:
-        """Consecutive pieces of the text, each with whether it is an answer; the last one is."""
+        """Consecutive chunks of the text, each with whether it is an answer; the last one is."""
         answers = conversation.answers()
-        messages = conversation.messages[: answers[-1] + 1]  # from what a user says last, nothing is learned
+        messages = conversation.messages[: answers[-1] + 1]  # there is nothing to learn after the last answer
         for message in messages:
             if found := next((text for text in self._special_texts if text in message["content"]), None):
                 raise ValueError(f"the special token {found} in a message")
@@ -78,14 +78,14 @@ class Encoder:
         for index in answers:
             before = self._render(messages[:index], add_generation_prompt=True)
             after = self._render(messages[: index + 1])
-            # What follows the token that ends a turn, often a line feed, is not the model's to say.
+            # The model need not generate what follows the end-of-turn token, often a newline.
             end = len(after.rstrip())
             if whole.startswith(before) and whole[:end] == after[:end]:
                 pieces += [(whole[position : len(before)], False), (whole[len(before) : end], True)]
                 position = end
             elif index == answers[-1]:
                 raise ValueError("the chat template does not continue its own prompt by the answer")
-            # else a template that shows earlier answers otherwise than they were given: no lesson
+            # else the template renders this earlier answer differently in the history, so it is not learned
         return pieces
 
     def _render(self, messages: Sequence[Any], *, add_generation_prompt: bool = False) -> str:
@@ -93,7 +93,7 @@ class Encoder:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # a template is a program: it can fail in any way
+        except Exception as error:  # a template is a program and can raise anything
             raise ValueError(f"the chat template refuses it: {reason(error)}") from None
         return str(text)
 
@@ -105,9 +105,9 @@ class Encoder:
         return [(prompt if prompt.startswith(begin) else begin + prompt, False), (completion, True)]
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each piece: of the whole text, cut where the pieces meet.
+        """The tokens of each chunk, from encoding the whole text and splitting it at the chunk boundaries.
 
-        Where a token would reach over a seam, each piece is encoded by itself: whoever asks has the prompt alone.
+        If a token would span a boundary, each chunk is encoded separately, since at inference the prompt is alone.
         """
         until = [self._ids(text) for text in accumulate(texts)]
         whole = until[-1]

@@ -1,4 +1,4 @@
-"""The result as a plain Hugging Face folder: weights, tokenizer with its chat template, generation defaults, a card."""
+"""Exports the result as a plain Hugging Face folder: weights, tokenizer, chat template, generation config, card."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def export_model(
     result: SftResult,
     counts: Mapping[str, int],
 ) -> None:
-    """Write ``folder`` whole, or leave it as it was.
+    """Write ``folder`` atomically: completely, or not at all.
 
     Args:
-        model: plain, in the dtype of the file.
-        hf_config: of the model that was trained; training may have changed the model's own.
+        model: without adapters, in the dtype to be saved.
+        hf_config: the config as loaded; training may have changed the model's own.
         end_ids: tokens that end an answer, at which generation stops.
     """
     hf_config.use_cache = True
@@ -55,7 +55,7 @@ def export_model(
 def _generation_config(
     model_name: str, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast, end_ids: Sequence[int]
 ) -> GenerationConfig:
-    """The model's own, which now stops at every token that ends an answer too."""
+    """The model's own generation config, extended to stop at every token that ends an answer."""
     try:
         generation = GenerationConfig.from_pretrained(model_name)
     except OSError:

@@ -1,7 +1,7 @@
-"""The folder of a run: what was asked for, whether it may go on, and its complete checkpoints.
+"""The folder of a run: its settings, whether it may resume, and its complete checkpoints.
 
-config.yaml     what was asked for: model, data, every key
-metrics.jsonl   an object per step and per evaluation
+config.yaml     the settings: model, data, every key
+metrics.jsonl   one object per step and per evaluation
 checkpoints/    what the trainer saves; complete if ``steplm.json`` is there, which is written last
 export/         the result
 result.json     the numbers of a finished run
@@ -33,13 +33,13 @@ def default_output_dir(model: str) -> Path:
 def check_same_run(
     folder: Path, model: str, data: Sequence[str], config: SftConfig, resolved: Mapping[str, Any]
 ) -> None:
-    """Write ``config.yaml``; where a run has left a checkpoint or a result, compare with what it was asked for.
+    """Write ``config.yaml``; if a run left a checkpoint or a result, first check that the settings are the same.
 
     Args:
-        resolved: what the defaults came to, such as the sequence length.
+        resolved: values that defaults resolved to, such as the sequence length.
 
     Raises:
-        CheckpointMismatch: the folder is of another run, and names every difference, or of something else.
+        CheckpointMismatch: the folder holds another run (the message names every difference), or something else.
     """
     path = folder / "config.yaml"
     begun = read_yaml(path) if path.is_file() else {}
@@ -69,7 +69,7 @@ def check_same_run(
 
 
 def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys that must agree. A folder may have moved; its files may not have changed."""
+    """Settings that must agree; a folder may have moved, but its files must be the same."""
     config = {key: value for key, value in values.get("config", {}).items() if key not in FREE_AT_RESUME}
     return {**values.get("inputs", {}), **config}
 
@@ -84,7 +84,7 @@ def _files_of_model(model: str) -> str | list[str]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; incomplete ones, of a process that was killed, are removed."""
+    """The newest complete checkpoint; incomplete ones, left by a killed process, are removed."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     complete = [path for path in checkpoints if (path / MARKER).is_file()]
     for path in checkpoints:

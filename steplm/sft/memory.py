@@ -9,14 +9,13 @@ from torch import nn
 
 from steplm.cost.terms import WEIGHT_BYTES
 
-# Weights and gradients in fp32 (under autocast, where precision is bf16), and Adam's two moments: 16 bytes, as in
-# pre-training's 2 + 2 + 12.
+# Weights and gradients in fp32 (bf16 uses autocast), and Adam's two moments: 16 bytes, like pre-training's 2 + 2 + 12.
 TRAINED_BYTES = 4 + 4 + 8
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """Parameters and the bytes that training holds of them."""
+    """Parameter counts, and the model-state bytes that they take in training."""
 
     num_trained: int
     num_frozen: int
@@ -28,14 +27,14 @@ class ModelState:
 
 
 def model_state(model: nn.Module, precision: str) -> ModelState:
-    """By the model's own parameters, adapters included; a tied one counts once."""
+    """Count the model's parameters, including adapters; tied parameters count once."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     return ModelState(trained, total - trained, precision)
 
 
 def measured_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of weights, gradients and optimizer states that there are; Adam's counters of steps are left out."""
+    """Bytes of the existing weights, gradients and optimizer states, excluding Adam's step counters."""
     parameters = list(model.parameters())
     tensors = [*parameters, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
     for state in optimizer.state.values():

@@ -1,4 +1,4 @@
-"""Whether a model keeps attention inside each of several records in one sequence."""
+"""Checks that a model does not attend across records packed into one sequence."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from steplm.errors import ConfigError
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, length: int = 8) -> None:
-    """Compare a record's logits alone and behind another one, told apart by their position ids as ``trl`` packs them.
+    """Compare a record's logits alone and packed behind another one, separated by position IDs as in ``trl``.
 
-    ``transformers`` makes of such position ids a mask of blocks for eager attention and SDPA, and flash attention is
-    given the lengths; but a family may do otherwise, and then every record would see the ones before it.
+    ``transformers`` turns such position IDs into a block-diagonal mask for eager attention and SDPA, and gives the
+    lengths to flash attention. A model family may not do so, and then every record would attend to those before it.
 
     Raises:
-        ConfigError: the other record shows.
+        ConfigError: the other record affects the logits.
     """
     was_training = model.training
     model.eval()
@@ -28,7 +28,7 @@ def check_packing(model: PreTrainedModel, length: int = 8) -> None:
     model.train(was_training)
     spread = float(alone.max() - alone.min())
     difference = float((packed - alone).abs().max())
-    if not difference <= (1e-4 if model.dtype == torch.float32 else 5e-2) * spread + 1e-6:  # not >: NaN must not pass
+    if not difference <= (1e-4 if model.dtype == torch.float32 else 5e-2) * spread + 1e-6:  # not ">", which NaN passes
         raise ConfigError(
             f"packing=true would let records attend to each other: in {type(model).__name__} the logits of a record "
             f"change by {difference:.3g} (of a spread of {spread:.3g}) when another precedes it. Set packing=false.",

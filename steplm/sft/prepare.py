@@ -1,4 +1,4 @@
-"""Conversations -> examples of the right length, divided by hash into those to learn and those held out."""
+"""Turns conversations into examples of limited length, split by hash into training and held-out examples."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from steplm.sft.records import Records, read_conversations
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MOST_COLUMNS = 10  # named in a note
+MOST_COLUMNS = 10  # listed in a note
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples, and the fate of every record."""
+    """Examples, and counts of what became of the records."""
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     num_records: int
     num_empty: int
     num_unusable: int
-    num_truncated: int  # among those that are used
-    num_too_long: int  # dropped: no token of the answer would be left, or too_long=drop
+    num_truncated: int  # among the records used
+    num_too_long: int  # dropped: truncation would leave no token of the answer, or too_long=drop
     end_ids: tuple[int, ...]  # tokens that end an answer
-    notes: tuple[str, ...] = ()  # columns that are not read, and why records are unusable; for people
+    notes: tuple[str, ...] = ()  # for people: columns not read, and why records are unusable
 
     @property
     def num_train_tokens(self) -> int:
@@ -44,7 +44,7 @@ class Prepared:
         return sum(example.num_answer_tokens for example in self.train)
 
     def counts(self) -> dict[str, int]:
-        """For people and programs: what became of the records."""
+        """What became of the records, for people and programs."""
         return {
             "records": self.num_records,
             "train": len(self.train),
@@ -59,13 +59,13 @@ class Prepared:
 def prepare_records(
     entries: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: SftConfig, *, sequence_length: int
 ) -> Prepared:
-    """Read, encode, cut, divide. Equal conversations come to the same side.
+    """Read, encode, truncate and split the records; equal conversations fall on the same side of the split.
 
     Args:
-        sequence_length: tokens of an example, at most.
+        sequence_length: maximum tokens of an example.
 
     Raises:
-        DataError: nothing to learn from, or more unusable records than ``config.max_bad_share``.
+        DataError: there is nothing to learn from, or the share of unusable records exceeds ``config.max_bad_share``.
     """
     records = read_conversations(entries)
     encoder = Encoder(tokenizer, uses_template=config.chat_template != "none")
@@ -128,7 +128,7 @@ def _nothing_left(records: Records, num_too_long: int, sequence_length: int) -> 
 
 
 def batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
-    """For the loss over held-out answers: padded at the right, where causal attention never looks; labels shifted."""
+    """Batches for the held-out loss, with shifted labels; padded on the right, where causal attention never sees it."""
     ordered = sorted(examples, key=lambda example: -len(example.input_ids))
     for first in range(0, len(ordered), batch_size):
         some = ordered[first : first + batch_size]

@@ -1,13 +1,13 @@
-"""Records of instructions -> conversations, whatever columns they come in.
+"""Reads instruction records as conversations, in any of these column formats.
 
     Alpaca                  instruction, input (may be missing or empty), output; history: [["question", "answer"], …]
     chat                    messages: [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]
     ShareGPT                conversations: [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}, …]
     prompt and completion   prompt, completion: two texts, or two lists of messages
 
-Any of them may have ``system``, a text. An answer with ``weight: 0`` or ``train: false`` is context without a loss.
-Duplicates stay. Records without an answer to learn are dropped, records that cannot be read are unusable; both are
-counted. Columns that are not read are named.
+Any of them may have a ``system`` text. An answer with ``weight: 0`` or ``train: false`` is context without a loss.
+Duplicates are kept. Records without an answer to learn are dropped, and records that cannot be read are unusable; both
+are counted. Columns that are not read are reported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from steplm.files import is_unicode
 from steplm.sft.templates import with_input
 from steplm.units import shortened
 
-# The columns that make a record one of a kind -> all columns that are read of it.
+# Columns that identify a kind of record -> all columns read from it.
 KINDS = {
     ("instruction", "output"): ("instruction", "input", "output", "history", "system"),
     ("messages",): ("messages", "system"),
@@ -34,20 +34,20 @@ KINDS = {
 }
 EXPECTED = "instruction, output and perhaps input; or messages; or conversations; or prompt and completion"
 MESSAGE_KEYS = ("role", "content", "from", "value", "weight", "train")
-FIELDS = tuple(dict.fromkeys(field for fields in KINDS.values() for field in fields))  # the columns that are read
-# Who speaks in ShareGPT's records -> the role in a chat template.
+FIELDS = tuple(dict.fromkeys(field for fields in KINDS.values() for field in fields))  # all columns that are read
+# Speaker in ShareGPT records -> role in a chat template.
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-MOST_REASONS = 5  # in one message
+MOST_REASONS = 5  # listed in one message
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, ``{"role": …, "content": …}``.
+    """A conversation of ``{"role": …, "content": …}`` messages.
 
     Attributes:
-        num_given: so many messages at the beginning are a prompt, and no answer among them is learned.
+        num_given: number of leading messages that are a prompt; answers among them are not learned.
         unlearned: indices of further answers that are not learned.
-        place: ``FILE:NUMBER``, for messages.
+        place: ``FILE:NUMBER``, for error messages.
         unread: columns of the record, and keys of its messages, that are not read.
     """
 
@@ -66,20 +66,20 @@ class Conversation:
         ]
 
     def key(self) -> bytes:
-        """Equal for equal conversations."""
+        """A key that is equal for equal conversations."""
         return json.dumps([self.num_given, *map(dict, self.messages)], sort_keys=True).encode()
 
 
 @dataclass
 class Records:
-    """What the files held."""
+    """The conversations read from the files, and counts of the other records."""
 
     conversations: list[Conversation] = field(default_factory=list)
     num_records: int = 0
     num_empty: int = 0  # without an answer to learn
     unusable: Counter[str] = field(default_factory=Counter)  # by reason
-    first_places: dict[str, str] = field(default_factory=dict)  # of each reason
-    unread: Counter[str] = field(default_factory=Counter)  # records by column that is not read
+    first_places: dict[str, str] = field(default_factory=dict)  # by reason
+    unread: Counter[str] = field(default_factory=Counter)  # number of records, by column that is not read
 
     @property
     def num_unusable(self) -> int:
@@ -90,14 +90,14 @@ class Records:
         self.first_places.setdefault(reason, place)
 
     def reasons(self) -> list[str]:
-        """Why records are unusable: a line for each of the commonest reasons, with the first record's place."""
+        """Why records are unusable: one line for each of the most common reasons, with the first record's place."""
         return [
             f"{count:,} x {reason}, first in {self.first_places[reason]}"
             for reason, count in self.unusable.most_common(MOST_REASONS)
         ]
 
     def check(self, max_bad_share: float) -> None:
-        """Raise ``DataError``, with the reasons, if more than this share of the records is unusable, or all are."""
+        """Raise ``DataError``, with the reasons, if more than this share of records is unusable, or none is usable."""
         share = self.num_unusable / max(self.num_records, 1)
         if not self.num_unusable or (share <= max_bad_share and self.conversations):
             return
@@ -112,10 +112,10 @@ class Records:
 
 
 def read_conversations(entries: Sequence[str]) -> Records:
-    """The records of json, jsonl and parquet files (gzipped or not, folders, globs) or ``hub://…``, in order.
+    """Read the records of json, jsonl and parquet files (gzipped or not, folders, globs) or ``hub://…``, in order.
 
     Raises:
-        DataError: an entry that matches nothing or cannot be read.
+        DataError: an entry matches nothing or cannot be read.
     """
     records = Records()
     for place, value in _values(entries):
@@ -141,10 +141,10 @@ def _values(entries: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 
 def as_conversation(record: Any) -> Conversation:
-    """A record of any of the kinds above.
+    """Convert a record of any kind in ``KINDS``.
 
     Raises:
-        ValueError: none of them; says the columns found and expected.
+        ValueError: the record is of no such kind (the message names the columns found and expected), or is invalid.
     """
     if isinstance(record, Exception):
         raise ValueError(str(record))
@@ -179,7 +179,7 @@ def as_conversation(record: Any) -> Conversation:
 
 
 class Turn(NamedTuple):
-    """A message while its record is read; ``is_learned`` counts for answers only."""
+    """A message of a record being read; ``is_learned`` only matters for answers."""
 
     role: str
     content: str
@@ -187,7 +187,7 @@ class Turn(NamedTuple):
 
 
 def _kind(record: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The kind whose columns are there; one with a null in them only where no other kind fits."""
+    """The kind whose columns are present; one with null values only if no other kind fits."""
     complete = (kind for kind in KINDS if all(record.get(name) is not None for name in kind))
     return next(complete, next((kind for kind in KINDS if all(name in record for name in kind)), None))
 
@@ -201,7 +201,7 @@ def _unread(record: Mapping[str, Any], kind: tuple[str, ...]) -> frozenset[str]:
 
 
 def _alpaca(record: Mapping[str, Any]) -> list[Turn]:
-    """Earlier turns, then the question and its answer. Earlier answers are learned too, as LLaMA-Factory does."""
+    """Earlier turns, then the question and its answer; earlier answers are learned too, as in LLaMA-Factory."""
     history = record.get("history") or ()
     pairs = isinstance(history, list | tuple) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
     if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
@@ -216,7 +216,7 @@ def _alpaca(record: Mapping[str, Any]) -> list[Turn]:
 
 
 def _messages(record: Mapping[str, Any], column: str) -> list[Turn]:
-    """The messages of a column, in the spelling of chats or of ShareGPT."""
+    """The messages of a column, in chat or ShareGPT format."""
     value = record[column]
     if not isinstance(value, list):
         raise ValueError(f"{column} is {_described(value)}, not a list of messages")
@@ -249,7 +249,7 @@ def _is_learned(message: Mapping[str, Any], column: str) -> bool:
 
 
 def _from_first_question(turns: Sequence[Turn]) -> list[Turn]:
-    """Without the answers before the first question: many of ShareGPT's records begin in the middle of a talk."""
+    """Drop answers before the first question: many ShareGPT records begin in the middle of a conversation."""
     first = next((index for index, turn in enumerate(turns) if turn.role == "user"), len(turns))
     return [turn for index, turn in enumerate(turns) if index > first or turn.role != "assistant"]
 

@@ -1,4 +1,4 @@
-"""Instruction tuning by ``trl``: records and a Hugging Face folder -> a folder that answers."""
+"""Instruction tuning with ``trl``: turns a Hugging Face folder and instruction records into a chat model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
     from trl import SFTTrainer
 
-LOSS_CHUNK_SIZE = 1024  # rows of logits that exist at once, of the held-out loss
+LOSS_CHUNK_SIZE = 1024  # rows of logits materialized at a time for the held-out loss
 
 
 def instruction_tune(
@@ -53,20 +53,20 @@ def instruction_tune(
     output_dir: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> SftResult:
-    """Train a model on answers to instructions, and write ``OUTPUT_DIR/export``; started again, it resumes.
+    """Train a model on answers to instructions and write ``OUTPUT_DIR/export``; when started again, it resumes.
 
     Args:
         model: Hugging Face folder or hub name of a decoder-only model.
-        data: json, jsonl or parquet files, folders, globs, ``hub://…``; see ``read_conversations`` for their columns.
-        output_dir: default ``runs/NAME-sft``; see ``folder.py`` for what is in it.
-        say: takes each line for people.
+        data: json, jsonl or parquet files, folders, globs, ``hub://…``; see ``records.py`` for their columns.
+        output_dir: default ``runs/NAME-sft``; see ``folder.py`` for its content.
+        say: called with each line of progress output.
 
     Raises:
-        ConfigError: no trl, or a combination that cannot run.
+        ConfigError: trl is not installed, or the settings cannot be combined.
         CheckpointMismatch: the folder holds another run.
-        DataError: nothing to learn from.
+        DataError: there is nothing to learn from.
         TrainingDiverged: the loss is not finite.
-        WriteError: the file system refuses.
+        WriteError: a file cannot be written.
     """
     config = config or SftConfig()
     hf_config = load_hf_config(model)
@@ -77,7 +77,7 @@ def instruction_tune(
     tokenizer = load_tokenizer(model)
     template = set_chat_template(tokenizer, config.chat_template)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # labels, not pad tokens, say what has a loss
+        tokenizer.pad_token = tokenizer.eos_token  # labels, not pad tokens, decide what has a loss
     with _write_errors(folder), locked(folder, lambda: say(f"waiting for another process that works in {folder}")):
         resolved = {"sequence_length": sequence_length, "template_sha256": _sha256(tokenizer.chat_template)}
         check_same_run(folder, str(model), data, config, resolved)
@@ -139,7 +139,7 @@ class _Run:
             metrics.close()
 
     def _load(self) -> PreTrainedModel:
-        """In fp32 where its weights are trained, else, under adapters, in the run's precision."""
+        """Load the model, in fp32 if its weights are trained, else (with adapters) in the run's precision."""
         dtype = torch.float32 if self.config.lora_rank is None else DTYPES[self.config.precision]
         model = load_pretrained(self.model_name, dtype=dtype).to(self.device)
         largest = max(max(example.input_ids) for example in (*self.prepared.train, *self.prepared.validation))
@@ -151,13 +151,13 @@ class _Run:
                 token=largest,
                 vocab_size=vocab_size,
             )
-        check_loss(model, self.sequence_length)  # of the held-out loss, which never makes the whole logits
+        check_loss(model, self.sequence_length)  # for the held-out loss, which never materializes all logits
         if self.config.packing:
             check_packing(model)
         return model
 
     def _held_out(self, model: PreTrainedModel) -> tuple[float, int] | None:
-        """Mean loss and number of the answers' tokens that are held out; adapters live inside ``model``."""
+        """Mean loss over the held-out answer tokens, and their number; adapters live inside ``model``."""
         if not self.prepared.validation:
             return None
         some = batches(self.prepared.validation, self.config.per_device_train_batch_size)
@@ -220,7 +220,7 @@ class _Run:
         )
         metrics.write("run_end", **_numbers(result))
         values = asdict(result)
-        values.update(output_dir=None, export_dir=None)  # where it lies is known to whoever reads it
+        values.update(output_dir=None, export_dir=None)  # whoever reads the file knows its folder
         write_atomically(self.folder / "result.json", json.dumps(values, indent=1) + "\n")
         self.say(summary(result))
         return result
@@ -228,7 +228,7 @@ class _Run:
 
 @contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """What the file system refuses, as one ``WriteError``; a checkpoint that was being written is removed."""
+    """Turn file-system errors into a ``WriteError``, and remove a checkpoint that was being written."""
     try:
         with write_errors(folder):
             yield
@@ -238,7 +238,7 @@ def _write_errors(folder: Path) -> Iterator[None]:
 
 
 def summary(result: SftResult) -> str:
-    """The last lines for people."""
+    """The last lines of progress output."""
     held_out = "nothing held out"
     if result.validation_loss is not None and result.validation_loss_before is not None:
         held_out = f"held-out loss {result.validation_loss_before:.4f} -> {result.validation_loss:.4f}"
@@ -259,10 +259,11 @@ def _read_result(folder: Path) -> SftResult:
 
 
 def check_tuning(config: SftConfig, hf_config: PretrainedConfig) -> int:
-    """All that can be checked while there is no model yet; the tokens of a record, at most.
+    """Check everything that does not need the model, and return the maximum tokens of a record.
 
     Raises:
-        ConfigError: no trl, no such template, a length that the model does not have, or a start by torchrun.
+        ConfigError: trl or peft is not installed, the template file does not exist, the sequence length exceeds the
+            model's context, or torchrun started the process.
     """
     _require_libraries(config)
     if launched_size() > 1:
@@ -307,7 +308,7 @@ def _listing(counts: dict[str, int]) -> str:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """No progress bars between our lines."""
+    """Hide progress bars, which would appear between our lines."""
     shown = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -1,4 +1,4 @@
-"""Chat templates: the tokenizer's own, a file's, or Alpaca's for a model that has none."""
+"""Chat templates: the tokenizer's own, one from a file, or Alpaca's for a model that has none."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 INPUT_HEADING = "\n\n### Input:\n"
 
-# Alpaca's prompt, for one turn or several (https://github.com/tatsu-lab/stanford_alpaca). A system message stands in
-# place of its first sentences. An input is a part of the user's message, under its heading: plain messages say all that
-# Alpaca's records say. BOS where the tokenizer has one, which is what such a model has seen before a text.
+# Alpaca's prompt, for one or more turns (https://github.com/tatsu-lab/stanford_alpaca). A system message replaces its
+# first sentences. The input is part of the user message, under its heading, so that plain messages can express any
+# Alpaca record. The prompt begins with BOS if the tokenizer has one, because such a model has seen it before a text.
 ALPACA_TEMPLATE = r"""
 {%- set system = messages[0].content if messages[0].role == 'system' else none -%}
 {%- set turns = messages if system is none else messages[1:] -%}
@@ -43,18 +43,18 @@ ALPACA_TEMPLATE = r"""
 
 
 def with_input(instruction: str, text: str) -> str:
-    """A user's message of Alpaca's two parts; the template knows the second by its heading."""
+    """Join Alpaca's instruction and input in one user message; the template finds the input by its heading."""
     return f"{instruction}{INPUT_HEADING}{text}" if text else instruction
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> str:
-    """Give the tokenizer the template of ``choice``; what it is, in words.
+    """Set the tokenizer's chat template, and return a description of it.
 
     Args:
-        choice: a file, ``alpaca``, ``none`` (the tokenizer stays as it is); None: the tokenizer's own, else Alpaca's.
+        choice: a file, ``alpaca``, or ``none`` (changes nothing); default: the tokenizer's own, else Alpaca's.
 
     Raises:
-        ConfigError: no such file, or no template in it.
+        ConfigError: the file does not exist, or does not hold a working template.
     """
     if choice == "none":
         return "none: prompts and completions as they stand"
@@ -67,7 +67,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) ->
     try:
         tokenizer.chat_template = path.read_text(encoding="utf-8")
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program: it can fail in any way
+    except Exception as error:  # a template is a program and can raise anything
         raise ConfigError(f"chat_template: {choice} makes no prompt: {reason(error)}", path=choice) from None
     return path.name
 
@@ -76,7 +76,7 @@ def template_file(choice: str) -> Path:
     """The Jinja file of a ``choice`` that is neither ``alpaca`` nor ``none``.
 
     Raises:
-        ConfigError: no such file.
+        ConfigError: the file does not exist.
     """
     path = Path(choice).expanduser()
     if not is_file(path):

@@ -1,4 +1,4 @@
-"""What is given to ``trl``'s ``SFTTrainer``, and what is heard from it. The one file here that needs trl."""
+"""Sets up ``trl``'s ``SFTTrainer`` and handles its callbacks; the only module here that needs trl."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def packed(examples: Sequence[Example], sequence_length: int, config: SftConfig) -> Dataset:
-    """The rows of training: ``input_ids`` and ``labels``, and with packing the lengths of the records in each."""
+    """Training rows: ``input_ids`` and ``labels`` and, with packing, the lengths of the records in each row."""
     rows = Dataset.from_dict(
         {
             "input_ids": [example.input_ids for example in examples],
@@ -39,7 +39,7 @@ def packed(examples: Sequence[Example], sequence_length: int, config: SftConfig)
     )
     if not config.packing:
         return rows
-    # Cuts no record: all are short enough.
+    # No record is split: all of them fit the sequence length.
     return pack_dataset(rows.shuffle(seed=config.seed), sequence_length, "bfd")
 
 
@@ -52,7 +52,7 @@ def make_trainer(
     folder: Path,
     device: torch.device,
 ) -> SFTTrainer:
-    """``SFTTrainer`` on rows that are encoded already: their labels say what has a loss."""
+    """Create an ``SFTTrainer`` for rows that are already encoded; their labels decide what has a loss."""
     adapters = None
     if config.lora_rank is not None:
         from peft import LoraConfig
@@ -62,15 +62,15 @@ def make_trainer(
             lora_alpha=config.alpha,
             lora_dropout=config.lora_dropout,
             target_modules="all-linear",
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's linear maps
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's linear layers
             task_type="CAUSAL_LM",
         )
     with warnings.catch_warnings():
-        # transformers renames gradient_checkpointing; the new name is unknown to its older releases, and peft.
+        # transformers renames gradient_checkpointing, but its older releases and peft do not know the new name.
         warnings.simplefilter("ignore", FutureWarning)
         arguments = _arguments(config, schedule, folder, device)
         if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # of several, the first; trl refuses nn.DataParallel
+            arguments._n_gpu = 1  # use only the first of several; trl rejects nn.DataParallel
         trainer = _Trainer(
             model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=adapters
         )
@@ -97,15 +97,15 @@ def _arguments(config: SftConfig, schedule: Schedule, folder: Path, device: torc
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
         optim="adamw_torch",
-        max_length=None,  # the rows have their length
+        max_length=None,  # the rows are truncated already
         packing=config.packing,
         dataset_kwargs={"skip_prepare_dataset": True},
         logging_steps=1,
-        logging_nan_inf_filter=False,  # it would log another loss than there was
+        logging_nan_inf_filter=False,  # the filter would log a different loss
         save_strategy="steps",
         save_steps=schedule.save_steps,
         save_total_limit=config.save_total_limit,
-        eval_strategy="no",  # the trainer's is a mean of batches; ours is one of tokens
+        eval_strategy="no",  # the trainer's loss is a mean over batches; ours is over tokens
         report_to=[],
         disable_tqdm=True,
     )
@@ -115,7 +115,7 @@ class _Trainer(SFTTrainer):
     lr_scheduler: Any
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """transformers' schedule, but with a warm-up from 1 / warmup_steps, as in pre-training, and not from 0."""
+        """transformers' schedule, but with warmup from 1 / warmup_steps, as in pre-training, instead of from 0."""
         if self.lr_scheduler is None:
             schedule = super().create_scheduler(num_training_steps, optimizer)
             num_warmup = self.args.get_warmup_steps(num_training_steps)
@@ -128,11 +128,11 @@ class _Trainer(SFTTrainer):
         return self.lr_scheduler
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Of a checkpoint: none. The export has its own."""
+        """Write none for checkpoints; the export has its own."""
 
 
 def merged(trainer: SFTTrainer, dtype: torch.dtype) -> PreTrainedModel:
-    """The trained model on the CPU, adapters merged in fp32, then in ``dtype``."""
+    """The trained model on the CPU, with adapters merged in fp32 and then cast to ``dtype``."""
     model = trainer.model.cpu().float()
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
@@ -140,7 +140,7 @@ def merged(trainer: SFTTrainer, dtype: torch.dtype) -> PreTrainedModel:
 
 
 class Journal(TrainerCallback):
-    """Writes metrics, measures, marks checkpoints complete, and stops where a signal asked for it."""
+    """Writes metrics, measures memory, marks checkpoints complete, and stops training on a signal."""
 
     def __init__(
         self,
@@ -158,14 +158,14 @@ class Journal(TrainerCallback):
         self.held_out = held_out
         self.say = say
         self.requested_signal: int | None = None
-        self.tokens_before = 0  # of the steps before this process
+        self.tokens_before = 0  # tokens of the steps before this process
         self.tokens_seen = 0
         self._is_measured = False
         self._started_at = self._told_at = time.monotonic()
         self._first_step = self._told_tokens = 0
 
     def evaluate(self, step: int) -> None:
-        """The held-out loss, where something is held out."""
+        """Log the held-out loss, if any examples are held out."""
         if (result := self.held_out()) is None:
             return
         loss, num_tokens = result
@@ -228,7 +228,7 @@ class Journal(TrainerCallback):
 
     def _evaluate_if_due(self, step: int) -> None:
         every = self.config.eval_steps or self.schedule.steps_per_epoch
-        if step % every == 0 and step < self.schedule.num_steps:  # the last is that of the exported model
+        if step % every == 0 and step < self.schedule.num_steps:  # the last one evaluates the exported model
             self.evaluate(step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The values that the parts of instruction tuning share."""
+"""Types shared by the modules of instruction tuning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from steplm.sft.config import SftConfig
 
 @dataclass(frozen=True)
 class SftResult:
-    """What a run left behind; losses in nats per token of the answers, None where nothing was held out."""
+    """The result of a run; losses are in nats per answer token, ``None`` if nothing was held out."""
 
     output_dir: Path
     finished: bool
@@ -25,7 +25,7 @@ class SftResult:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many steps a run takes, and what it saves when."""
+    """How many steps a run takes, and how often it saves."""
 
     num_steps: int
     steps_per_epoch: int
@@ -33,7 +33,7 @@ class Schedule:
 
     @staticmethod
     def of(config: SftConfig, num_sequences: int) -> Schedule:
-        """As ``Trainer`` counts: the last step of an epoch may be a smaller one."""
+        """Count steps as ``Trainer`` does: the last step of an epoch may be smaller."""
         micro_batches = math.ceil(num_sequences / config.per_device_train_batch_size)
         steps_per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps)
         num_steps = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)

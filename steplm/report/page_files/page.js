@@ -1,10 +1,10 @@
 "use strict";
-// The page works without this script: tables and text are there. It sorts the tables and draws the charts.
+// Sorts the tables and draws the charts; without this script, the page still has its tables and text.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const hidden = {}; // section id -> set of entries that are switched off
+const hidden = {}; // section id -> set of hidden entries
 const state = {}; // chart id -> {axis, log}
 
 const colourOf = (entry) => {
@@ -24,7 +24,7 @@ function sortBy(button) {
   const key = (row) => row.cells[heading.cellIndex].dataset.value;
   const compare = (a, b) => {
     const [x, y] = [key(a), key(b)];
-    if (x === undefined || y === undefined) return (x === undefined) - (y === undefined); // absent: always last
+    if (x === undefined || y === undefined) return (x === undefined) - (y === undefined); // missing values are always last
     const numbers = Number(x) - Number(y);
     return (Number.isNaN(numbers) ? x.localeCompare(y) : numbers) * (ascending ? 1 : -1);
   };
@@ -40,7 +40,7 @@ const hovering = (trace, name) => ({
   hoverinfo: trace.hover ? undefined : "skip",
 });
 
-// role -> Plotly's trace, without position and hover
+// role -> Plotly trace, without position and hover
 const ROLES = {
   line: (t, colour, look) => ({
     mode: t.markers ? "lines+markers" : "lines", line: { color: colour, width: 2, dash: look.dash }, marker: { color: colour, size: 5 },
@@ -119,7 +119,7 @@ function layout(chart, axis, log) {
     font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: css("--muted") },
     hoverlabel: { bgcolor: css("--wash"), bordercolor: css("--faint"), align: "left", font: { color: css("--ink") } },
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, traceorder: "normal" },
-    annotations: narrow() ? [] : chart.traces.filter((t) => t.label && !isOff(chart, t)).map(pointLabel), // else the buttons tell
+    annotations: narrow() ? [] : chart.traces.filter((t) => t.label && !isOff(chart, t)).map(pointLabel), // otherwise the buttons name the entries
     shapes: chart.mark_zero
       ? [{ type: "line", x0: 0, x1: 0, y0: 0, y1: 1, yref: "paper", line: { color: css("--muted"), width: 1, dash: "dot" } }]
       : [],
@@ -134,7 +134,7 @@ function draw(chart) {
 }
 
 function drawAll(charts) {
-  // One at a time, so that the page can be scrolled meanwhile.
+  // Draw one at a time, so that the page stays scrollable.
   charts.reduce((before, chart) => before.then(() => draw(chart)).then(() => new Promise(setTimeout)), Promise.resolve())
     .then(() => { document.documentElement.dataset.drawn = "yes"; });
 }
