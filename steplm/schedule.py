@@ -1,7 +1,8 @@
-"""Who trains what, by which update rule, and when: a ``Schedule`` of ``Phase``\\ s. It knows no bytes and no seconds.
+"""The training schedule: which layers are trained in each phase, and by which update rule.
 
-A *stage* lasts from one growth to the next. A *phase* is a stretch of a stage in which nothing about who trains
-changes: ordinary pre-training has one phase, STEP one a stage, ReLoRA one a restart, BAdam one a block.
+A *stage* lasts from one growth to the next. A *phase* is a part of a stage during which all roles stay the same:
+ordinary pre-training has one phase, STEP one per stage, ReLoRA one per restart, BAdam one per block. This module knows
+nothing about memory or time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from steplm.types import LayerMap, ModelShape, to_json
 
 @dataclass(frozen=True)
 class Trained:
-    """All weights are trained: the matrices by ``rule``, what the rule does not take by AdamW."""
+    """All weights are trained: by ``rule`` where it applies, otherwise by AdamW."""
 
     rule: str = "adamw"  # a key of ``steplm.cost.rules.RULES``
     kind: Literal["trained"] = "trained"
@@ -27,13 +28,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The weights are frozen under a trained adapter."""
+    """The weights are frozen, and an adapter on them is trained."""
 
     rank: int
     alpha: float
-    target_modules: tuple[str, ...]  # last part of the module's name: "q_proj"
+    target_modules: tuple[str, ...]  # last component of the module's name: "q_proj"
     method: str = "lora"
-    rule: str = "adamw"  # of the adapter's own matrices
+    rule: str = "adamw"  # for the adapter's own matrices
     kind: Literal["adapter"] = "adapter"
 
     @property
@@ -53,12 +54,12 @@ Role = Trained | Adapter | Frozen
 
 @dataclass(frozen=True)
 class Entry:
-    """How a phase comes by its weights.
+    """How a phase gets its initial weights.
 
-    fresh    initialised, or given by ``init_from``
-    grow     adapters are merged, then ``operator`` makes the new layers of ``layer_map``
-    merge    adapters are merged, and fresh ones begin
-    go_on    the weights stay as they are; only roles change
+    fresh    initialized, or loaded from ``init_from``
+    grow     adapters are merged, then ``operator`` creates the new layers of ``layer_map``
+    merge    adapters are merged, and fresh ones replace them
+    go_on    the weights stay the same; only roles change
     """
 
     kind: Literal["fresh", "grow", "merge", "go_on"]
@@ -67,22 +68,22 @@ class Entry:
 
     @property
     def warms_up_again(self) -> bool:
-        """Whether the learning rate rises from zero once more."""
+        """Whether the learning rate warms up from zero again."""
         return self.kind in ("grow", "merge")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of steps in which nothing about who trains changes."""
+    """A range of steps during which all roles stay the same."""
 
     index: int  # from 1, in the schedule
     stage: int  # from 1
     entry: Entry
-    layers: tuple[Role, ...]  # one for each layer, bottom to top
-    embeddings_and_head: Role  # with the final norm, which an Adapter leaves trained
-    tokens: int  # the phase stops after these
-    scheduled_tokens: int  # the learning-rate schedule runs over these
-    schedule_start_tokens: int  # of the learning-rate schedule, before this phase
+    layers: tuple[Role, ...]  # one per layer, bottom to top
+    embeddings_and_head: Role  # includes the final norm, which stays trained under an Adapter
+    tokens: int  # length of the phase
+    scheduled_tokens: int  # length of the learning-rate schedule
+    schedule_start_tokens: int  # tokens of the learning-rate schedule before this phase
 
     @property
     def num_hidden_layers(self) -> int:
@@ -100,7 +101,7 @@ class Phase:
 
     @cached_property
     def frozen_layers(self) -> tuple[int, ...]:
-        """Indices of the layers whose weights are frozen, under an adapter or not."""
+        """Indices of the layers whose weights are frozen, with or without an adapter."""
         return tuple(index for index, role in enumerate(self.layers) if not isinstance(role, Trained))
 
     @property
@@ -114,8 +115,8 @@ class Phase:
 
     @cached_property
     def groups(self) -> dict[Role, int]:
-        """The different roles of layers, each with the number of layers that have it."""
-        objects = Counter(map(id, self.layers))  # first by identity: roles are few objects, and slow to hash
+        """The distinct roles of layers, each with the number of layers that have it."""
+        objects = Counter(map(id, self.layers))  # by identity first: there are few role objects, and hashing is slow
         roles = {id(role): role for role in self.layers}
         groups: dict[Role, int] = {}
         for key, count in objects.items():
@@ -124,7 +125,7 @@ class Phase:
 
     @cached_property
     def num_layers_without_backward(self) -> int:
-        """Of the lowest layers, those that the backward pass does not reach: nothing in or below them is trained."""
+        """Number of lowest layers that the backward pass does not reach: nothing in or below them is trained."""
         if not isinstance(self.embeddings_and_head, Frozen):
             return 0
         reached = (index for index, role in enumerate(self.layers) if not isinstance(role, Frozen))
@@ -133,7 +134,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The phases of a run, in the order of time. Training obeys it."""
+    """The phases of a run in chronological order, which training follows."""
 
     phases: tuple[Phase, ...]
 
@@ -144,7 +145,7 @@ class Schedule:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """n_1 … n_K: layers that each stage adds."""
+        """The number of layers that each stage adds: n_1 … n_K."""
         depths = [phases[0].num_hidden_layers for phases in self.stages]
         return tuple(depth - before for depth, before in zip(depths, [0, *depths], strict=False))
 
@@ -154,11 +155,11 @@ class Schedule:
 
     @property
     def hash(self) -> str:
-        """Sixteen hexadecimal digits of all that training obeys."""
+        """Hash of all phases, as 16 hexadecimal digits."""
         return self.hash_until(len(self.phases))
 
     def hash_until(self, num_phases: int) -> str:
-        """The same as if the run ended after ``num_phases``: schedules that begin alike share it."""
+        """Hash of the first ``num_phases`` phases, which is equal for schedules that start with the same phases."""
         text = json.dumps([to_json(phase) for phase in self.phases[:num_phases]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -166,7 +167,7 @@ class Schedule:
 def trained_patterns(phase: Phase, shape: ModelShape) -> tuple[str, ...]:
     """Shell-style patterns over the full names of the trained parameters.
 
-    The dot of ``model.layers.1.*`` keeps layer 11 out.
+    The last dot in ``model.layers.1.*`` keeps it from matching layer 11.
     """
     outside = phase.embeddings_and_head
     if isinstance(outside, Trained) and not phase.frozen_layers:

@@ -1,6 +1,6 @@
-"""The values that travel between the parts: frozen, comparable, JSON in and out.
+"""Data classes shared by all modules: frozen, comparable and convertible to and from JSON.
 
-Nothing here computes weights or reads files. ``to_json`` and ``from_json`` work on every class.
+Nothing here computes weights or reads files. ``to_json`` and ``from_json`` work with every class.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ TensorShape = tuple[int, ...]
 def local_size(shape: TensorShape, num_shards: int) -> int:
     """Parameters of a tensor on the first of the ranks that share it: ``⌈rows / num_shards⌉`` rows; no rank has more.
 
-    Source: ``torch.distributed.fsdp.fully_shard``, which cuts along dimension 0 as ``torch.chunk`` does.
+    Source: ``torch.distributed.fsdp.fully_shard``, which splits along dimension 0 like ``torch.chunk``.
     """
     return -(-shape[0] // num_shards) * prod(shape[1:])
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One linear map of a Transformer layer, weight of shape (out_features, in_features)."""
+    """One linear module of a Transformer layer, with a weight of shape (out_features, in_features)."""
 
-    name: str  # below the layer, in Hugging Face spelling: "self_attn.q_proj"
+    name: str  # within the layer, as in Hugging Face: "self_attn.q_proj"
     in_features: int
     out_features: int
     bias: bool = False
@@ -38,15 +38,15 @@ class LinearShape:
 
     @property
     def shapes(self) -> tuple[TensorShape, ...]:
-        """Of the weight and, where there is one, the bias."""
+        """Shapes of the weight and, if there is one, the bias."""
         return ((self.out_features, self.in_features), *(((self.out_features,),) if self.bias else ()))
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers that are needed to count parameters. Not a model.
+    """The sizes and names needed to count a model's parameters, without the model itself.
 
-    ``head_parameters`` is 0 where the head shares the embeddings' tensor.
+    ``head_parameters`` is 0 if the head is tied to the embeddings.
     """
 
     model_type: str
@@ -56,19 +56,19 @@ class ModelShape:
     num_attention_heads: int
     tie_word_embeddings: bool
     linears: tuple[LinearShape, ...]
-    other_layer_parameters: int  # norms, one layer
+    other_layer_parameters: int  # norms of one layer
     embedding_parameters: int
     final_norm_parameters: int
     head_parameters: int
     layer_prefix: str = "model.layers"
     embedding_modules: tuple[str, ...] = ("model.embed_tokens",)
     final_norm_modules: tuple[str, ...] = ("model.norm",)
-    head_modules: tuple[str, ...] = ("lm_head",)  # () where the head has no tensor of its own
+    head_modules: tuple[str, ...] = ("lm_head",)  # () if the head has no tensor of its own
     attention_size: int | None = None  # num_attention_heads * head_dim; None: hidden_size
     num_key_value_heads: int | None = None  # None: num_attention_heads
-    other_layer_matrices: tuple[int, ...] = ()  # parameters of each matrix of a layer that is no linear map
-    # What is no linear map of a layer: its component ("layer", "embeddings", "final_norm", "head") and its shape.
-    other_tensors: tuple[tuple[str, TensorShape], ...] = ()  # (): an older version's, which divided nothing
+    other_layer_matrices: tuple[int, ...] = ()  # parameters of each matrix of a layer outside its linear modules
+    # Tensors outside the layers' linear modules: component ("layer", "embeddings", "final_norm", "head") and shape.
+    other_tensors: tuple[tuple[str, TensorShape], ...] = ()  # (): from an older version, which could not shard
 
     @property
     def outer_patterns(self) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ class ModelShape:
         return (*(shape for linear in self.linears for shape in linear.shapes), *self.other_shapes("layer"))
 
     def other_shapes(self, component: str) -> tuple[TensorShape, ...]:
-        """Shapes of the tensors of a component of ``other_tensors``."""
+        """Shapes of the tensors of one component in ``other_tensors``."""
         return tuple(shape for name, shape in self.other_tensors if name == component)
 
     @property
@@ -114,9 +114,9 @@ class ModelShape:
 class LayerOrigin:
     """Where one layer of the grown model comes from.
 
-    A kept layer has one parent, itself in the old model. A new layer has the lower and the upper
-    neighbour as parents, and stands at ``fraction`` of the way between them (0.5 where it is alone
-    in its gap); a new layer without an upper neighbour has one parent.
+    A kept layer has one parent, itself in the old model. A new layer has its lower and upper neighbors as parents, and
+    lies at ``fraction`` of the way between them (0.5 if it is alone in its gap). A new layer without an upper neighbor
+    has one parent.
     """
 
     parents: tuple[int, ...]
@@ -126,13 +126,13 @@ class LayerOrigin:
 
 @dataclass(frozen=True)
 class LayerMap:
-    """For each layer of the grown model, bottom to top, its origin in the old one."""
+    """The origin of each layer of the grown model, bottom to top."""
 
     origins: tuple[LayerOrigin, ...]
 
     @classmethod
     def identity(cls, num_layers: int) -> LayerMap:
-        """Every layer kept, none new."""
+        """The map that keeps every layer and adds none."""
         return cls(tuple(LayerOrigin((index,)) for index in range(num_layers)))
 
     @property
@@ -141,12 +141,12 @@ class LayerMap:
 
     @property
     def new_layers(self) -> tuple[int, ...]:
-        """Indices, in the grown model, of the layers that are new."""
+        """Indices of the new layers in the grown model."""
         return tuple(i for i, origin in enumerate(self.origins) if origin.is_new)
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
-        """Indices, in the grown model, of the layers that were there before."""
+        """Indices of the kept layers in the grown model."""
         return tuple(i for i, origin in enumerate(self.origins) if not origin.is_new)
 
 
@@ -155,21 +155,21 @@ class MemoryTerm:
     """Bytes of one kind of tensor of one component, on one rank."""
 
     component: str  # "trained_layers", "frozen_layers", "adapters", "embeddings", "final_norm", "head", ...
-    kind: str  # model state: "weights", "gradients", "optimizer"; beside it: "activations", "workspace"; HOST_KINDS
+    kind: str  # "weights", "gradients", "optimizer" (model state), "activations", "workspace", or one of HOST_KINDS
     num_bytes: int
     formula: str
-    num_parameters: int = 0  # on all ranks together; 0 where the bytes are not those of parameters
+    num_parameters: int = 0  # over all ranks; 0 if the bytes are not those of parameters
 
 
-# Kinds of terms in the host's memory, no part of any total of the device.
+# Kinds of terms in host memory, which device totals exclude.
 HOST = "host"  # frozen weights, activations, workspace
-HOST_WEIGHTS, HOST_GRADIENTS, HOST_OPTIMIZER = "host_weights", "host_gradients", "host_optimizer"  # of what is trained
+HOST_WEIGHTS, HOST_GRADIENTS, HOST_OPTIMIZER = "host_weights", "host_gradients", "host_optimizer"  # trained parameters
 HOST_KINDS = (HOST, HOST_WEIGHTS, HOST_GRADIENTS, HOST_OPTIMIZER)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on the device at one instant, or of one stage's model state; per rank, by term."""
+    """Memory of one rank by term: at one instant, or of the model state alone."""
 
     terms: tuple[MemoryTerm, ...]
 
@@ -190,9 +190,9 @@ class MemoryEstimate:
         )
 
     def by_kind(self) -> dict[str, int]:
-        """Bytes of the model proper as ``weights``, ``gradients``, ``optimizer``; all ``adapters``; the ``total``.
+        """Bytes of ``weights``, ``gradients`` and ``optimizer`` without adapters, all ``adapters``, and the ``total``.
 
-        And what is in ``host`` memory, where there is any, which is no part of the total.
+        Host memory, if any is used, is listed under ``host`` and is not part of the total.
         """
         kinds = ("weights", "gradients", "optimizer")
         proper = {kind: self.bytes_of(kind=kind) - self.bytes_of("adapters", kind) for kind in kinds}
@@ -203,27 +203,27 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Instant:
-    """One moment of a stage and all that the device then holds."""
+    """A point in time of a phase, and the memory in use then."""
 
     name: str  # "loss", "backward of layer 23", "optimizer step"
     memory: MemoryEstimate
-    in_pass: bool = False  # in a forward and backward pass
+    in_pass: bool = False  # whether it is part of a forward and backward pass
 
 
 @dataclass(frozen=True)
 class PeakEstimate:
-    """The moments of a stage at which its memory can be highest, in the order of time."""
+    """The instants at which memory can peak, in chronological order."""
 
     instants: tuple[Instant, ...]
 
     @property
     def highest(self) -> Instant:
-        """The first of those with the most bytes."""
+        """The instant with the most bytes; the first if several are equal."""
         return max(self.instants, key=lambda instant: instant.memory.total_bytes)
 
     @property
     def highest_in_a_pass(self) -> Instant:
-        """The same of a forward and backward pass without an update: that of a dry run."""
+        """The highest instant of a forward and backward pass without an update, as in a dry run."""
         return PeakEstimate(tuple(instant for instant in self.instants if instant.in_pass)).highest
 
     @property
@@ -232,24 +232,24 @@ class PeakEstimate:
 
     @property
     def host_bytes(self) -> int:
-        """The most bytes in host memory, at any of the moments."""
+        """Peak bytes in host memory, over all instants."""
         return max(instant.memory.host_bytes for instant in self.instants)
 
 
 @dataclass(frozen=True)
 class LayerProvenance:
-    """The history of one layer: the stage it was born in and the layers it was made of."""
+    """The history of one layer: the stage in which it was created, and the layers it was created from."""
 
     born_in_stage: int
-    parents: tuple[int, ...]  # indices in the model of the stage before
-    operator: str | None  # None: initialised in stage 1
+    parents: tuple[int, ...]  # indices in the model of the previous stage
+    operator: str | None  # None: initialized in stage 1
 
 
 @dataclass(frozen=True)
 class SourceLoss:
-    """Of one source of a mixture."""
+    """Loss of one source of a data mixture."""
 
-    nats: float  # the sum of the losses of
+    nats: float  # summed over ``tokens``
     tokens: int
 
     def __add__(self, other: SourceLoss) -> SourceLoss:
@@ -258,22 +258,22 @@ class SourceLoss:
 
 @dataclass(frozen=True)
 class TrainState:
-    """Progress, and nothing else. Tokens count input positions, over all ranks."""
+    """Training progress. Tokens are input positions, counted over all ranks."""
 
     stage_index: int  # from 1
     phase_index: int  # from 1, in the schedule
-    step: int  # optimizer steps done in this stage
-    phase_step: int  # optimizer steps done in this phase
+    step: int  # optimizer steps completed in this stage
+    phase_step: int  # optimizer steps completed in this phase
     tokens_seen: int  # in the whole run
-    skipped_in_a_row: int = 0  # the last steps, without an update
-    grad_norm: float | None = None  # of the last step that was updated, before clipping
-    grad_norms: tuple[float, ...] = ()  # of the last steps, where spikes are skipped; see ``training.spikes``
+    skipped_in_a_row: int = 0  # number of most recent steps without an update
+    grad_norm: float | None = None  # of the last step with an update, before clipping
+    grad_norms: tuple[float, ...] = ()  # of recent steps, if spikes are skipped; see ``training.spikes``
     phase_done: bool = False
     stage_done: bool = False
 
 
 def to_json(value: Any) -> Any:
-    """Plain dicts, lists and numbers from any of the classes above."""
+    """Convert an object of any class above to plain dicts, lists and numbers."""
     return _adapter(type(value)).dump_python(value, mode="json")  # type: ignore[arg-type]
 
 
@@ -281,13 +281,13 @@ def from_json(cls: type[T], data: Any) -> T:
     """The inverse of ``to_json``.
 
     Raises:
-        ValueError: ``data`` has missing, unknown or ill-typed fields.
+        ValueError: ``data`` has missing, unknown or wrongly typed fields.
     """
     return _adapter(cls).validate_python(data)  # type: ignore[arg-type]
 
 
 @cache
 def _adapter(cls: Any) -> Any:
-    from pydantic import TypeAdapter  # takes longer to load than all of this file
+    from pydantic import TypeAdapter  # imported late, as it takes longer to load than the rest of this module
 
     return TypeAdapter(cls)

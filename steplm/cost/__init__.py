@@ -1,1 +1,1 @@
-"""Model-state bytes: one function per term, the estimate of a stage, and the measurement beside it."""
+"""Cost model: memory, FLOPs and step time of a phase, and measurement of its actual memory."""

@@ -1,9 +1,9 @@
-"""Activation bytes of one Transformer layer, by counting what each of its operations saves and allocates.
+"""Activation bytes of one Transformer layer, from what each of its operations saves and allocates.
 
-N tokens of a micro-batch of B sequences of S, d hidden size, q and k widths of queries and of keys, f feed-forward
-size, h heads, r rank of the adapters, w bytes of a number (2 in bf16, 4 in fp32). The layer is the one that most
-families of ``transformers`` have: norm, attention, add, norm, gated feed-forward, add, with PyTorch's fused attention,
-whose S x S scores never exist.
+Symbols: N tokens in a micro-batch of B sequences of length S, d hidden size, q and k widths of queries and keys, f
+feed-forward size, h heads, r adapter rank, w bytes per element (2 in bf16, 4 in fp32). The layer is the usual one of
+``transformers``: norm, attention, add, norm, gated feed-forward, add. Attention is PyTorch's fused kernel, which never
+materializes the S x S scores.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from steplm.types import LinearShape, ModelShape
 class LayerKind:
     """How a family's layer differs from Llama's."""
 
-    normalises_heads: bool = False  # each head's query and key
-    norms_after: bool = False  # attention and feed-forward are normalised behind themselves too
-    fp32_norm_weights: bool = False  # the norm's weight, plus one, multiplies in fp32
-    num_rotary: int = 1  # kinds of rotary angles
-    sliding_window: int | None = None  # tokens, by default
+    normalises_heads: bool = False  # queries and keys are normalized per head
+    norms_after: bool = False  # a norm after attention and feed-forward too
+    fp32_norm_weights: bool = False  # the norm multiplies by (1 + weight) in fp32
+    num_rotary: int = 1  # sets of rotary angles
+    sliding_window: int | None = None  # the family's default, in tokens
 
 
 GEMMA = LayerKind(fp32_norm_weights=True)
-# Families whose layers are counted here. The others can be simulated.
+# Families whose layers are counted here; the memory of others can be simulated.
 MODELLED = {
     **dict.fromkeys(("llama", "qwen2", "smollm3", "granite"), LayerKind()),
     "mistral": LayerKind(sliding_window=4096),
@@ -42,29 +42,29 @@ MODELLED = {
 class LayerActivations:
     """Bytes of one layer in one micro-batch."""
 
-    saved: int  # from its forward until its backward
-    backward: int  # at most beside that during its backward, the gradient of its output included
-    fetched_backward: int  # the same where what it saved has to come back from host memory
-    saved_product: int  # of ``saved``, what is gone when its first parameter gradient is made
-    fetched_norm: int  # as ``fetched_backward``, at its end: its first norm, when all its gradients exist
-    product_gradient: int  # of ``backward``, what exists when its first parameter gradient does
-    first_gradient: int  # the gradient of its first parameters, those of the feed-forward's last map
+    saved: int  # kept from the forward to the backward pass
+    backward: int  # peak beyond ``saved`` during its backward pass, including the gradient of its output
+    fetched_backward: int  # the same when the saved tensors are fetched from host memory
+    saved_product: int  # the share of ``saved`` that is freed before its first parameter gradient is computed
+    fetched_norm: int  # like ``fetched_backward``, at the end: in its first norm, when all its gradients exist
+    product_gradient: int  # the share of ``backward`` that exists along with its first parameter gradient
+    first_gradient: int  # its first parameter gradient, that of the feed-forward's last linear layer
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What the sizes of activations depend on besides the model."""
+    """The model and the micro-batch, which determine the sizes of activations."""
 
     shape: ModelShape
     precision: str
-    num_sequences: int  # of a micro-batch
+    num_sequences: int  # per micro-batch
     sequence_length: int
-    has_mask: bool = False  # attention stays inside documents
-    sliding_window: int | None = None  # of the layers that have one; by default the family's
+    has_mask: bool = False  # attention does not cross document boundaries
+    sliding_window: int | None = None  # of the layers that have one; None: the family's default
 
     @classmethod
     def of(cls, config: RunConfig, shape: ModelShape) -> Workload:
-        """A micro-batch of a run."""
+        """The workload of one micro-batch of a run."""
         return cls(
             shape,
             config.train.precision,
@@ -84,7 +84,7 @@ class Workload:
 
     @property
     def mask_bytes(self) -> int:
-        """One bit a byte, where attention does not see all tokens before: ``N S``, or ``S S`` for all sequences."""
+        """Boolean mask, one byte per entry: ``N S`` within documents, or one shared ``S S`` for a sliding window."""
         window = self.sliding_window or MODELLED[self.shape.model_type].sliding_window
         slides = window is not None and window < self.sequence_length
         return self.sequence_length * (self.num_tokens if self.has_mask else self.sequence_length * slides)
@@ -101,7 +101,7 @@ class Workload:
 
     @property
     def forward_bytes(self) -> int:
-        """The widest moment inside a layer of a forward pass that keeps nothing: ``4 w N d + max(3 w N f, …)``."""
+        """Peak inside a layer of a forward pass that saves nothing: ``4 w N d + max(3 w N f, attention)``."""
         q, k = (_linear(self.shape, name).out_features for name in ("q_proj", "k_proj"))
         attention = self.width * self.num_tokens * (3 * q + 4 * k)
         if self.mask_bytes:
@@ -112,7 +112,7 @@ class Workload:
     def batch_bytes(self) -> int:
         """Tokens and labels ``16 N``; rotary cosines and sines ``2 w S q/h``, and their frequencies.
 
-        With a mask, the positions ``8 N``.
+        With a document mask, also the positions ``8 N``.
         """
         shape, S = self.shape, self.sequence_length
         head_dim = (shape.attention_size or shape.hidden_size) // shape.num_attention_heads
@@ -123,42 +123,41 @@ class Workload:
 
 
 def recomputes(config: RunConfig, role: Role) -> bool:
-    """Whether ``train.gradient_checkpointing`` names layers of this role."""
+    """Whether ``train.gradient_checkpointing`` covers layers of this role."""
     return config.train.gradient_checkpointing in (True, "new" if isinstance(role, Trained) else "frozen")
 
 
 def sliding_window(config: RunConfig) -> int | None:
-    """Tokens that a layer of the run sees at most, where its keys say so; else the family's default holds."""
+    """The attention window that the configuration sets, in tokens; None: the family's default applies."""
     window = config.model.extra.get("sliding_window")
     return window if isinstance(window, int) and config.model.extra.get("use_sliding_window", True) else None
 
 
 def is_modelled(shape: ModelShape) -> bool:
-    """Whether the layers of this family are counted here."""
+    """Whether this module can count the layers of this family."""
     return shape.model_type in MODELLED
 
 
 def norm_saved(work: Workload, *, trained: bool) -> int:
-    """``4 N d`` for the fp32 input, ``4 N`` for its scale, and ``w N d`` for a trained weight's gradient.
+    """Bytes a norm saves: ``4 N d`` fp32 input, ``4 N`` scale, and ``w N d`` for the gradient of a trained weight.
 
-    Gemma's weight is added to 1 and multiplies in fp32: ``4 N d`` for its gradient, and ``4 d`` for itself.
+    Gemma multiplies by 1 + weight in fp32: ``4 N d`` for the gradient of the weight, and ``4 d`` for 1 + weight.
     """
     return _norm_saved(work, work.shape.hidden_size, work.num_tokens, trained=trained)
 
 
 def norm_backward(work: Workload) -> int:
-    """Four fp32 tensors of ``4 N d`` at once, and the incoming gradient where none of them is that one."""
+    """Backward workspace of a norm: four fp32 tensors of ``4 N d``, and the incoming gradient if not one of them."""
     incoming = 0 if MODELLED[work.shape.model_type].fp32_norm_weights else work.stream_bytes
     return 16 * work.num_tokens * work.shape.hidden_size + incoming
 
 
 def layer_activations(work: Workload, role: Role) -> LayerActivations:
-    """Of a layer that is trained as a whole, or of a frozen one with or without an adapter.
+    """Activations of a fully trained layer, or of a frozen one with or without an adapter.
 
-    Saved: two norms (four where attention and feed-forward are normalised behind themselves too),
-    ``w N (2 q + 2 k) + 4 N h`` of the attention (query, key, value, output and its normaliser), ``3 w N f`` of the
-    feed-forward (gate, its activation, up), and the inputs of linear maps that need them for a gradient:
-    ``2 w N d + w N f``; ``w N r`` for each adapter.
+    Saved tensors: two norms (four with norms after attention and feed-forward), ``w N (2 q + 2 k) + 4 N h`` of the
+    attention (query, key, value, output and log-sum-exp), ``3 w N f`` of the feed-forward (gate, its activation, up),
+    ``2 w N d + w N f`` for inputs of linear layers that need them for a gradient, and ``w N r`` for each adapter.
     """
     shape, w, N = work.shape, work.width, work.num_tokens
     family, trained = MODELLED[shape.model_type], isinstance(role, Trained)
@@ -172,7 +171,7 @@ def layer_activations(work: Workload, role: Role) -> LayerActivations:
 
     attention = 2 * w * N * (q + k) + 4 * N * shape.num_attention_heads
     if work.mask_bytes:
-        attention += w * N * work.sequence_length  # made of the mask of bits anew in each layer
+        attention += w * N * work.sequence_length  # each layer makes its own additive mask from the boolean one
     if family.normalises_heads:
         head_dim = q // shape.num_attention_heads
         attention += _norm_saved(work, q, N * q // head_dim, trained=trained)
@@ -181,8 +180,8 @@ def layer_activations(work: Workload, role: Role) -> LayerActivations:
     saved += work.stream_bytes * (needs_input("q_proj", "k_proj", "v_proj") + needs_input("gate_proj", "up_proj"))
     saved += inner * (3 + needs_input("down_proj")) + w * N * r * len(adapted)
 
-    # The largest moment of the backward pass: the product in the feed-forward passes its gradient on to both
-    # factors. Its own value, if it was saved, is gone by then.
+    # The peak of the backward pass: the elementwise product in the feed-forward passes its gradient to both factors.
+    # Its own value, if it was saved, has been freed by then.
     backward = work.stream_bytes + inner * (3 - needs_input("down_proj"))
     first_gradient = 0
     if trained:
@@ -190,9 +189,9 @@ def layer_activations(work: Workload, role: Role) -> LayerActivations:
     elif "down_proj" in adapted:
         first_gradient = w * r * (d + f)
         backward -= w * N * r
-    # Where the feed-forward is narrow, the backward pass of the norm before it holds more.
+    # With a narrow feed-forward, the peak is in the backward pass of the norm before it.
     norm = work.stream_bytes + 16 * N * d - inner * (3 + needs_input("down_proj"))
-    if family.norms_after:  # the norm behind the feed-forward comes first, before anything is let go
+    if family.norms_after:  # the norm after the feed-forward runs backward first, before anything else is freed
         backward -= norm_saved(work, trained=trained)
         norm = work.stream_bytes + 16 * N * d
     product_gradient = work.stream_bytes + inner
@@ -200,7 +199,7 @@ def layer_activations(work: Workload, role: Role) -> LayerActivations:
         saved=saved,
         backward=max(backward, norm, product_gradient),
         fetched_backward=work.stream_bytes + 5 * inner,
-        # Behind themselves normalised layers pass on two more gradients of hidden states; at most, as simulated.
+        # Layers with norms after the blocks hold two more gradients of hidden states: an upper bound, from simulation.
         fetched_norm=work.stream_bytes * (3 if family.norms_after else 1) + 24 * N * d,
         saved_product=inner * needs_input("down_proj"),
         product_gradient=product_gradient,
@@ -209,7 +208,7 @@ def layer_activations(work: Workload, role: Role) -> LayerActivations:
 
 
 def _norm_saved(work: Workload, size: int, num_rows: int, *, trained: bool) -> int:
-    if MODELLED[work.shape.model_type].fp32_norm_weights:  # the normalised input in fp32, and 1 + the weight
+    if MODELLED[work.shape.model_type].fp32_norm_weights:  # the normalized input in fp32, and 1 + weight
         return (4 + 4 * trained) * work.num_tokens * size + 4 * num_rows + 4 * size * work.num_tokens // num_rows
     return (4 + work.width * trained) * work.num_tokens * size + 4 * num_rows
 

@@ -1,4 +1,4 @@
-"""The bytes that tensors hold, counted as PyTorch's operations make and free them. Needs torch."""
+"""Tensor memory, counted as PyTorch operations allocate and free it. Needs torch."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from torch.utils._pytree import tree_iter
 
 from steplm.types import HOST
 
-REST = "rest"  # whatever nobody has labelled: activations and workspace
+REST = "rest"  # default label: activations and workspace
 DEVICE = torch.ops.prim.device.default
-LIFT_FRESH = torch.ops.aten.lift_fresh.default  # all that is dispatched of torch.tensor(...): a view of a new storage
+LIFT_FRESH = torch.ops.aten.lift_fresh.default  # the only op torch.tensor(...) dispatches: a view of a new storage
 
 
 class _Counted(NamedTuple):
-    reference: weakref.ref[torch.UntypedStorage]  # kept alive for its callback
+    reference: weakref.ref[torch.UntypedStorage]  # must stay alive for its callback to run
     label: str
     num_bytes: int
 
 
 class ByteCounter(TorchDispatchMode):
-    """Counts the bytes of every storage that is born inside it, or given to ``track``, until the storage dies.
+    """Counts the bytes of every storage that is allocated inside it, or passed to ``track``, until it is freed.
 
-    Views and aliases count once. Fake tensors count as the real ones that they stand for, tensors on the meta
-    device as nothing. Storages labelled ``HOST`` stand for the host's memory and are part of no total.
+    Views and aliases count once. Fake tensors count like the real ones they stand for; tensors on the meta device count
+    as zero. Storages labeled ``HOST`` stand for host memory and are excluded from totals.
 
-    Not seen: what a kernel allocates and frees inside itself, and what an allocator adds (rounding, fragmentation).
+    Not counted: memory that a kernel allocates and frees internally, and allocator overhead (rounding, fragmentation).
     """
 
     def __init__(self) -> None:
@@ -45,12 +45,12 @@ class ByteCounter(TorchDispatchMode):
 
     @property
     def current_bytes(self) -> int:
-        """Bytes alive now, without the host's."""
+        """Bytes allocated now, without host memory."""
         return self._total
 
     @property
     def current_by_label(self) -> dict[str, int]:
-        """Bytes alive now, the host's too."""
+        """Bytes allocated now by label, including host memory."""
         return {label: count for label, count in self._by_label.items() if count}
 
     @property
@@ -60,21 +60,21 @@ class ByteCounter(TorchDispatchMode):
 
     @property
     def peak_by_label(self) -> dict[str, int]:
-        """``current_by_label`` at the first instant of the peak."""
+        """``current_by_label`` when the peak was first reached."""
         return self._peak_by_label
 
     def reset_peak(self) -> None:
-        """Start a new peak at the present count."""
+        """Restart the peak at the current count."""
         self._peak, self._peak_by_label = self._total, self.current_by_label
 
     def track(self, tensor: Tensor, label: str) -> None:
-        """Count the tensor's storage from now on under ``label``, whether it is counted already or not."""
+        """Count the tensor's storage under ``label`` from now on, even if it already has another label."""
         self._count(tensor.untyped_storage(), label)
         self._update_peak()
 
     @contextmanager
     def labelling(self, label: str) -> Iterator[None]:
-        """Storages born inside count under ``label``."""
+        """Label storages that are allocated inside this context with ``label``."""
         before, self._newborn = self._newborn, label
         try:
             yield
@@ -85,7 +85,7 @@ class ByteCounter(TorchDispatchMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is DEVICE and isinstance(args[0], FakeTensor):
-            # Two of three calls are this one; asked of the mode below, it is slow.
+            # Two thirds of all calls are this one, and the fake-tensor mode answers it slowly.
             return args[0].fake_device
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
@@ -93,7 +93,7 @@ class ByteCounter(TorchDispatchMode):
             storage = tensor.untyped_storage()
             known = self._storages.get(storage._cdata)
             if known is not None:
-                self._count(storage, known.label)  # it may have been resized
+                self._count(storage, known.label)  # the storage may have been resized
             elif tensor.device.type != "meta" and (func is LIFT_FRESH or not _shared(storage, (args, kwargs))):
                 self._count(storage, self._newborn)
         self._update_peak()
@@ -133,5 +133,5 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _shared(storage: torch.UntypedStorage, values: Any) -> bool:
-    """Whether one of the values is a view of the storage: then it is not born here, and nobody asked to count it."""
+    """Whether one of the values already uses this storage, so that the operation did not allocate it."""
     return any(storage._cdata == tensor.untyped_storage()._cdata for tensor in _tensors(values))

@@ -1,4 +1,4 @@
-"""Published figures of devices."""
+"""Published specifications of devices."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _ADA = "NVIDIA Ada GPU architecture white paper, appendix A"
 
 @dataclass(frozen=True)
 class Device:
-    """Figures as the maker tells them."""
+    """The manufacturer's figures for a device."""
 
-    title: str  # as PyTorch names it, without the maker and the series
+    title: str  # PyTorch's name for it, without "NVIDIA" and "GeForce"
     memory_bytes: int
-    bf16_flops: float  # a second, of dense matrix products summed in fp32
-    fp32_flops: float  # a second, without tensor cores
-    bandwidth: float  # bytes a second of its memory
-    bus: float  # bytes a second to or from the host, in one direction
+    bf16_flops: float  # FLOP/s of dense matmuls with fp32 accumulation
+    fp32_flops: float  # FLOP/s without tensor cores
+    bandwidth: float  # bytes per second of its memory
+    bus: float  # bytes per second to or from the host, in one direction
     source: str
 
 
-# Bus: PCIe 4.0 x16 has 31.5 GB/s in one direction, PCIe 5.0 x16 63 GB/s.
+# Bus: 31.5 GB/s in one direction for PCIe 4.0 x16, 63 GB/s for PCIe 5.0 x16.
 DEVICES = {
     "a100-40gb": Device("A100-SXM4-40GB", 40 * 10**9, 312e12, 19.5e12, 1555e9, 31.5e9, _A100),
     "a100-80gb": Device("A100-SXM4-80GB", 80 * 10**9, 312e12, 19.5e12, 2039e9, 31.5e9, _A100),
@@ -45,7 +45,7 @@ DEVICES = {
 
 
 def published_flops(name: str, precision: str) -> float | None:
-    """Peak FLOP/s of a device by the name that PyTorch gives it, in "bf16" or "fp32"; None where it is not known."""
+    """Published peak FLOP/s in "bf16" or "fp32" of the device with this PyTorch name; None if it is not in the table."""
     title = name.removeprefix("NVIDIA ").removeprefix("GeForce ")
     for device in DEVICES.values():
         if device.title == title:

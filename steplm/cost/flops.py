@@ -13,23 +13,22 @@ from steplm.types import ModelShape
 
 
 def training_flops_per_token(shape: ModelShape, phase: Phase, sequence_length: int) -> int:
-    """Forward and backward operations of one step of a phase, divided by its tokens.
+    """Forward and backward FLOPs of one step of a phase, divided by its tokens.
 
-    With ``M`` matrix parameters of a layer, ``H = vocab_size × hidden_size`` of the head, ``E`` adapter
-    parameters of a frozen layer, ``N`` layers of which ``n`` are trained, ``F`` frozen and ``N_b`` reached by the
-    backward pass, attention width ``A = num_attention_heads × head_dim`` and sequence length ``S``:
+    With ``M`` matrix parameters per layer, ``H = vocab_size × hidden_size`` in the head, ``E`` adapter parameters per
+    frozen layer, ``N`` layers of which ``n`` are trained, ``F`` frozen and ``N_b`` reached by the backward pass,
+    attention width ``A = num_attention_heads × head_dim`` and sequence length ``S``:
 
         forward                   2 (N M + F E + H) + 4 N S A
         backward, activations     2 (N_b M + F E + H) + 8 N_b S A
         backward, weights         2 (n M + F E), and 2 H where the head is trained
 
-    so that ordinary training costs the well-known ``6 × matrix parameters + 12 N S A``. A frozen matrix
-    passes gradients on but gets none, which saves a third of its share. The backward pass goes down to
-    the lowest trained tensor; see ``Phase.num_layers_without_backward``. Adapters on the head count like those of a
-    layer.
+    Full training therefore costs the well-known ``6 × matrix parameters + 12 N S A``. A frozen matrix passes
+    gradients on but gets none itself, which saves a third of its FLOPs. The backward pass stops at the lowest trained
+    tensor; see ``Phase.num_layers_without_backward``. Adapters on the head count like those of a layer.
 
-    These are the model's operations: embedding look-up, norms and softmax are left out, the causal mask
-    saves nothing, and recomputed activations are not counted twice.
+    These are model FLOPs: embedding lookup, norms and softmax are excluded, the causal mask saves nothing, and
+    recomputed activations are not counted twice.
 
     Source: Kaplan et al. (arXiv 2001.08361), section 2.1; attention: PaLM (arXiv 2204.02311), appendix B.
     """
@@ -52,7 +51,7 @@ def training_flops_per_token(shape: ModelShape, phase: Phase, sequence_length: i
 
 
 def recomputed_flops_per_token(shape: ModelShape, phase: Phase, config: RunConfig) -> int:
-    """Of the second forward pass of the layers that ``train.gradient_checkpointing`` names."""
+    """FLOPs of the second forward pass of the layers that ``train.gradient_checkpointing`` covers."""
     flops = 0
     matrices = sum(linear.in_features * linear.out_features for linear in shape.linears)
     for role, count in phase.groups.items():
@@ -63,14 +62,16 @@ def recomputed_flops_per_token(shape: ModelShape, phase: Phase, config: RunConfi
 
 
 def newton_schulz_flops(rows: int, columns: int) -> int:
-    """Of Muon's update of one map, sides s ≤ l: each step makes X Xᵀ and its product with X (2 s² l each), and (X Xᵀ)²
-    (2 s³)."""
+    """FLOPs of Newton–Schulz in Muon's update of one matrix with sides s ≤ l.
+
+    Each step computes X Xᵀ and its product with X (2 s² l each), and (X Xᵀ)² (2 s³).
+    """
     s, l = sorted((rows, columns))  # noqa: E741
     return NEWTON_SCHULZ_STEPS * (4 * s * s * l + 2 * s**3)
 
 
 def _attention(shape: ModelShape, sequence_length: int) -> int:
-    """Of the forward pass of one layer."""
+    """Attention FLOPs per token of the forward pass of one layer."""
     return 4 * sequence_length * (shape.attention_size or shape.hidden_size)
 
 

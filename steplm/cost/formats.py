@@ -1,7 +1,7 @@
-"""Bytes of the storage formats, and the sizes that formula and implementation share.
+"""Bytes of the storage formats, and the constants that the formulas share with the implementation.
 
-An 8-bit optimizer state is one code per element and one fp32 scale per block; a vector stays fp32. An int8 matrix
-has one fp32 scale per row; an NF4 matrix has two codes per byte and one bf16 scale per block.
+An 8-bit optimizer state is one code per element and one fp32 scale per block; states of vectors stay in fp32. An int8
+matrix has one fp32 scale per row; an NF4 matrix has two codes per byte and one bf16 scale per block.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from math import gcd
 STATE_BLOCK = 256  # elements of an 8-bit optimizer state that share a scale
 NF4_BLOCK = 64  # elements of an NF4 weight that share a scale
 STEP_CHUNK = 2**22  # elements that the optimizer updates at once
-CODE_BOOK_BYTES = 659_448  # tables of an optimizer with 8-bit states, on each device
-MIN_OFFLOADED_BYTES = 64 * 2**10  # a smaller activation costs more time than it saves memory
-PACK_CHUNK = 2**22  # elements of a packed matrix that are in fp32 at once; a multiple of NF4_BLOCK
+CODE_BOOK_BYTES = 659_448  # lookup tables of an optimizer with 8-bit states, on each device
+MIN_OFFLOADED_BYTES = 64 * 2**10  # moving a smaller activation saves too little memory for the time it takes
+PACK_CHUNK = 2**22  # elements of a quantized matrix that are in fp32 at once; a multiple of NF4_BLOCK
 
 
 def state_bytes(num_parameters: int) -> int:
-    """One moment of one matrix in 8 bits. Source: Dettmers et al. (arXiv 2110.02861), section 2."""
+    """Bytes of one 8-bit moment of a matrix. Source: Dettmers et al. (arXiv 2110.02861), section 2."""
     return num_parameters + 4 * _blocks(num_parameters, STATE_BLOCK)
 
 
 def int8_bytes(out_features: int, in_features: int) -> int:
-    """A frozen matrix in int8, a scale for each row."""
+    """Bytes of a frozen int8 matrix, with one scale per row."""
     return out_features * in_features + 4 * out_features
 
 
 def nf4_bytes(out_features: int, in_features: int) -> int:
-    """A frozen matrix in 4-bit NormalFloat. Source: QLoRA (arXiv 2305.14314), section 3, with bf16 scales."""
+    """Bytes of a frozen 4-bit NormalFloat matrix. Source: QLoRA (arXiv 2305.14314), section 3, with bf16 scales."""
     num_parameters = out_features * in_features
     return _blocks(num_parameters, 2) + 2 * _blocks(num_parameters, NF4_BLOCK)
 
@@ -45,14 +45,14 @@ def _blocks(num_elements: int, block: int) -> int:
 
 
 def step_bytes(bucket: int, piece: int, *, states: str, masters: str) -> int:
-    """Workspace of the optimizer; see ``steplm.optim.adamw.AdamW``.
+    """Workspace of AdamW; see ``steplm.optim.adamw.AdamW``.
 
     Args:
         bucket: elements that it updates at once.
-        piece: elements of the largest tensor, or part of one, among them: what is rounded at once.
-        masters: ``fp32`` (also where the weight is), ``8bit`` or ``none``.
+        piece: elements of the largest tensor, or chunk of a tensor, in that bucket; rounding works on one at a time.
+        masters: ``fp32`` (also for fp32 weights), ``8bit`` or ``none``.
     """
-    update = 4 * bucket + (0 if masters == "fp32" else 4 * bucket)  # the gradient, and the weight, in fp32
+    update = 4 * bucket + (0 if masters == "fp32" else 4 * bucket)  # gradient and weight in fp32
     round_weights = {"fp32": 0, "8bit": 4 * bucket + 4 * piece, "none": 4 * bucket + 5 * piece}[masters]
     if states != "8bit":
         return max(update, round_weights)
@@ -61,15 +61,15 @@ def step_bytes(bucket: int, piece: int, *, states: str, masters: str) -> int:
 
 
 def is_low_rank(rows: int, columns: int, rank: int) -> bool:
-    """Whether a matrix of this shape can have states of this rank, which is to be below both its sides."""
+    """Whether a matrix of this shape can have states of this rank: it must be smaller than both sides."""
     return min(rows, columns) > rank
 
 
 def low_rank_state_bytes(method: str, rows: int, columns: int, rank: int) -> int:
-    """Fp32 states of one matrix, without its master weight; see ``steplm.optim.low_rank.LowRankAdamW``.
+    """Bytes of one matrix's fp32 states, without master weights; see ``steplm.optim.low_rank.LowRankAdamW``.
 
-    Two moments of rank × larger side, and the projector of GaLore (arXiv 2403.03507, table 1) or the norm of
-    APOLLO's last update (arXiv 2412.05270). APOLLO-Mini has rank 1, whatever ``rank`` is.
+    Two moments of shape (rank, larger side), and the projector of GaLore (arXiv 2403.03507, table 1) or the norm of
+    APOLLO's last update (arXiv 2412.05270). APOLLO-Mini always has rank 1 and ignores ``rank``.
     """
     small, large = sorted((rows, columns))
     rank = 1 if method == "apollo_mini" else rank
@@ -77,13 +77,13 @@ def low_rank_state_bytes(method: str, rows: int, columns: int, rank: int) -> int
 
 
 def low_rank_step_bytes(method: str, rows: int, columns: int, rank: int, *, width: int, has_master: bool) -> int:
-    """Workspace of updating one such matrix, in a step that renews its projector.
+    """Workspace of updating one such matrix, in a step that refreshes its projector.
 
-    Left out: what LAPACK or its like takes inside a decomposition.
+    Excludes the workspace that LAPACK or cuSOLVER allocates internally.
 
     Args:
-        width: bytes of a number of the weight and its gradient: 2 or 4.
-        has_master: whether there is an fp32 copy of a weight of 2 bytes.
+        width: bytes per element of the weight and its gradient: 2 or 4.
+        has_master: whether a 2-byte weight has an fp32 master copy.
     """
     small, large = sorted((rows, columns))
     rank = 1 if method == "apollo_mini" else rank
@@ -92,24 +92,24 @@ def low_rank_step_bytes(method: str, rows: int, columns: int, rank: int, *, widt
     weight = whole if width < 4 and not has_master else 0
     rounding = weight and weight + 5 * small * large  # random bits (4) and mask (1)
     if method == "galore":
-        renewal = 16 * small * small + 8 * (small + 1)  # in fp64, gradient times its transpose and eigenvectors
+        renewal = 16 * small * small + 8 * (small + 1)  # in fp64: the Gram matrix of the gradient, and eigenvectors
         return max(renewal, gradient + projected, 2 * projected + 4, projected + weight, rounding)
-    num_factors = 1 if method == "apollo_mini" else large  # one for the matrix, or for each column
+    num_factors = 1 if method == "apollo_mini" else large  # one for the matrix, or one per column
     factors = 9 * num_factors  # two norms (4), and mask (1)
     update = max(projector + projected, 2 * projected + factors, 8 * large, weight + 4 * num_factors)
     return max(gradient + update, rounding)
 
 
 def unpack_bytes(fmt: str, num_parameters: int, width: int) -> int:
-    """What it takes to make one packed matrix whole, of ``width`` bytes a parameter; see ``steplm.pet.packing``."""
+    """Bytes needed to dequantize one matrix to ``width`` bytes per parameter; see ``steplm.pet.packing``."""
     chunk = {"full": 0, "int8": 4, "nf4": 6}[fmt] * min(num_parameters, PACK_CHUNK)
     return 0 if fmt == "full" else num_parameters * width + chunk
 
 
 def largest_bucket(sizes: Iterable[int]) -> int:
-    """Elements of the largest group that the optimizer updates at once, of tensors of these sizes in their order.
+    """Elements of the largest bucket that the optimizer updates at once, for tensors of these sizes in this order.
 
-    A tensor is cut into pieces of ``STEP_CHUNK`` elements; a group is as many pieces as fit into that.
+    Tensors are split into chunks of at most ``STEP_CHUNK`` elements; a bucket is as many chunks as fit into that size.
     """
     largest = size = 0
     for num_elements in sizes:
@@ -120,55 +120,55 @@ def largest_bucket(sizes: Iterable[int]) -> int:
     return largest
 
 
-NEWTON_SCHULZ_STEPS = 5  # of an update of Muon
-SIGNED_CODE_BOOK_BYTES = CODE_BOOK_BYTES // 2  # tables of a rule with 8-bit momentum, on each device
+NEWTON_SCHULZ_STEPS = 5  # per Muon update
+SIGNED_CODE_BOOK_BYTES = CODE_BOOK_BYTES // 2  # lookup tables of a rule with 8-bit momentum, on each device
 
 
 def maps_at_once(rows: int, columns: int) -> int:
-    """How many maps of this shape a rule for matrices updates at once: ``STEP_CHUNK`` elements at most, or one map."""
+    """How many matrices of this shape a matrix rule updates at once: at most ``STEP_CHUNK`` elements, or one matrix."""
     return max(1, STEP_CHUNK // (rows * columns))
 
 
 def row_pieces(rows: int, columns: int) -> list[slice]:
-    """The rows of a matrix whose momentum and weights are in fp32 at once.
+    """Row ranges of a matrix whose momentum and weights are in fp32 at once.
 
-    ``STEP_CHUNK`` elements at most, and a piece begins where a block of an 8-bit state does. (Of matrices with more
-    than ``STEP_CHUNK / STATE_BLOCK`` columns a piece may be larger: the fewest rows that end with a block.)
+    Each has at most ``STEP_CHUNK`` elements and starts at a block boundary of an 8-bit state. In matrices with more
+    than ``STEP_CHUNK / STATE_BLOCK`` columns a range may be larger: the fewest rows that end at a block boundary.
     """
     size = _rows_of_piece(columns)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def _rows_of_piece(columns: int) -> int:
-    unit = STATE_BLOCK // gcd(columns, STATE_BLOCK)  # rows that make whole blocks
+    unit = STATE_BLOCK // gcd(columns, STATE_BLOCK)  # rows that fill whole blocks
     return max(unit, STEP_CHUNK // columns // unit * unit)
 
 
 def momentum_bytes(rows: int, columns: int, states: str) -> int:
-    """Momentum of one map. Source of its 8 bits: arXiv 2509.23106."""
+    """Bytes of the momentum of one matrix. Source of the 8-bit format: arXiv 2509.23106."""
     size = rows * columns
     return {"fp32": 4 * size, "bf16": 2 * size, "8bit": state_bytes(size)}[states]
 
 
 def muon_state_bytes(rows: int, columns: int, states: str) -> int:
-    """States of one map, without what is held beside its weight; see ``steplm.optim.muon.Muon``."""
+    """Bytes of the states of one matrix, without master weights; see ``steplm.optim.muon.Muon``."""
     return momentum_bytes(rows, columns, states)
 
 
 def muon_step_bytes(
     maps: Iterable[tuple[int, int]], *, states: str, masters: str, compute_width: int, num_shards: int = 1
 ) -> int:
-    """Workspace of Muon's update of maps of these shapes: in a step all maps of the rule, in a fused backward pass
-    those of one parameter.
+    """Workspace of a Muon update of weight matrices of these shapes.
 
-    Left out: what a matrix product takes inside itself.
+    A step covers every matrix of the rule; a fused backward pass covers those of one parameter at a time. Excludes the
+    workspace that matmul kernels allocate internally.
 
     Args:
-        maps: rows and columns of every map, of all ranks together.
+        maps: rows and columns of every matrix, over all ranks.
         states: format of the momentum.
-        masters: ``fp32`` (also where the weight is), ``8bit`` or ``none``.
-        compute_width: bytes of a number in Newton–Schulz: 2 on CUDA, 4 elsewhere.
-        num_shards: ranks that share the rows of every map. Each gathers its share of the maps.
+        masters: ``fp32`` (also for fp32 weights), ``8bit`` or ``none``.
+        compute_width: bytes per element in Newton–Schulz: 2 on CUDA, 4 elsewhere.
+        num_shards: ranks that share the rows of every matrix. Each rank gathers its share of the matrices.
     """
     most = 0
     for batch, rows, columns in _muon_batches(maps, num_shards):
@@ -179,31 +179,31 @@ def muon_step_bytes(
 
 
 def muon_product_bytes(maps: Iterable[tuple[int, int]], *, compute_width: int) -> int:
-    """Of ``muon_step_bytes``, what Newton–Schulz holds."""
+    """The share of ``muon_step_bytes`` that Newton–Schulz needs."""
     return max((_newton_schulz_bytes(*batch, compute_width) for batch in _muon_batches(maps)), default=0)
 
 
 def _muon_batches(maps: Iterable[tuple[int, int]], num_shards: int = 1) -> Iterator[tuple[int, int, int]]:
-    """Of each shape, how many maps a rank updates at once, and their rows, with those that fill up, and columns."""
+    """For each shape: how many matrices a rank updates at once, their rows (padded to ``num_shards``), and columns."""
     for (rows, columns), count in Counter(maps).items():
         whole = -(-rows // num_shards) * num_shards
         yield -(-min(count, num_shards * maps_at_once(whole, columns)) // num_shards), whole, columns
 
 
 def _newton_schulz_bytes(batch: int, rows: int, columns: int, compute_width: int) -> int:
-    """Two times the maps that are updated together, and a square for each."""
+    """Two copies of the matrices that are updated together, and one square Gram matrix for each."""
     return compute_width * batch * (2 * rows * columns + min(rows, columns) ** 2)
 
 
 def scale_state_bytes(rows: int, columns: int, states: str, *, momentum: bool = False) -> int:
-    """States of one map, without what is held beside its weight; see ``steplm.optim.scale.SCALE``."""
+    """Bytes of the states of one matrix, without master weights; see ``steplm.optim.scale.SCALE``."""
     return momentum_bytes(rows, columns, states) if momentum else 0
 
 
 def scale_step_bytes(
     maps: Iterable[tuple[int, int]], *, states: str, masters: str, momentum: bool = False, norm: str = "column"
 ) -> int:
-    """Workspace of SCALE's update of maps of these shapes; arguments as of ``muon_step_bytes``."""
+    """Workspace of a SCALE update of matrices of these shapes; arguments as in ``muon_step_bytes``."""
     most = 0
     for (rows, columns), count in Counter(maps).items():
         batch = min(count, maps_at_once(rows, columns))
@@ -215,9 +215,9 @@ def scale_step_bytes(
 
 
 def _piece_bytes(rows: int, columns: int, *, states: str | None, masters: str) -> int:
-    """Workspace of reading and writing the momentum (None: there is none), or the weight, of one piece of a map."""
-    # Momentum: its fp32 copy (4) beside the gradient's (4), or beside indices, boundaries and comparison (9).
-    # Weight: its fp32 copy (4) beside the upper bits (4), or beside random bits (4) and mask (1).
+    """Workspace of reading and writing the momentum (None: there is none) or the weight of one chunk of a matrix."""
+    # Momentum: its fp32 copy (4) plus the gradient's (4), or plus indices, boundaries and comparison (9).
+    # Weight: its fp32 copy (4) plus the upper bits (4), or plus random bits (4) and mask (1).
     per_element = max(
         {None: 0, "fp32": 4, "bf16": 8, "8bit": 13}[states],
         {"fp32": 0, "8bit": 8, "none": 9}[masters],

@@ -1,4 +1,4 @@
-"""What a model and its optimizer really hold, in the rows of the plan."""
+"""Measured model-state memory of a model and its optimizer, by the plan's components and kinds."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from steplm.rows import on_this_rank
 from steplm.types import HOST_OPTIMIZER, MemoryEstimate, MemoryTerm
 from steplm.units import format_bytes
 
-ADAPTER_TENSORS = ("lora_A", "lora_B")  # last parts of the names of adapter parameters
+ADAPTER_TENSORS = ("lora_A", "lora_B")  # last name components of adapter parameters
 
 
 class HasStateTensors(Protocol):
-    """What is asked of an optimizer: its state tensors, by parameter name and by their own name."""
+    """An optimizer that exposes its state tensors by parameter name and state name."""
 
     def state_tensors(self) -> Mapping[str, Mapping[str, Tensor]]: ...
 
 
 class HoldsTensors(Protocol):
-    """What is asked of parameters in host memory: name (None: of no parameter), kind and tensor of all there is."""
+    """Parameters in host memory that expose all tensors with parameter name (None: of no parameter) and kind."""
 
     def tensors(self) -> Iterator[tuple[str | None, str, Tensor]]: ...
 
@@ -44,16 +44,16 @@ def measure_model_state(
 ) -> MemoryEstimate:
     """Bytes of the storages behind weights, gradients and optimizer states, by component and kind.
 
-    A storage that several tensors share counts once, for the first of them.
+    A storage shared by several tensors counts once, for the first of them.
 
     Args:
-        host: copies of the trained parameters in host memory, where the optimizer's states are too.
-        packed: component, kind and tensor of what is held outside the model's parameters.
-        expect_gradients: where a trained parameter has no gradient yet, count the one it will get. With ``host`` those
-            are counted there.
+        host: copies of the trained parameters in host memory; the optimizer's states are then there too.
+        packed: component, kind and tensor of weights stored outside the model's parameters.
+        expect_gradients: if a trained parameter has no gradient yet, count the one it will get. With ``host``, its
+            gradient buffers are counted instead.
 
     Raises:
-        ConfigError: the model does not have so many layers.
+        ConfigError: the model has no list of ``num_hidden_layers`` layers.
     """
     prefix, _ = find_layers(model, num_hidden_layers)
     head_name = name_of_head(model)
@@ -72,7 +72,7 @@ def measure_model_state(
         component = components[name]
         add(component, "weights", parameter.detach())
         if parameter.grad is not None and hasattr(parameter.grad, "to_local"):
-            held[component, "gradients"] += _own_bytes(parameter.grad)  # views of one storage, of all their layer's
+            held[component, "gradients"] += _own_bytes(parameter.grad)  # a layer's gradients are views of one storage
         elif parameter.grad is not None:
             add(component, "gradients", parameter.grad)
         elif expect_gradients and parameter.requires_grad and host is None:
@@ -91,7 +91,7 @@ def measure_model_state(
 
 
 def comparable(measured: MemoryEstimate, planned: MemoryEstimate) -> MemoryEstimate:
-    """What was measured, without embeddings, final norm and head if the plan does not count them."""
+    """The measurement, without embeddings, final norm and head if the plan does not count them."""
     if any(term.component in OUTER_COMPONENTS for term in planned.terms):
         return measured
     left_out = (*OUTER_COMPONENTS, LANDING)
@@ -99,10 +99,10 @@ def comparable(measured: MemoryEstimate, planned: MemoryEstimate) -> MemoryEstim
 
 
 def check_against_plan(measured: MemoryEstimate, planned: MemoryEstimate) -> None:
-    """Compare every ``comparable`` row, to the byte.
+    """Require that plan and measurement agree to the byte in every ``comparable`` row.
 
     Raises:
-        MemoryMismatch: with a table of the rows that differ.
+        MemoryMismatch: rows differ; the message tabulates them.
     """
     measured = comparable(measured, planned)
     found = dict.fromkeys((term.component, term.kind) for term in (*planned.terms, *measured.terms))
@@ -126,11 +126,11 @@ def check_against_plan(measured: MemoryEstimate, planned: MemoryEstimate) -> Non
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """The highest memory use since ``reset_peak``, labelled by what it counts; None where not known."""
+    """Peak memory since ``reset_peak``; None where unknown."""
 
     peak_allocated_bytes: int | None = None  # tensors on the accelerator
-    peak_reserved_bytes: int | None = None  # held by the accelerator's allocator, fragmentation included
-    peak_resident_bytes: int | None = None  # the whole process in main memory, libraries included
+    peak_reserved_bytes: int | None = None  # reserved by the accelerator's allocator, including fragmentation
+    peak_resident_bytes: int | None = None  # the whole process in host memory, including libraries
 
     def __str__(self) -> str:
         labelled = {
@@ -143,7 +143,7 @@ class PeakMemory:
 
 
 def measure_peak(device: torch.device | str) -> PeakMemory:
-    """Peak bytes of an accelerator's tensors and allocator, or of this process on a CPU."""
+    """Peak memory of an accelerator's tensors and allocator, or of this process on a CPU."""
     if torch.device(device).type == "cuda":
         return PeakMemory(
             peak_allocated_bytes=torch.cuda.max_memory_allocated(device),
@@ -153,16 +153,16 @@ def measure_peak(device: torch.device | str) -> PeakMemory:
 
 
 def reset_peak(device: torch.device | str) -> None:
-    """Start a new peak. A CPU process keeps its old one where the system offers no reset."""
+    """Reset the peak. On a CPU the old peak remains if the system offers no reset."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # Linux: sets the peak resident size to the present one
+        file.write("5")  # Linux: sets the peak resident size to the current one
 
 
 def _peak_resident_bytes() -> int | None:
-    # Not getrusage first: a child process starts with its parent's peak there.
+    # Try this before getrusage, where a child process starts with its parent's peak.
     with suppress(OSError), open("/proc/self/status") as file:
         match = re.search(r"^VmHWM:\s+(\d+) kB", file.read(), re.MULTILINE)
         if match:
@@ -178,10 +178,10 @@ def _peak_resident_bytes() -> int | None:
 
 
 def find_layers(model: nn.Module, num_hidden_layers: int) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the outermost list of that length.
+    """Name and ``ModuleList`` of the decoder layers: the outermost list of that length.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the model has no such list.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_hidden_layers:
@@ -194,21 +194,21 @@ def find_layers(model: nn.Module, num_hidden_layers: int) -> tuple[str, nn.Modul
 
 
 def name_of_head(model: nn.Module) -> str | None:
-    """Name of the module that makes the logits, or None."""
+    """Name of the module that computes the logits, or None."""
     get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
 def outer_component(name: str, parameter: Tensor, head_name: str | None) -> str:
-    """Component of a parameter outside the layers: the head's own, other vectors, or other matrices."""
+    """Component of a parameter outside the layers: ``head``, ``final_norm`` (other vectors) or ``embeddings``."""
     if head_name is not None and name.startswith(f"{head_name}."):
         return "head"
     return "final_norm" if parameter.dim() == 1 else "embeddings"
 
 
 def _own_bytes(tensor: Tensor) -> int:
-    """Of the elements on this rank."""
+    """Bytes of the tensor's elements on this rank."""
     local = on_this_rank(tensor)
     return int(local.numel() * local.element_size())
 

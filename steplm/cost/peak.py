@@ -1,10 +1,10 @@
-"""All that a device holds at each instant of a phase that can be its highest, where it holds the whole model.
+"""Device memory at every point of a phase that can be its peak, for an unsharded model.
 
-Every instant holds the weights and the optimizer's states. Beside them: the loss holds the activations of all layers
-and its own workspace; the backward pass of a layer holds the activations of the layers below it and the gradients of
-those above it; the update holds all gradients. Left out: the device's context and libraries (``memory.reserve``).
+Weights and optimizer states are always in memory. In addition, the loss needs the activations of all layers and its own
+workspace; the backward pass of a layer needs the activations of the layers below it and the gradients of those above
+it; the update needs all gradients. Excludes the device's context and libraries (``memory.reserve``).
 
-N tokens of a micro-batch, d hidden size, V vocabulary, C rows of the loss at once, w bytes of a number.
+Symbols: N tokens per micro-batch, d hidden size, V vocabulary size, C rows per chunk of the loss, w bytes per element.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm, ModelShape, 
 
 
 class Instants:
-    """The instants of a phase, each from the same few numbers."""
+    """Builds the instants of a phase."""
 
     def __init__(self, config: RunConfig, shape: ModelShape, phase: Phase, state: MemoryEstimate | None = None) -> None:
         train, memory = config.train, config.memory
@@ -50,12 +50,12 @@ class Instants:
         self.outside, self.num_layers = phase.embeddings_and_head, phase.num_hidden_layers
         self.trains_outside = isinstance(self.outside, Trained)
         self.outside_rank = self.outside.rank if isinstance(self.outside, Adapter) else 0
-        self.frees_gradients = memory.fused_backward or memory.offload_optimizer  # each as soon as it is there
-        self.kinds = tuple(phase.groups)  # the different roles of layers
+        self.frees_gradients = memory.fused_backward or memory.offload_optimizer  # each one once it is complete
+        self.kinds = tuple(phase.groups)  # the distinct roles of layers
         one_of = {kind: kind for kind in self.kinds}
         same = {id(role): one_of[role] for role in {id(role): role for role in phase.layers}.values()}
-        self.roles = [same[id(role)] for role in phase.layers]  # equal ones are one object: compared by identity
-        # Of each kind: layers among the lowest 0, 1, 2 ...
+        self.roles = [same[id(role)] for role in phase.layers]  # equal roles become one object, compared by identity
+        # For each kind, how many of its layers are among the lowest 0, 1, 2 ...
         self.below = {kind: [0, *accumulate(role is kind for role in self.roles)] for kind in self.kinds}
         self.recomputes = {kind: recomputes(config, kind) for kind in self.kinds}
         self.activations = {kind: layer_activations(self.work, kind) for kind in self.kinds}
@@ -63,27 +63,27 @@ class Instants:
             kind: self.work.stream_bytes if self.recomputes[kind] else self.activations[kind].saved
             for kind in self.kinds
         }
-        # Gradients of all micro-batches are summed: from the second one on they all exist, all the time.
+        # With gradient accumulation, all gradients exist at all times from the second micro-batch on.
         self.sums_gradients = config.micro_batches > 1 and not memory.offload_optimizer
-        # Layers that the backward pass does not reach save nothing for it.
+        # Layers that the backward pass does not reach save no activations.
         self.unreached = phase.num_layers_without_backward
-        self.matrix = shape.vocab_size * shape.hidden_size  # of the embeddings, or of the head
+        self.matrix = shape.vocab_size * shape.hidden_size  # parameters of the embeddings, or of the head
 
     def in_order(self, *, grows: bool) -> tuple[Instant, ...]:
-        """All of them; ``grows``: whether the stage begins with a growth."""
+        """All instants in chronological order; ``grows``: whether the phase begins with a growth or a merge."""
         growth = (self.growth(),) if grows else ()
         backward = (self.final_norm(), self.highest_layer(), self.embeddings())
         return (*growth, self.loss(), *backward, self.update(), self.evaluation())
 
     def growth(self) -> Instant:
-        """The grown model's plain weights, on which the loss is probed before there is an optimizer."""
+        """The loss probe on the grown model's plain weights, before the optimizer exists."""
         return Instant("growth", MemoryEstimate((self._plain_weights(), *self._forward_alone())))
 
     def loss(self) -> Instant:
-        """The chunked loss: all activations wait, and the head's gradient is made in the same pass."""
+        """The chunked loss, with all activations saved; the same pass computes the head's gradient."""
         w, N, V = self.work.width, self.work.num_tokens, self.shape.vocab_size
         chunk = self._chunk_bytes(N)
-        if self.trains_outside and w == 2:  # its last product comes when the chunk's logits are rounded
+        if self.trains_outside and w == 2:  # the head's gradient is computed from logits already rounded to bf16
             chunk = max(chunk, self._chunk_rows(N) * 2 * V + 2 * self.matrix)
         adapted = self.outside_rank
         saved = 0 if self.memory.offload_activations else self._final_norm_saved()
@@ -98,28 +98,29 @@ class Instants:
         return self._instant("loss", self.num_layers, terms, self._all_gradients() if self.sums_gradients else [])
 
     def final_norm(self) -> Instant:
-        """The backward pass of the norm above the last layer: all activations still wait.
+        """The backward pass of the norm after the last layer, with all activations still saved.
 
-        Where the update is fused into the backward pass, the head's comes just before.
+        With a fused backward pass, the head is updated just before.
         """
         backward, formula = norm_backward(self.work), "16 N d + w N d"
         update = self._fused_update(self.matrix) if self.trains_outside else 0
         saved = self._final_norm_saved()
         if update and not self.shape.tie_word_embeddings:
             before = self.work.stream_bytes + self.matrix * self.work.width + update
-            saved_before = 0 if self.memory.offload_activations else saved  # it comes back with the norm's backward
+            saved_before = 0 if self.memory.offload_activations else saved  # fetched only for the norm's backward
             if before + saved_before > backward + saved:
                 backward, saved = before, saved_before
                 formula = "update of the head: w N d + w V d and the optimizer's workspace"
         terms = [term("loss", "activations", saved, "final norm: 4 N d + w N d")]
         terms.append(term("loss", "workspace", backward, formula))
         top = self.num_layers
-        if not isinstance(self.outside, Frozen):  # the head's has gone: this one comes before the norm's largest moment
+        # At the peak of the norm's backward, the head's gradient has left and the norm's own is in transfer.
+        if not isinstance(self.outside, Frozen):
             terms.append(self._leaving(self.work.width * self.shape.hidden_size, "the norm's"))
         return self._instant("backward of the final norm", top, terms, self._gradients_above(top))
 
     def highest_layer(self) -> Instant:
-        """The backward pass of the layer at which most is held."""
+        """The backward pass of the layer with the highest memory."""
         per_layer = {kind: self._gradients_of_one(kind) * (not self.sums_gradients) for kind in self.kinds}
         inside = {
             kind: sum(term.num_bytes for term in self._inside(self.roles.index(kind)) if term.kind != HOST)
@@ -145,7 +146,7 @@ class Instants:
         if self.trains_outside and self.shape.tie_word_embeddings:
             terms.append(term("embeddings", "gradients", matrix_bytes, "the head's part: w V d"))
         update = self._fused_update(self.matrix) if self.trains_outside else 0
-        if update and self.shape.tie_word_embeddings:  # both parts are one by then
+        if update and self.shape.tie_word_embeddings:  # the head's part has been added by then
             update = max(update - matrix_bytes, 0)
         terms.append(term("optimizer", "workspace", update, self._step_formula()))
         terms.append(self._leaving(self.work.width * self.shape.hidden_size, "the lowest norm's"))
@@ -163,28 +164,28 @@ class Instants:
         return self._instant("optimizer step", 0, terms, self._all_gradients(), in_pass=False)
 
     def evaluation(self) -> Instant:
-        """A forward pass that keeps nothing for a backward one, between two steps."""
+        """A forward pass between two steps that saves nothing for a backward pass."""
         whole = max(map(self._unpacking, self.kinds))
         terms = [*self._forward_alone(), term("evaluation", "workspace", whole, "one matrix made whole")]
         return self._instant("evaluation", 0, terms, [], in_pass=False)
 
     def _plain_weights(self) -> MemoryTerm:
         packs = self.memory.packs_frozen
-        # Probed from host memory, layer by layer.
+        # With quantized or offloaded weights, the probe fetches the layers from host memory one by one.
         layers = min(FETCH_SLOTS, self.num_layers) if packs else self.num_layers
         size = self.shape.num_parameters(layers)
         formula = f"({f'{layers} × P_layer' if packs else 'N_i × P_layer'} + P_outer) × {self.work.width} B"
         return MemoryTerm("plain_weights", "weights", size * self.work.width, formula, size)
 
     def _inside(self, index: int) -> list[MemoryTerm]:
-        """What the backward pass of a layer holds beside what all layers below and at it have saved."""
+        """Memory of a layer's backward pass beyond what this layer and those below it have saved."""
         kind, component = self.roles[index], component_of(self.roles[index])
         layer, gradient = self.activations[kind], self.activations[kind].first_gradient
         backward, recomputed = layer.backward, layer.saved if self.recomputes[kind] else 0
         update = self._fused_update(gradient // self.work.width)
         if self.memory.fused_backward and not isinstance(kind, Frozen):
             update = max(update, self._largest_step_bytes(kind))
-        if self.memory.offload_activations:  # what the layer saved, or its input, is back
+        if self.memory.offload_activations:  # the layer's saved tensors, or its input, are back on the device
             if recomputed:
                 backward = layer.backward + self.work.stream_bytes
             else:
@@ -192,11 +193,11 @@ class Instants:
                 if layer.fetched_norm + all_gradients > backward + gradient:
                     backward, gradient = layer.fetched_norm, all_gradients
         leaving = 0
-        if self.memory.offload_optimizer:  # one is made while the one before it is on its way
+        if self.memory.offload_optimizer:  # a gradient is computed while the previous one is in transfer
             leaving = layer.first_gradient
         elif self.frees_gradients:
             at_update = layer.product_gradient + layer.first_gradient + update
-            if recomputed or not self.memory.offload_activations:  # one of the saved is gone by then
+            if recomputed or not self.memory.offload_activations:  # one of the saved tensors has been freed by then
                 at_update -= layer.saved_product
             if recomputed and self.memory.offload_activations:
                 at_update += self.work.stream_bytes
@@ -218,7 +219,7 @@ class Instants:
         *,
         in_pass: bool = True,
     ) -> Instant:
-        """Weights and states, activations of the lowest ``num_below`` layers, and what else there is."""
+        """Weights, states, activations of the lowest ``num_below`` layers, ``gradients`` and the other ``terms``."""
         held = [term for term in self.state.terms if term.kind != "gradients"]
         if self.memory.optimizer_states == "8bit":
             where = HOST if self.memory.offload_optimizer else "workspace"
@@ -246,9 +247,9 @@ class Instants:
         return Instant(name, MemoryEstimate(present), in_pass)
 
     def _candidates(self) -> list[int]:
-        """Layers of which one is the highest: between two of one kind the bytes rise or fall evenly.
+        """Layers that can be the peak: within a run of layers of one kind, memory changes linearly.
 
-        Not those that no gradient reaches.
+        Excludes layers that no gradient reaches.
         """
         ends = (0, 1, self.num_layers - 2, self.num_layers - 1)
         return [
@@ -264,11 +265,11 @@ class Instants:
 
     @property
     def _lowest_norm_saves_no_input(self) -> bool:
-        """No gradient goes below the lowest layer's first norm."""
+        """Whether no gradient goes below the lowest layer's first norm, which then needs no saved input."""
         return isinstance(self.outside, Frozen) and not self.unreached and not self.recomputes[self.roles[0]]
 
     def _saving(self, kind: Role, num_below: int) -> int:
-        """Of these, layers that save something for the backward pass."""
+        """How many of these layers save something for the backward pass."""
         unreached = min(self.unreached, num_below) if isinstance(kind, Frozen) else 0
         return self._count(kind, num_below) - unreached
 
@@ -276,23 +277,23 @@ class Instants:
         return [term for term in self.state.terms if term.kind == "gradients"]
 
     def _head_adapter(self) -> int:
-        """Bytes of the gradients of the head's adapter; the embeddings' has as many."""
+        """Gradient bytes of the head's adapter; the embeddings' adapter has as many."""
         if self.frees_gradients:
             return 0
         return self.work.width * self.outside_rank * (self.shape.vocab_size + self.shape.hidden_size)
 
     def _trained_shapes(self, kind: Role) -> tuple[TensorShape, ...]:
-        """Of all that is trained in a layer of this kind."""
+        """Shapes of all trained tensors of a layer of this kind."""
         if isinstance(kind, Adapter):
             return adapter_shapes(self.shape, kind)
         return self.shape.layer_shapes if isinstance(kind, Trained) else ()
 
     def _gradients_of_one(self, kind: Role) -> int:
-        """Bytes of the gradients that last of one layer of this kind."""
+        """Bytes of the gradients of one layer of this kind that stay after its backward pass."""
         return 0 if self.frees_gradients else self.work.width * sum(map(prod, self._trained_shapes(kind)))
 
     def _gradients_inside(self, kind: Role) -> int:
-        """Bytes of all gradients of one layer, when its backward pass ends."""
+        """Gradient bytes of one layer at the end of its backward pass."""
         return self._gradients_of_one(kind)
 
     def _gradients_above(self, index: int) -> list[MemoryTerm]:
@@ -325,11 +326,11 @@ class Instants:
         yield from () if self.shape.tie_word_embeddings else outside
 
     def _adamw_shapes(self, kind: Role) -> tuple[TensorShape, ...]:
-        """Of the tensors of a layer of this kind that AdamW updates."""
+        """Shapes of the tensors that AdamW updates in a layer of this kind."""
         return () if isinstance(kind, Frozen) else self._split(kind)[1]
 
     def _split(self, kind: Trained | Adapter) -> tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]:
-        """Shapes of what the rule of a layer of this kind takes, and of what AdamW updates."""
+        """Shapes that the rule of a layer of this kind updates, and shapes that AdamW updates."""
         shapes = self._trained_shapes(kind)
         candidates = shapes if isinstance(kind, Adapter) else matrices_of_layer(self.shape)
         return split_by_rule(shapes, candidates, kind.rule, self.optim)
@@ -339,14 +340,14 @@ class Instants:
         return step_bytes(bucket, piece, states=setting.states, masters=setting.masters)
 
     def _rules_step_bytes(self) -> int:
-        """Workspace of the update of what other rules than AdamW take; the rules follow each other."""
+        """Workspace of the rules other than AdamW, which run one after the other."""
         return max(
             (RULES[rule].step_bytes(shapes, self.subject.setting(rule)) for rule, shapes in self._taken().items()),
             default=0,
         )
 
     def _taken(self) -> dict[str, list[TensorShape]]:
-        """By rule, the shapes of what it takes of all layers."""
+        """For each rule, the shapes that it updates in all layers."""
         taken: dict[str, list[TensorShape]] = defaultdict(list)
         for kind, count in self.phase.groups.items():
             if not isinstance(kind, Frozen):
@@ -354,7 +355,7 @@ class Instants:
         return taken
 
     def _largest_step_bytes(self, kind: Trained | Adapter) -> int:
-        """Of the updates of each matrix by itself, in a layer of this kind."""
+        """The largest workspace of updating a single matrix in a layer of this kind."""
         setting = self.subject.setting(kind.rule)
         return max((RULES[kind.rule].step_bytes([shape], setting) for shape in self._split(kind)[0]), default=0)
 
@@ -367,11 +368,11 @@ class Instants:
         return self._step_bytes(piece, piece) if self.memory.fused_backward else 0
 
     def _leaving(self, num_bytes: int, whose: str) -> MemoryTerm:
-        """A gradient that is on its way to the host until the next one has come."""
+        """A gradient in transfer to the host, which stays in memory until the next one is complete."""
         return term("leaving", "gradients", num_bytes * self.memory.offload_optimizer, f"{whose}, to the host")
 
     def _product_bytes(self) -> int:
-        """Workspace of the device while matrices are updated that are in host memory."""
+        """Device workspace of updating matrices that are in host memory."""
         held = [0]
         for rule, shapes in self._taken().items():
             if (product_bytes := RULES[rule].product_bytes) is not None:
@@ -379,7 +380,7 @@ class Instants:
         return max(held)
 
     def _unpacking(self, kind: Role) -> int:
-        """The largest packed matrix, made whole for a product."""
+        """Bytes of dequantizing the largest frozen matrix for a matmul."""
         if isinstance(kind, Trained) or self.memory.frozen_weights == "full":
             return 0
         largest = max(linear.in_features * linear.out_features for linear in self.shape.linears)
@@ -395,7 +396,7 @@ class Instants:
         return min(self.train.loss_chunk_size, num_tokens)
 
     def _forward_alone(self) -> list[MemoryTerm]:
-        """A forward pass that keeps nothing: the widest moment inside a layer, or the loss."""
+        """A forward pass that saves nothing: the peak inside a layer, or the loss."""
         work = replace(self.work, num_sequences=self.config.eval_batch_size)
         layer = work.forward_bytes
         loss = work.stream_bytes + self._chunk_bytes(work.num_tokens)
@@ -407,5 +408,5 @@ class Instants:
 
 
 def term(component: str, kind: str, num_bytes: int, formula: str) -> MemoryTerm:
-    """Not of parameters."""
+    """A term that counts no parameters."""
     return MemoryTerm(component, kind, num_bytes, formula)

@@ -1,4 +1,4 @@
-"""What a phase holds and computes: a function of the phase and of the configuration that it runs under."""
+"""Memory and compute cost of a phase under a given configuration."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from steplm.types import MemoryEstimate, ModelShape, PeakEstimate
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one phase, on one device."""
+    """Cost of one phase on one device."""
 
     memory: MemoryEstimate  # the model state
-    peak: PeakEstimate | None  # all that the device holds; None where the family's layers are not known
-    flops_per_token: int  # of training, without what is computed again
-    recomputed_flops_per_token: int  # of activations that are computed again
-    transfers: Transfers = NO_TRANSFERS  # of the optimizer's tensors, between device and host
+    peak: PeakEstimate | None  # all device memory; None for families that are not modeled
+    flops_per_token: int  # of training, without recomputation
+    recomputed_flops_per_token: int  # of recomputed activations
+    transfers: Transfers = NO_TRANSFERS  # of gradients and weights between device and host, for the optimizer
 
     @property
     def device_bytes(self) -> int:
-        """The peak, or the model state where no more is known."""
+        """The peak, or the model state if the peak is unknown."""
         return self.memory.total_bytes if self.peak is None else self.peak.total_bytes
 
     @property
     def host_bytes(self) -> int:
-        """The most in host memory at once, or that of the model state where no more is known."""
+        """Peak host memory, or that of the model state if the peak is unknown."""
         return self.memory.host_bytes if self.peak is None else self.peak.host_bytes
 
 
 def price(config: RunConfig, shape: ModelShape, phase: Phase) -> Cost:
-    """Bytes and FLOPs of a phase; tokens and learning rates do not change them."""
+    """Memory and FLOPs of a phase; they do not depend on its tokens or learning rate."""
     state = model_state(config, shape, phase)
     counts_outer = config.plan.count_embeddings
     return Cost(
@@ -52,13 +52,13 @@ def price(config: RunConfig, shape: ModelShape, phase: Phase) -> Cost:
 def peak(
     config: RunConfig, shape: ModelShape, phase: Phase, state: MemoryEstimate | None = None
 ) -> PeakEstimate | None:
-    """All bytes on the device at the instants that can be the highest; None for families not modelled.
+    """Device memory at the instants that can be the peak; None for families that are not modeled.
 
     Args:
-        state: the model state, where it is known already.
+        state: the model state, if already known.
     """
     if not is_modelled(shape):
         return None
     instants = Instants if config.distributed.world_size == 1 else ShardedInstants
-    # Before a growth and after a merge the loss of the plain weights is taken.
+    # Growths and merges also evaluate the loss on the plain weights.
     return PeakEstimate(instants(config, shape, phase, state).in_order(grows=phase.entry.kind in ("grow", "merge")))

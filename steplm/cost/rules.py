@@ -1,6 +1,6 @@
-"""The update rules as planning sees them: what each takes, holds, needs while it updates, and goes with. No torch.
+"""The planner's view of update rules: supported matrices, state and workspace bytes, compatible options. No torch.
 
-To add a rule: a row here, and its class in ``steplm.optim.build``. The bytes of both are compared at every run.
+To add a rule, add an entry here and its class in ``steplm.optim.build``. Every run compares the bytes of both.
 """
 
 from __future__ import annotations
@@ -27,39 +27,40 @@ ADAMW = "adamw"  # updates whatever no other rule takes: vectors, embeddings, he
 
 @dataclass(frozen=True)
 class Setting:
-    """What the bytes of a rule depend on beside the shapes."""
+    """What determines the bytes of a rule, apart from the shapes."""
 
     optim: OptimConfig
     states: str  # format of the states: "fp32", "8bit"
-    masters: str  # beside a bf16 weight: "fp32", "8bit" or "none"; of an fp32 weight "fp32"
-    width: int  # bytes of a weight
-    compute_width: int = 4  # bytes of a number in Newton–Schulz: 2 on CUDA
+    masters: str  # master weights of bf16 weights: "fp32", "8bit" or "none"; "fp32" for fp32 weights
+    width: int  # bytes per weight
+    compute_width: int = 4  # bytes per element in Newton–Schulz: 2 on CUDA
     num_shards: int = 1  # ranks that share the rows of a matrix
 
 
 @dataclass(frozen=True)
 class Rule:
-    """An update rule.
+    """An update rule. Shapes are those of whole matrices; bytes are per rank.
 
-    ``takes(shape, optim)``: whether it updates a matrix of this shape, out of a layer's linear maps and stacks of
-    experts. ``state_bytes(shape, setting)``: of one such matrix, without a master weight. ``step_bytes(shapes,
-    setting)``: workspace of one update of all of them. ``sent_bytes(shape, setting)``: what a rank sends to the ranks
-    that share its copy of the model, in one update of one such matrix. Shapes are of whole matrices, bytes of one rank.
-    ``product_bytes``: of the workspace, what the device holds for matrices that are sent to it from host memory; None:
-    the host computes everything.
+    ``takes(shape, optim)``: whether the rule updates a layer's linear weight or stack of experts of this shape.
+    ``state_bytes(shape, setting)``: states of one such matrix, without master weights.
+    ``step_bytes(shapes, setting)``: workspace of one update of all of them.
+    ``sent_bytes(shape, setting)``: what a rank sends to the ranks that share its copy of the model when one such matrix
+    is updated.
+    ``product_bytes(shapes, setting)``: device workspace for matrices sent from host memory; None: the host computes
+    everything.
     """
 
     source: str
     takes: Callable[[TensorShape, OptimConfig], bool]
     state_bytes: Callable[[TensorShape, Setting], int]
     step_bytes: Callable[[Sequence[TensorShape], Setting], int]
-    states: tuple[str, ...] = ("fp32",)  # formats of its states
+    states: tuple[str, ...] = ("fp32",)  # supported formats of its states
     masters: tuple[str, ...] = ("fp32", "none")
-    shardable: bool = False  # goes with matrices whose rows are shared by ranks
+    shardable: bool = False  # supports matrices whose rows are sharded over ranks
     sent_bytes: Callable[[TensorShape, Setting], int] | None = None  # None: its update sends nothing
     fused_backward: bool = True
     product_bytes: Callable[[Sequence[TensorShape], Setting], int] | None = None
-    inheritable: bool = True  # a new layer can take over the moments of its parents
+    inheritable: bool = True  # a new layer can inherit its parents' moments
 
 
 def _low_rank(method: str, source: str) -> Rule:
@@ -77,9 +78,9 @@ def _low_rank(method: str, source: str) -> Rule:
             low_rank_step_bytes(method, shape[0], shape[1], rank, width=setting.width, has_master=has_master)
             for shape in shapes
         )
-        return max(each, default=0)  # one after the other
+        return max(each, default=0)  # matrices are updated one by one
 
-    return Rule(source, takes, state_bytes, step_bytes, inheritable=False)  # each has a projection of its own
+    return Rule(source, takes, state_bytes, step_bytes, inheritable=False)  # every matrix has its own projection
 
 
 def _is_matrix(shape: TensorShape, optim: OptimConfig) -> bool:
@@ -87,12 +88,12 @@ def _is_matrix(shape: TensorShape, optim: OptimConfig) -> bool:
 
 
 def _maps(shapes: Sequence[TensorShape]) -> list[tuple[int, int]]:
-    """Rows and columns of each linear map: a stack of experts has several."""
+    """Rows and columns of each matrix; a stack of experts has several."""
     return [(shape[-2], shape[-1]) for shape in shapes for _ in range(prod(shape[:-2]))]
 
 
 def _local(shape: TensorShape, num_shards: int) -> TensorShape:
-    """On the first of the ranks that share it: rows of a matrix, or whole experts of a stack."""
+    """Shape on the first of the ranks that share it: rows of a matrix, or whole experts of a stack."""
     return (-(-shape[0] // num_shards), *shape[1:])
 
 
@@ -109,7 +110,7 @@ def _muon_step_bytes(shapes: Sequence[TensorShape], setting: Setting) -> int:
 
 
 def _muon_sent_bytes(shape: TensorShape, setting: Setting) -> int:
-    """A matrix goes to the rank that orthogonalises it, and comes back; what stays on a rank is not sent."""
+    """Bytes to send a matrix to the rank that orthogonalizes it and back, without the rows that stay on a rank."""
     if len(shape) != 2:
         return 0
     shards, own = setting.num_shards, prod(_local(shape, setting.num_shards))
@@ -119,7 +120,7 @@ def _muon_sent_bytes(shape: TensorShape, setting: Setting) -> int:
 RULES: dict[str, Rule] = {
     ADAMW: Rule(
         source="arXiv 1711.05101",
-        takes=lambda shape, optim: False,  # all is its own already
+        takes=lambda shape, optim: False,  # it gets every tensor that no other rule takes
         state_bytes=lambda shape, setting: 0,
         step_bytes=lambda shapes, setting: 0,
         states=("fp32", "8bit"),
@@ -148,9 +149,9 @@ RULES: dict[str, Rule] = {
             states=setting.states,
             masters=setting.masters,
         ),
-        states=("fp32", "8bit"),  # it has none
+        states=("fp32", "8bit"),  # it has no states, so any format will do
         masters=("fp32", "8bit", "none"),
-        shardable=True,  # it normalises rows
+        shardable=True,  # it normalizes rows
     ),
     "galore": _low_rank("galore", "arXiv 2403.03507"),
     "apollo": _low_rank("apollo", "arXiv 2412.05270"),
@@ -159,14 +160,14 @@ RULES: dict[str, Rule] = {
 
 
 def masters_of(rule: str, memory: MemoryConfig) -> str:
-    """What is held beside a bf16 weight that this rule updates: "fp32", "8bit" or "none"."""
+    """Format of the master weights of bf16 weights that this rule updates: "fp32", "8bit" or "none"."""
     if memory.master_weights == "8bit":
         return "8bit"
     return "fp32" if memory.master_weights in (True, rule) else "none"
 
 
 def matrices_of_layer(shape: ModelShape) -> tuple[TensorShape, ...]:
-    """What a rule may take of a layer: the weights of its linear maps, and stacks of experts."""
+    """Matrices of a layer that a rule can take: the weights of its linear layers, and stacks of experts."""
     stacks = (tensor for tensor in shape.other_shapes("layer") if len(tensor) == 3)
     return (*((linear.out_features, linear.in_features) for linear in shape.linears), *stacks)
 
@@ -174,7 +175,7 @@ def matrices_of_layer(shape: ModelShape) -> tuple[TensorShape, ...]:
 def split_by_rule(
     shapes: Sequence[TensorShape], candidates: Sequence[TensorShape], rule: str, optim: OptimConfig
 ) -> tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]:
-    """Of the shapes of trained tensors, those of ``candidates`` that the rule takes, and those that AdamW updates."""
+    """Split the shapes of trained tensors: the ``candidates`` that the rule takes, and the rest for AdamW."""
     taken = tuple(matrix for matrix in candidates if RULES[rule].takes(matrix, optim))
     rest = list(shapes)
     for matrix in taken:

@@ -1,4 +1,4 @@
-"""How long a step of a phase takes on a device: the work of each kind, divided by the device's speed at it."""
+"""Duration of a step of a phase on a device: the work of each kind, divided by the device's speed at it."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from steplm.cost.work import KINDS, Work, step_work
 from steplm.schedule import Phase
 from steplm.types import ModelShape
 
-HOST_UPDATE = 20e9  # bytes a second that an update in host memory reads and writes; assumed
+HOST_UPDATE = 20e9  # bytes per second that an update in host memory reads and writes; assumed
 
-# Shares of the published figures, fitted to the 16 stages of results/gpu_step, measured on an H200
-# (benchmarks/seconds.py --h200 fits them again). For other devices they are a guess.
+# Fractions of the published figures, fitted to the 16 stages in results/gpu_step, which were measured on an H200
+# (benchmarks/seconds.py --h200 repeats the fit). For other devices they are a guess.
 PRODUCTS = 0.41
-ATTENTION = 0.6  # counted as if the causal mask left nothing out; held at this in the fit
+ATTENTION = 0.6  # FLOPs are counted as if the causal mask saved nothing; held constant in the fit
 BYTES = 0.49
-OPERANDS = 12.0  # nearly all that products read and write is moved while they compute
+OPERANDS = 12.0  # above 1 because memory traffic of matmuls almost entirely overlaps with their compute
 BUS = 0.8  # assumed
-LAUNCHES = 1 / 8e-6  # a second, by the host; assumed: the measured stages do not tell it
+LAUNCHES = 1 / 8e-6  # kernel launches per second; assumed, since the measured stages do not determine it
 
-UPDATE = "update"  # the part of a step that waits for all the others
-HIDDEN = "frozen from host"  # the part that is copied by a stream of its own, on an accelerator
+UPDATE = "update"  # the part of a step that starts after all others
+HIDDEN = "frozen from host"  # the part that an accelerator copies on a separate stream
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """What a device does in a second, of each kind of work (keys of ``steplm.cost.work.KINDS``)."""
+    """Work per second of a device, for each kind of work (keys of ``steplm.cost.work.KINDS``)."""
 
     name: str
     per_second: Mapping[str, float]
-    asynchronous: bool  # an accelerator: the host launches its kernels while it computes
+    asynchronous: bool  # True for an accelerator, where the host launches kernels while the device computes
     source: str
 
     def seconds(self, work: Work) -> float:
@@ -41,22 +41,22 @@ class Speeds:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """The seconds of one step, by part and kind."""
+    """Duration of one step, by part and kind of work."""
 
     work: tuple[Work, ...]
-    seconds: tuple[float, ...]  # of each
+    seconds: tuple[float, ...]  # one for each entry of ``work``
     total: float
 
     @property
     def waits_for_launches(self) -> bool:
-        """Whether the device is faster than the host can launch its kernels."""
+        """Whether the device waits for the host to launch kernels."""
         return self.total > 1.001 * sum(
             seconds for work, seconds in zip(self.work, self.seconds, strict=True) if work.kind != "launches"
         )
 
 
 def step_seconds(config: RunConfig, shape: ModelShape, phase: Phase, speeds: Speeds) -> StepSeconds | None:
-    """One optimizer step of a phase; None for families whose layers are not counted. See ``step_work``."""
+    """Duration of one optimizer step of a phase; None for families that ``step_work`` does not cover."""
     work = step_work(config, shape, phase, on_cuda=speeds.asynchronous)
     if work is None:
         return None
@@ -65,11 +65,11 @@ def step_seconds(config: RunConfig, shape: ModelShape, phase: Phase, speeds: Spe
 
 
 def total_seconds(timed: Iterable[tuple[Work, float]], asynchronous: bool) -> float:
-    """All kinds of work one after the other.
+    """Total duration: the sum over all kinds of work, minus what overlaps.
 
-    On an accelerator launches, and the copies of frozen layers from host memory, take place beside the computing, so
-    that the longest of the three counts: first of the forward and backward passes, then of the update, which begins
-    when the norm of all gradients is known.
+    On an accelerator, kernel launches and copies of frozen layers from host memory overlap with compute, so only the
+    longest of the three counts. This applies once to the forward and backward passes, and again to the update, which
+    starts when the norm of all gradients is known.
     """
     timed = list(timed)
     if not asynchronous:
@@ -84,7 +84,7 @@ def total_seconds(timed: Iterable[tuple[Work, float]], asynchronous: bool) -> fl
 
 
 def published_speeds(name: str) -> Speeds:
-    """The speeds of a device of ``DEVICES``, by what was fitted to an H200."""
+    """Speeds of a device of ``DEVICES``: its published figures times the fractions fitted to an H200."""
     device = DEVICES[name]
     rates = {
         "bf16 products": PRODUCTS * device.bf16_flops,

@@ -1,20 +1,21 @@
-"""The same instants where PyTorch's FSDP2 shards the model over ranks: shards, all-gathers, reduce-scatters.
+"""Memory of one rank when PyTorch's FSDP2 shards the model: shards, all-gathers, reduce-scatters.
 
-A group of tensors is gathered and reduced together: each layer, and everything outside the layers, which is gathered
-for a whole forward or backward pass. With n ranks that share one copy, P the parameters of a group, the
-rows of each tensor rounded up to a multiple of n, T those of them that are trained, and w bytes of a number:
+FSDP2 gathers and reduces tensors in groups: one group per layer, and one for everything outside the layers, which stays
+gathered for a whole forward or backward pass. Let n be the number of ranks that share one copy of the model, P the
+parameters of a group with the rows of each tensor padded to a multiple of n, T the trained ones among them, and w the
+bytes per element:
 
     gathered                    w P        while a group computes
-    all-gather                  w P        what arrives, before it is copied to where the group computes: of the group
-                                           itself in a forward pass, of the one that is next in a backward pass
-    gradients                   w T        whole, until they are reduced
+    all-gather                  w P        receive buffer, copied into the gathered weights: of the group itself in a
+                                           forward pass, of the next group in a backward pass
+    gradients                   w T        unsharded, until they are reduced
     reduce-scatter, in          4 T        in fp32, until the next group's begins
-    reduce-scatter, out         4 T / n    and w T / n where it is rounded
-    all-reduce                  4 T / n    between copies of the model, of every group until the backward pass ends
+    reduce-scatter, out         4 T / n    and w T / n if it is rounded
+    all-reduce                  4 T / n    between copies of the model, for every group until the backward pass ends
 
-Read from ``torch/distributed/fsdp/_fully_shard`` of PyTorch 2.13, and counted tensor by tensor on a CPU, where no
-data are sent (``tests/cost/test_sharded.py``). No accelerator has confirmed it: its allocator may hold more for
-its streams.
+This follows ``torch/distributed/fsdp/_fully_shard`` of PyTorch 2.13 and was checked tensor by tensor on a CPU, where
+nothing is sent (``tests/cost/test_sharded.py``). It is not confirmed on an accelerator, whose allocator may hold more
+for its streams.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ from steplm.cost.terms import WEIGHT_BYTES, adapter_shapes, component_of, embedd
 from steplm.schedule import Adapter, Phase, Role, Trained
 from steplm.types import Instant, MemoryEstimate, MemoryTerm, ModelShape, TensorShape, local_size
 
-REDUCED_BYTES = 4  # of a gradient on its way: fp32
+REDUCED_BYTES = 4  # per gradient element in a reduction: fp32
 GATHERED, COMMUNICATION = "gathered", "communication"  # components
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that are gathered together; see the table above."""
+    """Tensors that are gathered together; see the table in the module docstring."""
 
     shapes: tuple[TensorShape, ...]
-    trained: tuple[TensorShape, ...]  # those of them that get gradients, in the model's order
+    trained: tuple[TensorShape, ...]  # those that get gradients, in the model's order
     num_shards: int
     num_replicas: int
-    width: int  # bytes of a parameter, and of its gradient
+    width: int  # bytes per parameter, and per gradient element
 
     @cached_property
     def local_parameters(self) -> int:
@@ -58,17 +59,17 @@ class Group:
 
     @property
     def gathered_bytes(self) -> int:
-        """``w P``. A copy even where no other rank has a part."""
+        """``w P``; FSDP2 makes this copy even with a single shard."""
         return self.width * self.num_shards * self.local_parameters
 
     @property
     def all_gather_bytes(self) -> int:
-        """``w P``; none where no other rank has a part."""
+        """``w P``; 0 with a single shard."""
         return self.gathered_bytes if self.num_shards > 1 else 0
 
     @cached_property
     def gradient_bytes(self) -> int:
-        """``w T``, without the rows that fill up."""
+        """``w T``, without padding rows."""
         return self.width * sum(prod(shape) for shape in self.trained)
 
     @property
@@ -78,10 +79,10 @@ class Group:
 
     @property
     def reduction_bytes(self) -> int:
-        """At most at once: ``4 T``, and either ``w T`` or what comes out.
+        """Peak of a reduction: ``4 T``, plus either ``w T`` or the output.
 
-        Beside what comes out PyTorch holds the last gradient of the group or, where there is nobody to send to, the
-        quotient of what came in.
+        Along with the output, PyTorch holds the last gradient of the group or, with a single shard, a scaled copy of
+        the input.
         """
         out, rounded = REDUCED_BYTES * self.local_trained, self.width * self.local_trained
         if self.num_shards == 1:
@@ -92,29 +93,29 @@ class Group:
 
     @property
     def all_reduce_bytes(self) -> int:
-        """``4 T / n``; none where there is one copy of the model."""
+        """``4 T / n``; 0 with a single copy of the model."""
         return REDUCED_BYTES * self.local_trained if self.num_replicas > 1 else 0
 
 
 @dataclass(frozen=True)
 class Groups:
-    """All groups of a model in one stage."""
+    """All groups of a model in one phase."""
 
     layers: dict[Role, Group]
-    plain_layer: Group  # trained as a whole
+    plain_layer: Group  # fully trained
     outer: Group
     plain_outer: Group  # without adapters
 
     @classmethod
     def of(cls, config: RunConfig, shape: ModelShape, phase: Phase) -> Groups:
-        """The groups of a phase that FSDP2 gathers at once."""
+        """The groups that FSDP2 gathers in a phase."""
         n, width = config.distributed.num_shards, WEIGHT_BYTES[config.train.precision]
 
         def group(shapes: tuple[TensorShape, ...], trained: tuple[TensorShape, ...]) -> Group:
             return Group(shapes, trained, n, config.distributed.world_size // n, width)
 
         layer, frozen = shape.layer_shapes, shape.layer_shapes
-        if config.memory.packs_frozen:  # the matrices of frozen layers are no parameters
+        if config.memory.packs_frozen:  # then the matrices of frozen layers are not parameters
             biases = tuple((linear.out_features,) for linear in shape.linears if linear.bias)
             frozen = (*biases, *shape.other_shapes("layer"))
 
@@ -142,12 +143,12 @@ class Groups:
 
 
 class ShardedInstants(Instants):
-    """The instants of one rank: those of one device, on shards, and what is gathered and reduced beside them."""
+    """The instants of one rank: as on one device, but with shards, gathered weights and communication buffers."""
 
     def __init__(self, config: RunConfig, shape: ModelShape, phase: Phase, state: MemoryEstimate | None = None) -> None:
         super().__init__(config, shape, phase, state)
         self.groups = Groups.of(config, shape, phase)
-        self.frees_gradients = False  # they are whole until they are reduced
+        self.frees_gradients = False  # gradients stay unsharded until they are reduced
 
     def in_order(self, *, grows: bool) -> tuple[Instant, ...]:
         growth = (self.growth(),) if grows else ()
@@ -156,23 +157,23 @@ class ShardedInstants(Instants):
         return (*growth, *forward, *backward, self.update(), self.evaluation())
 
     def growth(self) -> Instant:
-        """The grown model's plain weights, cut too, on which the loss is probed."""
+        """The loss probe on the grown model's plain weights, which are sharded too."""
         outer, layer = self.groups.plain_outer, self.groups.plain_layer
         return _with(super().growth(), [_gathered("P_outer", outer), _gathered("P_layer", layer), _arriving(layer)])
 
     def gathering(self) -> Instant:
-        """The begin of the forward pass: the embeddings look up, and the first layer arrives."""
+        """The start of the forward pass: the embedding lookup, while the first layer is gathered."""
         outer, layer = self.groups.outer, self._group(0)
         terms = [self._outer, _arriving(outer, "P_outer"), _arriving(layer)]
         terms.append(term("embeddings", "workspace", self.work.stream_bytes, "hidden states: w N d"))
         return self._instant("first all-gather", 0, terms, self._all_gradients() if self.sums_gradients else [])
 
     def loss(self) -> Instant:
-        """What arrived for the last layer goes with the end of the forward pass, to which the loss belongs."""
+        """The loss, which is part of the forward pass: the last layer's all-gather buffer is freed after it."""
         return _with(super().loss(), [self._outer, _arriving(self._group(self.num_layers - 1))])
 
     def gathering_again(self) -> Instant:
-        """The begin of the backward pass: what is outside the layers arrives for the second time."""
+        """The start of the backward pass: everything outside the layers is gathered again."""
         streams = 2 if isinstance(self.outside, Adapter) else 1  # the head's adapter needs its input again
         terms = [
             self._outer,
@@ -184,13 +185,13 @@ class ShardedInstants(Instants):
         return self._instant("second all-gather", top, terms, self._gradients_above(top))
 
     def final_norm(self) -> Instant:
-        """The last layer arrives for its backward pass."""
+        """The backward pass of the final norm, while the last layer is gathered."""
         return _with(super().final_norm(), [self._outer, _arriving(self._group(self.num_layers - 1))])
 
     def highest_layer(self) -> Instant:
-        """Of all layers: inside the backward pass, at its end, or when the gradients are reduced."""
+        """The peak over all layers: inside the backward pass, at its end, or when the gradients are reduced."""
         around = (self._layer, self._end_of_layer, self._reduction_of_layer)
-        # What a layer and its neighbours hold depends on their kinds alone.
+        # The memory of a layer and its neighbors depends only on their kinds.
         inside = cache(lambda moment, index: sum(term.num_bytes for term in around[moment](index)[2]))
         alike: dict[tuple[Role | None, ...], int] = {}
         kept = {kind: 0 if self.memory.offload_activations else self.kept[kind] for kind in self.kinds}
@@ -213,7 +214,7 @@ class ShardedInstants(Instants):
         return self._instant(name, num_below, terms, self._gradients_above(index + 1))
 
     def embeddings(self) -> Instant:
-        """The end of the backward pass: the gradients of everything outside the layers are whole."""
+        """The end of the backward pass, with unsharded gradients of everything outside the layers."""
         width, tied = self.work.width, self.shape.tie_word_embeddings
         terms = [
             self._outer,
@@ -227,21 +228,21 @@ class ShardedInstants(Instants):
         return self._instant("backward of the embeddings", 0, terms, self._reduced_above(0))
 
     def outer_reduction(self) -> Instant:
-        """The gradients of everything outside the layers are reduced, the last of all."""
+        """The last reduction: gradients of everything outside the layers."""
         terms = [self._left_over, self._reduction(self.groups.outer)]
         return self._instant("reduction of the embeddings", 0, terms, self._reduced_above(0))
 
     def evaluation(self) -> Instant:
-        """A forward pass that keeps nothing."""
+        """A forward pass that saves nothing for a backward pass."""
         largest = max((self.groups.layers[kind] for kind in self.kinds), key=lambda group: group.gathered_bytes)
         return _with(super().evaluation(), [self._outer, _gathered("P_layer", largest), _arriving(largest)])
 
     def _layer(self, index: int) -> tuple[str, int, list[MemoryTerm]]:
-        """Inside the backward pass of a layer: its name, the layers whose activations wait, what else there is."""
+        """Inside a layer's backward pass: name, number of layers with saved activations, and other terms."""
         return f"backward of layer {index}", index + 1, [*self._whole(index), *self._inside(index)]
 
     def _end_of_layer(self, index: int) -> tuple[str, int, list[MemoryTerm]]:
-        """The first norm of the layer: its last operation backward, when all of its gradients exist."""
+        """The end of a layer's backward pass, in its first norm, when all of its gradients exist."""
         kind, stream = self.roles[index], self.work.stream_bytes
         component = component_of(kind)
         saved = norm_saved(self.work, trained=isinstance(kind, Trained)) + stream * self.recomputes[kind]
@@ -254,14 +255,14 @@ class ShardedInstants(Instants):
         return f"end of the backward of layer {index}", index, terms
 
     def _reduction_of_layer(self, index: int) -> tuple[str, int, list[MemoryTerm]]:
-        """The layer's weights are let go, and its gradients go out."""
+        """The reduction of a layer's gradients, after its gathered weights are freed."""
         terms = [self._outer, *self._next(index), self._reduction(self._group(index), self.roles[index])]
         stream = self.work.stream_bytes
         terms.append(term(component_of(self.roles[index]), "workspace", stream, "gradient of the hidden states: w N d"))
         return f"reduction of layer {index}", index, terms
 
     def _whole(self, index: int) -> list[MemoryTerm]:
-        """A layer made whole, the next one on its way here, and the gradients of the one before on their way out."""
+        """A gathered layer, the all-gather of the next one, and the reduction of the previous one's gradients."""
         reducing = [_being_reduced(self._group(index + 1))] if index + 1 < self.num_layers else []
         return [self._outer, _gathered("P_layer", self._group(index)), *self._next(index), *reducing]
 
@@ -274,7 +275,7 @@ class ShardedInstants(Instants):
 
     @property
     def _left_over(self) -> MemoryTerm:
-        """A layer that the backward pass does not reach has been sent for all the same."""
+        """The all-gather of a layer that the backward pass does not reach but FSDP2 prefetches."""
         group = self._group(self.unreached - 1) if self.unreached else self.groups.outer
         return _arriving(group) if self.unreached else term(COMMUNICATION, "workspace", 0, "")
 
@@ -282,7 +283,7 @@ class ShardedInstants(Instants):
         return self.groups.layers[self.roles[index]]
 
     def _reduction(self, group: Group, kind: Role | None = None) -> MemoryTerm:
-        """``kind``: of the layer whose gradients these are."""
+        """Workspace of reducing a group's gradients; ``kind`` is the role of its layer, if it is a layer."""
         num_bytes, formula = group.reduction_bytes, "reduce-scatter: 4 T, and w T or 4 T / n + w T / n + one gradient"
         if self.memory.fused_backward:
             piece = max((local_size(shape, group.num_shards) for shape in group.trained), default=0)
@@ -304,14 +305,14 @@ class ShardedInstants(Instants):
         return [*self._head_gradients(), *self._reduced_above(index)]
 
     def _reduced_above(self, index: int) -> list[MemoryTerm]:
-        """Gradients that have been reduced, and what their all-reduces still hold."""
+        """Reduced gradients, and the memory that their all-reduces still hold."""
         terms = self._all_gradients() if self.sums_gradients else list(self._gradients_of_layers_above(index))
         above = {kind: self._count(kind) - self._count(kind, index) for kind in self.kinds}
         held = sum(count * self._held_of_one(kind) for kind, count in above.items())
         return [*terms, term(COMMUNICATION, "workspace", held, "all-reduce of the layers above: 4 T / n each")]
 
     def _held_of_one(self, kind: Role) -> int:
-        """An fp32 gradient is what came out of its all-reduce; a rounded one, or a sum of several, is not."""
+        """All-reduce output of one layer: an fp32 gradient is that output itself; a rounded or summed one is not."""
         is_apart = self.work.width < REDUCED_BYTES or self.sums_gradients
         return self.groups.layers[kind].all_reduce_bytes if is_apart else 0
 

@@ -1,9 +1,9 @@
 """Model-state bytes of a phase: weights, gradients and optimizer states, one term for each component and kind.
 
-A component is a group of tensors (``COMPONENTS``), a kind is what training holds of it (``KINDS``). Symbols, as in
-the formulas: ``n_i`` trained layers, ``N_{i-1}`` frozen layers, ``P_layer`` parameters of one layer, ``E`` adapter
-parameters of one layer. Layers and adapters follow STEP (arXiv 2504.04151), section 2.2; embeddings, final norm and
-head, which that formula leaves out, follow the same rule.
+A component is a group of tensors (``COMPONENTS``); a kind is what training stores for it (``KINDS``). Symbols in the
+formulas: ``n_i`` trained layers, ``N_{i-1}`` frozen layers, ``P_layer`` parameters per layer, ``E`` adapter parameters
+per layer. Layers and adapters follow STEP (arXiv 2504.04151), section 2.2. STEP's formula omits embeddings, final norm
+and head; they are counted the same way here.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from steplm.types import (
 )
 from steplm.units import nearest
 
-WEIGHT_BYTES = {"bf16": 2, "fp32": 4}  # of a weight, and of its gradient
-MASTER_BYTES = {"fp32": 4, "8bit": 1, "none": 0}  # beside a bf16 weight
+WEIGHT_BYTES = {"bf16": 2, "fp32": 4}  # per weight, and per gradient element
+MASTER_BYTES = {"fp32": 4, "8bit": 1, "none": 0}  # per bf16 weight
 OUTER_COMPONENTS = ("embeddings", "final_norm", "head")
-LANDING = "landing"  # component: where gradients arrive in host memory before they are summed
-FETCH_SLOTS = 2  # frozen layers that the device holds where the others are in host memory
+LANDING = "landing"  # component: host buffer that receives a gradient before it is added to the sum
+FETCH_SLOTS = 2  # frozen layers on the device at once when they are offloaded to the host
 
 
 @dataclass(frozen=True)
 class Subject:
-    """All that a term may depend on."""
+    """Everything a term may depend on."""
 
     config: RunConfig
     shape: ModelShape
@@ -48,16 +48,16 @@ class Subject:
 
     @property
     def width(self) -> int:
-        """Bytes of a weight, and of its gradient."""
+        """Bytes per weight, and per gradient element."""
         return WEIGHT_BYTES[self.config.train.precision]
 
     @property
     def num_shards(self) -> int:
-        """Ranks that share one copy."""
+        """Ranks that share one copy of the model."""
         return self.config.distributed.num_shards
 
     def setting(self, rule: str) -> Setting:
-        """Under which this rule updates."""
+        """The setting in which this rule runs."""
         memory = self.config.memory
         masters = masters_of(rule, memory) if self.width == 2 else "fp32"
         compute_width = 2 if self.config.train.device == "cuda" else 4
@@ -65,18 +65,18 @@ class Subject:
         return Setting(self.config.optim, states, masters, self.width, compute_width, self.num_shards)
 
     def master_bytes(self, rule: str) -> int:
-        """Of what is held beside a weight that this rule updates."""
+        """Bytes per parameter of the master weights that this rule keeps."""
         return MASTER_BYTES[self.setting(rule).masters] if self.width == 2 else 0
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of a component: ``count`` copies of those of these shapes."""
+    """The tensors of a component: ``count`` copies of a set of tensors with these shapes."""
 
     formula: str
     shapes: tuple[TensorShape, ...]
     count: int = 1
-    rule: str | None = ADAMW  # that updates what it takes of ``candidates``, AdamW the rest; None: nothing is trained
+    rule: str | None = ADAMW  # updates the ``candidates`` that it takes, AdamW the rest; None: nothing is trained
     candidates: tuple[TensorShape, ...] = ()
 
     @cached_property
@@ -84,13 +84,13 @@ class Tensors:
         return self.local_parameters(1)
 
     def by_rule(self, optim: OptimConfig) -> tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]:
-        """Shapes of what the rule takes, and of what AdamW updates; nothing where nothing is trained."""
+        """Shapes that the rule updates, and shapes that AdamW updates; both empty if nothing is trained."""
         if self.rule is None:
             return (), ()
         return split_by_rule(self.shapes, self.candidates, self.rule, optim)
 
     def local_parameters(self, num_shards: int) -> int:
-        """On the first of the ranks that share them; see ``local_size``."""
+        """Parameters on the first of the ranks that share them; see ``local_size``."""
         return self.count * _local_parameters(self.shapes, num_shards)
 
 
@@ -100,7 +100,7 @@ def _local_parameters(shapes: tuple[TensorShape, ...], num_shards: int) -> int:
 
 
 def trained_layers(subject: Subject) -> Iterator[Tensors]:
-    """``n_i P_layer``, trained as a whole. STEP, section 2.2."""
+    """Fully trained layers: ``n_i P_layer`` (STEP, section 2.2)."""
     for role, count in subject.phase.groups.items():
         if isinstance(role, Trained):
             symbol = "n_i" if role.rule == ADAMW else f"n_{role.rule}"
@@ -109,15 +109,16 @@ def trained_layers(subject: Subject) -> Iterator[Tensors]:
 
 
 def frozen_layers(subject: Subject) -> Iterator[Tensors]:
-    """``N_{i-1} P_layer``, without gradient or state. STEP, section 2.2."""
+    """Frozen layers, without gradients or states: ``N_{i-1} P_layer`` (STEP, section 2.2)."""
     count = len(subject.phase.frozen_layers)
     yield Tensors("N_{i-1} × P_layer", subject.shape.layer_shapes, count, None)
 
 
 def adapters(subject: Subject) -> Iterator[Tensors]:
-    """``N_{i-1} E``; LoRA (arXiv 2106.09685) has ``E = Σ rank (in + out)``. STEP, section 2.2.
+    """Adapters of the frozen layers: ``N_{i-1} E`` (STEP, section 2.2).
 
-    And ``rank (vocab_size + hidden_size)`` for the embeddings, and again for an untied head.
+    LoRA (arXiv 2106.09685) has ``E = Σ rank (in + out)``. The embeddings add ``rank (vocab_size + hidden_size)``, and
+    an untied head adds as much again.
     """
     shape, outside = subject.shape, subject.phase.embeddings_and_head
     for role, count in subject.phase.groups.items():
@@ -130,24 +131,24 @@ def adapters(subject: Subject) -> Iterator[Tensors]:
 
 
 def embeddings(subject: Subject) -> Iterator[Tensors]:
-    """``vocab_size × hidden_size``; a head that shares them counts here, once."""
+    """Embeddings: ``vocab_size × hidden_size``; a tied head is counted here, once."""
     rule = ADAMW if isinstance(subject.phase.embeddings_and_head, Trained) else None
     yield Tensors("P_embeddings", subject.shape.other_shapes("embeddings"), rule=rule)
 
 
 def final_norm(subject: Subject) -> Iterator[Tensors]:
-    """``hidden_size`` weights of the norm above the last layer."""
+    """Norm after the last layer: ``hidden_size`` weights."""
     rule = None if isinstance(subject.phase.embeddings_and_head, Frozen) else ADAMW
     yield Tensors("P_final_norm", subject.shape.other_shapes("final_norm"), rule=rule)
 
 
 def head(subject: Subject) -> Iterator[Tensors]:
-    """``hidden_size × vocab_size`` weights of an untied head, and its bias where it has one."""
+    """Untied head: ``hidden_size × vocab_size`` weights, and its bias if it has one."""
     rule = ADAMW if isinstance(subject.phase.embeddings_and_head, Trained) else None
     yield Tensors("P_head", subject.shape.other_shapes("head"), rule=rule)
 
 
-# To add a component, write a function and add a line; the measurement names its tensors the same.
+# To add a component, write a function and add a line here; ``steplm.cost.measure`` must use the same name.
 COMPONENTS: dict[str, Callable[[Subject], Iterator[Tensors]]] = {
     "trained_layers": trained_layers,
     "frozen_layers": frozen_layers,
@@ -159,12 +160,15 @@ COMPONENTS: dict[str, Callable[[Subject], Iterator[Tensors]]] = {
 
 
 def weights(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    """Bytes and their formula: in the precision of the forward pass."""
+    """Bytes and formula of the weights, in the precision of the forward pass."""
     return tensors.local_parameters(subject.num_shards) * subject.width, f"{subject.width} B"
 
 
 def gradients(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    """Of the weights' type, or fp32 sums of micro-batches; none stays where a fused update or the host takes them."""
+    """Gradients in the weights' dtype, or fp32 sums over micro-batches.
+
+    With a fused update or an offloaded optimizer, no gradient stays on the device.
+    """
     memory = subject.config.memory
     if tensors.rule is None or memory.fused_backward or memory.offload_optimizer:
         return 0, "0 B"
@@ -173,12 +177,12 @@ def gradients(subject: Subject, tensors: Tensors) -> tuple[int, str]:
 
 
 def optimizer(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    """States of the update rule and, for bf16 weights, their fp32 master copy."""
+    """States of the update rule and, for bf16 weights, their master weights."""
     return (0, "0 B") if subject.config.memory.offload_optimizer else _states(subject, tensors)
 
 
 def host_weights(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    """A copy of what is trained, in the same precision: the update writes it, and it goes back to the device.
+    """Host copy of the trained weights, in the same precision: the update writes it, then the device receives it.
 
     Source: ZeRO-Offload (arXiv 2101.06840), section 4.
     """
@@ -186,7 +190,7 @@ def host_weights(subject: Subject, tensors: Tensors) -> tuple[int, str]:
 
 
 def host_gradients(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    """Fp32 sums of several micro-batches; of one, the gradient in the weights' type."""
+    """Gradients in host memory: fp32 sums of several micro-batches, or one gradient in the weights' dtype."""
     if not _is_offloaded(subject, tensors):
         return 0, "0 B"
     width = 4 if subject.config.micro_batches > 1 else subject.width
@@ -194,7 +198,7 @@ def host_gradients(subject: Subject, tensors: Tensors) -> tuple[int, str]:
 
 
 def host_optimizer(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    """What ``optimizer`` counts, in host memory."""
+    """The states that ``optimizer`` counts, when they are in host memory."""
     return _states(subject, tensors) if _is_offloaded(subject, tensors) else (0, "0 B")
 
 
@@ -217,7 +221,7 @@ def _states(subject: Subject, tensors: Tensors) -> tuple[int, str]:
 
 
 def _adamw_states(subject: Subject, shapes: Sequence[TensorShape], count: int) -> tuple[int, str]:
-    """Adam's two moments (arXiv 1412.6980) and the master copy."""
+    """Adam's two moments (arXiv 1412.6980) and the master weights."""
     master = subject.master_bytes(ADAMW)
     if subject.config.memory.optimizer_states == "fp32":
         num_local = sum(local_size(shape, subject.num_shards) for shape in shapes)
@@ -238,14 +242,13 @@ KINDS: dict[str, Callable[[Subject, Tensors], tuple[int, str]]] = {
 
 
 def model_state(config: RunConfig, shape: ModelShape, phase: Phase, *, count_outer: bool = True) -> MemoryEstimate:
-    """Model-state bytes of a phase on the rank that has the most, which is the first; without terms of no bytes.
+    """Model-state bytes of a phase on the first rank, which has the most; terms of zero bytes are left out.
 
-    16 bytes a trained parameter (2 + 2 + 12) and 2 a frozen one in bf16 under AdamW; 16 and 4 in fp32. Leaves out
-    activations, logits, workspace and the device's own context: see ``steplm.cost.peak``.
+    Under AdamW in bf16, a trained parameter takes 16 bytes (2 + 2 + 12) and a frozen one 2; in fp32, 16 and 4.
+    Excludes activations, logits, workspace and the device context: see ``steplm.cost.peak``.
 
     Args:
-        count_outer: whether embeddings, final norm and head are counted; without them this is the bare formula of
-            the source.
+        count_outer: whether to count embeddings, final norm and head; without them this is the source's own formula.
 
     Source: STEP (arXiv 2504.04151), section 2.2.
     """
@@ -270,7 +273,7 @@ def _terms(subject: Subject) -> Iterator[MemoryTerm]:
 
 
 def _landing(subject: Subject) -> Iterator[MemoryTerm]:
-    """Host memory in which one gradient at a time arrives, where it is then added to others: the largest there is."""
+    """Host buffer for one gradient at a time, before it is added to the sum: as large as the largest tensor."""
     if not subject.config.memory.offload_optimizer or subject.config.micro_batches == 1:
         return
     groups = (tensors for component in COMPONENTS.values() for tensors in component(subject))
@@ -284,13 +287,13 @@ def _divided(subject: Subject) -> str:
 
 
 def packed_layer_bytes(shape: ModelShape, memory: MemoryConfig, width: int) -> int:
-    """Bytes of the linear maps' matrices of one frozen layer, in the format that they are kept in."""
+    """Bytes of the linear weights of one frozen layer, in their storage format."""
     pack = FROZEN_FORMATS.get(memory.frozen_weights, lambda rows, columns: rows * columns * width)
     return sum(pack(linear.out_features, linear.in_features) for linear in shape.linears)
 
 
 def _frozen_weights(subject: Subject, tensors: Tensors) -> Iterator[MemoryTerm]:
-    """Weights of frozen layers: matrices may be packed, and may be in host memory; the rest is as trained."""
+    """Weights of frozen layers: matrices may be quantized or in host memory; the rest is stored as in training."""
     memory, width, shape, count = subject.config.memory, subject.width, subject.shape, tensors.count
     name, size = "frozen_layers", tensors.num_parameters
     if not size:
@@ -315,15 +318,15 @@ def _frozen_weights(subject: Subject, tensors: Tensors) -> Iterator[MemoryTerm]:
 
 
 def component_of(role: Role) -> str:
-    """The component of a layer's own weights."""
+    """The component that a layer's own weights belong to."""
     return "trained_layers" if isinstance(role, Trained) else "frozen_layers"
 
 
 def resolve_target_modules(shape: ModelShape, target_modules: str | Sequence[str]) -> tuple[str, ...]:
-    """Last parts of the names of the linear maps to adapt, in the layer's order; "all-linear" is every one.
+    """Last name components of the linear layers to adapt, in the layer's order; "all-linear" selects all of them.
 
     Raises:
-        ConfigError: a layer has no linear map of that name.
+        ConfigError: a Transformer layer has no linear layer of that name.
     """
     known = tuple(dict.fromkeys(_last_part(linear.name) for linear in shape.linears))
     if target_modules == "all-linear":
@@ -340,14 +343,14 @@ def resolve_target_modules(shape: ModelShape, target_modules: str | Sequence[str
 
 
 def adapter_shapes(shape: ModelShape, adapter: Adapter) -> tuple[TensorShape, ...]:
-    """Shapes of the LoRA factors of one layer: ``rank × in_features`` and ``out_features × rank`` a target.
+    """Shapes of the LoRA factors of one layer: ``rank × in_features`` and ``out_features × rank`` per target.
 
     E is the sum of their sizes.
 
     Source: LoRA (arXiv 2106.09685), section 4.1.
 
     Raises:
-        ConfigError: a rank that is larger than a side of a target's matrix.
+        ConfigError: the rank is larger than a side of a target's matrix.
     """
     rank, factors = adapter.rank, list[TensorShape]()
     for linear in shape.linears:
@@ -368,7 +371,7 @@ def adapter_shapes(shape: ModelShape, adapter: Adapter) -> tuple[TensorShape, ..
 
 
 def embedding_adapter_shapes(shape: ModelShape, rank: int) -> tuple[TensorShape, ...]:
-    """Both factors of the adapter of the embeddings, or of the head."""
+    """Shapes of both LoRA factors of the embeddings, or of the head."""
     return (rank, shape.hidden_size), (shape.vocab_size, rank)
 
 

@@ -1,9 +1,9 @@
-"""What each device sends in a step, and how long the step takes at least and at most, where several train one model.
+"""Multi-device training: bytes that each device sends per step, and bounds on the duration of the step.
 
-A ring of n ranks sends (n - 1) / n of what is gathered or reduced from every rank, and twice that for an all-reduce
-(Patarasuk and Yuan, doi:10.1016/j.jpdc.2008.09.002). Ranks are numbered through each node, and those that share one
-copy of the model follow each other. Left out: the time until the first byte arrives, which grows with the ring; the
-optimizer's operations; evaluation and checkpoints; waiting for data.
+In a ring of n ranks, each rank sends (n - 1) / n of the bytes that are gathered or reduced, and twice that for an
+all-reduce (Patarasuk and Yuan, doi:10.1016/j.jpdc.2008.09.002). Ranks are numbered node by node, and the ranks that
+share one copy of the model are consecutive. Excludes network latency, which grows with the ring; the optimizer's
+FLOPs; evaluation and checkpoints; and waiting for data.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from steplm.cost.terms import Subject, adapters, trained_layers
 from steplm.schedule import Phase
 from steplm.types import ModelShape
 
-UTILIZATION = 0.4  # of the peak while computing, computed-again operations included
-LINK_SHARE = 0.8  # of a link's rate that a collective reaches
+UTILIZATION = 0.4  # fraction of peak FLOP/s while computing, recomputation included
+LINK_SHARE = 0.8  # fraction of a link's rate that a collective reaches
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates of a device, as its maker tells them: operations and bytes per second, in one direction."""
+    """The manufacturer's figures for a device: FLOP/s, and bytes per second in one direction."""
 
-    flops: dict[str, float]  # dense matrix products, by precision
-    node_bandwidth: float  # to the others of its node
-    network_bandwidth: float  # to other nodes, by a network card of its own
+    flops: dict[str, float]  # of dense matmuls, by precision
+    node_bandwidth: float  # to other devices of its node
+    network_bandwidth: float  # to other nodes, through its own network card
     per_node: int = 8
 
 
@@ -39,7 +39,7 @@ def _gpu(name: str, node_bandwidth: float, network_bandwidth: float) -> Gpu:
 
 
 # NVIDIA's data sheets: A100 80GB SXM in DGX A100 (HDR InfiniBand), H100 SXM in DGX H100 and B200 in DGX B200 (NDR).
-# NVLink's rate is told there for both directions together.
+# They give NVLink's rate as the sum of both directions.
 GPUS = {
     "a100": _gpu("a100-80gb", 300e9, 25e9),
     "h100": _gpu("h100", 450e9, 50e9),
@@ -52,7 +52,7 @@ class Traffic:
     """Bytes that each device sends in one step."""
 
     all_gather: int  # weights, among the ranks that share a copy
-    reduce_scatter: int  # gradients, among the same
+    reduce_scatter: int  # gradients, among the same ranks
     all_reduce: int  # gradients, between copies
     update: int = 0  # matrices that the update rule needs whole, among the ranks that share a copy
 
@@ -63,29 +63,29 @@ class Traffic:
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """One step of a phase."""
+    """Estimate of one step of a phase."""
 
-    flops: int  # of each device, what is computed again included
+    flops: int  # per device, recomputation included
     traffic: Traffic
     compute_seconds: float
     communication_seconds: float
-    num_steps: int  # of the phase
+    num_steps: int  # in the phase
 
     @property
     def least_seconds(self) -> float:
-        """If all communication is hidden behind computing, or the other way round."""
+        """Duration if compute and communication overlap fully."""
         return max(self.compute_seconds, self.communication_seconds)
 
     @property
     def most_seconds(self) -> float:
-        """If none is."""
+        """Duration if compute and communication do not overlap at all."""
         return self.compute_seconds + self.communication_seconds
 
 
 def estimate_step(
     config: RunConfig, shape: ModelShape, phase: Phase, gpu: Gpu, *, utilization: float = UTILIZATION
 ) -> StepEstimate:
-    """A step of a phase, on ``config.distributed.world_size`` devices."""
+    """Estimate one step of a phase on ``config.distributed.world_size`` devices."""
     distributed = config.distributed
     flops_per_token = training_flops_per_token(shape, phase, config.train.sequence_length)
     flops_per_token += recomputed_flops_per_token(shape, phase, config)
@@ -105,10 +105,10 @@ def estimate_step(
 
 
 def step_traffic(config: RunConfig, shape: ModelShape, phase: Phase) -> Traffic:
-    """Of one step: FSDP2 gathers all for the forward pass and again for the backward pass, and reduces gradients in
-    fp32 after each micro-batch.
+    """Traffic of one step.
 
-    Of the lowest layers that the backward pass does not reach, only the first is sent for again.
+    FSDP2 gathers all weights for the forward pass and again for the backward pass, and reduces gradients in fp32 after
+    each micro-batch. Of the lowest layers, which the backward pass does not reach, it gathers only the topmost again.
     """
     groups, unreached = Groups.of(config, shape, phase), phase.num_layers_without_backward
     all_groups = [*((groups.layers[role], count) for role, count in phase.groups.items()), (groups.outer, 1)]
@@ -121,7 +121,7 @@ def step_traffic(config: RunConfig, shape: ModelShape, phase: Phase) -> Traffic:
 
 
 def _update_bytes(subject: Subject) -> int:
-    """Sent by a rank in the update of all layers."""
+    """Bytes that a rank sends in the update of all layers."""
     num_bytes = 0
     for tensors in (*trained_layers(subject), *adapters(subject)):
         rule = tensors.rule or ADAMW
@@ -132,25 +132,25 @@ def _update_bytes(subject: Subject) -> int:
 
 
 def _gathered(group: Group) -> int:
-    """Sent by a rank for an all-gather: ``(n - 1) / n × w P``."""
+    """Bytes that a rank sends for an all-gather: ``(n - 1) / n × w P``."""
     return (group.num_shards - 1) * group.width * group.local_parameters
 
 
 def _reduced(group: Group) -> int:
-    """Sent by a rank for a reduce-scatter: ``(n - 1) / n × 4 T``."""
+    """Bytes that a rank sends for a reduce-scatter: ``(n - 1) / n × 4 T``."""
     return group.reduce_input_bytes - group.reduce_input_bytes // group.num_shards
 
 
 def _reduced_between(group: Group) -> int:
-    """Sent by a rank for an all-reduce among R copies: ``2 (R - 1) / R × 4 T / n``."""
+    """Bytes that a rank sends for an all-reduce among R copies: ``2 (R - 1) / R × 4 T / n``."""
     return 2 * (group.num_replicas - 1) * group.all_reduce_bytes // group.num_replicas
 
 
 def _ring_bandwidth(gpu: Gpu, num_ranks: int, stride: int) -> float:
     """Bytes per second that each rank of a ring can send.
 
-    Across nodes each rank lends the ring its network card, so that a ring with k ranks in a node leaves it at k times
-    one card's rate.
+    Across nodes, each rank contributes its network card, so a ring with k ranks per node leaves the node at k times
+    the rate of one card.
     """
     if num_ranks * stride <= gpu.per_node:
         return gpu.node_bandwidth

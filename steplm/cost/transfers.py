@@ -1,4 +1,4 @@
-"""Bytes that cross the bus between a device and its host in one step, by direction."""
+"""Bytes transferred between a device and its host in one step, by direction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steplm.types import ModelShape
 
 @dataclass(frozen=True)
 class Transfers:
-    """Of one optimizer step of one device; what frozen weights and activations move is no part."""
+    """Bytes per optimizer step and device; excludes transfers of frozen weights and activations."""
 
     to_host: int
     to_device: int
@@ -24,9 +24,9 @@ NO_TRANSFERS = Transfers(0, 0)
 
 
 def optimizer_transfers(config: RunConfig, shape: ModelShape, phase: Phase) -> Transfers:
-    """With ``memory.offload_optimizer``: gradients of each micro-batch ``w T`` to the host, new weights ``w T`` back.
+    """Transfers of ``memory.offload_optimizer``: per micro-batch ``w T`` of gradients to the host, then ``w T`` back.
 
-    The matrices of a rule that multiplies them on the device (Muon) go there before their update, and come back.
+    Muon, which runs its matmuls on the device, also sends its matrices there before the update and gets them back.
     Source: ZeRO-Offload (arXiv 2101.06840), section 4.1.
     """
     if not config.memory.offload_optimizer:

@@ -1,11 +1,11 @@
-"""What one step of a phase computes and moves, by kind of work, on one device; ``steplm.cost.seconds`` times it.
+"""Compute and memory traffic of one step of a phase on one device, by kind; ``steplm.cost.seconds`` times it.
 
-The counts are those of PyTorch's operations one by one, as the layers of ``transformers`` write them: a product
-``m × k × n`` has ``2 m k n`` FLOPs and moves its three matrices, an operation on each element moves what it reads and
-what it writes. Operations that only make views count nothing.
+The counts follow PyTorch's operations one by one, as the layers of ``transformers`` call them. A matmul ``m × k × n``
+has ``2 m k n`` FLOPs and moves its three matrices; an elementwise operation moves what it reads and writes. Views cost
+nothing.
 
-N tokens of a micro-batch, S sequence length, d hidden size, q and k widths of queries and of keys, f feed-forward size,
-V vocabulary, C rows of the loss at once, r rank of the adapters, w bytes of a number.
+Symbols: N tokens per micro-batch, S sequence length, d hidden size, q and k widths of queries and keys, f feed-forward
+size, V vocabulary size, C rows per chunk of the loss, r adapter rank, w bytes per element.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from steplm.cost.transfers import optimizer_transfers
 from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
 from steplm.types import LinearShape, ModelShape, TensorShape
 
-# Kinds of work, with their unit.
+# Kinds of work and their units.
 KINDS = {
     "bf16 products": "FLOPs",
     "fp32 products": "FLOPs",
     "bf16 attention": "FLOPs",
     "fp32 attention": "FLOPs",
-    "operands": "bytes",  # read and written by matrix products
-    "elements": "bytes",  # the same of operations on each element
-    "logits": "bytes",  # the same of the loss, whose exponentials a CPU is slow at
-    "update": "bytes",  # the same of the optimizer's update
-    "8-bit states": "bytes",  # the same of reading and writing them
-    "rounding": "bytes",  # the same of rounding bf16 weights stochastically
-    "8-bit masters": "bytes",  # the same of reading and writing them
-    "int8 weights": "bytes",  # the same of making them whole
+    "operands": "bytes",  # read and written by matmuls
+    "elements": "bytes",  # by elementwise operations
+    "logits": "bytes",  # by the loss; a kind of its own because a CPU is slow at exponentials
+    "update": "bytes",  # by the optimizer's update
+    "8-bit states": "bytes",  # by quantizing and dequantizing them
+    "rounding": "bytes",  # by stochastic rounding of bf16 weights
+    "8-bit masters": "bytes",  # by splitting and joining them
+    "int8 weights": "bytes",  # by dequantizing them
     "nf4 weights": "bytes",
     "bus": "bytes",  # between host and device
-    "host update": "bytes",  # of an update in host memory, by an accelerator's host
+    "host update": "bytes",  # by an update in host memory, for a model on an accelerator
     "launches": "kernels",
 }
 
@@ -57,16 +57,16 @@ class Work:
 
 @dataclass(frozen=True)
 class _Elementwise:
-    """Bytes that each element of an activation costs in the forward and in the backward pass of a layer."""
+    """Memory traffic per activation element in the forward and the backward pass of a layer, in bytes."""
 
-    norm: tuple[int, int]  # of the norm's input, its weight frozen
-    norm_weight: int  # more in the backward pass, where it is trained
-    rotary: tuple[int, int]  # of queries and keys
-    gate: tuple[int, int]  # of the feed-forward's inner size
-    residual: tuple[int, int]  # of the hidden states: both additions, and the sums of gradients
+    norm: tuple[int, int]  # per element of the norm's input, with a frozen weight
+    norm_weight: int  # extra in the backward pass if the norm's weight is trained
+    rotary: tuple[int, int]  # per element of queries and keys
+    gate: tuple[int, int]  # per element of the feed-forward's inner activations
+    residual: tuple[int, int]  # per element of the hidden states: both residual additions, and the sums of gradients
 
 
-# Of the operations one by one; and of those that a compiler joins, which read inputs and write outputs once.
+# Eager operations one by one, and compiled operations, which are fused: they read inputs and write outputs once.
 _PLAIN = {
     "bf16": _Elementwise((36, 88), 8, (20, 30), (10, 18), (12, 30)),
     "fp32": _Elementwise((28, 80), 16, (40, 60), (20, 36), (24, 60)),
@@ -75,34 +75,34 @@ _COMPILED = {
     "bf16": _Elementwise((4, 12), 0, (4, 4), (6, 10), (10, 12)),
     "fp32": _Elementwise((8, 24), 0, (8, 8), (12, 20), (20, 24)),
 }
-_LOGIT_BYTES = {"bf16": 36, "fp32": 24}  # of one logit: fp32 copy, log-softmax, exponential, scale, rounding
+_LOGIT_BYTES = {"bf16": 36, "fp32": 24}  # per logit: fp32 copy, log-softmax, exponential, scale, rounding
 
-# Bytes of an element of a matrix in an update: of a rule itself, and of what memory options add to it.
+# Bytes per matrix element in an update: of the rule itself, and what memory options add.
 _RULE_BYTES = {ADAMW: 40, "muon": 90, "scale": 58}
 _FP32_WEIGHT_SAVES = {ADAMW: 12, "muon": 6, "scale": 6}
 _STATE_BYTES, _ROUNDING_BYTES, _MASTER_BYTES = 84, 48, 107
-_UNPACK_BYTES = {"int8": 19, "nf4": 19}  # of an element of a weight in bf16
+_UNPACK_BYTES = {"int8": 19, "nf4": 19}  # per weight element, dequantized to bf16
 _NUM_MOMENTS = {ADAMW: 2, "muon": 1, "scale": 0}
 
-# Kernels that are launched. A compiled layer launches a few for each product.
+# Kernel launches. A compiled layer launches a few per matmul.
 _LAYER_LAUNCHES = (38, 60)
-_TRAINED_LAUNCHES = 11  # more in the backward pass: gradients of weights
-_ADAPTER_LAUNCHES = (2, 7)  # more, for each adapted map
+_TRAINED_LAUNCHES = 11  # extra in the backward pass: weight gradients
+_ADAPTER_LAUNCHES = (2, 7)  # extra per adapted linear layer
 _COMPILED_LAUNCHES = 0.4
 _CHUNK_LAUNCHES = 21
 _STEP_LAUNCHES = 40  # embeddings, final norm, loss, norm of the gradients
-_PIECE_LAUNCHES = {ADAMW: 2, "muon": 13, "scale": 6}  # of an update, for each piece of a matrix
+_PIECE_LAUNCHES = {ADAMW: 2, "muon": 13, "scale": 6}  # of an update, per chunk of a matrix
 _OPTION_LAUNCHES = {"8-bit states": 13, "rounding": 6, "8-bit masters": 14}
 
 
 def step_work(config: RunConfig, shape: ModelShape, phase: Phase, *, on_cuda: bool) -> tuple[Work, ...] | None:
     """The work of one step on one device; None for families whose layers are not counted.
 
-    Left out: data loading, evaluation, checkpoints, what devices send each other, and of ``galore`` and ``apollo`` the
-    making of new projections.
+    Excludes data loading, evaluation, checkpoints, communication between devices, and the computation of new
+    projections in ``galore`` and ``apollo``.
 
     Args:
-        on_cuda: Newton–Schulz runs in bf16 there, in fp32 elsewhere.
+        on_cuda: whether Newton–Schulz runs in bf16, as on CUDA, or in fp32.
     """
     if not is_modelled(shape):
         return None
@@ -140,11 +140,11 @@ class _Step:
             yield Work(part, work.kind, work.amount * count * self.passes, formula)
 
     def _reached(self, role: Role, count: int) -> int:
-        """Of these layers, those that the backward pass comes to."""
+        """How many of these layers the backward pass reaches."""
         return count - (self.phase.num_layers_without_backward if isinstance(role, Frozen) else 0)
 
     def _forward(self, role: Role) -> Iterator[Work]:
-        """Of one layer and micro-batch."""
+        """Work of the forward pass of one layer, for one micro-batch."""
         norm = self.bytes.norm[0]
         yield from self._products(((self.N, x.in_features, x.out_features) for x in self.shape.linears), "2 N M")
         yield from self._adapter_products(role, 1)
@@ -166,13 +166,13 @@ class _Step:
         yield self._elements(norm, self.bytes.residual[1], self.bytes.rotary[1], self.bytes.gate[1])
         inputs = sum(linear.in_features for linear in self._adapted(role))
         yield Work("", "elements", 3 * self.w * self.N * inputs, "3 w N in: an adapted input has two gradients")
-        yield from self._attention(2.5)  # the scores are made again
+        yield from self._attention(2.5)  # the backward pass recomputes the scores
         yield from self._unpacking(role)
         launches = _LAYER_LAUNCHES[1] + _TRAINED_LAUNCHES * trained + _ADAPTER_LAUNCHES[1] * self._num_adapted(role)
         yield Work("", "launches", launches * self._launched)
 
     def _elements(self, norm: int, residual: int, rotary: int, gate: int) -> Work:
-        """Of the operations on each element of a layer, by the bytes of one."""
+        """Elementwise operations of a layer, from their bytes per element."""
         d, f, qk = self._sizes()
         kind = MODELLED[self.shape.model_type]
         hidden, heads = (4 if kind.norms_after else 2) * norm + residual, rotary + norm * kind.normalises_heads
@@ -180,7 +180,7 @@ class _Step:
         return Work("", "elements", self.N * (hidden * d + heads * qk + gate * f), formula)
 
     def _sizes(self) -> tuple[int, int, int]:
-        """d, f, q + k."""
+        """The sizes d, f and q + k."""
         out = {linear.name.rpartition(".")[2]: linear.out_features for linear in self.shape.linears}
         return self.shape.hidden_size, out["gate_proj"], out["q_proj"] + out["k_proj"]
 
@@ -205,7 +205,7 @@ class _Step:
     def _products(
         self, products: Iterable[tuple[int, int, int]], formula: str, precision: str | None = None, part: str = ""
     ) -> Iterator[Work]:
-        """FLOPs and bytes of matrix products ``(m, k, n)``."""
+        """FLOPs and bytes of matmuls ``(m, k, n)``."""
         precision = precision or self.precision
         width, flops, moved = 2 if precision == "bf16" else 4, 0, 0
         for m, k, n in products:
@@ -215,7 +215,7 @@ class _Step:
         yield Work(part, "operands", moved)
 
     def _attention(self, times: float) -> Iterator[Work]:
-        """PyTorch's fused attention; without a mask of documents it is counted as if no score were left out."""
+        """PyTorch's fused attention, counted as if masks skipped no scores; a document mask adds its own traffic."""
         size = self.shape.attention_size or self.shape.hidden_size
         S = self.train.sequence_length
         yield Work("", f"{self.precision} attention", times * 4 * self.N * S * size, f"{4 * times:g} N S q")
@@ -223,7 +223,7 @@ class _Step:
             yield Work("", "elements", (self.w + 1) * self.N * S, "mask: (w + 1) N S")
 
     def _unpacking(self, role: Role) -> Iterator[Work]:
-        """A packed weight is made whole for each product."""
+        """Dequantizing frozen weights, once for each matmul."""
         fmt = self.memory.frozen_weights
         if fmt != "full" and not isinstance(role, Trained):
             size = sum(x.in_features * x.out_features for x in self.shape.linears)
@@ -257,7 +257,7 @@ class _Step:
         yield Work("loss", "launches", chunks * _CHUNK_LAUNCHES)
 
     def _host(self) -> Iterator[Work]:
-        """What crosses the bus."""
+        """Transfers between host and device."""
         if self.memory.offload_frozen:
             moved = len(self.phase.frozen_layers) * packed_layer_bytes(self.shape, self.memory, self.w)
             yield Work("frozen from host", "bus", 2 * self.passes * moved, "2 × frozen layers' matrices")

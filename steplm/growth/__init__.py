@@ -1,1 +1,1 @@
-"""Growth: more layers from the layers there are. Pure functions on plain, named tensors."""
+"""Model growth: pure functions on named tensors that build a deeper model from existing layers."""

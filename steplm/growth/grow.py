@@ -1,6 +1,6 @@
 """Grow a model: weights, configuration and layer provenance, each a pure function of a layer map.
 
-Weights are full, named, unsharded tensors under their Hugging Face names.
+Weights are full, unsharded tensors under their Hugging Face names.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from steplm.growth.operators import OPERATORS, Layer
 from steplm.types import LayerMap, LayerProvenance
 from steplm.units import nearest
 
-# How the families spell the depth in their configuration.
+# Configuration keys for the depth, across model families.
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Lists of layer indices; every other list with "layer" or "types" in its name holds one entry per layer.
 LAYER_INDEX_KEYS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices")
-# Numbers of layers at the bottom, or the index of the first layer above them; and the index of a last layer.
+# Counts of bottom layers, or the index of the first layer above them; and the index of a last layer.
 FIRST_LAYERS_KEYS = (
     "first_k_dense_replace", "num_dense_layers", "num_hash_layers", "max_window_layers", "moe_layer_start_index",
 )  # fmt: skip
@@ -31,10 +31,10 @@ _NAME_IN_LAYER = re.compile(r"^(.+?)\.(\d+)\.(.+)$")
 
 
 def layer_prefix_of(names: Iterable[str]) -> str:
-    """The name of the list of layers: ``model.layers``, ``transformer.h``, ``gpt_neox.layers`` …
+    """The name of the list of layers, such as ``model.layers``, ``transformer.h`` or ``gpt_neox.layers``.
 
     Raises:
-        GrowthError: the names hold no numbered layers, or more than one list of them.
+        GrowthError: the names contain no numbered layers, or more than one list of them.
     """
     prefixes = sorted({match.group(1) for match in map(_NAME_IN_LAYER.match, names) if match})
     if len(prefixes) != 1:
@@ -57,19 +57,19 @@ def grow(
 ) -> dict[str, Tensor]:
     """The weights of the grown model.
 
-    Kept layers, renumbered, and everything outside the layers are the tensors of ``state`` themselves,
-    as a copy would cost the memory of a second model. New layers are new tensors.
+    Kept layers (renumbered) and everything outside the layers are the tensors of ``state`` themselves, because a copy
+    would cost the memory of a second model. New layers are new tensors.
 
     Args:
         state: all weights of the old model, by name.
-        layer_map: for each layer of the grown model its origin.
+        layer_map: the origin of each layer of the grown model.
         operator: a key of ``OPERATORS``.
-        fresh_layer: ``fresh_layer(i)`` gives freshly initialised tensors for layer ``i`` of the grown
-            model, by their names below the layer; needed by operator ``random`` alone.
+        fresh_layer: ``fresh_layer(i)`` returns freshly initialized tensors for layer ``i`` of the grown model, by name
+            within the layer; needed only by operator ``random``.
 
     Raises:
-        GrowthError: unknown operator, a map for another depth, or layers that differ in names, shapes or
-            dtypes where one has to be made of the other.
+        GrowthError: unknown operator, a layer map for another depth, or layers, old or fresh, that differ in names,
+            shapes or dtypes.
     """
     if operator not in OPERATORS:
         raise GrowthError(f"no growth operator {operator!r}.{nearest(operator, OPERATORS)}", operator=operator)
@@ -99,7 +99,7 @@ def grow(
 
 
 def renamed(names: Iterable[str], layer_map: LayerMap) -> dict[str, str]:
-    """Old name -> name in the grown model. No weight is lost: kept layers move up, the rest stays."""
+    """Old name -> name in the grown model. No weight is lost: kept layers move up, all other names stay the same."""
     new_index = {layer_map.origins[index].parents[0]: index for index in layer_map.kept_layers}
     result = {}
     for name in names:
@@ -109,20 +109,20 @@ def renamed(names: Iterable[str], layer_map: LayerMap) -> dict[str, str]:
 
 
 def grow_config(hf_config: Mapping[str, Any], layer_map: LayerMap) -> dict[str, Any]:
-    """The Hugging Face configuration of the grown model: a new layer is set up as its first parent is.
+    """The Hugging Face configuration of the grown model; a new layer is configured like its first parent.
 
     Raises:
-        GrowthError: the configuration names no depth, or another one than the map's.
+        GrowthError: the configuration has no depth, or a different one from the layer map.
     """
     _check_map(layer_map, depth_of(hf_config))
     return select_layers(hf_config, [origin.parents[0] for origin in layer_map.origins])
 
 
 def depth_of(hf_config: Mapping[str, Any]) -> int:
-    """Number of layers that a Hugging Face configuration asks for.
+    """Number of layers in a Hugging Face configuration.
 
     Raises:
-        GrowthError: the configuration names no depth.
+        GrowthError: the configuration has no depth.
     """
     for key in DEPTH_KEYS:
         if isinstance(hf_config.get(key), int):
@@ -131,16 +131,16 @@ def depth_of(hf_config: Mapping[str, Any]) -> int:
 
 
 def select_layers(hf_config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
-    """The configuration of a model whose layer ``i`` is set up as layer ``layers[i]`` of this one.
+    """The configuration of a model whose layer ``i`` is configured like layer ``layers[i]`` of this one.
 
-    Renews the depth, lists with one entry per layer (``layer_types`` ...), lists of layer indices
+    Updates the depth, lists with one entry per layer (``layer_types`` ...), lists of layer indices
     (``mlp_only_layers`` ...) and boundaries between layers (``first_k_dense_replace`` ...).
 
     Args:
         layers: indices in the given model, ascending; an index may be repeated or left out.
 
     Raises:
-        GrowthError: the configuration names no depth.
+        GrowthError: the configuration has no depth.
     """
     num_layers = depth_of(hf_config)
     config = copy.deepcopy(dict(hf_config))
@@ -153,8 +153,8 @@ def select_layers(hf_config: Mapping[str, Any], layers: Sequence[int]) -> dict[s
             config[key] = [index for index, source in enumerate(layers) if source in value]
         elif key in FIRST_LAYERS_KEYS and isinstance(value, int):
             below = sum(source < value for source in layers)
-            config[key] = max(value, below) if value >= num_layers else below  # all layers, whatever the depth
-        elif key in LAST_LAYER_KEYS and isinstance(value, int) and value >= 0:  # -1 is the last layer of any depth
+            config[key] = max(value, below) if value >= num_layers else below  # a large value means all layers
+        elif key in LAST_LAYER_KEYS and isinstance(value, int) and value >= 0:  # -1 is the last layer at any depth
             config[key] = sum(source <= value for source in layers) - 1
         elif key == "attention_types":  # GPT-Neo: [[["global", "local"], 12]], the types and how often they repeat
             types = [name for names, repeats in value for _ in range(repeats) for name in names]
@@ -165,11 +165,11 @@ def select_layers(hf_config: Mapping[str, Any], layers: Sequence[int]) -> dict[s
 
 
 def _is_per_layer(key: str) -> bool:
-    return ("layer" in key or key.endswith("types")) and not key.startswith("mtp")  # those of multi-token prediction
+    return ("layer" in key or key.endswith("types")) and not key.startswith("mtp")  # mtp: multi-token prediction
 
 
 def positions_in_final(growths: Sequence[LayerMap], num_layers: int) -> list[int]:
-    """For each layer of a model, its index after all of these growths, one after the other."""
+    """For each layer of a model, its index after applying all of these growths in order."""
     positions = list(range(num_layers))
     for layer_map in growths:
         kept = layer_map.kept_layers
@@ -180,7 +180,7 @@ def positions_in_final(growths: Sequence[LayerMap], num_layers: int) -> list[int
 def provenance(
     old: tuple[LayerProvenance, ...], layer_map: LayerMap, stage_index: int, operator: str
 ) -> tuple[LayerProvenance, ...]:
-    """The provenance of the grown model's layers: kept ones keep theirs, new ones are born in this stage."""
+    """The provenance of the grown model's layers: kept layers keep theirs, new layers are born in this stage."""
     _check_map(layer_map, len(old))
     return tuple(
         LayerProvenance(
@@ -195,7 +195,7 @@ def provenance(
 
 
 def _split(state: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Tensors outside the layers by name, and for each layer its tensors by the name below the layer."""
+    """Tensors outside the layers by name, and for each layer its tensors by name within the layer."""
     outer: dict[str, Tensor] = {}
     layers: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -211,7 +211,7 @@ def _split(state: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor],
 
 
 def _contiguous(layer: Layer) -> Layer:
-    # A clone keeps its original's strides; files of weights want rows.
+    # clone() keeps the strides of the original, but weight files need contiguous tensors.
     return {name: tensor.contiguous() for name, tensor in layer.items()}
 
 
@@ -235,7 +235,7 @@ def _check_map(layer_map: LayerMap, num_layers: int) -> None:
 
 
 def _check_alike(layers: list[Layer] | list[dict[str, Tensor]], prefix: str) -> None:
-    """Every layer has the names, shapes and dtypes of the first."""
+    """Require that every layer has the names, shapes and dtypes of the first."""
     first = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in layers[0].items()}
     for index, layer in enumerate(layers):
         other = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in layer.items()}

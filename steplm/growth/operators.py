@@ -1,6 +1,6 @@
-"""How a new layer starts. Each operator makes a whole layer from its parents' layers.
+"""Growth operators, which initialize new layers. Each operator creates a whole layer from its parent layers.
 
-To add one: write a function of the parents and add a line to ``OPERATORS``.
+To add an operator, write a function of the parents and add it to ``OPERATORS``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from steplm.errors import GrowthError
 from steplm.rows import Rows
 
-Layer = Mapping[str, Tensor]  # tensors of one layer, by their name below the layer: "mlp.up_proj.weight"
+Layer = Mapping[str, Tensor]  # tensors of one layer, by name within the layer: "mlp.up_proj.weight"
 
-# The linear maps that write into the residual stream, as the families call them.
+# Names, across model families, of the linear layers that write to the residual stream.
 OUTPUT_PROJECTIONS = (
     "o_proj", "down_proj", "c_proj", "out_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "wo", "w2",
 )  # fmt: skip
@@ -26,15 +26,15 @@ OUTPUT_PROJECTIONS = (
 class Operator:
     """A growth operator.
 
-    ``function(parents, fraction)`` returns tensors that share no storage with the parents. ``parents``
-    are one or two layers with equal names, shapes and dtypes, the lower one first, and the new layer
-    stands at ``fraction`` of the way between them.
+    ``function(parents, fraction)`` returns tensors that share no storage with the parents. ``parents`` are one or two
+    layers with equal names, shapes and dtypes, the lower one first; the new layer lies at ``fraction`` of the way
+    between them.
     """
 
     function: Callable[[Sequence[Layer], float], dict[str, Tensor]]
-    function_preserving: bool = False  # the grown model computes what the old one did
-    fresh: bool = False  # its one parent is a freshly initialised layer, not one of the model's
-    mixes_rows: bool = False  # a row of a new tensor depends on other rows, so that no rank can make its rows alone
+    function_preserving: bool = False  # the grown model computes the same function as the old one
+    fresh: bool = False  # its only parent is a freshly initialized layer, not a layer of the model
+    mixes_rows: bool = False  # a row of a new tensor depends on other rows, so no rank can compute its rows alone
 
 
 def copy_lower(parents: Sequence[Layer], fraction: float) -> dict[str, Tensor]:
@@ -43,7 +43,7 @@ def copy_lower(parents: Sequence[Layer], fraction: float) -> dict[str, Tensor]:
 
 
 def interpolate(parents: Sequence[Layer], fraction: float) -> dict[str, Tensor]:
-    """Every tensor on the line between the two parents; at ``fraction`` 0.5 it is their mean.
+    """Interpolate every tensor linearly between the two parents; at ``fraction`` 0.5 it is their mean.
 
     Computed in fp32 and rounded once. Source: STEP (arXiv 2504.04151), Interpolation-Mean.
     """
@@ -53,7 +53,7 @@ def interpolate(parents: Sequence[Layer], fraction: float) -> dict[str, Tensor]:
     return {
         name: torch.lerp(tensor.float(), upper[name].float(), fraction).to(tensor.dtype)
         if tensor.is_floating_point()
-        else tensor.clone()  # of counts and masks there is no middle
+        else tensor.clone()  # counts and masks cannot be interpolated
         for name, tensor in lower.items()
     }
 
@@ -61,10 +61,11 @@ def interpolate(parents: Sequence[Layer], fraction: float) -> dict[str, Tensor]:
 def copy_with_zero_output(parents: Sequence[Layer], fraction: float) -> dict[str, Tensor]:
     """A copy of the lower parent that adds nothing to the residual stream: the function is unchanged.
 
-    ``require_unchanged_function`` tries it: a layer can add to the stream by more than its output projections.
+    ``require_unchanged_function`` tests this, because a layer may write to the stream through other modules than its
+    output projections.
 
     Raises:
-        GrowthError: the layer has no output projection of a known name.
+        GrowthError: the layer has no output projection with a known name.
 
     Source: LLaMA-Pro's block expansion (arXiv 2401.02415).
     """
@@ -83,7 +84,10 @@ def copy_with_zero_output(parents: Sequence[Layer], fraction: float) -> dict[str
 
 
 def _is_output(name: str) -> bool:
-    """``self_attn.o_proj.weight``, or ``mlp.experts.down_proj_bias``, where experts are one tensor without a module."""
+    """Whether a name is that of an output projection.
+
+    ``self_attn.o_proj.weight``, or ``mlp.experts.down_proj_bias`` if the experts are one tensor without a module.
+    """
     return any(part.removesuffix("_bias") in OUTPUT_PROJECTIONS for part in name.split("."))
 
 
@@ -97,10 +101,10 @@ OPERATORS: dict[str, Operator] = {
 
 
 def require_row_wise(operator: str, rows: Rows) -> None:
-    """Refuse an operator that mixes rows where a rank has only some of them.
+    """Reject an operator that mixes rows if a rank has only some of them.
 
     Raises:
-        GrowthError: with the way out.
+        GrowthError: the operator mixes rows, and the model is sharded.
     """
     if OPERATORS[operator].mixes_rows and not rows.is_whole:
         raise GrowthError(

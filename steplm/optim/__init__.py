@@ -1,10 +1,10 @@
-"""Update rules, usable in any training loop: each as a ``torch.optim.Optimizer`` by ``RuleOptimizer``.
+"""Update rules for any training loop; ``RuleOptimizer`` wraps them as a ``torch.optim.Optimizer``.
 
     from steplm.optim import AdamW, Muon, RuleOptimizer
 
     optimizer = RuleOptimizer([Muon(hidden_matrices), AdamW(all_else)], lr=1e-3)
 
-Names are looked up at first use, so that importing a schedule loads no torch.
+Names are imported on first use, so importing a schedule does not load torch.
 """
 
 from __future__ import annotations

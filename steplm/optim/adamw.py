@@ -1,4 +1,4 @@
-"""AdamW by parameter name, its states exact to the byte: in fp32, or with 8-bit moments and without master weights."""
+"""AdamW keyed by parameter name, with states of exactly known size: fp32, or 8-bit moments without master weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from steplm.optim.quantized import round_stochastically_
 from steplm.rows import on_this_rank
 
 STATES = ("fp32", "8bit")
-INHERITED = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # states that a new layer can take over
-MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether it has a sign
+INHERITED = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # states that a new layer can inherit
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # each moment, and whether it is signed
 
 
 class Piece(NamedTuple):
-    """Elements ``start`` to ``stop`` of a flattened parameter: what is updated at once."""
+    """Elements ``start`` to ``stop`` of a flattened parameter, which are updated at once."""
 
     name: str
     start: int
@@ -33,21 +33,21 @@ class Piece(NamedTuple):
         return tensor.view(-1)[self.start : self.stop]
 
     def scales_of(self, scales: Tensor) -> Tensor:
-        """The scales of its blocks; a piece begins where a block does."""
+        """The scales of its blocks; a piece starts at a block boundary."""
         return scales[self.start // STATE_BLOCK : -(-self.stop // STATE_BLOCK)]
 
 
 class AdamW(RuleBase):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) whose arithmetic is fp32, keyed by parameter name.
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) in fp32 arithmetic, keyed by parameter name.
 
-    A bf16 parameter has an fp32 master weight: the master is updated, and the parameter is the master
-    rounded. An fp32 parameter is its own master. All states exist from construction, and each parameter
-    counts its own steps, so that one that is new begins its bias correction at 0 while others go on.
+    A bf16 parameter has an fp32 master weight: the update changes the master, and the parameter is the rounded
+    master. An fp32 parameter is its own master. The constructor allocates all states. Each parameter counts its
+    own steps, so a new parameter starts its bias correction at 0 while the others continue.
 
-    Of a parameter that is sharded over ranks, weight, gradient and states are those of the rows on this one.
+    For a parameter that is sharded over ranks, weight, gradient and states are this rank's rows.
 
-    No step sees more than ``STEP_CHUNK`` elements at once: small parameters are updated together, large ones
-    in pieces. The workspace of a step, in bytes per element of such a chunk of bf16 parameters (of fp32 ones
+    A step works on at most ``STEP_CHUNK`` elements at once: small parameters are updated together, large ones in
+    chunks. The workspace of a step, in bytes per element of such a chunk of bf16 parameters (fp32 parameters need
     no more):
 
         states   master_weights   workspace
@@ -56,19 +56,20 @@ class AdamW(RuleBase):
         8bit     yes             17   both moments; gradient (4), then indices, boundaries and comparison (9)
         8bit     no              17   the fp32 weight too (16 at the update; 17 when it is rounded, or the moments are)
 
-    With ``master_weights="8bit"`` it is as without, but splitting the fp32 weight takes 8 where rounding it takes 9.
+    ``master_weights="8bit"`` needs as much as no master weights, but splitting the fp32 weight takes 8 bytes where
+    rounding it takes 9.
 
     Args:
-        named_parameters: the trained parameters by name; others may not be among them.
+        named_parameters: the trained parameters by name, without any frozen ones.
         betas: decay rates of the first and second moment.
         eps: added to the root of the second moment.
-        weight_decay: decoupled, times the learning rate; see ``decays``.
-        states: ``fp32``, or ``8bit`` for the moments of matrices (see ``quantized.CodeBook``). They are then
-            rounded at every step; 2 bytes and a little a parameter instead of 8.
+        weight_decay: decoupled, multiplied by the learning rate; see ``decays``.
+        states: ``fp32``, or ``8bit`` for the moments of matrices (see ``quantized.CodeBook``), which are then
+            rounded at every step and take slightly more than 2 bytes per parameter instead of 8.
         master_weights: False: bf16 parameters have none. The new value is computed in fp32 and rounded
-            stochastically, with bits from the device's default generator: seed it before every step where
-            runs shall repeat. Saves 4 bytes a parameter. ``8bit``: one byte of what rounding the weight lost, in
-            place of 4; see ``steplm.optim.masters``.
+            stochastically, with bits from the device's default generator; seed it before every step for
+            reproducible runs. Saves 4 bytes per parameter. ``8bit``: one byte per parameter instead of 4, which
+            stores the rounding error of the weight; see ``steplm.optim.masters``.
 
     Raises:
         ConfigError: unknown ``states``.
@@ -97,7 +98,7 @@ class AdamW(RuleBase):
         self._buckets = self._make_buckets()
 
     def _update(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
-        if len(names) == 1:  # in a fused backward pass: not every bucket for each parameter
+        if len(names) == 1:  # a fused backward pass must not scan all buckets for each parameter
             (name,) = names
             for piece in self._pieces[name]:
                 self._update_pieces([piece], learning_rate, grad_scale)
@@ -112,13 +113,13 @@ class AdamW(RuleBase):
         for moment, signed in MOMENTS.items():
             held[moment] = torch.zeros_like(weight, dtype=torch.uint8 if is_quantized else torch.float32)
             if is_quantized:
-                # Where the scale is 0 every code stands for 0.
+                # With a scale of 0, every code represents 0.
                 held[_scale(moment)] = weight.new_zeros(-(-weight.numel() // STATE_BLOCK), dtype=torch.float32)
-                self._book(signed=signed, device=weight.device)  # it is there before the first step
+                self._book(signed=signed, device=weight.device)  # allocates the tables before the first step
         return held | new_master(weight, self.master_weights)
 
     def _update_pieces(self, pieces: list[Piece], learning_rate: float, grad_scale: float) -> None:
-        """Pieces of one device and one weight decay. What is made here is gone before the next pieces' is made."""
+        """Update pieces of one device and one weight decay, and free all temporaries before the next call."""
         if not pieces:
             return
         weights = [piece.of(on_this_rank(self.parameters[piece.name].detach())) for piece in pieces]
@@ -146,14 +147,14 @@ class AdamW(RuleBase):
                 apart.append(index)
                 if "master" not in states:
                     round_stochastically_(masters[index])
-        if apart:  # in one call: of a small model, a GPU waits for its kernels to be launched
+        if apart:  # in one call, because updates of small models are bound by kernel launches
             torch._foreach_copy_([weights[index] for index in apart], [masters[index] for index in apart])
-        del masters  # before the moments are rounded, which needs as much
+        del masters  # rounding the moments needs as much memory again
         for key, values in moments.items():
             self._write_moments(pieces, key, values)
 
     def _read_moment(self, piece: Piece, key: str) -> Tensor:
-        """Fp32: the state itself, or what its codes stand for."""
+        """The moment in fp32: the state itself, or its codes dequantized."""
         states = self._states[piece.name]
         values = piece.of(states[key])
         if _scale(key) not in states:
@@ -170,7 +171,7 @@ class AdamW(RuleBase):
                 self._book(signed=MOMENTS[key], device=values.device).quantize_(values, codes, scales)
 
     def _gradients(self, pieces: list[Piece], scale: float) -> list[Tensor]:
-        """Fp32, times ``scale``: copies, but for fp32 gradients that are not scaled."""
+        """Gradients in fp32, times ``scale``: copies, unless they are in fp32 already and ``scale`` is 1."""
         gradients = []
         for piece in pieces:
             gradient = self.parameters[piece.name].grad
@@ -185,7 +186,7 @@ class AdamW(RuleBase):
         return copies
 
     def _make_buckets(self) -> list[list[Piece]]:
-        """Pieces for one kernel call each: of one device and one weight decay, together at most ``STEP_CHUNK``."""
+        """Group pieces into kernel calls: one device and weight decay each, at most ``STEP_CHUNK`` elements."""
         buckets: list[list[Piece]] = []
         open_buckets: dict[tuple[torch.device, bool], tuple[list[Piece], int]] = {}
         for name, parameter in self.parameters.items():
@@ -211,7 +212,7 @@ def adamw_(
     learning_rate: float,
     weight_decay: float,
 ) -> None:
-    """AdamW's formula on fp32 tensors, in place, after so many steps of each."""
+    """Apply one AdamW step to fp32 tensors in place; ``steps`` counts the previous steps of each tensor."""
     adamw(
         weights,
         gradients,
@@ -236,12 +237,12 @@ def adamw_(
 def carry_state(
     tensors: Mapping[str, Tensor], steps: Mapping[str, int], renamed: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Optimizer state under the names that the parameters have after a growth.
+    """Optimizer state under the parameter names after a growth.
 
     Args:
-        tensors, steps: what ``AdamW.state_dict`` gave.
-        renamed: old name -> new name of every weight that outlives the growth. Adapters must not be among
-            them: they are merged, and those after the growth are fresh, though they bear the same names.
+        tensors, steps: the result of ``AdamW.state_dict``.
+        renamed: old name -> new name of every weight that survives the growth. Must not contain adapters: they are
+            merged, and the adapters after the growth are fresh even where they have the same names.
 
     Returns:
         Tensors (not copied) and steps, for ``load_state_dict(…, strict=False)``.
@@ -257,15 +258,15 @@ def carry_state(
 def inherited_state(
     tensors: Mapping[str, Tensor], steps: Mapping[str, int], parents: Mapping[str, tuple[list[str], float]]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Moments for the weights of new layers, on the line between those of their parents; see ``LayerOrigin``.
+    """Moments for the weights of new layers, interpolated between those of their parents; see ``LayerOrigin``.
 
     Args:
-        tensors, steps: what ``state_dict`` gave before the growth.
-        parents: for each new weight its one or two parents' names, and where between them it stands.
+        tensors, steps: the result of ``state_dict`` before the growth.
+        parents: for each new weight, the names of its one or two parents, and its position between them.
 
     Returns:
-        Tensors and steps, for ``load_state_dict(…, strict=False)``; nothing of weights whose parents have no moments,
-        or moments in 8 bits.
+        Tensors and steps, for ``load_state_dict(…, strict=False)``. Weights whose parents have no moments, or 8-bit
+        moments, are left out.
     """
     inherited: dict[str, Tensor] = {}
     inherited_steps: dict[str, int] = {}
@@ -280,7 +281,7 @@ def inherited_state(
 
 
 def clip_coefficient(norm: Tensor | float, max_norm: float | None) -> float:
-    """The factor, at most 1, that brings a gradient of this norm down to ``max_norm`` (``None``: 1)."""
+    """The factor, at most 1, that clips a gradient of this norm to ``max_norm`` (``None``: no clipping)."""
     if max_norm is None:
         return 1.0
     value = float(norm)
@@ -288,8 +289,10 @@ def clip_coefficient(norm: Tensor | float, max_norm: float | None) -> float:
 
 
 def _as_tensors(steps: list[int], device: torch.device) -> list[Tensor]:
-    """What the kernel wants, and adds 1 to before it uses it: an fp32 scalar each, no copy from the host's memory,
-    which would wait for the device."""
+    """Step counts for the fused kernel, one fp32 scalar each; the kernel adds 1 before it uses them.
+
+    They are made on the device, because a copy from host memory would wait for the device.
+    """
     counts = torch.full((len(steps),), float(steps[0]), device=device)
     for index, step in enumerate(steps):
         if step != steps[0]:
@@ -298,11 +301,11 @@ def _as_tensors(steps: list[int], device: torch.device) -> list[Tensor]:
 
 
 def _cut(name: str, weight: Tensor) -> list[Piece]:
-    """The pieces that a parameter is updated in."""
+    """Split a parameter into the pieces in which it is updated."""
     starts = range(0, weight.numel(), STEP_CHUNK)
     return [Piece(name, start, min(start + STEP_CHUNK, weight.numel())) for start in starts]
 
 
 def _scale(moment: str) -> str:
-    """Name of the state that holds the scales of a moment in 8 bits."""
+    """Name of the state with the scales of an 8-bit moment."""
     return f"{moment}_scale"

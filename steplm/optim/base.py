@@ -1,4 +1,4 @@
-"""What all update rules have in common: parameters and states by name, checkpoints, and the fused backward pass."""
+"""Base class of all update rules: parameters and states by name, checkpoints, and the fused backward pass."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from steplm.errors import CheckpointMismatch, SteplmError
 from steplm.optim.quantized import CodeBook
 from steplm.rows import on_this_rank
 
-CodeBooks = dict[tuple[bool, torch.device], CodeBook]  # by whether the state has a sign, and device
+CodeBooks = dict[tuple[bool, torch.device], CodeBook]  # key: whether the state is signed, and its device
 NamedParameters = Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
 
 
 class GradNorm:
-    """The global 2-norm of gradients that never exist together."""
+    """The global 2-norm of gradients that never exist all at once."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._square = torch.zeros((), device=device)
@@ -29,19 +29,19 @@ class GradNorm:
         self._square += grad_norm(gradient).square()
 
     def total(self) -> Tensor:
-        """An fp32 scalar on the gradients' device."""
+        """The norm, an fp32 scalar on the gradients' device."""
         return self._square.sqrt()
 
 
 class RuleBase(ABC):
-    """An update rule over named parameters. A subclass says which states each has, and how they are updated.
+    """An update rule over named parameters. Subclasses define the states of a parameter and how to update it.
 
     Args:
-        weight_decay: decoupled, times the learning rate.
-        books: tables of 8-bit states, which rules can share.
+        weight_decay: decoupled, multiplied by the learning rate.
+        books: lookup tables of 8-bit states, which rules can share.
 
     Attributes:
-        compute_device: where products of whole matrices are computed; None: where the parameters are.
+        compute_device: where matmuls of whole matrices run; None: on the parameters' device.
     """
 
     def __init__(self, *, weight_decay: float, books: CodeBooks | None = None) -> None:
@@ -55,7 +55,8 @@ class RuleBase(ABC):
     def set_parameters(self, named_parameters: NamedParameters) -> None:
         """Update these parameters from now on.
 
-        Those that the rule updated before keep their states; the states of others are freed before new ones exist.
+        Parameters that the rule already updates keep their states. Those of dropped parameters are freed before new
+        states are allocated.
         """
         parameters = dict(named_parameters)
         for name in self.parameters.keys() - parameters.keys():
@@ -70,19 +71,19 @@ class RuleBase(ABC):
         """The states of a parameter before its first step."""
 
     def _is_ready(self, name: str) -> bool:
-        """Whether a parameter that has a gradient can be updated; what its update needs is made here."""
+        """Prepare the update of a parameter that has a gradient, and return whether it can be updated."""
         return True
 
     @abstractmethod
     def _update(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
-        """Update these parameters, each of which has a gradient, and leave ``steps`` alone."""
+        """Update these parameters, each of which has a gradient, without changing ``steps``."""
 
     @torch.no_grad()
     def step(self, learning_rate: float, grad_scale: float = 1.0) -> None:
         """Update every parameter that has a gradient.
 
         Args:
-            grad_scale: multiplies the gradients in fp32; ``.grad`` itself stays as it is.
+            grad_scale: multiplies the gradients in fp32; ``.grad`` itself is unchanged.
         """
         names = [name for name, p in self.parameters.items() if p.grad is not None and self._is_ready(name)]
         self._update(names, learning_rate, grad_scale)
@@ -93,22 +94,22 @@ class RuleBase(ABC):
     def in_backward(
         self, learning_rate: float | None, grad_scale: float = 1.0, norm: GradNorm | None = None
     ) -> Iterator[GradNorm]:
-        """A backward pass inside this context updates each parameter as soon as its gradient is complete.
+        """Make a backward pass inside this context update each parameter as soon as its gradient is complete.
 
             with rule.in_backward(learning_rate) as norm:
                 loss.backward()
             norm.total()
 
         Each gradient is freed right after its update. Gradients can therefore not be accumulated, and ``grad_scale``
-        must be known before their norm is. Source: LOMO (arXiv 2306.09782).
+        must be chosen before their norm is known. Source: LOMO (arXiv 2306.09782).
 
         Args:
             learning_rate: ``None`` measures and frees the gradients without an update.
             grad_scale: multiplies the gradients in the update, not in the norm.
-            norm: takes in the gradients beside those of other rules.
+            norm: a norm to add the gradients to, for example one shared with other rules.
 
         Raises:
-            SteplmError: a second backward pass inside the context.
+            SteplmError: a second backward pass runs inside the context.
         """
         norm = norm or GradNorm(next((p.device for p in self.parameters.values()), None))
         done = set[str]()
@@ -157,7 +158,7 @@ class RuleBase(ABC):
         parameter.grad = None
 
     def grad_norm(self) -> Tensor:
-        """The 2-norm over all gradients; see ``global_grad_norm``."""
+        """The 2-norm of all gradients; see ``global_grad_norm``."""
         return global_grad_norm(self.parameters.values())
 
     def zero_grad(self) -> None:
@@ -170,20 +171,20 @@ class RuleBase(ABC):
         return {name: dict(states) for name, states in self._states.items()}
 
     def tables(self) -> list[Tensor]:
-        """Look-up tables of 8-bit states, which all parameters share."""
+        """Lookup tables of 8-bit states, which all parameters share."""
         return [table for book in self._books.values() for table in book.tables()]
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """The states themselves under flat names ``PARAMETER.STATE``, as safetensors wants them, and the steps."""
+        """The states themselves under flat names ``PARAMETER.STATE``, as safetensors needs them, and the steps."""
         return self._flat(), dict(self.steps)
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], steps: Mapping[str, int], *, strict: bool = True) -> None:
         """Copy saved states into this rule's.
 
         Args:
-            tensors, steps: what ``state_dict`` gave.
+            tensors, steps: the result of ``state_dict``.
             strict: require that exactly this rule's parameters were saved. Otherwise ignore the states of other
-                parameters, and leave parameters without saved states as they are (new ones, after a growth).
+                parameters, and leave parameters without saved states unchanged (new ones, after a growth).
 
         Raises:
             CheckpointMismatch: names (if ``strict``), shapes or dtypes differ, or only some states of a parameter
@@ -228,8 +229,8 @@ def decays(parameter: Tensor) -> bool:
 
 def grad_norm(gradient: Tensor) -> Tensor:
     """The 2-norm of a tensor in fp32, a scalar."""
-    # Row by row: on a CPU one running fp32 sum over 16M elements is off by 1%. No more rows at once than a
-    # step has elements: a CPU makes an fp32 copy of them.
+    # Row by row, because on a CPU a single running fp32 sum over 16M elements is off by 1%. In chunks of at most
+    # STEP_CHUNK elements, because a CPU makes an fp32 copy of them.
     matrix = torch.atleast_2d(gradient).flatten(0, -2)
     parts = matrix.split(max(1, STEP_CHUNK // max(1, matrix.shape[1])))
     rows = torch.cat([torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) for part in parts])
@@ -238,7 +239,7 @@ def grad_norm(gradient: Tensor) -> Tensor:
 
 @torch.no_grad()
 def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm over all gradients on this rank, an fp32 scalar; bf16 gradients are summed in fp32."""
+    """The 2-norm of all gradients on this rank, an fp32 scalar; bf16 gradients are summed in fp32."""
     gradients = [on_this_rank(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())

@@ -1,6 +1,7 @@
-"""The update rules of a phase, each over its own parameters. To add one: its class, a line here, a row in ``RULES``.
+"""The update rules of a phase, each over its own parameters.
 
-The torch-free row, with the bytes of its states, is in ``steplm.cost.rules``.
+To add a rule, write its class, add it to ``MAKERS`` here, and add its bytes to ``RULES`` in ``steplm.cost.rules``,
+which does not import torch.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _low_rank(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
     )
 
 
-# Each makes a rule that has no parameters yet.
+# Each builds a rule without parameters.
 MAKERS: dict[str, Make] = {
     ADAMW: _adamw,
     "muon": _muon,
@@ -82,10 +83,10 @@ MAKERS: dict[str, Make] = {
 
 
 class UpdateRules:
-    """Several rules as one: the interface is that of ``RuleBase``, over all of their parameters.
+    """Several rules behind the interface of a single ``RuleBase``, over all of their parameters.
 
     Args:
-        host: where the parameters are copies in host memory; ``parameters`` are then those.
+        host: holds the parameters' copies in host memory, if the optimizer is offloaded; ``parameters`` are then those.
     """
 
     def __init__(
@@ -99,18 +100,18 @@ class UpdateRules:
 
     @property
     def steps(self) -> dict[str, int]:
-        """Updates since its states were made, by parameter name."""
+        """Number of updates since the states were created, by parameter name."""
         counts = {name: count for rule in self.rules.values() for name, count in rule.steps.items()}
         return {name: counts[name] for name in self.parameters}
 
     def grad_norm(self) -> Tensor:
-        """The 2-norm over all gradients, once they have all come; see ``global_grad_norm``."""
+        """The 2-norm of all gradients, after waiting for those in transfer; see ``global_grad_norm``."""
         if self.host is not None:
             self.host.wait()
         return global_grad_norm(self.parameters.values())
 
     def step(self, learning_rate: float, grad_scale: float = 1.0) -> None:
-        """One update of every parameter that has a gradient, which ``grad_scale`` multiplies."""
+        """Update every parameter that has a gradient; ``grad_scale`` multiplies the gradients."""
         if self.host is not None:
             self.host.wait()
         for rule in self.rules.values():
@@ -135,11 +136,11 @@ class UpdateRules:
             parameter.grad = None
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The states themselves, by parameter name and their own name."""
+        """The states themselves, not copies, by parameter name and state name."""
         return {name: states for rule in self.rules.values() for name, states in rule.state_tensors().items()}
 
     def tables(self) -> list[Tensor]:
-        """Look-up tables of 8-bit states, which all rules share."""
+        """Lookup tables of 8-bit states, which all rules share."""
         return list({id(table): table for rule in self.rules.values() for table in rule.tables()}.values())
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -151,10 +152,10 @@ class UpdateRules:
         """Copy saved states in; see ``RuleBase.load_state_dict``.
 
         Raises:
-            CheckpointMismatch: as there.
+            CheckpointMismatch: as in ``RuleBase.load_state_dict``.
         """
         owners = {name: rule for rule in self.rules.values() for name in rule.parameters}
-        first = next(iter(self.rules.values()))  # which names what belongs to none
+        first = next(iter(self.rules.values()))  # reports the entries that belong to no rule
         for rule in self.rules.values():
             rule.load_state_dict(
                 {key: tensor for key, tensor in tensors.items() if owners.get(_parameter_of(key), first) is rule},
@@ -164,7 +165,7 @@ class UpdateRules:
 
 
 def build_rules(config: RunConfig, model: nn.Module, phase: Phase, layer_prefix: str) -> UpdateRules:
-    """The rules of a phase over the trained parameters of ``model``, their states allocated."""
+    """Build the rules of a phase over the trained parameters of ``model``, with states allocated."""
     books: CodeBooks = {}
     names = {ADAMW, *(role.rule for role in phase.layers if not isinstance(role, Frozen))}
     rules = {name: MAKERS[name](config, name, books) for name in sorted(names, key=lambda name: name != ADAMW)}
@@ -180,10 +181,10 @@ def build_rules(config: RunConfig, model: nn.Module, phase: Phase, layer_prefix:
 
 
 def reassign(rules: UpdateRules, config: RunConfig, model: nn.Module, phase: Phase, layer_prefix: str) -> None:
-    """Go on with the parameters that the phase trains: those trained before keep their states.
+    """Continue with the parameters that the phase trains; those trained before keep their states.
 
     Raises:
-        ConfigError: the phase has a rule that the phase before did not have.
+        ConfigError: the phase uses a rule that the previous phase did not use.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if rules.host is not None:
@@ -204,8 +205,8 @@ def rule_of_each(
     """The rule that updates each parameter.
 
     Args:
-        shapes: of the trained parameters, by full name.
-        linears: names, below a layer, of its linear maps: ``self_attn.q_proj``.
+        shapes: shapes of the trained parameters, by full name.
+        linears: names of the linear modules relative to their layer, such as ``self_attn.q_proj``.
     """
     return {name: _rule_of(name, shape, phase, layer_prefix, linears, config) for name, shape in shapes.items()}
 
@@ -225,7 +226,7 @@ def _rule_of(
 
 
 def linear_names(model: nn.Module, layer_prefix: str) -> frozenset[str]:
-    """Names, below a layer, of the linear maps of all layers."""
+    """Names of the linear modules of all layers, relative to their layer."""
     modules = model.get_submodule(layer_prefix).named_modules()
     return frozenset(name.partition(".")[2] for name, module in modules if isinstance(module, nn.Linear))
 

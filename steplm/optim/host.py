@@ -1,4 +1,4 @@
-"""Trained parameters in host memory, for update rules to act on: gradients come there, and new weights go back."""
+"""Trained parameters in host memory, where update rules act on them: gradients go there, and new weights come back."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from steplm.units import format_bytes
 
 
 class HostParameters:
-    """Copies in host memory of the parameters that are trained on a device.
+    """Host-memory copies of the parameters that are trained on a device.
 
-    As soon as a gradient is whole, it leaves the device and is added to those of the micro-batches before it; the
-    parameter's ``.grad`` is None again. It takes memory on the device until the next one has come or the pass has
-    ended, as it is on its way until then. On CUDA a stream of its own copies, and a thread adds, while the backward
-    pass goes on.
+    As soon as a gradient is complete, it leaves the device and is added to those of earlier micro-batches; the
+    parameter's ``.grad`` is None again. While it is in transfer, until the next gradient is complete or the pass ends,
+    it still occupies device memory. On CUDA a separate stream copies, and a thread adds, while the backward pass
+    continues.
 
         loss.backward()
         host.wait()         # now ``parameters`` have gradients
-        rule.step(…)        # updates ``parameters``, by gradients that are on the host
+        rule.step(…)        # updates ``parameters`` from gradients on the host
         host.send(names)
 
     Source: ZeRO-Offload (arXiv 2101.06840), section 4; there the device sums the gradients.
 
     Args:
         device: where the parameters are.
-        sums: whether several gradients come before an update. They are then summed in fp32; otherwise a gradient
-            keeps its type.
+        sums: whether several gradients arrive before an update. They are then summed in fp32; otherwise a gradient
+            keeps its dtype.
 
     Attributes:
-        parameters: the copies, by name; ``.grad`` is None until a gradient has come.
-        bytes_to_host, bytes_to_device: for tests, what was transferred.
+        parameters: the copies, by name; ``.grad`` is None until a gradient has arrived.
+        bytes_to_host, bytes_to_device: total bytes transferred; for tests.
     """
 
     def __init__(self, device: torch.device, *, sums: bool) -> None:
@@ -51,18 +51,18 @@ class HostParameters:
         self._on_device: dict[str, nn.Parameter] = {}
         self._gradients: dict[str, Tensor] = {}
         self._hooks: dict[str, RemovableHandle] = {}
-        self._landing: Tensor | None = None  # where a gradient arrives that is then added to others
-        self._leaving: Tensor | None = None  # the gradient that is on its way
-        self._arrived: torch.cuda.Event | None = None  # when it is there
+        self._landing: Tensor | None = None  # receives a gradient before it is added to the sum
+        self._leaving: Tensor | None = None  # the gradient in transfer
+        self._arrived: torch.cuda.Event | None = None  # the end of that transfer
         self._pending: Future[None] | None = None
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gradients")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Hold copies of these from now on; those that were held before stay as they are.
+        """Hold copies of these parameters from now on; existing copies stay as they are.
 
         Raises:
-            ConfigError: PyTorch is too old for fp32 gradients of other parameters, or memory cannot be pinned.
+            ConfigError: PyTorch is too old for fp32 gradients of bf16 parameters, or memory cannot be pinned.
         """
         self.wait()
         for name in self.parameters.keys() - parameters.keys():
@@ -76,7 +76,7 @@ class HostParameters:
             self._landing = self._empty((largest,), torch.uint8)
 
     def wait(self) -> None:
-        """Until all gradients that left the device have been taken in."""
+        """Wait until all gradients that left the device have been added to their sums."""
         self._let_go()
         if self._pending is not None:
             self._pending.result()
@@ -84,13 +84,13 @@ class HostParameters:
 
     @torch.no_grad()
     def send(self, names: Iterable[str]) -> None:
-        """Copy these weights to the device; on CUDA, before what is launched after it."""
+        """Copy these weights to the device; on CUDA, ordered before any work that is launched later."""
         for name in names:
             self._on_device[name].copy_(self.parameters[name], non_blocking=True)
             self.bytes_to_device += self.parameters[name].nbytes
 
     def tensors(self) -> Iterator[tuple[str | None, str, Tensor]]:
-        """All that is held: the parameter's name, the kind in the plan, the tensor. No name: where gradients arrive."""
+        """All tensors held: parameter name (None for the receive buffer of gradients), kind in the plan, tensor."""
         for name, parameter in self.parameters.items():
             yield name, HOST_WEIGHTS, parameter.detach()
             yield name, HOST_GRADIENTS, self._gradients[name]
@@ -111,9 +111,9 @@ class HostParameters:
     def _leave(self, parameter: Tensor, *, name: str) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        if self._leaving is None:  # the first one of this pass
+        if self._leaving is None:  # the first gradient of this pass
             torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
-        self.wait()  # so that two at most are on the device, one of them on its way
+        self.wait()  # so that at most two gradients are on the device, one of them in transfer
         copy, total = self.parameters[name], self._gradients[name]
         arrived = total
         if self._landing is not None:
@@ -133,7 +133,7 @@ class HostParameters:
         self._pending = self._worker.submit(self._take_in, arrived, total, is_first, self._arrived)
 
     def _let_go(self) -> None:
-        """Free the gradient that is on its way, once it is there."""
+        """Free the gradient in transfer once it has arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         self._leaving = self._arrived = None
@@ -143,7 +143,7 @@ class HostParameters:
             event.synchronize()
         if arrived is total:
             return
-        # A piece at a time: to add bf16 to fp32, a CPU makes an fp32 copy of it.
+        # In chunks, because a CPU makes an fp32 copy of a bf16 tensor before it adds it to an fp32 one.
         for piece, more in zip(total.view(-1).split(STEP_CHUNK), arrived.view(-1).split(STEP_CHUNK), strict=True):
             if is_first:
                 piece.copy_(more)
@@ -157,27 +157,27 @@ class HostParameters:
 
 
 def require_grad_dtype(parameter: nn.Parameter, option: str) -> None:
-    """Refuse a PyTorch whose gradients cannot have another type than their parameters.
+    """Require a PyTorch version whose gradients can have a different dtype from their parameters.
 
     Raises:
-        ConfigError: with ``option``, which needs it.
+        ConfigError: the version is too old; the message names ``option``, which needs it.
     """
     if not hasattr(parameter, "grad_dtype"):
         raise ConfigError(f"{option} needs PyTorch 2.10 or newer: update it.")
 
 
 def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Host memory that a GPU reads and writes by itself, of just the bytes that are asked for.
+    """Allocate a tensor in pinned host memory, of exactly the requested size.
 
     PyTorch's own allocator of pinned memory rounds each tensor up to a power of two.
 
     Raises:
-        ConfigError: the system does not give so much.
+        ConfigError: the system refuses to pin this much memory.
     """
     num_bytes = prod(shape) * dtype.itemsize
     if not num_bytes:
         return torch.empty(shape, dtype=dtype)
-    tensor = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype)  # pages of its own, which nothing else pins
+    tensor = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype)  # separate pages, which nothing else pins
     cudart, address = torch.cuda.cudart(), tensor.data_ptr()
     code = int(cudart.cudaHostRegister(address, num_bytes, 0))
     if code:

@@ -1,4 +1,4 @@
-"""AdamW whose moments of the layers' matrices are those of a projected gradient: GaLore, APOLLO and APOLLO-Mini."""
+"""AdamW with moments of a low-rank projection of the gradient: GaLore, APOLLO and APOLLO-Mini."""
 
 from __future__ import annotations
 
@@ -15,41 +15,42 @@ from steplm.optim.masters import new_master, read_weight, write_weight
 from steplm.optim.projection import leading_vectors, random_projector
 from steplm.rows import on_this_rank
 
-SCALES = {"galore": 0.25, "apollo": 1.0, "apollo_mini": math.sqrt(128)}  # each method, and its paper's default
+SCALES = {"galore": 0.25, "apollo": 1.0, "apollo_mini": math.sqrt(128)}  # each method with its paper's default
 MAX_NORM_GROWTH = 1.01  # of APOLLO's update, from one step to the next
 
 
 class LowRankAdamW(RuleBase):
     """AdamW that keeps the moments of a matrix for a projection of its gradient to ``rank`` rows.
 
-    The gradient G, of a tall matrix its transpose, is projected along its smaller side, R = Pᵀ G; Adam makes N of R,
-    with the bias corrected. Every ``update_proj_gap`` steps of the matrix P is renewed, and the moments are kept.
-    Weight decay is decoupled. Then the weight loses the learning rate times
+    The gradient G (transposed, for a tall matrix) is projected along its smaller side, R = Pᵀ G. Adam turns R into N,
+    with bias correction. P is refreshed every ``update_proj_gap`` steps of the matrix; the moments are kept. Weight
+    decay is decoupled. The learning rate times the following is then subtracted from the weight:
 
-        galore       scale × P N; P are the gradient's leading singular vectors. arXiv 2403.03507, algorithm 2
+        galore       scale × P N; P holds the gradient's leading singular vectors. arXiv 2403.03507, algorithm 2
         apollo       scale × G diag(s), s_j = ‖N_j‖ / ‖R_j‖ for each column, limited so that its norm grows by at most
-                     1% a step; P is random, and made again at each step. arXiv 2412.05270, algorithm 1
-        apollo_mini  the same of rank 1, whatever ``rank`` is, with one s = ‖N‖ / ‖R‖
+                     1% per step; P is random, and generated again at each step. arXiv 2412.05270, algorithm 1
+        apollo_mini  the same with rank 1, whatever ``rank`` is, and a single s = ‖N‖ / ‖R‖
 
-    A gradient of GaLore's that is all zero has no leading directions: before the first projector the matrix takes no
-    step, later the old projector stays. One with NaN or infinity is never decomposed either; between renewals it goes
-    into states and weights, as with ``AdamW``, and the gradient norm tells. APOLLO's limit takes no notice of a step
-    whose update is zero, from which it would never grow.
+    In GaLore, an all-zero gradient has no leading directions: before the first projector exists, the matrix is not
+    updated; later, the old projector stays. A gradient with NaN or infinity is never decomposed either. Between
+    refreshes it enters states and weights, as with ``AdamW``, and shows in the gradient norm. APOLLO's limit ignores a
+    step whose update is zero, because the norm could never grow from zero.
 
     States of such a matrix: ``exp_avg`` and ``exp_avg_sq``, fp32 of shape (rank, larger side); ``projector``, of shape
-    (smaller side, rank), or ``update_norm``, a number; ``master``. Bytes: ``low_rank_state_bytes``, of
-    the workspace ``low_rank_step_bytes``, both in ``steplm.cost.formats``: a matrix is updated as a whole.
+    (smaller side, rank), or ``update_norm``, a number; ``master``. A matrix is updated as a whole.
+    ``low_rank_state_bytes`` gives the bytes of the states and ``low_rank_step_bytes`` those of the workspace, both in
+    ``steplm.cost.formats``.
 
     Args:
         method: a key of ``SCALES``.
         update_proj_gap: steps between two projectors.
-        scale: factor of the update; None: the method's.
-        seed: of APOLLO's projectors.
-        named_parameters: matrices of which both sides are longer than ``rank``.
-        betas, eps, weight_decay, master_weights: as ``AdamW``'s.
+        scale: factor of the update; None: the method's default.
+        seed: seed of APOLLO's projectors.
+        named_parameters: matrices with both sides longer than ``rank``.
+        betas, eps, weight_decay, master_weights: as in ``AdamW``.
 
     Raises:
-        ConfigError: an unknown method, or a parameter that is no such matrix.
+        ConfigError: an unknown method, or a parameter that is not such a matrix.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class LowRankAdamW(RuleBase):
             self._update_galore(name, gradient, learning_rate, grad_scale, decay)
 
     def _is_ready(self, name: str) -> bool:
-        """Whether there is a projector, new if it is time for it."""
+        """Refresh the projector if it is due, and return whether there is one."""
         if self.method != "galore" or self.steps[name] % self.update_proj_gap:
             return True
         gradient = self.parameters[name].grad
@@ -149,7 +150,7 @@ class LowRankAdamW(RuleBase):
         write_weight(value, weight, self._states[name])
 
     def _descent(self, name: str, projected: Tensor) -> Tensor:
-        """Adam's step for the projected gradient, at learning rate 1: what the formula makes of zeros."""
+        """Adam's step for the projected gradient: an update of zero weights at learning rate 1."""
         descent = torch.zeros_like(projected)
         moments = {moment: [self._states[name][moment]] for moment in MOMENTS}
         adamw_(
@@ -165,15 +166,15 @@ class LowRankAdamW(RuleBase):
         return descent
 
     def _limit_growth(self, name: str, column_norms: Tensor) -> Tensor:
-        """The factor, at most 1, that an update with these columns is to be scaled by; its norm is remembered."""
+        """The factor, at most 1, that limits the norm of an update with these columns; stores the limited norm."""
         last = self._states[name]["update_norm"]
         norm = torch.linalg.vector_norm(column_norms)
         limit = torch.where(last > 0, (MAX_NORM_GROWTH * last / norm).clamp(max=1.0), 1.0)
-        # From a norm of zero there would be no growth.
+        # The limit could never grow from a stored norm of zero.
         last.copy_(torch.where(norm > 0, norm * limit, last))
         return limit
 
 
 def _wide(matrix: Tensor) -> Tensor:
-    """The matrix, or its transpose, with the smaller side first; a view."""
+    """A view of the matrix, transposed if necessary so that the smaller side comes first."""
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

@@ -1,16 +1,16 @@
-"""Fp32 weights as a bf16 weight and one byte of what its rounding lost.
+"""Fp32 weights stored as a bf16 weight plus one byte for its rounding error.
 
-An fp32 number has a sign, 8 bits of exponent and 24 significant bits, 23 of them stored. The pair keeps the upper 24 of
+An fp32 number has a sign, 8 exponent bits and 24 significant bits, 23 of them stored. The pair keeps the upper 24 of
 its 32 bits: the same exponents, and 16 significant bits. ``weight`` is that number rounded to bf16 (8 significant
-bits), and ``correction``, an int8, is the distance from there in units of 1/256 of the spacing of bf16 numbers, from
--0.5 to 0.5 of that spacing.
+bits). ``correction``, an int8, is the remaining distance in units of 1/256 of the spacing of bf16 numbers, from -0.5 to
+0.5 of that spacing.
 
-What is lost: each write rounds the value to nearest at 16 significant bits (ties away from zero), with an error of at
-most 2**-16 of it; fp32 has 2**-24, bf16 alone 2**-8. So an update of less than 2**-16 of a weight may be lost. Exact
-are all bf16 numbers, zeros and infinities among them; NaN stays NaN.
+Each write rounds the value to nearest at 16 significant bits (ties away from zero), with a relative error of at most
+2**-16; fp32 has 2**-24, bf16 alone 2**-8. An update of less than 2**-16 of a weight may therefore be lost. All bf16
+numbers are exact, including zeros and infinities; NaN stays NaN.
 
-Source of the idea: FlashOptim (arXiv 2602.23349). Here the correction is an integer in units of the last place, so that
-reading is one addition of bits and reading what was written is exact.
+The idea is from FlashOptim (arXiv 2602.23349). Here the correction is an integer in units of the last place, so that
+reading takes a single integer addition and returns exactly what was stored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from steplm.optim.quantized import round_stochastically_
 
 
 def new_master(weight: Tensor, master_weights: bool | str) -> dict[str, Tensor]:
-    """The state beside a bf16 weight: ``master`` (True), ``correction`` (``8bit``) or none (False); of fp32, none."""
+    """The state for a bf16 weight: ``master`` (True), ``correction`` (``8bit``) or none (False); fp32 weights: none."""
     if weight.dtype == torch.float32 or not master_weights:
         return {}
     if master_weights == "8bit":
@@ -37,24 +37,24 @@ def _whole(state: Tensor) -> Tensor:
 
 
 def read_weight(weight: Tensor, states: Mapping[str, Tensor], part: Callable[[Tensor], Tensor] = _whole) -> Tensor:
-    """Fp32: the master weight, the weight itself if it is fp32, or else a copy.
+    """The weight in fp32: the master weight, the weight itself if it is fp32, or else a new tensor.
 
     Args:
-        weight: the part of the parameter that is read.
-        states: those that ``new_master`` gave for the whole parameter, among others.
-        part: cuts the same part out of such a state.
+        weight: the slice of the parameter to read.
+        states: states of the whole parameter, including any from ``new_master``.
+        part: takes the same slice of such a state.
     """
     if "correction" in states:
         return correct(weight, part(states["correction"]))
-    return part(states["master"]) if "master" in states else weight.float()  # no copy of what is fp32
+    return part(states["master"]) if "master" in states else weight.float()  # does not copy an fp32 weight
 
 
 def write_weight(
     value: Tensor, weight: Tensor, states: Mapping[str, Tensor], part: Callable[[Tensor], Tensor] = _whole
 ) -> None:
-    """Round the fp32 ``value``, which ``read_weight`` gave and an update changed, into the weight.
+    """Round the fp32 ``value``, an updated result of ``read_weight``, into the weight.
 
-    ``value`` may be overwritten, unless it is the master weight.
+    May overwrite ``value``, unless it is the master weight.
     """
     if "correction" in states:
         split_(value, weight, part(states["correction"]))
@@ -65,14 +65,14 @@ def write_weight(
 
 
 def correct(weight: Tensor, correction: Tensor) -> Tensor:
-    """The fp32 values, a new tensor, that a bf16 weight and its int8 correction stand for."""
+    """A new tensor with the fp32 values that a bf16 weight and its int8 correction represent."""
     bits = weight.view(torch.int16).int().bitwise_left_shift_(16)
     return bits.add_(correction, alpha=256).view(torch.float32)
 
 
 def split_(values: Tensor, weight: Tensor, correction: Tensor) -> None:
     """Write fp32 ``values`` into a bf16 ``weight`` and its int8 ``correction``; ``values`` are overwritten."""
-    values.masked_fill_(values != values, torch.nan)  # to a NaN of all ones the additions below would carry over
+    values.masked_fill_(values != values, torch.nan)  # the additions below would overflow a NaN of all one bits
     bits = values.view(torch.int32)
     bits.add_(0x80).bitwise_and_(-0x100)  # 24 bits, rounded to nearest
     upper = (bits + 0x8000).bitwise_right_shift_(16)  # 16 bits, rounded to nearest

@@ -1,4 +1,4 @@
-"""Update rules for whole matrices: the linear maps of layers."""
+"""Base class of update rules for whole matrices: the linear weights of layers."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from steplm.rows import on_this_rank
 
 STATES = ("fp32", "bf16", "8bit")
 MASTER_WEIGHTS = (True, False, "8bit")
-UPDATE_RMS = 0.2  # about AdamW's, of a weight's update at learning rate 1; Liu et al. (arXiv 2502.16982), section 2.2
+UPDATE_RMS = 0.2  # of an update at learning rate 1, about AdamW's; Liu et al. (arXiv 2502.16982), section 2.2
 
 
 class Map(NamedTuple):
-    """One linear map: a matrix parameter, or one expert of a parameter of shape (num_experts, rows, columns)."""
+    """One weight matrix: a matrix parameter, or one expert of a parameter of shape (num_experts, rows, columns)."""
 
     name: str
     expert: int
 
     def of(self, tensor: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The map's part of a tensor of the parameter's shape, or some rows of it."""
+        """This matrix, or some rows of it, in a tensor of the parameter's shape."""
         return (tensor if tensor.ndim == 2 else tensor[self.expert])[rows]
 
 
 class MatrixRule(RuleBase):
-    """Base of the rules that update a matrix as a whole. A subclass writes ``_update_maps``.
+    """Base class of rules that update a matrix as a whole. Subclasses implement ``_update_maps``.
 
-    The arithmetic is fp32 unless a subclass says otherwise. Maps of one shape are updated together, at most
-    ``STEP_CHUNK`` elements at once (a larger map alone); momentum and weights are read and written a few rows at a
-    time, see ``row_pieces``. Of a parameter that FSDP2 shards, weight, gradient and states are those of this rank: rows
-    of a matrix, or whole experts of a stack.
+    The arithmetic is in fp32 unless a subclass says otherwise. Matrices of one shape are updated together, at most
+    ``STEP_CHUNK`` elements at once; a larger matrix is updated alone. Momentum and weights are read and written a few
+    rows at a time; see ``row_pieces``. For a parameter that FSDP2 shards, weight, gradient and states are this rank's:
+    rows of a matrix, or whole experts of a stack.
 
     Args:
         named_parameters: matrices (rows, columns), or stacks of them (num_experts, rows, columns), in bf16 or fp32.
-        states: format of the momentum: ``fp32``, ``bf16`` (rounded to nearest), or ``8bit``: uint8 codes, and an fp32
-            scale for each ``STATE_BLOCK`` elements of a map (see ``CodeBook``).
-        master_weights: what is held beside a bf16 weight. True: its fp32 value (4 bytes a parameter). ``8bit``: one
-            byte of what rounding it lost, see ``steplm.optim.masters``. False: nothing; new weights are computed in
-            fp32 and rounded stochastically, with bits from the device's default generator.
-        weight_decay: decoupled, times the learning rate.
-        momentum: share of the old momentum in the new one; 0: there is no momentum, and no state for it.
+        states: format of the momentum: ``fp32``, ``bf16`` (rounded to nearest), or ``8bit``: uint8 codes and one fp32
+            scale per ``STATE_BLOCK`` elements of a matrix (see ``CodeBook``).
+        master_weights: what is stored in addition to a bf16 weight. True: its fp32 value (4 bytes per parameter).
+            ``8bit``: one byte with its rounding error; see ``steplm.optim.masters``. False: nothing; new weights are
+            computed in fp32 and rounded stochastically, with bits from the device's default generator.
+        weight_decay: decoupled, multiplied by the learning rate.
+        momentum: coefficient of the old momentum in the new one; 0: no momentum, and no state for it.
 
     Raises:
-        ConfigError: an unknown option, a parameter that is no matrix, or a matrix that is sharded over ranks where the
-            rule or the states cannot be.
+        ConfigError: an unknown option, a parameter that is not a matrix, or a matrix sharded over ranks that this rule
+            or its states need whole.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class MatrixRule(RuleBase):
         self.set_parameters(named_parameters)
 
     def _shards_rows(self) -> bool:
-        """Whether the rule, with its options, can update matrices whose rows are shared by ranks."""
+        """Whether the rule, with its options, supports matrices whose rows are sharded over ranks."""
         return self.states != "8bit" or not self.momentum
 
     def _refuse_unless_matrix(self, name: str, parameter: Tensor) -> None:
@@ -102,9 +102,9 @@ class MatrixRule(RuleBase):
             held["momentum_buffer"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
             if self.states == "8bit":
                 num_blocks = -(-weight.shape[-2] * weight.shape[-1] // STATE_BLOCK)
-                # With a scale of 0 every code stands for 0.
+                # With a scale of 0, every code represents 0.
                 held["momentum_buffer_scale"] = torch.zeros((*weight.shape[:-2], num_blocks), device=weight.device)
-                self._book(signed=True, device=weight.device)  # it is there before the first step
+                self._book(signed=True, device=weight.device)  # allocates the tables before the first step
         return held | new_master(weight, self.master_weights)
 
     def _update(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
@@ -112,11 +112,11 @@ class MatrixRule(RuleBase):
             self._update_maps(maps, learning_rate, grad_scale)
 
     def _update_maps(self, maps: list[Map], learning_rate: float, grad_scale: float) -> None:
-        """Update maps of one shape, on one device."""
+        """Update matrices of one shape on one device."""
         raise NotImplementedError
 
     def _batches(self, names: list[str]) -> Iterator[list[Map]]:
-        """The maps of these parameters, in lists of those that are updated together."""
+        """The matrices of these parameters, in lists that are updated together."""
         alike: dict[tuple[torch.Size, torch.device, Sharding | None], list[Map]] = {}
         for name in names:
             parameter = self.parameters[name]
@@ -138,11 +138,11 @@ class MatrixRule(RuleBase):
         dtype: torch.dtype,
         shared: Sharding | None = None,
     ) -> Tensor:
-        """What the update is made of: the gradients, or with momentum the momentum, which takes them in.
+        """Collect the gradients or, with momentum, update the momentum with them and collect that.
 
         Returns:
-            A new tensor of shape (maps, rows, columns), of this rank's rows; zeros fill it up to the shape that
-            ``Sharding.gather`` takes.
+            A new tensor of shape (maps, rows, columns) with this rank's rows, zero-padded to the shape that
+            ``Sharding.gather`` takes if ``shared``.
         """
         first = on_this_rank(self.parameters[maps[0].name].detach())
         num_rows, num_columns = first.shape[-2:]
@@ -164,12 +164,12 @@ class MatrixRule(RuleBase):
                 if nesterov:
                     update.lerp_(momentum, self.momentum)
                 out[rows].copy_(update if nesterov else momentum)
-                del update  # before the momentum is rounded, which needs as much
+                del update  # rounding the momentum needs as much memory again
                 self._write_momentum(each, rows, momentum)
         return gathered
 
     def _descend(self, maps: list[Map], updates: Tensor, learning_rate: float, factor: float) -> None:
-        """Decay the weights, and subtract ``updates`` (maps, rows, columns) times the learning rate and ``factor``."""
+        """Decay the weights, then subtract ``updates`` (maps, rows, columns) times the learning rate and ``factor``."""
         for update, each in zip(updates, maps, strict=True):
             for rows in row_pieces(*update.shape):
                 states, part = self._states[each.name], partial(each.of, rows=rows)
@@ -179,7 +179,7 @@ class MatrixRule(RuleBase):
                 write_weight(value, weight, states, part)
 
     def _read_momentum(self, each: Map, rows: slice) -> Tensor:
-        """Fp32: the state itself, or a copy."""
+        """The momentum in fp32: the state itself, or a copy."""
         states = self._states[each.name]
         piece = each.of(states["momentum_buffer"], rows)
         if self.states != "8bit":
@@ -188,7 +188,7 @@ class MatrixRule(RuleBase):
         return book.dequantize(piece.view(-1), self._scales(each, rows)).view_as(piece)
 
     def _write_momentum(self, each: Map, rows: slice, momentum: Tensor) -> None:
-        """Round the momentum into its state; ``momentum`` may be overwritten."""
+        """Round the momentum into its state; may overwrite ``momentum``."""
         piece = each.of(self._states[each.name]["momentum_buffer"], rows)
         if self.states == "8bit":
             book = self._book(signed=True, device=piece.device)
@@ -197,7 +197,7 @@ class MatrixRule(RuleBase):
             piece.copy_(momentum)
 
     def _scales(self, each: Map, rows: slice) -> Tensor:
-        """The scales of some rows, which begin where a block does."""
+        """The scales of some rows, which start at a block boundary."""
         scales, columns = self._states[each.name]["momentum_buffer_scale"], self.parameters[each.name].shape[-1]
         of_map = scales if scales.ndim == 1 else scales[each.expert]
         return of_map[rows.start * columns // STATE_BLOCK : math.ceil(rows.stop * columns / STATE_BLOCK)]

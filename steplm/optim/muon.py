@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrix is orthogonalised before it is subtracted."""
+"""Muon: momentum, orthogonalized before it is subtracted from the weights."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from steplm.optim.matrix import UPDATE_RMS, Map, MatrixRule
 from steplm.optim.sharding import sharding
 from steplm.rows import on_this_rank
 
-# Of Newton–Schulz's quintic polynomial, chosen by Keller Jordan for a steep start at 0.
+# Coefficients of Newton–Schulz's quintic polynomial, chosen by Keller Jordan for a steep slope at 0.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-EPS = 1e-7  # smallest norm that a matrix is divided by
+EPS = 1e-7  # lower bound on the norm that a matrix is divided by
 
 
 class Muon(MatrixRule):
-    """Muon (Keller Jordan, 2024) as Liu et al. scale it (arXiv 2502.16982), for the linear maps of layers.
+    """Muon (Keller Jordan, 2024) with the scaling of Liu et al. (arXiv 2502.16982), for the linear weights of layers.
 
-    For each map, with gradient G, momentum M and weight W of shape (rows, columns):
+    For each weight matrix W of shape (rows, columns), with gradient G and momentum M:
 
         M  ←  0.95 M + 0.05 G
         U  =  0.95 M + 0.05 G                            Nesterov's look-ahead
-        O  =  NewtonSchulz(U)                            about the nearest matrix with orthonormal rows or columns
+        O  =  NewtonSchulz(U)                            close to the nearest matrix with orthonormal rows or columns
         W  ←  (1 - lr × weight_decay) W - lr × 0.2 √max(rows, columns) O
 
-    The last factor gives the update the RMS of AdamW's, so that AdamW's learning rate and weight decay carry over. A
-    gradient of zero, after none that was not, changes nothing but the decay.
+    The last factor gives the update AdamW's RMS, so AdamW's learning rate and weight decay carry over. As long as all
+    gradients of a matrix have been zero, only weight decay changes it.
 
-    Newton–Schulz runs in bf16 on CUDA and in fp32 elsewhere, on the smaller side; ``step`` runs it on several maps of
-    one shape at once, ``in_backward`` on one parameter's. Matrices in host memory are sent to ``compute_device`` for
-    it. Ranks that share the rows of maps gather a different map each, and send the rows of its update back. Bytes of
-    the momentum: ``muon_state_bytes``; of the workspace: ``muon_step_bytes``; both in ``steplm.cost.formats``. Momentum
-    in 8 bits: arXiv 2509.23106.
+    Newton–Schulz runs in bf16 on CUDA and in fp32 elsewhere, with the smaller side as rows. ``step`` runs it on several
+    matrices of one shape at once, ``in_backward`` on those of one parameter. Matrices in host memory are sent to
+    ``compute_device`` for it. Ranks that share the rows of matrices each gather different whole matrices, then send the
+    rows of the updates back. ``muon_state_bytes`` gives the bytes of the momentum and ``muon_step_bytes`` those of the
+    workspace, both in ``steplm.cost.formats``. 8-bit momentum: arXiv 2509.23106.
 
     Args:
         named_parameters, states, master_weights, weight_decay: see ``MatrixRule``.
-        momentum: share of the old momentum in the new one, and in the look-ahead.
-        compute_dtype: of Newton–Schulz. None: bf16 on CUDA, fp32 elsewhere.
+        momentum: coefficient of the old momentum in the new one, and of the momentum in the look-ahead.
+        compute_dtype: dtype of Newton–Schulz. None: bf16 on CUDA, fp32 elsewhere.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class Muon(MatrixRule):
 
 
 def newton_schulz_step(matrices: Tensor) -> Tensor:
-    """One step towards matrices whose singular values are all near 1: X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X.
+    """One step toward matrices with all singular values near 1: X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X.
 
     Args:
-        matrices: (batch, rows, columns), rows ≤ columns, singular values at most 1 before the first step.
+        matrices: (batch, rows, columns) with rows ≤ columns, and singular values of at most 1 before the first step.
     """
     a, b, c = COEFFICIENTS
     gram = matrices @ matrices.mT

@@ -1,4 +1,4 @@
-"""Optimizer states in 8 bits, block by block, and bf16 weights rounded by chance."""
+"""Block-wise 8-bit optimizer states, and stochastic rounding of bf16 weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from steplm.cost.formats import STATE_BLOCK
 
 
 def dynamic_tree(signed: bool) -> list[float]:
-    """The 256 values of the dynamic tree data type, ascending, the largest of them 1.
+    """The 256 values of the dynamic tree data type in ascending order, the largest of them 1.
 
-    Seven decades share the codes: the decade below 1 has 64 values of either sign (unsigned: 128), and each
-    lower one half as many, in the middle of as many equal parts of [0.1, 1] x its power of ten. 0 and 1 are
-    added. Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 1.3.
+    The values cover seven decades. The decade below 1 has 64 values of either sign (unsigned: 128), and each lower one
+    half as many: the midpoints of that many equal parts of [0.1, 1] x its power of ten. 0 and 1 are added.
+    Source: Dettmers et al., 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 1.3.
     """
     values = [0.0, 1.0]
     for decade in range(7):
@@ -25,23 +25,24 @@ def dynamic_tree(signed: bool) -> list[float]:
 
 
 class CodeBook:
-    """Fp32 tensors to 8-bit codes and back; one fp32 scale, the largest magnitude, for each ``STATE_BLOCK`` elements.
+    """Quantizes fp32 tensors to 8 bits, with one fp32 scale, the largest magnitude, per ``STATE_BLOCK`` elements.
 
-    Tensors are flat, their last block may be short. An unsigned code book keeps what is not 0 away from 0:
-    Adam divides by the root of a second moment, and would leap where the small ones are lost.
+    Tensors are flat; their last block may be short. An unsigned code book never rounds a nonzero value to 0: Adam
+    divides by the root of the second moment, and would take huge steps where small values were lost.
 
-    An object, and no cache of the module: the tables are as real or as fake as the tensors made beside them.
+    The tables belong to an object instead of a module-level cache, so that they are fake under fake tensors and real
+    otherwise.
     """
 
     def __init__(self, *, signed: bool, device: torch.device | str) -> None:
         self.values = torch.tensor(dynamic_tree(signed), device=device)
-        self.boundaries = (self.values[:-1] + self.values[1:]) / 2  # code: how many of these are <= the value
+        self.boundaries = (self.values[:-1] + self.values[1:]) / 2  # a value's code is the number of these <= the value
         if not signed:
             self.boundaries[0] = torch.finfo(torch.float32).tiny
-        # A search among the boundaries takes eight steps. The upper half of an fp32 number's bits names a cell
-        # of so few numbers that at most one boundary lies in it: a look-up and one comparison find the code.
+        # A binary search of the boundaries takes eight steps. The upper 16 bits of an fp32 number identify a cell of so
+        # few numbers that it contains at most one boundary, so a lookup and one comparison find the code.
         cells = torch.arange(2**16, dtype=torch.int32, device=device) << 16
-        first = torch.where(cells < 0, cells | 0xFFFF, cells).view(torch.float32)  # of the cell, the lowest
+        first = torch.where(cells < 0, cells | 0xFFFF, cells).view(torch.float32)  # the lowest number of each cell
         codes = torch.bucketize(first, self.boundaries, right=True)
         self._cell_code = codes.to(torch.uint8)
         self._cell_boundary = torch.cat((self.boundaries, self.boundaries.new_tensor([torch.inf])))[codes]
@@ -57,17 +58,17 @@ class CodeBook:
         return codes, scales
 
     def quantize_(self, values: Tensor, codes: Tensor, scales: Tensor) -> None:
-        """The same into ``codes`` and ``scales``; ``values`` are overwritten."""
+        """Quantize into ``codes`` and ``scales``; ``values`` are overwritten."""
         for block, scale in _blocks(values, scales):
             torch.amax(torch.abs(block), dim=1, out=scale)
-            # A block of zeros: 0 / tiny is 0, and the scale stays 0.
+            # In a block of zeros, 0 / tiny is 0, and the scale stays 0.
             block.div_(scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1))
         cells = (values.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
         above = values >= self._cell_boundary.index_select(0, cells)
         torch.add(self._cell_code.index_select(0, cells), above, out=codes)
 
     def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """The flat fp32 tensor that codes and scales stand for."""
+        """The flat fp32 tensor that codes and scales represent."""
         values = self.values.index_select(0, codes.int())
         for block, scale in _blocks(values, scales):
             block.mul_(scale.unsqueeze(1))
@@ -75,7 +76,7 @@ class CodeBook:
 
 
 def _blocks(values: Tensor, scales: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Whole blocks as rows, then the short one, each with its scales."""
+    """The full blocks as rows, then the short one, each with its scales."""
     num_whole = values.numel() // STATE_BLOCK
     parts = [(values[: num_whole * STATE_BLOCK].view(-1, STATE_BLOCK), scales[:num_whole])]
     if num_whole < len(scales):
@@ -84,13 +85,14 @@ def _blocks(values: Tensor, scales: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def round_stochastically_(values: Tensor) -> Tensor:
-    """Each fp32 value becomes one of its two bf16 neighbours, so that the mean over many draws is the value.
+    """Round each fp32 value in place to one of its two bf16 neighbors, so that its expectation is the value itself.
 
-    In place. A number that bf16 has stays itself, as do infinities; NaN stays NaN. The random bits come from
-    the device's default generator.
+    Values that bf16 can represent do not change, including infinities; NaN stays NaN. The random bits come from the
+    device's default generator.
     """
-    # The 16 bits that bf16 lacks are the distance to the lower neighbour: 16 random ones carry it over as often.
+    # The 16 bits that bf16 lacks measure the distance to the lower neighbor. Adding 16 random bits carries to the upper
+    # neighbor with a probability proportional to that distance.
     noise = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device)
-    noise.masked_fill_(values != values, 0)  # to a NaN of all ones a carry would give 0
+    noise.masked_fill_(values != values, 0)  # a carry would turn a NaN of all one bits into 0
     values.view(torch.int32).add_(noise).bitwise_and_(-(2**16))
     return values

@@ -1,4 +1,4 @@
-"""ReLoRA's partial reset: what is left of the adapters' moments when fresh adapters take their place."""
+"""ReLoRA's partial reset of the adapters' moments when fresh adapters replace them."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from steplm.optim.quantized import dynamic_tree
 
 
 def kept_moments(tensors: Mapping[str, Tensor], names: Iterable[str], keep: float) -> dict[str, Tensor]:
-    """Saved moments of adapters with all but the largest set to zero, for the fresh adapters of the same names.
+    """Saved adapter moments with all but the largest set to zero, for the fresh adapters of the same names.
 
-    Of each tensor the ``keep`` share of largest magnitude stays, rounded down; of ``exp_avg`` only where
-    ``exp_avg_sq`` stays too. Adam divides one by the root of the other, and the first gradient of a fresh ``lora_A``
-    is zero, as ``lora_B`` is: a first moment alone would be divided by ``eps``.
+    In each tensor, the fraction ``keep`` with the largest magnitude stays, rounded down to whole elements. ``exp_avg``
+    stays only where ``exp_avg_sq`` stays too: Adam divides one by the root of the other, and the first gradient of a
+    fresh ``lora_A`` is zero because ``lora_B`` is, so a first moment alone would be divided by ``eps``.
 
-    A ``master`` is never carried, as the factors are fresh: the new optimizer has its own. Adam's step counts are
-    no part of this: ReLoRA lets them run on, so that moments which are nearly empty get no bias correction, and the
-    learning rate must rise again. A full reset (``keep=0``) is that of a new parameter if its count is 0.
+    A ``master`` is never carried over: the factors are fresh, and the new optimizer has its own. Adam's step counts are
+    not handled here. ReLoRA lets them continue, so nearly empty moments get no bias correction, and the learning rate
+    must warm up again. After a full reset (``keep=0``) a parameter is like a new one if its step count is 0.
 
     Source: ReLoRA (arXiv 2307.05695), section 3, which sets 99% to zero (``keep=0.01``), tensor by tensor, in both
-    moments of ``lora_A`` and ``lora_B``, each by its own magnitude. That ``exp_avg`` needs ``exp_avg_sq`` is ours.
+    moments of ``lora_A`` and ``lora_B``, each by its own magnitude. The condition on ``exp_avg`` is our addition.
 
     Args:
-        tensors: what ``AdamW.state_dict`` gave, moments in fp32 or in 8 bits; left as they are.
-        names: of the adapters' parameters.
-        keep: share of the elements, 0 to 1.
+        tensors: the result of ``AdamW.state_dict``, with moments in fp32 or 8 bits; not modified.
+        names: names of the adapters' parameters.
+        keep: fraction of the elements, 0 to 1.
 
     Returns:
-        New tensors under ``NAME.exp_avg`` and ``NAME.exp_avg_sq``, and the scales of those in 8 bits.
+        New tensors under ``NAME.exp_avg`` and ``NAME.exp_avg_sq``, and the scales of 8-bit moments.
 
     Raises:
         ConfigError: ``keep`` is not between 0 and 1.
-        KeyError: no moments of a name were saved.
+        KeyError: a name has no saved moments.
     """
     if not 0 <= keep <= 1:
         raise ConfigError(f"a share of {keep} of the moments cannot be kept: set pet.restart_keep to 0 … 1.", keep=keep)
@@ -55,7 +55,7 @@ def kept_moments(tensors: Mapping[str, Tensor], names: Iterable[str], keep: floa
 
 
 def _magnitude(tensors: Mapping[str, Tensor], key: str) -> Tensor:
-    """Of every element, flat, in fp32."""
+    """Magnitude of every element, flat, in fp32."""
     values = tensors[key].flatten()
     if values.dtype != torch.uint8:
         return values.abs()
@@ -65,7 +65,7 @@ def _magnitude(tensors: Mapping[str, Tensor], key: str) -> Tensor:
 
 
 def _largest(magnitude: Tensor, keep: float) -> Tensor:
-    """Where the ``keep`` share of the elements is that no other exceeds; of equals, some."""
+    """Mask of the fraction ``keep`` of elements with the largest magnitude; ties are broken arbitrarily."""
     mask = torch.zeros_like(magnitude, dtype=torch.bool)
     mask[magnitude.topk(int(keep * len(magnitude)), sorted=False).indices] = True
     return mask

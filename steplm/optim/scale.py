@@ -1,4 +1,4 @@
-"""SCALE and its relatives: the gradient, each of its rows or columns normalised, and no state for a layer's matrix."""
+"""SCALE and its relatives: gradients with normalized rows or columns, and no state for a layer's matrices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from steplm.optim.matrix import UPDATE_RMS, Map, MatrixRule
 
 
 def _normalize_(updates: Tensor, dim: int) -> None:
-    """Divide by the root of the mean square along ``dim``; zeros stay zeros."""
+    """Divide by the RMS along ``dim``; zeros stay zeros."""
     norm = torch.linalg.vector_norm(updates, dim=dim, keepdim=True).mul_(updates.shape[dim] ** -0.5)
     updates.div_(norm.clamp_(min=torch.finfo(norm.dtype).tiny))
 
@@ -23,7 +23,7 @@ def _normalize_both_(updates: Tensor) -> None:
     _normalize_(updates, -2)
 
 
-# Of PyTorch's weights, (out_features, in_features). The paper writes them (in, out), so that its columns are our rows.
+# For PyTorch's weights, (out_features, in_features). The paper writes them (in, out), so its columns are our rows.
 NORMS: dict[str, Callable[[Tensor], object]] = {
     "column": lambda updates: _normalize_(updates, -1),
     "row": lambda updates: _normalize_(updates, -2),
@@ -35,25 +35,26 @@ NORMS: dict[str, Callable[[Tensor], object]] = {
 class SCALE(MatrixRule):
     """SCALE (Glentis et al., arXiv 2506.16659): the gradient of each output feature, divided by its RMS.
 
-    With the gradient G of a map (out_features, in_features), and weight W:
+    For a weight W (out_features, in_features) with gradient G:
 
-        W  ←  (1 - lr × weight_decay) W - lr × 0.2 normalised(G)
+        W  ←  (1 - lr × weight_decay) W - lr × 0.2 normalized(G)
 
-    Every update has an RMS of 1 before the factor 0.2, which makes it AdamW's, so that AdamW's learning rate is a
-    good first guess. (The paper leaves the factor to the learning rate.) For the head the paper has momentum, which
-    is then normalised in the gradient's place: M ← momentum × M + (1 - momentum) G.
+    Every update has an RMS of 1 before the factor 0.2, which brings it to AdamW's RMS, so AdamW's learning rate is a
+    good first guess. (The paper leaves the factor to the learning rate.) For the head, the paper normalizes the
+    momentum instead of the gradient: M ← momentum × M + (1 - momentum) G.
 
-    Bytes of the states: ``scale_state_bytes``; of the workspace: ``scale_step_bytes``; in ``steplm.cost.formats``.
+    ``scale_state_bytes`` gives the bytes of the states and ``scale_step_bytes`` those of the workspace, both in
+    ``steplm.cost.formats``.
 
     Args:
         named_parameters, states, master_weights, weight_decay: see ``MatrixRule``.
-        momentum: 0, without state, for the maps of layers; the paper's 0.9 for the head.
-        norm: ``column``: the paper's. For embeddings, (vocab_size, hidden_size), its authors' code takes the other
-            side, ``row``. ``both``: first ``column``, then ``row``. ``sign``: the sign of each element (Bernstein et
-            al., arXiv 1802.04434).
+        momentum: 0, without state, for matrices in layers; 0.9 for the head in the paper.
+        norm: ``column``: as in the paper. For embeddings (vocab_size, hidden_size), its authors' code normalizes along
+            the other side, ``row``. ``both``: first ``column``, then ``row``. ``sign``: the sign of each element
+            (Bernstein et al., arXiv 1802.04434).
 
     Raises:
-        ConfigError: an unknown ``norm``, or what ``MatrixRule`` refuses.
+        ConfigError: an unknown ``norm``, or a parameter or option that ``MatrixRule`` rejects.
     """
 
     def __init__(

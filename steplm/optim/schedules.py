@@ -1,4 +1,4 @@
-"""The learning rate of a step, as a pure function. Steps count from 0, within a stage or a restart."""
+"""The learning rate of a step, as a pure function. Steps count from 0 within a stage or a restart."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from steplm.errors import ConfigError
 
-# Each gives the share of the peak, 1 … min_ratio, of a step after the warm-up.
-# Arguments: steps done since the warm-up, steps after the warm-up, decay steps, min_ratio.
+# Each returns the learning rate of a step after the warmup as a fraction of the peak, 1 … min_ratio.
+# Arguments: steps done since the warmup, steps after the warmup, decay steps, min_ratio.
 
 
 def _cosine(done: int, total: int, decay_steps: int, min_ratio: float) -> float:
@@ -17,7 +17,7 @@ def _cosine(done: int, total: int, decay_steps: int, min_ratio: float) -> float:
 
 
 def _warmup_stable_decay(done: int, total: int, decay_steps: int, min_ratio: float) -> float:
-    # The last step stands at min_ratio, so of d decay steps the first is 1/d of the way down.
+    # The last step is at min_ratio, so the first of d decay steps is 1/d of the way down.
     decay_done = done - (total - decay_steps) + 1
     return 1.0 if decay_done <= 0 else 1 - (1 - min_ratio) * decay_done / decay_steps
 
@@ -47,24 +47,24 @@ def learning_rate(
 ) -> float:
     """The learning rate of one step.
 
-    Rises linearly over the warm-up, ``(step + 1) / warmup_steps`` of the peak, then follows the schedule;
-    ``cosine`` and ``warmup_stable_decay`` reach ``min_ratio * peak`` at the last step and stay there.
+    It rises linearly over the warmup, ``(step + 1) / warmup_steps`` of the peak, then follows the schedule. ``cosine``
+    and ``warmup_stable_decay`` reach ``min_ratio * peak`` at the last step and stay there.
 
-    A part of the schedule that begins later, at ``start``, rises once more from zero to the curve: over its own
-    warm-up the rate is ``(step + 1) / warmup_steps`` of what the schedule says there. This is the jagged schedule
-    of ReLoRA (arXiv 2307.05695), section 3; many parts of one schedule differ in ``start`` alone.
+    A later part of the schedule, which begins at ``start``, warms up again from zero to the curve: during its own
+    warmup, the rate is ``(step + 1) / warmup_steps`` of the schedule's value at that step. This is the jagged schedule
+    of ReLoRA (arXiv 2307.05695), section 3. The parts of one schedule can differ in ``start`` alone.
 
     Args:
-        step: optimizer step, from 0, of this part.
-        num_steps: scheduled steps, all parts and warm-up included.
-        warmup_steps: steps of this part's warm-up.
+        step: optimizer step within this part, from 0.
+        num_steps: scheduled steps, including all parts and the warmup.
+        warmup_steps: warmup steps of this part.
         peak: highest learning rate.
         min_ratio: last learning rate / peak.
         kind: a key of ``SCHEDULES``.
-        decay_steps: steps of the final decay; read by ``warmup_stable_decay`` alone.
+        decay_steps: steps of the final decay; used only by ``warmup_stable_decay``.
         start: steps of the schedule before this part.
-        base_warmup_steps: steps of the first part's warm-up, after which the schedule proper begins; read where
-            ``start`` is not 0. None: as many as this part's.
+        base_warmup_steps: warmup steps of the first part, after which the schedule proper begins; used only if
+            ``start`` is not 0. None: the same as this part's.
 
     Raises:
         ConfigError: unknown kind.

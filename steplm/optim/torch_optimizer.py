@@ -1,4 +1,4 @@
-"""Update rules as PyTorch optimizers, for training loops of others, and PyTorch optimizers as update rules."""
+"""Wrappers that turn update rules into PyTorch optimizers, and PyTorch optimizers into update rules."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from steplm.optim.base import NamedParameters, RuleBase
 
 
 class RuleOptimizer(torch.optim.Optimizer):
-    """Update rules as one ``torch.optim.Optimizer``: for a loop of your own, or Hugging Face's ``Trainer``.
+    """Update rules as one ``torch.optim.Optimizer``, for your own training loop or Hugging Face's ``Trainer``.
 
         hidden = Muon(matrices_of_layers)
         rest = AdamW(all_else)
         optimizer = RuleOptimizer([hidden, rest], lr=1e-3)
 
-    Each rule is a parameter group, whose ``lr`` learning-rate schedulers may change. What else a rule is told, such as
-    its weight decay, it is told when it is made. ``state_dict`` gives the rules' own states, not copies.
+    Each rule is a parameter group, and learning-rate schedulers can change its ``lr``. Other options of a rule, such as
+    its weight decay, are set when it is created. ``state_dict`` returns the rules' own states, not copies.
 
     Args:
-        rules: over parameters of which no two rules share one.
+        rules: rules that share no parameters with each other.
         lr: learning rate of all groups.
     """
 
@@ -32,7 +32,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().__init__([{"params": list(rule.parameters.values())} for rule in self.rules], {"lr": lr})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient; gives the closure's loss, where there is a closure."""
+        """Update every parameter that has a gradient; return the loss of ``closure``, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -42,13 +42,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """``param_groups`` as PyTorch gives them; ``state`` has the tensors and steps of each rule, by its index."""
+        """``param_groups`` as in PyTorch; ``state`` has the tensors and steps of each rule, by its index."""
         saved = super().state_dict()
         saved["state"] = dict(enumerate(rule.state_dict() for rule in self.rules))
         return saved
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Copy in what ``state_dict`` gave.
+        """Copy the result of ``state_dict`` into the rules.
 
         Raises:
             ValueError: from PyTorch, if the groups differ.
@@ -60,16 +60,16 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 
 class TorchRule(RuleBase):
-    """Any ``torch.optim.Optimizer`` as an update rule: one of it for each parameter.
+    """Any ``torch.optim.Optimizer`` as an update rule, with one optimizer per parameter.
 
         TorchRule(named_parameters, lambda parameters: torch.optim.NAdam(parameters, weight_decay=0.1))
 
-    Each step sets the learning rate. The states are those that the optimizer makes, most at a parameter's first step:
-    their bytes are in no plan. They are in the parameter's precision, without master weights.
+    Each step sets the learning rate. The optimizer creates its own states, usually at a parameter's first step, so no
+    plan includes their bytes. They have the parameter's precision, without master weights.
 
     Args:
         named_parameters: the parameters that the rule updates, by name.
-        make: gives the optimizer of a list of one parameter.
+        make: creates the optimizer for a list of one parameter.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class TorchRule(RuleBase):
     def _new_states(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
         self.optimizers[name] = self._make([parameter])
         self._options[name] = _options(self.optimizers[name])
-        return {}  # the optimizer makes them
+        return {}  # the optimizer creates them
 
     def _update(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
         for name in names:
@@ -110,10 +110,10 @@ class TorchRule(RuleBase):
         }
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """As ``RuleBase.state_dict``.
+        """Like ``RuleBase.state_dict``.
 
         Raises:
-            ConfigError: the optimizer keeps something that is no tensor, or in its groups, and would not resume.
+            ConfigError: the optimizer has state that is not a tensor or is in its groups, and so could not resume.
         """
         for name, optimizer in self.optimizers.items():
             kept = [k for k, value in self._state(name).items() if not (value is None or isinstance(value, Tensor))]
@@ -127,10 +127,10 @@ class TorchRule(RuleBase):
         return super().state_dict()
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], steps: Mapping[str, int], *, strict: bool = True) -> None:
-        """As ``RuleBase.load_state_dict``, but only names can differ: the optimizer makes its states later.
+        """Like ``RuleBase.load_state_dict``, but compares only names: the optimizer creates its states later.
 
         Raises:
-            CheckpointMismatch: the saved parameters are others (if ``strict``).
+            CheckpointMismatch: the saved parameters are different ones (if ``strict``).
         """
         differing = sorted(set(steps) ^ set(self.steps)) if strict else []
         if differing:
@@ -148,5 +148,5 @@ class TorchRule(RuleBase):
 
 
 def _options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What is in the optimizer's only group beside its parameter and the learning rate."""
+    """The options in the optimizer's only group, without its parameter and the learning rate."""
     return {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "lr")}

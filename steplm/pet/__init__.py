@@ -1,1 +1,1 @@
-"""Parameter-efficient training: adapters on frozen layers, and which parameters are trained."""
+"""Parameter-efficient training: adapters, compact storage of frozen layers, and selection of trained parameters."""

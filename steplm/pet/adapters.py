@@ -1,6 +1,6 @@
-"""Adapters of a whole model: attach them, merge their tensors into plain weights, read and load them by name.
+"""Adapters of a whole model: attach them, merge them into plain weights, read and load their tensors by name.
 
-To add a method: write a class with ``LoRALinear``'s interface and add a line to ``ADAPTERS``.
+To add a method, write a class with ``LoRALinear``'s interface and add it to ``ADAPTERS``.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ ADAPTERS: dict[str, type[LoRALinear]] = {
 
 
 def attach(model: nn.Module, phase: Phase, layer_prefix: str, seed: int) -> None:
-    """Put fresh adapters on what is frozen under them in this phase; the model's output stays as it is.
+    """Attach fresh adapters to all modules that have one in this phase; the model's output does not change.
 
-    A head that shares the embedding's matrix shares its factors, which then go by the embedding's name.
+    A head that is tied to the embedding shares its factors too, under the embedding's name.
 
     Args:
         layer_prefix: name of the list of layers, such as ``model.layers``.
-        seed: with a parameter's name it determines the parameter's first value.
+        seed: together with a parameter's name, determines its initial value.
 
     Raises:
         ConfigError: unknown method; a target that is missing, not linear, or smaller than the rank.
     """
     outside = phase.embeddings_and_head
-    targets: dict[str, tuple[nn.Linear | nn.Embedding, Adapter]] = {}  # all of them before the first change
+    targets: dict[str, tuple[nn.Linear | nn.Embedding, Adapter]] = {}  # all validated before the model is changed
     for index, spec in phase.adapters.items():
         if spec.method not in ADAPTERS:
             raise ConfigError(f"no adapter method {spec.method!r}. Known: {', '.join(ADAPTERS)}.", method=spec.method)
@@ -62,17 +62,17 @@ def attach(model: nn.Module, phase: Phase, layer_prefix: str, seed: int) -> None
 def merge_state(
     weights: Mapping[str, Tensor], adapters: Mapping[str, Tensor], phase: Phase, rows: Rows = WHOLE
 ) -> dict[str, Tensor]:
-    """The plain weights with the adapters added.
+    """The plain weights with the adapters merged.
 
-    Reads one tensor after the other, so that over a mapping that loads on access only one matrix exists
-    beside the result. Weights without an adapter are passed through, not copied.
+    Reads one tensor at a time, so with a mapping that loads on access only one matrix exists in addition to the result.
+    Weights without an adapter are passed through, not copied.
 
     Args:
-        phase: in which the adapters were trained.
-        rows: which of their rows the weights are; the adapters are whole.
+        phase: the phase in which the adapters were trained.
+        rows: which rows of the full weights ``weights`` contains; ``adapters`` are unsharded.
 
     Raises:
-        CheckpointMismatch: an adapter without its weight, or of another shape than the phase says.
+        CheckpointMismatch: an adapter has no weight, or a different shape than the phase requires.
     """
     factors: dict[str, dict[str, Tensor]] = {}
     for name, tensor in adapters.items():
@@ -115,7 +115,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fresh_adapter_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """What ``attach`` gives the adapters' tensors as values, by full name, in fp32 on the CPU."""
+    """The initial values that ``attach`` gives the adapters' tensors, by full name, in fp32 on the CPU."""
     return {
         f"{name}.{key}": factor
         for name, adapter in _adapters(model)
@@ -124,7 +124,7 @@ def fresh_adapter_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
 
 
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy saved adapters into the model's; exact where the dtype is the same.
+    """Copy saved adapters into the model's; exact if the dtype is the same.
 
     Raises:
         CheckpointMismatch: names or shapes differ.
@@ -155,7 +155,7 @@ def _adapter_of(module: str, phase: Phase) -> Adapter:
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Modules that have factors; of those that share them the first."""
+    """Modules with adapter factors; if several share them, only the first."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         factors = [id(getattr(module, key)) for key in getattr(module, "factor_names", ())]
@@ -165,7 +165,7 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _targets(model: nn.Module, layer_name: str, spec: Adapter) -> dict[str, nn.Linear]:
-    """The modules of one layer that get an adapter, by their full name."""
+    """The modules of one layer that get an adapter, by full name."""
     layer = model.get_submodule(layer_name)
     modules = {f"{layer_name}.{name}": module for name, module in layer.named_modules() if name}
     last_parts = {name: name.rpartition(".")[2] for name in modules}
@@ -183,7 +183,7 @@ def _targets(model: nn.Module, layer_name: str, spec: Adapter) -> dict[str, nn.L
 
 
 def _outer_targets(model: Any, spec: Adapter) -> dict[str, nn.Linear | nn.Embedding]:
-    """The embedding, and the head unless it shares the embedding's matrix, by their full name."""
+    """The embedding, and the head unless it is tied to the embedding, by full name."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
     check_embedding(names[embedding], embedding, spec.rank)
@@ -201,7 +201,7 @@ def _adapt_tied_head(model: Any) -> None:
 
 
 def _linear(name: str, module: nn.Module | None, spec: Adapter, way_out: str) -> nn.Linear:
-    """The module, if this method and rank can adapt it."""
+    """The module itself, if this method and rank can adapt it; raises ``ConfigError`` otherwise."""
     if type(module) is not nn.Linear:
         raise ConfigError(
             f"{name} is a {type(module).__name__}, and {spec.method} adapts only plain nn.Linear modules. {way_out}",

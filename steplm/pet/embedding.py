@@ -1,7 +1,7 @@
-"""LoRA on the embedding matrix, and on a head that shares it.
+"""LoRA on the embedding matrix, and on a head that is tied to it.
 
-Both read one matrix, so both read one pair of factors: the update can be merged into the matrix, and the head is
-``E + scaling * B A`` wherever the embedding is.
+Both use the same matrix, so both use the same pair of factors. The update can therefore be merged into the matrix, and
+embedding and head always agree on ``E + scaling * B A``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from steplm.pet.lora import LoRALinear
 class LoRAEmbedding(nn.Embedding):
     """An embedding plus a low-rank update: ``E[ids] + scaling * B[ids] A``.
 
-    Made of an embedding by ``adapt_embedding``: ``lora_A`` (rank, hidden) and ``lora_B`` (vocabulary, rank) are
-    added to it in the weight's dtype and on its device.
+    ``adapt_embedding`` converts an embedding to this class: it adds ``lora_A`` (rank, hidden) and ``lora_B``
+    (vocabulary, rank) in the weight's dtype and on its device.
     """
 
     factor_names: ClassVar[tuple[str, ...]] = LoRALinear.factor_names
@@ -41,7 +41,7 @@ class LoRAEmbedding(nn.Embedding):
 
 
 class TiedLoRAHead(LoRALinear):
-    """A head whose matrix and factors are those of an adapted embedding: ``h (E + scaling * B A)^T + b``."""
+    """A head that shares the matrix and factors of an adapted embedding: ``h (E + scaling * B A)^T + b``."""
 
     def __init__(self, head: nn.Linear, embedding: LoRAEmbedding) -> None:
         super().__init__(head, embedding.rank, embedding.scaling)
@@ -50,13 +50,13 @@ class TiedLoRAHead(LoRALinear):
 
 
 def check_embedding(name: str, embedding: nn.Module, rank: int) -> None:
-    """Whether ``adapt_embedding`` can adapt this module.
+    """Check that ``adapt_embedding`` can adapt this module.
 
     Raises:
-        ConfigError: it is no embedding, looks its matrix up in a way of its own, or is smaller than the rank.
+        ConfigError: the module is not an embedding, has its own lookup, or is smaller than the rank.
     """
     own = [cls for cls in type(embedding).__mro__ if cls not in nn.Embedding.__mro__ and "forward" in vars(cls)]
-    # A family may do to the rows what it likes (Gemma scales them), as long as it gets them from nn.Embedding.
+    # A model family may transform the rows (Gemma scales them), as long as it gets them from nn.Embedding.
     gets_rows = all("super" in vars(cls)["forward"].__code__.co_names for cls in own)
     if not isinstance(embedding, nn.Embedding) or isinstance(embedding, LoRAEmbedding) or not gets_rows:
         raise ConfigError(
@@ -74,9 +74,9 @@ def check_embedding(name: str, embedding: nn.Module, rank: int) -> None:
 
 
 def adapt_embedding(embedding: nn.Embedding, rank: int, scaling: float) -> LoRAEmbedding:
-    """Turn an embedding that ``check_embedding`` accepts into a ``LoRAEmbedding``, in place; factors are zero."""
+    """Turn an embedding that passes ``check_embedding`` into a ``LoRAEmbedding``, in place, with zero factors."""
     family = type(embedding)
-    # A family's own forward stays in front of the adapter's, and finds it by super().
+    # A family's own forward still comes first, and reaches the adapter's through super().
     bases = (LoRAEmbedding,) if family is nn.Embedding else (family, LoRAEmbedding)
     embedding.__class__ = type(f"LoRA{family.__name__}", bases, {})
     assert isinstance(embedding, LoRAEmbedding)

@@ -1,6 +1,6 @@
-"""The frozen layers of a whole model in less memory: pack them, read and save what is packed.
+"""Compact storage for the frozen layers of a model: quantize or offload their weights, and read them back.
 
-The formats are in ``packing``, the product in ``frozen_linear``, the offload in ``host``.
+The formats are in ``packing``, the matmul in ``frozen_linear``, the offload in ``host``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from steplm.pet.packing import FORMATS, Part
 
 @dataclass(frozen=True)
 class PackReport:
-    """What packing did."""
+    """Result of ``pack_frozen``."""
 
     num_matrices: int
-    relative_rms_error: float | None  # of all their elements together, in fp32; None where fake tensors are rounded
+    relative_rms_error: float | None  # over all their elements, in fp32; None if fake tensors are quantized
 
 
 def pack_frozen(
@@ -38,15 +38,15 @@ def pack_frozen(
     device: torch.device | str | None = None,
     pin: bool = True,
 ) -> PackReport:
-    """Pack every linear map of ``layers`` whose weight is not trained; the plain weights are let go one by one.
+    """Quantize or offload the frozen weights of all linear modules in ``layers``, freeing plain weights one by one.
 
     Args:
         layer_prefix: name of the list of layers, such as ``model.layers``.
         fmt: a key of ``FORMATS``; ``full`` without ``offload`` changes nothing.
-        offload: keep the packed weights in host memory.
-        device: where the weights are needed, by default where they are. Given for a model that is still on the
-            CPU, one matrix at a time is moved there, and the whole model never is.
-        pin: with ``offload`` to a CUDA device, pin the host memory: copies then run beside the computation.
+        offload: keep the weights in host memory.
+        device: where the weights are needed; by default, their current device. For a model that is still on the CPU,
+            one matrix at a time is moved there, and never the whole model.
+        pin: with ``offload`` and a CUDA device, pin the host memory, so that copies overlap with compute.
 
     Raises:
         ConfigError: an unknown format.
@@ -69,10 +69,10 @@ def pack_frozen(
             host[layer] = host_buffer(spans.values(), where, pin=pin)
         for name, linear in linears.items():
             weight = linear.weight.detach()
-            weight = weight if fmt == "full" else weight.to(where)  # a whole matrix goes to the host directly
+            weight = weight if fmt == "full" else weight.to(where)  # an unquantized matrix goes straight to the host
             parts = FORMATS[fmt].pack(weight)
             num_matrices += 1
-            if fmt != "full":  # which is exact
+            if fmt != "full":  # "full" is exact
                 squares.append(_squares(weight, FORMATS[fmt].unpack(parts, linear.shape, linear.dtype)))
             linear.weight = None  # type: ignore[assignment]
             linear.format = fmt
@@ -86,22 +86,22 @@ def pack_frozen(
                     linear.register_buffer(key, tensor, persistent=False)
     if host:
         assert where is not None
-        fetcher = LayerFetcher(host, where)  # its slots take the place of the plain weights
+        fetcher = LayerFetcher(host, where)  # only now, so that its slots can use the memory of the freed weights
         for linear, layer_index, own in places:
             linear.offloaded = Offloaded(fetcher, layer_index, own)
     return PackReport(num_matrices, _relative_rms_error(squares))
 
 
 def unpacked_state(model: nn.Module) -> Mapping[str, Tensor]:
-    """The packed weights as plain ones by full name, ``…q_proj.weight``: on the CPU, each made when it is read.
+    """The packed weights as plain CPU tensors by full name, ``…q_proj.weight``, each created when it is read.
 
-    They are what the packed ones stand for, exactly: packed again, they give the same codes and scales.
+    They are exactly what the packed weights represent: packed again, they give the same codes and scales.
     """
     return _UnpackedState(model)
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Every tensor that holds packed weights, and those that the offload keeps on the device: name, tensor, on host.
+    """All tensors that store packed weights, and the offload's device buffers: name, tensor, whether on the host.
 
     An offloaded layer is one tensor under the layer's name; the fetcher's slots are ``staging.0`` and ``staging.1``.
     """
@@ -121,7 +121,7 @@ class _UnpackedState(Mapping[str, Tensor]):
         self._linears = {f"{name}.weight": linear for name, linear in _packed_linears(model)}
 
     def __getitem__(self, name: str) -> Tensor:
-        # A copy in any case: what is made whole may be a view of a slot that the next layer overwrites.
+        # Always copy: the materialized weight may be a view of a slot that the next layer overwrites.
         return self._linears[name].materialize().to("cpu", copy=True)
 
     def __iter__(self) -> Iterator[str]:
@@ -138,7 +138,7 @@ def _packed_linears(model: nn.Module) -> Iterator[tuple[str, FrozenLinear]]:
 
 
 def _frozen_linears(model: nn.Module, layer_name: str) -> dict[str, FrozenLinear]:
-    """The linear maps of a layer whose plain weight is not trained, by full name, each able to be packed."""
+    """The linear modules of a layer with frozen plain weights, by full name, converted to ``FrozenLinear``."""
     linears: dict[str, FrozenLinear] = {}
     for name, module in list(model.get_submodule(layer_name).named_modules(prefix=layer_name)):
         if not isinstance(module, nn.Linear) or module.weight is None or module.weight.requires_grad:
@@ -146,7 +146,7 @@ def _frozen_linears(model: nn.Module, layer_name: str) -> dict[str, FrozenLinear
         if type(module) is nn.Linear:
             module = FrozenLinear(module)
             model.set_submodule(name, module)
-        if isinstance(module, FrozenLinear):  # another family's own kind of linear map stays as it is
+        if isinstance(module, FrozenLinear):  # a model family's own subclass of nn.Linear stays as it is
             linears[name] = module
     return linears
 
@@ -160,7 +160,7 @@ def _expected_parts(linears: Mapping[str, FrozenLinear], fmt: str) -> dict[str, 
 
 
 def _squares(weight: Tensor, restored: Tensor) -> Tensor:
-    """(2,): sums of squares of the difference and of the weight."""
+    """Sums of squares of the error and of the weight, of shape (2,)."""
     rows = max(PACK_CHUNK // weight.shape[1], 1)
     sums = weight.new_zeros(2, dtype=torch.float32)
     for before, after in zip(weight.split(rows), restored.split(rows), strict=True):

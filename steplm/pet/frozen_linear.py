@@ -1,4 +1,4 @@
-"""A linear map whose weight is not trained: made whole when a product needs it, never saved by autograd."""
+"""A linear layer with a frozen weight that is materialized for each matmul and never saved by autograd."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class _FrozenLinearFunction(torch.autograd.Function):
 
 
 def frozen_linear(rows: Tensor, materialize: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
-    """``rows W^T + b`` for a matrix that is not trained.
+    """``rows W^T + b`` for a frozen matrix ``W``.
 
     Args:
         rows: (N, in).
-        materialize: gives ``W`` (out, in), the same at each call: in the forward, and again in the backward, so
-            that autograd keeps nothing.
+        materialize: returns the same ``W`` (out, in) on each call. It is called in the forward pass and again in the
+            backward pass, so that autograd saves nothing.
         bias: (out,).
     """
     return _FrozenLinearFunction.apply(rows, materialize, bias)
 
 
-# Inside a compiled layer both products are opaque. The compiler would otherwise find the same weight made twice, make
-# it once, and keep it from the forward to the backward.
+# In a compiled layer, both matmuls are opaque custom ops. Otherwise the compiler would see that the same weight is
+# materialized twice, do it once, and keep the result from the forward to the backward pass.
 
 
 @torch.library.custom_op("steplm::frozen_linear", mutates_args=())
@@ -84,20 +84,20 @@ _opaque_linear.register_autograd(_opaque_gradients, setup_context=_opaque_contex
 
 
 class FrozenLinear(nn.Linear):
-    """A linear map whose weight may be packed.
+    """A linear layer whose weight can be packed: quantized, offloaded, or both.
 
-    Takes over the parameters of the map it replaces. Once packed, ``weight`` is ``None``, and the weight is in the
-    buffers ``weight_codes`` and ``weight_scales`` or, where it is offloaded, in host memory.
+    Takes over the parameters of the layer it replaces. Once packed, ``weight`` is ``None``, and the weight is stored in
+    the buffers ``weight_codes`` and ``weight_scales`` or, if offloaded, in host memory.
     """
 
-    format: str | None = None  # None: ``weight`` is a parameter like any other
+    format: str | None = None  # None: ``weight`` is an ordinary parameter
     offloaded: Offloaded | None = None
-    dtype: torch.dtype  # of the weight, when it is made whole
+    dtype: torch.dtype  # of the materialized weight
     weight_codes: Tensor
     weight_scales: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would allocate a second weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a second weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.dtype = linear.weight.dtype
@@ -105,7 +105,7 @@ class FrozenLinear(nn.Linear):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight: (out, in)."""
+        """Shape of the weight: (out, in)."""
         return self.out_features, self.in_features
 
     def base(self, rows: Tensor) -> Tensor:
@@ -123,14 +123,14 @@ class FrozenLinear(nn.Linear):
         return output.view(*input.shape[:-1], self.out_features)
 
     def materialize(self) -> Tensor:
-        """The weight (out, in); it may share memory with the packed one, and is to be used at once."""
+        """The weight (out, in); it may share memory with the packed weight, so use it immediately."""
         if self.format is None:
             return self.weight
         parts = self.packed() if self.offloaded is None else self.offloaded.on_device()
         return FORMATS[self.format].unpack(parts, self.shape, self.dtype)
 
     def packed(self) -> dict[str, Tensor]:
-        """The tensors of a packed weight that is not offloaded, by the names they have below this module."""
+        """The tensors of a packed weight that is not offloaded, by their names within this module."""
         names = FORMATS[self.format].parts(self.shape, self.dtype) if self.format else ()
         return {name: self.get_buffer(name) for name in names}
 

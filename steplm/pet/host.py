@@ -15,7 +15,7 @@ from steplm.pet.packing import Part
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tensor lies in the bytes of its layer."""
+    """Position of a tensor within the bytes of its layer."""
 
     offset: int
     part: Part
@@ -29,12 +29,12 @@ class Span:
         return self.offset + self.num_bytes
 
     def of(self, layer_bytes: Tensor) -> Tensor:
-        """The tensor, a view."""
+        """The tensor, as a view of ``layer_bytes``."""
         return layer_bytes[self.offset : self.stop].view(self.part.dtype).view(self.part.shape)
 
 
 def lay_out(parts: Mapping[str, Part]) -> dict[str, Span]:
-    """The tensors of one layer end to end. Those of larger elements come first, so that none needs padding."""
+    """Place the tensors of one layer end to end, the widest dtypes first, so that no padding is needed."""
     spans: dict[str, Span] = {}
     offset = 0
     for name, part in sorted(parts.items(), key=lambda item: -item[1].dtype.itemsize):
@@ -44,25 +44,25 @@ def lay_out(parts: Mapping[str, Part]) -> dict[str, Span]:
 
 
 def host_buffer(spans: Iterable[Span], device: torch.device, *, pin: bool = True) -> Tensor:
-    """Host memory for the tensors of one layer, exactly; pinned if ``device`` is CUDA and ``pin``."""
+    """Host memory of exactly the size of one layer's tensors; pinned if ``device`` is CUDA and ``pin`` is set."""
     pinned = pin and device.type == "cuda"
     return torch.empty(max(span.stop for span in spans), dtype=torch.uint8, pin_memory=pinned)
 
 
 class LayerFetcher:
-    """Keeps on the device the layer in use and the one that comes next, of those in host memory.
+    """Fetches layers from host memory; the device holds the one in use and the next one.
 
-    What comes next is told by the direction of travel, up in the forward and down in the backward; at either end
-    it is the way back. A layer that was not foreseen is loaded when it is asked for.
+    The next layer follows from the direction of travel, up in the forward pass and down in the backward pass; at either
+    end the direction reverses. A layer that was not prefetched is loaded on demand.
 
     Args:
         host: the bytes of each layer, bottom to top.
-        device: where they are needed. On CUDA a stream of its own copies, while the layer in use computes.
+        device: where they are needed. On CUDA, a separate stream copies while the layer in use computes.
 
     Attributes:
-        slots: the bytes on the device, two of the largest layer's size (one where there is one layer).
-        num_fetches: for tests, how many times the layer in use changed.
-        num_hits: for tests, how many of these times the new one had been requested before.
+        slots: buffers on the device: two of the largest layer's size, or one if there is only one layer.
+        num_fetches: how many times the layer in use changed; for tests.
+        num_hits: how many of these times the new layer had been prefetched; for tests.
     """
 
     def __init__(self, host: Mapping[str, Tensor], device: torch.device) -> None:
@@ -80,10 +80,10 @@ class LayerFetcher:
             self._stream = torch.cuda.Stream(device)
             self._copied = [torch.cuda.Event() for _ in self.slots]
             for slot in self.slots:
-                slot.record_stream(self._stream)  # the memory must not be reused under a copy
+                slot.record_stream(self._stream)  # the memory must not be reused while a copy is running
 
     def fetch(self, layer: int) -> Tensor:
-        """The bytes of a layer on the device, uint8; they hold until another layer is fetched."""
+        """The bytes of a layer on the device, uint8; valid until another layer is fetched."""
         if layer != self._in_use:
             self._change_to(layer)
         slot = self._held.index(layer)
@@ -108,7 +108,7 @@ class LayerFetcher:
         index = next(index for index, held in enumerate(self._held) if held is None or held != keep)
         self._held[index] = layer
         if self._stream is not None:
-            # All kernels that read this slot were launched before this moment, and may be running still.
+            # All kernels that read this slot were launched earlier, but may still be running.
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             self.slots[index][: len(self._layers[layer])].copy_(self._layers[layer], non_blocking=True)
@@ -118,13 +118,13 @@ class LayerFetcher:
 
 @dataclass(frozen=True)
 class Offloaded:
-    """The tensors of one matrix, in the bytes of a layer."""
+    """The tensors of one matrix, within the bytes of an offloaded layer."""
 
     fetcher: LayerFetcher
     layer: int
     spans: Mapping[str, Span]
 
     def on_device(self) -> dict[str, Tensor]:
-        """Views of a slot: used at once, never kept."""
+        """Views of a slot; use them immediately and do not keep them."""
         layer_bytes = self.fetcher.fetch(self.layer)
         return {name: span.of(layer_bytes) for name, span in self.spans.items()}

@@ -1,8 +1,8 @@
-"""Storage formats of a frozen matrix: the tensors that hold it, and how to get from one to the other.
+"""Storage formats of a frozen matrix, and conversion to and from them.
 
 ``full`` is the matrix itself; ``int8`` has one fp32 scale per row; ``nf4`` is the 4-bit NormalFloat of QLoRA
-(arXiv 2305.14314), section 3, with one bf16 scale per block. Bytes: ``steplm.cost.formats``.
-To add a format, write a class with these three functions and add a line to ``FORMATS``.
+(arXiv 2305.14314), section 3, with one bf16 scale per block. For their bytes, see ``steplm.cost.formats``.
+To add a format, write a class with the methods of ``Format`` and add it to ``FORMATS``.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from steplm.cost.formats import NF4_BLOCK, PACK_CHUNK
 
-CODES, SCALES = "weight_codes", "weight_scales"  # names of the tensors below a linear map
+CODES, SCALES = "weight_codes", "weight_scales"  # names of the tensors within a linear layer
 
 
 class Part(NamedTuple):
-    """Shape and type of one tensor of a packed matrix."""
+    """Shape and dtype of one tensor of a packed matrix."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class Format(Protocol):
-    """How a matrix is stored. All three are deterministic, and run on fake tensors too."""
+    """How a matrix is stored. All three methods are deterministic and support fake tensors."""
 
     def parts(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Part]:
-        """The tensors that hold a matrix of this shape and type, by name."""
+        """The tensors that store a matrix of this shape and dtype, by name."""
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Those tensors, from the matrix (out, in), on its device."""
+        """Convert the matrix (out, in) to those tensors, on its device."""
 
     def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The matrix (out, in) in ``dtype``: codes times scales in fp32, rounded once."""
 
 
 class Full:
-    """The matrix as it is; ``unpack`` does not copy it."""
+    """The unchanged matrix; ``unpack`` does not copy it."""
 
     def parts(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Part]:
         return {CODES: Part(shape, dtype)}
@@ -56,14 +56,14 @@ class Full:
 
 
 class Int8:
-    """Codes -127 … 127 and, for each row, its largest magnitude / 127."""
+    """Codes -127 … 127, with one scale per row: its largest magnitude / 127."""
 
     def parts(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Part]:
         return {SCALES: Part(shape[:1], torch.float32), CODES: Part(shape, torch.int8)}
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         scales = torch.linalg.vector_norm(weight, torch.inf, dim=1, dtype=torch.float32) / 127
-        divisors = torch.where(scales > 0, scales, 1).unsqueeze(1)  # a row of zeros has no scale
+        divisors = torch.where(scales > 0, scales, 1).unsqueeze(1)  # the scale of a row of zeros is 0
         codes = torch.empty_like(weight, dtype=torch.int8)
         rows = max(PACK_CHUNK // weight.shape[1], 1)
         for chunk, target, divisor in zip(weight.split(rows), codes.split(rows), divisors.split(rows), strict=True):
@@ -76,7 +76,7 @@ class Int8:
 
 
 class NF4:
-    """Two codes per byte, the first in the upper half, of the matrix in row-major order; a scale per block."""
+    """Two codes per byte in row-major order, the first in the upper half, with one scale per block."""
 
     def parts(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Part]:
         num_elements = shape[0] * shape[1]
@@ -94,7 +94,7 @@ class NF4:
     def _pack_chunk(self, values: Tensor, midpoints: Tensor) -> tuple[Tensor, Tensor]:
         blocks = F.pad(values, (0, -values.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK)
         scales = torch.linalg.vector_norm(blocks, torch.inf, dim=1).bfloat16()
-        # The rounded scale is the one that the codes will be multiplied by.
+        # Divide by the rounded scale, because that is what the codes will be multiplied by.
         divisors = torch.where(scales > 0, scales, 1).unsqueeze(1)
         codes = torch.bucketize(blocks / divisors, midpoints, out_int32=True).view(-1)[: values.numel()].byte()
         pairs = F.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
@@ -102,7 +102,7 @@ class NF4:
 
     def unpack(self, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         codes = parts[CODES]
-        # A fake tensor's table must be fake, and must not outlive its mode.
+        # A fake tensor needs a fake table, which must not outlive its mode in the cache.
         table = (_pair_table.__wrapped__ if isinstance(codes, FakeTensor) else _pair_table)(codes.device)
 
         def values(start: int, stop: int) -> Tensor:
@@ -120,11 +120,11 @@ FORMATS: dict[str, Format] = {
 
 
 def normal_float_levels() -> tuple[float, ...]:
-    """The 16 values of NF4, rising from -1 to 1: quantiles of the normal distribution, over the largest.
+    """The 16 values of NF4, ascending from -1 to 1: quantiles of the normal distribution, divided by the largest.
 
-    Zero is one of them, with seven below and eight above. The outermost quantile is the mean of those that
-    leave half a step outside with 16 and with 15 values. Source: QLoRA (arXiv 2305.14314), section 3, and the
-    numbers of its appendix E.
+    Zero is one of them, with seven values below and eight above. The outermost quantile is the mean of two: those that
+    leave half a step outside with 16 values and with 15. Source: QLoRA (arXiv 2305.14314), section 3, and the numbers
+    in its appendix E.
     """
     outermost = 1 - (1 / 32 + 1 / 30) / 2
     quantile = NormalDist().inv_cdf
@@ -138,7 +138,7 @@ NF4_LEVELS = normal_float_levels()
 
 @cache
 def _pair_table(device: torch.device) -> Tensor:
-    """(256,): the two fp32 levels of each byte as one int64, so that a look-up fetches both."""
+    """The two fp32 levels of each byte, packed as one int64 so that one lookup fetches both; shape (256,)."""
     levels = torch.tensor(NF4_LEVELS, device=device)
     return torch.cartesian_prod(levels, levels).view(torch.int64).view(-1)
 
@@ -146,7 +146,7 @@ def _pair_table(device: torch.device) -> Tensor:
 def _scaled(
     values: Callable[[int, int], Tensor], scales: Tensor, block: int, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """The matrix whose elements ``start … stop`` are ``values(start, stop)``, fp32, times the scale of their block."""
+    """The matrix with elements ``start … stop`` equal to fp32 ``values(start, stop)`` times their block's scale."""
     weight = torch.empty(shape, dtype=dtype, device=scales.device)
     flat, num_elements = weight.view(-1), weight.numel()
     step = max(PACK_CHUNK // block, 1) * block
@@ -159,5 +159,5 @@ def _scaled(
         if first + whole < -(-stop // block):  # the last block may be short
             chunk[whole * block :].mul_(scales[-1])
         flat[start:stop].copy_(chunk)
-        del chunk  # before the next one is made
+        del chunk  # free it before the next chunk is allocated
     return weight

@@ -1,4 +1,4 @@
-"""Which parameters are trained: patterns in, ``requires_grad`` set, names out. The one place that does it."""
+"""Selection of the trained parameters: sets ``requires_grad`` by name patterns."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from steplm.errors import PlanError
 def apply_trainable(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     """Train exactly the parameters whose full name matches one of the shell-style patterns.
 
-    A tied parameter is trained if any of its names matches, and is named once, by its first name.
+    A tied parameter is trained if any of its names matches, and is listed once, under its first name.
 
     Returns:
-        The trained names, in the model's order.
+        The names of the trained parameters, in the model's order.
 
     Raises:
         PlanError: a pattern matches no parameter.

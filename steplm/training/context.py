@@ -56,16 +56,16 @@ class RunContext:
 
     @cached_property
     def _peak_flops(self) -> float | None:
-        """FLOP/s that the makers of all devices publish."""
+        """Published peak FLOP/s of all devices together."""
         if self.device.type != "cuda":
             return None
         of_one = published_flops(torch.cuda.get_device_name(self.device), self.config.train.precision)
         return None if of_one is None else of_one * self.world.size
 
     def mfu(self, flops: float, seconds: float) -> float | None:
-        """Model FLOPs utilization: a share of the published peak; None on a device whose peak is not known.
+        """Model FLOPs utilization, as a share of the published peak; None if the device's peak is unknown.
 
-        Activations that are computed again do not count. Source: PaLM (arXiv 2204.02311), appendix B.
+        Recomputed activations do not count. Source: PaLM (arXiv 2204.02311), appendix B.
         """
         return None if self._peak_flops is None else flops / (seconds * self._peak_flops)
 
