@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -e '.[dev]'
 	@touch $@
 
-quickstart: install  ## train a small LLaMA grown in stages, beside an ordinary one, on text found here
+quickstart: install  ## train a small LLaMA in three ways on text found here
 	@$(BIN)/steplm quickstart
 
 test: lint types  ## ruff, mypy and pytest

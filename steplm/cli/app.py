@@ -163,6 +163,10 @@ def fit(
     ] = None,
     vary: Annotated[str, typer.Option(help="What else may change.")] = "stages,rank,options",
     show: Annotated[int, typer.Option(help="Commands to print, from the gentlest way to the harshest.", min=1)] = 3,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Draw memory against time, e.g. fit.png or fit.svg."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Find the ways of training that fit a memory budget, or the largest model, batch or sequence."""
@@ -177,6 +181,7 @@ def fit(
         show=show,
         as_json=json,
         device=device,
+        output=output,
     )
 
 
@@ -530,9 +535,9 @@ def chat(
 @app.command()
 def quickstart(
     overrides: Overrides = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of both runs.")] = Path("runs/quickstart"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs.")] = Path("runs/quickstart"),
 ) -> None:
-    """Train a small LLaMA twice on text found in this installation: grown in stages, and in the ordinary way."""
+    """Train a small LLaMA on text found in this installation: with 8-bit Muon, with STEP, and with AdamW."""
     from steplm.cli.quickstart import run_quickstart
 
     raise typer.Exit(run_quickstart(output, overrides or []))

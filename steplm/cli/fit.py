@@ -7,6 +7,7 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -40,11 +41,13 @@ def show_fit(
     show: int = 3,
     as_json: bool = False,
     device: str | None = None,
+    output: Path | None = None,
 ) -> None:
     """Find the ways to fit the budget and print them, with the commands of the first ``show``.
 
     Args:
         budget: default: the memory of the device.
+        output: where to draw the ways, if at all.
         device: whose time is told, as for ``steplm.cli.hours.choose_speeds``.
     """
     if budget is None:
@@ -68,6 +71,10 @@ def show_fit(
         print(json.dumps(fit_to_json(result), indent=2))
     else:
         render_fit(result, Console(), run, overrides, budget, show)
+    if output is not None:
+        from steplm.report.fit_figure import fit_figure
+
+        fit_figure(result, output)
 
 
 def explained(error: PlanInfeasible, run: str, overrides: Sequence[str]) -> PlanInfeasible:

@@ -45,7 +45,7 @@ DEVICES = {
 
 
 def published_flops(name: str, precision: str) -> float | None:
-    """Published peak FLOP/s in "bf16" or "fp32" of the device with this PyTorch name; None if it is not in the table."""
+    """Published peak FLOP/s, in "bf16" or "fp32", of the device with this PyTorch name; None if it is not listed."""
     title = name.removeprefix("NVIDIA ").removeprefix("GeForce ")
     for device in DEVICES.values():
         if device.title == title:
