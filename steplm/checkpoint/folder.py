@@ -347,7 +347,7 @@ def _read_marker(path: Path) -> dict[str, tuple[int, str]]:
         written = json.loads((path / MARKER).read_text())
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in written.items()}
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MARKER} file", path=str(path)) from None
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MARKER} file", path=str(path)) from None
     except Exception as error:  # the file can contain anything
         raise CheckpointError(f"{path / MARKER} is damaged: {reason(error)}", path=str(path)) from None
     tensors = [] if any(name.startswith(f"{SHARDS}/") for name in expected) else [OPTIMIZER]

@@ -122,7 +122,7 @@ class BatchLoader:
             raise DataError(
                 f"tokens_seen={tokens_seen:,} is not a multiple of "
                 f"train.sequence_length={self.sequence_length}: "
-                "the sequence length changed during the run. Go on with the old one.",
+                "the sequence length changed during the run. Restore the old value.",
                 tokens_seen=tokens_seen,
                 sequence_length=self.sequence_length,
             )

@@ -218,7 +218,7 @@ def local_path(text: str | Path) -> Path:
         path = Path(text).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"{shortened(str(text))} is no path: {reason(error)}", path=str(text)) from None
+        raise DataError(f"{shortened(str(text))} is not a path: {reason(error)}", path=str(text)) from None
     return path
 
 

@@ -75,7 +75,7 @@ def grow(
         raise GrowthError(f"no growth operator {operator!r}.{nearest(operator, OPERATORS)}", operator=operator)
     make = OPERATORS[operator]
     if make.fresh and fresh_layer is None:
-        raise GrowthError(f"operator {operator!r} needs fresh_layer, a function that initialises a layer.")
+        raise GrowthError(f"operator {operator!r} needs fresh_layer, a function that initializes a layer.")
 
     prefix = layer_prefix_of(state)
     outer, layers = _split(state, prefix)

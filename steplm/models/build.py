@@ -55,7 +55,7 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
     model_type = str(values.pop("model_type"))
     if model_type not in CONFIG_MAPPING:
         hint = nearest(model_type, CONFIG_MAPPING.keys(), otherwise="")
-        raise ConfigError(f"transformers knows no model type {model_type!r}.{hint}", model_type=model_type)
+        raise ConfigError(f"transformers does not know the model type {model_type!r}.{hint}", model_type=model_type)
     default = _default_config(model_type)
     if not hasattr(default, "num_key_value_heads") and (
         values.get("num_key_value_heads") == values.get("num_attention_heads")
@@ -113,7 +113,9 @@ def _default_config(model_type: str) -> PretrainedConfig:
     try:
         config = AutoConfig.for_model(model_type)
     except Exception as error:  # any type: a few families have no valid default
-        raise ConfigError(f"transformers makes no configuration of {model_type!r}: {in_one_line(error)}") from None
+        raise ConfigError(
+            f"transformers cannot make a configuration for {model_type!r}: {in_one_line(error)}"
+        ) from None
     config.allow_global_per_layer_attribute_access = True  # otherwise, keys that differ by layer raise
     require_decoder_only(config)
     return config
@@ -404,7 +406,7 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
                 why = in_one_line(error)
                 if "scaled_dot_product_attention" not in str(error):
                     break
-    raise ConfigError(f"transformers makes no causal language model of this {config.model_type!r} configuration: {why}")
+    raise ConfigError(f"transformers has no causal language model for this {config.model_type!r} configuration: {why}")
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def decayed(checkpoint: str | Path, tokens: int, output_dir: str | Path) -> RunC
     source = RunFolder.open(checkpoint.parent.parent)
     if checkpoint.resolve() not in {path.resolve() for path in source.checkpoints}:
         raise CheckpointError(
-            f"{checkpoint} is no complete checkpoint of a run. `ls {source.path / 'checkpoints'}` shows those there "
+            f"{checkpoint} is not a complete checkpoint of a run. `ls {source.path / 'checkpoints'}` shows those there "
             "are.",
             path=str(checkpoint),
         )
@@ -129,7 +129,7 @@ def begin_with(checkpoint: Path, config: RunConfig) -> Path:
     state, plan = load_checkpoint_state(checkpoint), _plan(config)
     if problem := _difference(_begun_with(source), source.plan, state, config, plan):
         raise CheckpointMismatch(
-            f"{config.run_dir} cannot go on from {checkpoint}: {problem}. Choose a checkpoint from before the decay.",
+            f"{config.run_dir} cannot continue from {checkpoint}: {problem}. Choose one from before the decay.",
             path=str(checkpoint),
         )
     phase, progress = plan.schedule.phases[state.progress.phase_index - 1], state.progress
@@ -206,7 +206,7 @@ def _one_or_per_stage(ratios: list[float]) -> float | list[float]:
 
 def _begun_with(source: RunFolder) -> RunConfig:
     if source.written is None or not source.checkpoints:
-        raise CheckpointError(f"{source.path} is no run directory with a checkpoint", path=str(source.path))
+        raise CheckpointError(f"{source.path} is not a run directory with a checkpoint", path=str(source.path))
     return source.written
 
 

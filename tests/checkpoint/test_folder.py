@@ -136,7 +136,7 @@ def test_a_folder_without_the_marker_is_ignored(tmp_path: Path) -> None:
     latest = latest_checkpoint(tmp_path)
     assert latest is not None
     assert latest.name == "stage1-step000001"
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         verify_checkpoint(newer)
 
 
