@@ -1,9 +1,9 @@
-"""Validation loss where gradients of bf16 weights are summed in bf16, and where they are summed in fp32.
+"""Compare the validation loss when gradients of bf16 weights are accumulated in bf16 and in fp32.
 
     python benchmarks/accumulation.py --output results/accumulation/accumulation.json
 
-A LLaMA of 0.15M parameters on the documentation of this Python installation, in micro-batches of one sequence of 32
-tokens: 64 or 256 of them a step. Runs of one row differ in ``train.gradient_accumulation_dtype`` alone.
+Trains a LLaMA of 0.15M parameters on the documentation of this Python installation, with micro-batches of one sequence
+of 32 tokens, and 64 or 256 micro-batches per step. Runs in a row differ only in ``train.gradient_accumulation_dtype``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from steplm.training.metrics import read_metrics
 from steplm.training.run import train
 
 SEQUENCE_LENGTH = 32
-STEPS = {64: 40, 256: 16}  # by micro-batches of a step
+STEPS = {64: 40, 256: 16}  # by micro-batches per step
 LEARNING_RATE = 4e-3
 
 

@@ -1,7 +1,8 @@
-"""A tiny run as its user sees it: a command that is started, watched, killed, started again, and what it leaves.
+"""A tiny run as its user sees it: a command that is started, watched, killed and restarted, and the files it leaves.
 
-Nothing is asked of a run but exit codes, output and files. On one process it is forked from this one, which has
-imported everything; on several it is ``torch.distributed.run``. Linux only: it reads ``/proc``.
+A run is observed only through its exit codes, output and files. A run with one process is forked from this process,
+which has already imported everything; one with several is started by ``torch.distributed.run``. Linux only, because it
+reads ``/proc``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 import torch
 import yaml
 
-import steplm.training.run  # so that no child has to
+import steplm.training.run  # imported here so that children need not import it
 from steplm.checkpoint.folder import MARKER, complete_checkpoints
 from steplm.checkpoint.hashed import HashedFile
 from steplm.cli.app import main as steplm_main
@@ -39,13 +40,13 @@ from steplm.training import loop as loop_module
 from steplm.training import step as step_module
 from steplm.training.metrics import read_metrics
 
-# A fork takes one thread along; those of a pool would be missing in the child.
+# A fork keeps only the calling thread, so the threads of a pool would be missing in the child.
 torch.set_num_threads(1)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-TIMEOUT_SECONDS = 180  # a run takes one or two, or ten under torchrun: what takes longer hangs
-TOLERANCE = 1e-5  # on several processes, where sums may have another order
+TIMEOUT_SECONDS = 180  # a run takes one or two seconds, or ten under torchrun; anything this long hangs
+TOLERANCE = 1e-5  # for several processes, where the order of summation may differ
 
 WORDS = ("the", "model", "grows", "new", "layers", "between", "old", "ones", "while", "memory", "stays", "small")
 STEP_TOKENS, NUM_STEPS = 64, 14
@@ -63,7 +64,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     "plan": {"num_stages": 2, "layers": [3, 1], "total_tokens": NUM_STEPS * STEP_TOKENS},
     "pet": {"rank": 2},
     "optim": {"learning_rate": 1e-2},
-    # As many sequences a step at any world size; saved every second step and logged every third.
+    # The number of sequences per step is the same at any world size. Saves every 2nd step and logs every 3rd.
     "train": {
         "precision": "fp32",
         "device": "cpu",
@@ -79,7 +80,7 @@ CONFIG: dict[str, dict[str, Any]] = {
 
 
 class Wrong(Exception):
-    """A run did not do what it must."""
+    """A run did not behave as required."""
 
 
 def require(fact: bool, message: str) -> None:
@@ -87,11 +88,11 @@ def require(fact: bool, message: str) -> None:
         raise Wrong(message)
 
 
-# One process, or torchrun and its ranks.
+# Attempts: one process, or torchrun and its ranks.
 
 
 class Attempt:
-    """The command, once: started, watched, and perhaps killed."""
+    """One execution of the command, which is started, watched and possibly killed."""
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class Attempt:
         return self.log.read_text(errors="replace")
 
     def poll(self) -> int | None:
-        """The exit code, or minus the signal that ended it; ``None`` while it runs."""
+        """The exit code, or minus the number of the signal that ended the process; None while it runs."""
         if self.exit_code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -124,7 +125,7 @@ class Attempt:
         return self.exit_code
 
     def wait(self) -> int:
-        """The exit code, when every process has ended."""
+        """Wait until every process has ended, and return the exit code."""
         while self.poll() is None or self.ranks():
             if time.monotonic() > self.deadline:
                 self.kill_all()
@@ -134,7 +135,7 @@ class Attempt:
         return self.exit_code
 
     def ranks(self) -> list[int]:
-        """Processes beside the first, whoever their parent is by now."""
+        """The process ids other than the first process's, whoever their parent is by now."""
         if self.world_size == 1:
             return []
         mark = f"{MARK}={self.log}".encode()
@@ -146,7 +147,7 @@ class Attempt:
         return [pid for pid in found if pid != self.pid]
 
     def kill(self, generator: random.Random) -> None:
-        """SIGKILL: of the one process, of one rank, or of all."""
+        """Send SIGKILL to the single process, to one rank, or to all processes."""
         ranks = self.ranks()
         if ranks and generator.random() < 0.5:
             with suppress(ProcessLookupError):
@@ -156,7 +157,7 @@ class Attempt:
 
     def kill_all(self) -> None:
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)  # first: it must start no more of them
+            os.kill(self.pid, signal.SIGKILL)  # first, so that it starts no more ranks
         while ranks := self.ranks():
             for pid in ranks:
                 with suppress(ProcessLookupError):
@@ -164,19 +165,19 @@ class Attempt:
             time.sleep(0.01)
 
 
-MARK = "STEPLM_FAULTS_ATTEMPT"  # in the environment of torchrun and its ranks, to find them by
+MARK = "STEPLM_FAULTS_ATTEMPT"  # set in the environment of torchrun and its ranks, to find them
 
 
 def _be_the_command(arguments: list[str], log: Path, world_size: int, obey_permissions: bool) -> None:
-    """The forked child becomes ``steplm ...`` and never returns."""
+    """Turn the forked child into ``steplm ...``; never returns."""
     code = 1
     try:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout = sys.stderr = os.fdopen(descriptor, "w", buffering=1)
-        os.environ["COLUMNS"] = "1000"  # a path is not broken into lines
-        gc.freeze()  # what was imported is no garbage
+        os.environ["COLUMNS"] = "1000"  # so that paths are not wrapped
+        gc.freeze()  # imported objects need no garbage collection
         if obey_permissions:
             _obey_permissions()
         if world_size > 1:
@@ -196,7 +197,7 @@ def _be_the_command(arguments: list[str], log: Path, world_size: int, obey_permi
 
 
 def _spoil_steps(spoilt: frozenset[int]) -> None:
-    """In a forked child: the loss of the steps that begin after so many tokens is NaN."""
+    """In a forked child, make the loss NaN in the steps that start after these numbers of tokens."""
     fetch, train_step, batch_loss = Prefetcher.batch, loop_module.train_step, step_module.batch_loss
     begins_at, is_step = 0, False
 
@@ -222,7 +223,7 @@ def _spoil_steps(spoilt: frozenset[int]) -> None:
 
 
 def _slow_the_disk(seconds: float) -> None:
-    """In a forked child: every write of tensors waits so long first."""
+    """In a forked child, delay every write of tensors by this many seconds."""
     write = HashedFile.write
 
     def slowly(file: HashedFile, data: Any) -> int:
@@ -233,12 +234,12 @@ def _slow_the_disk(seconds: float) -> None:
 
 
 def _obey_permissions() -> None:
-    """Root reads what it may not; without two of its capabilities it is like anyone."""
+    """Drop the two capabilities that let root ignore file permissions."""
     if os.geteuid() != 0:
         return
     libc = ctypes.CDLL(None)
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP, for what is executed later
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP, for programs executed later
     header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     libc.capget(header, data)
     for index in range(3):  # effective, permitted, inheritable
@@ -246,26 +247,26 @@ def _obey_permissions() -> None:
     libc.capset(header, data)
 
 
-# One run directory.
+# Run directories.
 
 
 @dataclass
 class Subject:
-    """A run that is to be broken: its files, what was done to it, and what came of it."""
+    """A run to break: its files, the faults injected into it, and the outcome."""
 
     root: Path
     text: Path
     world_size: int
     generator: random.Random
-    seconds: float = 0.0  # that the unbroken run took
-    num_bytes: int = 0  # that it wrote
+    seconds: float = 0.0  # duration of the unbroken run
+    num_bytes: int = 0  # bytes written by the unbroken run
     max_faults: int = 3
     spoilt: frozenset[int] = frozenset()  # tokens seen before the steps whose loss is NaN, in every run
     faults: int = 0
-    resumed: int = 0  # faults after which a checkpoint was there to go on from
+    resumed: int = 0  # faults that left a checkpoint to resume from
     landed: Counter[str] = field(default_factory=Counter)
     attempts: list[Attempt] = field(default_factory=list)
-    _before: dict[str, int] = field(default_factory=dict)  # when files were last changed before this attempt
+    _before: dict[str, int] = field(default_factory=dict)  # last modification times before this attempt
     _unfinished_before: frozenset[tuple[str, int]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -274,7 +275,7 @@ class Subject:
 
     @property
     def disk(self) -> Path:
-        """All that the run writes."""
+        """The folder of everything that the run writes."""
         return self.root / "disk"
 
     @property
@@ -294,7 +295,7 @@ class Subject:
         return (self.run_dir / "summary.json").is_file()
 
     def configure(self, **changes: Any) -> None:
-        """Write ``run.yaml``; ``changes`` are of ``section.key``."""
+        """Write ``run.yaml``; ``changes`` maps ``section.key`` to values."""
         values: dict[str, Any] = {
             "name": "faults",
             "output_dir": str(self.run_dir),
@@ -307,7 +308,7 @@ class Subject:
         (self.root / "run.yaml").write_text(yaml.safe_dump(values))
 
     def start(self, verb: str = "train", *, disk_seconds: float = 0.0, **options: Any) -> Attempt:
-        """Start the command; ``disk_seconds``: how long each write of tensors waits."""
+        """Start the command; ``disk_seconds`` is the delay of each write of tensors."""
 
         def change() -> None:
             _spoil_steps(self.spoilt)
@@ -322,7 +323,7 @@ class Subject:
         return self.attempts[-1]
 
     def end(self) -> None:
-        """Nothing runs on, nothing stays mounted; what the run wrote stays."""
+        """Stop all processes and unmount the disk, but keep the files that the run wrote."""
         for attempt in self.attempts:
             attempt.kill_all()
             attempt.wait()
@@ -330,17 +331,17 @@ class Subject:
             shutil.copytree(self.disk, self.root / "was_mounted")
             unmount(self.disk)
 
-    # What can be seen of a run from outside, while it runs and after it died.
+    # What can be observed of a run from outside, while it runs and after it has died.
 
     def _unfinished(self) -> Iterator[tuple[str, int]]:
-        """Checkpoints that are being written, each with the time of its last change."""
+        """Yield the checkpoints that are being written, each with its last modification time."""
         with suppress(OSError):
             for path in (self.run_dir / "checkpoints").iterdir():
                 if not (path / MARKER).exists() and not path.name.endswith(".damaged"):
                     yield path.name, _changed_at(path)
 
     def last_event(self) -> str | None:
-        """Of ``metrics.jsonl``, if the last attempt has opened it."""
+        """The last event in ``metrics.jsonl``, if the last attempt has written to it."""
         log = self.run_dir / "metrics.jsonl"
         if _changed_at(log) == self._before["metrics.jsonl"]:
             return None
@@ -363,7 +364,7 @@ class Subject:
         return min(names, default=None)
 
     def sight_of_growing(self) -> object:
-        """From the checkpoint at the end of stage 1 to the first event of stage 2."""
+        """Observe the time from the checkpoint at the end of stage 1 to the first event of stage 2."""
         event = self.last_event()
         return event if event in ("stage_end", "merge", "growth") and self._has_ended(1) else None
 
@@ -381,7 +382,7 @@ class Subject:
         return next((name for name, moment in MOMENTS.items() if moment.sight(self) is not None), "starting")
 
     def wait_for(self, attempt: Attempt, is_now: Callable[[], bool]) -> bool:
-        """Wait until ``is_now()``; false if the attempt ended before."""
+        """Wait until ``is_now()``; return False if the attempt ends first."""
         while not is_now():
             if attempt.poll() is not None:
                 return False
@@ -390,14 +391,14 @@ class Subject:
         return True
 
     def wait_until_begun(self, attempt: Attempt) -> bool:
-        """Wait until the run directory is locked: imports are no part of a run's life."""
+        """Wait until the run directory is locked, so that imports do not count as part of the run."""
         return self.wait_for(attempt, lambda: _changed_at(self.run_dir / ".lock") != self._before[".lock"])
 
     def sleep(self, share: float) -> None:
-        """Up to this share of the life of the unbroken run."""
+        """Sleep for up to this share of the duration of the unbroken run."""
         time.sleep(self.generator.uniform(0, share) * self.seconds)
 
-    # What was done, and whether it is made good.
+    # Injected faults, and whether the run recovers from them.
 
     def note_fault(self, where: str) -> None:
         self.faults += 1
@@ -405,7 +406,7 @@ class Subject:
         self.resumed += bool(self.checkpoints)
 
     def stop_after(self, num_checkpoints: int) -> bool:
-        """Run until so many checkpoints are complete, and a little on; then kill. False if the run was quicker."""
+        """Run slightly past ``num_checkpoints`` complete checkpoints, then kill; return False if the run ends first."""
         attempt = self.start()
         if self.wait_for(attempt, lambda: len(self.checkpoints) >= num_checkpoints):
             self.sleep(0.4)
@@ -413,23 +414,23 @@ class Subject:
         return attempt.wait() != 0 and not self.is_finished
 
     def refused(self, attempt: Attempt, *words: str, exit_code: int = 1) -> None:
-        """The attempt ends with this exit code and one message that has these words."""
+        """Require that the attempt ends with this exit code and a message that contains these words."""
         code = attempt.wait()
         require(code != 0, f"it was accepted: {' '.join(words)}\n{attempt.output}")
         for word in words:
             require(word.lower() in attempt.output.lower(), f"the message does not say {word!r}:\n{attempt.output}")
         self.check_speech(attempt)
-        if self.world_size > 1:  # torchrun's own is always 1; its summary ends with that of the rank that failed first
+        if self.world_size > 1:  # torchrun itself exits with 1; its summary ends with the code of the first failed rank
             code = int(re.findall(r"^  exitcode  : (-?\d+)", attempt.output, re.MULTILINE)[-1])
         require(code == exit_code, f"exit code {code}, not {exit_code}:\n{attempt.output}")
 
     def check_speech(self, attempt: Attempt) -> None:
-        # torchrun shows tracebacks of its own, with no line of this package.
+        # torchrun prints its own tracebacks, which contain no line of this package.
         sign = "Traceback" if self.world_size == 1 else f"{Path(steplm.__file__).parent}{os.sep}"
         require(sign not in attempt.output, f"a traceback:\n{attempt.output}")
 
     def finish(self) -> Attempt:
-        """Start the same command again; it must go on from the last checkpoint and come to its end."""
+        """Start the same command again, and require that it resumes from the last checkpoint and finishes."""
         checkpoints = self.checkpoints
         attempt = self.start()
         code = attempt.wait()
@@ -440,7 +441,7 @@ class Subject:
         return attempt
 
     def check_goes_on(self, attempt: Attempt, checkpoints: list[Path]) -> None:
-        """The first step that was logged is after the last of the checkpoints that it had and did not find damaged."""
+        """Require that the first logged step comes after the last checkpoint that was not found damaged."""
         good = [path for path in checkpoints if f"passing over {path.name}" not in attempt.output]
         first = STEP.search(attempt.output)
         if good and first:
@@ -448,7 +449,7 @@ class Subject:
             require(goes_on, f"it began again before {good[-1].name}:\n{attempt.output}")
 
     def difference(self, other: Subject) -> str | None:
-        """The first thing in which two finished runs differ."""
+        """Describe the first difference between two finished runs; None if they are equal."""
         histories = self._history(), other._history()
         if len(histories[0]) != len(histories[1]):
             return f"{len(histories[0])} events in the log, not {len(histories[1])}"
@@ -470,12 +471,12 @@ class Subject:
 
 STEP = re.compile(r"^stage (\d)/\d  step (\d+)", re.MULTILINE)  # in the output
 
-# Times and speeds, and the memory of the process, which has been through something else.
+# Times, speeds and memory depend on the history of the process, so they are not compared.
 OF_THE_PROCESS = re.compile(r"_seconds$|_per_second$|_(allocated|reserved|resident)_bytes$")
 
 
 def _changed_at(path: Path) -> int:
-    """Nanoseconds; 0 where there is nothing."""
+    """The modification time in nanoseconds; 0 if the path does not exist."""
     try:
         return path.stat().st_mtime_ns
     except OSError:
@@ -483,7 +484,7 @@ def _changed_at(path: Path) -> int:
 
 
 def _num_files(folder: Path) -> int:
-    # Not by rglob: a folder may be renamed while it is looked at.
+    # rglob would fail if a folder is renamed during the walk.
     return sum(len(files) for _, _, files in os.walk(folder))
 
 
@@ -493,7 +494,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def progress_of(checkpoint: Path) -> tuple[int, float]:
-    """Stage and step, of its name; the end of a stage is after all its steps."""
+    """The stage and step in a checkpoint's name; the end of a stage comes after all its steps."""
     stage, _, step = checkpoint.name.removeprefix("stage").partition("-")
     return int(stage), math.inf if step == "end" else int(step.removeprefix("step"))
 
@@ -512,11 +513,11 @@ def _equal(one: Any, other: Any, *, exact: bool) -> bool:
 
 @dataclass(frozen=True)
 class Moment:
-    """A part of a run's life that can be aimed at."""
+    """A part of a run at which faults can be aimed."""
 
-    sight: Callable[[Subject], object]  # what can be seen of it: another thing as it goes on; None before and after
-    num_sights: int  # up to so many in one life
-    share: float  # of a life that passes from one to the next
+    sight: Callable[[Subject], object]  # an observed value that changes as this part advances; None outside of it
+    num_sights: int  # the largest number of different values to wait for
+    share: float  # of the run's duration, from one value to the next
 
 
 MOMENTS = {
@@ -529,7 +530,7 @@ MOMENTS = {
 
 
 def mount(folder: Path, num_bytes: int, *options: str) -> None:
-    """A file system of this size, in memory."""
+    """Mount an in-memory file system of this size."""
     size = f"size={max(num_bytes, 4096)}"
     command = ["mount", "-t", "tmpfs", "-o", ",".join([size, *options]), "tmpfs", str(folder)]
     subprocess.run(command, check=True, capture_output=True)

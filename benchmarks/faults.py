@@ -1,17 +1,17 @@
-"""Break tiny runs in every way we know, start the same command again, and compare with a run that nothing broke.
+"""Break tiny runs in every known way, start the same command again, and compare the result with an unbroken run.
 
     python benchmarks/faults.py --kills 200 --output results/faults/faults.json
     python benchmarks/faults.py --kills 20 --world-size 2 --kinds kill,terminate,flip
 
-A run is ``steplm train RUN.yaml``: two stages, LoRA, a model of 7,000 parameters, a checkpoint every second step, its
-own text and token shards. The seed decides what is broken and where; the clock has a part in when.
+A run is ``steplm train RUN.yaml`` with two stages, LoRA, a model of 7,000 parameters, a checkpoint every second step,
+and its own text and token shards. The seed determines what is broken and where; when also depends on the clock.
 
-On one process three steps of every run, drawn by the seed, have a loss of NaN; the unbroken run has the same. A slow
-disk is a wait before every write of tensors.
+With one process, three steps of every run, drawn from the seed, have a loss of NaN; they are the same steps in the
+unbroken run. A slow disk is simulated by a delay before every write of tensors.
 
-In the end every run must have the exported weights, the validation loss and the log, but for times and speeds, of the
-unbroken one: bit by bit on one process; on several, every number of the log within 1e-5. Else the exit code is 1, and
-the directory of the run is kept.
+In the end, every run must have the same exported weights, validation loss and log as the unbroken run, except for
+times and speeds. With one process they must be bitwise equal; with several, every number in the log must agree within
+1e-5. Otherwise the exit code is 1, and the directory of the run is kept.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ from steplm.checkpoint.folder import MARKER
 from steplm.training.environment import environment
 from steplm.training.metrics import read_metrics
 
-# The kinds of fault. Each leaves a run that the same command must be able to end.
+# The kinds of faults. After each, the same command must be able to finish the run.
 
 
 def _reach(subject: Subject, attempt: Attempt, moment: Moment | None) -> bool:
-    """Wait for an instant of the moment, or for any instant; false if the run ended before."""
+    """Wait for a random time within ``moment``, or within the whole run if None; return False if the run ends first."""
     if not subject.wait_until_begun(attempt):
         return False
     if moment is None:
@@ -85,7 +85,7 @@ def _killing(moment: Moment | None, disk_seconds: float = 0.0) -> Callable[[Subj
                 attempt.wait()
                 break
             attempt.kill(subject.generator)
-            if attempt.wait() == 0:  # it was quicker
+            if attempt.wait() == 0:  # the run finished first
                 break
             subject.note_fault(subject.where())
 
@@ -93,7 +93,7 @@ def _killing(moment: Moment | None, disk_seconds: float = 0.0) -> Callable[[Subj
 
 
 def terminate(subject: Subject) -> None:
-    """SIGTERM: a checkpoint of the step in progress, and exit code 143; none where nothing is trained yet."""
+    """SIGTERM: the step in progress is saved and the exit code is 143; before training, nothing is saved."""
     for _ in range(subject.generator.randint(1, subject.max_faults)):
         attempt = subject.start()
         if not _reach(subject, attempt, subject.generator.choice([None, *MOMENTS.values()])):
@@ -116,7 +116,7 @@ def terminate(subject: Subject) -> None:
 
 
 def fill_disk(subject: Subject) -> None:
-    """Less space than the run needs, once or more: each time one message, and what is saved stays."""
+    """Give the run too little disk space, once or more; each time it prints one message and keeps what is saved."""
     mount(subject.disk, 0)
     for share in sorted(subject.generator.uniform(0.02, 0.95) for _ in range(subject.max_faults)):
         mount(subject.disk, int(share * subject.num_bytes), "remount")
@@ -127,7 +127,7 @@ def fill_disk(subject: Subject) -> None:
 
 def _damaging(how: str) -> Callable[[Subject], None]:
     def damage(subject: Subject) -> None:
-        """One file of the newest checkpoint; it must be named, and the checkpoint before it used."""
+        """Damage one file of the newest checkpoint; the run must name it and use the previous checkpoint."""
         if not subject.stop_after(2):
             return
         newest = subject.checkpoints[-1]
@@ -142,7 +142,7 @@ def _damaging(how: str) -> Callable[[Subject], None]:
         subject.note_fault(f"{file.name} of a checkpoint")
         output = subject.finish().output
         require(f"passing over {newest.name}" in output, f"{how} of {file} at byte {where} was not found:\n{output}")
-        # What a damaged marker says of the files is not known.
+        # If the marker itself is damaged, the run cannot know which file is.
         require(file.name == MARKER or str(file) in output, f"the message does not name {file}:\n{output}")
 
     return damage
@@ -173,7 +173,7 @@ ALLOWED_CHANGES: dict[str, Any] = {
 
 
 def change_refused(subject: Subject) -> None:
-    """Another configuration in the directory of a begun run: refused by its key, nothing written."""
+    """Change the configuration of a started run; it must be rejected, naming the key, and write nothing."""
     if not subject.stop_after(subject.generator.randint(1, 2)):
         return
     before = contents(subject.disk)
@@ -186,7 +186,7 @@ def change_refused(subject: Subject) -> None:
 
 
 def change_allowed(subject: Subject) -> None:
-    """Keys that say how, not what: accepted, and the numbers stay."""
+    """Change keys that do not affect results; the run must accept them and give the same numbers."""
     if not subject.stop_after(subject.generator.randint(1, 2)):
         return
     keys = subject.generator.sample(sorted(ALLOWED_CHANGES), subject.max_faults)
@@ -195,7 +195,7 @@ def change_allowed(subject: Subject) -> None:
 
 
 def delete_shard(subject: Subject) -> None:
-    """A file of a token shard is gone: named. Prepared anew, as the message says, the run goes on."""
+    """Delete a file of a token shard; the run must name it, and continue after the data are prepared again."""
     if not subject.stop_after(subject.generator.randint(1, 2)):
         return
     files = [file for suffix in ("bin", "npy") for file in subject.prepared_dir.glob(f"*/shard-*.{suffix}")]
@@ -208,7 +208,7 @@ def delete_shard(subject: Subject) -> None:
 
 
 def forbid(subject: Subject) -> None:
-    """A folder that must not be read: named, and no checkpoint is lost."""
+    """Make a folder unreadable; the run must name it, and lose no checkpoint."""
     if not subject.stop_after(subject.generator.randint(1, 2)):
         return
     checkpoints = subject.checkpoints
@@ -227,17 +227,17 @@ def forbid(subject: Subject) -> None:
 
 
 def start_twice(subject: Subject) -> None:
-    """Two processes in one directory: one trains undisturbed, the other is refused."""
+    """Start two processes in one directory; one must train undisturbed, and the other must be rejected."""
     first = subject.start()
     if subject.generator.random() < 0.5:
         subject.wait_until_begun(first)
         subject.sleep(0.5)
     where = subject.where()
-    if first.poll() is not None:  # too late
+    if first.poll() is not None:  # the first process finished too early
         return
     second = subject.start()
     refused, done = sorted((first, second), key=lambda attempt: attempt.wait() == 0)
-    if refused.wait() == 0 and "is finished already" in second.output:  # too late
+    if refused.wait() == 0 and "is finished already" in second.output:  # likewise
         return
     require(done.wait() == 0, f"both were refused:\n{first.output}\n{second.output}")
     subject.refused(refused, "another process trains in", str(subject.run_dir))
@@ -249,7 +249,7 @@ KILLS: dict[str, Callable[[Subject], None]] = {
     **{f"kill {name}": _killing(moment) for name, moment in MOMENTS.items()},
 }
 OTHERS: dict[str, Callable[[Subject], None]] = {
-    # A save then goes on in the background through several steps.
+    # With a slow disk, a save continues in the background for several steps.
     "slow disk": _killing(MOMENTS["saving"], disk_seconds=0.01),
     "terminate": terminate,
     "full disk": fill_disk,
@@ -269,12 +269,12 @@ KINDS = KILLS | OTHERS
 
 @dataclass
 class Outcome:
-    """Of one kind."""
+    """The outcome of one kind of fault."""
 
     tries: int = 0  # faults that hit a run
-    resumed: int = 0  # of them, those after which there was a checkpoint to go on from
-    runs: int = 0  # a run may be broken up to three times
-    equal: int = 0  # of them, those that ended as the unbroken one
+    resumed: int = 0  # tries that left a checkpoint to resume from
+    runs: int = 0  # each is broken up to three times
+    equal: int = 0  # runs whose result equals that of the unbroken run
     seconds: float = 0.0
     landed: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
@@ -289,11 +289,11 @@ class Outcome:
 
 
 class Workshop:
-    """A directory in which runs are broken, and the unbroken one."""
+    """A directory with the broken runs and the unbroken one."""
 
     def __init__(self, root: Path, world_size: int, seed: int) -> None:
         self.root, self.world_size, self.seed = root, world_size, seed
-        # The same in every run. A process that is executed, as several are, cannot be changed so.
+        # The same steps in every run. Only forked processes can be patched, not those that torchrun executes.
         steps = random.Random(seed).sample(range(NUM_STEPS), 3) if world_size == 1 else []
         self.spoilt = frozenset(step * STEP_TOKENS for step in steps)
         self.text = root / "text.jsonl"
@@ -323,10 +323,13 @@ class Workshop:
     def break_runs(
         self, kind: str, tries: int, *, first: int = 0, on_progress: Callable[[Outcome], None] = lambda outcome: None
     ) -> Outcome:
-        """Break runs in one way until there were so many tries; end each run, and compare. ``first``: its number."""
+        """Break runs in one way until there are ``tries`` faults; finish each run and compare it.
+
+        Runs are numbered from ``first``.
+        """
         outcome = Outcome()
         started = time.monotonic()
-        while outcome.tries < tries and outcome.runs < 2 * tries + 3:  # some runs are quicker than their faults
+        while outcome.tries < tries and outcome.runs < 2 * tries + 3:  # some runs finish before their fault
             number = first + outcome.runs
             subject = self.subject(kind, number, self.unbroken, max_faults=min(3, tries - outcome.tries))
             problem = self._problem(kind, subject)
@@ -350,7 +353,7 @@ class Workshop:
 
 
 def shares(kinds: Iterable[str], kills: int) -> Counter[str]:
-    """Every second kill at any instant, the others at the moments by turns."""
+    """The number of kills of each kind: every second one is at a random time, and the moments share the others."""
     anywhere = [kind for kind in kinds if kind == "kill"]
     aimed = [kind for kind in kinds if kind in KILLS and kind != "kill"]
     turns = [anywhere, aimed] if anywhere and aimed else [anywhere or aimed]
@@ -414,7 +417,7 @@ def main() -> int:
         outcomes[kind] = workshop.break_runs(kind, tries, on_progress=show)
         for problem in outcomes[kind].problems:
             console.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
-        if arguments.output is not None:  # after each kind, as all of them take long
+        if arguments.output is not None:  # written after each kind, because the whole benchmark takes long
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(document(outcomes, workshop, skipped), indent=1) + "\n")
     console.print(table(outcomes))

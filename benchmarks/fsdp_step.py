@@ -1,10 +1,10 @@
-"""What FSDP2 costs where there is nothing to share: a step on one device, sharded over a world of one, and plain.
+"""Measure the overhead of FSDP2 on one device: a step sharded over a world of one, against a plain step.
 
     python benchmarks/fsdp_step.py --run llama_368m --rounds 5 --output results/fsdp_step.json
 
-Every stage of the run's plan is assembled twice from the same weights, once sharded over one rank, and both take the
-same steps by turns in one process: what counts is the ratio of their median times. The losses of both are told too.
-On an accelerator, NCCL carries the collectives. A run does not pay this price: where there is one rank, nothing is cut.
+Every stage of the run's plan is assembled twice from the same weights, plain and sharded over one rank. Both run the
+same steps alternately in one process; the result is the ratio of their median times. The difference of their losses is
+reported too. On a GPU, NCCL does the collectives. Runs do not have this overhead: with one rank, nothing is sharded.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from steplm.types import TrainState
 
 
 def step_seconds(assembled: Assembled, batch: Batch, how: StepOptions, num_steps: int) -> tuple[float, float]:
-    """Median over steps, the first left out, and the last loss."""
+    """The median seconds of a step, without the first, and the last loss."""
     seconds, loss = [], 0.0
     for _ in range(num_steps):
         started = time.perf_counter()
-        # The step ends by reading its loss, which waits for the device.
+        # Reading the loss at the end of the step waits for the device.
         loss = train_step(assembled.model, assembled.rules, batch, how, learning_rate=1e-4, max_grad_norm=1.0).loss
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:]), loss

@@ -1,15 +1,15 @@
-"""The planned peak beside what CUDA's allocator gives out: real steps of real stages, on one GPU.
+"""Compare the planned peak with the memory that CUDA's allocator hands out, for real steps on one GPU.
 
     python benchmarks/gpu_memory.py --output results/gpu_memory/measured.json
     python benchmarks/gpu_memory.py --cases 368m --trace
-    python benchmarks/gpu_memory.py --table results/gpu_memory/measured.json    # Markdown, of what was measured
+    python benchmarks/gpu_memory.py --table results/gpu_memory/measured.json    # Markdown, from saved measurements
 
-Each case is a recipe with overrides and the stages of it that are tried; two steps are taken of each, with random
-tokens and constant weights, as by ``steplm plan --calibrate``. ``measured`` is what the allocator gave to tensors,
-beside the workspaces of cuBLAS; ``reserved`` all that it took, fragmentation included; ``device`` what the whole
-process takes on the card, the CUDA context included. With ``--cap`` the process gets no more than the plan says that a
-device must have, the peak and ``memory.reserve``: what is planned to fit must run there. ``--trace`` tells the
-allocations alive at the peak, summed by the line of code that made them.
+Each case is a recipe with overrides and the stages to run. Each stage runs two steps with random tokens and constant
+weights, as ``steplm plan --calibrate`` does. ``measured`` is the memory allocated to tensors, without the workspaces of
+cuBLAS; ``reserved`` is everything the allocator took, including fragmentation; ``device`` is the memory of the whole
+process on the GPU, including the CUDA context. With ``--cap``, the process gets only the memory that the plan requires,
+the peak plus ``memory.reserve``, so that plans that should fit must run. ``--trace`` lists the allocations alive at the
+peak, summed by the line of code that made them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ OPTIONS = {
 }
 LONG = ("train.sequence_length=4096", "model.max_position_embeddings=4096", "train.per_device_train_batch_size=2")
 VANILLA = ("plan.num_stages=1",)
-# Name: recipe, overrides, stages (None: all of them; "largest": the one that is planned to be)
+# Name: recipe, overrides, stages (None: all; "largest": the one with the highest planned peak)
 Case = tuple[str, tuple[str, ...], tuple[int, ...] | str | None]
 CASES: dict[str, Case] = {
     "60m vanilla": ("corpus_60m", VANILLA, None),
@@ -124,7 +124,7 @@ def main() -> None:
                 row = {"case": name, "overrides": overrides, **_measure(config, stage, device, arguments.trace)}
                 report["stages"].append(row)
                 _print(row)
-        except Exception as error:  # the others are still worth having
+        except Exception as error:  # continue with the other cases
             traceback.print_exc()
             report["stages"].append({"case": name, "error": f"{type(error).__name__}: {error}"})
         if arguments.output:
@@ -139,7 +139,7 @@ def _chosen(stages: tuple[Stage, ...], wanted: tuple[int, ...] | str | None) -> 
 
 
 def _measure(config: RunConfig, stage: Stage, device: torch.device, trace: bool) -> dict[str, Any]:
-    """Planned and measured bytes of one stage's steps."""
+    """The planned and measured bytes of one stage's steps."""
     gc.collect()
     on_cuda = device.type == "cuda"
     if on_cuda:
@@ -169,23 +169,23 @@ def _measure(config: RunConfig, stage: Stage, device: torch.device, trace: bool)
         if trace:
             row["alive_at_peak"] = _alive_at_peak()
             torch.cuda.memory._record_memory_history(enabled=None)
-        row["device_bytes"] = _device_bytes()  # the allocator gives nothing back before it is asked to
+        row["device_bytes"] = _device_bytes()  # the allocator has not returned memory yet
     return row
 
 
 def _cap(num_bytes: int) -> None:
-    """Let the allocator take so many bytes and no more."""
+    """Limit the allocator to this many bytes."""
     torch.cuda.set_per_process_memory_fraction(num_bytes / torch.cuda.mem_get_info()[1])
 
 
 def _device_bytes() -> int:
-    """In use on the card, by this process if it is the only one."""
+    """Bytes in use on the GPU; those of this process if it is the only one."""
     free, total = torch.cuda.mem_get_info()
     return total - free
 
 
 def _alive_at_peak(top: int = 40) -> list[dict[str, Any]]:
-    """Bytes and number of the allocations alive when most was, by the innermost lines of Python that made them."""
+    """Bytes and number of the allocations alive at the peak, by the innermost lines of Python that made them."""
     events = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
     alive: dict[int, dict[str, Any]] = {}
     total = highest = 0
@@ -216,7 +216,7 @@ def _change(event: dict[str, Any], alive: dict[int, dict[str, Any]]) -> int:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """Markdown: planned beside measured, and what the allocator took beyond the plan."""
+    """A Markdown table of planned and measured bytes, and the bytes that the allocator reserved beyond the plan."""
     lines = [
         "| case | stage | planned | measured | planned / measured | reserved, beyond the plan |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

@@ -1,9 +1,9 @@
-"""Tokens per second and model FLOPs utilisation of every stage of a run, on one GPU, plain and compiled.
+"""Measure tokens per second and model FLOPs utilization of every stage of a run on one GPU, plain and compiled.
 
     python benchmarks/gpu_step.py --runs corpus_60m llama_368m --compile --output results/gpu_step/steps.json
 
-One micro-batch a step, random tokens, fresh weights; the median over steps after the first few. FLOPs are the plan's:
-of the model, nothing recomputed counted twice. ``--peak-tflops``: what the data sheet promises in dense bf16.
+Steps have one micro-batch of random tokens, and the weights are fresh. Reports the median over steps after the first
+few. FLOPs are those of the plan, without recomputation. ``--peak-tflops`` is the data sheet's peak for dense bf16.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""What an optimizer in host memory holds, changes and takes, beside the same training without it.
+"""Measure memory, losses and speed with the optimizer in host memory, against the same training without it.
 
     OMP_NUM_THREADS=1 python benchmarks/host.py --without-speed --output results/host_cpu.json
     python benchmarks/host.py --run llama_368m --precision bf16 --device cuda --micro-batches 1 8 64
 
-For each number of micro-batches a step: planned and held bytes in host memory, bytes over the bus in a step, whether
-losses equal those without ``memory.offload_optimizer`` bit by bit (both with gradients summed in fp32), and tokens a
-second of both, the median of ``--steps`` steps after one to warm up. Of the CPU's update: bytes that it reads and
-writes a second, as a share of what a copy of a large tensor does in the same process; the best of as many tries.
+For each number of micro-batches per step, reports planned and measured bytes in host memory, bytes over the bus per
+step, whether losses are bitwise equal to those without ``memory.offload_optimizer`` (both with gradients summed in
+fp32), and tokens per second of both: the median of ``--steps`` steps after one warm-up step. For the update on the CPU,
+reports the bytes read and written per second, as a share of the rate at which the same process copies a large tensor;
+the best of ``--steps`` tries.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from steplm.training.environment import environment
 from steplm.training.step import step_options, train_step
 from steplm.types import TrainState
 
-SMALL = (  # where no run is named: small enough for a CPU
+SMALL = (  # used without --run; small enough for a CPU
     "model.hidden_size=256", "model.intermediate_size=688", "model.num_hidden_layers=4", "model.num_attention_heads=4",
     "model.vocab_size=2000", "train.sequence_length=128", "train.per_device_train_batch_size=2",
 )  # fmt: skip
@@ -72,17 +73,17 @@ def main() -> None:
             row = {key: value for key, value in row.items() if not key.startswith("tokens_per_second")}
         report["steps"].append(row)
         print(json.dumps(row), flush=True)
-        if arguments.output:  # after each, for a run that is cut off
+        if arguments.output:  # written after each row, in case the benchmark is interrupted
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def update_speed(num_parameters: int, repeats: int) -> dict[str, float]:
-    """Bytes a second of AdamW's update of one bf16 matrix with fp32 states and master weight, and of a copy."""
+    """Bytes per second of an AdamW update of one bf16 matrix with fp32 states and master weights, and of a copy."""
     weight = torch.nn.Parameter(torch.zeros(num_parameters // 1024, 1024, dtype=torch.bfloat16))
     weight.grad = torch.full_like(weight, 1e-3)
     rule = AdamW({"weight": weight})
-    # Read: gradient (2), master and both moments (12). Written: those (12) and the weight (2).
+    # Reads the gradient (2 bytes), master weight and both moments (12); writes the latter (12) and the weight (2).
     update = 28 * weight.numel() / best_seconds(lambda: rule.step(1e-4), repeats)
     source = torch.zeros(num_parameters)
     target = torch.empty_like(source)
@@ -96,7 +97,7 @@ def update_speed(num_parameters: int, repeats: int) -> dict[str, float]:
 
 
 def best_seconds(call: Callable[[], object], repeats: int) -> float:
-    """The least of several calls, after one that is not counted."""
+    """The shortest of several calls, after one warm-up call."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -106,7 +107,7 @@ def best_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def beside(config: RunConfig, device: torch.device, steps: int) -> dict[str, Any]:
-    """Training with its optimizer on the device and in host memory, on the same random tokens."""
+    """Compare training with the optimizer on the device and in host memory, on the same random tokens."""
     memory = config.memory.model_copy(update={"offload_optimizer": True})
     offloaded = config.model_copy(update={"memory": memory})
     planned = plan(offloaded).stages[0]
@@ -127,7 +128,7 @@ def beside(config: RunConfig, device: torch.device, steps: int) -> dict[str, Any
 
 
 def trained(config: RunConfig, device: torch.device, steps: int) -> tuple[list[float], float, int]:
-    """The losses of a few steps, the median speed in tokens a second, and the bytes in host memory."""
+    """The losses of a few steps, the median speed in tokens per second, and the bytes in host memory."""
     assembled = assembled_model(config, device)
     options = step_options(config, World(device))
     losses, seconds = [], []
@@ -155,7 +156,7 @@ def trained(config: RunConfig, device: torch.device, steps: int) -> tuple[list[f
 
 
 def assembled_model(config: RunConfig, device: torch.device) -> Assembled:
-    """A fresh model of one stage, and its update rules."""
+    """A freshly initialized model of the first phase, with its update rules."""
     phase = plan(config).schedule.phases[0]
     whole = hf_config(config.model.hf_config())
     weights = initial_state(whole, seed=config.seed, dtype=DTYPES[config.train.precision])

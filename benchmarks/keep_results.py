@@ -1,12 +1,12 @@
-"""Keep what is small of a finished run, suite or folder of runs, to be committed: no weights, no paths.
+"""Copy the small files of a finished run, suite or folder of runs for committing, without weights and local paths.
 
     python benchmarks/keep_results.py runs/corpus_10m results/corpus_10m --command "steplm train corpus_10m" \\
         --figures loss_and_memory --text "corpus validation=$STEPLM_DATA/corpus/validation-000.jsonl.gz" \\
         --text "WikiText-2 test=$STEPLM_DATA/wikitext-2/wiki.test.raw"
     python benchmarks/keep_results.py runs/suites/cpu results/cpu --command "steplm compare cpu"
 
-What ``steplm report`` and ``steplm compare`` read goes into ``runs.tar.xz``; tables of evaluations lie beside it. The
-README has the tables and the figures that are asked for. SOURCE may be kept results: then the README is written anew.
+The files that ``steplm report`` and ``steplm compare`` read go into ``runs.tar.xz``; evaluation tables go next to it.
+The README contains the tables and the requested figures. If SOURCE already is such a copy, its README is rewritten.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from steplm.report.tables import write_tables
 KEPT = ("config.yaml", "plan.json", "metrics.jsonl", "environment.json", "summary.json", "evaluations.json")
 KEPT_OF_A_SUITE = ("suite.json", "suite.yaml")
 KEPT_OF_TUNING = ("config.yaml", "metrics.jsonl", "result.json")
-NUM_COLOURS = 64  # of a kept figure
+NUM_COLOURS = 64  # in the saved figures
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _write_readme(output: Path, command: str, kept_figures: Sequence[str]) -> None:
-    """The tables of the runs, the figures that are kept, and how to get the others."""
+    """Write the tables of the runs, the requested figures, and the command that makes the others."""
     suite = read_suite(output)
     evaluations = [evaluation.markdown(output) for evaluation in find_evaluations(output)]
     shutil.rmtree(output / "figures", ignore_errors=True)
@@ -120,7 +120,7 @@ def _copy(source: Path, target: Path, names: tuple[str, ...], command: str) -> N
         text = (source / name).read_text(encoding="utf-8")
         if data:
             text = text.replace(data, "${STEPLM_DATA:-data}")
-        if name in ("config.yaml", "suite.yaml"):  # where it was run is of no interest
+        if name in ("config.yaml", "suite.yaml"):  # drop local paths
             text = re.sub(r"^(\s*(?:output_dir|prepared_dir)): .*$", r"\1: null", text, flags=re.MULTILINE)
         if name == "environment.json":
             text = json.dumps(json.loads(text) | {"command": command}, indent=1) + "\n"
@@ -130,7 +130,7 @@ def _copy(source: Path, target: Path, names: tuple[str, ...], command: str) -> N
 
 
 def _perplexities(run_dir: Path, texts: list[str]) -> dict[str, dict[str, float]]:
-    from steplm.eval.perplexity import evaluate_folder  # loads torch
+    from steplm.eval.perplexity import evaluate_folder  # imports torch
 
     sequence_length = load_config(run_dir / "config.yaml").train.sequence_length
     perplexities = {}

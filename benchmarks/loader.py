@@ -1,10 +1,10 @@
-"""What a training data loader costs at the size of large runs: start-up seconds, memory, milliseconds a batch.
+"""Measure the training data loader at the scale of large runs: start-up time, memory, milliseconds per batch.
 
-The tokens are sparse files, so that 135 billion of them need no disk; the documents' offsets are real.
+Token files are sparse, so that 135 billion tokens take no disk space; document offsets are real.
 
     python benchmarks/loader.py FOLDER --windows 132e6 --order windows --order documents
 
-How long the steps of a run wait for their batches, which a thread makes beside the step before:
+To measure how long training steps wait for batches, which a thread prepares during the previous step:
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py FOLDER --train quickstart --output results/loader_idle.json
 """
@@ -57,7 +57,7 @@ def make(folder: Path, num_windows: int, document_tokens: int) -> None:
 
 
 def resident_bytes(key: str) -> int:
-    """``VmRSS`` or ``VmHWM``, its highest value so far, of this process."""
+    """``VmRSS``, or its highest value so far, ``VmHWM``, for this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
@@ -74,7 +74,7 @@ def measure(folder: Path, order: str, num_sequences: int) -> None:
     per_epoch = loader.sources[0].per_epoch
     loader.batch(0, num_sequences)
     started = time.perf_counter()
-    places = [number * per_epoch // 20 for number in range(20)]  # 20 batches, far from each other
+    places = [number * per_epoch // 20 for number in range(20)]  # 20 batches spread over the epoch
     for place in places:
         loader.batch(place * SEQUENCE_LENGTH, num_sequences)
     batch_seconds = (time.perf_counter() - started) / len(places)
@@ -87,7 +87,7 @@ def measure(folder: Path, order: str, num_sequences: int) -> None:
 
 
 def measure_idle(folder: Path, recipe: str, num_steps: int) -> dict[str, Any]:
-    """Train that many steps, and compare the seconds that they waited for batches with those that they took."""
+    """Train ``num_steps`` steps; compare the time spent waiting for batches with the total time of the steps."""
     made: list[Prefetcher] = []
 
     class Kept(Prefetcher):
@@ -98,7 +98,7 @@ def measure_idle(folder: Path, recipe: str, num_steps: int) -> dict[str, Any]:
         def batch(self, tokens_seen: int) -> Batch:
             before = self.seconds_waited
             batch = super().batch(tokens_seen)
-            if tokens_seen == 0:  # it is made at once
+            if tokens_seen == 0:  # the first batch cannot be prepared in advance
                 self.seconds_waited = before
             return batch
 
@@ -148,7 +148,7 @@ def main() -> None:
     if len(orders) == 1:
         measure(given.folder, orders[0], given.sequences)
         return
-    for order in orders:  # each in a process of its own, whose highest memory is its own
+    for order in orders:  # in separate processes, so that each has its own peak memory
         command = [sys.executable, __file__, str(given.folder), "--order", order, "--sequences", str(given.sequences)]
         subprocess.run(command, check=True)
 

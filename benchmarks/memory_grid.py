@@ -1,11 +1,11 @@
-"""The planned peak beside the simulated one, over two grids of small models.
+"""Compare the planned peak with the simulated one over two grids of small models.
 
     python benchmarks/memory_grid.py                      # a sample of the first grid, all of the second
     python benchmarks/memory_grid.py --full --minutes 60  # as much of the first as an hour allows
 
 The first grid is batch x sequence x vocabulary x depth x width x stage x checkpointing x accumulation x precision,
-in a shuffled order, so that any part of it is a fair sample; the second is the memory options, alone and together, and
-the families of models. Writes results/memory_grid/grid.json and README.md.
+in shuffled order, so that any part of it is a fair sample. The second covers the memory options, alone and combined,
+and the model families. Writes results/memory_grid/grid.json and README.md.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def configure(case: dict[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def rows_of(config: RunConfig, case: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each stage, printed as it comes."""
+    """Compute and print one row per stage."""
     rows = [{**case, "stage": stage.index, **compare(config, stage)} for stage in plan(config).stages]
     for row in rows:
         told = " ".join(f"{value!s:>6}" for key, value in row.items() if key in case or key == "stage")

@@ -1,9 +1,9 @@
-"""What each memory option costs in quality: a recipe trained with it, on equal tokens, beside the plain run.
+"""Measure the quality cost of each memory option: train a recipe with and without it, on the same tokens.
 
     python benchmarks/memory_quality.py --tokens 500k --seeds 0 1 --threads 1
 
-Runs one after the other, each resumable: started again, it goes on. Writes results/memory_quality/README.md and
-results.json. STEPLM_DATA names the folder of the recipe's text.
+Trains the runs one after the other; started again, it resumes. Writes results/memory_quality/README.md and
+results.json. STEPLM_DATA is the folder of the recipe's text.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def one_run(arguments: argparse.Namespace, name: str, options: tuple[str, ...], 
         f"output_dir={run_dir}",
         f"seed={seed}",
         f"plan.total_tokens={arguments.tokens}",
-        "plan.objective=model_state",  # the paper's, so that every run has the same layers in every stage
+        "plan.objective=model_state",  # as in the paper, so that stages have the same layers in every run
         "eval.eval_steps=1_000_000",
         "train.save_steps=1_000_000",
         "log.progress=lines",

@@ -1,9 +1,9 @@
-"""Planned memory of ordinary training, of STEP and of each memory option, for five sizes of model.
+"""Tabulate the planned memory of ordinary training, STEP and each memory option, for five model sizes.
 
-    python benchmarks/memory_table.py               # seconds, no PyTorch
-    python benchmarks/memory_table.py --simulate    # also counts some of the rows on fake tensors: minutes
+    python benchmarks/memory_table.py               # takes seconds, without PyTorch
+    python benchmarks/memory_table.py --simulate    # also counts some rows on fake tensors; takes minutes
 
-Writes results/memory_table/table.json (and simulated.json), and the tables between the markers of docs/memory.md.
+Writes results/memory_table/table.json (and simulated.json), and the tables between the markers in docs/memory.md.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OPTIONS: dict[str, Overrides] = {
     "embeddings and head: adapters": ("plan.train_embeddings=adapters",),
     "embeddings and head: stage 1 only": ("plan.train_embeddings=first_stage",),
 }
-# Of those that exclude each other, one.
+# Of mutually exclusive options, only one is included.
 TOGETHER = (
     "recompute all layers",
     "8-bit optimizer states",
@@ -137,13 +137,13 @@ def planned(config: RunConfig) -> dict[str, Any]:
 
 
 def host_bytes(made: Plan) -> int:
-    """The most that the host's memory holds of frozen weights and activations."""
+    """Peak host memory of frozen weights and activations."""
     instants = [instant for stage in made.stages if stage.peak for instant in stage.peak.instants]
     return max(instant.memory.bytes_of(kind=HOST) for instant in instants)
 
 
 def paper_rows(model: str) -> Iterable[dict[str, Any]]:
-    """Model state saved by K = 2, 3, 4, with embeddings, norm and head counted and in the paper's bare formula."""
+    """Model state saved by K = 2, 3, 4, with embeddings, norm and head, and without, as in the paper's formula."""
 
     def saved(num_stages: int, rank: int, counted: bool) -> float:
         options = (f"plan.num_stages={num_stages}", f"pet.rank={rank}", f"plan.count_embeddings={counted}")
@@ -161,12 +161,12 @@ def paper_rows(model: str) -> Iterable[dict[str, Any]]:
 
 
 def met(saved: float, paper: float) -> bool:
-    """The paper's figures have one digit after the point."""
+    """Compare with the precision of the paper, whose percentages have one decimal place."""
     return round(saved, 3) >= paper
 
 
 def budget_rows() -> Iterable[dict[str, Any]]:
-    """The fewest stages with which the largest model fits the budget, the reserve included, for each micro-batch."""
+    """The fewest stages with which the largest model fits the budget, including the reserve, for each micro-batch."""
     model, budget_bytes = BUDGET
     for batch in BUDGET_BATCHES:
         for count in range(1, 9):
@@ -180,7 +180,7 @@ def budget_rows() -> Iterable[dict[str, Any]]:
 
 
 def simulated() -> dict[str, Any]:
-    """The largest stage of some rows, its step run on fake tensors."""
+    """Run a step of the largest stage of some rows on fake tensors."""
     import torch
     import transformers
 
@@ -211,7 +211,7 @@ def simulated() -> dict[str, Any]:
 
 
 def blocks(table: dict[str, Any], simulated: dict[str, Any]) -> dict[str, str]:
-    """Markdown by marker."""
+    """The Markdown for each marker."""
     return {
         "explain": f"```text\n{explained()}\n```",
         "shares": render_shares("peak, share of vanilla's", WAYS, table["rows"]),
@@ -224,7 +224,7 @@ def blocks(table: dict[str, Any], simulated: dict[str, Any]) -> dict[str, str]:
 
 
 def explained() -> str:
-    """What ``steplm plan llama_368m --explain`` prints of its last stage, without the model state."""
+    """What ``steplm plan llama_368m --explain`` prints for the last stage, without the model state."""
     config = load_config("llama_368m")
     made = plan(config)
     console = Console(width=80, file=io.StringIO(), color_system=None)
@@ -236,7 +236,7 @@ def explained() -> str:
 
 
 def render_shares(title: str, ways: Iterable[str], rows: list[dict[str, Any]]) -> str:
-    """The peaks of all models as shares of vanilla's."""
+    """The peak of each model as a share of the vanilla peak."""
     lines = [f"| {title} | {' | '.join(MODELS)} |", "| --- |" + " ---: |" * len(MODELS)]
     for way in ways:
         shares = [f"{row['peak_share']:.1%}" for row in rows if row["way"] == way]

@@ -1,11 +1,11 @@
-"""The figure of a run's memory over its whole course: vanilla, the run, and the run with every memory option.
+"""Plot the memory of a whole run over time: vanilla, the run, and the run with every memory option.
 
     python benchmarks/memory_timeline.py llama_1.2b train.per_device_train_batch_size=4 \
         train.gradient_accumulation_steps=1 --output docs/images/memory_timeline.png
     python benchmarks/memory_timeline.py corpus_10m --measured --output docs/images/memory_timeline_measured.png
 
-Filled areas are counted on fake tensors, in a minute or two for 1.2B parameters; with --measured on real ones, on the
-CPU. Lines and circles are the plan's.
+Filled areas are counted on fake tensors, which takes a minute or two for 1.2B parameters, or with --measured on real
+tensors on the CPU. Lines and circles show the plan.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
     from steplm.training.timeline import Part
 
-# From the bottom: what stays, then what comes and goes.
+# From bottom to top: persistent memory first, then temporary memory.
 COLOURS = {
     **{kind: KIND_COLOURS[kind] for kind in ("weights", "optimizer", "adapters", "gradients")},
     "rest": "#a9d5c4",
 }
 NAMES = {"optimizer": "optimizer states", "rest": "activations and workspace"}
 
-# Each part of a stage as drawn: its name, its width, and the parts of the count that it is made of.
+# Each part of a stage in the figure: its name, its width, and the counted parts that it combines.
 DRAWN_PARTS = (
     ("growth", 0.14, ("grown weights", "growth")),
     ("set-up", 0.12, ("weights of the stage", "assembly", "between steps")),
@@ -48,8 +48,8 @@ DRAWN_PARTS = (
     ("backward", 0.32, ("backward",)),
     ("update", 0.16, ("optimizer step",)),
 )
-GAP = 0.16  # between two stages; between two groups of them it is twice that
-BINS = 400  # of a part of width 1; of each the highest point is drawn
+GAP = 0.16  # between two stages; twice that between two runs
+BINS = 400  # per unit of width; the highest point of each is drawn
 
 EVERY_OPTION: dict[str, dict[str, Any]] = {
     "memory": {
@@ -66,7 +66,7 @@ EVERY_OPTION: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class DrawnPart:
-    """One part of a stage: bytes by kind in the order of time, and the planned moment that is highest in it."""
+    """One part of a stage: bytes by kind over time, and the highest planned bytes within it."""
 
     name: str
     width: float
@@ -85,7 +85,7 @@ class DrawnPart:
 
 @dataclass(frozen=True)
 class StageTimeline:
-    """What a stage holds, as counted, beside its plan."""
+    """The counted memory of a stage, and its plan."""
 
     stage: Stage
     parts: tuple[DrawnPart, ...]
@@ -117,10 +117,10 @@ class RunTimeline:
 
 
 def timeline_figure(config: RunConfig, path: str | Path, *, measured: bool = False) -> Path:
-    """Draw vanilla, the run, and the run with every memory option, on one scale; a PNG, or as the suffix says.
+    """Plot vanilla, the run, and the run with every memory option on one scale, in the format of the path's suffix.
 
-    Filled: the bytes of tensors, counted on fake ones, or on real ones on the CPU if ``measured``. Dashed: the
-    planned peak of each stage; circles: the moments that the plan names.
+    Filled areas are bytes of tensors, counted on fake tensors or, if ``measured``, on real ones on the CPU. Dashed
+    lines are the planned peak of each stage; circles are the moments that the plan names.
     """
     count = partial(run_timeline, measured=measured)
     runs = [count("vanilla", as_vanilla(config)), count(_name(config), config)]
@@ -130,7 +130,7 @@ def timeline_figure(config: RunConfig, path: str | Path, *, measured: bool = Fal
 
 
 def with_every_option(config: RunConfig) -> RunConfig:
-    """The run with all that saves memory, in steps of one micro-batch."""
+    """The run with every option that saves memory, and one micro-batch per step."""
     values = config.model_dump()
     for section, keys in EVERY_OPTION.items():
         values[section] = {**values[section], **keys}
@@ -139,7 +139,7 @@ def with_every_option(config: RunConfig) -> RunConfig:
 
 
 def run_timeline(name: str, config: RunConfig, *, measured: bool) -> RunTimeline:
-    """Count each stage of the plan: growth, set-up, and the highest of its forward passes, backward passes, updates."""
+    """Count each stage of the plan: growth, setup, and the highest forward pass, backward pass and update."""
     from steplm.training.simulate import measure_timeline, simulate_timeline
 
     count = measure_timeline if measured else simulate_timeline
@@ -155,7 +155,7 @@ def _name(config: RunConfig) -> str:
 
 
 def _drawn_parts(stage: Stage, counted: Sequence[Part]) -> tuple[DrawnPart, ...]:
-    """The parts in the order of ``DRAWN_PARTS``; of several of one name, the last of the highest."""
+    """The parts in the order of ``DRAWN_PARTS``; of parts with the same name, the last one with the highest peak."""
     assert stage.peak is not None
     highest: dict[str, Part] = {}
     for part in counted:
@@ -184,7 +184,7 @@ def _total(by_kind: dict[str, int]) -> int:
 
 
 def draw_timelines(runs: Sequence[RunTimeline], path: str | Path, *, measured: bool) -> Path:
-    """The runs side by side; the first is what the others are compared with."""
+    """Plot the runs side by side; the first is the reference for the others."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -222,7 +222,7 @@ def draw_timelines(runs: Sequence[RunTimeline], path: str | Path, *, measured: b
 
 
 def _draw_stage(axes: Axes, timeline: StageTimeline, start: float, unit: float, *, alone: bool) -> float:
-    """One stage from ``start`` on; returns where it ends."""
+    """Draw one stage from ``start`` on, and return where it ends."""
     x = start
     small: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False, "color": MUTED}
     below = ("data", "axes fraction")
@@ -268,7 +268,7 @@ def _draw_stage(axes: Axes, timeline: StageTimeline, start: float, unit: float, 
 
 
 def _thinned(part: DrawnPart, start: float) -> tuple[list[float], list[dict[str, int]]]:
-    """The highest point of each of many short spans, and its beginning and end."""
+    """Downsample: the start and end position of each of many short spans, with the highest point in it."""
     num_bins = min(len(part.points), max(1, round(BINS * part.width)))
     edges = [round(index * len(part.points) / num_bins) for index in range(num_bins + 1)]
     positions, points = [], []

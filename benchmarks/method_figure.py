@@ -1,4 +1,4 @@
-"""The method in one picture: ``python benchmarks/method_figure.py docs/images/method.png``."""
+"""Draw the method in one picture: ``python benchmarks/method_figure.py docs/images/method.png``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 TRAINED, ADAPTER, MERGED = RUN_COLOURS[0], KIND_COLOURS["adapters"], KIND_COLOURS["weights"]
 
-# Layers of the drawn model, bottom to top: the layer's index in the stage before, None where it is new.
+# Layers of the drawn model, bottom to top: the layer's index in the previous stage, or None if it is new.
 STAGE_2 = (0, 1, None, 2, None, 3)
 STAGE_3 = (0, 1, 2, 3, None, 4, None, 5)
 ADAPTER_SHARE = 0.2  # adapter parameters / layer parameters, as for LoRA of rank 128 at hidden size 1024
@@ -23,7 +23,7 @@ ADAPTER_X, ADAPTER_WIDTH = WIDTH + 0.06, 0.2
 
 
 def method_figure(path: str | Path) -> Path:
-    """Draw the stages from a small model to the merged one; the suffix of ``path`` says PNG or SVG."""
+    """Draw the stages from a small model to the merged one; the suffix of ``path`` selects PNG or SVG."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -66,7 +66,7 @@ def _y(layer: int) -> float:
 
 
 def _stack(axes: Axes, column: int, colours: list[str], outer: str = TRAINED) -> None:
-    """Embeddings, layers, head, and an adapter at the side of every frozen layer."""
+    """Draw embeddings, layers and head, with an adapter next to every frozen layer."""
     x = column * COLUMN
     middle = ["new" if colour == TRAINED and column > 0 else "" for colour in colours]
     names = ["embeddings", *middle, "head"]
@@ -79,7 +79,7 @@ def _stack(axes: Axes, column: int, colours: list[str], outer: str = TRAINED) ->
 
 
 def _growth(axes: Axes, column: int, origins: tuple[int | None, ...]) -> None:
-    """A grey thread from each layer to itself one stage on; blue ones from both neighbours to a new layer."""
+    """Draw a gray line from each layer to itself in the next stage, and blue ones from its neighbors to a new layer."""
     has_adapters = column > 0
     start = column * COLUMN + (ADAPTER_X + ADAPTER_WIDTH if has_adapters else WIDTH) + 0.06
     end = (column + 1) * COLUMN - 0.06
@@ -103,7 +103,7 @@ def _thread(axes: Axes, x0: float, y0: float, x1: float, y1: float, colour: str,
 
 
 def _model_states(axes: Axes, column: int, layers: tuple[int | None, ...]) -> None:
-    """A bar of the bytes held: 16 a trained parameter, 2 a frozen one; the outline is vanilla's."""
+    """Draw a bar of model-state bytes: 16 per trained parameter, 2 per frozen one; the outline shows vanilla."""
     from matplotlib.patches import Rectangle
 
     num_new = sum(origin is None for origin in layers)

@@ -2,10 +2,14 @@
 
     python benchmarks/results_tables.py
 
-A source is a kept suite, such as ``results/cpu``, and the title that of one of its questions, or "Learning rates"; or
-it is ``plans``, and the title a recipe, of which every method is planned; or it is ``scales``, and the title names the
-kept suites that are set side by side, one column each, and before them with ``of`` the text of the losses: by default
-the validation text. What every table of a page would repeat is left out: the page says it once.
+There are three kinds of source:
+
+- a saved suite, such as ``results/cpu``, whose title is that of one of its questions, or "Learning rates";
+- ``plans``, whose title is a recipe, for which every method is planned;
+- ``scales``, whose title names saved suites to compare, one per column, after an optional ``TEXT of`` that selects the
+  text of the losses (default: the validation text).
+
+Facts that every table on a page would repeat are left out, because the page states them once.
 """
 
 from __future__ import annotations
@@ -31,13 +35,13 @@ BLOCK = re.compile(r"<!-- (results/\w+|plans|scales): (.+?) -->\n.*?<!-- / -->",
 kept = cache(read_suite)
 
 
-# Planned bytes are the measured ones, or the run would have ended in an error. Of times the pages speak where they mean
-# something: most suites ran beside other work.
+# Planned bytes equal measured ones, or the run would have failed. Times are not meaningful in most suites, which ran
+# alongside other work; the pages mention them where they are.
 LEFT_OUT = ("model state planned", "tok/s", "time")
 
 
 def table(suite: Suite, title: str) -> str:
-    """The Markdown of one table, without its title, which the page has as a heading, and what it warns of."""
+    """The Markdown of one table and its warnings, without the title, which is a heading on the page."""
     made = {made.title: made for made in all_tables(suite)}[title]
     kept_columns = [index for index, name in enumerate(made.columns) if name not in LEFT_OUT]
     questions = {question.title: question for question in suite.record.questions}
@@ -52,7 +56,7 @@ def table(suite: Suite, title: str) -> str:
 
 
 def plans(recipe: str) -> str:
-    """The planned bytes of every method on the model of a recipe."""
+    """A table of the planned bytes of every method on the model of a recipe."""
     lines = ["| method | model state | | whole peak | |", "| --- | ---: | ---: | ---: | ---: |"]
     lean = {"memory.optimizer_states": "8bit", "memory.master_weights": False}
     methods = [
@@ -73,7 +77,7 @@ def plans(recipe: str) -> str:
 
 
 def scales(names: str) -> str:
-    """Every entry of several suites against vanilla of its own suite: loss, and planned model state."""
+    """A table that compares every entry of several suites with vanilla of its suite: loss and planned model state."""
     text, _, names = names.rpartition(" of ")
     suites = [kept(ROOT / "results" / name) for name in names.split()]
     labels = {name: entry.label for suite in suites for name, entry in suite.entries.items() if name != "vanilla"}
@@ -90,14 +94,14 @@ def _line(cells: list[str]) -> str:
 
 
 def _scale(suite: Suite) -> str:
-    """``"cpu: 2.11M parameters, 0.38 tokens per parameter"``"""
+    """The heading of a suite's column: ``"cpu: 2.11M parameters, 0.38 tokens per parameter"``."""
     vanilla = suite.entries["vanilla"].finished[0].row
     ratio = vanilla["tokens"] / vanilla["parameters"]
     return f"{suite.record.name}: {format_count(vanilla['parameters'])} parameters, {ratio:.2g} tokens per parameter"
 
 
 def _against_vanilla(suite: Suite, name: str, text: str = "") -> str | None:
-    """``"+0.135 ± 0.061, −23.7%"``: loss, and planned bytes; nothing where no seed has finished."""
+    """The loss and planned bytes, as in ``"+0.135 ± 0.061, −23.7%"``; None if no seed has finished."""
     vanilla, entry = suite.entries["vanilla"], suite.entries.get(name)
     if entry is None or entry.plan is None or vanilla.plan is None:
         return None
@@ -113,13 +117,13 @@ def _against_vanilla(suite: Suite, name: str, text: str = "") -> str | None:
 
 
 def block(source: str, title: str) -> str:
-    """What stands between the markers."""
+    """The text between the markers."""
     makers = {"plans": plans, "scales": scales}
     return makers[source](title) if source in makers else table(kept(ROOT / source), title)
 
 
 def filled(page: str) -> str:
-    """The page with every table as the kept runs, or the planner, have it."""
+    """The page with every table updated from the saved runs or the planner."""
     return BLOCK.sub(lambda match: f"<!-- {match[1]}: {match[2]} -->\n{block(match[1], match[2])}\n<!-- / -->", page)
 
 

@@ -1,11 +1,11 @@
-"""How long a save keeps a run from training: written and hashed before the next step, or beside it.
+"""Measure how long a save pauses training when it is done before the next step, or in the background.
 
     OMP_NUM_THREADS=1 python benchmarks/save_pause.py --output results/save_pause.json
 
-A checkpoint of ``--gigabytes`` of tensors (a third weights, the rest optimizer states) is written ``--repeats`` times
-in three ways: with safetensors, each file read again for its hash (as steplm did before); hashed while it is written;
-and in the background, where the pause is the copy in memory. ``pause_seconds`` is the median time until training could
-go on, ``seconds`` until the checkpoint is whole.
+A checkpoint with ``--gigabytes`` of tensors (a third weights, the rest optimizer states) is written ``--repeats`` times
+in three ways: with safetensors, reading each file again to hash it (as steplm did before); hashed while it is written;
+and in the background, where the pause is the copy to memory. ``pause_seconds`` is the median time until training can
+continue, and ``seconds`` until the checkpoint is complete.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory(dir=".") as name:
         files = {Path(name) / "model.safetensors": tensors[0], Path(name) / "state.safetensors": states}
-        for _ in range(arguments.repeats):  # by turns, as the machine is not always as fast
+        for _ in range(arguments.repeats):  # alternate, because the speed of the machine varies
             for way in (read_again, hashed, in_background):
                 background = Background()
                 began = time.perf_counter()

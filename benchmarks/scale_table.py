@@ -1,8 +1,8 @@
-"""LLaMA of 7B, 13B and 70B on 8 to 1,024 GPUs, planned: memory of a rank by term, FLOPs, traffic, time of a step.
+"""Plan LLaMA 7B, 13B and 70B on 8 to 1,024 GPUs: memory per rank by term, FLOPs, traffic, time per step.
 
-    python benchmarks/scale_table.py    # a minute, no PyTorch and no GPU
+    python benchmarks/scale_table.py    # takes a minute, without PyTorch or a GPU
 
-Writes results/scale_table/table.json, and the tables between the markers of docs/scale.md.
+Writes results/scale_table/table.json, and the tables between the markers in docs/scale.md.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from steplm.types import MemoryEstimate
 ROOT = Path(__file__).parents[1]
 TABLE, PAGE = ROOT / "results/scale_table/table.json", ROOT / "docs/scale.md"
 
-# As published: hidden size, feed-forward size, layers, heads, heads of keys and values.
+# As published: hidden size, feed-forward size, layers, heads, key-value heads.
 MODELS = {
     "7B": (4096, 11008, 32, 32, 32),
     "13B": (5120, 13824, 40, 40, 40),
     "70B": (8192, 28672, 80, 64, 8),
 }
 WORLD_SIZES = (8, 64, 256, 1024)
-SHARD_SIZES = (8, 64, 1024)  # of 1,024 devices
+SHARD_SIZES = (8, 64, 1024)  # on 1,024 devices
 WAYS = {"vanilla": {"num_stages": 1}, "STEP, K=3": {"num_stages": 3}}
 GPU = "h100"
 
@@ -63,7 +63,7 @@ def configure(model: str, way: str, world_size: int, shard_size: int | None = No
 
 
 def terms_of(memory: MemoryEstimate) -> dict[str, int]:
-    """Bytes of one moment; they add up to its total."""
+    """The bytes at one moment by term; they add up to its total."""
     gathered, communication = memory.bytes_of(GATHERED), memory.bytes_of(COMMUNICATION)
     return {
         "shards": memory.bytes_of(kind="weights") - gathered + memory.bytes_of(kind="optimizer"),
@@ -204,7 +204,7 @@ def _gib(num_bytes: int) -> str:
 
 
 def _three(value: float) -> str:
-    """At least three digits, no exponent."""
+    """Format with at least three digits and no exponent."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
@@ -212,7 +212,7 @@ BLOCK = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)
 
 
 def filled(page: str, table: dict[str, Any]) -> str:
-    """The page with every block as the table has it."""
+    """The page with every block updated from the table."""
     text = blocks(table)
     return BLOCK.sub(lambda match: f"<!-- {match[1]} -->\n{text[match[1]]}\n<!-- /{match[1]} -->", page)
 

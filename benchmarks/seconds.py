@@ -1,16 +1,15 @@
-"""Seconds of a step, planned against measured.
+"""Compare planned with measured seconds per step.
 
     OMP_NUM_THREADS=1 python benchmarks/seconds.py --rounds 3 --clock process --output results/seconds/cpu.json
     python benchmarks/seconds.py --h200 --output results/seconds/h200.json
 
-On the present device: a grid of runs (size × batch × stage × option), each with fresh weights and random tokens. In
-each round the small models of ``steplm.training.speeds`` are timed, and then every case of the grid; the speeds are
-fitted to the small models alone, and nothing of the grid enters them. All times are the least over the rounds.
-``--clock process`` counts the processor's seconds of this process, for a machine that does other things besides; with
-one thread they are the seconds of an idle machine, but for caches that are shared. ``--again FILE`` plans anew beside
-the kept times.
+On this device, runs a grid of cases (size × batch × stage × option), each with fresh weights and random tokens. Each
+round times the small models of ``steplm.training.speeds`` and then every case of the grid. Speeds are fitted to the
+small models only; no case of the grid is used. All times are the minimum over the rounds. ``--clock process`` counts
+the CPU time of this process, for machines that are busy with other work; with one thread, it equals the time on an idle
+machine, except for shared caches. ``--again FILE`` plans again for times that are already measured.
 
-``--h200``: the stages of results/gpu_step, planned with ``steplm.cost.seconds``, and its constants fitted again.
+``--h200`` plans the stages in results/gpu_step with ``steplm.cost.seconds`` and fits its constants again.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ CASES = [
     *(("118M", 1, 1024, "bf16", name) for name in ("vanilla", "STEP, stage 1", "STEP, stage 2", "8-bit states")),
     ("118M", 1, 1024, "fp32", "vanilla"),
 ]
-SMALL_SECONDS = 25.0  # of the small models, in each round
+SMALL_SECONDS = 25.0  # spent on the small models in each round
 
 
 def main() -> None:
@@ -95,7 +94,7 @@ def main() -> None:
 
 
 def of_this_device(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure small models and the grid, and plan the grid from the small models."""
+    """Measure the small models and the grid, and plan the grid with speeds from the small models."""
     device = resolve_device(arguments.device)
     clock = time.process_time if arguments.clock == "process" else time.perf_counter
     small = small_trials(device)
@@ -122,7 +121,7 @@ def of_this_device(arguments: argparse.Namespace) -> dict[str, Any]:
 def _measured(
     cases: list[Any], small: list[Trial], device: torch.device, rounds: int, clock: Callable[[], float]
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """Seconds of passes and update of the small models, and of the cases."""
+    """The seconds of the passes and of the update, for the small models and for the cases."""
     least_small, least = [[(math.inf, math.inf)] * len(each) for each in (small, cases)]
     for number in range(rounds):
         least_small = list(map(_lesser, least_small, least_seconds(small, device, SMALL_SECONDS, clock)))
@@ -174,7 +173,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 def of_the_h200() -> dict[str, Any]:
-    """The measured stages beside the planned ones, and the shares of the published figures that fit them best."""
+    """Compare measured with planned stages, and fit the achieved shares of the published speeds."""
     stages, rows = [], []
     for run, extra in (("llama_368m", ()), ("corpus_60m", ("train.loss_chunk_size=4096",))):
         for measured in json.loads(Path(f"results/gpu_step/{run}.json").read_text())["stages"]:

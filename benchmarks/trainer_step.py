@@ -1,13 +1,13 @@
-"""Tokens per second of an ordinary (vanilla) step against Hugging Face ``Trainer``: same model, batch, precision.
+"""Compare an ordinary (vanilla) step with Hugging Face ``Trainer`` in tokens per second: same model, batch, precision.
 
-    pip install accelerate          # Trainer wants it
+    pip install accelerate          # required by Trainer
     python benchmarks/trainer_step.py --rounds 3 --output results/cpu_step.json
     python benchmarks/trainer_step.py --run llama_368m --device cuda --precisions bf16
 
-The two run by turns in one process, and the figure is their ratio, round by round: machines are noisy, ratios
-less so. fp32 is the same arithmetic on both sides. Under ``bf16`` the Trainer computes by autocast over fp32
-weights (16 bytes a parameter in weights, gradients and moments, and the bf16 copies that autocast makes beside
-them); steplm holds bf16 weights with fp32 master weights (16 bytes, all told).
+The two alternate in one process, and the result is their ratio in each round, because ratios are less noisy than
+times. In fp32, both sides do the same arithmetic. In ``bf16``, the Trainer uses autocast over fp32 weights (16 bytes
+per parameter for weights, gradients and moments, plus the bf16 copies that autocast makes); steplm has bf16 weights
+with fp32 master weights (16 bytes in total).
 """
 
 from __future__ import annotations

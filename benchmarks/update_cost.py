@@ -1,12 +1,12 @@
-"""What an update costs, per rule, as a share of the forward and backward pass of a step's tokens, in a run's layers.
+"""Measure the cost of each update rule, as a share of a step's forward and backward passes, in the layers of a run.
 
     OMP_NUM_THREADS=1 python benchmarks/update_cost.py
     python benchmarks/update_cost.py --device cuda --precision bf16 --layers 24
 
-Measured on ``--layers`` layers without embeddings and head, whose update is AdamW's in any case. Forward and backward
-are timed on one sequence, and multiplied: they are linear in the sequences. Times are the median of ``--repeats``
-after one to warm up. ``flops`` are the operations of matrix products alone, 0 for a rule that has none. The share of
-an update falls with the tokens of a step: ``share_at`` gives it for several.
+Measured on ``--layers`` layers without embeddings and head, which AdamW always updates. Forward and backward passes are
+timed on one sequence and scaled up, because they are linear in the number of sequences. Times are the median of
+``--repeats`` after one warm-up. ``flops`` counts matrix products only, and is 0 for rules without any. The share of the
+update falls with the number of tokens per step; ``share_at`` gives it for several.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
     length = config.train.sequence_length
 
     values = hf_config(config.model.hf_config(), arguments.layers)
-    values.vocab_size = 8  # the embedding look-up is not what is measured
+    values.vocab_size = 8  # the embedding lookup is not measured
     model = AutoModel.from_config(values).to(device, DTYPES[arguments.precision])
     matrices = {name: p for name, p in model.layers.named_parameters() if p.ndim == 2}
     ids = torch.zeros((1, length), dtype=torch.long, device=device)
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds of a call, after one that is not counted."""
+    """The median seconds of a call, after one warm-up call."""
     seconds = []
     for _ in range(repeats + 1):
         _wait(device)

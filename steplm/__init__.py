@@ -1,4 +1,4 @@
-"""Staged parameter-efficient pre-training: a language model in a fraction of the memory, known before the run.
+"""Staged parameter-efficient pre-training (STEP) of language models, with memory use known before the run.
 
     from steplm import load_config, plan, train, export
 
@@ -6,7 +6,7 @@
     print(plan(config).peak_model_state_bytes)
     result = train(config)
 
-Importing this package loads no torch; ``train``, ``grow`` and ``export`` do when they are called for.
+Importing this package does not import torch; accessing ``train``, ``grow`` or ``export`` does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from steplm.version import __version__
 
-# name -> module. Looked up at first use, so that planning stays instant.
+# name -> module. Imported on first use, so that planning starts instantly.
 _PUBLIC = {
     "RunConfig": "steplm.config",
     "load_config": "steplm.config",

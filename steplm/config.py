@@ -1,7 +1,7 @@
-"""``run.yaml`` -> ``RunConfig``: what the user wrote, checked and resolved; nothing computed.
+"""``run.yaml`` -> ``RunConfig``: read, validate and resolve what the user wrote, which plans the run if a size is ``auto``.
 
-A value comes from, in rising order: the default here, the YAML file, a ``section.key=value`` override.
-``${NAME}`` and ``${NAME:-default}`` in the YAML are replaced by environment variables.
+Values come from, in order of increasing precedence, the defaults here, the YAML file and ``section.key=value``
+overrides. ``${NAME}`` and ``${NAME:-default}`` in the YAML are replaced by environment variables.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _schema_of_one_or_many(item: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": [{"type": "array", "items": item}, item]}
 
 
-# Each reads more than its Python type says; its JSON schema says what it reads.
+# These types accept more than their Python types say; their JSON schemas describe what they accept.
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0), WithJsonSchema(_number_with_unit("[kKmMbBtTpPeEzZ]"))]
 Bytes = Annotated[
     int, BeforeValidator(parse_bytes), Field(gt=0), WithJsonSchema(_number_with_unit("[kKmMgGtT]?[iI]?[bB]"))
@@ -60,14 +60,14 @@ SinkNames = Annotated[
 ]
 Method = Literal["step", "vanilla", "growth", "thawed", "lora", "relora", "badam"]
 MethodName = Annotated[Method, WithJsonSchema({"enum": ["auto", *get_args(Method)]})]  # auto: see ``RunConfig._auto``
-AutoSize = Annotated[  # auto: ``load_config`` resolves it by ``steplm.planner.auto``
+AutoSize = Annotated[  # auto: resolved in ``load_config``, by ``steplm.planner.auto``
     int, WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"enum": ["auto"]}]})
 ]
 AUTO_SIZES = ("per_device_train_batch_size", "loss_chunk_size")  # of ``train``
 ONE_STAGE_METHODS = ("vanilla", "lora", "relora", "badam")
 RuleName = Literal["adamw", "muon", "scale", "galore", "apollo", "apollo_mini"]
 Scheduler = Literal["cosine", "warmup_stable_decay", "constant_with_warmup"]
-FOLDER_NAME = r"^\.*[\w\-][\w.\-]*$"  # and not "..", which is another folder
+FOLDER_NAME = r"^\.*[\w\-][\w.\-]*$"  # excludes "..", which is another folder
 SHORT_SCHEDULER_NAMES = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
 
 
@@ -78,7 +78,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The target model. Keys are spelled as in Hugging Face configurations."""
+    """The target model, with the keys of Hugging Face configurations."""
 
     model_type: str = Field("llama", description="Hugging Face model type: llama, mistral, qwen2, qwen3, gemma, ...")
     hidden_size: int = Field(512, gt=0)
@@ -96,7 +96,7 @@ class ModelConfig(Section):
     )
 
     def hf_config(self) -> dict[str, Any]:
-        """The Hugging Face configuration as a dict, ``model_type`` included."""
+        """The Hugging Face configuration as a dict, including ``model_type``."""
         values = self.model_dump(exclude={"extra"})
         if values["num_key_value_heads"] is None:
             values["num_key_value_heads"] = self.num_attention_heads
@@ -115,7 +115,7 @@ def _or_a_string(schema: dict[str, Any]) -> None:
     schema["anyOf"] = [{"type": schema.pop("type"), "items": schema.pop("items")}, {"type": "string"}]
 
 
-# One branch of the union is tried, so that a mistake has one message.
+# The discriminator makes pydantic try only one branch of the union, so that a mistake gives a single message.
 Entry = Annotated[
     Annotated[str, Tag("files")] | Annotated[TextSource, Tag("source")],
     Discriminator(lambda value: "source" if isinstance(value, dict | TextSource) else "files"),
@@ -123,7 +123,7 @@ Entry = Annotated[
 
 
 class DataConfig(Section):
-    """Where text comes from and how it becomes token shards."""
+    """Sources of text, and how it becomes token shards."""
 
     train: Annotated[list[Entry], BeforeValidator(_one_or_many)] = Field(
         default_factory=list,
@@ -167,7 +167,7 @@ class DataConfig(Section):
 
     @property
     def splits(self) -> dict[str, list[str]]:
-        """What each part of the prepared data is made of; ``train`` and ``validation``, or those/NAME of several."""
+        """The sources of each split: ``train`` and ``validation``, or e.g. ``train/NAME`` if there are several."""
         texts = [entry for entry in self.train if isinstance(entry, str)]
         sources = {f"train/{entry.name}": entry.files for entry in self.train if isinstance(entry, TextSource)}
         sets = self.validation if isinstance(self.validation, dict) else {}
@@ -181,7 +181,7 @@ class DataConfig(Section):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weights of a mixture by split; empty where there is one list of text."""
+        """The weights of a mixture by split; empty if the training data are not a mixture."""
         return {f"train/{entry.name}": entry.weight for entry in self.train if isinstance(entry, TextSource)}
 
 
@@ -189,7 +189,7 @@ TOKEN_BUDGETS = ("tokens_per_stage", "total_tokens", "tokens_per_parameter", "to
 
 
 class PlanConfig(Section):
-    """How the depth is divided into stages, and how many tokens each stage sees."""
+    """The number of layers and tokens of each stage."""
 
     num_stages: int = Field(2, gt=0, description="K; 1 is ordinary (vanilla) pre-training")
     layers: list[Annotated[int, Field(gt=0)]] | None = Field(
@@ -237,7 +237,7 @@ class PlanConfig(Section):
 
 
 class GrowthConfig(Section):
-    """How a new layer starts, and where it goes."""
+    """How new layers are initialized, and where they are inserted."""
 
     operator: Literal["interpolation", "interpolation_mean", "stack", "identity", "random"] = "interpolation_mean"
     position: Literal["upper", "intermediate", "lower", "random", "even", "top"] | None = Field(
@@ -345,7 +345,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """The loop."""
+    """The training loop."""
 
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: with fp32 master weights (2+2+12 bytes)")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -379,7 +379,7 @@ class TrainConfig(Section):
 
 
 class MemoryConfig(Section):
-    """What the device holds during training, and in which format. Each key gives up time or quality for memory."""
+    """What is kept in device memory, and in which format. Each key trades time or quality for memory."""
 
     optimizer_states: Literal["fp32", "8bit"] = Field(
         "fp32", description="Adam's moments: 4 bytes each, or 1 byte in blocks of 256 with one scale"
@@ -412,16 +412,16 @@ class MemoryConfig(Section):
 
     @property
     def packs_frozen(self) -> bool:
-        """Whether frozen weights are held otherwise than as plain parameters on the device."""
+        """Whether frozen weights are quantized or offloaded, instead of plain parameters on the device."""
         return self.frozen_weights != "full" or self.offload_frozen
 
     def needed_bytes(self, peak_bytes: int) -> int:
-        """What a device must have for a planned peak."""
+        """The device memory needed for a planned peak, including the correction and the reserve."""
         return math.ceil(peak_bytes * self.correction) + self.reserve
 
 
 class DistributedConfig(Section):
-    """Several devices that train one model. ``torchrun`` starts their processes."""
+    """Training one model on several devices, with processes started by ``torchrun``."""
 
     world_size: int = Field(1, gt=0, description="devices; a run takes it from torchrun, `steplm plan` from here")
     shard_size: int | None = Field(
@@ -431,12 +431,12 @@ class DistributedConfig(Section):
 
     @property
     def num_shards(self) -> int:
-        """Devices that share one copy of the model states."""
+        """The number of devices that share one copy of the model state."""
         return min(self.shard_size or self.world_size, self.world_size)
 
 
 class EvalConfig(Section):
-    """Validation loss inside the loop and at the end."""
+    """Validation during and after training."""
 
     eval_steps: int | None = Field(None, gt=0, description="default: ten times a stage")
     max_tokens: Count | None = Field(None, description="validation tokens per evaluation; default: all")
@@ -444,7 +444,7 @@ class EvalConfig(Section):
 
 
 class LogConfig(Section):
-    """What is shown and where it goes. ``metrics.jsonl`` is always written."""
+    """Progress output and metrics. ``metrics.jsonl`` is always written."""
 
     logging_steps: int = Field(10, gt=0)
     progress: Literal["auto", "rich", "lines", "none"] = Field(
@@ -482,7 +482,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _empty_sections(cls, values: Any) -> Any:
-        """A section whose keys are all commented out is ``None`` in YAML, and means its defaults."""
+        """Use the defaults of sections that are ``None``, as YAML reads a section with all keys commented out."""
         if not isinstance(values, Mapping):
             return values
         return {**values, **{name: {} for name in sections_of(cls) if name in values and values[name] is None}}
@@ -490,7 +490,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_stage(cls, values: Any) -> Any:
-        """The default number of stages is that of methods that grow."""
+        """Set ``plan.num_stages`` to 1 by default for methods that do not grow."""
         plan = values.get("plan") or {} if isinstance(values, Mapping) else None
         if not isinstance(plan, Mapping) or values.get("method") not in ONE_STAGE_METHODS:
             return values
@@ -499,7 +499,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _auto(cls, values: Any) -> Any:
-        """``method: auto`` becomes what docs/choosing.md recommends; update rules and formats that are given stay."""
+        """Replace ``method: auto`` by the recipe of docs/choosing.md, keeping update rules and formats that are set."""
         if not isinstance(values, Mapping) or values.get("method") != "auto":
             return values
         plan, optim, memory, train = (values.get(name) or {} for name in ("plan", "optim", "memory", "train"))
@@ -539,7 +539,7 @@ class RunConfig(Section):
         return self
 
     def _check_batch(self) -> None:
-        """Refuse numbers of devices that divide nothing evenly."""
+        """Check that the batch and the devices can be divided evenly."""
         train, world_size, num_shards = self.train, self.distributed.world_size, self.distributed.num_shards
         if train.global_batch_size is not None and train.gradient_accumulation_steps > 1:
             raise ValueError(
@@ -563,53 +563,53 @@ class RunConfig(Section):
 
     @property
     def prepared_dir(self) -> Path:
-        """Folder of the token shards, once ``steplm.data.prepare.with_prepared_dir`` has resolved it."""
+        """The folder of the token shards, after ``steplm.data.prepare.with_prepared_dir`` has resolved it."""
         if self.data.prepared_dir is None:
             raise ConfigError("data.prepared_dir is not set, and not resolved yet")
         return Path(self.data.prepared_dir)
 
     @property
     def global_batch_size(self) -> int:
-        """Sequences of one optimizer step, over all devices."""
+        """Sequences per optimizer step over all devices."""
         train = self.train
         product = train.per_device_train_batch_size * train.gradient_accumulation_steps * self.distributed.world_size
         return train.global_batch_size or product
 
     @property
     def eval_batch_size(self) -> int:
-        """Sequences that each device evaluates at once."""
+        """Sequences per device in one evaluation batch."""
         return self.eval.per_device_eval_batch_size or self.train.per_device_train_batch_size
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of one optimizer step, over all devices."""
+        """Tokens per optimizer step over all devices."""
         return self.global_batch_size * self.train.sequence_length
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes that each device makes in one step."""
+        """Forward passes per device in one optimizer step."""
         return -(-self.global_batch_size // (self.distributed.world_size * self.train.per_device_train_batch_size))
 
     @property
     def sums_in_fp32(self) -> bool:
-        """Whether gradients are fp32 beside bf16 weights."""
+        """Whether gradients are summed over micro-batches in fp32."""
         return self.train.gradient_accumulation_dtype == "fp32" and self.micro_batches > 1
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences of the largest micro-batch of a device."""
+        """Sequences in the largest micro-batch of a device."""
         return min(self.train.per_device_train_batch_size, self.global_batch_size // self.distributed.world_size)
 
     def learning_rate(self, stage: int) -> float:
-        """Highest learning rate of a stage, from 1."""
+        """Highest learning rate of a stage, counted from 1."""
         return _of_stage(self.optim.learning_rate, stage)
 
     def warmup_ratio(self, stage: int) -> float:
-        """Share of warm-up steps in a stage, from 1."""
+        """Share of warm-up steps in a stage, counted from 1."""
         return _of_stage(self.optim.warmup_ratio, stage)
 
     def decay_ratio(self, stage: int) -> float:
-        """Share of decay steps in a stage, from 1."""
+        """Share of decay steps in a stage, counted from 1."""
         return _of_stage(self.optim.decay_ratio, stage)
 
 
@@ -622,8 +622,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
 
     Args:
         source: path of a YAML file, a recipe's name such as ``llama_368m``, a Hugging Face model folder or its
-            ``config.json`` (a run with that model and defaults for all else), or nested mappings.
-        overrides: ``section.key=value`` strings; the value is read as YAML.
+            ``config.json`` (a run with that model and defaults for everything else), or nested mappings.
+        overrides: ``section.key=value`` strings; the value is parsed as YAML.
 
     Raises:
         ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
@@ -631,14 +631,14 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     values = read_values(source, overrides)
     train = values.get("train")
     if isinstance(train, Mapping) and "auto" in (train.get(key) for key in AUTO_SIZES):
-        from steplm.planner.auto import resolve_auto  # plans the run
+        from steplm.planner.auto import resolve_auto  # imported late, as the planner imports this module
 
         return resolve_auto(values)
     return validated(RunConfig, values)
 
 
 def read_values(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """What is written, before defaults and checks; arguments as of ``load_config``."""
+    """Read the values as written, before defaults and checks; arguments as for ``load_config``."""
     values = dict(source) if isinstance(source, Mapping) else _read(source)
     if "entries" in values and not isinstance(source, Mapping):
         raise ConfigError(f"{source} is a suite of runs: `steplm compare {source}`", path=str(source))
@@ -649,10 +649,10 @@ def read_values(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
 
 
 def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """The configuration with other values, by ``section.key``.
+    """A copy of the configuration with values changed by ``section.key``.
 
     Raises:
-        ConfigError: it refuses them.
+        ConfigError: the new values are invalid.
     """
     values = config.model_dump(mode="json")
     for key, value in changes.items():
@@ -662,15 +662,15 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 
 def token_budget(**given: Any) -> dict[str, Any]:
-    """Changes that make this the only token budget of ``plan``: ``token_budget(total_tokens=10**9)``."""
+    """Changes that set the only token budget of ``plan``, as in ``token_budget(total_tokens=10**9)``."""
     return {f"plan.{name}": given.get(name) for name in TOKEN_BUDGETS}
 
 
 def load_written_config(path: Path) -> RunConfig:
-    """A file that a run wrote (``config.yaml``, ``training_config.yaml``), maybe by an earlier version.
+    """Load a file that a run wrote (``config.yaml``, ``training_config.yaml``), possibly with an earlier version.
 
     Raises:
-        ConfigError: it cannot be used.
+        ConfigError: the file cannot be used.
     """
     return validated(RunConfig, translate_old_keys(read_yaml(path)))
 
@@ -683,7 +683,7 @@ def _read(source: str | Path) -> dict[str, Any]:
 
 
 def _of_hf_config(path: Path) -> dict[str, Any]:
-    """A run with the model of a Hugging Face configuration."""
+    """The values of a run with the model of a Hugging Face configuration."""
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         values = written.get("text_config", written)
@@ -695,7 +695,7 @@ def _of_hf_config(path: Path) -> dict[str, Any]:
             f"{path} has no {', '.join(sorted(missing))}. Write a YAML with the section `model` instead.",
             path=str(path),
         )
-    # What says how the file was made, and special tokens, which belong to a tokenizer.
+    # Keys that describe how the file was made. Special tokens are dropped too, as they belong to another tokenizer.
     ignored = ("architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache")
     extra = {key: value for key, value in values.items() if key not in ignored and not key.endswith("_token_id")}
     length = min(TrainConfig().sequence_length, own.get("max_position_embeddings", 2048))
@@ -703,12 +703,12 @@ def _of_hf_config(path: Path) -> dict[str, Any]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """YAML text that ``load_config`` reads back to an equal configuration."""
+    """YAML text from which ``load_config`` reads an equal configuration."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
 def find_config(source: str | Path) -> Path:
-    """The path of a YAML file, or of the shipped recipe of that name."""
+    """The path of a YAML file, or of the shipped recipe with that name."""
     path = Path(source)
     if is_file(path):
         return path
@@ -724,13 +724,13 @@ def find_config(source: str | Path) -> Path:
 
 
 def recipes_dir() -> Path:
-    """Folder of the shipped recipes: inside the installed package, or beside it in a checkout."""
+    """The folder of the shipped recipes: inside the installed package, or next to it in a checkout."""
     inside = Path(__file__).parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
 def config_keys() -> list[str]:
-    """Every key there is, as ``section.key``."""
+    """Every configuration key, as ``section.key``."""
     return keys_of(RunConfig)
 
 
@@ -738,6 +738,6 @@ def config_schema() -> dict[str, Any]:
     """The JSON schema of ``run.yaml``, for editors."""
     schema = RunConfig.model_json_schema()
     for name, entry in schema["properties"].items():
-        if "$ref" in entry:  # a section, which may be empty
+        if "$ref" in entry:  # a section, which may be empty in YAML
             schema["properties"][name] = {"anyOf": [entry, {"type": "null"}]}
     return schema

@@ -1,4 +1,4 @@
-"""What ``torchrun``, or any launcher that does as it does, has told this process by its environment."""
+"""What ``torchrun``, or a compatible launcher, has set in the environment of this process."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 
 
 def is_launched() -> bool:
-    """Whether this process is one of several, or of one, that a launcher started to work together."""
+    """Whether a launcher started this process, even as the only one."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def launched_rank() -> int | None:
-    """This process's number among all; None where it is alone."""
+    """The rank of this process; None if no launcher started it."""
     return int(os.environ["RANK"]) if is_launched() else None
 
 
 def launched_size() -> int:
-    """The number of processes."""
+    """The number of processes; 1 if no launcher started this one."""
     return int(os.environ["WORLD_SIZE"]) if is_launched() else 1

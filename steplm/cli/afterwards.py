@@ -1,8 +1,10 @@
-"""What a suite ends in: zero-shot tasks, instruction tuning, MT-Bench, each by what stands behind its own command.
+"""The parts of a suite that follow its runs: zero-shot tasks, instruction tuning and MT-Bench.
 
-DIR/evaluation/       zero-shot tasks as of ``steplm eval -o``; the losses of the tuning
-DIR/runs/…/sft/       a tuned model, as of ``steplm sft -o``
-DIR/mt_bench/         as of ``steplm mtbench -o``
+Each part calls the code of its own command and writes the same output:
+
+DIR/evaluation/       zero-shot tasks, as ``steplm eval -o``; the losses of instruction tuning
+DIR/runs/…/sft/       a tuned model, as ``steplm sft -o``
+DIR/mt_bench/         MT-Bench, as ``steplm mtbench -o``
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def parts(suite: Suite) -> list[str]:
-    """A line for each of them."""
+    """Describe the parts of a suite, one per line."""
     config = suite.config.afterwards
     if config is None:
         return []
@@ -44,10 +46,10 @@ def parts(suite: Suite) -> list[str]:
 
 
 def check_parts(suite: Suite) -> None:
-    """All that can fail early, before the first run: libraries, files, tasks, the judge's key.
+    """Check everything that can fail early, before the first run: libraries, files, tasks, the judge's key.
 
     Raises:
-        ConfigError, DataError, HubUnavailable: what is wrong, with the way out.
+        ConfigError, DataError, HubUnavailable: a check fails; the message says how to fix it.
     """
     config = suite.config.afterwards
     if config is None:
@@ -73,10 +75,10 @@ def check_parts(suite: Suite) -> None:
 
 
 def run_parts(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
-    """Every part, of the models that there are; what an earlier start has done is not done again. The exit code.
+    """Run every part on the finished models, skipping work that is already done, and return the exit code.
 
     Raises:
-        SteplmError: a part failed; what was done is kept.
+        SteplmError: a part failed; completed work is kept.
     """
     config = suite.config.afterwards
     if config is None:
@@ -99,7 +101,7 @@ def run_parts(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
 
 
 def _configs(suite: Suite) -> dict[str, RunConfig]:
-    """Of each model's run; the learning rate, which may not be chosen yet, is some."""
+    """The configuration of each model's run, with any possible learning rate, as the best may not be known yet."""
     runs = {name: next(suite.possible_runs(entry, {})) for name, (entry, _) in suite.last_models.items()}
     return {name: suite.run_config(run) for name, run in runs.items()}
 
@@ -140,7 +142,7 @@ def _score_tasks(suite: Suite, config: AfterwardsConfig, models: Mapping[str, Pa
 def _tune(
     suite: Suite, config: InstructionsConfig, run_dirs: Mapping[str, Path], display: SuiteDisplay
 ) -> tuple[dict[str, Path], int | None]:
-    """The tuned models, and the signal that stopped it."""
+    """Tune the models; return their folders and the signal that stopped the tuning, if any."""
     from steplm.models.device import free_memory
     from steplm.sft.run import instruction_tune
 

@@ -1,6 +1,6 @@
-"""The verbs: their arguments and one sentence each. What they do is imported when they are called.
+"""The subcommands: arguments and one sentence of help each; implementations are imported when called.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 128 + n stopped by signal n.
+Exit codes: 0 success, 1 failure, 2 wrong usage or configuration, 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 @contextmanager
 def _suggesting(run: str, overrides: list[str]) -> Iterator[None]:
-    """Add what would fit to the error of a plan that does not fit its budget."""
+    """If a plan does not fit its budget, add to the error what would fit."""
     from steplm.errors import PlanInfeasible
 
     try:
@@ -56,7 +56,7 @@ def _suggesting(run: str, overrides: list[str]) -> Iterator[None]:
 
 
 def _with_budgets(overrides: list[str] | None, budget: str | None, host_budget: str | None) -> list[str]:
-    """The overrides, and budgets that are given as options as further ones."""
+    """The overrides, plus one for each budget that is given as an option."""
     budgets = {"plan.budget": budget, "plan.host_budget": host_budget}
     return [*(overrides or []), *(f"{key}={value}" for key, value in budgets.items() if value is not None)]
 
@@ -595,12 +595,12 @@ def schema() -> None:
 
 
 def main() -> None:
-    """Entry point: errors of this package become one message and an exit code, never a traceback."""
+    """Entry point that turns errors of this package into one message and an exit code, without a traceback."""
     from steplm.cli.ranks import failure_told_to_launcher, who
     from steplm.errors import SteplmError
     from steplm.files import refusal
 
-    # Set before tokenizers is loaded: it warns, and can hang, where a process forks after it ran threads.
+    # Set before tokenizers is imported: it warns, and can hang, if a process forks after it has used threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with failure_told_to_launcher():
@@ -618,7 +618,7 @@ def main() -> None:
         what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
         print(f"{who()}error: {what}", file=sys.stderr)
         sys.exit(1)
-    except Exception as error:  # safetensors, tokenizers and torch have errors of their own for a refused write
+    except Exception as error:  # safetensors, tokenizers and torch raise their own errors when a write fails
         if (why := refusal(error)) is None:
             raise
         print(f"{who()}error: a file cannot be written: {why}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``steplm chat``: lines in, answers out, at a terminal or through a pipe."""
+"""``steplm chat``: read messages line by line, from a terminal or a pipe, and print the answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_chat(
 
     sampling_arguments(temperature, top_p, max_new_tokens)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is one message that is refused
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that invalid UTF-8 fails only its own message
     is_terminal = sys.stdin.isatty()
     chat = ChatModel(found, chat_template=chat_template, device=device)
     history = _begun(system)
@@ -70,7 +70,7 @@ def run_chat(
                     seed=seed + num_replies,
                     on_text=lambda text: print(text, end="", flush=True),
                 )
-            except ConfigError as error:  # a message too long, or one that the template refuses
+            except ConfigError as error:  # the message is too long, or the template rejects it
                 _remark(f"({error})")
                 continue
             print(flush=True)
@@ -96,7 +96,7 @@ def _system(history: list[Message]) -> list[Message]:
 
 
 def _read_line(is_terminal: bool) -> str | None:
-    """The next message without its line feed; None at the end of the input. Ctrl-C begins the line anew."""
+    """The next message without its newline; None at the end of the input. Ctrl-C restarts the line."""
     while True:
         try:
             return input("> " if is_terminal else "").strip()

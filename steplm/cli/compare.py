@@ -33,7 +33,7 @@ def run_compare(
     dry_run: bool = False,
     report: bool = True,
 ) -> int:
-    """Check everything, run what is not finished, make the report; the exit code."""
+    """Check everything, run what is not finished, write the report and return the exit code."""
     suite = Suite(read_suite(source, overrides))
     runs = check_plans(suite)
     if dry_run:
@@ -67,7 +67,7 @@ def run_compare(
 
 
 def _finish(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
-    """The parts after the last run; where one fails, the report is still to be made."""
+    """Run the parts after the last run; print errors instead of raising, as the report is still to be written."""
     try:
         return run_parts(suite, record, display)
     except SteplmError as error:
@@ -97,13 +97,13 @@ def _conclude(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
 
 
 def _print_runs(suite: Suite, runs: list[RunKey]) -> None:
-    """One line an entry: its runs, and what each of them costs."""
+    """Print one line per entry: its runs, and the cost of each."""
     from steplm.compare.runner import all_stage_keys
 
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("entry", no_wrap=True)
     for heading in ("method", "rates", "seeds", "layers", "tokens", "FLOPs", "state"):
-        is_list = heading == "rates"  # one rate below the other in a narrow terminal
+        is_list = heading == "rates"  # narrow terminals show one rate per line
         side: Literal["left", "right"] = "left" if heading == "method" else "right"
         table.add_column(heading, justify=side, no_wrap=not is_list, min_width=7 if is_list else None)
     shared = _shared_with(all_stage_keys(suite, {run: _with_any_data(suite.run_config(run)) for run in runs}))
@@ -135,12 +135,12 @@ def _print_runs(suite: Suite, runs: list[RunKey]) -> None:
 
 
 def _with_any_data(config: RunConfig) -> RunConfig:
-    """Where the data are prepared to changes no plan, and the text need not be here yet."""
+    """Set a placeholder for the prepared data, which no plan depends on and which may not exist yet."""
     return config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": "prepared"})})
 
 
 def _shared_with(keys: dict[RunKey, tuple[str, ...]]) -> dict[str, str]:
-    """For each entry the first one above it whose runs begin with the same stages, and how many."""
+    """For each entry, the first one above it whose runs start with the same stages, and the number of these."""
     shared: dict[str, str] = {}
     for run, ours in keys.items():
         for other, theirs in keys.items():

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from steplm.eval.zero_shot import ZeroShotResults
     from steplm.report.zero_shot import TextScore
 
-HUB_MAX_TOKENS = 10_000_000  # a data set on the hub may have no end in sight
+HUB_MAX_TOKENS = 10_000_000  # datasets on the hub can be very large
 NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 
@@ -45,10 +45,10 @@ def run_eval(
     output: Path | None = None,
     json_output: bool = False,
 ) -> None:
-    """Print what each model scores on tasks and texts as tables, or as JSON; write both under ``output``.
+    """Print the scores of each model on tasks and texts as tables or JSON; write both to ``output``.
 
-    Without tasks the JSON is a list, one object a model and text; with tasks it is the document of
-    ``steplm.eval.zero_shot``, with the same list under ``perplexity``. What ``output`` holds is not scored again.
+    Without tasks, the JSON is a list with one object per model and text. With tasks, it is the document of
+    ``steplm.eval.zero_shot``, with the same list under ``perplexity``. Scores already in ``output`` are reused.
     """
     wanted = [name.strip() for entry in tasks for name in entry.split(",") if name.strip()]
     if not wanted and not data:
@@ -111,20 +111,20 @@ def _score_tasks(models: list[str], tasks: list[str], **how: Any) -> ZeroShotRes
 
 
 def _are_from_the_hub(tasks: list[str], tasks_data: Path | None) -> bool:
-    """Whether the items of some task may have to be fetched."""
+    """Whether the items of any task may have to be downloaded."""
     from steplm.eval.task_list import KNOWN_SETS
 
     return bool(tasks) and (tasks_data is None or not set(tasks) <= set(KNOWN_SETS))
 
 
 class _TaskDisplay:
-    """A bar for what is being scored, on a terminal; a line for each model and task that is done."""
+    """Progress display: a bar on terminals for the current task, and a line for each finished model and task."""
 
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        # The stream itself: while a library is kept quiet, sys.stderr is another.
+        # Keep the original stream: sys.stderr is replaced while library output is suppressed.
         self.console = Console(file=sys.stderr, highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
         self.bars = Progress(
@@ -170,7 +170,7 @@ def _score_texts(
             f"note: of hub data {format_count(limit)} tokens at most; --max-tokens sets another limit", file=sys.stderr
         )
     scores: list[TextScore] = []
-    ends: dict[str, int | None] = {}  # where the limit has cut each text for the first model, in bytes
+    ends: dict[str, int | None] = {}  # bytes of each text within the first model's token limit
     for model in dict.fromkeys(models):
         for name, entries in _by_name(data).items():
             end = ends.get(name)
@@ -198,7 +198,7 @@ def _score_text(model: str, name: str, entries: list[str], output: Path | None, 
 
 
 def _by_name(data: list[str]) -> dict[str, list[str]]:
-    """``NAME=PATH`` entries by their name; those without one are one text together, of no name."""
+    """Group ``NAME=PATH`` entries by name; entries without a name form a single text with an empty name."""
     texts: dict[str, list[str]] = {}
     for entry in data:
         named = None if Path(entry).exists() else NAMED.fullmatch(entry)
@@ -213,7 +213,7 @@ def _count(value: str | int) -> int:
         raise ConfigError(f"max_tokens: {error}") from None
 
 
-# --- what comes out ---------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------
 
 
 def _print(results: ZeroShotResults | None, texts: list[TextScore], json_output: bool) -> None:

@@ -1,4 +1,4 @@
-"""``steplm fit``: what fits a budget, as a table or as JSON; and what would fit, where a plan does not."""
+"""``steplm fit``: what fits a budget, as a table or as JSON, and what would fit if a plan does not."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def show_fit(
     device: str | None = None,
     output: Path | None = None,
 ) -> None:
-    """Find the ways to fit the budget and print them, with the commands of the first ``show``.
+    """Find the ways to fit the budget and print them, with the commands of ``show`` of them.
 
     Args:
         budget: default: the memory of the device.
-        output: where to draw the ways, if at all.
-        device: whose time is told, as for ``steplm.cli.hours.choose_speeds``.
+        device: the device to estimate time for, as for ``steplm.cli.hours.choose_speeds``.
+        output: file for a figure of the alternatives.
     """
     if budget is None:
         if device not in DEVICES:
@@ -58,7 +58,7 @@ def show_fit(
         budget_bytes = parse_bytes(budget)
     except ValueError as error:
         raise ConfigError(f"--budget: {error}") from None
-    if budget_bytes < 2**20:  # no model fits that: a unit was forgotten
+    if budget_bytes < 2**20:  # too small for any model, so the unit is probably missing
         raise ConfigError(f"--budget {budget} is {budget_bytes} bytes. With a unit it is, for example, 24GiB")
     names = [name.strip() for name in vary.split(",") if name.strip()]
     overrides, has_auto_batch = _without_auto(run, overrides)
@@ -78,25 +78,25 @@ def show_fit(
 
 
 def explained(error: PlanInfeasible, run: str, overrides: Sequence[str]) -> PlanInfeasible:
-    """The error of a plan that does not fit ``plan.budget``, with the changes that would make it fit."""
+    """Extend the error of a plan that does not fit ``plan.budget`` with changes that would make it fit."""
     config = load_config(run, _without_auto(run, overrides)[0])
     more = suggestions(config, error.budget_bytes, counted_shape(config))
     return PlanInfeasible(f"{error}\n{more}", **error.details)
 
 
 def _without_auto(run: str, overrides: Sequence[str]) -> tuple[list[str], bool]:
-    """Overrides that set the smallest size in place of ``auto``; and whether the micro-batch is ``auto``."""
+    """Overrides that replace ``auto`` by the smallest size, and whether the micro-batch is ``auto``."""
     sizes = smallest_sizes(read_values(run, overrides))
     return [*overrides, *(f"train.{key}={size}" for key, size in sizes.items())], MICRO_BATCH in sizes
 
 
 def fit_to_json(result: FitResult) -> dict[str, Any]:
-    """All numbers; the best comes first."""
+    """All numbers of the result, with the best alternative first."""
     return asdict(result)
 
 
 def render_fit(result: FitResult, console: Console, run: str, overrides: Sequence[str], budget: str, show: int) -> None:
-    """The answer, the alternatives, and commands from the gentlest way to the harshest; fits 80 columns."""
+    """Print the answer, the alternatives, and commands from the gentlest to the harshest; fits 80 columns."""
     headline, size = _answer(result)
     for line in _wrapped(headline, console.width):
         console.print(line, style="bold", highlight=False, markup=False)
@@ -117,7 +117,7 @@ def render_fit(result: FitResult, console: Console, run: str, overrides: Sequenc
 
 
 def _shown(rows: Sequence[Alternative], count: int) -> list[Alternative]:
-    """So many of them, spread from the gentlest to the harshest."""
+    """``count`` of the rows, spread from the gentlest to the harshest."""
     gentle_first = sorted(rows, key=lambda row: (bool(row.overrides), row.price))
     if count >= len(rows) or count < 2:
         return gentle_first[:count]
@@ -155,7 +155,7 @@ def _table(result: FitResult, *, gap: int) -> Table:
     table.add_column("options", no_wrap=True)
     on_host = max(row.host_bytes for row in result.alternatives) > 0
     times = [] if result.best.seconds is None else ["time"]
-    has_state = not (on_host and result.maximize)  # 80 columns
+    has_state = not (on_host and result.maximize)  # to fit 80 columns
     for name in (f"peak {unit}", *(["state"] * has_state), *(["host"] * on_host), "FLOPs", *times):
         table.add_column(name, justify="right", no_wrap=True)
     for row in result.alternatives:
@@ -177,7 +177,7 @@ def _table(result: FitResult, *, gap: int) -> Table:
 
 
 def _legend(rows: Sequence[Alternative], width: int) -> list[str]:
-    """What each number in the column of options stands for, and what it costs."""
+    """What each number in the options column stands for, and what that option costs."""
     lines = []
     numbers = _numbers(rows)
     for rung in RUNGS:
@@ -212,7 +212,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _command(run: str, overrides: Sequence[str], best: Alternative, budget: str, width: int) -> list[str]:
-    """Lines that a shell reads as one command; what the answer changes takes the place of what was given."""
+    """The lines of one shell command; overrides of the alternative replace given ones of the same key."""
     changed = {override.partition("=")[0] for override in best.overrides}
     kept = [override for override in overrides if override.partition("=")[0] not in {*changed, "plan.budget"}]
     lines = ["steplm train " + shlex.quote(run)]

@@ -1,4 +1,4 @@
-"""What ``steplm plan --device`` says: seconds a step, tokens a second, hours and money, by stage."""
+"""``steplm plan --device``: seconds per step, tokens per second, hours and money, by stage."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from steplm.planner.plan import plan as make_plan
 from steplm.planner.ways import require_known
 from steplm.units import format_bytes, format_count, format_seconds
 
-HERE = "here"  # the present machine
+HERE = "here"  # this machine
 
 
 def choose_speeds(name: str, config: RunConfig, console: Console, *, again: bool = False) -> Speeds:
-    """The speeds of a device by name; of ``here`` those that were timed, and are timed now where none are kept.
+    """The speeds of a device by name; for ``here``, saved measurements, made now if there are none or with ``again``.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: the name is unknown.
     """
     require_known("--device", name, (*DEVICES, HERE))
     if again and name != HERE:
@@ -47,7 +47,7 @@ def choose_speeds(name: str, config: RunConfig, console: Console, *, again: bool
 def show_time(
     config: RunConfig, plan: Plan, console: Console, speeds: Speeds, *, price: float | None, explain: bool
 ) -> dict[str, Any]:
-    """Print the time of a plan, unless the console is that of the errors, and return it for programs."""
+    """Print the time of a plan, unless the console writes to stderr, and return it for JSON output."""
     if config.distributed.world_size > 1:
         raise ConfigError("--device is for one device. The second table tells the time of several: choose --gpu.")
     times = stage_times(config, plan, speeds)
@@ -90,7 +90,7 @@ def show_time(
 
 
 def _vanilla_seconds(config: RunConfig, plan: Plan, speeds: Speeds) -> float:
-    """Of ordinary pre-training on as many tokens."""
+    """Seconds of ordinary pre-training on the same number of tokens."""
     vanilla = as_vanilla(changed(config, token_budget(total_tokens=plan.total_tokens)))
     times = stage_times(vanilla, make_plan(vanilla, plan.shape), speeds)
     assert times is not None
@@ -137,7 +137,7 @@ def _render(
 
 
 def _terms(time: StageTime, speeds: Speeds) -> Table:
-    """The work of the longest step of a stage, and the seconds of each kind."""
+    """A table of the work in the longest step of a stage, with the seconds of each kind of work."""
     title = f"stage {time.index}: seconds of a step"
     table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("part", "work", "formula"):
@@ -163,7 +163,7 @@ def _speeds(speeds: Speeds) -> Table:
 
 
 def _terms_to_json(step: StepSeconds, speeds: Speeds) -> list[dict[str, Any]]:
-    """One for each part of a step and kind of work."""
+    """One entry for each part of a step and kind of work."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for work, seconds in zip(step.work, step.seconds, strict=True):
         row = rows.setdefault(

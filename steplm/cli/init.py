@@ -1,4 +1,4 @@
-"""``steplm init``: a starter YAML that names every key, made from the configuration itself so that it stays true."""
+"""``steplm init``: a starter YAML with every key, generated from the configuration classes so that it stays correct."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from steplm.config import RunConfig
 from steplm.errors import ConfigError
 
-# The keys a first run sets; all others stand in the file as comments, with their defaults.
+# The keys that a first run sets; all others appear in the file as comments, with their defaults.
 STARTER: dict[str, Any] = {
     "name": "my-run",
     "method": "auto",
@@ -35,7 +35,7 @@ def write_starter(path: Path, *, force: bool = False) -> None:
     """Write the starter file.
 
     Raises:
-        ConfigError: the file is there and ``force`` is not given.
+        ConfigError: the file exists and ``force`` is not set.
     """
     if path.exists() and not force:
         raise ConfigError(f"{path} exists: name another file, or pass --force to replace it", path=str(path))
@@ -44,7 +44,7 @@ def write_starter(path: Path, *, force: bool = False) -> None:
 
 
 def starter_text() -> str:
-    """The text of the starter file; ``load_config`` accepts it as it stands."""
+    """The text of the starter file, which ``load_config`` accepts unchanged."""
     lines = ["# A run of steplm. Commented keys show their defaults. Check it with: steplm plan FILE", ""]
     sections = []
     for name, field in RunConfig.model_fields.items():

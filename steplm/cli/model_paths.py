@@ -1,4 +1,4 @@
-"""From what a user calls a model to what is loaded: a folder, the export of a run, or a name on the hub."""
+"""Find the model that a user names: a folder, the export of a run, or a model on the hub."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ HUB_SECONDS = 3.0
 
 
 def find_model(name: str) -> str:
-    """The folder or hub name to load.
+    """Return the folder or hub name to load.
 
-    A run's folder stands for the ``export`` folder in it. Where the hub does not answer, only what is cached is used,
-    without the minutes of retries that ``huggingface_hub`` makes.
+    A run folder stands for the ``export`` folder inside it. If the hub does not answer, only cached models are used, to
+    avoid minutes of retries in ``huggingface_hub``.
 
     Raises:
-        CheckpointError: a path with nothing there, or a run that has no export yet.
+        CheckpointError: the path does not exist, or the run has no export yet.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -36,7 +36,7 @@ def find_model(name: str) -> str:
                 f"pre-training, steplm export {name}.",
                 path=name,
             )
-        return name  # whoever loads it says what is missing
+        return name  # loading it will report what is missing
     if path.exists() or _is_path(name, path):
         raise CheckpointError(f"no folder {name}.{_nearest(path)}", path=name)
     require_hub()
@@ -44,28 +44,28 @@ def find_model(name: str) -> str:
 
 
 def require_hub() -> None:
-    """Set the offline mode of Hugging Face's libraries where the hub does not answer a first request."""
+    """Switch the Hugging Face libraries to offline mode if the hub does not answer a first request."""
     if "HF_HUB_OFFLINE" in os.environ:
         return
     request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
     except urllib.error.HTTPError:
-        pass  # somebody is there
+        pass  # the hub answers
     except (OSError, ValueError):
         os.environ["HF_HUB_OFFLINE"] = "1"
-        for module in ("huggingface_hub.constants", "datasets.config"):  # which have read the environment before
+        for module in ("huggingface_hub.constants", "datasets.config"):  # these read the environment when imported
             if module in sys.modules:
                 sys.modules[module].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
 def _is_path(name: str, path: Path) -> bool:
-    """Whether it cannot be OWNER/NAME on the hub: of another depth, with a mark of a path, or in a local folder."""
+    """Whether the name cannot be OWNER/NAME on the hub: wrong depth, path syntax, or an existing parent folder."""
     return len(path.parts) != 2 or name.startswith((".", "/", "~")) or name.endswith("/") or path.parent.is_dir()
 
 
 def _nearest(path: Path) -> str:
-    """A suggestion for the message: the folder with the most similar name, at the deepest level that exists."""
+    """A suggestion for the error message: the folder with the most similar name, at the deepest level that exists."""
     while not path.parent.is_dir() and path.parent != path:
         path = path.parent
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)

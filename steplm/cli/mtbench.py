@@ -57,13 +57,13 @@ def run_mtbench(
     check_only: bool = False,
     json_output: bool = False,
 ) -> int:
-    """Generate, judge, and print the tables; returns the exit code, 1 where judgments are missing.
+    """Generate answers, judge them and print the tables; return the exit code, 1 if judgments are missing.
 
     Args:
-        dry_run: say what it would cost, and no more.
-        check_only: and refuse what cannot be judged, as far as that is known while the models need not be there.
+        dry_run: only print the expected cost.
+        check_only: also raise errors that can be found while the models need not exist yet.
     """
-    if not check_only:  # of models that are there already
+    if not check_only:  # otherwise the models need not exist yet
         models = [find_model(model) for model in models]
     if questions is not None and questions.startswith("hub://"):
         require_hub()
@@ -108,7 +108,7 @@ def run_mtbench(
             read_chat_template(chat_template)
         return 0
     if client is not None:
-        client.check()  # before hours of generation
+        client.check()  # fail before hours of generation
     if models:
         from steplm.mt_bench.answers import AnswerSettings
 
@@ -141,7 +141,7 @@ def run_mtbench(
 
 
 def _require_key(endpoint: Endpoint, *, named: bool) -> None:
-    """A local server may need none; OpenAI's does, and so does whoever names a variable."""
+    """Require a key for OpenAI, or if the user names a variable; a local server may not need one."""
     if endpoint.api_key is None and (named or urlsplit(endpoint.base_url).netloc == urlsplit(OPENAI_URL).netloc):
         raise ConfigError(
             f"no key for the judge at {endpoint.shown_url}: the environment variable {endpoint.api_key_env} is not "
@@ -216,7 +216,7 @@ def _say(text: str) -> None:
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; elsewhere a line at each tenth."""
+    """Show a bar on a terminal; elsewhere print a line at each tenth."""
     if sys.stderr.isatty() and total:
         with Progress(console=Console(stderr=True)) as progress:
             task = progress.add_task(what, total=total)

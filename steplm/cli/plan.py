@@ -42,12 +42,12 @@ def show_plan(
     device: str | None = None,
     price: float | None = None,
 ) -> None:
-    """Plan a run and print it; simulate or measure its steps where that is asked for.
+    """Plan a run and print it; simulate or measure its steps on request.
 
     Args:
-        calibrate: measure the memory of a step on this machine or, where a device is given, the machine's speeds.
-        device, price: whose time is told, and what an hour of it costs; see ``steplm.cli.hours``.
-        world_size, shard_size: in place of ``distributed``.
+        calibrate: measure the memory of a step on this machine or, if a device is given, the machine's speeds.
+        device, price: the device to estimate time for, and its price per hour; see ``steplm.cli.hours``.
+        world_size, shard_size: override the values in ``distributed``.
         gpu, utilization, bandwidth: see ``steplm.cli.scale.choose_gpu``.
     """
     sizes = {"world_size": world_size, "shard_size": shard_size}
@@ -84,7 +84,7 @@ def show_plan(
 
 
 def counted_shape(config: RunConfig) -> ModelShape | None:
-    """The shape of a model that the planner does not know by formula; None, and no torch, where it does."""
+    """The shape of a model that the planner has no formulas for; otherwise None, without importing torch."""
     if config.model.model_type in FAMILIES:
         return None
     from steplm.models.shape import shape_of
@@ -108,7 +108,7 @@ def _show(plan: Plan, console: Console, config: RunConfig, *, explain: bool) -> 
 
 
 def _epochs_of_sources(plan: Plan, config: RunConfig) -> dict[str, float]:
-    """Of a mixture whose data are prepared; else none."""
+    """The epochs over each source of a mixture whose data are prepared; otherwise empty."""
     if not config.data.weights:
         return {}
     from steplm.data.mixture import epochs
@@ -123,7 +123,7 @@ def _epochs_of_sources(plan: Plan, config: RunConfig) -> dict[str, float]:
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
-    """What programs ask for first, and under "plan" the whole, as ``steplm.types.from_json`` reads it."""
+    """The values that programs most often need, and the whole plan for ``steplm.types.from_json`` under "plan"."""
     return {
         "model_type": plan.shape.model_type,
         "num_parameters": plan.shape.num_parameters(),
@@ -166,7 +166,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
 
 
 def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
-    """A table of the stages, and the peaks against ordinary pre-training in a line each; fits 80 columns."""
+    """Print a table of the stages, then a line for each peak compared with ordinary pre-training; fits 80 columns."""
     shape = plan.shape
     counts_outer = any(_outer(stage.memory).terms for stage in plan.stages)
     vanilla_state = make_plan(as_vanilla(config), shape).stages[0].memory
@@ -238,7 +238,7 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
 
 
 def labelled_spans(plan: Plan) -> list[tuple[str, Stage]]:
-    """The rows of a table of stages: one a stage, or one for each of its phases that hold as much, ``1.1``, ``1.2``."""
+    """The rows of a stage table: one per stage or, if its phases differ in memory, one per group (``1.1``, ``1.2``)."""
     return [
         (str(stage.index) if len(stage.spans) == 1 else f"{stage.index}.{number}", span)
         for stage in plan.stages
@@ -247,7 +247,7 @@ def labelled_spans(plan: Plan) -> list[tuple[str, Stage]]:
 
 
 def devices(config: RunConfig) -> str:
-    """How many there are, and how they hold the model."""
+    """Describe the number of devices and how they share the model."""
     size, num_shards = config.distributed.world_size, config.distributed.num_shards
     if num_shards == 1:
         return f"{size} devices, a whole copy on each"
@@ -255,7 +255,7 @@ def devices(config: RunConfig) -> str:
 
 
 def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
-    """Every term of every stage: formula, unit, bytes; of the model state, and of the whole device at its highest."""
+    """Print every term of every stage, with formula, unit and bytes, for the model state and for the device peak."""
     shape, train = plan.shape, config.train
     rules = dict.fromkeys(
         role.rule
@@ -357,7 +357,7 @@ def _name(term: MemoryTerm) -> str:
 
 
 def _add_terms(table: Table, memory: MemoryEstimate, cells: Callable[[MemoryTerm], tuple[str, ...]]) -> None:
-    """Those on the device and their total, then those in host memory and theirs."""
+    """Add the terms on the device and their total, then those in host memory and their total."""
     empty = ("",) * (len(table.columns) - 2)
     for on_host, place, total in (
         (False, "on the device", memory.total_bytes),
@@ -422,7 +422,7 @@ def _against(num_bytes: int, vanilla_bytes: int | None) -> str:
 
 
 def _largest(plan: Plan, what: str) -> Stage:
-    """The stage with the most model state, or with the most bytes on the device."""
+    """The stage with the largest model state, or with the highest device peak."""
     return max(plan.stages, key=lambda stage: stage.memory.total_bytes if what == "state" else stage.device_bytes)
 
 
@@ -431,7 +431,7 @@ def _outer(memory: MemoryEstimate) -> MemoryEstimate:
 
 
 def _trained_parameters(memory: MemoryEstimate) -> int:
-    """Without adapters."""
+    """Trained parameters without adapters."""
     kinds = ("optimizer", HOST_OPTIMIZER)
     return sum(t.num_parameters for t in memory.terms if t.kind in kinds and t.component != "adapters")
 
@@ -456,5 +456,5 @@ def _byte_cells(memory: MemoryEstimate, size: int) -> list[str]:
 
 
 def five_digits(value: float) -> str:
-    """At most five characters below 100,000, so that the table stays narrow."""
+    """Format a number in at most five characters (below 100,000), to keep tables narrow."""
     return f"{value:.2f}" if value < 99.995 else f"{value:.1f}" if value < 999.95 else f"{value:.0f}"

@@ -36,10 +36,10 @@ def run_prepare(run: str, overrides: list[str], *, verify_hashes: bool = False) 
 
 
 def _repetitions(config: RunConfig, manifest: Manifest) -> list[str]:
-    """How often the planned run goes through its data, where there is a plan."""
+    """How many epochs the planned run trains over its data; empty if there is no plan."""
     try:
         total_tokens = plan(config, counted_shape(config)).total_tokens
-    except (ConfigError, PlanInfeasible):  # training tells
+    except (ConfigError, PlanInfeasible):  # training will report it
         return []
     of_sources = epochs(manifest, config.data.weights, total_tokens)
     told = f"the planned {format_count(total_tokens)} tokens are {told_epochs(of_sources)}"

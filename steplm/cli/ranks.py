@@ -1,4 +1,4 @@
-"""Several processes on one terminal: who speaks, and what the launcher is told of a failure."""
+"""Messages of several processes on one terminal, and failure reports for the launcher."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 from steplm.errors import RankLost, SteplmError
 from steplm.launch import is_launched, launched_rank, launched_size
 
-# A wrong configuration is met by every rank. The first one tells it, and the launcher ends the others; as it does with
-# those that only know that another one is gone.
+# An invalid configuration fails on every rank. Rank 0 reports it, while the others stay silent until the launcher stops
+# them. Ranks that only know that another rank is lost do the same.
 SECONDS_OF_SILENCE = 20.0
 
 
 def who() -> str:
-    """What a message of this process begins with: its rank, where there are several."""
+    """The prefix of this process's messages: its rank, if there are several."""
     return f"rank {launched_rank()}: " if launched_size() > 1 else ""
 
 
 @contextmanager
 def failure_told_to_launcher() -> Iterator[None]:
-    """Where ``torchrun`` started this process, its summary names the rank that failed first, and its error."""
+    """Record errors for ``torchrun``, so that its summary shows the first rank that failed, and its error."""
     try:
         yield
     except Exception as error:
@@ -45,7 +45,7 @@ def failure_told_to_launcher() -> Iterator[None]:
 
 
 def _tell(message: str) -> None:
-    """As PyTorch's handler does, without a stack: the summary would show it in place of the message."""
+    """Record a message as PyTorch's handler does, but without a traceback, which would hide it in the summary."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         about = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
         with suppress(OSError):

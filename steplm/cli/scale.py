@@ -1,4 +1,4 @@
-"""What ``steplm plan`` says of several devices: operations, traffic and time of a step."""
+"""``steplm plan`` for several devices: FLOPs, traffic and time of a step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLUMNS = ("stage", "steps", "FLOPs", "gather", "reduce", "copies", "compute", "
 def show_scale(
     config: RunConfig, plan: Plan, console: Console, *, gpu_name: str, utilization: float, bandwidth: str | None
 ) -> dict[str, Any]:
-    """Print the estimate, unless the console is that of the errors, and return it for programs."""
+    """Print the estimate, unless the console writes to stderr, and return it for JSON output."""
     gpu = choose_gpu(gpu_name, bandwidth)
     if not 0 < utilization <= 1:
         raise ConfigError(f"--utilization={utilization:g} is a share of the peak: give a number from 0 to 1.")
@@ -51,10 +51,10 @@ def show_scale(
 
 
 def choose_gpu(name: str, bandwidth: str | None = None) -> Gpu:
-    """A device by name, with another rate to other nodes where one is given, such as ``25GB`` a second.
+    """A GPU by name, optionally with another network bandwidth to other nodes, such as ``25GB`` (per second).
 
     Raises:
-        ConfigError: unknown name, or a rate that cannot be read.
+        ConfigError: the name is unknown, or the bandwidth cannot be parsed.
     """
     require_known("--gpu", name, GPUS)
     if bandwidth is None:
@@ -78,7 +78,7 @@ def _render(
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for label, span in labelled_spans(plan):
-        # Alike but for the number of steps, and for which layers are trained.
+        # Phases of a span differ only in the number of steps and in which layers are trained.
         step = steps[span.phases[0].index - 1]
         num_steps = sum(steps[phase.index - 1].num_steps for phase in span.phases)
         traffic = step.traffic

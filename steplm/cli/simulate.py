@@ -1,4 +1,4 @@
-"""``steplm plan --simulate`` and ``--calibrate``: the plan beside steps that were really taken."""
+"""``steplm plan --simulate`` and ``--calibrate``: compare the plan with simulated and measured steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from steplm.units import format_bytes
 
 
 def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dict[str, Any]]:
-    """Print the peak of every stage, planned beside counted on fake tensors, and return it."""
+    """Print and return the peak of every stage, as planned and as counted on fake tensors."""
     rows, on_host = [], list[str]()
     table = Table(title="steps, simulated on fake tensors", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("stage")
@@ -64,7 +64,7 @@ def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dic
 
 
 def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[str, Any]:
-    """Take two steps of the largest stage on the device; print, record and return planned beside measured."""
+    """Run two steps of the largest stage on the device; print, save and return planned and measured memory."""
     device = resolve_device(config.train.device)
     phases = plan.schedule.phases
     phase = max(phases, key=lambda phase: _planned_in_a_step(plan.cost(phase)) or plan.cost(phase).device_bytes)
@@ -104,14 +104,14 @@ def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[st
 
 
 def _host_between_steps(cost: Cost) -> int:
-    """Host memory that is held all the time, tables of 8-bit states included where instants are known."""
+    """Host memory in use at all times; it includes the tables of 8-bit states if the peak is known."""
     if cost.peak is None:
         return cost.memory.host_bytes
-    return cost.peak.instants[-1].memory.host_bytes  # the evaluation, which has no activations there
+    return cost.peak.instants[-1].memory.host_bytes  # evaluation, with no activations in host memory
 
 
 def _planned_in_a_step(cost: Cost) -> int | None:
-    """The peak of a step: growth and evaluation are not measured."""
+    """The planned peak of a step, without growth and evaluation, which are not measured."""
     if cost.peak is None:
         return None
     left_out = ("growth", "evaluation")

@@ -1,4 +1,4 @@
-"""A table of a report on the terminal."""
+"""Print the tables of reports on the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TONES = {"better": "green", "worse": "red"}
 
 
 def print_table(console: Console, table: Table, *, titled: bool = False) -> None:
-    """Names at the left, numbers at the right; a narrow terminal breaks lines between words, not within."""
+    """Print names left-aligned and numbers right-aligned; narrow terminals wrap lines between words, not within."""
     shown = RichTable(box=None, header_style="bold", padding=(0, 2, 0, 0), title_justify="left")
     shown.title = table.title if titled else None
     for number, column in enumerate(table.columns):
@@ -23,7 +23,7 @@ def print_table(console: Console, table: Table, *, titled: bool = False) -> None
         shown.add_column(Text(column), justify="left" if is_name else "right", overflow="fold", min_width=least)
     for row in table.rows:
         styles = [TONES.get(cell.tone, "bold" if cell.strong else "") for cell in row]
-        texts = [cell.text.replace(" [", "\n[") for cell in row]  # an interval under its number: half the width
+        texts = [cell.text.replace(" [", "\n[") for cell in row]  # the interval below its number, to halve the width
         shown.add_row(*map(Text, texts, styles))
     console.print(shown)
     if table.caption:

@@ -25,7 +25,7 @@ def run_train(run: str, overrides: list[str], extend: Path | None = None) -> int
 
 
 def run_decay(checkpoint: Path, tokens: str, output: Path | None) -> int:
-    """Train the run that ends so many tokens after the checkpoint."""
+    """Train a run that decays from the checkpoint and ends ``tokens`` tokens after it."""
     from steplm.training.extend import decayed
 
     run_dir = checkpoint.resolve().parent.parent
@@ -41,6 +41,6 @@ def _train(config: RunConfig, begin: Path | None) -> int:
 
 
 def _refuse_early(config: RunConfig) -> None:
-    """A plan over its budget, before torch is loaded and anything is written; a begun run has its own layers."""
+    """Reject a plan over its budget before torch is imported and files are written; a started run has its own plan."""
     if config.model.model_type in FAMILIES and not (config.run_dir / "plan.json").exists():
         plan(config)

@@ -1,4 +1,4 @@
-"""``steplm tune``: short runs at several learning rates, and which one to train with."""
+"""``steplm tune``: choose a learning rate by short runs at several."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from steplm.errors import ConfigError
 from steplm.planner.plan import plan
 from steplm.report.suite import load_suite
 
-FACTORS = (0.5, 1.0, 2.0)  # of the configured rate; the grid goes on where the best is at its edge
+FACTORS = (0.5, 1.0, 2.0)  # of the configured rate; the grid is extended if the best is at its edge
 EXTEND = 2
 ENTRY = "tuned"
 
 
 def run_tune(source: str, overrides: list[str], *, share: float, jobs: int | None = None) -> int:
-    """Run the grid, or go on with it, and print the command of the best rate; the exit code."""
+    """Run or resume the grid, print the command with the best rate and return the exit code."""
     config = load_config(source, overrides)
     suite = tuning_suite(config, share)
     exit_code = run_compare(suite, [], jobs=jobs)
@@ -34,10 +34,10 @@ def run_tune(source: str, overrides: list[str], *, share: float, jobs: int | Non
 
 
 def tuning_suite(config: RunConfig, share: float) -> dict[str, Any]:
-    """The suite of runs on this share of the tokens, around the configured learning rate.
+    """A suite of runs on this share of the tokens, around the configured learning rate.
 
     Raises:
-        ConfigError: the run has a learning rate for each stage.
+        ConfigError: the run has one learning rate per stage.
     """
     rate = config.optim.learning_rate
     if isinstance(rate, list):
@@ -50,6 +50,6 @@ def tuning_suite(config: RunConfig, share: float) -> dict[str, Any]:
         "baseline": ENTRY,
         "seeds": [config.seed],
         "tune": {"learning_rates": [rate * factor for factor in FACTORS], "extend": EXTEND, "seed": config.seed},
-        # A suite's `step` changes the method alone, which is then given back.
+        # In a suite, `step` changes nothing but the method, which `set` then restores.
         "entries": [{"name": ENTRY, "method": "step", "label": config.name, "set": {"method": config.method}}],
     }

@@ -1,4 +1,4 @@
-"""Sizes that the plan chooses: ``train.per_device_train_batch_size: auto`` and ``train.loss_chunk_size: auto``."""
+"""Resolve ``train.per_device_train_batch_size: auto`` and ``train.loss_chunk_size: auto``."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MICRO_BATCH, CHUNK = AUTO_SIZES
 
 
 def resolve_auto(values: Mapping[str, Any]) -> RunConfig:
-    """The configuration with the sizes that are written as ``auto``.
+    """Build the configuration, replacing each size that is written as ``auto``.
 
-    The micro-batch is the largest that fits ``plan.budget``, or the memory of the GPU, at an unchanged
-    ``train.global_batch_size``. The loss chunk is the largest multiple of 512 rows that does not raise the peak.
+    The micro-batch is the largest that fits ``plan.budget``, or the memory of the GPU, with ``train.global_batch_size``
+    unchanged. The loss chunk is the largest multiple of 512 rows that does not raise the peak.
 
     Raises:
-        ConfigError: no global batch or no budget is known, or the family's activations have no formula.
+        ConfigError: the global batch size or the budget is unknown, or the family has no activation formulas.
         PlanInfeasible: a micro-batch of one sequence does not fit.
     """
     sizes = smallest_sizes(values)
@@ -37,11 +37,11 @@ def resolve_auto(values: Mapping[str, Any]) -> RunConfig:
 
 
 def smallest_sizes(values: Mapping[str, Any]) -> dict[str, int]:
-    """Of ``train``, the least in place of every ``auto``."""
+    """The smallest possible values of ``train`` for the sizes that are ``auto``."""
     train = values.get("train")
     written = {key for key in AUTO_SIZES if isinstance(train, Mapping) and train.get(key) == "auto"}
     sizes = {CHUNK: CHUNK_UNIT} if CHUNK in written else {}
-    if MICRO_BATCH in written:  # which decides the accumulation as well
+    if MICRO_BATCH in written:  # it also determines gradient accumulation
         sizes |= {MICRO_BATCH: 1, "gradient_accumulation_steps": 1}
     return sizes
 
@@ -59,9 +59,9 @@ def _largest_micro_batch(config: RunConfig) -> int:
             return False
         return True
 
-    if fits(sequences):  # a single micro-batch may need less than two, whose gradients are summed
+    if fits(sequences):  # one micro-batch may need less memory than two, whose gradients are accumulated
         return sequences
-    plan(changed(config, {"plan.budget": budget_bytes}))  # refuses, with the reason, if not even one sequence fits
+    plan(changed(config, {"plan.budget": budget_bytes}))  # raises, with the reason, if not even one sequence fits
     micro_batches = -(-sequences // last_true(fits, 1, sequences))
     return -(-sequences // micro_batches)
 

@@ -1,4 +1,4 @@
-"""What an option needs of a run. A run that lacks it is refused in one place, when its plan is made."""
+"""What options require of a run, checked in one place when the plan is made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from steplm.schedule import Adapter, Trained
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration, and every kind of phase that its method has."""
+    """A configuration, and every kind of phase of its method."""
 
     config: RunConfig
     drafts: Sequence[Draft]
@@ -30,19 +30,19 @@ class Run:
 
     @property
     def rules(self) -> set[str]:
-        """Of all that is trained."""
+        """The update rules of everything that is trained."""
         roles = {role for draft in self.drafts for role in (*draft.layers, draft.embeddings_and_head)}
         return {ADAMW, *(role.rule for role in roles if isinstance(role, Trained | Adapter))}
 
 
 @dataclass(frozen=True)
 class Need:
-    """Where the option ``is_set``, ``is_met`` must hold."""
+    """A requirement of an option: if ``is_set``, then ``is_met`` must hold."""
 
     option: str
     is_set: Callable[[RunConfig], bool]
     is_met: Callable[[Run], bool]
-    message: str  # after the option's name
+    message: str  # follows the option's name
 
 
 FROZEN_ONLY = "is for frozen layers, and {config.method} freezes none"
@@ -147,10 +147,10 @@ NEEDS = (
 
 
 def check_options(run: Run) -> None:
-    """Refuse an option without what it needs.
+    """Check that the run meets the requirements of every option.
 
     Raises:
-        ConfigError: the first one, with what to change.
+        ConfigError: for the first requirement that is not met, with what to change.
     """
     for problem in _problems(run):
         raise ConfigError(problem)

@@ -1,7 +1,7 @@
-"""The inverse plan: what fits a budget, and what it gives up.
+"""The inverse of a plan: which training options fit a memory budget, and what they give up.
 
-The search goes from the cheapest of ``steplm.planner.ways`` up and keeps those that hold more, or need less memory,
-than all cheaper ones; so no row of the answer is worse than another in everything.
+The search goes through ``steplm.planner.ways`` from the cheapest up. It keeps each way that allows a larger size, or
+needs less memory, than all cheaper ones, so no row of the result is worse than another in every respect.
 """
 
 from __future__ import annotations
@@ -31,40 +31,41 @@ MAX_ALTERNATIVES = 12
 
 @dataclass(frozen=True)
 class Alternative:
-    """One way to train, and what it needs."""
+    """A way to train and its costs."""
 
-    overrides: tuple[str, ...]  # ``section.key=value``, against the configuration as written
+    overrides: tuple[str, ...]  # ``section.key=value``, relative to the configuration as written
     num_stages: int
     layers: tuple[int, ...]  # n_1 … n_K
     rank: int | None  # None: no adapters
-    options: tuple[str, ...]  # names of rungs
-    value: int | None  # of what is maximised
+    options: tuple[str, ...]  # names of memory options (``Rung.name``)
+    value: int | None  # of the maximized size; None: all sizes are as written
     num_parameters: int
-    peak_bytes: int  # the model state, for families whose layers are not known
+    peak_bytes: int  # the model state only, for families without activation formulas
     model_state_bytes: int
-    needed_bytes: int  # the peak and the reserve
+    needed_bytes: int  # the peak plus the reserve
     host_bytes: int  # in host memory
-    flops: int  # of the whole token budget, recomputed activations counted
-    price: int  # points: what it gives up in time and quality, against the run as written
-    quality_price: int  # of it, what it gives up in quality
+    flops: int  # for the whole token budget, including recomputed activations
+    price: int  # points for the speed and quality given up, relative to the run as written
+    quality_price: int  # the share of the price that comes from lost quality
     fits: bool
-    seconds: float | None  # of the whole token budget on the device; None: no device was given
+    seconds: float | None  # for the whole token budget on the device; None: no device was given
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What fits, ranked by value (largest first), as written, price, FLOPs and peak.
+    """The alternatives that fit, best first.
 
-    Where a device is given: by value, as written, what it gives up in quality, and seconds.
+    They are ranked by value (largest first); then the run as written comes first; then by price, FLOPs and peak. If a
+    device is given, quality price and seconds replace price and FLOPs.
     """
 
     budget_bytes: int
     reserve_bytes: int
     maximize: str | None
     alternatives: tuple[Alternative, ...]
-    smallest: Alternative  # the least memory of all that was found
-    skipped: tuple[str, ...]  # options that the configuration refuses, with the reason
-    at_limit: bool = False  # the largest value is where the search stops, not where the budget ends
+    smallest: Alternative  # the lowest peak found
+    skipped: tuple[str, ...]  # options that the configuration does not allow, with the reason
+    at_limit: bool = False  # the largest value is bounded by the search range, not by the budget
 
     @property
     def best(self) -> Alternative:
@@ -80,20 +81,20 @@ def fit(
     shape: ModelShape | None = None,
     speeds: Speeds | None = None,
 ) -> FitResult:
-    """The ways of training that fit ``budget_bytes``, the configuration's reserve included.
+    """Find the ways to train that fit ``budget_bytes``, including the configuration's reserve.
 
     Args:
-        config: the run as written; what neither ``maximize`` nor ``vary`` names stays as it is. Ways that need more
-            host memory than ``plan.host_budget`` are left out.
-        maximize: None (the sizes are as written), or a key of ``AXES``: "depth"; "width" (hidden size, with
-            feed-forward size and heads in proportion); "batch" (of a micro-batch, accumulation lowered with it);
-            "sequence" (in steps of the largest power of two, up to 64, of the written length).
-        vary: of "stages" (K from 1 to 6), "rank" (halved up to three times), "options" (``LADDER``).
+        config: the run as written; anything that ``maximize`` and ``vary`` do not name stays as it is. Ways that need
+            more host memory than ``plan.host_budget`` are left out.
+        maximize: None (keep the sizes as written), or a key of ``AXES``: "depth"; "width" (hidden size, with
+            feed-forward size and heads in proportion); "batch" (the micro-batch, with less accumulation in return);
+            "sequence" (in steps of the largest power of two, up to 64, that divides the written length).
+        vary: any of "stages" (K from 1 to 6), "rank" (halved up to three times), "options" (``LADDER``).
         shape: as for ``steplm.planner.plan.plan``; its width cannot be changed.
-        speeds: of the device whose time counts.
+        speeds: speeds of the device, to estimate and rank by training time.
 
     Raises:
-        ConfigError: an unknown name, or a configuration that cannot be planned.
+        ConfigError: a name is unknown, or the configuration cannot be planned.
         PlanInfeasible: nothing fits; ``details["smallest"]`` is the ``Alternative`` with the least memory.
     """
     _require_known_peak(config, shape)
@@ -102,7 +103,7 @@ def fit(
     if not found:
         raise _nothing_fits(search)
     ranked = sorted(
-        # Of equal prices the later one is better; and different ways may be one without what costs time alone.
+        # Of equal prices the later one is better. Ways that differ only in time options may have become equal.
         {row.overrides: row for row in {(row.price, not row.overrides): row for row in found}.values()}.values(),
         key=_rank,
     )
@@ -118,7 +119,7 @@ def fit(
 
 
 def _rank(row: Alternative) -> tuple[float, ...]:
-    """The best first."""
+    """Sort key that puts the best alternative first."""
     is_changed, value = bool(row.overrides), -(row.value or 0)
     if row.seconds is not None:
         return value, is_changed, row.quality_price, row.seconds, row.peak_bytes
@@ -135,7 +136,7 @@ def _require_known_peak(config: RunConfig, shape: ModelShape | None) -> None:
 
 
 def suggestions(config: RunConfig, budget_bytes: int, shape: ModelShape | None = None) -> str:
-    """The cheapest changes that make the configuration fit, at most three, one in a line; or what is missing."""
+    """At most three of the cheapest changes that make the configuration fit, one per line, or why nothing fits."""
     search = _Search(config, budget_bytes, None, VARY, shape)
     rows = list(islice(search.lower_peaks(), 3))
     if not rows:
@@ -146,7 +147,7 @@ def suggestions(config: RunConfig, budget_bytes: int, shape: ModelShape | None =
 
 @dataclass(frozen=True)
 class _Trial:
-    """A way at one size that fits."""
+    """A way that fits at one size."""
 
     costs: StagePrices
     layers: tuple[int, ...]
@@ -155,7 +156,10 @@ class _Trial:
 
 
 class _Search:
-    """All ways, the cheapest first; a size is the index of a value of ``axis``, or None: as written."""
+    """Search over all ways, cheapest first.
+
+    A size is an index into the values of ``axis``; None means the size as written.
+    """
 
     def __init__(
         self,
@@ -183,9 +187,9 @@ class _Search:
         self.ways, self.skipped = ways(config, self._shape(config), vary, any_depth=self.varies_depth)
 
     def lower_peaks(self, limit: float | None = None, *, at_least_size: bool = False) -> Iterator[Alternative]:
-        """From the cheapest way up, those within ``limit`` (default: the budget) and lower than all before them.
+        """Yield the ways within ``limit`` (default: the budget) whose peak is lower than that of all earlier ways.
 
-        At the sizes as written, or with what is maximised at its least.
+        Sizes are as written or, with ``at_least_size``, the maximized one is at its smallest value.
         """
         limit = self.limit if limit is None else limit
         for way in self.ways:
@@ -196,7 +200,7 @@ class _Search:
                 yield self._quickest(way, index, trial)
 
     def _quickest(self, way: Way, index: int | None, trial: _Trial) -> Alternative:
-        """Where a device is given: without the options that cost time alone, as far as it fits the budget."""
+        """With a device, the fastest variant that fits the budget, without time-only options that it does not need."""
         found = self._alternative(way, index, trial)
         if self.speeds is None:
             return found
@@ -205,7 +209,7 @@ class _Search:
         return min([found, *rows], key=lambda row: row.seconds or 0.0)
 
     def larger_values(self) -> list[Alternative]:
-        """From the cheapest way up, those that hold more than all before them."""
+        """The ways that fit a larger value than all cheaper ways."""
         assert self.axis is not None
         found, largest = list[Alternative](), 0
         for way in self.ways:
@@ -220,7 +224,7 @@ class _Search:
         return found
 
     def smallest(self) -> Alternative:
-        """The least memory there is, at the sizes as written or, where one is maximised, at its least value."""
+        """The alternative with the lowest peak; a size that is being maximized is at its smallest value."""
         rows = list(self.lower_peaks(math.inf, at_least_size=self.axis is not None))
         host_budget = self.config.plan.host_budget
         if not rows and host_budget is not None:
@@ -234,9 +238,9 @@ class _Search:
         return rows[-1]
 
     def _first_allowed(self, way: Way, *, above: int = 0) -> int:
-        """The least size above another one that the configuration does not refuse; at most the written one is tried.
+        """The smallest size above ``above`` that the configuration allows, searching up to the size as written.
 
-        It can refuse small ones: a width below the rank, a micro-batch that makes accumulation necessary.
+        Small sizes may not be allowed: a width below the rank, or a micro-batch that makes accumulation necessary.
         """
         assert self.axis is not None
         start = max(above + 1, way.num_stages if self.varies_depth else 1)
@@ -250,7 +254,7 @@ class _Search:
         return self._try(way, index, self.limit) is not None
 
     def _try(self, way: Way, index: int | None, limit: float) -> _Trial | None:
-        """None where more than ``limit`` or the host's budget is needed, or where the configuration makes no plan."""
+        """Plan a way at a size; None if it exceeds ``limit`` or the host budget, or cannot be planned."""
         depth, costs = self._depth(index), self._costs(way, index)
         if costs is None or way.num_stages > depth:
             return None
@@ -272,17 +276,18 @@ class _Search:
                 num_parameters=costs.shape.num_parameters(depth),
                 flops_per_token=[costs.mean_flops_per_token(*stage) for stage in _stages(layers)],
             )
-        except ConfigError:  # not one step for each stage
+        except ConfigError:  # less than one step per stage
             return None
         return _Trial(costs, layers, tuple(stage.trained for stage in tokens), peak_bytes)
 
     def _layers(self, way: Way, depth: int, costs: StagePrices, limit: float) -> tuple[int, ...] | None:
-        """As the plan chooses them; None where it is plain that they need more than ``limit``."""
+        """Layers per stage as the plan chooses them; None if they are known to need more than ``limit``."""
         if self._has_written_layers(way.num_stages, depth):
             return tuple(self.config.plan.layers or ())
         if self.config.plan.objective == "peak":
             return self._solve(costs, depth, way.num_stages, limit)
-        key = (tuple(way.changes.items()), way.num_stages, depth, costs.shape)  # the same at every batch and sequence
+        # Independent of the batch size and the sequence length.
+        key = (tuple(way.changes.items()), way.num_stages, depth, costs.shape)
         if key not in self.solved:
             self.solved[key] = self._solve(costs, depth, way.num_stages, math.inf)
         return self.solved[key]
@@ -302,7 +307,7 @@ class _Search:
         return index if self.varies_depth and index is not None else self.config.model.num_hidden_layers
 
     def _costs(self, way: Way, index: int | None) -> StagePrices | None:
-        """The same for every K above 1 and every depth; None where the configuration is refused."""
+        """Stage prices, cached and shared by every K above 1 and every depth; None if the configuration is invalid."""
         key = (tuple(way.changes.items()), way.num_stages > 1, None if self.varies_depth else index)
         if key not in self.costs:
             changes = self._changes(way, AXES["depth"].largest if self.varies_depth else index)
@@ -347,7 +352,7 @@ class _Search:
         return sum(tokens / costs.config.step_tokens * each for tokens, each in zip(trial.tokens, step, strict=True))
 
     def _changes(self, way: Way, index: int | None) -> Changes:
-        """All that differs from the configuration as written."""
+        """All changes relative to the configuration as written."""
         changes = {} if self.axis is None or index is None else dict(self.axis.changes(self.config, index))
         changes["plan.num_stages"] = way.num_stages
         if not self._has_written_layers(way.num_stages, self._depth(index)):
@@ -373,14 +378,14 @@ def _nothing_fits(search: _Search) -> PlanInfeasible:
 
 
 def _spread(rows: Sequence[Alternative]) -> list[Alternative]:
-    """At most ``MAX_ALTERNATIVES`` of them, evenly, the first and the last included."""
+    """At most ``MAX_ALTERNATIVES`` evenly spaced rows, including the first and the last."""
     if len(rows) <= MAX_ALTERNATIVES:
         return list(rows)
     return [rows[i * (len(rows) - 1) // (MAX_ALTERNATIVES - 1)] for i in range(MAX_ALTERNATIVES)]
 
 
 def _stages(layers: Sequence[int]) -> list[tuple[int, int]]:
-    """New and old layers of every stage."""
+    """The numbers of new and old layers in every stage."""
     return [(new, depth - new) for new, depth in zip(layers, accumulate(layers), strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""How long a plan takes on a device, by stage."""
+"""Estimate how long a plan takes on a device, by stage."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from steplm.planner.plan import Plan
 
 @dataclass(frozen=True)
 class StageTime:
-    """Of the steps of one stage; evaluation, checkpoints and data are left out."""
+    """The time of one stage's training steps, excluding evaluation, checkpoints and data loading."""
 
     index: int
     num_hidden_layers: int
     tokens: int
     num_steps: int
     seconds: float
-    longest_step: StepSeconds  # of all its phases
+    longest_step: StepSeconds  # of any phase
 
     @property
     def step_seconds(self) -> float:
-        """The mean over its steps."""
+        """Mean seconds per step."""
         return self.seconds / self.num_steps
 
     @property
@@ -31,8 +31,8 @@ class StageTime:
 
 
 def stage_times(config: RunConfig, plan: Plan, speeds: Speeds) -> tuple[StageTime, ...] | None:
-    """None for families whose layers are not counted; see ``steplm.cost.work.step_work``."""
-    by_cost: dict[int, StepSeconds] = {}  # phases of one cost do the same work
+    """The time of every stage; None for families without formulas, see ``steplm.cost.work.step_work``."""
+    by_cost: dict[int, StepSeconds] = {}  # phases with the same cost do the same work
     times = []
     for stage in plan.stages:
         steps = []

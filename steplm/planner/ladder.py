@@ -1,4 +1,4 @@
-"""What ``steplm fit`` may change: memory options, the cheaper first, and sizes to maximise."""
+"""What ``steplm fit`` may change: memory options, cheapest first, and the sizes it can maximize."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ Changes = Mapping[str, Any]  # "section.key" -> value
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """A memory option, taken on top of those before it in ``LADDER``; its price is that of all of them together.
+    """A memory option, applied on top of those before it in ``LADDER``; its price is that of all of them together.
 
-    Prices are points of judgement: bytes and FLOPs alone would call the strongest option the best.
+    Prices are points set by judgment: by bytes and FLOPs alone, the strongest option would always be the best.
     """
 
     name: str
     price: int
     key: str
     value: Any
-    replaces: tuple[Any, ...]  # written values that the option is a step up from
+    replaces: tuple[Any, ...]  # configured values that the option can replace
     time: str = ""
     quality: str = ""
-    loss: str = ""  # measured difference, with its scale (docs/memory.md, docs/results.md)
-    on_frozen: bool = False  # does nothing where no layer is frozen
-    on_host: bool = False  # takes host memory; below a budget of that, the ladder without such rungs is tried too
-    needs: tuple[tuple[str, Any], ...] = ()  # settings without which the configuration refuses it
+    loss: str = ""  # measured loss difference, and at which scale (docs/memory.md, docs/results.md)
+    on_frozen: bool = False  # has no effect unless layers are frozen
+    on_host: bool = False  # uses host memory; with a host budget, the ladder without such rungs is tried too
+    needs: tuple[tuple[str, Any], ...] = ()  # other settings that the option requires
 
 
-# First what changes no number of the training and costs time alone, the quicker first (8-bit states stand among
-# them: they cost next to no time, and the transfers may cost much where a micro-batch is short); then what changes
-# numbers, those of frozen weights last, as they are dequantised in every pass and merged with an error. The fused
-# update comes at the end: with accumulation it changes the tokens of a step, and the learning rate with them.
+# Options that only cost time and leave the results of training unchanged come first, the fastest first. 8-bit states
+# are among them because they cost almost no time, while transfers can cost a lot when micro-batches are short. Options
+# that change the results follow. Quantized frozen weights come late among these, because they are dequantized in every
+# pass and merged with an error. The fused update is last: if the run accumulates gradients, it changes the tokens per
+# step and therefore the learning rate.
 LADDER: tuple[Rung, ...] = (
     Rung(
         name="recompute frozen layers",
@@ -147,8 +148,8 @@ LADDER: tuple[Rung, ...] = (
 )
 
 
-# On top of any height of the ladder: it changes no number, but moves all that is trained over the bus in each step,
-# and updates it on the CPU.
+# Can be added to any prefix of the ladder. It leaves the results of training unchanged, but in every step all trained
+# parameters cross the bus and are updated on the CPU.
 OFFLOADED = Rung(
     name="optimizer in host memory",
     price=19,
@@ -163,16 +164,16 @@ RUNGS = (*LADDER, OFFLOADED)
 
 @dataclass(frozen=True)
 class Axis:
-    """A size to maximise, in whole steps."""
+    """A size to maximize; its possible values are numbered from 1."""
 
-    index: Callable[[RunConfig], int]  # of the written value, from 1
-    value: Callable[[RunConfig, int], int]
-    changes: Callable[[RunConfig, int], Changes]  # at an index
+    index: Callable[[RunConfig], int]  # index of the value as written
+    value: Callable[[RunConfig, int], int]  # value at an index
+    changes: Callable[[RunConfig, int], Changes]  # configuration changes that set the value at an index
     largest: int  # index at which the search stops
 
 
 def _width_unit(config: RunConfig) -> int:
-    """Query heads for each head of keys and values: the least that can be added."""
+    """Query heads per key-value head, the smallest number of heads that can be added."""
     model = config.model
     return model.num_attention_heads // (model.num_key_value_heads or model.num_attention_heads)
 
@@ -211,7 +212,7 @@ def _batch_changes(config: RunConfig, index: int) -> Changes:
 
 
 def _sequence_unit(config: RunConfig) -> int:
-    """The largest power of two, up to 64, in the written length: lengths that devices like stay so."""
+    """The largest power of two, up to 64, that divides the written length, to keep lengths hardware-friendly."""
     return math.gcd(64, config.train.sequence_length)
 
 

@@ -1,8 +1,8 @@
-"""The methods: each says who is trained in every phase of a stage. To add one, write a generator and a line below.
+"""Training methods: each defines which parts of the model are trained in every phase of a stage.
 
-A generator takes the number of new and of old layers of a stage, and its optimizer steps, and yields ``Draft``\\ s, one
-a phase. Where the number of steps is None it yields each kind of phase once, with its share of the steps: that is
-what the planner prices before there are tokens.
+To add a method, write a generator and add it to ``METHODS``. A generator takes the numbers of new and old layers of a
+stage and its number of optimizer steps, and yields one ``Draft`` per phase. If the number of steps is None, it yields
+each kind of phase once, with its share of the steps. The planner uses these to compute costs before it knows the steps.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from steplm.planner.tokens import divide
 from steplm.schedule import Adapter, Entry, Frozen, Role, Trained
 from steplm.types import LayerMap, ModelShape
 
-# Of 1, 2, 4, 8 and 16 the best lie here, and it costs no byte: docs/results.md.
+# alpha / rank. The best values among 1, 2, 4, 8 and 16 are around here, at no cost in memory (docs/results.md).
 ALPHA_OF_RANK = 4.0
 
 
 class Draft(NamedTuple):
-    """A phase without its place in the run."""
+    """A phase without its position in the run."""
 
     entry: Entry
     layers: tuple[Role, ...]
     embeddings_and_head: Role
-    steps: float  # or the share of the stage's steps, where these are not known
+    steps: float  # or the share of the stage's steps, if their number is not known yet
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the generators put together: the roles and layer maps that a configuration names."""
+    """The roles and layer maps that a configuration names, from which generators build phases."""
 
     config: RunConfig
     shape: ModelShape
@@ -51,7 +51,7 @@ class Parts:
         alpha = ALPHA_OF_RANK * pet.rank if pet.alpha is None else pet.alpha
         targets = resolve_target_modules(self.shape, pet.target_modules)
         adapter = Adapter(pet.rank, alpha, targets, pet.method, pet.rule)
-        adapter_shapes(self.shape, adapter)  # refuses a rank that is too large
+        adapter_shapes(self.shape, adapter)  # raises if the rank is too large
         return adapter
 
     @property
@@ -72,12 +72,12 @@ class Parts:
 
 
 def vanilla(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
-    """Ordinary pre-training: all is trained."""
+    """Ordinary pre-training, which trains everything."""
     yield Draft(Entry("fresh"), (parts.trained,) * num_new, Trained(), 1 if num_steps is None else num_steps)
 
 
 def step(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
-    """New layers are trained, old ones are frozen under adapters. arXiv 2504.04151."""
+    """Train new layers and freeze old ones under adapters (arXiv 2504.04151)."""
     if num_old == 0:
         yield from vanilla(parts, num_new, num_old, num_steps)
         return
@@ -88,25 +88,25 @@ def step(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Ite
 
 
 def growth(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
-    """Layers are added, and every layer is trained in every stage. Stacking: arXiv 2405.15319."""
+    """Add layers, and train every layer in every stage (stacking: arXiv 2405.15319)."""
     yield from _with_trained_old_layers(parts, num_new, num_old, num_steps, parts.trained)
 
 
 def thawed(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
-    """As growth, and old layers are trained by a rule of their own, with fewer states."""
+    """Like ``growth``, but old layers have their own update rule, with fewer optimizer states."""
     yield from _with_trained_old_layers(
         parts, num_new, num_old, num_steps, Trained(parts.config.optim.old_layers or "")
     )
 
 
 def lora(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
-    """Every layer is frozen under adapters from the start. arXiv 2106.09685."""
+    """Freeze every layer under adapters from the start (arXiv 2106.09685)."""
     steps = 1 if num_steps is None else num_steps
     yield Draft(Entry("fresh"), (parts.adapter,) * num_new, Trained(), steps)
 
 
 def relora(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
-    """An ordinary warm start, then adapters on all layers, merged and begun anew. arXiv 2307.05695."""
+    """Train all layers as a warm start, then adapters that are repeatedly merged and replaced (arXiv 2307.05695)."""
     pet = parts.config.pet
     warm: float = 0
     if pet.warm_start:
@@ -120,7 +120,7 @@ def relora(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> I
 
 
 def badam(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
-    """One layer after the other is trained, beside embeddings and head. arXiv 2404.02827."""
+    """Train one layer at a time, in addition to embeddings and head (arXiv 2404.02827)."""
     switch_steps = parts.config.optim.switch_steps
     last_turn = num_new if num_steps is None else -(-num_steps // switch_steps)
     for turn in range(last_turn):
@@ -132,10 +132,10 @@ def badam(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> It
 
 
 def active_block(turn: int, *, num_blocks: int, seed: int) -> int:
-    """Which of ``num_blocks`` blocks is trained in a turn.
+    """The index of the block that is trained in a turn.
 
-    Each comes once in a pass over all of them; every pass has an order of its own, drawn from ``seed`` and the number
-    of the pass.
+    Each pass over the ``num_blocks`` blocks trains every block once, in an order drawn from ``seed`` and the number of
+    the pass.
     """
     order = list(range(num_blocks))
     random.Random(f"{seed}:{turn // num_blocks}").shuffle(order)
@@ -144,7 +144,7 @@ def active_block(turn: int, *, num_blocks: int, seed: int) -> int:
 
 @dataclass(frozen=True)
 class Method:
-    """A generator, and the keys that it reads of ``METHOD_KEYS``."""
+    """A generator, and which of ``METHOD_KEYS`` it reads."""
 
     phases: Callable[[Parts, int, int, int | None], Iterator[Draft]]
     reads: tuple[str, ...] = ()
@@ -164,15 +164,15 @@ METHODS: dict[str, Method] = {
     "badam": Method(badam, freezes=True),
 }
 
-# Keys that only some methods read. A method refuses the others, unless they have their default.
+# Keys that only some methods read. A method rejects those it does not read, unless they have their default value.
 METHOD_KEYS = tuple(dict.fromkeys(key for method in METHODS.values() for key in method.reads))
 
 
 def check_keys(config: RunConfig) -> None:
-    """Refuse keys that the method does not read, and values that it cannot use.
+    """Check that the method reads every key that is set, and can use its value.
 
     Raises:
-        ConfigError: naming the key and the methods that read it.
+        ConfigError: a key is not read, or a value cannot be used; the message says what to change.
     """
     name, method = config.method, METHODS[config.method]
     for key in METHOD_KEYS:
@@ -203,7 +203,7 @@ def check_keys(config: RunConfig) -> None:
 
 
 def value_and_default(config: RunConfig, key: str) -> tuple[Any, Any]:
-    """Of ``section.key``."""
+    """The value and the default of ``section.key``."""
     section_name, _, name = key.partition(".")
     section = getattr(config, section_name)
     return getattr(section, name), type(section).model_fields[name].default
@@ -226,7 +226,7 @@ def _with_trained_old_layers(
 
 
 def _rounds(parts: Parts, num_steps: int | None, restarts: int) -> list[float]:
-    """Steps of each round of adapters."""
+    """The number of steps in each round of adapters; [1], as a share, if ``num_steps`` is None."""
     if num_steps is None:
         return [1]
     rounds = divide(num_steps, [1 / (restarts + 1)] * (restarts + 1))

@@ -1,4 +1,4 @@
-"""Plans of runs of steplm 0.1, whose ``plan.json`` has stages in place of a schedule."""
+"""Plans of steplm 0.1 runs, whose ``plan.json`` has stages instead of a schedule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OLD_SCHEMA_VERSION = 2
 
 
 def plan_of_old_run(config: RunConfig, values: Mapping[str, Any]) -> tuple[Plan, tuple[int, ...]]:
-    """The plan, made again from the run's configuration, and its stage for each stage in the old file.
+    """Rebuild the plan from the run's configuration, and map each stage of the old file to its stage in the plan.
 
     The old file counts each restart of adapters as a stage.
 
@@ -24,14 +24,14 @@ def plan_of_old_run(config: RunConfig, values: Mapping[str, Any]) -> tuple[Plan,
         values: its ``plan.json``.
 
     Raises:
-        KeyError, TypeError, ValueError: ``values`` is not such a plan, or is of another model.
-        ConfigError, PlanInfeasible: as ``plan`` does.
+        KeyError, TypeError, ValueError: ``values`` is not such a plan, or belongs to another model.
+        ConfigError, PlanInfeasible: as for ``plan``.
     """
     new_layers = [stage["num_new_layers"] for stage in values["stages"]]
-    if sum(new_layers) != config.model.num_hidden_layers:  # before anything is computed for each layer
+    if sum(new_layers) != config.model.num_hidden_layers:  # fail before any per-layer computation
         raise ValueError(f"{sum(new_layers)} layers, but config.yaml has {config.model.num_hidden_layers}")
     changes = {"layers": [n for n in new_layers if n], "budget": None, "host_budget": None}
     options = config.plan.model_copy(update=changes)
-    # The shapes that the first runs wrote lack the embeddings' and norms' tensors.
+    # Shapes written by the first runs lack the tensors of embeddings and norms.
     shape = None if config.model.model_type in FAMILIES else from_json(ModelShape, values["shape"])
     return plan(config.model_copy(update={"plan": options}), shape), tuple(accumulate(map(bool, new_layers)))

@@ -1,4 +1,4 @@
-"""``RunConfig -> Plan``: the schedule of a run, and what each of its phases costs."""
+"""``RunConfig -> Plan``: the schedule of a run, and the cost of each of its phases."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ SCHEMA_VERSION = 3  # of ``plan.json``
 
 @dataclass(frozen=True)
 class Stage:
-    """The phases from one growth to the next, and their costs. A view: a ``Plan`` holds the parts."""
+    """The phases from one growth to the next, and their costs, as a view of a ``Plan``."""
 
     phases: tuple[Phase, ...]
     costs: tuple[Cost, ...]  # of each phase
 
     @property
     def index(self) -> int:
-        """From 1."""
+        """The number of the stage, from 1."""
         return self.phases[0].stage
 
     @property
     def grows(self) -> bool:
-        """Whether layers are added to an older model at its beginning."""
+        """Whether the stage starts by adding layers to an existing model."""
         return self.phases[0].entry.kind == "grow"
 
     @property
     def num_hidden_layers(self) -> int:
-        """After growth."""
+        """The depth after growth."""
         return self.phases[0].num_hidden_layers
 
     @property
@@ -61,18 +61,18 @@ class Stage:
 
     @cached_property
     def memory(self) -> MemoryEstimate:
-        """The model state of the phase that has the most."""
+        """The largest model state of any phase."""
         return max((cost.memory for cost in self.costs), key=lambda memory: memory.total_bytes)
 
     @cached_property
     def peak(self) -> PeakEstimate | None:
-        """All that the device holds in the phase that has the most; None where the family's layers are not known."""
+        """The highest peak of device memory in any phase; None for families without activation formulas."""
         peaks = [cost.peak for cost in self.costs if cost.peak is not None]
         return max(peaks, key=lambda peak: peak.total_bytes, default=None)
 
     @cached_property
     def spans(self) -> tuple[Stage, ...]:
-        """Its phases, those together that hold as much: what a table shows a row each."""
+        """The phases grouped by memory use; tables show one row per group."""
         alike: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, cost in enumerate(self.costs):
             alike[cost.memory.total_bytes, cost.device_bytes].append(index)
@@ -83,47 +83,47 @@ class Stage:
 
     @property
     def device_bytes(self) -> int:
-        """The peak, or the model state where no more is known."""
+        """The peak, or the model state for families without activation formulas."""
         return max(cost.device_bytes for cost in self.costs)
 
     @property
     def host_bytes(self) -> int:
-        """The most that waits in host memory."""
+        """Peak host memory."""
         return max(cost.host_bytes for cost in self.costs)
 
     @property
     def transfers(self) -> Transfers:
-        """Of a step of the phase that moves the most to the host."""
+        """Transfers per step of the phase that moves the most to the host."""
         return max((cost.transfers for cost in self.costs), key=lambda moved: moved.to_host)
 
     @property
     def highest_phase(self) -> Phase:
-        """The phase that holds the most."""
+        """The phase that needs the most device memory."""
         return max(zip(self.phases, self.costs, strict=True), key=lambda pair: pair[1].device_bytes)[0]
 
     @cached_property
     def training_flops(self) -> int:
-        """Without what is computed again."""
+        """Training FLOPs, excluding recomputed activations."""
         return sum(phase.tokens * cost.flops_per_token for phase, cost in zip(self.phases, self.costs, strict=True))
 
     @property
     def flops_per_token(self) -> int:
-        """The mean over its tokens."""
+        """Mean training FLOPs per token."""
         return round(self.training_flops / self.tokens)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The schedule of a run, which training obeys, and what it costs, which follows from it and the hardware."""
+    """The schedule that training follows, and its costs, which are computed from the schedule and the hardware."""
 
     shape: ModelShape
     precision: str  # "bf16" or "fp32"
     schedule: Schedule
-    costs: tuple[Cost, ...]  # the different ones
-    cost_indices: tuple[int, ...]  # for each phase, its place among them
+    costs: tuple[Cost, ...]  # without duplicates
+    cost_indices: tuple[int, ...]  # for each phase, the index of its cost in ``costs``
     proved_optimal: bool
     vanilla_model_state_bytes: int
-    vanilla_peak_bytes: int | None = None  # on the same batches, without any memory option
+    vanilla_peak_bytes: int | None = None  # with the same batches and no memory options
     schema_version: int = SCHEMA_VERSION
 
     def cost(self, phase: Phase) -> Cost:
@@ -139,7 +139,7 @@ class Plan:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """n_1 … n_K."""
+        """n_1 … n_K, the layers that each stage adds."""
         return self.schedule.layers
 
     @property
@@ -148,7 +148,7 @@ class Plan:
 
     @property
     def training_flops(self) -> int:
-        """Of all stages, without evaluation and without what is computed again."""
+        """Training FLOPs of all stages, excluding evaluation and recomputed activations."""
         return sum(stage.training_flops for stage in self.stages)
 
     @property
@@ -157,31 +157,31 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int | None:
-        """All bytes on the device, in the phase that has the most; None where the family is not modelled."""
+        """The highest peak of device memory in any phase; None for families without activation formulas."""
         peaks = [cost.peak.total_bytes for cost in self.costs if cost.peak is not None]
         return max(peaks) if len(peaks) == len(self.costs) else None
 
     @property
     def host_bytes(self) -> int:
-        """The most that waits in host memory, in any phase."""
+        """Peak host memory of any phase."""
         return max(cost.host_bytes for cost in self.costs)
 
     @property
     def reduction(self) -> float:
-        """Share of vanilla's model-state bytes that this plan saves, 0 … 1."""
+        """Fraction of vanilla's model-state bytes that this plan saves, 0 … 1."""
         return 1.0 - self.peak_model_state_bytes / self.vanilla_model_state_bytes
 
 
 def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
-    """The schedule of a run and its cost.
+    """Compute the schedule of a run and its cost.
 
     Args:
         config: the run.
-        shape: of the full model; default: from ``config.model``. Needed for model types that
-            ``steplm.planner.shape.FAMILIES`` does not know.
+        shape: the shape of the full model; default: from ``config.model``. Required for model types that are not in
+            ``steplm.planner.shape.FAMILIES``.
 
     Raises:
-        ConfigError: values that make no model, no adapters or no step, or that do not go together.
+        ConfigError: values that give no valid model, adapter or optimizer step, or that are incompatible.
         PlanInfeasible: more stages than layers, or more bytes than ``plan.budget`` or ``plan.host_budget``.
     """
     shape = shape or shape_from_hf_config(config.model.hf_config())
@@ -191,7 +191,7 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
 
 
 def price_again(config: RunConfig, shape: ModelShape, made: Plan) -> Plan:
-    """The schedule of a run that has begun, at the prices of today's batch, devices and formulas.
+    """Recompute the costs of a started run's schedule with the current batch size, devices and formulas.
 
     Raises:
         PlanInfeasible: more bytes than ``plan.budget`` or ``plan.host_budget``.
@@ -200,7 +200,7 @@ def price_again(config: RunConfig, shape: ModelShape, made: Plan) -> Plan:
 
 
 def as_vanilla(config: RunConfig) -> RunConfig:
-    """Ordinary mixed-precision training on the same batches: AdamW, one stage, no memory option."""
+    """The same run as ordinary mixed-precision training on the same batches: AdamW, one stage, no memory options."""
     changes: dict[str, dict[str, Any]] = defaultdict(dict)
     for key in METHOD_KEYS:
         section, _, name = key.partition(".")
@@ -213,7 +213,7 @@ def as_vanilla(config: RunConfig) -> RunConfig:
 
 
 def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
-    """Refuse a plan that does not fit.
+    """Check that a plan fits in device memory.
 
     Raises:
         PlanInfeasible: the largest stage and the reserve need more than the budget.
@@ -232,7 +232,7 @@ def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
     needed = memory.needed_bytes(stage.device_bytes)
     if needed <= budget_bytes:
         return
-    assert stage.peak is not None  # or the plan's were not known
+    assert stage.peak is not None  # otherwise the plan's peak would be None
     at_peak = stage.peak.highest.memory
     kinds = ("weights", "gradients", "optimizer", "activations", "workspace")
     parts = ", ".join(
@@ -252,9 +252,9 @@ def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
 
 
 def save_bytes(plan: Plan, config: RunConfig) -> int:
-    """Host memory of the copy that is written beside training: weights, adapters and optimizer states of a rank.
+    """Host memory of the copy that is saved while training continues: a rank's weights, adapters and optimizer states.
 
-    Packed weights are saved whole.
+    Frozen weights that are quantized or offloaded are saved in full, at the training precision.
     """
     width = 2 if plan.precision == "bf16" else 4
 
@@ -268,13 +268,13 @@ def save_bytes(plan: Plan, config: RunConfig) -> int:
 
 
 def check_host_budget(plan: Plan, budget_bytes: int, budget: str) -> None:
-    """Refuse a plan that does not fit in host memory.
+    """Check that a plan fits in host memory.
 
     Args:
-        budget: its name in the message, such as "plan.host_budget".
+        budget: the name of the budget in the message, such as "plan.host_budget".
 
     Raises:
-        PlanInfeasible: a stage keeps more there than the budget.
+        PlanInfeasible: a stage needs more host memory than the budget.
     """
     stage = max(plan.stages, key=lambda stage: stage.host_bytes)
     if stage.host_bytes <= budget_bytes:
@@ -290,7 +290,7 @@ def check_host_budget(plan: Plan, budget_bytes: int, budget: str) -> None:
 
 
 def _make_schedule(config: RunConfig, shape: ModelShape, prices: StagePrices, layers: tuple[int, ...]) -> Schedule:
-    """The phases of all stages, one after the other."""
+    """Make the phases of all stages, in order."""
     old_layers = [0, *accumulate(layers[:-1])]
     tokens = stage_tokens(
         config.plan,
@@ -346,8 +346,8 @@ def _priced(schedule: Schedule, prices: StagePrices, *, proved_optimal: bool) ->
 
 
 def _distinct(costs: Iterable[Cost]) -> tuple[tuple[Cost, ...], tuple[int, ...]]:
-    """The different ones, and for each the place of its like among them."""
-    places: dict[int, int] = {}  # those that are alike are one object
+    """The costs without duplicates, and for each original cost its index among them."""
+    places: dict[int, int] = {}  # keyed by identity, as equal costs are the same object
     kept: list[Cost] = []
     indices = []
     for cost in costs:
@@ -359,7 +359,7 @@ def _distinct(costs: Iterable[Cost]) -> tuple[tuple[Cost, ...], tuple[int, ...]]
 
 
 def _choose_layers(config: RunConfig, shape: ModelShape, prices: StagePrices) -> tuple[tuple[int, ...], bool]:
-    """n_1 … n_K, and whether no other choice has a smaller peak."""
+    """Choose n_1 … n_K, and tell whether no other choice has a lower peak."""
     num_layers, num_stages = shape.num_hidden_layers, config.plan.num_stages
     if config.plan.layers is not None and sum(config.plan.layers) != num_layers:
         raise ConfigError(

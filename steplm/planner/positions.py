@@ -1,8 +1,8 @@
 """Where new layers go: a position is a function ``(num_old, num_new, seed) -> LayerMap``.
 
-``N`` old layers have ``N - 1`` gaps between neighbours, numbered from the bottom. Where more new
-layers than gaps are asked for, every gap takes the same number and the position chooses the gaps
-that take one more. A single old layer has no gap: new layers then go above it.
+``N`` old layers have ``N - 1`` gaps between neighbors, numbered from the bottom. If there are more
+new layers than gaps, every gap takes the same number and the position chooses the gaps that take one
+more. A single old layer has no gap; new layers then go above it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def make_layer_map(num_old: int, num_new: int, position: str, seed: int = 0) -> 
         num_old: layers of the old model, at least 1.
         num_new: layers to add, at least 1.
         position: a key of ``POSITIONS``.
-        seed: read by the position "random" only.
+        seed: used by the position "random" only.
 
     Raises:
-        ConfigError: unknown position.
+        ConfigError: the position is unknown.
         GrowthError: fewer than one old or new layer.
     """
     if position not in POSITIONS:
@@ -55,14 +55,14 @@ def lower(num_old: int, num_new: int, seed: int) -> LayerMap:
 
 
 def random_gaps(num_old: int, num_new: int, seed: int) -> LayerMap:
-    """Gaps drawn without replacement; the same for the same seed and sizes."""
+    """Gaps drawn without replacement, always the same for a given seed and sizes."""
     # Sizes are part of the seed so that the stages of one run draw independently.
     generator = random.Random(f"{seed}:{num_old}:{num_new}")
     return _in_gaps(num_old, num_new, lambda num_gaps, count: generator.sample(range(num_gaps), count))
 
 
 def even(num_old: int, num_new: int, seed: int) -> LayerMap:
-    """Gaps spread over the depth: the middles of equal parts."""
+    """Gaps spread over the depth, at the midpoints of equal intervals."""
     return _in_gaps(
         num_old,
         num_new,
@@ -71,7 +71,7 @@ def even(num_old: int, num_new: int, seed: int) -> LayerMap:
 
 
 def top(num_old: int, num_new: int, seed: int) -> LayerMap:
-    """The block of old layers repeated above itself: new layer ``j`` comes from old layer ``j mod N``.
+    """Stack copies of the old layers on top of them: new layer ``j`` comes from old layer ``j mod N``.
 
     Source: G_stack (arXiv 2405.15319).
     """
@@ -90,7 +90,7 @@ POSITIONS: dict[str, Callable[[int, int, int], LayerMap]] = {
 
 
 def _in_gaps(num_old: int, num_new: int, choose: Callable[[int, int], Iterable[int]]) -> LayerMap:
-    """New layers between neighbours; ``choose(num_gaps, count)`` names the gaps that take one more."""
+    """Insert new layers between neighbors; ``choose(num_gaps, count)`` returns the gaps that take one more."""
     num_gaps = num_old - 1
     if num_gaps == 0:
         return LayerMap((LayerOrigin((0,)), *(LayerOrigin((0,), is_new=True) for _ in range(num_new))))

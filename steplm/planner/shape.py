@@ -13,16 +13,16 @@ from steplm.units import nearest
 
 @dataclass(frozen=True)
 class Family:
-    """What one Hugging Face model type has besides the plain Llama layer.
+    """How a Hugging Face model type differs from the plain Llama layer.
 
-    ``defaults`` are the values of keys that a configuration leaves out. ``attention_bias`` and
-    ``mlp_bias`` stand there only where the family reads them.
+    ``defaults`` are the values of keys that a configuration leaves out. They include ``attention_bias`` and
+    ``mlp_bias`` only if the family reads them.
     """
 
     defaults: Mapping[str, Any]
-    qkv_bias: bool = False  # always, whatever the configuration says
+    qkv_bias: bool = False  # True: always present, regardless of the configuration
     qk_norm: str = "none"  # "head": over one head; "all": over all heads together
-    norms_per_layer: int = 2  # vectors of hidden_size
+    norms_per_layer: int = 2  # each with hidden_size parameters
     final_norm: bool = True
     fused: bool = False  # qkv_proj and gate_up_proj
 
@@ -34,7 +34,7 @@ def _defaults(vocab: int, hidden: int, feed_forward: int, layers: int, heads: in
         "intermediate_size": feed_forward,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": None,  # as many as query heads
+        "num_key_value_heads": None,  # num_attention_heads
         "head_dim": None,  # hidden_size / num_attention_heads
         "tie_word_embeddings": False,
         **rest,
@@ -88,13 +88,13 @@ FAMILIES: dict[str, Family] = {
 
 
 def shape_from_hf_config(values: Mapping[str, Any]) -> ModelShape:
-    """Parameter counts of the model that ``transformers`` builds from these configuration keys.
+    """Count the parameters of the model that ``transformers`` builds from these configuration keys.
 
-    Keys that are left out take the family's own Hugging Face default; keys that do not change the
-    number of parameters are ignored.
+    Missing keys take the family's own Hugging Face defaults. Keys that do not change the number of
+    parameters are ignored.
 
     Raises:
-        ConfigError: unknown ``model_type``, or sizes that do not divide each other.
+        ConfigError: ``model_type`` is unknown, or sizes are invalid or not divisible as required.
     """
     model_type = values.get("model_type")
     family = FAMILIES.get(str(model_type))
@@ -152,7 +152,7 @@ def shape_from_hf_config(values: Mapping[str, Any]) -> ModelShape:
 
 
 def _linears(family: Family, known: Mapping[str, Any], query_size: int, kv_size: int) -> tuple[LinearShape, ...]:
-    """The linear maps of one layer, in the order of the model's own modules."""
+    """The linear layers of one Transformer layer, in the model's module order."""
     hidden, feed_forward = known["hidden_size"], known["intermediate_size"]
     attention_bias, mlp_bias = bool(known.get("attention_bias")), bool(known.get("mlp_bias"))
     if family.fused:

@@ -1,9 +1,9 @@
-"""How many layers each stage adds: minimise the largest stage cost over positive n_1 … n_K with sum L.
+"""Choose how many layers each stage adds: minimize the largest stage cost over positive n_1 … n_K with sum L.
 
-A cost is a function ``cost(num_new, num_old) -> int``; ``num_old`` is 0 exactly in stage 1.
+A cost is a function ``cost(num_new, num_old) -> int``; ``num_old`` is 0 in stage 1 and only there.
 
-Optima are not unique. Of all plans with the least peak, every solver here returns the one whose
-n_1 is largest, among those the one whose n_2 is largest, and so on: the model is deep early.
+Optima are not unique. Of all plans with the lowest peak, every solver here returns the one with the
+largest n_1, then the largest n_2, and so on, so that the model is deep early.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def peak_cost(cost: StageCost, layers: tuple[int, ...]) -> int:
 
 
 def solve_dynamic_programming(cost: StageCost, num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Exact for any cost, in O(K L²) time.
+    """Solve exactly for any cost, in O(K L²) time.
 
     Raises:
         PlanInfeasible: more stages than layers.
     """
     _require_feasible(num_layers, num_stages)
-    # least[N]: the least peak of a run whose stages so far have made N layers.
+    # least[N]: the lowest peak of any sequence of stages so far that reaches depth N.
     least = {depth: cost(depth, 0) for depth in range(1, num_layers + 1)}
     for stage in range(2, num_stages + 1):
         least = {
@@ -42,11 +42,11 @@ def solve_dynamic_programming(cost: StageCost, num_layers: int, num_stages: int)
 
 
 def solve_within(cost: StageCost, num_layers: int, num_stages: int, limit: float = math.inf) -> tuple[int, ...] | None:
-    """As the other solvers, in few costs; None if every plan costs more than ``limit``.
+    """Like the other solvers, with few cost evaluations; None if every plan costs more than ``limit``.
 
-    By bisection of the limit. Exact where one more new layer never costs less. Where a new layer in place of an old one
-    never costs less either, a limit takes O(K log L) costs: the plan that is as deep as the limit allows, stage by
-    stage, fails only if all do. Otherwise (as if new layers alone were recomputed) it takes O(K L).
+    Bisects the limit. Exact if an additional new layer never lowers the cost. If a new layer in place of an old one
+    never lowers it either, each limit takes O(K log L) evaluations: the plan that is as deep as the limit allows, stage
+    by stage, fails only if all plans do. Otherwise (e.g. if only new layers are recomputed) each limit takes O(K L).
 
     Raises:
         PlanInfeasible: more stages than layers.
@@ -70,14 +70,14 @@ def solve_within(cost: StageCost, num_layers: int, num_stages: int, limit: float
 
 
 def solve_integer_programme(cost: StageCost, num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """By mixed-integer linear programming (HiGHS): a way of K steps from depth 0 to depth L.
+    """Solve by mixed-integer linear programming (HiGHS), as a path of K steps from depth 0 to depth L.
 
-    Variables are the peak t and, for each stage i, one binary for each pair of a depth before and a depth after
-    it; a stage takes one pair, and begins where the last one ended. Minimise t subject to ``cost_i <= t``.
-    The solver proves the peak; the choice among its optima is the same as elsewhere.
+    The variables are the peak t and, for each stage i, one binary for each pair of a depth before and a depth after
+    it. A stage takes one pair and starts where the previous one ended. Minimizes t subject to ``cost_i <= t``.
+    The solver proves the peak optimal; ties are broken as in the other solvers.
 
     Raises:
-        PlanInfeasible: more stages than layers, or the solver gives up.
+        PlanInfeasible: more stages than layers, or the solver finds no solution.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -92,12 +92,12 @@ def solve_integer_programme(cost: StageCost, num_layers: int, num_stages: int) -
         if (depth == num_layers) == (stage == num_stages - 1)
     ]
     costs = np.array([cost(depth - old, old) for _, old, depth in steps], dtype=float)
-    # In units of their spread, so that the solver's absolute tolerances mean the same for every model.
+    # Costs are scaled by their spread, so that the solver's absolute tolerances mean the same for every model.
     lowest, spread = costs.min(), max(costs.max() - costs.min(), 1.0)
     columns = range(len(steps))
     peak_rows = csr_array(((costs - lowest) / spread, ([stage for stage, _, _ in steps], columns)))
     peak_column = csr_array(-np.ones((num_stages, 1)))
-    # A node is a stage's start at a depth: what arrives there goes on from there.
+    # A node is a stage and the depth at which it starts; flow into a node equals flow out of it.
     nodes = {(stage, old): row for row, (stage, old) in enumerate(sorted({(s, old) for s, old, _ in steps}))}
     flow = np.zeros((len(nodes), len(steps) + 1))
     for column, (stage, old, depth) in enumerate(steps):
@@ -129,7 +129,7 @@ def solve_integer_programme(cost: StageCost, num_layers: int, num_stages: int) -
 
 
 def solve_exhaustive(cost: StageCost, num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Every composition of L into K parts: the reference for the others.
+    """Try every composition of L into K parts, as a reference for the other solvers.
 
     Raises:
         PlanInfeasible: more stages than layers.
@@ -143,15 +143,18 @@ def solve_exhaustive(cost: StageCost, num_layers: int, num_stages: int) -> tuple
 
 
 def equal_parts_if_as_good(cost: StageCost, layers: tuple[int, ...]) -> tuple[int, ...]:
-    """Without freezing, the last stage trains the whole model: as a rule every plan has the same peak, and equal
-    parts are the natural one."""
+    """Stages of equal size if their peak is no higher than that of ``layers``, else ``layers``.
+
+    Without freezing, the last stage trains the whole model. All plans then usually have the same peak, and equal stages
+    are the natural choice.
+    """
     smaller, remainder = divmod(sum(layers), len(layers))
     equal_parts = tuple(smaller + (stage < remainder) for stage in range(len(layers)))
     return equal_parts if peak_cost(cost, equal_parts) <= peak_cost(cost, layers) else layers
 
 
 def _new_layers_cost_most(cost: StageCost, num_layers: int) -> bool:
-    """Whether a new layer costs at least as much as an old one, at a few points: costs are all but linear."""
+    """Whether a new layer costs at least as much as an old one; costs are almost linear, so a few points suffice."""
     depths = {depth for depth in (num_layers, num_layers // 2 + 1, 3) if 3 <= depth <= num_layers}
     return all(
         cost(new, depth - new) <= cost(new + 1, depth - new - 1)
@@ -164,7 +167,7 @@ def _new_layers_cost_most(cost: StageCost, num_layers: int) -> bool:
 def _deepest_within(
     cost: StageCost, num_layers: int, num_stages: int, limit: float
 ) -> tuple[tuple[int, ...] | None, int]:
-    """The plan that takes, stage by stage, all layers that ``limit`` allows, or None; the least cost refused."""
+    """The plan that adds as many layers as ``limit`` allows, stage by stage, or None; then the lowest cost rejected."""
     layers: list[int] = []
     refused: list[int] = []
 
@@ -176,7 +179,7 @@ def _deepest_within(
 
     for later_stages in reversed(range(num_stages)):
         most = num_layers - sum(layers) - later_stages
-        least = 1 if later_stages else most  # the last stage takes the rest
+        least = 1 if later_stages else most  # the last stage takes all remaining layers
         if not is_allowed(least):
             return None, min(refused)
         layers.append(last_true(is_allowed, least, most))
@@ -184,13 +187,13 @@ def _deepest_within(
 
 
 def _any_within(cost: StageCost, num_layers: int, num_stages: int, limit: float) -> tuple[tuple[int, ...] | None, int]:
-    """The plan within ``limit`` that is deep early, or None; then the least cost refused."""
+    """The plan within ``limit`` that is deepest early, or None; then the lowest cost rejected."""
 
     def step_cost(old: int, depth: int) -> int:
         return cost(depth - old, old)
 
-    # Depths from which the stages that are left stay within the limit, for each number of those. Whether one more stage
-    # can come before them, its smallest step tells, which costs the least.
+    # depths[k]: depths from which k more stages reach the full depth within the limit. To see whether another stage can
+    # precede these, it is enough to check its smallest step, which costs the least.
     depths, refused = [[num_layers]], math.inf
     for stage in reversed(range(num_stages)):
         later = depths[-1]
@@ -208,9 +211,9 @@ def _any_within(cost: StageCost, num_layers: int, num_stages: int, limit: float)
 
 
 def last_true(test: Callable[[int], bool], low: int, high: int) -> int:
-    """The last of ``low`` … ``high`` that passes, where ``low`` does and all that pass come first.
+    """The last of ``low`` … ``high`` that passes, given that ``low`` passes and that all passing values come first.
 
-    In doubled steps, then halved ones: what lies far above the answer is never tried.
+    Steps are doubled and then halved, so values far above the answer are never tried.
     """
     step = 1
     while low < high:

@@ -1,4 +1,4 @@
-"""What the stages of a run would cost, before it is chosen how many layers each adds."""
+"""The cost of a stage for any number of new and old layers, from which the plan chooses the layers of each stage."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from steplm.types import ModelShape
 
 
 class StagePrices:
-    """Prices of a stage of ``num_new`` layers on ``num_old`` older ones, over all of its phases.
+    """Costs of a stage that adds ``num_new`` layers to ``num_old`` existing ones, over all of its phases.
 
     Raises:
-        ConfigError: the configuration makes no run; see ``check_keys`` and ``check_options``.
+        ConfigError: the configuration is not a valid run; see ``check_keys`` and ``check_options``.
     """
 
     def __init__(self, config: RunConfig, shape: ModelShape) -> None:
@@ -32,13 +32,13 @@ class StagePrices:
 
     @cached_property
     def run(self) -> Run:
-        """Every kind of phase, of a stage of two layers and of one that grows to as many."""
+        """Every kind of phase: those of a first stage with two layers, and of a stage that grows from one to two."""
         later = self.drafts(1, 1) if self.config.plan.num_stages > 1 else ()
         return Run(self.config, (*self.drafts(2, 0), *later))
 
     @cached_property
     def old_layers_take_less(self) -> bool:
-        """Whether a layer takes less memory when it is old."""
+        """Whether an old layer takes less memory than a new one."""
         if not self.method.grows or self.config.plan.num_stages == 1:
             return False
         one_old, none_old = (
@@ -48,12 +48,12 @@ class StagePrices:
 
     def _drafts(self, num_new: int, num_old: int, num_steps: int | None = None) -> tuple[Draft, ...]:
         """The phases of a stage."""
-        if self.config.plan.num_stages == 1:  # none has old layers, whatever a solver asks
+        if self.config.plan.num_stages == 1:  # a single stage has no old layers, whatever the caller passes
             num_new, num_old = num_new + num_old, 0
         return tuple(self.method.phases(self.parts, num_new, num_old, num_steps))
 
     def mean_flops_per_token(self, num_new: int, num_old: int, *, recomputed: bool = False) -> int:
-        """Training FLOPs per token over the phases of a stage, those of recomputed activations too if asked."""
+        """Mean training FLOPs per token over the phases of a stage, optionally with recomputed activations."""
         total = 0.0
         for draft in self.drafts(num_new, num_old):
             cost = self.cost_of_draft(draft)
@@ -61,28 +61,28 @@ class StagePrices:
         return round(total)
 
     def mean_step_seconds(self, num_new: int, num_old: int, speeds: Speeds) -> float:
-        """Seconds of a step over the phases of a stage; of a family that fits no formula, an error."""
+        """Mean seconds per step over the phases of a stage, for families with activation formulas only."""
         total = 0.0
         for draft in self.drafts(num_new, num_old):
             step = step_seconds(self.config, self.shape, _phase(draft), speeds)
-            assert step is not None  # or its peak would not be known either
+            assert step is not None  # None only for families whose peak is unknown too
             total += draft.steps * step.total
         return total
 
     def model_state_bytes(self, num_new: int, num_old: int) -> int:
-        """The most that any phase of a stage has."""
+        """The largest model state of any phase."""
         return max(self.cost_of_draft(draft).memory.total_bytes for draft in self.drafts(num_new, num_old))
 
     def _device_bytes(self, num_new: int, num_old: int) -> int:
-        """The highest instant, or the model state where that is all that is known."""
+        """The peak, or the model state for families without activation formulas."""
         return max(self.cost_of_draft(draft).device_bytes for draft in self.drafts(num_new, num_old))
 
     def host_bytes(self, num_new: int, num_old: int) -> int:
-        """The most in host memory."""
+        """Peak host memory."""
         return max(self.cost_of_draft(draft).host_bytes for draft in self.drafts(num_new, num_old))
 
     def _objective_bytes(self, num_new: int, num_old: int) -> int:
-        """What the division into stages keeps low."""
+        """What the division into stages minimizes, as ``plan.objective`` says."""
         if self.config.plan.objective == "peak":
             return self.device_bytes(num_new, num_old)
         return self.model_state_bytes(num_new, num_old)
@@ -97,7 +97,7 @@ class StagePrices:
         return model_state(self.config, self.shape, _phase(draft), count_outer=False).total_bytes
 
     def cost_of_phase(self, phase: Phase) -> Cost:
-        """The same for all phases that differ in tokens and in place alone."""
+        """The cost of a phase; phases that differ only in tokens and position share one object."""
         return self.cost(replace(phase, index=0, stage=0, tokens=0, scheduled_tokens=0, schedule_start_tokens=0))
 
 

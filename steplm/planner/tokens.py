@@ -14,7 +14,7 @@ DEFAULT_TOKENS_PER_PARAMETER = 20.0  # Hoffmann et al. (arXiv 2203.15556)
 
 @dataclass(frozen=True)
 class StageTokens:
-    """Whole optimizer steps, in tokens."""
+    """The tokens of a stage, in whole optimizer steps."""
 
     scheduled: int  # the learning-rate schedule runs over these
     trained: int  # the stage stops after these
@@ -28,20 +28,20 @@ def stage_tokens(
     num_parameters: int,
     flops_per_token: Sequence[int],
 ) -> list[StageTokens]:
-    """Tokens of every stage.
+    """Compute the tokens of every stage.
 
-    A total is the sum of the *trained* tokens of all stages, rounded to whole steps; the last stage takes
-    what rounding leaves. Every stage has at least one step. All stages but the last stop when
-    ``grow_at`` of their schedule is done, so their schedule is longer by that factor.
+    A total budget is the sum of the *trained* tokens of all stages, rounded to whole steps; the last stage
+    takes the remainder. Every stage has at least one step. All stages but the last stop at the fraction
+    ``grow_at`` of their schedule, so the schedule is longer by a factor of ``1 / grow_at``.
 
     Args:
         layers: n_1 … n_K.
-        step_tokens: tokens of one optimizer step.
-        num_parameters: of the final model, for a budget in tokens per parameter.
-        flops_per_token: training FLOPs of each stage, for a budget in FLOPs.
+        step_tokens: tokens per optimizer step.
+        num_parameters: parameters of the final model, for a budget in tokens per parameter.
+        flops_per_token: training FLOPs per token of each stage, for a budget in FLOPs.
 
     Raises:
-        ConfigError: the budget is smaller than one step a stage.
+        ConfigError: the budget is less than one step per stage.
     """
     if config.tokens_per_stage is not None:
         total: float = sum(config.tokens_per_stage)
@@ -65,7 +65,7 @@ def stage_tokens(
 
 
 def _shares(config: PlanConfig, layers: Sequence[int]) -> list[float]:
-    """The stages' shares of the trained tokens; they add up to 1."""
+    """Each stage's share of the trained tokens; the shares sum to 1."""
     weights: list[float]
     if config.token_shares == "layers":
         weights = [float(depth) for depth in accumulate(layers)]
@@ -87,7 +87,7 @@ def _total_tokens(
 
 
 def divide(num_steps: int, shares: Sequence[float]) -> list[int]:
-    """Whole steps by share, at least one each where there are enough; the last stage takes the rest."""
+    """Divide whole steps by share, at least one each if there are enough; the last stage takes the rest."""
     steps: list[int] = []
     for index, share in enumerate(shares[:-1]):
         kept_for_later = len(shares) - 1 - index

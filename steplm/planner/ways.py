@@ -1,7 +1,8 @@
-"""The ways to train among which ``steplm fit`` chooses, the cheapest first.
+"""The ways to train that ``steplm fit`` chooses from, cheapest first.
 
-A way is a number of stages, a rank, the rungs of ``LADDER`` up to one of them, and ``OFFLOADED`` or not. What it gives
-up has a price in points of judgement, since bytes and FLOPs alone would always choose the lowest rank.
+A way combines a number of stages, an adapter rank, a prefix of ``LADDER`` and, optionally, ``OFFLOADED``. Its price
+rates the speed and quality it gives up, in points set by judgment: bytes and FLOPs alone would always favor the lowest
+rank.
 """
 
 from __future__ import annotations
@@ -22,36 +23,36 @@ from steplm.units import nearest
 
 VARY = ("stages", "rank", "options")
 MAX_STAGES = 6
-STAGE_PRICE = 1  # for each stage more or less than is written
-# For each more where old layers are frozen, and gained for each less. A judgement, as the two were measured at
-# different budgets: at 11M parameters a stage more cost 0.06 nats and above (docs/results.md), 8-bit states, no master
-# weights and NF4 at most 0.01 (docs/memory.md).
+STAGE_PRICE = 1  # for each stage more or fewer than in the configuration
+# For each additional stage where old layers are frozen; each stage fewer lowers the price by as much. Set by judgment,
+# because stages and memory options were measured at different budgets: at 11M parameters, an additional stage cost at
+# least 0.06 nats (docs/results.md), while 8-bit states, no master weights and NF4 cost at most 0.01 (docs/memory.md).
 FREEZING_STAGE_PRICE = 15
-RANK_PRICE = 2  # for each halving: old layers can follow the new ones less
+RANK_PRICE = 2  # for each halving, which leaves old layers less able to adapt to new ones
 
 
 @dataclass(frozen=True)
 class Way:
-    """How to train, whatever the sizes."""
+    """A combination of training options, independent of model and batch sizes."""
 
     price: int
-    quality_price: int  # without the rungs that cost time alone
+    quality_price: int  # the price without options that only cost time
     num_stages: int
-    options: tuple[str, ...]  # names of rungs
-    changes: Changes  # of rank and options; not of ``plan.num_stages``
+    options: tuple[str, ...]  # names of memory options (``Rung.name``)
+    changes: Changes  # to the rank and the options, but not to ``plan.num_stages``
 
 
 def ways(
     config: RunConfig, shape: ModelShape, vary: Collection[str], *, any_depth: bool = False
 ) -> tuple[list[Way], tuple[str, ...]]:
-    """All ways, the one as written and then the cheapest first, and the options that are refused, with the reason.
+    """All ways, first the one as written and then cheapest first, and the options not allowed, with the reason.
 
     Args:
-        vary: of ``VARY``; what it does not name stays as it is written.
-        any_depth: whether there may be more stages than layers are written.
+        vary: names from ``VARY``; anything not named stays as written.
+        any_depth: whether there may be more stages than the configuration has layers.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: a name is unknown.
     """
     for name in vary:
         require_known("vary", name, VARY)
@@ -65,7 +66,7 @@ def ways(
 
 
 def without_time_options(way: Way) -> Iterator[Way]:
-    """The same quality with each choice of those of its options that cost time alone, or with none of them."""
+    """Variants of a way with the same quality: one for each subset of the options that only cost time."""
     rungs = [rung for rung in RUNGS if rung.name in way.options]
     time_alone = [rung for rung in rungs if not rung.quality]
     for size in range(len(time_alone) + 1):
@@ -80,7 +81,7 @@ def written(config: RunConfig, key: str) -> Any:
 
 
 def require_known(what: str, name: str, known: Collection[str]) -> None:
-    """Raises ``ConfigError``, with the nearest name, where ``name`` is none of ``known``."""
+    """Raise ``ConfigError``, suggesting the nearest name, if ``name`` is not in ``known``."""
     if name not in known:
         raise ConfigError(f"{what} has no {name!r}.{nearest(name, known)}", name=name)
 
@@ -102,7 +103,7 @@ def _combined(
             ladders.append([rung for rung in useful if not rung.on_host])
         heights = dict.fromkeys(tuple(ladder[:height]) for ladder in ladders for height in range(len(ladder) + 1))
         ranks_below = enumerate(ranks if has_frozen else ranks[:1])
-        # Weights alone are then on the device, of which stages save little.
+        # With an offloaded optimizer only the weights stay on the device, and stages save little of those.
         choices = (False, True) if may_offload and num_stages == 1 else (False,)
         for (halvings, rank), rungs_below, offloads in product(ranks_below, heights, choices):
             taken = list(rungs_below)
@@ -112,7 +113,7 @@ def _combined(
             quality = price + max((rung.price for rung in taken if rung.quality), default=0)
             if taken:
                 price += taken[-1].price
-            if taken and taken[-1].needs:  # it ends accumulation, and steps become smaller
+            if taken and taken[-1].needs:  # it turns accumulation off, which makes steps smaller
                 smaller_steps = round(math.log2(config.micro_batches))
                 price, quality = price + smaller_steps, quality + smaller_steps
             if offloads:
@@ -128,7 +129,7 @@ def _is_as_written(way: Way, config: RunConfig) -> bool:
 
 
 def _allowed_rungs(config: RunConfig, shape: ModelShape) -> tuple[list[Rung], tuple[str, ...]]:
-    """The rungs above what is written that the configuration allows, and why not the others."""
+    """The rungs beyond the options as written that the configuration allows, and why it does not allow the others."""
     allowed, skipped = list[Rung](), list[str]()
     for rung in LADDER:
         _, before = _together(allowed)
@@ -145,7 +146,7 @@ def _allowed_rungs(config: RunConfig, shape: ModelShape) -> tuple[list[Rung], tu
 
 
 def _refusal(config: RunConfig, shape: ModelShape, rungs: Sequence[Rung]) -> ConfigError | None:
-    """Why the configuration does not allow these together; None where it does."""
+    """The error if the configuration does not allow these rungs together; None if it does."""
     try:
         StagePrices(changed(config, _together(rungs)[1]), shape)
     except ConfigError as error:
@@ -154,14 +155,14 @@ def _refusal(config: RunConfig, shape: ModelShape, rungs: Sequence[Rung]) -> Con
 
 
 def _together(rungs: Sequence[Rung]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Names and settings of rungs; of two that set the same key, the later one's."""
+    """The names and settings of rungs; if two set the same key, the later one wins."""
     last = {rung.key: rung for rung in rungs}
     changes = {key: value for rung in last.values() for key, value in ((rung.key, rung.value), *rung.needs)}
     return tuple(rung.name for rung in last.values()), changes
 
 
 def _stage_counts(config: RunConfig, any_depth: bool) -> set[int]:
-    """K that the configuration allows: its lists with an entry for each stage fix it."""
+    """The values of K that the configuration allows; a list with one entry per stage fixes K."""
     plan = config.plan
     per_stage = (config.optim.learning_rate, plan.tokens_per_stage, plan.token_shares)
     if not METHODS[config.method].grows or any(isinstance(value, list) for value in per_stage):
@@ -171,7 +172,7 @@ def _stage_counts(config: RunConfig, any_depth: bool) -> set[int]:
 
 
 def _ranks(config: RunConfig) -> list[int]:
-    """As written, and the three powers of two below it, from 8 up."""
+    """The rank as written, then the three largest powers of two below it, none smaller than 8."""
     if config.pet.method == "none" or not METHODS[config.method].freezes:
         return [config.pet.rank]
     lower = [2**k for k in range(3, 20) if 2**k < config.pet.rank]
