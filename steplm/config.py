@@ -1,4 +1,4 @@
-"""``run.yaml`` -> ``RunConfig``: read, validate and resolve what the user wrote, which plans the run if a size is ``auto``.
+"""``run.yaml`` -> ``RunConfig``: read, validate and resolve what the user wrote. Only ``auto`` sizes need a plan.
 
 Values come from, in order of increasing precedence, the defaults here, the YAML file and ``section.key=value``
 overrides. ``${NAME}`` and ``${NAME:-default}`` in the YAML are replaced by environment variables.
