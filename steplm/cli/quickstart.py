@@ -15,7 +15,7 @@ from steplm.training.run import train
 WAYS = {
     "auto": ("8-bit Muon, what method: auto recommends", ["method=auto", "optim.learning_rate=6.0e-3"]),
     "STEP": ("grown in two stages, old layers frozen under LoRA", ["method=step", "plan.num_stages=2"]),
-    "vanilla": ("ordinary pre-training with AdamW", ["method=vanilla"]),
+    "vanilla": ("ordinary pre-training with AdamW", ["method=vanilla", "plan.num_stages=1"]),
 }
 PROMPT = "Return a list of"
 
