@@ -26,8 +26,8 @@ from steplm.planner.ways import VARY
 from steplm.units import binary_unit, format_bytes, format_count, format_seconds, parse_bytes
 
 STAGES_LOSS = (
-    "stages with frozen layers; loss: +0.10 for 2 or 3 (0.66M, 15 tokens each, three seeds), +0.14 and +0.20 (11M, 3.4 "
-    "tokens each, three seeds)"
+    "stages with frozen layers; loss: +0.10 for 2 or 3 (0.66M, 15 tokens per parameter, three seeds), +0.14 and +0.20 "
+    "(11M, 3.4 tokens per parameter, three seeds)"
 )
 
 
@@ -188,7 +188,7 @@ def _legend(rows: Sequence[Alternative], width: int) -> list[str]:
             lines += _wrapped(text, width, indent=1 + len(str(len(numbers))))
     if any(row.rank is not None for row in rows):
         lines += _wrapped(STAGES_LOSS, width)
-    return [*lines, *_wrapped("options are added to what the file sets; FLOPs count what is computed twice", width)]
+    return [*lines, *_wrapped("options are added to those in the file; FLOPs include recomputation", width)]
 
 
 def _wrapped(text: str, width: int, indent: int = 0) -> list[str]:
