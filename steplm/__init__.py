@@ -18,7 +18,7 @@ from steplm.version import __version__
 # name -> module. Imported on first use, so that planning starts instantly.
 _PUBLIC = {
     "RunConfig": "steplm.config",
-    "load_config": "steplm.config",
+    "load_config": "steplm.planner.auto",
     "SteplmError": "steplm.errors",
     "Plan": "steplm.planner.plan",
     "Stage": "steplm.planner.plan",
@@ -46,10 +46,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from steplm.config import RunConfig, load_config
+    from steplm.config import RunConfig
     from steplm.data.prepare import prepare
     from steplm.errors import SteplmError
     from steplm.eval.perplexity import perplexity
+    from steplm.planner.auto import load_config
     from steplm.planner.plan import Plan, Stage, plan
     from steplm.training.export import export
     from steplm.training.grow_folder import grow

@@ -1,4 +1,4 @@
-"""``run.yaml`` -> ``RunConfig``: read, validate and resolve what the user wrote. Only ``auto`` sizes need a plan.
+"""``run.yaml`` -> ``RunConfig``: read, validate and resolve what the user wrote.
 
 Values come from, in order of increasing precedence, the defaults here, the YAML file and ``section.key=value``
 overrides. ``${NAME}`` and ``${NAME:-default}`` in the YAML are replaced by environment variables.
@@ -628,13 +628,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     Raises:
         ConfigError: all problems at once, each with its path and, for unknown keys, the nearest known key.
     """
-    values = read_values(source, overrides)
-    train = values.get("train")
-    if isinstance(train, Mapping) and "auto" in (train.get(key) for key in AUTO_SIZES):
-        from steplm.planner.auto import resolve_auto  # imported late, as the planner imports this module
-
-        return resolve_auto(values)
-    return validated(RunConfig, values)
+    return validated(RunConfig, read_values(source, overrides))
 
 
 def read_values(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from rich.table import Table
 
 from steplm.cli.hours import choose_speeds
 from steplm.cli.plan import counted_shape
-from steplm.config import load_config, read_values
+from steplm.config import read_values
 from steplm.cost.devices import DEVICES
 from steplm.errors import ConfigError, PlanInfeasible
-from steplm.planner.auto import MICRO_BATCH, smallest_sizes
+from steplm.planner.auto import MICRO_BATCH, load_config, smallest_sizes
 from steplm.planner.fit import Alternative, FitResult, fit, suggestions
 from steplm.planner.ladder import RUNGS
 from steplm.planner.ways import VARY

@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from steplm.config import RunConfig, load_config
+from steplm.config import RunConfig
 from steplm.cost.rules import ADAMW
 from steplm.cost.terms import OUTER_COMPONENTS
 from steplm.cost.traffic import UTILIZATION
 from steplm.cost.transfers import NO_TRANSFERS
 from steplm.errors import SteplmError
+from steplm.planner.auto import load_config
 from steplm.planner.plan import Plan, Stage, as_vanilla, save_bytes
 from steplm.planner.plan import plan as make_plan
 from steplm.planner.shape import FAMILIES

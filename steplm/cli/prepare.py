@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from steplm.cli.plan import counted_shape
-from steplm.config import RunConfig, load_config
+from steplm.config import RunConfig
 from steplm.data.mixture import epochs, repetition_warnings, told_epochs
 from steplm.data.prepare import prepare, with_prepared_dir
 from steplm.data.statistics import described, document_statistics
 from steplm.data.tokens import Manifest, TokenDataset, verify
 from steplm.errors import ConfigError, PlanInfeasible
+from steplm.planner.auto import load_config
 from steplm.planner.plan import plan
 from steplm.training.display import make_display
 from steplm.units import format_bytes, format_count

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from steplm.config import load_config
 from steplm.eval.generate import generate
+from steplm.planner.auto import load_config
 from steplm.report.figure import run_figure
 from steplm.report.runs import load_run, render_rich
 from steplm.training.run import train

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from steplm.config import RunConfig, load_config
+from steplm.config import RunConfig
 from steplm.launch import is_launched, launched_size
+from steplm.planner.auto import load_config
 from steplm.planner.plan import plan
 from steplm.planner.shape import FAMILIES
 from steplm.units import parse_count

@@ -6,8 +6,9 @@ import shlex
 from typing import Any
 
 from steplm.cli.compare import run_compare
-from steplm.config import RunConfig, changed, load_config, token_budget
+from steplm.config import RunConfig, changed, token_budget
 from steplm.errors import ConfigError
+from steplm.planner.auto import load_config
 from steplm.planner.plan import plan
 from steplm.report.suite import load_suite
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from steplm.compare.methods import METHODS
 from steplm.compare.suite import EntryConfig, SuiteConfig
 from steplm.compare.tuning import reachable
-from steplm.config import RunConfig, load_config, token_budget
+from steplm.config import RunConfig, token_budget
 from steplm.errors import ConfigError
+from steplm.planner.auto import load_config
 from steplm.planner.plan import Plan
 from steplm.planner.plan import plan as make_plan
 from steplm.report.suite import EntryRecord, Question

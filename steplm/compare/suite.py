@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_serializer, model_validator
 
 from steplm.compare.methods import METHODS
-from steplm.config import FOLDER_NAME, Count, RunConfig, Section, Texts, load_config, recipes_dir
+from steplm.config import FOLDER_NAME, Count, RunConfig, Section, Texts, recipes_dir
 from steplm.errors import ConfigError
 from steplm.files import is_file
+from steplm.planner.auto import load_config
 from steplm.problems import sections_of, validated
 from steplm.sft.config import SftConfig
 from steplm.units import nearest, shortened

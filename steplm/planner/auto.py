@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from steplm.config import AUTO_SIZES, RunConfig, changed
+from steplm.config import AUTO_SIZES, RunConfig, changed, read_values
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.fit import fit
 from steplm.planner.plan import plan
@@ -15,6 +16,16 @@ from steplm.problems import validated
 CHUNK_UNIT = 512  # rows
 ANY_BUDGET = 2**60
 MICRO_BATCH, CHUNK = AUTO_SIZES
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
+    """As ``steplm.config.load_config``, and resolve sizes that are ``auto``.
+
+    Raises:
+        ConfigError, PlanInfeasible: as ``steplm.config.load_config`` and ``resolve_auto``.
+    """
+    values = read_values(source, overrides)
+    return resolve_auto(values) if smallest_sizes(values) else validated(RunConfig, values)
 
 
 def resolve_auto(values: Mapping[str, Any]) -> RunConfig:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from steplm.cli.quickstart import WAYS, run_quickstart
-from steplm.config import load_config
+from steplm.planner.auto import load_config
 
 
 def test_three_ways_are_trained_and_compared(

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from steplm.config import RunConfig, changed, config_schema, load_config
+from steplm.config import RunConfig, changed, config_schema
 from steplm.errors import ConfigError, PlanInfeasible
+from steplm.planner.auto import load_config
 from steplm.planner.plan import plan
 
 VALUES: dict[str, Any] = {
