@@ -75,7 +75,7 @@ def test_the_command_plans_what_the_table_shows() -> None:
 def test_every_option_of_the_table_is_explained() -> None:
     text = text_of("llama_1.2b", 24, width=120, vary=["options"])
     assert "1 recompute frozen layers; time: one more forward pass of the frozen layers" in text
-    assert "no master weights; quality: updates are rounded to bf16" in text
+    assert "no master weights; quality: updates are rounded stochastically to bf16" in text
     assert "train.gradient_checkpointing=frozen" in text.splitlines()[0]
 
 
