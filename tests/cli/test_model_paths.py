@@ -60,6 +60,6 @@ def test_where_the_hub_does_not_answer_its_libraries_are_set_offline(monkeypatch
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     began = time.monotonic()
     require_hub()
-    assert time.monotonic() - began < 5  # retries would take a minute
+    assert time.monotonic() - began < 1
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert huggingface_hub.constants.HF_HUB_OFFLINE is True
