@@ -2,7 +2,7 @@
 # Measure on a GPU what the tables need, in at most 9 minutes, the most important first. One JSON file each.
 #
 #     bash benchmarks/gpu.sh results/gpu
-#     DEVICE=cpu RUN=tiny.yaml PRECISION=fp32 bash benchmarks/gpu.sh /tmp/gpu    # try the script without a GPU
+#     DEVICE=cpu RUN=tiny.yaml PRECISION=fp32 bash benchmarks/gpu.sh gpu-trial    # try the script without a GPU
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,7 +14,7 @@ python=${PYTHON:-python}
 deadline=$((SECONDS + 540))
 mkdir -p "$output"
 
-measure() {  # NAME SECONDS COMMAND...: what fails or takes too long is reported, and the rest goes on
+measure() {  # NAME SECONDS COMMAND...: reports a failure or a timeout and continues
   local name=$1 limit=$2 left=$((deadline - SECONDS))
   shift 2
   if ((left < 10)); then

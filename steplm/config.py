@@ -63,7 +63,6 @@ MethodName = Annotated[Method, WithJsonSchema({"enum": ["auto", *get_args(Method
 AutoSize = Annotated[  # auto: resolved in ``load_config``, by ``steplm.planner.auto``
     int, WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"enum": ["auto"]}]})
 ]
-AUTO_SIZES = ("per_device_train_batch_size", "loss_chunk_size")  # of ``train``
 ONE_STAGE_METHODS = ("vanilla", "lora", "relora", "badam")
 RuleName = Literal["adamw", "muon", "scale", "galore", "apollo", "apollo_mini"]
 Scheduler = Literal["cosine", "warmup_stable_decay", "constant_with_warmup"]

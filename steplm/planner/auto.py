@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from steplm.config import AUTO_SIZES, RunConfig, changed, read_values
+from steplm.config import RunConfig, changed, read_values
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.fit import fit
 from steplm.planner.plan import plan
@@ -15,7 +15,7 @@ from steplm.problems import validated
 
 CHUNK_UNIT = 512  # rows
 ANY_BUDGET = 2**60
-MICRO_BATCH, CHUNK = AUTO_SIZES
+MICRO_BATCH, CHUNK = "per_device_train_batch_size", "loss_chunk_size"  # keys of ``train``
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> RunConfig:
@@ -50,7 +50,7 @@ def resolve_auto(values: Mapping[str, Any]) -> RunConfig:
 def smallest_sizes(values: Mapping[str, Any]) -> dict[str, int]:
     """The smallest possible values of ``train`` for the sizes that are ``auto``."""
     train = values.get("train")
-    written = {key for key in AUTO_SIZES if isinstance(train, Mapping) and train.get(key) == "auto"}
+    written = {key for key in (MICRO_BATCH, CHUNK) if isinstance(train, Mapping) and train.get(key) == "auto"}
     sizes = {CHUNK: CHUNK_UNIT} if CHUNK in written else {}
     if MICRO_BATCH in written:  # it also determines gradient accumulation
         sizes |= {MICRO_BATCH: 1, "gradient_accumulation_steps": 1}
@@ -65,10 +65,10 @@ def _largest_micro_batch(config: RunConfig) -> int:
 
     def fits(micro_batch: int) -> bool:
         try:
-            fit(changed(config, {f"train.{MICRO_BATCH}": micro_batch}), budget_bytes, vary=())
-        except (ConfigError, PlanInfeasible):
+            peak_bytes = _peak_bytes(config, MICRO_BATCH, micro_batch)
+        except (ConfigError, PlanInfeasible):  # the size is not allowed, or exceeds the host budget
             return False
-        return True
+        return config.memory.needed_bytes(peak_bytes) <= budget_bytes
 
     if fits(sequences):  # one micro-batch may need less memory than two, whose gradients are accumulated
         return sequences
@@ -78,13 +78,18 @@ def _largest_micro_batch(config: RunConfig) -> int:
 
 
 def _largest_free_chunk(config: RunConfig) -> int:
-    def peak_bytes(chunks: int) -> int:
-        chunk = {f"train.{CHUNK}": chunks * CHUNK_UNIT}
-        return fit(changed(config, chunk), ANY_BUDGET, vary=()).best.peak_bytes
+    least = _peak_bytes(config, CHUNK, CHUNK_UNIT)
+
+    def is_free(num_units: int) -> bool:
+        return _peak_bytes(config, CHUNK, num_units * CHUNK_UNIT) <= least
 
     rows = config.micro_batch_size * config.train.sequence_length
-    least = peak_bytes(1)
-    return CHUNK_UNIT * last_true(lambda chunks: peak_bytes(chunks) <= least, 1, -(-rows // CHUNK_UNIT))
+    return CHUNK_UNIT * last_true(is_free, 1, -(-rows // CHUNK_UNIT))
+
+
+def _peak_bytes(config: RunConfig, key: str, size: int) -> int:
+    """The planned peak with another size; ``fit`` finds the layers faster than ``plan``."""
+    return fit(changed(config, {f"train.{key}": size}), ANY_BUDGET, vary=()).best.peak_bytes
 
 
 def _gpu_bytes(config: RunConfig) -> int:

@@ -74,7 +74,7 @@ def fit_figure(result: FitResult, path: str | Path) -> Path:
 
 
 def _close_points(across: list[float], up: list[float]) -> dict[tuple[float, float], list[int]]:
-    """Numbers of the rows by the place of their label; points that lie close together share one."""
+    """Row numbers by label position; points that are close together share a label."""
     cells: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, (x, y) in enumerate(zip(across, up, strict=True)):
         cells[round(LABEL_CELLS * x / max(across)), round(LABEL_CELLS * y / max(up))].append(index)

@@ -62,12 +62,12 @@ class RunContext:
         of_one = published_flops(torch.cuda.get_device_name(self.device), self.config.train.precision)
         return None if of_one is None else of_one * self.world.size
 
-    def mfu(self, flops: float, seconds: float) -> float | None:
+    def mfu(self, flops_per_second: float) -> float | None:
         """Model FLOPs utilization, as a share of the published peak; None if the device's peak is unknown.
 
         Recomputed activations do not count. Source: PaLM (arXiv 2204.02311), appendix B.
         """
-        return None if self._peak_flops is None else flops / (seconds * self._peak_flops)
+        return None if self._peak_flops is None else flops_per_second / self._peak_flops
 
     def agree_to_stop(self) -> None:
         """Make a signal to one rank stop all ranks at the same step; a later signal waits for the next step."""

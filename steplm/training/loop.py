@@ -130,7 +130,7 @@ def _log_step(
 ) -> None:
     now = time.monotonic()
     speed = log.steps_since * run.config.step_tokens / max(now - log.logged_at, 1e-9)
-    mfu = run.mfu(run.plan.cost(phase).flops_per_token * speed, 1.0)
+    mfu = run.mfu(run.plan.cost(phase).flops_per_token * speed)
     assert progress.grad_norm is not None  # there is a loss to log only after an updated step
     mean = StepResult(math.fsum(log.unlogged_losses) / len(log.unlogged_losses), progress.grad_norm)
     names = [split.partition("/")[2] for split in run.config.data.weights]

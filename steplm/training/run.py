@@ -272,7 +272,7 @@ def _finish(run: RunContext) -> RunResult:
         "schedule_hash": run.plan.schedule.hash,
         "tokens_seen": tokens_seen,
         "elapsed_seconds": run.elapsed_seconds,
-        "mfu": run.mfu(run.plan.training_flops, run.elapsed_seconds),  # evaluation and saves take time too
+        "mfu": run.mfu(run.plan.training_flops / run.elapsed_seconds),  # the time includes evaluation and saves
         "validation_loss": loss,
         "validation_perplexity": perplexity_of(loss),
         "export_dir": export_dir.name,

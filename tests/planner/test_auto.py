@@ -27,7 +27,7 @@ VALUES: dict[str, Any] = {
 
 
 def needed(micro_batch: int) -> int:
-    """Bytes of the run with micro-batches of so many sequences."""
+    """Bytes needed with micro-batches of this many sequences."""
     config = loaded(f"train.per_device_train_batch_size={micro_batch}", "train.gradient_accumulation_steps=1")
     return config.memory.needed_bytes(plan(config).peak_bytes or 0)
 
