@@ -1,11 +1,12 @@
-"""Measure memory, losses and speed with the optimizer in host memory, against the same training without it.
+"""Measure memory, losses and speed with optimizer and weights in host memory, against the same training on the device.
 
     OMP_NUM_THREADS=1 python benchmarks/host.py --without-speed --output results/host_cpu.json
     python benchmarks/host.py --run llama_368m --precision bf16 --device cuda --micro-batches 1 8 64
 
-For each number of micro-batches per step, reports planned and measured bytes in host memory, bytes over the bus per
-step, whether losses are bitwise equal to those without ``memory.offload_optimizer`` (both with gradients summed in
-fp32), and tokens per second of both: the median of ``--steps`` steps after one warm-up step. For the update on the CPU,
+For each number of micro-batches per step, one row has the optimizer in host memory, and the next also the weights
+(``memory.offload_weights``). A row reports planned and measured bytes on the device and in host memory, bytes over the
+bus per step, whether losses are bitwise equal to those without either option (with gradients summed in fp32), and
+tokens per second with and without: the median of ``--steps`` steps after one warm-up step. For the update on the CPU,
 reports the bytes read and written per second, as a share of the rate at which the same process copies a large tensor;
 the best of ``--steps`` tries.
 """
@@ -17,7 +18,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from steplm.optim.adamw import AdamW
 from steplm.training.assemble import Assembled, PhaseStart, assemble, packed_rows
 from steplm.training.environment import environment
 from steplm.training.step import step_options, train_step
-from steplm.types import TrainState
+from steplm.types import MemoryEstimate, TrainState
 
 SMALL = (  # used without --run; small enough for a CPU
     "model.hidden_size=256", "model.intermediate_size=688", "model.num_hidden_layers=4", "model.num_attention_heads=4",
@@ -68,14 +69,14 @@ def main() -> None:
             *arguments.overrides,
         ]  # fmt: skip
         config = load_config(arguments.run or {}, overrides)
-        row = beside(config, device, arguments.steps)
-        if arguments.without_speed:
-            row = {key: value for key, value in row.items() if not key.startswith("tokens_per_second")}
-        report["steps"].append(row)
-        print(json.dumps(row), flush=True)
-        if arguments.output:  # written after each row, in case the benchmark is interrupted
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        for row in beside(config, device, arguments.steps):
+            if arguments.without_speed:
+                row = {key: value for key, value in row.items() if not key.startswith("tokens_per_second")}
+            report["steps"].append(row)
+            print(json.dumps(row), flush=True)
+            if arguments.output:  # written after each row, in case the benchmark is interrupted
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
+                arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def update_speed(num_parameters: int, repeats: int) -> dict[str, float]:
@@ -106,29 +107,33 @@ def best_seconds(call: Callable[[], object], repeats: int) -> float:
     return min(seconds[1:])
 
 
-def beside(config: RunConfig, device: torch.device, steps: int) -> dict[str, Any]:
-    """Compare training with the optimizer on the device and in host memory, on the same random tokens."""
-    memory = config.memory.model_copy(update={"offload_optimizer": True})
-    offloaded = config.model_copy(update={"memory": memory})
-    planned = plan(offloaded).stages[0]
+def beside(config: RunConfig, device: torch.device, steps: int) -> Iterator[dict[str, Any]]:
+    """Compare training on the device alone with each way to use host memory, on the same random tokens."""
     plain_losses, plain_speed, _ = trained(config, device, steps)
-    losses, speed, held = trained(offloaded, device, steps)
-    return {
-        "micro_batches": config.micro_batches,
-        "tokens_per_step": config.step_tokens,
-        "planned_host_bytes": planned.memory.host_bytes,
-        "held_host_bytes": held,
-        "bytes_to_host_per_step": planned.transfers.to_host,
-        "bytes_to_device_per_step": planned.transfers.to_device,
-        "losses_are_equal": losses == plain_losses,
-        "losses": losses,
-        "tokens_per_second": speed,
-        "tokens_per_second_without": plain_speed,
-    }
+    for keys in (("offload_optimizer",), ("offload_optimizer", "offload_weights")):
+        memory = config.memory.model_copy(update=dict.fromkeys(keys, True))
+        offloaded = config.model_copy(update={"memory": memory})
+        planned = plan(offloaded).stages[0]
+        losses, speed, held = trained(offloaded, device, steps)
+        yield {
+            "micro_batches": config.micro_batches,
+            "tokens_per_step": config.step_tokens,
+            "offloads_weights": memory.offload_weights,
+            "planned_device_bytes": planned.memory.total_bytes,
+            "planned_host_bytes": planned.memory.host_bytes,
+            "held_device_bytes": held.total_bytes,
+            "held_host_bytes": held.host_bytes,
+            "bytes_to_host_per_step": planned.transfers.to_host,
+            "bytes_to_device_per_step": planned.transfers.to_device,
+            "losses_are_equal": losses == plain_losses,
+            "losses": losses,
+            "tokens_per_second": speed,
+            "tokens_per_second_without": plain_speed,
+        }
 
 
-def trained(config: RunConfig, device: torch.device, steps: int) -> tuple[list[float], float, int]:
-    """The losses of a few steps, the median speed in tokens per second, and the bytes in host memory."""
+def trained(config: RunConfig, device: torch.device, steps: int) -> tuple[list[float], float, MemoryEstimate]:
+    """The losses of a few steps, the median speed in tokens per second, and the model state."""
     assembled = assembled_model(config, device)
     options = step_options(config, World(device))
     losses, seconds = [], []
@@ -152,7 +157,7 @@ def trained(config: RunConfig, device: torch.device, steps: int) -> tuple[list[f
     )
     del assembled
     free_memory()
-    return losses, config.step_tokens / statistics.median(seconds[1:]), held.host_bytes
+    return losses, config.step_tokens / statistics.median(seconds[1:]), held
 
 
 def assembled_model(config: RunConfig, device: torch.device) -> Assembled:

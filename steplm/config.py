@@ -402,6 +402,9 @@ class MemoryConfig(Section):
         False,
         description="keep optimizer states, master weights and the sums of gradients in host memory, and update there",
     )
+    offload_weights: bool = Field(
+        False, description="also keep matrices of trained layers in host memory and fetch them one layer ahead"
+    )
     reserve: Bytes = Field(
         5 * 2**28, description="context, libraries and fragmentation of the device; added to the peak in every budget"
     )
@@ -413,6 +416,11 @@ class MemoryConfig(Section):
     def packs_frozen(self) -> bool:
         """Whether frozen weights are quantized or offloaded, instead of plain parameters on the device."""
         return self.frozen_weights != "full" or self.offload_frozen
+
+    @property
+    def fetches_layers(self) -> bool:
+        """Whether layers cannot all be on the device as plain weights."""
+        return self.packs_frozen or self.offload_weights
 
     def needed_bytes(self, peak_bytes: int) -> int:
         """The device memory needed for a planned peak, including the correction and the reserve."""

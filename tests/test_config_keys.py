@@ -76,6 +76,7 @@ CHANGES_PLAN: dict[str, tuple[list[str], str]] = {
     "memory.frozen_weights": ([], "nf4"),
     "memory.offload_frozen": ([], "true"),
     "memory.offload_optimizer": ([], "true"),
+    "memory.offload_weights": (["memory.offload_optimizer=true"], "true"),
 }
 
 # Keys that change the losses of a run from the same plan.

@@ -442,8 +442,9 @@ def _adapter_parameters(memory: MemoryEstimate) -> int:
 
 
 def _frozen_parameters(memory: MemoryEstimate) -> int:
-    weights = sum(term.num_parameters for term in memory.terms if term.kind in ("weights", HOST))
-    return weights - _adapter_parameters(memory) - _trained_parameters(memory)
+    others = [term for term in memory.terms if term.component not in ("trained_layers", "adapters")]
+    weights = sum(term.num_parameters for term in others if term.kind in ("weights", HOST))
+    return weights - _trained_parameters(MemoryEstimate(tuple(others)))
 
 
 def _parameter_cells(memory: MemoryEstimate) -> list[str]:

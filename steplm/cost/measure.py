@@ -68,6 +68,10 @@ def measure_model_state(
             seen.add(storage._cdata)
             held[component, kind] += storage.nbytes()
 
+    for name_or_none, kind, tensor in () if host is None else host.tensors():
+        add(
+            LANDING if name_or_none is None else components[name_or_none], kind, tensor
+        )  # before the weights, some of which may be in host memory
     for name, parameter in model.named_parameters():
         component = components[name]
         add(component, "weights", parameter.detach())
@@ -81,8 +85,6 @@ def measure_model_state(
     for name, states in optimizer.state_tensors().items():
         for state in states.values():
             add(components[name], "optimizer" if host is None else HOST_OPTIMIZER, state)
-    for name_or_none, kind, tensor in () if host is None else host.tensors():
-        add(LANDING if name_or_none is None else components[name_or_none], kind, tensor)
     for component, kind, tensor in packed:
         add(component, kind, tensor)
     return MemoryEstimate(

@@ -170,11 +170,11 @@ class Instants:
         return self._instant("evaluation", 0, terms, [], in_pass=False)
 
     def _plain_weights(self) -> MemoryTerm:
-        packs = self.memory.packs_frozen
+        fetches = self.memory.fetches_layers
         # With quantized or offloaded weights, the probe fetches the layers from host memory one by one.
-        layers = min(FETCH_SLOTS, self.num_layers) if packs else self.num_layers
+        layers = min(FETCH_SLOTS, self.num_layers) if fetches else self.num_layers
         size = self.shape.num_parameters(layers)
-        formula = f"({f'{layers} × P_layer' if packs else 'N_i × P_layer'} + P_outer) × {self.work.width} B"
+        formula = f"({f'{layers} × P_layer' if fetches else 'N_i × P_layer'} + P_outer) × {self.work.width} B"
         return MemoryTerm("plain_weights", "weights", size * self.work.width, formula, size)
 
     def _inside(self, index: int) -> list[MemoryTerm]:

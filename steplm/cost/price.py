@@ -10,7 +10,7 @@ from steplm.cost.flops import recomputed_flops_per_token, training_flops_per_tok
 from steplm.cost.peak import Instants
 from steplm.cost.sharded import ShardedInstants
 from steplm.cost.terms import model_state
-from steplm.cost.transfers import NO_TRANSFERS, Transfers, optimizer_transfers
+from steplm.cost.transfers import NO_TRANSFERS, Transfers, host_transfers
 from steplm.schedule import Phase
 from steplm.types import MemoryEstimate, ModelShape, PeakEstimate
 
@@ -45,7 +45,7 @@ def price(config: RunConfig, shape: ModelShape, phase: Phase) -> Cost:
         peak=peak(config, shape, phase, state),
         flops_per_token=training_flops_per_token(shape, phase, config.train.sequence_length),
         recomputed_flops_per_token=recomputed_flops_per_token(shape, phase, config),
-        transfers=optimizer_transfers(config, shape, phase),
+        transfers=host_transfers(config, shape, phase),
     )
 
 

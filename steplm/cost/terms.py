@@ -35,7 +35,7 @@ WEIGHT_BYTES = {"bf16": 2, "fp32": 4}  # per weight, and per gradient element
 MASTER_BYTES = {"fp32": 4, "8bit": 1, "none": 0}  # per bf16 weight
 OUTER_COMPONENTS = ("embeddings", "final_norm", "head")
 LANDING = "landing"  # component: host buffer that receives a gradient before it is added to the sum
-FETCH_SLOTS = 2  # frozen layers on the device at once when they are offloaded to the host
+FETCH_SLOTS = 2  # layers in host memory that are on the device at once
 
 
 @dataclass(frozen=True)
@@ -254,8 +254,9 @@ def model_state(config: RunConfig, shape: ModelShape, phase: Phase, *, count_out
     """
     if count_outer:
         subject = Subject(config, shape, phase)
-        return MemoryEstimate((*_terms(subject), *_landing(subject)))
-    terms = _terms(Subject(config, shape, replace(phase, embeddings_and_head=Frozen())))
+        return MemoryEstimate((*_terms(subject), *_fetched_layers(subject), *_landing(subject)))
+    subject = Subject(config, shape, replace(phase, embeddings_and_head=Frozen()))
+    terms = (*_terms(subject), *_fetched_layers(subject))
     return MemoryEstimate(tuple(term for term in terms if term.component not in OUTER_COMPONENTS))
 
 
@@ -266,10 +267,35 @@ def _terms(subject: Subject) -> Iterator[MemoryTerm]:
                 if component == "frozen_layers" and kind == "weights":
                     yield from _frozen_weights(subject, tensors)
                     continue
+                if component == "trained_layers" and kind == "weights" and subject.config.memory.offload_weights:
+                    yield from _vectors_on_device(subject, tensors)
+                    continue
                 num_bytes, per_parameter = bytes_of(subject, tensors)
                 if num_bytes:
                     formula = f"{tensors.formula} × {per_parameter}{_divided(subject)}"
                     yield MemoryTerm(component, kind, num_bytes, formula, tensors.num_parameters)
+
+
+def _vectors_on_device(subject: Subject, tensors: Tensors) -> Iterator[MemoryTerm]:
+    """Device weights of trained layers whose matrices are in host memory, where ``host_weights`` counts them."""
+    width = subject.width
+    size = tensors.num_parameters - tensors.count * matrix_parameters(subject.shape)
+    if size:
+        formula = f"{tensors.formula.replace('P_layer', 'vectors')} × {width} B"
+        yield MemoryTerm("trained_layers", "weights", size * width, formula, size)
+
+
+def _fetched_layers(subject: Subject) -> Iterator[MemoryTerm]:
+    """Device memory that trained layers are fetched to."""
+    slots = min(FETCH_SLOTS, len(subject.phase.trained_layers))
+    if subject.config.memory.offload_weights and slots:
+        num_bytes = slots * matrix_parameters(subject.shape) * subject.width
+        yield MemoryTerm("fetched_layers", "weights", num_bytes, f"{slots} layers × matrices × {subject.width} B")
+
+
+def matrix_parameters(shape: ModelShape) -> int:
+    """Parameters of the linear modules of one layer, without biases."""
+    return sum(linear.in_features * linear.out_features for linear in shape.linears)
 
 
 def _landing(subject: Subject) -> Iterator[MemoryTerm]:
@@ -302,7 +328,7 @@ def _frozen_weights(subject: Subject, tensors: Tensors) -> Iterator[MemoryTerm]:
         local = tensors.local_parameters(subject.num_shards)
         yield MemoryTerm(name, "weights", local * width, f"{tensors.formula} × {width} B{_divided(subject)}", size)
         return
-    matrices = count * sum(x.in_features * x.out_features for x in shape.linears)
+    matrices = count * matrix_parameters(shape)
     packed = packed_layer_bytes(shape, memory, width)
     fmt = f"matrices in {memory.frozen_weights}" if memory.frozen_weights != "full" else f"matrices × {width} B"
     rest = size - matrices

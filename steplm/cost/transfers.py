@@ -7,7 +7,7 @@ from math import prod
 
 from steplm.config import RunConfig
 from steplm.cost.rules import RULES
-from steplm.cost.terms import COMPONENTS, Subject
+from steplm.cost.terms import COMPONENTS, FETCH_SLOTS, Subject, matrix_parameters
 from steplm.schedule import Phase
 from steplm.types import ModelShape
 
@@ -23,10 +23,11 @@ class Transfers:
 NO_TRANSFERS = Transfers(0, 0)
 
 
-def optimizer_transfers(config: RunConfig, shape: ModelShape, phase: Phase) -> Transfers:
+def host_transfers(config: RunConfig, shape: ModelShape, phase: Phase) -> Transfers:
     """Transfers of ``memory.offload_optimizer``: per micro-batch ``w T`` of gradients to the host, then ``w T`` back.
 
     Muon, which runs its matmuls on the device, also sends its matrices there before the update and gets them back.
+    With ``memory.offload_weights``, matrices of trained layers are fetched in each pass instead of sent back once.
     Source: ZeRO-Offload (arXiv 2101.06840), section 4.1.
     """
     if not config.memory.offload_optimizer:
@@ -42,4 +43,18 @@ def optimizer_transfers(config: RunConfig, shape: ModelShape, phase: Phase) -> T
                 taken, _ = tensors.by_rule(config.optim)
                 width = subject.setting(tensors.rule).compute_width
                 products += tensors.count * width * sum(map(prod, taken))
-    return Transfers(to_host=config.micro_batches * trained + products, to_device=trained + products)
+    fetched = 0
+    if config.memory.offload_weights:
+        num_layers = len(phase.trained_layers)
+        layer = subject.width * matrix_parameters(shape)
+        fetched = layer * (_num_fetches(num_layers, config.micro_batches) - num_layers)
+    return Transfers(to_host=config.micro_batches * trained + products, to_device=trained + products + fetched)
+
+
+def _num_fetches(num_layers: int, passes: int) -> int:
+    """Copies of layers to the device in a step of forward and backward passes, up the layers and down again.
+
+    The last ``FETCH_SLOTS`` layers are still there when the direction changes.
+    """
+    kept = min(FETCH_SLOTS, num_layers)
+    return kept + 2 * passes * (num_layers - kept)

@@ -20,7 +20,7 @@ from steplm.cost.flops import newton_schulz_flops
 from steplm.cost.formats import NEWTON_SCHULZ_STEPS, STEP_CHUNK
 from steplm.cost.rules import ADAMW
 from steplm.cost.terms import COMPONENTS, Subject, packed_layer_bytes
-from steplm.cost.transfers import optimizer_transfers
+from steplm.cost.transfers import host_transfers
 from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
 from steplm.types import LinearShape, ModelShape, TensorShape
 
@@ -261,8 +261,13 @@ class _Step:
         if self.memory.offload_frozen:
             moved = len(self.phase.frozen_layers) * packed_layer_bytes(self.shape, self.memory, self.w)
             yield Work("frozen from host", "bus", 2 * self.passes * moved, "2 × frozen layers' matrices")
-        update = optimizer_transfers(self.config, self.shape, self.phase)
-        yield Work("optimizer on host", "bus", update.to_host + update.to_device, "gradients there, weights back")
+        update = host_transfers(self.config, self.shape, self.phase)
+        yield Work(
+            "optimizer on host",
+            "bus",
+            update.to_host + update.to_device,
+            "gradients to the host, weights to the device",
+        )
         if self.memory.offload_activations:
             saved = 0
             for role, count in self.phase.groups.items():

@@ -17,7 +17,7 @@ from steplm.cost.rules import ADAMW, RULES, masters_of
 from steplm.errors import ConfigError
 from steplm.optim.adamw import AdamW
 from steplm.optim.base import CodeBooks, GradNorm, RuleBase, global_grad_norm
-from steplm.optim.host import HostParameters
+from steplm.optim.host import FetchesWeight, HostParameters
 from steplm.optim.low_rank import LowRankAdamW
 from steplm.optim.muon import Muon
 from steplm.optim.scale import SCALE
@@ -164,15 +164,25 @@ class UpdateRules:
             )
 
 
-def build_rules(config: RunConfig, model: nn.Module, phase: Phase, layer_prefix: str) -> UpdateRules:
-    """Build the rules of a phase over the trained parameters of ``model``, with states allocated."""
+def build_rules(
+    config: RunConfig,
+    model: nn.Module,
+    phase: Phase,
+    layer_prefix: str,
+    linears: Mapping[str, FetchesWeight] | None = None,
+) -> UpdateRules:
+    """Build the rules of a phase over the trained parameters of ``model``, with states allocated.
+
+    Args:
+        linears: see ``HostParameters``.
+    """
     books: CodeBooks = {}
     names = {ADAMW, *(role.rule for role in phase.layers if not isinstance(role, Frozen))}
     rules = {name: MAKERS[name](config, name, books) for name in sorted(names, key=lambda name: name != ADAMW)}
     host = None
     if config.memory.offload_optimizer:
         device = next(model.parameters()).device
-        host = HostParameters(device, sums=config.micro_batches > 1)
+        host = HostParameters(device, sums=config.micro_batches > 1, linears=linears)
         for rule in rules.values():
             rule.compute_device = device
     made = UpdateRules(rules, {}, host)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +13,28 @@ from torch.utils.hooks import RemovableHandle
 
 from steplm.cost.formats import STEP_CHUNK
 from steplm.errors import ConfigError
+from steplm.pinned import host_empty
 from steplm.types import HOST_GRADIENTS, HOST_WEIGHTS
-from steplm.units import format_bytes
+
+
+class Fetcher(Protocol):
+    """Copies weights from host memory to the device."""
+
+    def forget(self) -> None:
+        """Fetch every weight anew from now on."""
+
+
+class FetchesWeight(Protocol):
+    """A module whose trained weight is in host memory; see ``steplm.pet.host_linear.HostLinear``."""
+
+    take_gradient: Callable[[Tensor], None]
+
+    @property
+    def fetcher(self) -> Fetcher: ...
 
 
 class HostParameters:
-    """Host-memory copies of the parameters that are trained on a device.
+    """Host-memory copies of the parameters that are trained on a device, and parameters that are in host memory anyway.
 
     As soon as a gradient is complete, it leaves the device and is added to those of earlier micro-batches; the
     parameter's ``.grad`` is None again. While it is in transfer, until the next gradient is complete or the pass ends,
@@ -38,14 +52,17 @@ class HostParameters:
         device: where the parameters are.
         sums: whether several gradients arrive before an update. They are then summed in fp32; otherwise a gradient
             keeps its dtype.
+        linears: modules whose weights are in host memory already, by the full name of the weight: these weights are
+            updated themselves, and the modules fetch them.
 
     Attributes:
         parameters: the copies, by name; ``.grad`` is None until a gradient has arrived.
         bytes_to_host, bytes_to_device: total bytes transferred; for tests.
     """
 
-    def __init__(self, device: torch.device, *, sums: bool) -> None:
+    def __init__(self, device: torch.device, *, sums: bool, linears: Mapping[str, FetchesWeight] | None = None) -> None:
         self.device, self.sums = device, sums
+        self._linears = linears or {}
         self.parameters: dict[str, nn.Parameter] = {}
         self.bytes_to_host = self.bytes_to_device = 0
         self._on_device: dict[str, nn.Parameter] = {}
@@ -73,7 +90,7 @@ class HostParameters:
         self.parameters = {name: self.parameters[name] for name in parameters}
         largest = max((p.nbytes for p in parameters.values()), default=0)
         if self.sums and (self._landing is None or len(self._landing) != largest):
-            self._landing = self._empty((largest,), torch.uint8)
+            self._landing = host_empty((largest,), torch.uint8, self.device)
 
     def wait(self) -> None:
         """Wait until all gradients that left the device have been added to their sums."""
@@ -84,10 +101,13 @@ class HostParameters:
 
     @torch.no_grad()
     def send(self, names: Iterable[str]) -> None:
-        """Copy these weights to the device; on CUDA, ordered before any work that is launched later."""
+        """Make the device use the new values of these weights; on CUDA, ordered before work that is launched later."""
         for name in names:
-            self._on_device[name].copy_(self.parameters[name], non_blocking=True)
-            self.bytes_to_device += self.parameters[name].nbytes
+            if (linear := self._linears.get(name)) is not None:
+                linear.fetcher.forget()
+            else:
+                self._on_device[name].copy_(self.parameters[name], non_blocking=True)
+                self.bytes_to_device += self.parameters[name].nbytes
 
     def tensors(self) -> Iterator[tuple[str | None, str, Tensor]]:
         """All tensors held: parameter name (None for the receive buffer of gradients), kind in the plan, tensor."""
@@ -98,19 +118,32 @@ class HostParameters:
             yield None, HOST_GRADIENTS, self._landing
 
     def _add(self, name: str, parameter: nn.Parameter) -> None:
-        copy = nn.Parameter(self._empty(parameter.shape, parameter.dtype).copy_(parameter.detach()))
+        linear = self._linears.get(name)
+        copy = parameter if linear is not None else nn.Parameter(self._copied(parameter))
         dtype = torch.float32 if self.sums else parameter.dtype
         if dtype != parameter.dtype:
             require_grad_dtype(copy, "memory.offload_optimizer with several micro-batches")
             copy.grad_dtype = dtype
-        self.parameters[name], self._on_device[name] = copy, parameter
-        self._gradients[name] = self._empty(parameter.shape, dtype, pin=not self.sums)
-        self._hooks[name] = parameter.register_post_accumulate_grad_hook(partial(self._leave, name=name))
+        self.parameters[name] = copy
+        # With sums, gradients are received in a buffer of their own, and the sums need no pinned memory.
+        self._gradients[name] = host_empty(parameter.shape, dtype, torch.device("cpu") if self.sums else self.device)
+        if linear is not None:
+            linear.take_gradient = partial(self._take, name)
+        else:
+            self._on_device[name] = parameter
+            self._hooks[name] = parameter.register_post_accumulate_grad_hook(partial(self._leave, name=name))
 
-    @torch.no_grad()
+    def _copied(self, parameter: nn.Parameter) -> Tensor:
+        return host_empty(parameter.shape, parameter.dtype, self.device).copy_(parameter.detach())
+
     def _leave(self, parameter: Tensor, *, name: str) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
+        self._take(name, gradient)
+
+    @torch.no_grad()
+    def _take(self, name: str, gradient: Tensor) -> None:
+        """Move a gradient to the host; called during the backward pass."""
         if self._leaving is None:  # the first gradient of this pass
             torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
         self.wait()  # so that at most two gradients are on the device, one of them in transfer
@@ -150,11 +183,6 @@ class HostParameters:
             else:
                 piece.add_(more)
 
-    def _empty(self, shape: Iterable[int], dtype: torch.dtype, *, pin: bool = True) -> Tensor:
-        if pin and self.device.type == "cuda":
-            return pinned(tuple(shape), dtype)
-        return torch.empty(tuple(shape), dtype=dtype)
-
 
 def require_grad_dtype(parameter: nn.Parameter, option: str) -> None:
     """Require a PyTorch version whose gradients can have a different dtype from their parameters.
@@ -164,26 +192,3 @@ def require_grad_dtype(parameter: nn.Parameter, option: str) -> None:
     """
     if not hasattr(parameter, "grad_dtype"):
         raise ConfigError(f"{option} needs PyTorch 2.10 or newer: update it.")
-
-
-def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Allocate a tensor in pinned host memory, of exactly the requested size.
-
-    PyTorch's own allocator of pinned memory rounds each tensor up to a power of two.
-
-    Raises:
-        ConfigError: the system refuses to pin this much memory.
-    """
-    num_bytes = prod(shape) * dtype.itemsize
-    if not num_bytes:
-        return torch.empty(shape, dtype=dtype)
-    tensor = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype)  # separate pages, which nothing else pins
-    cudart, address = torch.cuda.cudart(), tensor.data_ptr()
-    code = int(cudart.cudaHostRegister(address, num_bytes, 0))
-    if code:
-        raise ConfigError(
-            f"the system refuses to pin {format_bytes(num_bytes)} of host memory (CUDA error {code}): free host "
-            "memory, raise the limit of locked memory (ulimit -l), or set memory.offload_optimizer=false."
-        )
-    weakref.finalize(tensor.untyped_storage(), cudart.cudaHostUnregister, address).atexit = False
-    return tensor.view(shape)

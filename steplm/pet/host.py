@@ -1,4 +1,4 @@
-"""Frozen layers in host memory, fetched to the device one layer ahead."""
+"""Layers in host memory, fetched to the device one layer ahead."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ class LayerFetcher:
         slots: buffers on the device: two of the largest layer's size, or one if there is only one layer.
         num_fetches: how many times the layer in use changed; for tests.
         num_hits: how many of these times the new layer had been prefetched; for tests.
+        bytes_fetched: total bytes copied to the device; for tests.
     """
 
     def __init__(self, host: Mapping[str, Tensor], device: torch.device) -> None:
@@ -71,7 +72,7 @@ class LayerFetcher:
             torch.empty(max(map(len, host.values())), dtype=torch.uint8, device=device)
             for _ in range(min(2, len(host)))
         ]
-        self.num_fetches = self.num_hits = 0
+        self.num_fetches = self.num_hits = self.bytes_fetched = 0
         self._layers = list(host.values())
         self._held: list[int | None] = [None] * len(self.slots)  # the layer in each slot
         self._in_use: int | None = None
@@ -91,6 +92,12 @@ class LayerFetcher:
             torch.cuda.current_stream(self._stream.device).wait_event(self._copied[slot])
         return self.slots[slot]
 
+    def forget(self) -> None:
+        """Fetch every layer anew from now on: its weights in host memory change."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._held, self._in_use = [None] * len(self.slots), None
+
     def _change_to(self, layer: int) -> None:
         self.num_fetches += 1
         if layer in self._held:
@@ -107,6 +114,7 @@ class LayerFetcher:
         """Copy a layer into the slot that does not hold ``keep``."""
         index = next(index for index, held in enumerate(self._held) if held is None or held != keep)
         self._held[index] = layer
+        self.bytes_fetched += len(self._layers[layer])
         if self._stream is not None:
             # All kernels that read this slot were launched earlier, but may still be running.
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))

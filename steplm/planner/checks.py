@@ -77,6 +77,18 @@ NEEDS = (
         "updates whole parameters, and FSDP2 shards them over {config.distributed.world_size} devices",
     ),
     Need(
+        "memory.offload_weights",
+        lambda config: config.memory.offload_weights,
+        lambda run: run.config.memory.offload_optimizer,
+        "fetches weights that are updated in host memory: set memory.offload_optimizer=true",
+    ),
+    Need(
+        "memory.offload_weights",
+        lambda config: config.memory.offload_weights,
+        lambda run: not run.thaws_layers,
+        "keeps the same layers in host memory for a whole stage, and {config.method} changes which layers are trained",
+    ),
+    Need(
         "train.gradient_accumulation_dtype",
         lambda config: config.sums_in_fp32 and config.train.precision == "bf16",
         lambda run: run.config.distributed.world_size == 1,
@@ -94,11 +106,17 @@ NEEDS = (
         lambda run: run.rules > {run.config.memory.master_weights},
         "names one update rule of several, and {config.optim.name} is the only one: set it to true or false",
     ),
-    Need(
-        "memory.offload_frozen",
-        lambda config: config.memory.offload_frozen,
-        lambda run: not run.config.train.compile,
-        "fetches weights while a layer runs, which a compiled layer cannot: set train.compile=false",
+    *(
+        Need(
+            option,
+            is_set,
+            lambda run: not run.config.train.compile,
+            "fetches weights while a layer runs, which a compiled layer cannot: set train.compile=false",
+        )
+        for option, is_set in (
+            ("memory.offload_frozen", lambda config: config.memory.offload_frozen),
+            ("memory.offload_weights", lambda config: config.memory.offload_weights),
+        )
     ),
     *(
         Need(option, is_set, lambda run: METHODS[run.config.method].freezes, FROZEN_ONLY)

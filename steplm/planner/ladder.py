@@ -148,18 +148,30 @@ LADDER: tuple[Rung, ...] = (
 )
 
 
-# Can be added to any prefix of the ladder. It leaves the results of training unchanged, but in every step all trained
-# parameters cross the bus and are updated on the CPU.
-OFFLOADED = Rung(
-    name="optimizer in host memory",
-    price=19,
-    key="memory.offload_optimizer",
-    value=True,
-    replaces=(False,),
-    time="gradients cross the bus once per micro-batch, and the update runs on the CPU",
-    on_host=True,
+# The first, or both, can be added to any prefix of the ladder. They leave the results of training unchanged, but in
+# every step all trained parameters cross the bus and are updated on the CPU.
+OFFLOADED = (
+    Rung(
+        name="optimizer in host memory",
+        price=19,
+        key="memory.offload_optimizer",
+        value=True,
+        replaces=(False,),
+        time="gradients cross the bus once per micro-batch, and the update runs on the CPU",
+        on_host=True,
+    ),
+    Rung(
+        name="trained layers in host memory",
+        price=21,
+        key="memory.offload_weights",
+        value=True,
+        replaces=(False,),
+        time="trained weights cross the bus twice per micro-batch, overlapping with computation",
+        on_host=True,
+        needs=(("memory.offload_optimizer", True),),
+    ),
 )
-RUNGS = (*LADDER, OFFLOADED)
+RUNGS = (*LADDER, *OFFLOADED)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from steplm.planner.solve import SOLVERS, equal_parts_if_as_good, peak_cost
 from steplm.planner.stages import StagePrices
 from steplm.planner.tokens import stage_tokens
 from steplm.schedule import Phase, Schedule
-from steplm.types import HOST, HOST_OPTIMIZER, MemoryEstimate, MemoryTerm, ModelShape, PeakEstimate
+from steplm.types import HOST, HOST_OPTIMIZER, HOST_WEIGHTS, MemoryEstimate, MemoryTerm, ModelShape, PeakEstimate
 from steplm.units import format_bytes
 
 SCHEMA_VERSION = 3  # of ``plan.json``
@@ -261,6 +261,8 @@ def save_bytes(plan: Plan, config: RunConfig) -> int:
     def saved(term: MemoryTerm) -> int:
         if term.component == "frozen_layers" and config.memory.packs_frozen:
             return term.num_parameters * width
+        if term.component == "trained_layers" and config.memory.offload_weights:
+            return term.num_bytes if term.kind in (HOST_WEIGHTS, HOST_OPTIMIZER) else 0
         return term.num_bytes if term.kind in ("weights", "optimizer", HOST, HOST_OPTIMIZER) else 0
 
     terms = [[term for term in cost.memory.terms if term.component != "fetched_layers"] for cost in plan.costs]

@@ -1,6 +1,6 @@
 """The ways to train that ``steplm fit`` chooses from, cheapest first.
 
-A way combines a number of stages, an adapter rank, a prefix of ``LADDER`` and, optionally, ``OFFLOADED``. Its price
+A way combines a number of stages, an adapter rank, a prefix of ``LADDER`` and, optionally, of ``OFFLOADED``. Its price
 rates the speed and quality it gives up, in points set by judgment: bytes and FLOPs alone would always favor the lowest
 rank.
 """
@@ -57,11 +57,10 @@ def ways(
     for name in vary:
         require_known("vary", name, VARY)
     rungs, skipped = _allowed_rungs(config, shape) if "options" in vary else ([], ())
-    may_offload = "options" in vary and not config.memory.offload_optimizer
-    may_offload = may_offload and _refusal(config, shape, [OFFLOADED]) is None
+    offloads = _allowed_offloads(config, shape) if "options" in vary else []
     counts = _stage_counts(config, any_depth) if "stages" in vary else {config.plan.num_stages}
     ranks = _ranks(config) if "rank" in vary else [config.pet.rank]
-    found = _combined(config, rungs, counts, ranks, may_offload=may_offload)
+    found = _combined(config, rungs, counts, ranks, offloads)
     return sorted(found, key=lambda way: (not _is_as_written(way, config), way.price, -way.num_stages)), skipped
 
 
@@ -91,8 +90,7 @@ def _combined(
     rungs: Sequence[Rung],
     counts: Collection[int],
     ranks: Sequence[int],
-    *,
-    may_offload: bool,
+    offloads: Sequence[Rung],
 ) -> Iterator[Way]:
     method = METHODS[config.method]
     for num_stages in counts:
@@ -104,8 +102,8 @@ def _combined(
         heights = dict.fromkeys(tuple(ladder[:height]) for ladder in ladders for height in range(len(ladder) + 1))
         ranks_below = enumerate(ranks if has_frozen else ranks[:1])
         # With an offloaded optimizer only the weights stay on the device, and stages save little of those.
-        choices = (False, True) if may_offload and num_stages == 1 else (False,)
-        for (halvings, rank), rungs_below, offloads in product(ranks_below, heights, choices):
+        extras = [offloads[:count] for count in range(len(offloads) + 1)] if num_stages == 1 else [[]]
+        for (halvings, rank), rungs_below, added in product(ranks_below, heights, extras):
             taken = list(rungs_below)
             more = num_stages - config.plan.num_stages
             price = FREEZING_STAGE_PRICE * more if method.freezes else STAGE_PRICE * abs(more)
@@ -116,9 +114,9 @@ def _combined(
             if taken and taken[-1].needs:  # it turns accumulation off, which makes steps smaller
                 smaller_steps = round(math.log2(config.micro_batches))
                 price, quality = price + smaller_steps, quality + smaller_steps
-            if offloads:
-                taken.append(OFFLOADED)
-                price += OFFLOADED.price
+            if added:
+                taken += added
+                price += added[-1].price
             options, changes = _together(taken)
             yield Way(price, quality, num_stages, options, {"pet.rank": rank, **changes})
 
@@ -143,6 +141,12 @@ def _allowed_rungs(config: RunConfig, shape: ModelShape) -> tuple[list[Rung], tu
         else:
             allowed.append(rung)
     return allowed, tuple(skipped)
+
+
+def _allowed_offloads(config: RunConfig, shape: ModelShape) -> list[Rung]:
+    """The first rungs of ``OFFLOADED`` beyond the options as written, as many as the configuration allows."""
+    missing = [rung for rung in OFFLOADED if not written(config, rung.key)]
+    return next(missing[:n] for n in range(len(missing), -1, -1) if not n or not _refusal(config, shape, missing[:n]))
 
 
 def _refusal(config: RunConfig, shape: ModelShape, rungs: Sequence[Rung]) -> ConfigError | None:

@@ -26,6 +26,7 @@ from steplm.models.forward import check_loss
 from steplm.optim.build import UpdateRules, build_rules
 from steplm.pet.adapters import attach, fresh_adapter_state, load_adapter_state
 from steplm.pet.frozen import PackReport, frozen_tensors, pack_frozen
+from steplm.pet.host_linear import fetch_slots, host_linears, offload_trained
 from steplm.pet.trainable import apply_trainable
 from steplm.schedule import Phase, trained_patterns
 from steplm.types import HOST, LayerProvenance, ModelShape, SourceLoss, TrainState
@@ -96,6 +97,8 @@ def assemble(
         offload=memory.offload_frozen,
         device=world.device,
     )
+    if memory.offload_weights:
+        offload_trained(model, prefix, phase.trained_layers, world.device)
     if world.rows.is_whole:
         move(model, world.device)
     model.train()
@@ -111,7 +114,7 @@ def assemble(
     if train.compile:
         for layer in model.get_submodule(prefix):
             layer.compile()
-    rules = build_rules(config, model, phase, prefix)
+    rules = build_rules(config, model, phase, prefix, host_linears(model))
     if start.trained_names is not None:
         rules.load_state_dict(start.optimizer, start.optimizer_steps)
     elif start.optimizer:
@@ -136,10 +139,11 @@ def _sum_gradients_in_fp32(model: nn.Module) -> None:
 
 
 def packed_rows(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield each frozen tensor with its component and kind as the plan lists them."""
+    """Yield each tensor of frozen weights, and of fetched ones, with its component and kind as the plan lists them."""
     for name, tensor, on_host in frozen_tensors(model):
         is_staging = name.startswith("staging.")
         yield "fetched_layers" if is_staging else "frozen_layers", HOST if on_host else "weights", tensor
+    yield from (("fetched_layers", "weights", slot) for slot in fetch_slots(model))
 
 
 def _model(hf_config: PretrainedConfig, weights: dict[str, Tensor], world: World) -> PreTrainedModel:
@@ -154,15 +158,15 @@ def probe_model(
 ) -> PreTrainedModel:
     """Build a model from plain weights (this rank's rows) to evaluate its loss without training.
 
-    If the config packs frozen weights, the full model may not fit on the device: its layers then stay in host memory
-    and are fetched one at a time.
+    If the config keeps layers in host memory or packs them, the full model may not fit on the device: its layers then
+    stay in host memory and are fetched one at a time.
     """
     model = _model(hf_config, weights, world)
     if not world.rows.is_whole:
         shard(model, world, layer_prefix_of(weights))
         fill(model, weights)
         return model
-    if config.memory.packs_frozen:
+    if config.memory.fetches_layers:
         model.requires_grad_(False)
         layers = range(hf_config.get_text_config().num_hidden_layers)
         # Not pinned: the pinned allocator caches freed memory, and a probe is short-lived.

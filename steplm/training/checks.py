@@ -41,6 +41,7 @@ FREE_AT_RESUME = (
     "train.compile",
     "memory.offload_activations",
     "memory.offload_optimizer",
+    "memory.offload_weights",
     "memory.reserve",
     "memory.correction",
     "plan.budget",

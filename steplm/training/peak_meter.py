@@ -13,6 +13,7 @@ from steplm.cost.count import REST, ByteCounter
 from steplm.models import activations
 from steplm.optim.build import UpdateRules
 from steplm.pet.frozen import frozen_tensors
+from steplm.pet.host_linear import fetch_slots, host_linears
 from steplm.types import HOST
 
 ALLOCATED = "allocated"  # kind of bytes
@@ -28,12 +29,17 @@ class CountedBytes(ByteCounter):
     def watch(self, model: nn.Module, optimizer: UpdateRules | None = None) -> None:
         for buffer in model.buffers():
             self.track(buffer, REST)
-        for parameter in model.parameters():
+        on_host = host_linears(model)
+        for name, parameter in model.named_parameters():
+            if name in on_host:
+                continue  # tracked below, with its gradient, as a tensor of the optimizer's host
             self.track(parameter, "weights")
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
         for _, tensor, is_on_host in frozen_tensors(model):
             self.track(tensor, HOST if is_on_host else "weights")
+        for slot in fetch_slots(model):
+            self.track(slot, "weights")
         if optimizer is None:
             return
         host = optimizer.host

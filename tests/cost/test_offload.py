@@ -17,6 +17,7 @@ OFFLOAD = "memory.offload_optimizer=true"
 D, F, V, LAYERS = 64, 176, 500, 3
 MATRICES = 4 * D * D + 3 * D * F
 LAYER = MATRICES + 2 * D
+WITH_WEIGHTS = (OFFLOAD, "memory.offload_weights=true")
 TRAINED = LAYERS * LAYER + 2 * V * D + D
 
 
@@ -60,6 +61,38 @@ def test_bytes_of_a_trained_parameter_by_hand(
     assert made.stages[0].memory.total_bytes == weights * TRAINED, "the device holds the weights alone"
 
 
+def test_with_weights_on_the_host_the_device_holds_two_layers_whatever_the_depth() -> None:
+    on_device = 2 * (2 * V * D + D) + 2 * (2 * MATRICES)  # embeddings, final norm, head, and two layers' matrices
+    for depth in (LAYERS, 10):
+        (stage,) = plan(configure(*WITH_WEIGHTS, f"model.num_hidden_layers={depth}")).stages
+        assert stage.memory.total_bytes == on_device + depth * 2 * 2 * D, "and every layer's norms"
+        assert stage.memory.bytes_of(kind=HOST_WEIGHTS) == 2 * (depth * LAYER + 2 * V * D + D)
+    (one,) = plan(configure(*WITH_WEIGHTS, "model.num_hidden_layers=1")).stages
+    assert one.memory.bytes_of("fetched_layers") == 2 * MATRICES
+
+
+@pytest.mark.parametrize(
+    ("model", "most"),
+    [
+        ((), 12 * 2**30),
+        (
+            (
+                "model.hidden_size=5120",
+                "model.intermediate_size=13824",
+                "model.num_hidden_layers=40",
+                "model.num_attention_heads=40",
+            ),
+            16 * 2**30,
+        ),
+    ],
+    ids=["7B", "13B"],
+)
+def test_large_models_train_in_full_on_small_devices(model: tuple[str, ...], most: int) -> None:
+    overrides = ("method=vanilla", "plan.num_stages=1", "train.gradient_checkpointing=true", *WITH_WEIGHTS, *model)
+    made = plan(load_config("llama_7b", overrides))
+    assert made.stages[0].device_bytes < most / 2
+
+
 @pytest.mark.parametrize(
     "overrides", [(), ("memory.optimizer_states=8bit",), ("optim.name=muon",), ("optim.name=galore", "optim.rank=8")]
 )
@@ -99,6 +132,12 @@ def test_transfers_by_hand(micro_batches: int) -> None:
     products = LAYERS * 2 * MATRICES
     assert stage.transfers.to_host == micro_batches * 2 * TRAINED + products
     assert stage.transfers.to_device == 2 * TRAINED + products
+    # All three layers come up and the lowest comes down: in a first pass two are left from the way up, in a later one
+    # two from the way down as well.
+    (stage,) = plan(configure(*WITH_WEIGHTS, accumulated)).stages
+    fetches = 2 + 2 * micro_batches
+    assert stage.transfers.to_host == micro_batches * 2 * TRAINED
+    assert stage.transfers.to_device == 2 * (TRAINED - LAYERS * MATRICES) + fetches * 2 * MATRICES
     (stage,) = plan(configure(accumulated)).stages
     assert (stage.transfers.to_host, stage.transfers.to_device) == (0, 0)
 
@@ -115,6 +154,19 @@ def test_what_it_does_not_go_with_is_refused_with_the_reason(overrides: tuple[st
         plan(configure(OFFLOAD, *overrides))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ((), "updated in host memory: set memory.offload_optimizer=true"),
+        ((OFFLOAD, "train.compile=true"), "a compiled layer cannot: set train.compile=false"),
+        ((OFFLOAD, "method=badam"), "badam changes which layers are trained"),
+    ],
+)
+def test_weights_in_host_memory_are_refused_without_what_they_need(overrides: tuple[str, ...], told: str) -> None:
+    with pytest.raises(ConfigError, match=f"memory.offload_weights .*{told}, or leave memory.offload_weights out"):
+        plan(configure("memory.offload_weights=true", *overrides))
+
+
 SMALL = ("memory.reserve=1KiB", "train.per_device_train_batch_size=1", "train.loss_chunk_size=16")
 
 
@@ -122,8 +174,10 @@ def test_fit_proposes_it_where_nothing_else_fits() -> None:
     without = fit(configure(*SMALL, "memory.fused_backward=true"), 2**30).smallest
     assert "optimizer in host memory" not in without.options, "a fused update excludes it"
     rows = fit(configure(*SMALL), without.peak_bytes - 1 + 1024).alternatives
-    assert all("optimizer in host memory" in row.options and row.host_bytes > 0 for row in rows)
-    assert all("memory.offload_optimizer=true" in row.overrides for row in rows)
+    assert all("memory.offload_optimizer=true" in row.overrides and row.host_bytes > 0 for row in rows)
+    smallest = fit(configure(*SMALL), 2**30).smallest
+    assert "trained layers in host memory" in smallest.options
+    assert {"memory.offload_optimizer=true", "memory.offload_weights=true"} <= set(smallest.overrides)
 
 
 def test_below_a_host_budget_options_that_take_none_of_it_are_tried_alone() -> None:

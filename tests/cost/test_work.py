@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from steplm.config import RunConfig, load_config
 from steplm.cost.flops import recomputed_flops_per_token, training_flops_per_token
-from steplm.cost.transfers import optimizer_transfers
+from steplm.cost.transfers import host_transfers
 from steplm.cost.work import KINDS, Work, step_work
 from steplm.optim.adamw import AdamW
 from steplm.optim.muon import Muon
@@ -213,7 +213,7 @@ def test_a_family_without_formulas_has_no_work(make_phase: Callable[..., Phase])
 def test_an_optimizer_on_the_host_updates_there_and_crosses_the_bus(make_phase: Callable[..., Phase]) -> None:
     config, phase = load_config(VALUES, ["memory.offload_optimizer=true"]), make_phase({Trained(): 3})
     on_cuda, on_cpu = (step_work(config, SHAPE, phase, on_cuda=cuda) or () for cuda in (True, False))
-    transfers = optimizer_transfers(config, SHAPE, phase)
+    transfers = host_transfers(config, SHAPE, phase)
     assert total(on_cuda, "bus") == transfers.to_host + transfers.to_device > 0
     assert total(on_cuda, "host update") == sum(w.amount for w in on_cpu if w.kind == "update") > 0
     assert not [work for work in on_cuda if work.kind == "update"]

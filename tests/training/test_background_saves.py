@@ -96,6 +96,7 @@ def test_no_tensor_file_is_read_again_for_its_hash(
         ("train.precision=bf16", "memory.optimizer_states=8bit", "memory.master_weights=false"),
         ("train.precision=bf16", "memory.frozen_weights=nf4", "memory.offload_frozen=true"),
         ("train.precision=bf16", "memory.offload_optimizer=true"),
+        ("train.precision=bf16", "memory.offload_optimizer=true", "memory.offload_weights=true"),
     ],
 )
 def test_the_planned_host_memory_of_a_save_is_that_of_the_tensors_saved(

@@ -1,4 +1,4 @@
-"""Optimizer states, master weights and gradients in host memory: the run without, bit by bit, and the planned bytes."""
+"""Optimizer states, gradients and weights in host memory: the run without, bit by bit, and the planned bytes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from steplm.config import RunConfig
 from steplm.errors import PlanInfeasible
+from steplm.optim.host import HostParameters
+from steplm.pet.host_linear import host_linears
 from steplm.planner.plan import plan
 from steplm.training import enter as enter_module
 from steplm.training import loop as loop_module
@@ -17,11 +20,13 @@ from steplm.training import run as run_module
 from steplm.training.environment import free_host_bytes
 from steplm.training.metrics import read_metrics
 from steplm.training.run import train
+from steplm.types import HOST_WEIGHTS
 
 Configure = Callable[..., RunConfig]
 EqualRuns = Callable[[Path, Path], None]
 
 OFFLOAD = "memory.offload_optimizer=true"
+WITH_WEIGHTS = (OFFLOAD, "memory.offload_weights=true")
 BASE = ("train.precision=bf16", "plan.layers=[2,2]")
 SEVERAL = ("train.gradient_accumulation_steps=2", "train.gradient_accumulation_dtype=fp32")
 ONE_STAGE = ("plan.num_stages=1", "plan.layers=[4]")
@@ -47,16 +52,19 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+TRAINING_OTHER_LAYERS = ("old layers by another rule", "badam")  # within a stage, which offload_weights does not allow
+
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_with_its_optimizer_in_host_memory_is_the_run_without(
+def test_a_run_with_its_optimizer_and_weights_in_host_memory_is_the_run_without(
     name: str, tiny_run: Configure, tmp_path: Path, assert_equal_runs: EqualRuns
 ) -> None:
     # Planned bytes, of the device and of the host, are compared with measured ones at every entrance on the way.
-    plain, offloaded = tmp_path / "plain", tmp_path / "offloaded"
-    assert train(tiny_run(plain, SHORT, *BASE, *RUNS[name])).finished
-    assert train(tiny_run(offloaded, SHORT, *BASE, *RUNS[name], OFFLOAD)).finished
-    assert_equal_runs(offloaded, plain)
+    assert train(tiny_run(tmp_path / "plain", SHORT, *BASE, *RUNS[name])).finished
+    for folder, options in (("optimizer", (OFFLOAD,)), ("weights", WITH_WEIGHTS)):
+        if folder == "optimizer" or name not in TRAINING_OTHER_LAYERS:
+            assert train(tiny_run(tmp_path / folder, SHORT, *BASE, *RUNS[name], *options)).finished
+            assert_equal_runs(tmp_path / folder, tmp_path / "plain")
 
 
 def test_without_it_the_sums_of_micro_batches_are_rounded_and_with_it_they_are_not(
@@ -78,8 +86,8 @@ def test_a_run_in_which_it_is_switched_on_and_off_is_the_unbroken_one(
 ) -> None:
     train(tiny_run(tmp_path / "unbroken", *BASE, *options))
     stop_before({3, 7, 12})  # in the first stage, across the growth, in the second
-    starts = [train(tiny_run(tmp_path / "run", *BASE, *options, f"{OFFLOAD[:-4]}{on}")).finished
-              for on in ("true", "false", "true", "false")]  # fmt: skip
+    starts = [train(tiny_run(tmp_path / "run", *BASE, *options, *switched)).finished
+              for switched in (WITH_WEIGHTS, (), (OFFLOAD,), WITH_WEIGHTS)]  # fmt: skip
     assert starts == [False, False, False, True]
     assert_equal_runs(tmp_path / "run", tmp_path / "unbroken")
 
@@ -96,7 +104,7 @@ def test_killed_at_a_chosen_instant_such_a_run_equals_the_unbroken_one(
     train_killed_at: Callable[..., None],
     assert_equal_runs: EqualRuns,
 ) -> None:
-    options = (*BASE, *SEVERAL, OFFLOAD, "train.save_steps=2")
+    options = (*BASE, *SEVERAL, *WITH_WEIGHTS, "train.save_steps=2")
     train(tiny_run(tmp_path / "unbroken", *options))
     config = tiny_run(tmp_path / "run", *options)
     train_killed_at(config, module, function, call)
@@ -130,29 +138,38 @@ def test_a_step_that_is_not_finite_leaves_the_weights_as_they_are(
 def test_the_measured_peak_of_its_dry_run_is_the_planned_one(tiny_run: Configure, tmp_path: Path) -> None:
     options = (*BASE, "train.per_device_train_batch_size=8", "train.sequence_length=64", "plan.total_tokens=4096")
     larger = ("model.hidden_size=128", "train.gradient_accumulation_steps=2")
-    train(tiny_run(tmp_path, *options, *larger, OFFLOAD))
-    for start in read_metrics(tmp_path / "metrics.jsonl", "stage_start"):
+    for folder, on_host in (("optimizer", (OFFLOAD,)), ("weights", WITH_WEIGHTS)):
+        train(tiny_run(tmp_path / folder, *options, *larger, *on_host))
+    for start in (s for folder in tmp_path.iterdir() for s in read_metrics(folder / "metrics.jsonl", "stage_start")):
         assert start["measured_dry_run_bytes"] == pytest.approx(start["planned_dry_run_bytes"], rel=0.005)
         assert start["planned_bytes"] == start["measured_bytes"]
         assert start["planned_bytes"]["gradients"] == start["planned_bytes"]["optimizer"] == 0
         assert start["planned_bytes"]["host"] > 10 * start["planned_bytes"]["weights"] / 2
 
 
-def test_a_step_moves_the_planned_bytes(tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_run(tmp_path, SHORT, *BASE, *SEVERAL, OFFLOAD, "train.dry_run=false")
+@pytest.mark.parametrize("options", [(OFFLOAD,), WITH_WEIGHTS])
+def test_a_step_moves_the_planned_bytes(
+    options: tuple[str, ...], tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(tmp_path, SHORT, *BASE, *SEVERAL, *options, "plan.layers=[3,1]", "train.dry_run=false")
     original, moved = loop_module.train_step, []
 
+    def counted(model: nn.Module, host: HostParameters) -> tuple[int, int]:
+        fetchers = {id(linear.fetcher): linear.fetcher for linear in host_linears(model).values()}.values()
+        return host.bytes_to_host, host.bytes_to_device + sum(fetcher.bytes_fetched for fetcher in fetchers)
+
     def counting(model, rules, *args, **keys):  # type: ignore[no-untyped-def]
-        before = rules.host.bytes_to_host, rules.host.bytes_to_device
+        before = counted(model, rules.host)
         result = original(model, rules, *args, **keys)
-        moved.append((rules.host.bytes_to_host - before[0], rules.host.bytes_to_device - before[1]))
+        moved.append(tuple(after - earlier for after, earlier in zip(counted(model, rules.host), before, strict=True)))
         return result
 
     monkeypatch.setattr(loop_module, "train_step", counting)
     made = train(config).plan
     planned = [(stage.transfers.to_host, stage.transfers.to_device) for stage in made.stages]
-    assert planned[0][0] == 2 * planned[0][1], "two micro-batches"
-    assert list(dict.fromkeys(moved)) == planned
+    assert planned[0][0] == 2 * sum(term.num_bytes for term in made.stages[0].memory.terms if term.kind == HOST_WEIGHTS)
+    steps = list(dict.fromkeys(moved))
+    assert steps == planned
 
 
 def test_a_host_with_too_little_memory_is_refused_in_numbers_before_the_run(

@@ -22,6 +22,7 @@ LOW, HIGH = -0.001, 0.03
 FUSED = ("memory.fused_backward=true", "optim.max_grad_norm=null")
 RECOMPUTED = "train.gradient_checkpointing=true"
 OFFLOADED = "memory.offload_optimizer=true"
+ON_HOST = (OFFLOADED, "memory.offload_weights=true")
 
 
 def configure(*overrides: str) -> RunConfig:
@@ -168,6 +169,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "optimizer on host, recomputed": (OFFLOADED, RECOMPUTED, "train.gradient_accumulation_steps=2"),
     "optimizer on host, tied": (OFFLOADED, "model.tie_word_embeddings=true", "train.precision=fp32"),
     "optimizer on host, adapted embeddings": (OFFLOADED, "plan.train_embeddings=adapters", RECOMPUTED),
+    "weights on host": (*ON_HOST,),
+    "weights on host, recomputed": (*ON_HOST, RECOMPUTED, "train.gradient_accumulation_steps=2"),
+    "everything on host": (*ON_HOST, "memory.offload_frozen=true", "memory.offload_activations=true", RECOMPUTED),
     "inside documents, recomputed": ("data.within_documents=true", RECOMPUTED),
 }
 TOGETHER = (
