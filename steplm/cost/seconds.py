@@ -23,7 +23,7 @@ BUS = 0.8  # assumed
 LAUNCHES = 1 / 8e-6  # kernel launches per second; assumed, since the measured stages do not determine it
 
 UPDATE = "update"  # the part of a step that starts after all others
-HIDDEN = "frozen from host"  # the part that an accelerator copies on a separate stream
+HIDDEN = ("frozen from host", "weights from host")  # parts that an accelerator copies on a separate stream
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def step_seconds(config: RunConfig, shape: ModelShape, phase: Phase, speeds: Spe
 def total_seconds(timed: Iterable[tuple[Work, float]], asynchronous: bool) -> float:
     """Total duration: the sum over all kinds of work, minus what overlaps.
 
-    On an accelerator, kernel launches and copies of frozen layers from host memory overlap with compute, so only the
+    On an accelerator, kernel launches and copies of layers from host memory overlap with compute, so only the
     longest of the three counts. This applies once to the forward and backward passes, and again to the update, which
     starts when the norm of all gradients is known.
     """
@@ -78,7 +78,7 @@ def total_seconds(timed: Iterable[tuple[Work, float]], asynchronous: bool) -> fl
     for is_update in (False, True):
         of_part = [(work, seconds) for work, seconds in timed if (work.part == UPDATE) is is_update]
         launches = sum(seconds for work, seconds in of_part if work.kind == "launches")
-        copies = sum(seconds for work, seconds in of_part if work.part == HIDDEN)
+        copies = sum(seconds for work, seconds in of_part if work.part in HIDDEN)
         total += max(launches, copies, sum(seconds for _, seconds in of_part) - launches - copies)
     return total
 

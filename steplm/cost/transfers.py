@@ -43,18 +43,22 @@ def host_transfers(config: RunConfig, shape: ModelShape, phase: Phase) -> Transf
                 taken, _ = tensors.by_rule(config.optim)
                 width = subject.setting(tensors.rule).compute_width
                 products += tensors.count * width * sum(map(prod, taken))
-    fetched = 0
+    sent = trained
     if config.memory.offload_weights:
-        num_layers = len(phase.trained_layers)
-        layer = subject.width * matrix_parameters(shape)
-        fetched = layer * (_num_fetches(num_layers, config.micro_batches) - num_layers)
-    return Transfers(to_host=config.micro_batches * trained + products, to_device=trained + products + fetched)
+        sent -= subject.width * len(phase.trained_layers) * matrix_parameters(shape)
+    to_device = sent + products + fetched_bytes(config, shape, phase)
+    return Transfers(to_host=config.micro_batches * trained + products, to_device=to_device)
 
 
-def _num_fetches(num_layers: int, passes: int) -> int:
-    """Copies of layers to the device in a step of forward and backward passes, up the layers and down again.
+def fetched_bytes(config: RunConfig, shape: ModelShape, phase: Phase) -> int:
+    """Bytes of trained layers fetched to the device in one step, with ``memory.offload_weights``.
 
-    The last ``FETCH_SLOTS`` layers are still there when the direction changes.
+    Every micro-batch goes up the layers and down again. When the direction changes, the last ``FETCH_SLOTS`` layers are
+    still on the device.
     """
+    if not config.memory.offload_weights:
+        return 0
+    num_layers = len(phase.trained_layers)
     kept = min(FETCH_SLOTS, num_layers)
-    return kept + 2 * passes * (num_layers - kept)
+    num_fetches = kept + 2 * config.micro_batches * (num_layers - kept)
+    return num_fetches * matrix_parameters(shape) * Subject(config, shape, phase).width

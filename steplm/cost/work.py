@@ -20,7 +20,7 @@ from steplm.cost.flops import newton_schulz_flops
 from steplm.cost.formats import NEWTON_SCHULZ_STEPS, STEP_CHUNK
 from steplm.cost.rules import ADAMW
 from steplm.cost.terms import COMPONENTS, Subject, packed_layer_bytes
-from steplm.cost.transfers import host_transfers
+from steplm.cost.transfers import fetched_bytes, host_transfers
 from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
 from steplm.types import LinearShape, ModelShape, TensorShape
 
@@ -261,13 +261,11 @@ class _Step:
         if self.memory.offload_frozen:
             moved = len(self.phase.frozen_layers) * packed_layer_bytes(self.shape, self.memory, self.w)
             yield Work("frozen from host", "bus", 2 * self.passes * moved, "2 × frozen layers' matrices")
-        update = host_transfers(self.config, self.shape, self.phase)
-        yield Work(
-            "optimizer on host",
-            "bus",
-            update.to_host + update.to_device,
-            "gradients to the host, weights to the device",
-        )
+        fetched = fetched_bytes(self.config, self.shape, self.phase)
+        yield Work("weights from host", "bus", fetched, "trained layers' matrices, up and down the layers")
+        moved = host_transfers(self.config, self.shape, self.phase)
+        others = moved.to_host + moved.to_device - fetched
+        yield Work("optimizer on host", "bus", others, "gradients to the host, weights to the device")
         if self.memory.offload_activations:
             saved = 0
             for role, count in self.phase.groups.items():

@@ -168,8 +168,9 @@ def test_a_step_moves_the_planned_bytes(
     made = train(config).plan
     planned = [(stage.transfers.to_host, stage.transfers.to_device) for stage in made.stages]
     assert planned[0][0] == 2 * sum(term.num_bytes for term in made.stages[0].memory.terms if term.kind == HOST_WEIGHTS)
-    steps = list(dict.fromkeys(moved))
-    assert steps == planned
+    # An evaluation or a save before a step leaves layers on the device, which the step need not fetch.
+    assert [max(step for step in moved if step[0] == to_host) for to_host, _ in planned] == planned
+    assert {to_host for to_host, _ in moved} == {to_host for to_host, _ in planned}
 
 
 def test_a_host_with_too_little_memory_is_refused_in_numbers_before_the_run(
