@@ -58,6 +58,8 @@ class Encoder:
             for part, (_, is_answer) in zip(ids, pieces, strict=True)
         ]
         example = Example(list(chain(*ids)), list(chain(*labels)))
+        if not example.input_ids:
+            raise ValueError("the chat template renders nothing of it")
         if example.labels[-1] not in self._special:
             end = self.tokenizer.eos_token_id
             example = Example([*example.input_ids, end], [*example.labels, end])

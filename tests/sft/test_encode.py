@@ -152,3 +152,10 @@ def test_a_conversation_that_the_template_refuses_says_why(tokenizer: PreTrained
 def test_the_folder_fixture_has_no_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     assert tokenizer.chat_template is None
     assert not (folder / "chat_template.jinja").exists()
+
+
+def test_a_template_that_renders_nothing_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{# nothing #}"
+    conversation = as_conversation({"instruction": "Say cat.", "output": "cat"})
+    with pytest.raises(ValueError, match="renders nothing"):
+        Encoder(tokenizer).encode(conversation)
