@@ -223,7 +223,7 @@ class _Search:
             largest = last_true(fits, start, self.axis.largest)
             trial = self._try(way, largest, self.limit)
             assert trial is not None
-            found.append(self._leanest(way, largest, trial))
+            found.append(self._alternative(way, largest, trial))
         return found
 
     def smallest(self) -> Alternative:
