@@ -110,7 +110,9 @@ def tokenizer_files(spec: str | Path) -> list[Path]:
 def _from_path(path: Path) -> PreTrainedTokenizerFast:
     files, read = _locate(path)
     try:
-        return read(*files)
+        tokenizer = read(*files)
+        tokenizer.decode(tokenizer("a").input_ids)  # a setting of the wrong type fails only in use
+        return tokenizer
     except (DataError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # on a broken file the tokenizers library raises a bare Exception or panics

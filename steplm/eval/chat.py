@@ -13,10 +13,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError
-from steplm.eval.generate import sampling_arguments
+from steplm.eval.generate import GENERATE, sampling_arguments
+from steplm.eval.perplexity import require_known_tokens
 from steplm.files import is_unicode
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
+from steplm.models.forward import running
 from steplm.units import reason
 
 if TYPE_CHECKING:
@@ -145,11 +147,14 @@ class ChatModel:
         """
         sampling = sampling_arguments(temperature, top_p, max_new_tokens)
         ids, num_left_out = self.fitted(messages, max_new_tokens)
+        if not ids:
+            raise ConfigError("the chat template renders nothing of these messages")
+        require_known_tokens(self.model, max(*ids, self.tokenizer.eos_token_id))
         if self.context is not None:
             sampling["max_new_tokens"] = min(max_new_tokens, self.context - len(ids))
         streamer = _Streamer(self.tokenizer, on_text)
         try:
-            with torch.random.fork_rng():
+            with running(self.model, GENERATE), torch.random.fork_rng():
                 torch.manual_seed(seed)
                 self.model.generate(
                     torch.tensor([ids], device=self.model.device),

@@ -9,10 +9,15 @@ import torch
 
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError
-from steplm.eval.perplexity import resolve_device
+from steplm.eval.perplexity import require_known_tokens
 from steplm.eval.text import opening_token
 from steplm.files import is_unicode
+from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
+from steplm.models.forward import running
+
+# For ``running``: generation also depends on the defaults in generation_config.json.
+GENERATE = "generate with its config.json and generation_config.json"
 
 
 def generate(
@@ -34,8 +39,9 @@ def generate(
         top_p: probability mass kept by nucleus sampling.
 
     Raises:
-        ConfigError: a number is out of range, or prompt and new tokens do not fit the model's context.
-        CheckpointError, DataError, HubUnavailable: no model or tokenizer was found.
+        ConfigError: a number is out of range, prompt and new tokens do not fit the model's context, or the model cannot
+            generate.
+        CheckpointError, DataError, HubUnavailable: no model or tokenizer was found, or they do not belong together.
     """
     sampling = sampling_arguments(temperature, top_p, max_new_tokens)
     if not is_unicode(prompt):
@@ -43,8 +49,9 @@ def generate(
     model = load_pretrained(folder).to(resolve_device(device)).eval()
     tokenizer = load_tokenizer(folder)
     prompt_ids = [opening_token(tokenizer), *tokenizer(prompt, add_special_tokens=False).input_ids]
+    require_known_tokens(model, max(prompt_ids))
     _check_room(model.config, len(prompt_ids), max_new_tokens)
-    with torch.random.fork_rng():
+    with running(model, GENERATE), torch.random.fork_rng():
         torch.manual_seed(seed)
         output = model.generate(
             torch.tensor([prompt_ids], device=model.device),

@@ -20,11 +20,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from steplm.config import load_written_config
 from steplm.data.loader import Batch
 from steplm.data.tokenizer import load_tokenizer
-from steplm.errors import ConfigError, DataError
+from steplm.errors import CheckpointError, ConfigError, DataError
 from steplm.eval.text import token_stream
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
-from steplm.models.forward import mean_loss
+from steplm.models.forward import mean_loss, running
 from steplm.models.loss import IGNORE_INDEX
 from steplm.units import perplexity_of
 
@@ -92,14 +92,18 @@ def perplexity(
         batch_size: windows per forward pass; it does not affect the result.
 
     Raises:
-        ConfigError: the stride is outside 1 … S, or windows are longer than the model's context.
+        ConfigError: the stride is outside 1 … S, windows are longer than the model's context, or it cannot be run.
+        CheckpointError: the loss is not a finite number.
         DataError: there are fewer than two tokens, or a token is outside the model's vocabulary.
     """
     tokens = torch.as_tensor(token_ids, dtype=torch.long).cpu()
     stride = sequence_length if stride is None else stride
     _check(model, tokens, sequence_length, stride)
     batches = _batches(tokens, sequence_length, stride, batch_size)
-    loss, num_tokens = mean_loss(model, batches, chunk_size=LOSS_CHUNK_SIZE)
+    with running(model):
+        loss, num_tokens = mean_loss(model, batches, chunk_size=LOSS_CHUNK_SIZE)
+    if not math.isfinite(loss):
+        raise CheckpointError(f"the loss is {loss}: some weights or settings are too large for dtype {model.dtype}")
     return PerplexityResult(loss * num_tokens, num_tokens, num_text_bytes)
 
 
@@ -188,7 +192,12 @@ def _check(model: PreTrainedModel, tokens: Tensor, sequence_length: int, stride:
         )
     if len(tokens) < 2:
         raise DataError(f"perplexity needs at least 2 tokens, there are {len(tokens)}", num_tokens=len(tokens))
-    largest, vocab_size = int(tokens.max()), model.get_input_embeddings().weight.shape[0]
+    require_known_tokens(model, int(tokens.max()))
+
+
+def require_known_tokens(model: PreTrainedModel, largest: int) -> None:
+    """Raise ``DataError`` if the largest token of a text is outside the model's vocabulary."""
+    vocab_size = model.get_input_embeddings().weight.shape[0]
     if largest >= vocab_size:
         raise DataError(
             f"the text has token {largest}, but the model's vocabulary ends at {vocab_size - 1}: "

@@ -25,7 +25,7 @@ from steplm.models.build import (
     plain_state,
     require_decoder_only,
 )
-from steplm.units import in_one_line, reason
+from steplm.units import in_one_line, reason, shortened
 
 MAX_SHARD_SIZE = "5GB"
 # Files copied along with a model, whatever happens to its weights.
@@ -112,7 +112,7 @@ def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> P
             are not valid weights (integers, NaN).
         HubUnavailable: it is not a folder, and the hub cannot be reached or does not have it.
     """
-    _require_model(name)
+    load_hf_config(name)
     _require_one_set_of_weights(Path(name))
     try:
         with without_bars(), no_padding_index():
@@ -130,6 +130,7 @@ def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> P
             unexpected=unexpected,
         )
     _check_values(model, name)
+    _check_end_tokens(model, name)
     return model
 
 
@@ -163,6 +164,17 @@ def _check_values(model: PreTrainedModel, name: str | Path) -> None:
         raise CheckpointError(
             f"config.json of {name} ties the head to the embeddings (tie_word_embeddings), but the weights hold a head "
             "with other values. Set tie_word_embeddings to false, or remove the head from the weights.",
+            path=str(name),
+        )
+
+
+def _check_end_tokens(model: PreTrainedModel, name: str | Path) -> None:
+    """Refuse other end tokens than numbers in generation_config.json, which transformers reads but does not check."""
+    given = getattr(model.generation_config, "eos_token_id", None)
+    if given is not None and not all(type(token) is int for token in (given if isinstance(given, list) else [given])):
+        raise CheckpointError(
+            f"generation_config.json of {name} has eos_token_id={shortened(given)}, but it must be a token's number, "
+            "or a list of such numbers.",
             path=str(name),
         )
 
@@ -254,6 +266,12 @@ def load_hf_config(name: str | Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # any type, as in load_pretrained
         raise _cannot_load(name, error) from None
+    if config.dtype is not None and not (isinstance(config.dtype, torch.dtype) and config.dtype.is_floating_point):
+        raise CheckpointError(
+            f"config.json of {name} has dtype={shortened(config.dtype)}, but it must be a floating-point type, such as "
+            "bfloat16.",
+            path=str(name),
+        )
     num_layers, num_tensors = getattr(config, "num_hidden_layers", None), len(_stored_shapes(Path(name)))
     if isinstance(num_layers, int) and num_layers > max(num_tensors, MOST_LAYERS):
         # Building that many layers would exhaust memory before anything is compared.

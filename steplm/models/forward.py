@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -146,17 +146,25 @@ def check_loss(model: PreTrainedModel, sequence_length: int) -> None:
     was_training = model.training
     model.eval()
     try:
-        _check_loss(model, min(sequence_length, 16))
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        with running(model):
+            _check_loss(model, min(sequence_length, 16))
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def running(model: PreTrainedModel, what: str = "be run on a row of tokens") -> Iterator[None]:
+    """Turn errors of the modeling code, which hardly checks its configuration, into a ``ConfigError``."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         is_about_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if is_about_memory or hasattr(model, "as_forward"):  # when sharded, the error may concern another rank
             raise
         raise ConfigError(
-            f"model_type {model.config.model_type!r} cannot be run on a row of tokens: {reason(error)}",
+            f"model_type {model.config.model_type!r} cannot {what}: {reason(error)}",
             model_type=model.config.model_type,
         ) from None
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()

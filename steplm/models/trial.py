@@ -10,7 +10,7 @@ from steplm.errors import GrowthError
 from steplm.growth.grow import grow
 from steplm.growth.operators import OPERATORS
 from steplm.models.build import TINY_VOCABULARY, build_model, grown_config, initial_state, with_tiny_vocabulary
-from steplm.models.forward import check_loss
+from steplm.models.forward import check_loss, running
 from steplm.types import LayerMap, LayerOrigin
 
 # A new layer between two old ones; it is a copy of the lower one, and the upper one moves up.
@@ -35,16 +35,16 @@ def require_unchanged_function(config: PretrainedConfig, operator: str) -> None:
 
     Raises:
         GrowthError: the logits change.
+        ConfigError: the model cannot be run.
     """
     if not OPERATORS[operator].function_preserving:
         return
     small, state = _two_layers(config)
     grown = grow(state, BETWEEN, operator)
     tokens = torch.arange(TINY_VOCABULARY).view(2, -1)
-    before, after = (
-        build_model(hf_config, tensors).eval()(tokens, use_cache=False).logits
-        for hf_config, tensors in ((small, state), (grown_config(small, BETWEEN), grown))
-    )
+    models = [build_model(small, state).eval(), build_model(grown_config(small, BETWEEN), grown).eval()]
+    with running(models[0]):
+        before, after = (model(tokens, use_cache=False).logits for model in models)
     if not torch.equal(before, after):
         raise GrowthError(
             f"operator {operator!r} would change what a {config.model_type!r} model computes: its layers do more than "

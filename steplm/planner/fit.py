@@ -197,15 +197,18 @@ class _Search:
             trial = self._try(way, index, limit)
             if trial is not None:
                 limit = trial.peak_bytes - 1
-                yield self._quickest(way, index, trial)
+                yield self._leanest(way, index, trial)
 
-    def _quickest(self, way: Way, index: int | None, trial: _Trial) -> Alternative:
-        """With a device, the fastest variant that fits the budget, without time-only options that it does not need."""
-        found = self._alternative(way, index, trial)
+    def _leanest(self, way: Way, index: int | None, trial: _Trial) -> Alternative:
+        """The variant with the fewest time-only options that needs no more memory, on the device and on the host.
+
+        With a device: the fastest variant that fits the budget, without time-only options that it does not need.
+        """
+        found, limit = self._alternative(way, index, trial), trial.peak_bytes if self.speeds is None else self.limit
+        trials = ((leaner, self._try(leaner, index, limit)) for leaner in without_time_options(way))
+        rows = (self._alternative(leaner, index, trial) for leaner, trial in trials if trial is not None)
         if self.speeds is None:
-            return found
-        trials = ((quicker, self._try(quicker, index, self.limit)) for quicker in without_time_options(way))
-        rows = [self._alternative(quicker, index, trial) for quicker, trial in trials if trial is not None]
+            return next(row for row in rows if row.host_bytes <= found.host_bytes)  # the last variant is the way itself
         return min([found, *rows], key=lambda row: row.seconds or 0.0)
 
     def larger_values(self) -> list[Alternative]:

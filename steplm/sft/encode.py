@@ -71,8 +71,9 @@ class Encoder:
             if found := next((text for text in self._special_texts if text in message["content"]), None):
                 raise ValueError(f"the special token {found} in a message")
         whole = self._render(messages)
-        if any(message["role"] == "system" and message["content"].strip() not in whole for message in messages):
-            raise ValueError("the chat template leaves out the system message")
+        for message in messages:
+            if message["role"] != "assistant" and message["content"].strip() not in whole:
+                raise ValueError(f"the chat template leaves out the {message['role']} message")
         pieces: list[tuple[str, bool]] = []
         position = 0
         for index in answers:
@@ -81,6 +82,8 @@ class Encoder:
             # The model need not generate what follows the end-of-turn token, often a newline.
             end = len(after.rstrip())
             if whole.startswith(before) and whole[:end] == after[:end]:
+                if end <= len(before):
+                    raise ValueError("the chat template leaves out the answer")
                 pieces += [(whole[position : len(before)], False), (whole[len(before) : end], True)]
                 position = end
             elif index == answers[-1]:

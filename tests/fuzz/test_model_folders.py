@@ -19,6 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from steplm import grow
+from steplm.data.tokenizer import train_tokenizer
+from steplm.eval.chat import ChatModel
+from steplm.eval.generate import generate
+from steplm.eval.perplexity import evaluate_folder
 from steplm.models.build import hf_config, initial_state
 from steplm.models.folder import load_config_and_state, save_folder
 
@@ -190,3 +194,36 @@ def test_a_spoiled_model_folder_grows_to_one_that_loads_or_is_refused(
             for key, tensor in before.items():
                 place = re.sub(r"(?<=\.layers\.)\d+", lambda old: str(places[int(old[0])]), key)
                 assert _equal(state[place], tensor), key
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a tokenizer, a chat template and a generation config."""
+    folder = tmp_path_factory.mktemp("models") / "chat"
+    tokenizer = train_tokenizer(["the model grows"], 257)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    config = hf_config({"model_type": "llama", **SMALL, "vocab_size": 257})
+    save_folder(folder, config, initial_state(config, seed=0, dtype=torch.float32))
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 5], "repetition_penalty": 1.1}')
+    return folder
+
+
+@fuzz
+@given(data=st.data())
+def test_a_spoiled_chat_model_is_used_or_refused(
+    data: st.DataObject, claim: Claim, fresh_folder: Fresh, chat_model: Path, spoil_file: SpoilFile
+) -> None:
+    use = data.draw(st.sampled_from(["evaluate", "generate", "chat"]), label="use")
+    with fresh_folder() as parent:
+        folder = shutil.copytree(chat_model, parent / "model")
+        (parent / "text.txt").write_text("the model")
+        spoil_file(data, data.draw(st.sampled_from(sorted(folder.iterdir())), label="file"))
+        with claim():
+            if use == "evaluate":
+                result = evaluate_folder(folder, [str(parent / "text.txt")], device="cpu", sequence_length=8)
+                assert result.loss < 1e9  # a number
+            elif use == "generate":
+                generate(folder, "the", max_new_tokens=2, device="cpu")
+            else:
+                ChatModel(folder, device="cpu").reply([{"role": "user", "content": "a"}], max_new_tokens=2)

@@ -312,6 +312,12 @@ def test_only_an_exact_copy_of_the_function_passes_as_one() -> None:
         require_unchanged_function(hf_config(_values("diffllama")), "identity")
 
 
+def test_a_configuration_that_cannot_be_run_is_refused_before_a_folder_grows() -> None:
+    config = hf_config(_values("llama", num_attention_heads=2, num_key_value_heads=3, head_dim=8))
+    with pytest.raises(ConfigError, match="cannot be run on a row of tokens"):
+        require_unchanged_function(config, "identity")
+
+
 def test_a_model_that_sees_what_it_predicts_is_refused() -> None:
     require_trainable(hf_config(_values("llama")))
     with pytest.raises(ConfigError, match=r"'bert' is not causal: .* \(is_decoder\)"):

@@ -14,7 +14,7 @@ from steplm.cost.seconds import published_speeds
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.fit import MAX_ALTERNATIVES, Alternative, fit, suggestions
 from steplm.planner.hours import stage_times
-from steplm.planner.ladder import AXES, LADDER
+from steplm.planner.ladder import AXES, LADDER, RUNGS
 from steplm.planner.plan import Plan, plan
 from steplm.planner.shape import shape_from_hf_config
 from steplm.planner.stages import StagePrices
@@ -159,9 +159,13 @@ def test_more_budget_never_gives_a_smaller_answer(low: float, more: float, maxim
 @pytest.mark.parametrize("maximize", [None, *AXES])
 def test_no_row_is_worse_than_another_in_everything(maximize: str | None) -> None:
     rows = fit(tiny(), written_bytes(), maximize=maximize).alternatives
+    time_alone = {rung.name for rung in RUNGS if not rung.quality}
     for row, other in product(rows, rows):
         pair = [(-(r.value or 0), r.price, r.flops, r.peak_bytes) for r in (row, other)]
         assert row is other or any(mine < its for mine, its in zip(*pair, strict=True))
+        pair = [(-(r.value or 0), r.quality_price, r.flops, r.peak_bytes, r.host_bytes) for r in (row, other)]
+        is_leaner = time_alone & set(row.options) <= time_alone & set(other.options)
+        assert maximize or row is other or not is_leaner or any(its < mine for mine, its in zip(*pair, strict=True))
     ranked = sorted(rows, key=lambda r: (-(r.value or 0), bool(r.overrides), r.price, r.flops, r.peak_bytes))
     assert list(rows) == ranked
 
@@ -388,6 +392,18 @@ def test_the_seconds_of_a_row_are_those_of_its_plan() -> None:
         times = stage_times(config, made, speeds)
         assert times is not None
         assert row.seconds == pytest.approx(sum(time.seconds for time in times), rel=1e-6)
+
+
+@pytest.mark.parametrize("more", [(), ("method=growth",), ("train.per_device_train_batch_size=16",)])
+def test_no_option_is_taken_that_costs_time_alone_and_saves_no_memory(more: tuple[str, ...]) -> None:
+    keys, found = {rung.name: rung.key for rung in RUNGS if not rung.quality}, 0
+    for row in fit(tiny(*more), written_bytes(*more)).alternatives:
+        for name in keys.keys() & set(row.options):
+            without = [override for override in row.overrides if not override.startswith(f"{keys[name]}=")]
+            made = plan(tiny(*more, *without))
+            found += 1
+            assert (made.peak_bytes or 0) > row.peak_bytes or made.host_bytes > row.host_bytes
+    assert found
 
 
 def test_with_a_device_no_option_is_taken_that_costs_time_alone_and_is_not_needed() -> None:

@@ -84,13 +84,16 @@ def test_an_answer_of_weight_0_is_in_the_prompt_of_the_next_one(tokenizer: PreTr
     assert example.input_ids == whole.input_ids
 
 
-def test_a_template_that_leaves_out_the_system_message_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("role", ["system", "user", "User"])
+def test_a_template_that_leaves_out_a_message_is_told(role: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    known = ("system", "user", "assistant") if role == "User" else {"system", "user", "assistant"} - {role}
     tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
+        f"{{% for m in messages %}}{{% if m.role in {sorted(known)} %}}{{{{ m.role }}}}: {{{{ m.content }}}}\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    with pytest.raises(ValueError, match="leaves out the system message"):
-        Encoder(tokenizer).encode(as_conversation({"messages": TURNS}))
+    turns = [{**turn, "role": role} if turn["role"] == role.lower() else turn for turn in TURNS]
+    with pytest.raises(ValueError, match=f"leaves out the {role} message"):
+        Encoder(tokenizer).encode(as_conversation({"messages": turns}))
 
 
 def test_an_answer_that_the_template_does_not_end_gets_an_end_with_a_loss(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -152,3 +155,9 @@ def test_a_conversation_that_the_template_refuses_says_why(tokenizer: PreTrained
 def test_the_folder_fixture_has_no_template(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     assert tokenizer.chat_template is None
     assert not (folder / "chat_template.jinja").exists()
+
+
+def test_a_template_that_leaves_out_the_answer_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="leaves out the answer"):
+        Encoder(tokenizer).encode(as_conversation({"messages": TURNS[1:3]}))
