@@ -59,7 +59,9 @@ const ROLES = {
     mode: "lines+markers", line: { color: colour, width: 2, dash: look.dash },
     marker: { color: colour, size: t.chosen.map((chosen) => (chosen ? 12 : 5)) },
   }),
-  bars: (t) => ({ type: "bar", width: 1, marker: { color: t.colour, line: { color: css("--paper"), width: 1 } } }),
+  bars: (t) => ({
+    type: "bar", width: 1, textposition: "none", marker: { color: t.colour, line: { color: css("--paper"), width: 1 } },
+  }),
   diverged: (t, colour) => ({ mode: "markers", cliponaxis: false, marker: { color: colour, size: 9, symbol: "x-thin", line: { color: colour, width: 2 } } }),
   point: (t, colour) => ({
     mode: "markers",
