@@ -7,8 +7,9 @@ matrix has one fp32 scale per row; an NF4 matrix has two codes per byte and one 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import gcd
+from types import MappingProxyType
 
 STATE_BLOCK = 256  # elements of an 8-bit optimizer state that share a scale
 NF4_BLOCK = 64  # elements of an NF4 weight that share a scale
@@ -124,6 +125,10 @@ NEWTON_SCHULZ_STEPS = 5  # per Muon update
 SIGNED_CODE_BOOK_BYTES = CODE_BOOK_BYTES // 2  # lookup tables of a rule with 8-bit momentum, on each device
 
 
+RowBlocks = Mapping[tuple[int, ...], tuple[int, ...]]  # rows and columns of a fused matrix -> rows of each map in it
+NO_BLOCKS: RowBlocks = MappingProxyType({})
+
+
 def maps_at_once(rows: int, columns: int) -> int:
     """How many matrices of this shape a matrix rule updates at once: at most ``STEP_CHUNK`` elements, or one matrix."""
     return max(1, STEP_CHUNK // (rows * columns))
@@ -156,7 +161,13 @@ def muon_state_bytes(rows: int, columns: int, states: str) -> int:
 
 
 def muon_step_bytes(
-    maps: Iterable[tuple[int, int]], *, states: str, masters: str, compute_width: int, num_shards: int = 1
+    maps: Iterable[tuple[int, int]],
+    *,
+    states: str,
+    masters: str,
+    compute_width: int,
+    num_shards: int = 1,
+    row_blocks: RowBlocks = NO_BLOCKS,
 ) -> int:
     """Workspace of a Muon update of weight matrices of these shapes.
 
@@ -169,30 +180,44 @@ def muon_step_bytes(
         masters: ``fp32`` (also for fp32 weights), ``8bit`` or ``none``.
         compute_width: bytes per element in Newton–Schulz: 2 on CUDA, 4 elsewhere.
         num_shards: ranks that share the rows of every matrix. Each rank gathers its share of the matrices.
+        row_blocks: rows of the maps in a fused matrix, by its shape.
     """
     most = 0
-    for batch, rows, columns in _muon_batches(maps, num_shards):
+    for batch, rows, columns, blocks in _muon_batches(maps, num_shards, row_blocks):
         updates = compute_width * batch * rows * columns
         pieces = _piece_bytes(rows // num_shards, columns, states=states, masters=masters)
-        most = max(most, updates + pieces, _newton_schulz_bytes(batch, rows, columns, compute_width))
+        most = max(most, updates + pieces, _newton_schulz_bytes(batch, rows, columns, blocks, compute_width))
     return most
 
 
-def muon_product_bytes(maps: Iterable[tuple[int, int]], *, compute_width: int) -> int:
+def muon_product_bytes(
+    maps: Iterable[tuple[int, int]], *, compute_width: int, row_blocks: RowBlocks = NO_BLOCKS
+) -> int:
     """The share of ``muon_step_bytes`` that Newton–Schulz needs."""
-    return max((_newton_schulz_bytes(*batch, compute_width) for batch in _muon_batches(maps)), default=0)
+    return max((_newton_schulz_bytes(*batch, compute_width) for batch in _muon_batches(maps, 1, row_blocks)), default=0)
 
 
-def _muon_batches(maps: Iterable[tuple[int, int]], num_shards: int = 1) -> Iterator[tuple[int, int, int]]:
-    """For each shape: how many matrices a rank updates at once, their rows (padded to ``num_shards``), and columns."""
+def _muon_batches(
+    maps: Iterable[tuple[int, int]], num_shards: int, row_blocks: RowBlocks
+) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:
+    """For each shape: matrices that a rank updates at once, rows (padded to ``num_shards``), columns, row blocks."""
     for (rows, columns), count in Counter(maps).items():
         whole = -(-rows // num_shards) * num_shards
-        yield -(-min(count, num_shards * maps_at_once(whole, columns)) // num_shards), whole, columns
+        yield (
+            -(-min(count, num_shards * maps_at_once(whole, columns)) // num_shards),
+            whole,
+            columns,
+            row_blocks.get((rows, columns), ()),
+        )
 
 
-def _newton_schulz_bytes(batch: int, rows: int, columns: int, compute_width: int) -> int:
-    """Two copies of the matrices that are updated together, and one square Gram matrix for each."""
-    return compute_width * batch * (2 * rows * columns + min(rows, columns) ** 2)
+def _newton_schulz_bytes(batch: int, rows: int, columns: int, blocks: tuple[int, ...], compute_width: int) -> int:
+    """Two copies of the matrices that are updated together, and one square Gram matrix for each.
+
+    In fused matrices, these are of one row block at a time, in addition to the whole matrices.
+    """
+    largest = max(2 * n * columns + min(n, columns) ** 2 for n in blocks or (rows,))
+    return compute_width * batch * (largest + (rows * columns if blocks else 0))
 
 
 def scale_state_bytes(rows: int, columns: int, states: str, *, momentum: bool = False) -> int:

@@ -6,12 +6,14 @@ To add a rule, add an entry here and its class in ``steplm.optim.build``. Every 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 
 from steplm.config import MemoryConfig, OptimConfig
 from steplm.cost.formats import (
+    NO_BLOCKS,
+    RowBlocks,
     is_low_rank,
     low_rank_state_bytes,
     low_rank_step_bytes,
@@ -35,6 +37,7 @@ class Setting:
     width: int  # bytes per weight
     compute_width: int = 4  # bytes per element in Newton–Schulz: 2 on CUDA
     num_shards: int = 1  # ranks that share the rows of a matrix
+    row_blocks: RowBlocks = field(default_factory=dict)  # see ``row_blocks``
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,11 @@ def _muon_step_bytes(shapes: Sequence[TensorShape], setting: Setting) -> int:
     stacks = [_local(shape, shards) for shape in shapes if len(shape) == 3]  # no rank needs another's experts
     matrices = [shape for shape in shapes if len(shape) == 2]
     step_bytes = partial(
-        muon_step_bytes, states=setting.states, masters=setting.masters, compute_width=setting.compute_width
+        muon_step_bytes,
+        states=setting.states,
+        masters=setting.masters,
+        compute_width=setting.compute_width,
+        row_blocks=setting.row_blocks,
     )
     if shards == 1:
         return step_bytes(_maps(shapes))
@@ -134,7 +141,9 @@ RULES: dict[str, Rule] = {
             muon_state_bytes(*sides, setting.states) for sides in _maps([_local(shape, setting.num_shards)])
         ),
         step_bytes=_muon_step_bytes,
-        product_bytes=lambda shapes, setting: muon_product_bytes(_maps(shapes), compute_width=setting.compute_width),
+        product_bytes=lambda shapes, setting: muon_product_bytes(
+            _maps(shapes), compute_width=setting.compute_width, row_blocks=setting.row_blocks
+        ),
         states=("fp32", "8bit"),
         masters=("fp32", "8bit", "none"),
         shardable=True,
@@ -170,6 +179,26 @@ def matrices_of_layer(shape: ModelShape) -> tuple[TensorShape, ...]:
     """Matrices of a layer that a rule can take: the weights of its linear layers, and stacks of experts."""
     stacks = (tensor for tensor in shape.other_shapes("layer") if len(tensor) == 3)
     return (*((linear.out_features, linear.in_features) for linear in shape.linears), *stacks)
+
+
+def row_blocks(shape: ModelShape) -> RowBlocks:
+    """Rows of each map in a layer's fused projections, by the shape of the fused matrix; Muon updates them separately.
+
+    Only families whose code in ``transformers`` splits the product into consecutive blocks are listed. A matrix that
+    shares its shape with another stays whole.
+    """
+    if shape.model_type != "phi3":
+        return NO_BLOCKS
+    query_size, heads = shape.attention_size or shape.hidden_size, shape.num_attention_heads
+    kv_size = query_size // heads * (shape.num_key_value_heads or heads)
+    shapes = [(linear.out_features, linear.in_features) for linear in shape.linears]
+    blocks: dict[TensorShape, tuple[int, ...]] = {}
+    for linear, matrix in zip(shape.linears, shapes, strict=True):
+        half = linear.out_features // 2
+        rows = {"self_attn.qkv_proj": (query_size, kv_size, kv_size), "mlp.gate_up_proj": (half, half)}.get(linear.name)
+        if rows is not None and shapes.count(matrix) == 1:
+            blocks[matrix] = rows
+    return blocks
 
 
 def split_by_rule(

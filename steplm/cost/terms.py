@@ -15,7 +15,7 @@ from math import prod
 
 from steplm.config import MemoryConfig, OptimConfig, RunConfig
 from steplm.cost.formats import FROZEN_FORMATS, state_bytes
-from steplm.cost.rules import ADAMW, RULES, Setting, masters_of, matrices_of_layer, split_by_rule
+from steplm.cost.rules import ADAMW, RULES, Setting, masters_of, matrices_of_layer, row_blocks, split_by_rule
 from steplm.errors import ConfigError
 from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
 from steplm.types import (
@@ -62,7 +62,8 @@ class Subject:
         masters = masters_of(rule, memory) if self.width == 2 else "fp32"
         compute_width = 2 if self.config.train.device == "cuda" else 4
         states = memory.optimizer_states
-        return Setting(self.config.optim, states, masters, self.width, compute_width, self.num_shards)
+        blocks = row_blocks(self.shape)
+        return Setting(self.config.optim, states, masters, self.width, compute_width, self.num_shards, blocks)
 
     def master_bytes(self, rule: str) -> int:
         """Bytes per parameter of the master weights that this rule keeps."""

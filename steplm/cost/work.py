@@ -17,7 +17,7 @@ from math import prod
 from steplm.config import RunConfig
 from steplm.cost.activations import MODELLED, Workload, is_modelled, layer_activations, recomputes
 from steplm.cost.flops import newton_schulz_flops
-from steplm.cost.formats import NEWTON_SCHULZ_STEPS, STEP_CHUNK
+from steplm.cost.formats import NEWTON_SCHULZ_STEPS, STEP_CHUNK, RowBlocks
 from steplm.cost.rules import ADAMW
 from steplm.cost.terms import COMPONENTS, Subject, packed_layer_bytes
 from steplm.cost.transfers import fetched_bytes, host_transfers
@@ -307,20 +307,21 @@ class _Step:
             yield Work("update", kind, size * num_bytes, f"{num_bytes} B × P")
             launches += _OPTION_LAUNCHES[kind] * (num_bytes > 0)
         if rule == "muon":
-            yield from self._newton_schulz(matrices, count)
+            yield from self._newton_schulz(matrices, count, setting.row_blocks)
         if rule in ("galore", "apollo", "apollo_mini"):
             rank = 1 if rule == "apollo_mini" else self.config.optim.rank
             products = [(min(shape), max(shape), min(rank, *shape)) for shape in matrices] * (2 * count)
             yield from self._products(products, "to the subspace and back: 4 r P", "fp32", "update")
         yield Work("update", "launches", pieces * launches)
 
-    def _newton_schulz(self, matrices: Iterable[TensorShape], count: int) -> Iterator[Work]:
+    def _newton_schulz(self, matrices: Iterable[TensorShape], count: int, row_blocks: RowBlocks) -> Iterator[Work]:
         precision = "bf16" if self.on_cuda else "fp32"
         flops = moved = 0
         for shape in matrices:
-            s, l = sorted(shape[-2:])  # noqa: E741
             maps = count * prod(shape[:-2])
-            flops += maps * newton_schulz_flops(s, l)
-            moved += maps * NEWTON_SCHULZ_STEPS * (2 if self.on_cuda else 4) * (5 * s * l + 6 * s * s)
+            for rows in row_blocks.get(shape, shape[-2:-1]):
+                s, l = sorted((rows, shape[-1]))  # noqa: E741
+                flops += maps * newton_schulz_flops(s, l)
+                moved += maps * NEWTON_SCHULZ_STEPS * (2 if self.on_cuda else 4) * (5 * s * l + 6 * s * s)
         yield Work("update", f"{precision} products", flops, "Newton–Schulz: 5 (4 s² l + 2 s³)")
         yield Work("update", "update", moved, "Newton–Schulz's operands")

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from steplm.data.tokens import Count, Shard, offsets_file_bytes
+from steplm.data.tokens import Count, Shard, documents_by_length, offsets_file_bytes
 from steplm.errors import DataError
 from steplm.types import from_json, to_json
 from steplm.units import format_bytes
@@ -138,8 +138,8 @@ class ShardWriter:
         _sync(self._file)
         self._file.close()
         self._file = None
-        offsets = io.BytesIO()
-        np.save(offsets, np.frombuffer(self._offsets, np.int64).astype("<i8"), allow_pickle=False)
+        starts, offsets = np.frombuffer(self._offsets, np.int64), io.BytesIO()
+        np.save(offsets, starts.astype("<i8"), allow_pickle=False)
         shard = Shard(
             name=self._stem.name,
             num_tokens=self._offsets[-1],
@@ -148,6 +148,7 @@ class ShardWriter:
             last_document=self._position,
             tokens_sha256=self._digest.hexdigest(),
             offsets_sha256=hashlib.sha256(offsets.getvalue()).hexdigest(),
+            documents_by_length=documents_by_length(starts),
         )
         write_atomically(Path(f"{self._stem}.offsets.npy"), offsets.getvalue())
         os.replace(f"{self._stem}.bin{UNFINISHED}", f"{self._stem}.bin")
@@ -178,6 +179,7 @@ class ShardWriter:
             offsets_sha256=hashlib.sha256(data.getvalue()).hexdigest(),
             tokens_file=str(tokens_file.resolve()),
             header_bytes=header_bytes,
+            documents_by_length=documents_by_length(offsets),
         )
         write_atomically(self.folder / f"{name}.offsets.npy", data.getvalue())
         write_json(self.folder / f"{name}.json", to_json(shard))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from steplm.data.tokens import TokenDataset
+from steplm.data.tokens import TokenDataset, documents_by_length
 from steplm.units import format_count
 
 BAR_WIDTH = 30  # characters
@@ -37,7 +37,8 @@ def document_statistics(dataset: TokenDataset, sequence_length: int) -> Document
     for offsets in dataset.offsets_of_shards():
         starts, ends = offsets[:-1], offsets[1:]
         lengths = ends - starts
-        by_length += np.bincount(np.frexp(lengths)[1] - 1, minlength=64)
+        counts = documents_by_length(offsets)
+        by_length[: len(counts)] += counts
         longest = max(longest, int(lengths.max()))
         num_cut += int((starts // sequence_length != (ends - 1) // sequence_length).sum())
         num_inside += int((ends % sequence_length != 0).sum())

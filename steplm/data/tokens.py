@@ -20,6 +20,7 @@ import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,6 +51,7 @@ class Shard:
     offsets_sha256: str
     tokens_file: str | None = None  # another program's token file; None: NAME.bin beside the offsets
     header_bytes: Count = 0  # header size of that file
+    documents_by_length: tuple[Count, ...] = ()  # see the function below; empty if an earlier version wrote the shard
 
     def tokens_path(self, folder: Path) -> Path:
         return folder / f"{self.name}.bin" if self.tokens_file is None else Path(self.tokens_file)
@@ -57,6 +59,19 @@ class Shard:
     def file_bytes(self, itemsize: int) -> int:
         """Size of the token file."""
         return self.header_bytes + self.num_tokens * itemsize
+
+
+def documents_by_length(offsets: npt.NDArray[np.int64]) -> tuple[int, ...]:
+    """Number of documents of 1, 2 to 3, 4 to 7, ... tokens, including end of text.
+
+    Args:
+        offsets: (num_documents + 1,): the start of each document, and the end of the last.
+    """
+    return tuple(np.bincount(np.frexp(np.diff(offsets))[1] - 1).tolist())
+
+
+def _total(parts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(map(sum, zip_longest(*parts, fillvalue=0))) if all(parts) else ()
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,11 @@ class SplitManifest:
     @property
     def num_text_bytes(self) -> int:
         return sum(shard.num_text_bytes for shard in self.shards)
+
+    @property
+    def documents_by_length(self) -> tuple[int, ...]:
+        """See the function of this name; empty if a shard does not say it."""
+        return _total([shard.documents_by_length for shard in self.shards])
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,11 @@ class Manifest:
     def splits_of(self, kind: str) -> dict[str, str]:
         """The splits of ``train`` or ``validation`` by set name; a single unnamed set gives ``{"train": "train"}``."""
         return {name.partition("/")[2] or kind: name for name in self.splits if name.partition("/")[0] == kind}
+
+    @property
+    def training_documents_by_length(self) -> tuple[int, ...]:
+        """``documents_by_length`` of all training splits; empty if an earlier version wrote one of them."""
+        return _total([self.splits[split].documents_by_length for split in self.splits_of("train").values()])
 
     @classmethod
     def load(cls, prepared_dir: Path) -> Manifest:

@@ -12,8 +12,9 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 
 from steplm.config import RunConfig
+from steplm.cost.formats import NO_BLOCKS
 from steplm.cost.measure import ADAPTER_TENSORS
-from steplm.cost.rules import ADAMW, RULES, masters_of
+from steplm.cost.rules import ADAMW, RULES, masters_of, row_blocks
 from steplm.errors import ConfigError
 from steplm.optim.adamw import AdamW
 from steplm.optim.base import CodeBooks, GradNorm, RuleBase, global_grad_norm
@@ -21,6 +22,7 @@ from steplm.optim.host import FetchesWeight, HostParameters
 from steplm.optim.low_rank import LowRankAdamW
 from steplm.optim.muon import Muon
 from steplm.optim.scale import SCALE
+from steplm.planner.shape import FAMILIES, shape_from_hf_config
 from steplm.schedule import Frozen, Phase
 
 MASTER_WEIGHTS: dict[str, bool | str] = {"fp32": True, "8bit": "8bit", "none": False}
@@ -41,11 +43,15 @@ def _adamw(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
 
 
 def _muon(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
+    values = config.model.hf_config()
+    family = FAMILIES.get(values["model_type"])
+    is_fused = family is not None and family.fused
     return Muon(
         {},
         states=config.memory.optimizer_states,
         master_weights=MASTER_WEIGHTS[masters_of(rule, config.memory)],
         weight_decay=config.optim.weight_decay,
+        row_blocks=row_blocks(shape_from_hf_config(values)) if is_fused else NO_BLOCKS,
         books=books,
     )
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from steplm.cost.formats import NEWTON_SCHULZ_STEPS
+from steplm.cost.formats import NEWTON_SCHULZ_STEPS, NO_BLOCKS, RowBlocks
 from steplm.optim.base import CodeBooks, NamedParameters
 from steplm.optim.matrix import UPDATE_RMS, Map, MatrixRule
 from steplm.optim.sharding import sharding
@@ -41,6 +41,8 @@ class Muon(MatrixRule):
         named_parameters, states, master_weights, weight_decay: see ``MatrixRule``.
         momentum: coefficient of the old momentum in the new one, and of the momentum in the look-ahead.
         compute_dtype: dtype of Newton–Schulz. None: bf16 on CUDA, fp32 elsewhere.
+        row_blocks: (rows, columns) of a fused matrix -> rows of each map in it, from the top; each is updated as if it
+            were a parameter of its own.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Muon(MatrixRule):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         compute_dtype: torch.dtype | None = None,
+        row_blocks: RowBlocks = NO_BLOCKS,
         books: CodeBooks | None = None,
     ) -> None:
         super().__init__(
@@ -62,7 +65,7 @@ class Muon(MatrixRule):
             momentum=momentum,
             books=books,
         )
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.row_blocks = compute_dtype, row_blocks
 
     def _update_maps(self, maps: list[Map], learning_rate: float, grad_scale: float) -> None:
         parameter = self.parameters[maps[0].name]
@@ -73,16 +76,33 @@ class Muon(MatrixRule):
         updates = self._gather(maps, grad_scale, nesterov=True, dtype=dtype, shared=shared).to(device)
         if shared:
             updates = shared.gather(updates)
-        is_tall = rows > columns
-        updates = updates.mT if is_tall else updates
-        updates.div_(torch.linalg.matrix_norm(updates, keepdim=True).clamp_(min=EPS))
-        for _ in range(NEWTON_SCHULZ_STEPS):
-            updates = newton_schulz_step(updates)
-        updates = updates.mT if is_tall else updates
+        if blocks := self.row_blocks.get((rows, columns)):
+            for block in updates[:, :rows].split(blocks, dim=1):
+                factor = math.sqrt(max(block.shape[1:]) / max(rows, columns))  # relative to that of the fused matrix
+                block.copy_(orthogonalized([block])).mul_(factor)
+        else:
+            held = [updates]
+            del updates
+            updates = orthogonalized(held)
         if shared:
             updates = updates.contiguous()
             updates = shared.scatter(updates)[: len(maps), : len(on_this_rank(parameter))]
         self._descend(maps, updates.to(parameter.device), learning_rate, UPDATE_RMS * math.sqrt(max(rows, columns)))
+
+
+def orthogonalized(held: list[Tensor]) -> Tensor:
+    """Matrices with the singular vectors of those given, and singular values near 1.
+
+    Args:
+        held: a tensor (batch, rows, columns), which is taken out of the list to free its memory after the first step.
+    """
+    matrices = held.pop()
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    matrices = matrices.mT if is_tall else matrices
+    matrices.div_(torch.linalg.matrix_norm(matrices, keepdim=True).clamp_(min=EPS))
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        matrices = newton_schulz_step(matrices)
+    return matrices.mT if is_tall else matrices
 
 
 def newton_schulz_step(matrices: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 A trace's ``x`` is a list, or a dict of lists by axis if the reader may choose the axis. Roles: ``line``, ``band``
 (``low`` to ``high``), ``faint`` (training loss), ``growth``, ``step``, ``planned``, ``measured``, ``point``,
-``frontier``, ``area``, ``rates``, ``diverged``. ``ends``, for the files, has each line label's value, text and entry.
+``frontier``, ``area``, ``rates``, ``diverged``, ``bars``. ``ends``, for the files, has each line label's value, text
+and entry.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from steplm.report.tables import tuning_run
 from steplm.units import format_bytes, format_count, format_seconds
 
 MOST_TRAINING_POINTS = 400
+MOST_LENGTH_TICKS = 10
 FEW_POINTS = 12  # lines with at most this many points get a marker on each
 
 
@@ -303,6 +305,45 @@ def rates_chart(suite: Suite) -> dict[str, Any] | None:
         "x_ticks": list(suite.record.grid),
         "traces": [*traces, *({**trace, "y": [high + margin] * len(trace["x"])} for trace in diverged)],
         "ends": ends,
+    }
+
+
+def documents_chart(suite: Suite) -> dict[str, Any] | None:
+    """A histogram of the lengths of the training documents; ``None`` if there is at most one, or no run says it."""
+    record = None if suite.any_run is None else suite.any_run.record
+    events = [] if record is None else record.events_of("data")
+    counts = events[-1]["documents_by_length"] if events else []
+    total = sum(counts)
+    if total < 2:
+        return None
+    first = next(power for power, count in enumerate(counts) if count)
+    shown = range(first, len(counts))
+    every = 1 + len(shown) // MOST_LENGTH_TICKS
+    ticks = range(first, len(counts) + 1, every)
+    hover = [
+        f"{2**k:,} to {2 ** (k + 1) - 1:,} tokens<br>{counts[k]:,} documents, {counts[k] / total:.1%}" for k in shown
+    ]
+    return {
+        "id": "documents",
+        "kind": "documents",
+        "title": "Document lengths",
+        "about": f"{total:,} training documents, with their end-of-text tokens; each bar spans a factor of two.",
+        "x_title": "document length, tokens",
+        "y_title": "share of documents, %",
+        "x_ticks": list(ticks),
+        "x_tick_labels": [f"{2**power:,}" for power in ticks],
+        "y_from_zero": True,
+        "traces": [
+            {
+                "role": "bars",
+                "x": [power + 0.5 for power in shown],
+                "y": [100 * counts[power] / total for power in shown],
+                "colour": KIND_COLOURS["gradients"],
+                "name": "documents",
+                "hover": hover,
+            }
+        ],
+        "ends": [],
     }
 
 

@@ -59,9 +59,11 @@ class Event(_Document):
     planned_dry_run_bytes: Size | None = None
     measured_dry_run_bytes: Size | None = None
     peak_allocated_bytes: Size | None = None
+    documents_by_length: Annotated[list[Size], Field(min_length=1, max_length=64)] | None = None
 
 
 NEEDED = {
+    "data": ("documents_by_length",),
     "train": ("stage", "tokens_seen", "elapsed_seconds", "tokens_per_second", "loss"),
     "eval": ("stage", "tokens_seen", "loss", "perplexity"),
     "growth": ("stage", "tokens_seen"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from steplm.report.charts import facts, question_charts, rates_chart
+from steplm.report.charts import documents_chart, facts, question_charts, rates_chart
 from steplm.report.curves import Look, looks
 from steplm.report.evaluations import Evaluation
 from steplm.report.style import RUN_COLOURS, RUN_COLOURS_ON_DARK
@@ -89,7 +89,7 @@ class PageParts:
         questions = self.suite.record.questions
         parts = [self._head()]
         parts += [self._question(question, number) for number, question in enumerate(questions, start=1)]
-        parts += [self._stages(), self._tuning(), self._problems()]
+        parts += [self._stages(), self._tuning(), self._documents(), self._problems()]
         return "\n".join(part for part in parts if part)
 
     def data(self) -> dict[str, Any]:
@@ -179,6 +179,11 @@ class PageParts:
         names = list(dict.fromkeys(trace["entry"] for trace in chart["traces"])) if chart else []
         return f"""<section id="rates-section"><h2>Learning rates</h2>
 {table_html(table, titled=False)}{self._chips(names)}{self._chart(chart, "rates-section")}</section>"""
+
+    def _documents(self) -> str:
+        chart = documents_chart(self.suite)
+        section = "documents-section"
+        return f'<section id="{section}"><h2>Data</h2>{self._chart(chart, section)}</section>' if chart else ""
 
     def _problems(self) -> str:
         lines = "".join(f"<li>{escape(line)}</li>" for line in problems(self.suite))

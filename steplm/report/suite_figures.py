@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steplm.report.charts import question_charts, rates_chart
+from steplm.report.charts import documents_chart, question_charts, rates_chart
 from steplm.report.curves import AXES, Look, looks
 from steplm.report.figure import OUTSIDE, run_figure
 from steplm.report.labels import USUAL_FONT, USUAL_SIZE
@@ -25,6 +25,7 @@ NAMES = {
     "memory": "memory",
     "growth": "growth",
     "rates": "learning_rate",
+    "documents": "document_lengths",
 }
 LINE_STYLES: dict[str, Any] = {"solid": "-", "dash": (0, (5, 2)), "dot": (0, (1.2, 1.6))}
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "x": "X", "star": "*"}
@@ -47,8 +48,9 @@ def write_figures(suite: Suite, directory: Path) -> dict[str, Path]:
             for axis in AXES if chart["kind"] == "loss" else ("tokens",):
                 name = f"loss_{axis}" if chart["kind"] == "loss" else NAMES[chart["kind"]]
                 save(f"q{number}_{name}", chart, axis)
-    if (rates := rates_chart(suite)) is not None:
-        save(NAMES["rates"], rates)
+    for other in (rates_chart(suite), documents_chart(suite)):
+        if other is not None:
+            save(NAMES[other["kind"]], other)
     if len(suite.runs) == 1 and (record := suite.runs[0].record) is not None and record.events_of("train"):
         drawn["run"] = run_figure([record], directory / "run.png")
     return drawn
@@ -118,6 +120,8 @@ def _draw_trace(axes: Axes, x: Sequence[float], trace: Mapping[str, Any], look: 
             axes.plot(x, y, **line, marker="o", markersize=4.5, markerfacecolor="white")
             chosen = [i for i, is_chosen in enumerate(trace["chosen"]) if is_chosen]
             axes.plot([x[i] for i in chosen], [y[i] for i in chosen], "o", color=colour, markersize=7, zorder=4)
+        case "bars":
+            axes.bar(x, y, width=1.0, color=trace["colour"], edgecolor="white", linewidth=0.8)
         case "diverged":
             axes.plot(x, y, "x", color=colour, markersize=7, clip_on=False)
         case "point":
@@ -152,13 +156,15 @@ def _finish(axes: Axes, chart: Mapping[str, Any], axis: str) -> None:
     axes.set_title(chart["about"], loc="left", color=MUTED, fontsize=8.5)
     if chart["kind"] in ("loss", "memory") and axes.dataLim.x1 > 0:  # not empty
         axes.set_xlim(0, axes.dataLim.x1)
-    if "x_ticks" in chart:
+    if "x_tick_labels" in chart:
+        axes.set_xticks(chart["x_ticks"], chart["x_tick_labels"])
+    elif "x_ticks" in chart:
         axes.set_xscale("log")
         axes.set_xticks(chart["x_ticks"], [f"{rate:g}" for rate in chart["x_ticks"]])
         axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(8))
-    if "tokens" in title or "FLOPs" in title:
+    if "x_tick_labels" not in chart and ("tokens" in title or "FLOPs" in title):
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     if chart.get("x_range"):
         axes.set_xlim(*chart["x_range"])

@@ -1,6 +1,7 @@
 """``metrics.jsonl``, with one JSON object per event, and optional sinks that receive the same numbers.
 
 Values of ``event``, and the fields of each:
+    data          documents_by_length: training documents of 1, 2 to 3, 4 to 7, ... tokens, including end of text
     stage_start   stage, tokens_seen, num_hidden_layers; planned_bytes, measured_bytes of the model state by kind;
                   measured_bytes_of_ranks on several ranks; planned_peak_bytes; for the dry run planned_dry_run_bytes,
                   measured_dry_run_bytes (tensors) and measured_library_bytes (cuBLAS workspaces); for growth and

@@ -170,6 +170,8 @@ def _set_up(config: RunConfig, world: World, display: Display) -> RunContext | N
         run.metrics.write("changed", tokens_seen=state.progress.tokens_seen, keys=changed)
     if first:
         _keep_tokenizer(config)
+        if state is None and (counts := manifest.training_documents_by_length):
+            run.metrics.write("data", tokens_seen=0, documents_by_length=counts)
     return run
 
 

@@ -8,11 +8,13 @@ from math import prod
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from steplm.config import RunConfig, load_config
-from steplm.cost.rules import RULES
+from steplm.cost.rules import RULES, row_blocks
 from steplm.cost.terms import (
     COMPONENTS,
     KINDS,
@@ -175,6 +177,31 @@ def test_targets_come_in_the_layers_order_and_fused_maps_are_known() -> None:
     shape = shape_from_hf_config({"model_type": "phi3"})
     assert resolve_target_modules(shape, "all-linear") == ("o_proj", "qkv_proj", "gate_up_proj", "down_proj")
     assert resolve_target_modules(shape, ["down_proj", "o_proj"]) == ("o_proj", "down_proj")
+
+
+def test_the_fused_maps_of_phi3_are_blocks_of_rows_and_a_shape_of_two_matrices_is_never_split() -> None:
+    values = {"model_type": "phi3", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
+    shape = shape_from_hf_config({**values, "intermediate_size": 100})
+    assert row_blocks(shape) == {(96, 64): (64, 16, 16), (200, 64): (100, 100)}
+    assert row_blocks(shape_from_hf_config({**values, "intermediate_size": 48})) == {}  # both are 96 x 64
+    assert row_blocks(replace(shape, model_type="llama")) == {}
+
+
+def test_a_layer_of_phi3_is_one_of_llama_with_its_blocks_as_separate_maps() -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 20}
+    blocks = row_blocks(shape_from_hf_config({"model_type": "phi3", **sizes}))
+    fused = Phi3ForCausalLM(Phi3Config(**sizes, vocab_size=8, num_hidden_layers=1, pad_token_id=0))
+    separate = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8, num_hidden_layers=1, rms_norm_eps=1e-5))
+    weights = fused.state_dict()
+    attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
+    qkv, gate_up = weights.pop(attention + "qkv_proj.weight"), weights.pop(mlp + "gate_up_proj.weight")
+    for name, part in zip("qkv", qkv.split(blocks[32, 16]), strict=True):
+        weights[f"{attention}{name}_proj.weight"] = part
+    for name, part in zip(("gate", "up"), gate_up.split(blocks[40, 16]), strict=True):
+        weights[f"{mlp}{name}_proj.weight"] = part
+    separate.load_state_dict(weights)
+    tokens = torch.arange(8)[None]
+    torch.testing.assert_close(fused(tokens).logits, separate(tokens).logits)
 
 
 # --- the options: one layer by hand ---

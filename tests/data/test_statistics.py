@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from steplm.data.statistics import described, document_statistics
 from steplm.data.tokens import TokenDataset
@@ -32,3 +33,12 @@ def test_shards_are_counted_as_one(make_dataset: Callable[..., TokenDataset]) ->
     documents = _documents([5, 9, 2, 17, 30, 4, 4, 12])
     many = document_statistics(make_dataset(documents, shard_tokens=20), 16)
     assert many == document_statistics(make_dataset(documents, shard_tokens=1000), 16)
+
+
+def test_the_manifest_counts_documents_by_length_over_all_shards(make_dataset: Callable[..., TokenDataset]) -> None:
+    dataset = make_dataset(_documents([5, 9, 2, 17, 30, 4, 4, 12]), shard_tokens=20)
+    assert len(dataset.shards) > 2
+    split = dataset.manifest.split("train")
+    assert split.documents_by_length == document_statistics(dataset, 16).by_length == (0, 1, 3, 2, 2)
+    older = replace(split, shards=(replace(split.shards[0], documents_by_length=()), *split.shards[1:]))
+    assert older.documents_by_length == ()

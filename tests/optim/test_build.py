@@ -249,3 +249,12 @@ def test_the_update_inside_the_backward_pass_is_that_after_it_whatever_the_rules
     for name, parameter in fused.named_parameters():
         assert torch.equal(parameter, plain.get_parameter(name)), name
     assert rules.steps == reference.steps == dict.fromkeys(rules.parameters, 3)
+
+
+def test_muon_knows_the_fused_maps_that_are_planned():
+    phi3 = ("model.model_type=phi3", "model.extra={pad_token_id: 0}", "optim.name=muon")
+    sizes = ("model.hidden_size=64", "model.num_attention_heads=8", "model.intermediate_size=100")
+    (_, muon) = build(Model(), phase_of(Trained("muon"), Trained("muon")), *phi3, *sizes).rules.values()
+    assert muon.row_blocks == {(192, 64): (64, 64, 64), (200, 64): (100, 100)}
+    (_, muon) = build(Model(), phase_of(Trained("muon"), Trained("muon")), *sizes).rules.values()
+    assert not muon.row_blocks

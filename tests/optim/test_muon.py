@@ -103,6 +103,36 @@ def test_in_bf16_it_has_the_workspace_of_the_formula(shapes, states):
     assert counter.peak_bytes == muon_step_bytes(maps, states=states, masters="fp32", compute_width=2)
 
 
+@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("rows", [(24, 8, 8), (40, 40), (8, 24)])
+def test_a_fused_matrix_is_updated_like_the_separate_ones_it_holds(rows, states):
+    # 32 columns and a multiple of 8 rows: the maps begin at block boundaries of an 8-bit momentum.
+    fused = nn.Parameter(torch.randn(sum(rows), 32))
+    parts = {str(index): nn.Parameter(part.detach().clone()) for index, part in enumerate(fused.split(rows))}
+    ours = Muon({"fused": fused}, states=states, row_blocks={(sum(rows), 32): rows})
+    theirs = Muon(parts, states=states)
+    for grad_scale in (1.0, 0.3):
+        fused.grad = torch.randn(fused.shape)
+        for parameter, gradient in zip(parts.values(), fused.grad.split(rows), strict=True):
+            parameter.grad = gradient.clone()
+        ours.step(0.02, grad_scale)
+        theirs.step(0.02, grad_scale)
+    torch.testing.assert_close(fused, torch.cat(list(parts.values())), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [(24, 8, 8), (40, 40), (8, 24)])
+def test_the_update_of_a_fused_matrix_has_the_workspace_of_the_formula(rows):
+    shape = (sum(rows), 24)
+    named = {name: nn.Parameter(torch.randn(shape)) for name in "ab"}
+    optimizer = Muon(named, compute_dtype=torch.bfloat16, row_blocks={shape: rows})
+    for parameter in named.values():
+        parameter.grad = torch.randn(shape)
+    with ByteCounter() as counter:
+        optimizer.step(1e-2)
+    options = {"states": "fp32", "masters": "fp32", "compute_width": 2, "row_blocks": {shape: rows}}
+    assert counter.peak_bytes == muon_step_bytes([shape] * 2, **options)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("options", [{}, {"states": "8bit", "master_weights": "8bit"}, {"master_weights": False}])
 def test_on_a_gpu_its_update_is_that_of_a_cpu_and_its_peak_that_of_the_formula(options):

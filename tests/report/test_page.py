@@ -100,6 +100,21 @@ def test_without_plotly_the_page_shows_pictures_and_says_how_to_get_it(
     assert not [attributes for tag, attributes in page.found if tag == "button" and "data-entry" in attributes]
 
 
+def test_the_page_shows_the_lengths_of_the_documents_if_a_run_has_them(
+    make_suite: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_suite(tmp_path / "suite", ("step_3",), (0,)) / "runs/step_3/lr0.002-seed0"
+    without = write_page(read_suite(folder), tmp_path / "without.html", {}).read_text()
+    log = folder / "metrics.jsonl"
+    event = {"event": "data", "tokens_seen": 0, "documents_by_length": [0, 0, 3, 9]}
+    log.write_text(json.dumps(event) + "\n" + log.read_text())
+    page = write_page(read_suite(folder), tmp_path / "index.html", {}).read_text()
+    assert "Document lengths" in page
+    assert "Document lengths" not in without
+    chart = json.loads(re.search(r'id="data">(.+?)</script>', page)[1])["charts"][-1]  # type: ignore[index]
+    assert (chart["x_title"], chart["traces"][0]["y"]) == ("document length, tokens", [25, 75])
+
+
 # --- in a browser -----------------------------------------------------------------------------------------
 
 # Runs in the page once its charts are drawn, uses it as a reader would, and hands what it sees to the frame around it.

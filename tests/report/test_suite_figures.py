@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steplm.report.charts import question_charts
+from steplm.report.charts import documents_chart, question_charts
 from steplm.report.curves import FEWEST_POINTS, curve, flops_at, frontier, growth_windows, looks, seconds_at
 from steplm.report.labels import HEIGHT, WIDTH, anchor, place_labels
 from steplm.report.suite_figures import NAMES, write_figures
@@ -134,3 +134,24 @@ def test_labels_cover_neither_each_other_nor_points() -> None:
     assert not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a, b in combinations(boxes, 2))
     assert not any(a[0] < x < a[2] and a[1] < y < a[3] for a in boxes for x, y in points)
     assert all(a[0] >= 0 and a[2] <= 800 and a[1] >= 0 and a[3] <= 400 for a in boxes)
+
+
+def test_document_lengths_are_drawn_as_shares_and_left_out_where_no_run_has_them(suite: Suite, tmp_path: Path) -> None:
+    def with_counts(counts: list[int]) -> Suite:
+        event = {"event": "data", "tokens_seen": 0, "documents_by_length": counts}
+        records = [(run, run.record) for run in suite.runs if run.record is not None]
+        runs = [replace(run, record=replace(record, events=(event, *record.events))) for run, record in records]
+        return Suite(suite.record, tuple(runs))
+
+    assert documents_chart(suite) is None
+    assert documents_chart(with_counts([0, 0, 1])) is None  # one document has no distribution
+    measured = with_counts([0, 0, 100, 0, 300])
+    chart = documents_chart(measured)
+    assert chart is not None
+    assert chart["traces"][0]["x"] == [2.5, 3.5, 4.5]
+    assert chart["traces"][0]["y"] == [25, 0, 75]
+    assert chart["traces"][0]["hover"][2] == "16 to 31 tokens<br>300 documents, 75.0%"
+    assert dict(zip(chart["x_ticks"], chart["x_tick_labels"], strict=True)) == {2: "4", 3: "8", 4: "16", 5: "32"}
+    assert chart["about"].startswith("400 training documents")
+    assert "document_lengths" in write_figures(measured, tmp_path)
+    assert "document_lengths" not in write_figures(suite, tmp_path / "without")

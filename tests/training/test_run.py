@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from steplm.checkpoint import load_checkpoint
 from steplm.checkpoint.folder import complete_checkpoints
-from steplm.config import DistributedConfig, RunConfig, dump_config
+from steplm.config import DistributedConfig, RunConfig, dump_config, load_written_config
+from steplm.data.statistics import document_statistics
+from steplm.data.tokens import TokenDataset
 from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError, MemoryMismatch, TrainingDiverged
 from steplm.models.build import build_model
 from steplm.optim import build as build_module
@@ -82,6 +84,15 @@ def test_the_loss_falls_and_the_summary_tells_the_exported_models_loss(finished:
     last = _events(finished, "eval")[-1]
     assert summary["validation_loss"] == pytest.approx(last["loss"], abs=1e-4)
     assert summary["tokens_seen"] == last["tokens_seen"]
+
+
+def test_the_log_begins_with_the_lengths_of_the_training_documents(finished: Path) -> None:
+    dataset = TokenDataset(load_written_config(finished / "config.yaml").prepared_dir, "train")
+    first = read_metrics(finished / "metrics.jsonl")[0]
+    counts = first["documents_by_length"]
+    assert first["event"] == "data"
+    assert counts == list(document_statistics(dataset, 16).by_length)
+    assert sum(counts) == dataset.num_documents > 1
 
 
 def test_on_a_known_device_the_log_and_the_summary_tell_its_utilization(

@@ -59,6 +59,9 @@ const ROLES = {
     mode: "lines+markers", line: { color: colour, width: 2, dash: look.dash },
     marker: { color: colour, size: t.chosen.map((chosen) => (chosen ? 12 : 5)) },
   }),
+  bars: (t) => ({
+    type: "bar", width: 1, textposition: "none", marker: { color: t.colour, line: { color: css("--paper"), width: 1 } },
+  }),
   diverged: (t, colour) => ({ mode: "markers", cliponaxis: false, marker: { color: colour, size: 9, symbol: "x-thin", line: { color: colour, width: 2 } } }),
   point: (t, colour) => ({
     mode: "markers",
@@ -112,7 +115,8 @@ function layout(chart, axis, log) {
   if (chart.x_range) xaxis.range = [...chart.x_range];
   if (chart.y_range && !log) yaxis.range = [...chart.y_range];
   if (chart.y_from_zero) yaxis.rangemode = "tozero";
-  if (chart.x_ticks) Object.assign(xaxis, { type: "log", tickvals: chart.x_ticks, ticktext: chart.x_ticks.map(String) });
+  if (chart.x_tick_labels) Object.assign(xaxis, { tickvals: chart.x_ticks, ticktext: chart.x_tick_labels });
+  else if (chart.x_ticks) Object.assign(xaxis, { type: "log", tickvals: chart.x_ticks, ticktext: chart.x_ticks.map(String) });
   return {
     xaxis, yaxis, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
     margin: { l: 56, r: 12, t: chart.traces.some((t) => t.role === "area") ? (narrow() ? 56 : 34) : 12, b: 48 }, hovermode: "closest",
