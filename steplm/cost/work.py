@@ -263,8 +263,8 @@ class _Step:
             yield Work("frozen from host", "bus", 2 * self.passes * moved, "2 × frozen layers' matrices")
         fetched = fetched_bytes(self.config, self.shape, self.phase)
         yield Work("weights from host", "bus", fetched, "trained layers' matrices, up and down the layers")
-        moved = host_transfers(self.config, self.shape, self.phase)
-        others = moved.to_host + moved.to_device - fetched
+        transfers = host_transfers(self.config, self.shape, self.phase)
+        others = transfers.to_host + transfers.to_device - fetched
         yield Work("optimizer on host", "bus", others, "gradients to the host, weights to the device")
         if self.memory.offload_activations:
             saved = 0
