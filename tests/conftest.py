@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import json
@@ -119,6 +120,21 @@ def tiny_run(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         return load_config(values, overrides)
 
     return configure
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_run: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``trained(*overrides)``: the directory of a finished run, trained once for all tests that only read it."""
+
+    @functools.cache
+    def run_dir(*overrides: str) -> Path:
+        from steplm.training.run import train
+
+        path = tmp_path_factory.mktemp("trained")
+        assert train(tiny_run(path, *overrides)).finished
+        return path
+
+    return run_dir
 
 
 @pytest.fixture(scope="session")

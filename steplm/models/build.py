@@ -181,6 +181,7 @@ def build_model(
     """
     with _parameters_on_meta():
         model = _from_config(config, dtype_of(state))
+    model.tie_weights()
     _check_shapes(*_shapes(model), {name: tensor.shape for name, tensor in state.items()})
     model.load_state_dict(dict(state), strict=False, assign=True)
     model.tie_weights()
@@ -224,7 +225,7 @@ def check_state(config: PretrainedConfig, shapes: Mapping[str, Sequence[int]]) -
     Raises:
         ConfigError: a tensor is missing, unexpected or of the wrong shape.
     """
-    _check_shapes(*_shapes_of(type(config), config.to_json_string(use_diff=False)), shapes)
+    _check_shapes(*_shapes_of(config.to_json_string(use_diff=False)), shapes)
 
 
 def initial_state(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -365,8 +366,9 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 @lru_cache(maxsize=8)  # every save asks for the same
-def _shapes_of(kind: type[PretrainedConfig], values: str) -> tuple[Shapes, Set[str]]:
-    return _shapes(meta_model(kind.from_dict(json.loads(values))))
+def _shapes_of(config_json: str) -> tuple[Shapes, Set[str]]:
+    values = json.loads(config_json)
+    return _shapes(meta_model(CONFIG_MAPPING[values["model_type"]].from_dict(values)))
 
 
 def _shapes(model: PreTrainedModel) -> tuple[Shapes, Set[str]]:
@@ -428,18 +430,18 @@ def no_padding_index() -> Iterator[None]:
 
     Training uses no padding, and a family's default ``pad_token_id`` can be any token of the tokenizer used here.
     """
-    initialise = nn.Embedding.__init__
+    original = nn.Embedding.__init__
 
     def without(
         self: nn.Embedding, num: int, dim: int, padding_idx: int | None = None, *args: Any, **keys: Any
     ) -> None:
-        initialise(self, num, dim, None, *args, **keys)
+        original(self, num, dim, None, *args, **keys)
 
     nn.Embedding.__init__ = without  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        nn.Embedding.__init__ = initialise  # type: ignore[method-assign]
+        nn.Embedding.__init__ = original  # type: ignore[method-assign]
 
 
 @contextmanager
