@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from steplm.planner.plan import Stage
+from steplm.report.figure import growth_label
 from steplm.report.runs import RunRecord
 from steplm.report.style import INK, RUN_COLOURS
 from steplm.report.summary import EntrySummary, Suite, SuiteRun
@@ -173,10 +173,9 @@ def growth_points(record: RunRecord) -> tuple[GrowthPoint, ...]:
         if event["event"] == "merge":
             merge = event
         elif event["event"] == "growth":
-            before, after = (_stage(record, event["stage"] - offset).num_hidden_layers for offset in (1, 0))
             points.append(
                 GrowthPoint(
-                    f"{before}→{after} layers",
+                    growth_label(record, event["stage"]),
                     event["tokens_seen"],
                     merge.get("loss_before"),
                     event.get("loss_before"),
@@ -184,10 +183,6 @@ def growth_points(record: RunRecord) -> tuple[GrowthPoint, ...]:
                 )
             )
     return tuple(points)
-
-
-def _stage(record: RunRecord, index: int) -> Stage:
-    return record.plan.stages[index - 1]
 
 
 @dataclass(frozen=True)

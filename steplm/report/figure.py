@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steplm.report.runs import RunRecord, percent
+from steplm.report.runs import RunRecord
 from steplm.report.style import INK, KIND_COLOURS, MUTED, RC, RUN_COLOURS, clean, spread
-from steplm.units import format_bytes, format_count
+from steplm.units import binary_unit, format_bytes, format_count, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,14 +123,12 @@ def _draw_losses(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str
 
 def smoothed(values: Sequence[float], width: float) -> list[float]:
     """Mean under a centered Gaussian window of standard deviation ``width`` points, truncated at both ends."""
-    reach = math.ceil(3 * width)
-    weights = [math.exp(-0.5 * (offset / width) ** 2) if width else 1.0 for offset in range(-reach, reach + 1)]
-    result = []
-    for i in range(len(values)):
-        around = range(max(i - reach, 0), min(i + reach + 1, len(values)))
-        kernel = [weights[j - i + reach] for j in around]
-        result.append(sum(w * values[j] for w, j in zip(kernel, around, strict=True)) / sum(kernel))
-    return result
+    from scipy.ndimage import gaussian_filter1d
+
+    if not values or not width:
+        return list(values)
+    total, weight = (gaussian_filter1d(x, width, mode="constant", truncate=3) for x in (values, [1.0] * len(values)))
+    return (total / weight).tolist()
 
 
 def _legend(axes: Axes, lines: Sequence[dict[str, Any]], labels: Sequence[str], **where: Any) -> None:
@@ -186,7 +183,7 @@ def _planned_outline(record: RunRecord, unit: float) -> tuple[list[float], list[
 
 def _draw_memory_by_kind(axes: Axes, record: RunRecord) -> None:
     plan = record.plan
-    unit, unit_name = _byte_unit([record])
+    unit_name, unit = _byte_unit([record])
     labels: list[tuple[float, str, str | None]] = []
     for span in measured_spans(record):
         base = 0.0
@@ -236,7 +233,7 @@ def _three_digits(value: float) -> str:
 
 
 def _draw_memory_outlines(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str]) -> None:
-    unit, unit_name = _byte_unit(records)
+    unit_name, unit = _byte_unit(records)
     ends = []
     for record, colour in zip(records, colours, strict=True):
         spans, plan = measured_spans(record), record.plan
@@ -258,7 +255,7 @@ def _memory_legend(axes: Axes, measured: dict[str, Any], planned_colour: str) ->
     _legend(axes, [measured, planned], ["measured", "planned"], **place)
 
 
-def _finish_memory(axes: Axes, records: Sequence[RunRecord], unit: float, unit_name: str) -> None:
+def _finish_memory(axes: Axes, records: Sequence[RunRecord], unit: int, unit_name: str) -> None:
     references = {r.plan.vanilla_model_state_bytes for r in records}
     drawn = {r.plan.peak_model_state_bytes for r in records}
     axes.set_ylim(0, max(references | drawn) / unit * 1.15)
@@ -277,12 +274,8 @@ def _finish_memory(axes: Axes, records: Sequence[RunRecord], unit: float, unit_n
         )
 
 
-def _byte_unit(records: Sequence[RunRecord]) -> tuple[float, str]:
-    largest = max((r.plan.vanilla_model_state_bytes for r in records), default=1)
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if largest >= unit:
-            return unit, name
-    return 2**10, "KiB"
+def _byte_unit(records: Sequence[RunRecord]) -> tuple[str, int]:
+    return binary_unit(max(record.plan.vanilla_model_state_bytes for record in records))
 
 
 # --- growth -----------------------------------------------------------------------------------------
