@@ -380,34 +380,39 @@ def mtbench(
 ) -> None:
     """MT-Bench: answers to two-turn questions, judged by a language model; started again, it resumes."""
     from steplm.cli.mtbench import run_mtbench
+    from steplm.compare.suite import MtBenchConfig
+    from steplm.problems import validated
 
+    options = {
+        "data": str(data),
+        "categories": [part.strip() for part in (categories or "").split(",") if part.strip()],
+        "chat_template": None if chat_template is None else str(chat_template),
+        "judge_model": judge_model,
+        "questions": questions,
+        "base_url": base_url,
+        "mode": mode,
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "seed": seed,
+        "api_key_env": api_key_env,
+        "concurrency": concurrency,
+        "requests_per_minute": requests_per_minute,
+        "timeout": timeout,
+        "retries": retries,
+        "backoff": backoff,
+        "ask_again": ask_again,
+        "max_judge_tokens": max_judge_tokens,
+        "rating": rating,
+    }
     raise typer.Exit(
         run_mtbench(
             models or [],
-            judge_model=judge_model,
-            data=data,
+            validated(MtBenchConfig, options, "the options"),
             output=output,
-            questions=questions,
-            base_url=base_url,
-            mode=mode,
             names=name or [],
             answers=answers or [],
-            categories=[part.strip() for part in (categories or "").split(",") if part.strip()],
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            seed=seed,
             device=device,
-            chat_template=chat_template,
-            api_key_env=api_key_env,
-            concurrency=concurrency,
-            requests_per_minute=requests_per_minute,
-            timeout=timeout,
-            retries=retries,
-            backoff=backoff,
-            ask_again=ask_again,
-            max_judge_tokens=max_judge_tokens,
-            rating=rating,
             dry_run=dry_run,
             json_output=json,
         )
