@@ -19,6 +19,7 @@ from steplm.training.metrics import read_metrics
 from steplm.training.run import train
 
 Configure = Callable[..., RunConfig]
+Trained = Callable[..., Path]
 EqualRuns = Callable[[Path, Path], None]
 
 OFFLOAD = "memory.offload_optimizer=true"
@@ -50,38 +51,35 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_with_its_optimizer_in_host_memory_is_the_run_without(
-    name: str, tiny_run: Configure, tmp_path: Path, assert_equal_runs: EqualRuns
+    name: str, tiny_run: Configure, trained: Trained, tmp_path: Path, assert_equal_runs: EqualRuns
 ) -> None:
     # Planned bytes, of the device and of the host, are compared with measured ones at every entrance on the way.
-    plain, offloaded = tmp_path / "plain", tmp_path / "offloaded"
-    assert train(tiny_run(plain, SHORT, *BASE, *RUNS[name])).finished
-    assert train(tiny_run(offloaded, SHORT, *BASE, *RUNS[name], OFFLOAD)).finished
-    assert_equal_runs(offloaded, plain)
+    assert train(tiny_run(tmp_path, SHORT, *BASE, *RUNS[name], OFFLOAD)).finished
+    assert_equal_runs(tmp_path, trained(SHORT, *BASE, *RUNS[name]))
 
 
 def test_without_it_the_sums_of_micro_batches_are_rounded_and_with_it_they_are_not(
-    tiny_run: Configure, tmp_path: Path, assert_equal_runs: EqualRuns
+    tiny_run: Configure, trained: Trained, tmp_path: Path, assert_equal_runs: EqualRuns
 ) -> None:
-    exact, offloaded = tmp_path / "exact", tmp_path / "offloaded"
-    train(tiny_run(exact, SHORT, *BASE, *SEVERAL))
-    train(tiny_run(offloaded, SHORT, *BASE, SEVERAL[0], OFFLOAD))
-    assert_equal_runs(offloaded, exact)
+    train(tiny_run(tmp_path, SHORT, *BASE, SEVERAL[0], OFFLOAD))
+    assert_equal_runs(tmp_path, trained(SHORT, *BASE, *SEVERAL))
 
 
 @pytest.mark.parametrize("options", [(), ("memory.optimizer_states=8bit", "memory.master_weights=false")])
 def test_a_run_in_which_it_is_switched_on_and_off_is_the_unbroken_one(
     options: tuple[str, ...],
     tiny_run: Configure,
+    trained: Trained,
     tmp_path: Path,
     stop_before: Callable[[set[int]], None],
     assert_equal_runs: EqualRuns,
 ) -> None:
-    train(tiny_run(tmp_path / "unbroken", *BASE, *options))
+    unbroken = trained(*BASE, *options)
     stop_before({3, 7, 12})  # in the first stage, across the growth, in the second
-    starts = [train(tiny_run(tmp_path / "run", *BASE, *options, f"{OFFLOAD[:-4]}{on}")).finished
+    starts = [train(tiny_run(tmp_path, *BASE, *options, f"{OFFLOAD[:-4]}{on}")).finished
               for on in ("true", "false", "true", "false")]  # fmt: skip
     assert starts == [False, False, False, True]
-    assert_equal_runs(tmp_path / "run", tmp_path / "unbroken")
+    assert_equal_runs(tmp_path, unbroken)
 
 
 @pytest.mark.parametrize(("module", "function", "call"), [
@@ -92,16 +90,16 @@ def test_killed_at_a_chosen_instant_such_a_run_equals_the_unbroken_one(
     function: str,
     call: int,
     tiny_run: Configure,
+    trained: Trained,
     tmp_path: Path,
     train_killed_at: Callable[..., None],
     assert_equal_runs: EqualRuns,
 ) -> None:
     options = (*BASE, *SEVERAL, OFFLOAD, "train.save_steps=2")
-    train(tiny_run(tmp_path / "unbroken", *options))
-    config = tiny_run(tmp_path / "run", *options)
+    config = tiny_run(tmp_path, *options)
     train_killed_at(config, module, function, call)
     train(config)
-    assert_equal_runs(tmp_path / "run", tmp_path / "unbroken")
+    assert_equal_runs(tmp_path, trained(*options))
 
 
 def test_a_step_that_is_not_finite_leaves_the_weights_as_they_are(
