@@ -113,6 +113,7 @@ def tiny_run(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
                 "sequence_length": 16,
                 "per_device_train_batch_size": 4,
                 "loss_chunk_size": 32,
+                "save_steps": 4,
             },
             "eval": {"eval_steps": 4, "max_tokens": 128},
             "log": {"progress": "none", "logging_steps": 1},
