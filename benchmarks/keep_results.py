@@ -33,7 +33,7 @@ from steplm.report.tables import write_tables
 KEPT = ("config.yaml", "plan.json", "metrics.jsonl", "environment.json", "summary.json", "evaluations.json")
 KEPT_OF_A_SUITE = ("suite.json", "suite.yaml")
 KEPT_OF_TUNING = ("config.yaml", "metrics.jsonl", "result.json")
-NUM_COLOURS = 64  # in the saved figures
+NUM_COLORS = 64  # in the saved figures
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def _write_readme(output: Path, command: str, kept_figures: Sequence[str]) -> No
         for name in kept_figures:
             (output / "figures").mkdir(exist_ok=True)
             with Image.open(figures[name]) as image:
-                image.convert("RGB").quantize(NUM_COLOURS).save(output / f"figures/{name}.png", optimize=True)
+                image.convert("RGB").quantize(NUM_COLORS).save(output / f"figures/{name}.png", optimize=True)
     with unpacked(output) as folder:
         made_by = _made_by(next(iter(sorted(folder.glob("**/environment.json")))), command)
         is_resumable = (folder / "suite.yaml").is_file()

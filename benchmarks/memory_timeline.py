@@ -24,7 +24,7 @@ from steplm.planner.plan import Stage, as_vanilla, plan
 from steplm.problems import validated
 from steplm.report.figure import DASHES
 from steplm.report.runs import percent
-from steplm.report.style import INK, KIND_COLOURS, MUTED, RC, clean
+from steplm.report.style import INK, KIND_COLORS, MUTED, RC, clean
 from steplm.types import HOST, PeakEstimate
 from steplm.units import format_bytes
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from steplm.training.timeline import Part
 
 # From bottom to top: persistent memory first, then temporary memory.
-COLOURS = {
-    **{kind: KIND_COLOURS[kind] for kind in ("weights", "optimizer", "adapters", "gradients")},
+COLORS = {
+    **{kind: KIND_COLORS[kind] for kind in ("weights", "optimizer", "adapters", "gradients")},
     "rest": "#a9d5c4",
 }
 NAMES = {"optimizer": "optimizer states", "rest": "activations and workspace"}
@@ -229,9 +229,9 @@ def _draw_stage(axes: Axes, timeline: StageTimeline, start: float, unit: float, 
     for part in timeline.parts:
         positions, points = _thinned(part, x)
         base = [0.0] * len(points)
-        for kind, colour in COLOURS.items():
+        for kind, color in COLORS.items():
             top = [low + point.get(kind, 0) / unit for low, point in zip(base, points, strict=True)]
-            axes.fill_between(positions, base, top, color=colour, linewidth=0, zorder=2)
+            axes.fill_between(positions, base, top, color=color, linewidth=0, zorder=2)
             base = top
         if x > start:
             axes.vlines(x, 0, base[0], color="white", linewidth=0.7, zorder=3)
@@ -301,7 +301,7 @@ def _legend(axes: Axes, counted: str) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    kinds = [Patch(color=colour, label=NAMES.get(kind, kind)) for kind, colour in reversed(COLOURS.items())]
+    kinds = [Patch(color=color, label=NAMES.get(kind, kind)) for kind, color in reversed(COLORS.items())]
     planned = [
         Line2D([], [], color=INK, linewidth=1.2, linestyle=DASHES, label="planned peak of the stage"),
         Line2D([], [], **_circle(), label="planned moments"),

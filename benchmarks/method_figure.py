@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steplm.report.style import FROZEN, INK, KIND_COLOURS, MUTED, RC, RUN_COLOURS
+from steplm.report.style import FROZEN, INK, KIND_COLORS, MUTED, RC, RUN_COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TRAINED, ADAPTER, MERGED = RUN_COLOURS[0], KIND_COLOURS["adapters"], KIND_COLOURS["weights"]
+TRAINED, ADAPTER, MERGED = RUN_COLORS[0], KIND_COLORS["adapters"], KIND_COLORS["weights"]
 
 # Layers of the drawn model, bottom to top: the layer's index in the previous stage, or None if it is new.
 STAGE_2 = (0, 1, None, 2, None, 3)
@@ -54,27 +54,27 @@ def method_figure(path: str | Path) -> Path:
     return path
 
 
-def _block(axes: Axes, x: float, y: float, width: float, height: float, colour: str, edge: str = "none") -> None:
+def _block(axes: Axes, x: float, y: float, width: float, height: float, color: str, edge: str = "none") -> None:
     from matplotlib.patches import FancyBboxPatch
 
     shape = f"round,pad=0,rounding_size={0.055 if height > 0.15 else 0.03}"
-    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor=colour, edgecolor=edge, linewidth=1))
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, facecolor=color, edgecolor=edge, linewidth=1))
 
 
 def _y(layer: int) -> float:
     return PITCH * (layer + 1)
 
 
-def _stack(axes: Axes, column: int, colours: list[str], outer: str = TRAINED) -> None:
+def _stack(axes: Axes, column: int, colors: list[str], outer: str = TRAINED) -> None:
     """Draw embeddings, layers and head, with an adapter next to every frozen layer."""
     x = column * COLUMN
-    middle = ["new" if colour == TRAINED and column > 0 else "" for colour in colours]
+    middle = ["new" if color == TRAINED and column > 0 else "" for color in colors]
     names = ["embeddings", *middle, "head"]
-    for index, (name, colour) in enumerate(zip(names, [outer, *colours, outer], strict=True)):
+    for index, (name, color) in enumerate(zip(names, [outer, *colors, outer], strict=True)):
         y = PITCH * index
-        _block(axes, x, y, WIDTH, HEIGHT, colour)
+        _block(axes, x, y, WIDTH, HEIGHT, color)
         axes.text(x + WIDTH / 2, y + HEIGHT / 2 - 0.015, name, color="white", fontsize=7.5, ha="center", va="center")
-        if colour == FROZEN:
+        if color == FROZEN:
             _block(axes, x + ADAPTER_X, y, ADAPTER_WIDTH, HEIGHT, ADAPTER)
 
 
@@ -93,13 +93,13 @@ def _growth(axes: Axes, column: int, origins: tuple[int | None, ...]) -> None:
             _thread(axes, start, _y(parent), end, _y(layer), TRAINED, 1.1)
 
 
-def _thread(axes: Axes, x0: float, y0: float, x1: float, y1: float, colour: str, width: float) -> None:
+def _thread(axes: Axes, x0: float, y0: float, x1: float, y1: float, color: str, width: float) -> None:
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path as Curve
 
     y0, y1, middle = y0 + HEIGHT / 2, y1 + HEIGHT / 2, (x0 + x1) / 2
     curve = Curve([(x0, y0), (middle, y0), (middle, y1), (x1, y1)], [Curve.MOVETO, *[Curve.CURVE4] * 3])
-    axes.add_patch(PathPatch(curve, facecolor="none", edgecolor=colour, linewidth=width, alpha=0.9))
+    axes.add_patch(PathPatch(curve, facecolor="none", edgecolor=color, linewidth=width, alpha=0.9))
 
 
 def _model_states(axes: Axes, column: int, layers: tuple[int | None, ...]) -> None:
@@ -111,8 +111,8 @@ def _model_states(axes: Axes, column: int, layers: tuple[int | None, ...]) -> No
     parts = ((16 * num_new, TRAINED), (2 * num_old, FROZEN), (16 * num_old * ADAPTER_SHARE, ADAPTER))
     scale = (ADAPTER_X + ADAPTER_WIDTH) / (16 * len(STAGE_3))
     x, y, height = column * COLUMN, -0.62, 0.17
-    for size, colour in parts:
-        axes.add_patch(Rectangle((x, y), size * scale, height, facecolor=colour, edgecolor="none"))
+    for size, color in parts:
+        axes.add_patch(Rectangle((x, y), size * scale, height, facecolor=color, edgecolor="none"))
         x += size * scale
     full = Rectangle((column * COLUMN, y), 16 * len(STAGE_3) * scale, height)
     full.set(facecolor="none", edgecolor=MUTED, linewidth=0.9)
@@ -150,9 +150,9 @@ def _legend(axes: Axes) -> None:
         (FROZEN, "frozen: 2 bytes a parameter"),
         (ADAPTER, "LoRA adapter: 16 bytes, on few parameters"),
     )
-    for row, (colour, text) in enumerate(entries):
+    for row, (color, text) in enumerate(entries):
         y = 4.42 - 0.3 * row
-        _block(axes, 0, y, 0.2, 0.17, colour)
+        _block(axes, 0, y, 0.2, 0.17, color)
         axes.text(0.32, y + 0.075, text, fontsize=8.5, va="center")
 
 

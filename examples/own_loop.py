@@ -27,7 +27,7 @@ def main() -> None:
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
 
-    # Muon is for the linear maps inside the layers; embeddings, head, norms and biases stay with AdamW.
+    # Muon is for the linear layers inside the decoder layers; embeddings, head, norms and biases stay with AdamW.
     named = dict(model.named_parameters())
     hidden = {name: p for name, p in named.items() if p.ndim == 2 and ".layers." in name}
     rest = {name: p for name, p in named.items() if name not in hidden}

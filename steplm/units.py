@@ -103,6 +103,11 @@ def binary_unit(num_bytes: int) -> tuple[str, int]:
     return next(((unit, size) for unit, size in units if num_bytes >= size), ("B", 1))
 
 
+def percent(change: float) -> str:
+    """``-0.426 -> '−42.6%'``, with a proper minus sign."""
+    return f"{change:+.1%}".replace("-", "−")
+
+
 def format_count(count: int | float) -> str:
     """``12_300_000 -> '12.3M'``."""
     for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):

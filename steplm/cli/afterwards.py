@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from steplm.compare.display import SuiteDisplay
 from steplm.compare.entries import Suite
@@ -193,14 +193,11 @@ def _mt_bench(suite: Suite, config: AfterwardsConfig, models: Mapping[str, Path]
     from steplm.cli.mtbench import run_mtbench
 
     assert config.mtbench is not None
-    options: dict[str, Any] = {name: getattr(config.mtbench, name) for name in type(config.mtbench).model_fields}
-    for name in ("data", "chat_template"):
-        options[name] = None if options[name] is None else Path(options[name])
     return run_mtbench(
         [str(folder) for folder in models.values()],
+        config.mtbench,
         names=list(models),
         output=suite.directory / "mt_bench",
         device=_device(suite),
         check_only=check_only,
-        **options,
     )

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -25,16 +25,15 @@ app = typer.Typer(
 
 Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045  typer reads the annotation at run time, on Python 3.10 too
+    list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. plan.num_stages=3 train.sequence_length=512."),
 ]
 Budget = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(help="Refuse a plan that needs more, and say what would fit, e.g. 24GiB: plan.budget=24GiB."),
 ]
 HostBudget = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="Refuse what needs more host memory, e.g. 64GiB: plan.host_budget=64GiB."),
+    str | None, typer.Option(help="Refuse what needs more host memory, e.g. 64GiB: plan.host_budget=64GiB.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -100,25 +99,18 @@ def plan(
         ),
     ] = False,
     device: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Tell the hours on h200, rtx4090, …, or here: this machine, timed in less than a minute."),
     ] = None,
-    price: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="What an hour of the device costs, e.g. 2.5.", min=0),
-    ] = None,
-    world_size: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Devices, e.g. 64: distributed.world_size=64."),
-    ] = None,
+    price: Annotated[float | None, typer.Option(help="What an hour of the device costs, e.g. 2.5.", min=0)] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Devices, e.g. 64: distributed.world_size=64.")] = None,
     shard_size: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Devices that share one copy of the model; default: all."),
+        int | None, typer.Option(min=1, help="Devices that share one copy of the model; default: all.")
     ] = None,
     gpu: Annotated[str, typer.Option(help="GPU for the time estimate: a100, h100 or b200.")] = "h100",
     utilization: Annotated[float, typer.Option(help="Share of its peak FLOP/s that it reaches.")] = 0.4,
     bandwidth: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Bytes per second from each device to other nodes, e.g. 25GB; default: the GPU's."),
     ] = None,
 ) -> None:
@@ -149,23 +141,19 @@ def fit(
     run: Run,
     overrides: Overrides = None,
     budget: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Bytes of the device, e.g. 24GiB; default: the memory of --device."),
+        str | None, typer.Option(help="Bytes of the device, e.g. 24GiB; default: the memory of --device.")
     ] = None,
     host_budget: HostBudget = None,
     device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Tell the time on h200, rtx4090, … or here, and rank by it."),
+        str | None, typer.Option(help="Tell the time on h200, rtx4090, … or here, and rank by it.")
     ] = None,
     maximize: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="depth, width, batch or sequence; default: sizes stay as written."),
+        str | None, typer.Option(help="depth, width, batch or sequence; default: sizes stay as written.")
     ] = None,
     vary: Annotated[str, typer.Option(help="What else may change.")] = "stages,rank,options",
     show: Annotated[int, typer.Option(help="Commands to print, from the gentlest way to the harshest.", min=1)] = 3,
     output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="Draw memory against time, e.g. fit.png or fit.svg."),
+        Path | None, typer.Option("--output", "-o", help="Draw memory against time, e.g. fit.png or fit.svg.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -204,7 +192,7 @@ def train(
     budget: Budget = None,
     host_budget: HostBudget = None,
     extend: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Go on from this run's last checkpoint before its decay; needs more tokens and a new name."),
     ] = None,
 ) -> None:
@@ -221,7 +209,7 @@ def decay(
     checkpoint: Annotated[Path, typer.Argument(help="RUN_DIR/checkpoints/NAME, from before the run's decay.")],
     tokens: Annotated[str, typer.Option(help="Tokens over which the learning rate decays, e.g. 2B.")],
     output: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--output", "-o", help="New run directory; default: beside RUN_DIR, named after both."),
     ] = None,
 ) -> None:
@@ -240,8 +228,7 @@ def grow(
         str, typer.Option(help="interpolation, interpolation_mean, stack, identity or random.")
     ] = "interpolation_mean",
     position: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="upper (default), intermediate, lower, random or even; stack goes on top."),
+        str | None, typer.Option(help="upper (default), intermediate, lower, random or even; stack goes on top.")
     ] = None,
     seed: Annotated[int, typer.Option(help="For the random position and operator.")] = 0,
 ) -> None:
@@ -254,10 +241,7 @@ def grow(
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="Run directory, or one of its checkpoints.")],
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="New folder; default RUN_DIR/export."),
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder; default RUN_DIR/export.")] = None,
 ) -> None:
     """Merge the adapters of a checkpoint into a plain Hugging Face folder."""
     from steplm.training.export import export as export_folder
@@ -269,11 +253,10 @@ def export(
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Hugging Face folders or hub names.")],
     tasks: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--tasks", "-t", help="Tasks of lm_eval, e.g. lambada_openai,piqa; repeatable."),
+        list[str] | None, typer.Option("--tasks", "-t", help="Tasks of lm_eval, e.g. lambada_openai,piqa; repeatable.")
     ] = None,
     data: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             "--data",
             "-d",
@@ -281,41 +264,34 @@ def evaluate(
             help="Texts: files, globs, hub://OWNER/NAME?split=test; NAME=FILES for a separate row; repeatable.",
         ),
     ] = None,
-    limit: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Items of each task, the first ones; default: all."),
-    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task, the first ones; default: all.")] = None,
     num_fewshot: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Solved examples before each item; default: the task's own number."),
+        int | None, typer.Option(help="Solved examples before each item; default: the task's own number.")
     ] = None,
     tasks_data: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(envvar="STEPLM_TASKS_DATA", help="Folder with local copies of sets, used instead of the hub."),
     ] = None,
     tasks_path: Annotated[
-        Optional[list[Path]],  # noqa: UP045
+        list[Path] | None,
         typer.Option(
             envvar="STEPLM_TASKS_PATH",
             help="Folder of your own lm_eval task files; Python functions that they name are run; repeatable.",
         ),
     ] = None,
     output: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--output", "-o", help="Folder of tables, figure and item scores; existing scores are reused."),
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field of a record that holds the text.")] = "text",
     sequence_length: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Tokens per window; default: as in training if recorded, else the context, at most 1024."),
     ] = None,
-    stride: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Tokens scored per window (sliding window); default: all."),
-    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens scored per window (sliding window); default: all.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows, or requests of a task, per forward pass.")] = 8,
     max_tokens: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="Stop a text after this many tokens of the first model, e.g. 1M; default: all; hub data: 10M."
         ),
@@ -352,16 +328,14 @@ def mtbench(
         Path, typer.Option("--data", "-d", help="Folder in FastChat's layout: question.jsonl, reference_answer/, …")
     ],
     models: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="MODEL", help="Hugging Face folders or hub names of chat models."),
+        list[str] | None, typer.Argument(metavar="MODEL", help="Hugging Face folders or hub names of chat models.")
     ] = None,
     questions: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Questions from another place than DATA: a file, or hub://OWNER/NAME?revision=COMMIT."),
     ] = None,
     base_url: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; default: OpenAI's."),
+        str | None, typer.Option(help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; default: OpenAI's.")
     ] = None,
     mode: Annotated[
         str, typer.Option(help="single (each answer 1 to 10), pairwise (every two models) or both.")
@@ -370,36 +344,24 @@ def mtbench(
         "runs/mt_bench"
     ),
     name: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(help="A model's name in tables and files, one for each; default: the end of its path."),
     ] = None,
     answers: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="Existing answers in FastChat's format; repeatable."),
+        list[Path] | None, typer.Option(help="Existing answers in FastChat's format; repeatable.")
     ] = None,
-    categories: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Only these, e.g. writing,math; default: all."),
-    ] = None,
-    limit: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Questions of each category; default: all."),
-    ] = None,
+    categories: Annotated[str | None, typer.Option(help="Only these, e.g. writing,math; default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each category; default: all.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer's turn.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
-    chat_template: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Jinja file for models without a chat template."),
-    ] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="Jinja file for models without a chat template.")] = None,
     api_key_env: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Environment variable that holds the judge's key; default: OPENAI_API_KEY."),
+        str | None, typer.Option(help="Environment variable that holds the judge's key; default: OPENAI_API_KEY.")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 4,
     requests_per_minute: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Most requests per minute; default: no limit."),
+        float | None, typer.Option(help="Most requests per minute; default: no limit.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a reply.")] = 120.0,
     retries: Annotated[int, typer.Option(min=0, help="Retries of a failed request.")] = 6,
@@ -418,34 +380,39 @@ def mtbench(
 ) -> None:
     """MT-Bench: answers to two-turn questions, judged by a language model; started again, it resumes."""
     from steplm.cli.mtbench import run_mtbench
+    from steplm.compare.suite import MtBenchConfig
+    from steplm.problems import validated
 
+    options = {
+        "data": str(data),
+        "categories": [part.strip() for part in (categories or "").split(",") if part.strip()],
+        "chat_template": None if chat_template is None else str(chat_template),
+        "judge_model": judge_model,
+        "questions": questions,
+        "base_url": base_url,
+        "mode": mode,
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "seed": seed,
+        "api_key_env": api_key_env,
+        "concurrency": concurrency,
+        "requests_per_minute": requests_per_minute,
+        "timeout": timeout,
+        "retries": retries,
+        "backoff": backoff,
+        "ask_again": ask_again,
+        "max_judge_tokens": max_judge_tokens,
+        "rating": rating,
+    }
     raise typer.Exit(
         run_mtbench(
             models or [],
-            judge_model=judge_model,
-            data=data,
+            validated(MtBenchConfig, options, "the options"),
             output=output,
-            questions=questions,
-            base_url=base_url,
-            mode=mode,
             names=name or [],
             answers=answers or [],
-            categories=[part.strip() for part in (categories or "").split(",") if part.strip()],
-            limit=limit,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            seed=seed,
             device=device,
-            chat_template=chat_template,
-            api_key_env=api_key_env,
-            concurrency=concurrency,
-            requests_per_minute=requests_per_minute,
-            timeout=timeout,
-            retries=retries,
-            backoff=backoff,
-            ask_again=ask_again,
-            max_judge_tokens=max_judge_tokens,
-            rating=rating,
             dry_run=dry_run,
             json_output=json,
         )
@@ -466,13 +433,7 @@ def generate(
     from steplm.cli.generate import run_generate
 
     run_generate(
-        model,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        device=device,
+        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, device=device
     )
 
 
@@ -488,13 +449,11 @@ def sft(
         ),
     ],
     overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="KEY=VALUE", help="E.g. lora_rank=8 num_train_epochs=1 packing=true."),
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="E.g. lora_rank=8 num_train_epochs=1 packing=true.")
     ] = None,
-    config: Annotated[Optional[Path], typer.Option("--config", help="YAML of keys.")] = None,  # noqa: UP045
+    config: Annotated[Path | None, typer.Option("--config", help="YAML of keys.")] = None,
     output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="Folder of the run; default runs/NAME-sft."),
+        Path | None, typer.Option("--output", "-o", help="Folder of the run; default runs/NAME-sft.")
     ] = None,
 ) -> None:
     """Tune a model on instructions, into a folder for `steplm chat`; started again, it resumes."""
@@ -506,10 +465,9 @@ def sft(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name of a model with a chat template.")],
-    system: Annotated[Optional[str], typer.Option(help="System message.")] = None,  # noqa: UP045
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
     chat_template: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="A Jinja file, instead of the model's own template."),
+        str | None, typer.Option(help="A Jinja file, instead of the model's own template.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.7,
@@ -547,7 +505,7 @@ def quickstart(
 def compare(
     suite: Annotated[str, typer.Argument(metavar="SUITE.yaml", help="A YAML file, or the name of a shipped suite.")],
     overrides: Overrides = None,
-    jobs: Annotated[Optional[int], typer.Option(min=1, help="Runs side by side.")] = None,  # noqa: UP045
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and their cost; train nothing.")] = False,
     report: Annotated[bool, typer.Option(help="Make the report at the end.")] = True,
 ) -> None:
@@ -562,7 +520,7 @@ def tune(
     run: Run,
     overrides: Overrides = None,
     share: Annotated[float, typer.Option(help="Share of the run's tokens in each trial.", min=0.001, max=1)] = 0.1,
-    jobs: Annotated[Optional[int], typer.Option(min=1, help="Runs side by side.")] = None,  # noqa: UP045
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side.")] = None,
 ) -> None:
     """Find a learning rate by short runs at several; started again, it resumes."""
     from steplm.cli.tune import run_tune
@@ -573,10 +531,7 @@ def tune(
 @app.command()
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A suite, a run, or a folder of runs.")],
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", help="Folder; default DIR/report."),
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default DIR/report.")] = None,
 ) -> None:
     """Make tables, figures and one page of a suite or of runs, finished or not."""
     from steplm.cli.report import show_report

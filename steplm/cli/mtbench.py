@@ -15,9 +15,9 @@ from rich.progress import Progress
 
 from steplm.cli.model_paths import find_model, require_hub
 from steplm.cli.tables import print_table
+from steplm.compare.suite import MtBenchConfig
 from steplm.errors import ConfigError
 from steplm.mt_bench.client import Endpoint, JudgeClient
-from steplm.mt_bench.judge import MAX_TOKENS
 from steplm.mt_bench.run import Benchmark, Cost, Outcome, cost, generate_answers, judge_answers, prepare
 from steplm.mt_bench.tables import all_tables
 from steplm.units import format_count
@@ -28,31 +28,12 @@ DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 
 def run_mtbench(
     models: Sequence[str],
+    options: MtBenchConfig,
     *,
-    judge_model: str,
-    data: Path,
     output: Path,
-    questions: str | None = None,
-    base_url: str | None = None,
-    mode: str = "single",
     names: Sequence[str] = (),
     answers: Sequence[Path] = (),
-    categories: Sequence[str] = (),
-    limit: int | None = None,
-    max_new_tokens: int = 1024,
-    batch_size: int = 8,
-    seed: int = 0,
     device: str = "auto",
-    chat_template: Path | None = None,
-    api_key_env: str | None = None,
-    concurrency: int = 4,
-    requests_per_minute: float | None = None,
-    timeout: float = 120.0,
-    retries: int = 6,
-    backoff: float = 1.0,
-    ask_again: int = 2,
-    max_judge_tokens: int = MAX_TOKENS,
-    rating: str = "first",
     dry_run: bool = False,
     check_only: bool = False,
     json_output: bool = False,
@@ -65,42 +46,42 @@ def run_mtbench(
     """
     if not check_only:  # otherwise the models need not exist yet
         models = [find_model(model) for model in models]
-    if questions is not None and questions.startswith("hub://"):
+    if options.questions is not None and options.questions.startswith("hub://"):
         require_hub()
     benchmark = prepare(
         models,
-        data=data,
+        data=Path(options.data),
         output=output,
-        questions=questions,
-        mode=mode,
+        questions=options.questions,
+        mode=options.mode,
         names=names,
         answer_files=answers,
-        categories=categories,
-        limit=limit,
-        max_judge_tokens=max_judge_tokens,
-        rating=rating,
+        categories=options.categories,
+        limit=options.limit,
+        max_judge_tokens=options.max_judge_tokens,
+        rating=options.rating,
     )
-    expected = cost(benchmark, judge_model, max_new_tokens=max_new_tokens, ask_again=ask_again)
-    url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-    key_variable = api_key_env or DEFAULT_KEY_VARIABLE
+    expected = cost(benchmark, options.judge_model, max_new_tokens=options.max_new_tokens, ask_again=options.ask_again)
+    key_variable = options.api_key_env or DEFAULT_KEY_VARIABLE
     endpoint = Endpoint(
-        judge_model,
-        url,
+        options.judge_model,
+        options.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL,
         os.environ.get(key_variable, "").strip() or None,
         key_variable,
-        timeout_seconds=timeout,
-        retries=retries,
-        backoff_seconds=backoff,
-        concurrency=concurrency,
-        requests_per_minute=requests_per_minute,
+        timeout_seconds=options.timeout,
+        retries=options.retries,
+        backoff_seconds=options.backoff,
+        concurrency=options.concurrency,
+        requests_per_minute=options.requests_per_minute,
     )
     _say(_announcement(benchmark, endpoint, expected))
     if dry_run:
         return 0
     client: JudgeClient | None = None
     if expected.num_requests:
-        _require_key(endpoint, named=api_key_env is not None)
+        _require_key(endpoint, named=options.api_key_env is not None)
         client = JudgeClient(endpoint, _say)
+    chat_template = None if options.chat_template is None else Path(options.chat_template)
     if check_only:
         if chat_template is not None:
             from steplm.eval.chat import read_chat_template
@@ -114,25 +95,25 @@ def run_mtbench(
 
         made = generate_answers(
             benchmark,
-            settings=AnswerSettings(max_new_tokens, seed),
-            batch_size=batch_size,
+            settings=AnswerSettings(options.max_new_tokens, options.seed),
+            batch_size=options.batch_size,
             device=device,
             chat_template=chat_template,
             progress=_progress,
         )
-        _say_limits(benchmark, max_new_tokens)
+        _say_limits(benchmark, options.max_new_tokens)
     else:
         made = benchmark.saved_answers()
     outcome = judge_answers(
         benchmark,
         made,
-        judge_model,
+        options.judge_model,
         lambda: client or JudgeClient(endpoint, _say),
-        ask_again=ask_again,
+        ask_again=options.ask_again,
         progress=_progress,
     )
     _show(outcome, json_output)
-    if outcome.num_thinking and rating == "first":
+    if outcome.num_thinking and options.rating == "first":
         _say(
             f"note: {outcome.num_thinking:,} replies think aloud (<think>), and the first rating in each counts, as in "
             "FastChat, even inside <think>. --rating last counts the last one outside of <think>."

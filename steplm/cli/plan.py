@@ -24,7 +24,7 @@ from steplm.planner.plan import plan as make_plan
 from steplm.planner.shape import FAMILIES
 from steplm.schedule import Trained
 from steplm.types import HOST, HOST_KINDS, HOST_OPTIMIZER, MemoryEstimate, MemoryTerm, ModelShape, to_json
-from steplm.units import binary_unit, format_bytes, format_count
+from steplm.units import binary_unit, format_bytes, format_count, percent
 
 
 def show_plan(
@@ -417,9 +417,7 @@ def _against(num_bytes: int, vanilla_bytes: int | None) -> str:
         return ""
     if num_bytes == vanilla_bytes:
         return ", as ordinary (vanilla) pre-training"
-    change = num_bytes / vanilla_bytes - 1
-    percent = f"{change:+.1%}".replace("-", "−")
-    return f"; vanilla {format_bytes(vanilla_bytes)}; [bold]{percent}[/]"
+    return f"; vanilla {format_bytes(vanilla_bytes)}; [bold]{percent(num_bytes / vanilla_bytes - 1)}[/]"
 
 
 def _largest(plan: Plan, what: str) -> Stage:

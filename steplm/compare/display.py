@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -37,7 +36,7 @@ class SuiteDisplay:
     def __enter__(self) -> SuiteDisplay:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     def note(self, text: str, style: str = "") -> None:
@@ -92,7 +91,7 @@ class LiveDisplay(SuiteDisplay):
         self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._live.stop()
 
     def update(self, runs: Sequence[RunEntry], num_expected: int, rows: Sequence[Row], left: float | None) -> None:

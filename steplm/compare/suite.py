@@ -38,7 +38,7 @@ class TuneConfig(Section):
     extend: Repeats = Field(
         0, description="while the best rate is at an edge: how often to add a rate beyond it, by the grid's ratio"
     )
-    refine: Repeats = Field(0, description="then: how often to add rates halfway between the best and its neighbours")
+    refine: Repeats = Field(0, description="then: how often to add rates halfway between the best and its neighbors")
     finalists: int = Field(1, gt=0, description="number of best rates that all seeds run at; the best mean wins")
     seed: Seed = 0
 

@@ -31,8 +31,8 @@ def between(losses: Mapping[float, float | None]) -> tuple[float, ...]:
     if choice is None:
         return ()
     place = rates.index(choice.learning_rate)
-    neighbours = (*rates[max(place - 1, 0) : place], *rates[place + 1 : place + 2])
-    return tuple(_halfway(choice.learning_rate, neighbour) for neighbour in neighbours)
+    neighbors = (*rates[max(place - 1, 0) : place], *rates[place + 1 : place + 2])
+    return tuple(_halfway(choice.learning_rate, neighbor) for neighbor in neighbors)
 
 
 def reachable(grid: Sequence[float], extend: int, refine: int = 0) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -47,6 +48,7 @@ class Outcome:
 
 def work(task: Task, answer: connection.Connection) -> None:
     """Main function of the process; its output goes to the run's ``log.txt``."""
+    gc.freeze()  # what the imports made is never garbage: collections between stages need not look at it
     os.setsid()  # Ctrl-C in the terminal reaches only the suite, which passes it on once
     threading.Thread(target=_stop_with_the_suite, daemon=True).start()
     with shared_lock(task.lock_file):

@@ -20,7 +20,7 @@ from steplm.types import LinearShape, ModelShape
 class LayerKind:
     """How a family's layer differs from Llama's."""
 
-    normalises_heads: bool = False  # queries and keys are normalized per head
+    normalizes_heads: bool = False  # queries and keys are normalized per head
     norms_after: bool = False  # a norm after attention and feed-forward too
     fp32_norm_weights: bool = False  # the norm multiplies by (1 + weight) in fp32
     num_rotary: int = 1  # sets of rotary angles
@@ -32,9 +32,9 @@ GEMMA = LayerKind(fp32_norm_weights=True)
 MODELLED = {
     **dict.fromkeys(("llama", "qwen2", "smollm3", "granite"), LayerKind()),
     "mistral": LayerKind(sliding_window=4096),
-    "qwen3": LayerKind(normalises_heads=True),
+    "qwen3": LayerKind(normalizes_heads=True),
     "gemma": GEMMA,
-    "gemma3_text": replace(GEMMA, norms_after=True, normalises_heads=True, num_rotary=2, sliding_window=4096),
+    "gemma3_text": replace(GEMMA, norms_after=True, normalizes_heads=True, num_rotary=2, sliding_window=4096),
 }
 
 
@@ -172,7 +172,7 @@ def layer_activations(work: Workload, role: Role) -> LayerActivations:
     attention = 2 * w * N * (q + k) + 4 * N * shape.num_attention_heads
     if work.mask_bytes:
         attention += w * N * work.sequence_length  # each layer makes its own additive mask from the boolean one
-    if family.normalises_heads:
+    if family.normalizes_heads:
         head_dim = q // shape.num_attention_heads
         attention += _norm_saved(work, q, N * q // head_dim, trained=trained)
         attention += _norm_saved(work, k, N * k // head_dim, trained=trained)

@@ -160,13 +160,15 @@ class Instants:
         where = HOST if self.memory.offload_optimizer else "workspace"
         terms = [term("optimizer", where, held, self._step_formula())]
         if self.memory.offload_optimizer:
-            terms.append(term("optimizer", "workspace", self._product_bytes(), "Newton–Schulz of maps of one shape"))
+            terms.append(
+                term("optimizer", "workspace", self._product_bytes(), "Newton–Schulz of matrices of one shape")
+            )
         return self._instant("optimizer step", 0, terms, self._all_gradients(), in_pass=False)
 
     def evaluation(self) -> Instant:
         """A forward pass between two steps that saves nothing for a backward pass."""
         whole = max(map(self._unpacking, self.kinds))
-        terms = [*self._forward_alone(), term("evaluation", "workspace", whole, "one matrix made whole")]
+        terms = [*self._forward_alone(), term("evaluation", "workspace", whole, "one matrix, dequantized")]
         return self._instant("evaluation", 0, terms, [], in_pass=False)
 
     def _plain_weights(self) -> MemoryTerm:
@@ -206,7 +208,7 @@ class Instants:
             self._leaving(leaving, f"inside layer {index}"),
             term(component, "activations", recomputed, f"layer {index} computed again"),
             term(component, "workspace", backward, f"gradients of activations inside layer {index}"),
-            term(component, "workspace", self._unpacking(kind), "one matrix made whole"),
+            term(component, "workspace", self._unpacking(kind), "one matrix, dequantized"),
             term(component, "gradients", gradient, f"inside layer {index}"),
         ]
 
@@ -234,8 +236,8 @@ class Instants:
                 formula += " - the lowest norm's input"
             held.append(term(component_of(kind), where, num_bytes, formula))
         if self.memory.offload_activations:
-            scale, normaliser = 4 * self.work.num_tokens, 4 * self.work.num_tokens * self.shape.num_attention_heads
-            small = sum(size for size in (scale, scale, normaliser) if size < MIN_OFFLOADED_BYTES)
+            scale, normalizer = 4 * self.work.num_tokens, 4 * self.work.num_tokens * self.shape.num_attention_heads
+            small = sum(size for size in (scale, scale, normalizer) if size < MIN_OFFLOADED_BYTES)
             count = sum(self._saving(kind, num_below) for kind in self.kinds if not self.recomputes[kind])
             held.append(term("all_layers", "activations", count * small, "too small to be moved"))
         if in_pass and self.work.mask_bytes and any(self.recomputes.values()):

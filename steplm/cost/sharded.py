@@ -340,7 +340,7 @@ class ShardedInstants(Instants):
 
 
 def _gathered(name: str, group: Group) -> MemoryTerm:
-    return term(GATHERED, "weights", group.gathered_bytes, f"made whole: w {name}")
+    return term(GATHERED, "weights", group.gathered_bytes, f"all-gathered: w {name}")
 
 
 def _arriving(group: Group, name: str = "P_layer") -> MemoryTerm:

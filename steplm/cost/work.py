@@ -175,7 +175,7 @@ class _Step:
         """Elementwise operations of a layer, from their bytes per element."""
         d, f, qk = self._sizes()
         kind = MODELLED[self.shape.model_type]
-        hidden, heads = (4 if kind.norms_after else 2) * norm + residual, rotary + norm * kind.normalises_heads
+        hidden, heads = (4 if kind.norms_after else 2) * norm + residual, rotary + norm * kind.normalizes_heads
         formula = f"N ({hidden} d + {heads} (q + k) + {gate} f)"
         return Work("", "elements", self.N * (hidden * d + heads * qk + gate * f), formula)
 

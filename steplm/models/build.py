@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from steplm.config import ModelConfig
@@ -179,7 +181,8 @@ def build_model(
     """
     with _parameters_on_meta():
         model = _from_config(config, dtype_of(state))
-    _check_state(model, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    model.tie_weights()
+    _check_shapes(*_shapes(model), {name: tensor.shape for name, tensor in state.items()})
     model.load_state_dict(dict(state), strict=False, assign=True)
     model.tie_weights()
     if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
@@ -222,7 +225,7 @@ def check_state(config: PretrainedConfig, shapes: Mapping[str, Sequence[int]]) -
     Raises:
         ConfigError: a tensor is missing, unexpected or of the wrong shape.
     """
-    _check_state(meta_model(config), shapes)
+    _check_shapes(*_shapes_of(config.to_json_string(use_diff=False)), shapes)
 
 
 def initial_state(config: PretrainedConfig, *, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -359,10 +362,22 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _check_state(model: PreTrainedModel, shapes: Mapping[str, Sequence[int]]) -> None:
+Shapes = Mapping[str, Sequence[int]]
+
+
+@lru_cache(maxsize=8)  # every save asks for the same
+def _shapes_of(config_json: str) -> tuple[Shapes, Set[str]]:
+    values = json.loads(config_json)
+    return _shapes(meta_model(CONFIG_MAPPING[values["model_type"]].from_dict(values)))
+
+
+def _shapes(model: PreTrainedModel) -> tuple[Shapes, Set[str]]:
+    """The shape of every tensor of a model, and all names, since a tied tensor may appear under others as well."""
     expected = {name: tuple(tensor.shape) for name, tensor in plain_state(model).items()}
-    # A tied tensor may also appear under its other names.
-    known = expected.keys() | model.state_dict().keys()
+    return expected, expected.keys() | model.state_dict().keys()
+
+
+def _check_shapes(expected: Shapes, known: Set[str], shapes: Shapes) -> None:
     missing, unexpected = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - known)
     if missing or unexpected:
         raise ConfigError(
@@ -415,23 +430,23 @@ def no_padding_index() -> Iterator[None]:
 
     Training uses no padding, and a family's default ``pad_token_id`` can be any token of the tokenizer used here.
     """
-    initialise = nn.Embedding.__init__
+    original = nn.Embedding.__init__
 
     def without(
         self: nn.Embedding, num: int, dim: int, padding_idx: int | None = None, *args: Any, **keys: Any
     ) -> None:
-        initialise(self, num, dim, None, *args, **keys)
+        original(self, num, dim, None, *args, **keys)
 
     nn.Embedding.__init__ = without  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        nn.Embedding.__init__ = initialise  # type: ignore[method-assign]
+        nn.Embedding.__init__ = original  # type: ignore[method-assign]
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Create parameters on the meta device; buffers (rotary frequencies) are computed as usual."""
+    """Create parameters on the meta device, without drawing values for them; buffers are computed as usual."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -441,6 +456,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with no_init_weights():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -8,7 +8,7 @@ from pathlib import Path
 from steplm.files import replacing
 from steplm.mt_bench.parse import HIGHEST
 from steplm.mt_bench.scores import ALL, Scores
-from steplm.report.style import FAINT, MUTED, RC, RUN_COLOURS
+from steplm.report.style import FAINT, MUTED, RC, RUN_COLORS
 
 LEAST_CATEGORIES = 3  # fewer make no polygon
 
@@ -46,20 +46,20 @@ def radar_figure(scores: Scores, path: Path) -> Path | None:
                 name, (angle, HIGHEST), (8 * right, 10 * up), textcoords="offset points", ha=side, va="center"
             )
         for number, ((model,), of) in enumerate(found.items()):
-            colour = RUN_COLOURS[number % len(RUN_COLOURS)]
+            color = RUN_COLORS[number % len(RUN_COLORS)]
             means = [of[name, None] for name in categories]
             values = [math.nan if score.mean is None else score.mean for score in means]
-            axes.plot(closed, [*values, values[0]], color=colour, linewidth=1.7, zorder=3)
+            axes.plot(closed, [*values, values[0]], color=color, linewidth=1.7, zorder=3)
             if len(found) <= 2 and not any(map(math.isnan, values)):
-                axes.fill(angles, values, color=colour, alpha=0.09, linewidth=0)
-            faces = [colour if score.complete else "white" for score in means]
-            axes.scatter(angles, values, 18, faces, edgecolors=colour, zorder=4, clip_on=False)
+                axes.fill(angles, values, color=color, alpha=0.09, linewidth=0)
+            faces = [color if score.complete else "white" for score in means]
+            axes.scatter(angles, values, 18, faces, edgecolors=color, zorder=4, clip_on=False)
             overall = of[ALL, None]
             result = "nothing judged" if overall.mean is None else f"{overall.mean:.2f} of {HIGHEST}"
             if not overall.complete and overall.mean is not None:
                 result += f", {overall.judged} of {overall.expected} judged"
             top = 0.8 - 0.085 * number
-            figure.text(0.79, top, model, color=colour, fontweight="bold", va="bottom")
+            figure.text(0.79, top, model, color=color, fontweight="bold", va="bottom")
             figure.text(0.79, top - 0.008, result, color=MUTED, fontsize=8.5, va="top")
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)  # names may be long

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, Literal
 
 from steplm.errors import ConfigError
 from steplm.files import write_atomically, write_errors
@@ -45,7 +45,8 @@ from steplm.report.evaluations import Evaluation, save_evaluation
 if TYPE_CHECKING:
     from steplm.mt_bench.answers import AnswerSettings
 
-MODES = {"single": ("single",), "pairwise": ("pairwise",), "both": ("single", "pairwise")}
+Mode = Literal["single", "pairwise", "both"]
+MODES: dict[Mode, tuple[str, ...]] = {"single": ("single",), "pairwise": ("pairwise",), "both": ("single", "pairwise")}
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -108,26 +109,19 @@ def prepare(
     data: Path,
     output: Path,
     questions: str | None = None,
-    mode: str = "single",
+    mode: Mode = "single",
     names: Sequence[str] = (),
     answer_files: Sequence[Path] = (),
     categories: Sequence[str] = (),
     limit: int | None = None,
     max_judge_tokens: int = MAX_TOKENS,
-    rating: str = "first",
+    rating: Which = "first",
 ) -> Benchmark:
     """Read all files, and check what can be checked before spending time and money.
 
     Raises:
         ConfigError, DataError: the arguments are invalid, or a file is missing or damaged.
     """
-    if mode not in MODES:
-        raise ConfigError(f"unknown mode {mode!r}: use single, pairwise or both", mode=mode)
-    if rating not in get_args(Which):
-        raise ConfigError(f"unknown rating {rating!r}: use first (FastChat's rule) or last", rating=rating)
-    for name, number in (("limit", limit), ("max_judge_tokens", max_judge_tokens)):
-        if number is not None and number < 1:
-            raise ConfigError(f"{name} is {number}, but must be at least 1")
     given: dict[str, dict[QuestionId, Turns]] = {}
     labels = list(names) or [file_name(name.replace("/", "-")) for name in short_names(models)]
     if len(labels) != len(models):
@@ -154,7 +148,7 @@ def prepare(
         output,
         questions,
         max_judge_tokens,
-        cast(Which, rating),
+        rating,
     )
 
 

@@ -172,7 +172,7 @@ def _targets(model: nn.Module, layer_name: str, spec: Adapter) -> dict[str, nn.L
     linears = sorted({last_parts[name] for name, module in modules.items() if type(module) is nn.Linear})
     for target in spec.target_modules:
         if target not in last_parts.values():
-            hint = nearest(target, linears, otherwise=f" Linear maps there: {', '.join(linears) or 'none'}.")
+            hint = nearest(target, linears, otherwise=f" Linear layers there: {', '.join(linears) or 'none'}.")
             raise ConfigError(f"{layer_name} has no module {target!r} to adapt.{hint}", target=target, layer=layer_name)
     targets: dict[str, nn.Linear] = {}
     for name, module in modules.items():

@@ -17,7 +17,7 @@ from typing import Any
 from steplm.report.curves import AXES, Curve, Look, curve, frontier, growth_windows, loss_range
 from steplm.report.figure import measured_spans
 from steplm.report.labels import RADII, USUAL_FONT, USUAL_SIZE, anchor, place_labels
-from steplm.report.style import KIND_COLOURS
+from steplm.report.style import KIND_COLORS
 from steplm.report.suite import Question
 from steplm.report.summary import EntrySummary, Estimate, Suite
 from steplm.report.tables import tuning_run
@@ -195,12 +195,12 @@ def memory_chart(entries: Sequence[EntrySummary]) -> dict[str, Any] | None:
             heights.append(stage.memory.total_bytes / unit)
         spans = measured_spans(entry.record) if entry.record is not None else []
         if alone:
-            for kind, colour in KIND_COLOURS.items():
+            for kind, color in KIND_COLORS.items():
                 values = [span.bytes_by_kind.get(kind, 0) / unit for span in spans for _ in range(2)]
                 if any(values):
                     x = [edge for span in spans for edge in (span.start, span.end)]
                     hover = [f"{kind}<br>{format_bytes(value * unit)}" for value in values]
-                    traces.append({"role": "area", "x": x, "y": values, "colour": colour, "name": kind, "hover": hover})
+                    traces.append({"role": "area", "x": x, "y": values, "color": color, "name": kind, "hover": hover})
         else:
             for span in spans if entry.finished else []:
                 height = sum(span.bytes_by_kind.values()) / unit
@@ -338,7 +338,7 @@ def documents_chart(suite: Suite) -> dict[str, Any] | None:
                 "role": "bars",
                 "x": [power + 0.5 for power in shown],
                 "y": [100 * counts[power] / total for power in shown],
-                "colour": KIND_COLOURS["gradients"],
+                "color": KIND_COLORS["gradients"],
                 "name": "documents",
                 "hover": hover,
             }

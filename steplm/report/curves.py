@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from steplm.planner.plan import Stage
+from steplm.report.figure import growth_label
 from steplm.report.runs import RunRecord
-from steplm.report.style import INK, RUN_COLOURS
+from steplm.report.style import INK, RUN_COLORS
 from steplm.report.summary import EntrySummary, Suite, SuiteRun
 
 AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "wall time"}
@@ -22,15 +22,15 @@ FEWEST_POINTS = 5  # minimum number of points on each side
 
 @dataclass(frozen=True)
 class Look:
-    """How every chart of a suite draws an entry; ``colour`` is ``None`` for the text color."""
+    """How every chart of a suite draws an entry; ``color`` is ``None`` for the text color."""
 
-    colour: str | None
+    color: str | None
     dash: str
     marker: str
 
     @property
     def ink(self) -> str:
-        return self.colour or INK
+        return self.color or INK
 
 
 def looks(suite: Suite) -> dict[str, Look]:
@@ -38,8 +38,8 @@ def looks(suite: Suite) -> dict[str, Look]:
     result = {}
     others = [name for name in suite.entries if name != suite.record.baseline]
     for index, name in enumerate(others):
-        turn, colour = divmod(index, len(RUN_COLOURS))
-        result[name] = Look(RUN_COLOURS[colour], DASHES[turn % len(DASHES)], MARKERS[(turn + colour) % len(MARKERS)])
+        turn, color = divmod(index, len(RUN_COLORS))
+        result[name] = Look(RUN_COLORS[color], DASHES[turn % len(DASHES)], MARKERS[(turn + color) % len(MARKERS)])
     if suite.record.baseline is not None:
         result[suite.record.baseline] = Look(None, "solid", "circle")
     return result
@@ -173,10 +173,9 @@ def growth_points(record: RunRecord) -> tuple[GrowthPoint, ...]:
         if event["event"] == "merge":
             merge = event
         elif event["event"] == "growth":
-            before, after = (_stage(record, event["stage"] - offset).num_hidden_layers for offset in (1, 0))
             points.append(
                 GrowthPoint(
-                    f"{before}→{after} layers",
+                    growth_label(record, event["stage"]),
                     event["tokens_seen"],
                     merge.get("loss_before"),
                     event.get("loss_before"),
@@ -184,10 +183,6 @@ def growth_points(record: RunRecord) -> tuple[GrowthPoint, ...]:
                 )
             )
     return tuple(points)
-
-
-def _stage(record: RunRecord, index: int) -> Stage:
-    return record.plan.stages[index - 1]
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steplm.report.runs import RunRecord, percent
-from steplm.report.style import INK, KIND_COLOURS, MUTED, RC, RUN_COLOURS, clean, spread
-from steplm.units import format_bytes, format_count
+from steplm.report.runs import RunRecord
+from steplm.report.style import INK, KIND_COLORS, MUTED, RC, RUN_COLORS, clean, spread
+from steplm.units import binary_unit, format_bytes, format_count, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +43,7 @@ def run_figure(records: Sequence[RunRecord], path: str | Path) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    colours = [RUN_COLOURS[i % len(RUN_COLOURS)] for i in range(len(records))]
+    colors = [RUN_COLORS[i % len(RUN_COLORS)] for i in range(len(records))]
     with rc_context(RC):
         figure = Figure(figsize=(9.2, 6.0), dpi=200, facecolor="white")
         FigureCanvasAgg(figure)
@@ -61,12 +60,12 @@ def run_figure(records: Sequence[RunRecord], path: str | Path) -> Path:
         memory_axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: format_count(tokens)))
         memory_axes.set_xlabel("tokens")
 
-        _draw_losses(loss_axes, records, colours)
+        _draw_losses(loss_axes, records, colors)
         if len(records) == 1:
             _draw_memory_by_kind(memory_axes, records[0])
         else:
-            _draw_memory_outlines(memory_axes, records, colours)
-        _mark_growth(loss_axes, memory_axes, records, colours if len(records) > 1 else [MUTED])
+            _draw_memory_outlines(memory_axes, records, colors)
+        _mark_growth(loss_axes, memory_axes, records, colors if len(records) > 1 else [MUTED])
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +76,7 @@ def run_figure(records: Sequence[RunRecord], path: str | Path) -> Path:
 # --- loss -------------------------------------------------------------------------------------------------
 
 
-def _draw_losses(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str]) -> None:
+def _draw_losses(axes: Axes, records: Sequence[RunRecord], colors: Sequence[str]) -> None:
     marker: dict[str, Any] = {
         "linestyle": "none",
         "marker": "o",
@@ -87,17 +86,17 @@ def _draw_losses(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str
     }
     ends: list[tuple[float, str, str]] = []
     shown: list[float] = []
-    for record, colour in zip(records, colours, strict=True):
+    for record, color in zip(records, colors, strict=True):
         train, evaluations = record.training_losses, record.events_of("eval")
         width = SMOOTHING_SHARE * len(train)
         for stage in record.plan.stages:  # smoothed separately, so that a jump at growth stays a jump
             tokens = [seen for seen, _, index in train if index == stage.index]
             losses = [loss for _, loss, index in train if index == stage.index]
-            axes.plot(tokens, losses, color=colour, alpha=0.22, linewidth=0.8)
-            axes.plot(tokens, smoothed(losses, width), color=colour, linewidth=1.7, solid_capstyle="round")
+            axes.plot(tokens, losses, color=color, alpha=0.22, linewidth=0.8)
+            axes.plot(tokens, smoothed(losses, width), color=color, linewidth=1.7, solid_capstyle="round")
         validation = [event["loss"] for event in evaluations]
         axes.plot(
-            [event["tokens_seen"] for event in evaluations], validation, color=colour, **marker, zorder=4, clip_on=False
+            [event["tokens_seen"] for event in evaluations], validation, color=color, **marker, zorder=4, clip_on=False
         )
         # The first steps fall from log(vocabulary size); at full scale they would flatten the rest.
         after_start = [loss for seen, loss, _ in train if seen >= record.tokens_seen / 20]
@@ -107,7 +106,7 @@ def _draw_losses(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str
             perplexity = record.validation_perplexity
             result = f"loss {last:.2f}" if perplexity is None else f"perplexity {perplexity:.2f}"
             so_far = "" if record.summary else " so far"
-            ends.append((last, f"{record.label}\n{result}{so_far}", colour))
+            ends.append((last, f"{record.label}\n{result}{so_far}", color))
     if shown:
         low, high = min(shown), max(shown)
         margin = max(high - low, 0.1)
@@ -124,14 +123,12 @@ def _draw_losses(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str
 
 def smoothed(values: Sequence[float], width: float) -> list[float]:
     """Mean under a centered Gaussian window of standard deviation ``width`` points, truncated at both ends."""
-    reach = math.ceil(3 * width)
-    weights = [math.exp(-0.5 * (offset / width) ** 2) if width else 1.0 for offset in range(-reach, reach + 1)]
-    result = []
-    for i in range(len(values)):
-        around = range(max(i - reach, 0), min(i + reach + 1, len(values)))
-        kernel = [weights[j - i + reach] for j in around]
-        result.append(sum(w * values[j] for w, j in zip(kernel, around, strict=True)) / sum(kernel))
-    return result
+    from scipy.ndimage import gaussian_filter1d
+
+    if not values or not width:
+        return list(values)
+    total, weight = (gaussian_filter1d(x, width, mode="constant", truncate=3) for x in (values, [1.0] * len(values)))
+    return (total / weight).tolist()
 
 
 def _legend(axes: Axes, lines: Sequence[dict[str, Any]], labels: Sequence[str], **where: Any) -> None:
@@ -154,9 +151,9 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float) 
     """Label curves to the right of the axes, at the heights where they end, spread to avoid overlap."""
     low, high = axes.get_ylim()
     heights = spread([(value - low) / (high - low) for value, _, _ in ends], gap, 0.03, 0.97)
-    for height, (_, text, colour) in zip(heights, ends, strict=True):
+    for height, (_, text, color) in zip(heights, ends, strict=True):
         name, _, result = text.partition("\n")
-        axes.annotate(name, (1, height), xytext=(10, 1), va="bottom", color=colour, fontweight="bold", **OUTSIDE)
+        axes.annotate(name, (1, height), xytext=(10, 1), va="bottom", color=color, fontweight="bold", **OUTSIDE)
         axes.annotate(result, (1, height), xytext=(10, -1), va="top", color=MUTED, fontsize=8.5, **OUTSIDE)
 
 
@@ -186,20 +183,20 @@ def _planned_outline(record: RunRecord, unit: float) -> tuple[list[float], list[
 
 def _draw_memory_by_kind(axes: Axes, record: RunRecord) -> None:
     plan = record.plan
-    unit, unit_name = _byte_unit([record])
+    unit_name, unit = _byte_unit([record])
     labels: list[tuple[float, str, str | None]] = []
     for span in measured_spans(record):
         base = 0.0
         labels = []
-        for kind, colour in KIND_COLOURS.items():
+        for kind, color in KIND_COLORS.items():
             height = span.bytes_by_kind.get(kind, 0) / unit
             if height:
-                axes.fill_between([span.start, span.end], base, base + height, color=colour, linewidth=0)
-                labels.append((base + height / 2, f"{kind}  {_three_digits(height)}", colour))
+                axes.fill_between([span.start, span.end], base, base + height, color=color, linewidth=0)
+                labels.append((base + height / 2, f"{kind}  {_three_digits(height)}", color))
             base += height
     axes.plot(*_planned_outline(record, unit), color=INK, linewidth=1.2, linestyle=DASHES, zorder=5)
     _finish_memory(axes, [record], unit, unit_name)
-    _memory_legend(axes, {"color": KIND_COLOURS["optimizer"], "linewidth": 6}, INK)
+    _memory_legend(axes, {"color": KIND_COLORS["optimizer"], "linewidth": 6}, INK)
     if plan.reduction > 0:
         peak, vanilla = plan.peak_model_state_bytes / unit, plan.vanilla_model_state_bytes / unit
         _arrow_down(axes, vanilla, peak)
@@ -211,11 +208,11 @@ def _label_kinds(axes: Axes, labels: Sequence[tuple[float, str, str | None]]) ->
     """Label the last stage's bytes by kind to its right; a label without a color is the saving."""
     high = axes.get_ylim()[1]
     heights = spread([value / high for value, *_ in labels], 0.105, 0.04, 0.96)
-    for height, (_, text, colour) in zip(heights, labels, strict=True):
-        weight = "bold" if colour is None else "normal"
+    for height, (_, text, color) in zip(heights, labels, strict=True):
+        weight = "bold" if color is None else "normal"
         axes.annotate(text, (1, height), xytext=(22, 0), fontsize=8.5, va="center", fontweight=weight, **OUTSIDE)
-        if colour is not None:
-            axes.annotate("■", (1, height), xytext=(10, 0), color=colour, va="center", **OUTSIDE)
+        if color is not None:
+            axes.annotate("■", (1, height), xytext=(10, 0), color=color, va="center", **OUTSIDE)
 
 
 def _arrow_down(axes: Axes, start: float, end: float) -> None:
@@ -235,30 +232,30 @@ def _three_digits(value: float) -> str:
     return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f}"
 
 
-def _draw_memory_outlines(axes: Axes, records: Sequence[RunRecord], colours: Sequence[str]) -> None:
-    unit, unit_name = _byte_unit(records)
+def _draw_memory_outlines(axes: Axes, records: Sequence[RunRecord], colors: Sequence[str]) -> None:
+    unit_name, unit = _byte_unit(records)
     ends = []
-    for record, colour in zip(records, colours, strict=True):
+    for record, color in zip(records, colors, strict=True):
         spans, plan = measured_spans(record), record.plan
         tokens = [edge for span in spans for edge in (span.start, span.end)]
         totals = [sum(span.bytes_by_kind.values()) / unit for span in spans for _ in range(2)]
-        axes.plot(tokens, totals, color=colour, alpha=0.28, linewidth=5.5, solid_capstyle="butt")
-        axes.plot(*_planned_outline(record, unit), color=colour, linewidth=1.5, linestyle=DASHES, zorder=5)
+        axes.plot(tokens, totals, color=color, alpha=0.28, linewidth=5.5, solid_capstyle="butt")
+        axes.plot(*_planned_outline(record, unit), color=color, linewidth=1.5, linestyle=DASHES, zorder=5)
         saving = f", {percent(-plan.reduction)}" if plan.reduction else ""
         text = f"{record.label}\npeak {format_bytes(plan.peak_model_state_bytes)}{saving}"
-        ends.append((plan.stages[-1].memory.total_bytes / unit, text, colour))
+        ends.append((plan.stages[-1].memory.total_bytes / unit, text, color))
     _finish_memory(axes, records, unit, unit_name)
     _memory_legend(axes, {"color": MUTED, "alpha": 0.35, "linewidth": 5.5}, MUTED)
     _label_ends(axes, ends, gap=0.2)
 
 
-def _memory_legend(axes: Axes, measured: dict[str, Any], planned_colour: str) -> None:
-    planned = {"color": planned_colour, "linewidth": 1.3, "linestyle": (0, (3, 1.5))}
+def _memory_legend(axes: Axes, measured: dict[str, Any], planned_color: str) -> None:
+    planned = {"color": planned_color, "linewidth": 1.3, "linestyle": (0, (3, 1.5))}
     place = {"loc": "lower right", "bbox_to_anchor": (1, 1.0), "ncols": 2, "columnspacing": 1.6}
     _legend(axes, [measured, planned], ["measured", "planned"], **place)
 
 
-def _finish_memory(axes: Axes, records: Sequence[RunRecord], unit: float, unit_name: str) -> None:
+def _finish_memory(axes: Axes, records: Sequence[RunRecord], unit: int, unit_name: str) -> None:
     references = {r.plan.vanilla_model_state_bytes for r in records}
     drawn = {r.plan.peak_model_state_bytes for r in records}
     axes.set_ylim(0, max(references | drawn) / unit * 1.15)
@@ -277,35 +274,31 @@ def _finish_memory(axes: Axes, records: Sequence[RunRecord], unit: float, unit_n
         )
 
 
-def _byte_unit(records: Sequence[RunRecord]) -> tuple[float, str]:
-    largest = max((r.plan.vanilla_model_state_bytes for r in records), default=1)
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if largest >= unit:
-            return unit, name
-    return 2**10, "KiB"
+def _byte_unit(records: Sequence[RunRecord]) -> tuple[str, int]:
+    return binary_unit(max(record.plan.vanilla_model_state_bytes for record in records))
 
 
 # --- growth -----------------------------------------------------------------------------------------
 
 
-def _mark_growth(top: Axes, bottom: Axes, records: Sequence[RunRecord], colours: Sequence[str]) -> None:
+def _mark_growth(top: Axes, bottom: Axes, records: Sequence[RunRecord], colors: Sequence[str]) -> None:
     """Draw dashed lines through both panels, with labels above in as many rows as it takes to avoid overlap."""
     width = top.get_xlim()[1]
     row_ends: list[float] = []
     marks = [
-        (event["tokens_seen"], growth_label(record, event["stage"]), colour)
-        for record, colour in zip(records, colours, strict=True)
+        (event["tokens_seen"], growth_label(record, event["stage"]), color)
+        for record, color in zip(records, colors, strict=True)
         for event in record.events_of("growth")
     ]
-    for tokens, text, colour in sorted(marks):
+    for tokens, text, color in sorted(marks):
         for axes in (top, bottom):
-            axes.axvline(tokens, color=colour, linewidth=0.9, linestyle=(0, (3, 3)), zorder=2, alpha=0.8)
+            axes.axvline(tokens, color=color, linewidth=0.9, linestyle=(0, (3, 3)), zorder=2, alpha=0.8)
         half = 0.075 * width
         row = next((i for i, end in enumerate(row_ends) if tokens - half >= end), len(row_ends))
         row_ends[row : row + 1] = [tokens + half]
         top.annotate(
             text, (tokens, 1), xycoords=("data", "axes fraction"), xytext=(0, 4 + 12 * row),
-            textcoords="offset points", ha="center", va="bottom", color=colour, fontsize=8.5,
+            textcoords="offset points", ha="center", va="bottom", color=color, fontsize=8.5,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from steplm.report.charts import documents_chart, facts, question_charts, rates_chart
 from steplm.report.curves import Look, looks
 from steplm.report.evaluations import Evaluation
-from steplm.report.style import RUN_COLOURS, RUN_COLOURS_ON_DARK
+from steplm.report.style import RUN_COLORS, RUN_COLORS_ON_DARK
 from steplm.report.suite import Question
 from steplm.report.suite_figures import NAMES
 from steplm.report.summary import Suite
@@ -94,12 +94,12 @@ class PageParts:
 
     def data(self) -> dict[str, Any]:
         """Data for the script; call after ``body``, which collects the charts."""
-        on_dark = dict(zip(RUN_COLOURS, RUN_COLOURS_ON_DARK, strict=True))
+        on_dark = dict(zip(RUN_COLORS, RUN_COLORS_ON_DARK, strict=True))
         return {
             "charts": self.charts,
             "labels": {name: escape(entry.label) for name, entry in self.suite.entries.items()},
             "looks": {
-                name: {"colour": look.colour and [look.colour, on_dark[look.colour]], "dash": look.dash}
+                name: {"color": look.color and [look.color, on_dark[look.color]], "dash": look.dash}
                 for name, look in self.look.items()
             },
         }

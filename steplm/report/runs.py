@@ -13,7 +13,7 @@ from steplm.config import RunConfig, load_written_config
 from steplm.errors import SteplmError
 from steplm.planner.plan import Plan
 from steplm.report.documents import Summary, read_document, read_events, read_plan
-from steplm.units import format_bytes, format_count, format_seconds
+from steplm.units import format_bytes, format_count, format_seconds, percent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -174,11 +174,6 @@ def render_rich(records: Iterable[RunRecord], console: Console) -> None:
         table.add_row(*map(Text, line))  # Text, because rich would parse brackets in a label as markup
     console.print(table)
     console.print(CAPTION, style="dim", highlight=False)
-
-
-def percent(share: float) -> str:
-    """``-0.426 -> '−42.6%'``, with a proper minus sign."""
-    return f"{100 * share:+.1f}%".replace("-", "−")
 
 
 def _cells(rows: Sequence[ComparisonRow]) -> list[list[str]]:

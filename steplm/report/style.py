@@ -13,9 +13,9 @@ FAINT = "#e6e9ed"
 FROZEN = "#c3cad3"
 
 # Distinguishable with red-green color blindness, and in grayscale.
-RUN_COLOURS = ("#1f6fb2", "#d9662b", "#2a9d74", "#8e5bb5", "#b8891a", "#c2437a")
-RUN_COLOURS_ON_DARK = ("#5ea9e8", "#ee8a58", "#4cc39a", "#b98ae0", "#d8ad4e", "#e5729f")
-KIND_COLOURS = {"weights": "#23415f", "gradients": "#5289b5", "optimizer": "#a6c8e1", "adapters": "#e8944a"}
+RUN_COLORS = ("#1f6fb2", "#d9662b", "#2a9d74", "#8e5bb5", "#b8891a", "#c2437a")
+RUN_COLORS_ON_DARK = ("#5ea9e8", "#ee8a58", "#4cc39a", "#b98ae0", "#d8ad4e", "#e5729f")
+KIND_COLORS = {"weights": "#23415f", "gradients": "#5289b5", "optimizer": "#a6c8e1", "adapters": "#e8944a"}
 
 RC: dict[str, Any] = {
     "font.family": "sans-serif",

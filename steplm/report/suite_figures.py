@@ -76,7 +76,7 @@ def _draw_chart(chart: Mapping[str, Any], look: Mapping[str, Look], axis: str, p
             if trace["role"] == "area":
                 base = base or [0.0] * len(x)
                 top = [low + value for low, value in zip(base, trace["y"], strict=True)]
-                axes.fill_between(x, base, top, color=trace["colour"], linewidth=0, label=trace["name"])
+                axes.fill_between(x, base, top, color=trace["color"], linewidth=0, label=trace["name"])
                 base = top
             else:
                 _draw_trace(axes, x, trace, style)
@@ -97,49 +97,49 @@ def _place(figure: Figure, *, is_tradeoff: bool) -> tuple[float, float, float, f
 
 
 def _draw_trace(axes: Axes, x: Sequence[float], trace: Mapping[str, Any], look: Look) -> None:
-    y, colour = trace.get("y", ()), look.ink
-    line: dict[str, Any] = {"color": colour, "linewidth": 1.6, "linestyle": LINE_STYLES[look.dash]}
+    y, color = trace.get("y", ()), look.ink
+    line: dict[str, Any] = {"color": color, "linewidth": 1.6, "linestyle": LINE_STYLES[look.dash]}
     match trace["role"]:
         case "line":
             axes.plot(x, y, **line, marker="o" if trace.get("markers") else None, markersize=3)
         case "faint":
-            axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.8)
+            axes.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
         case "band":
-            axes.fill_between(x, trace["low"], trace["high"], color=colour, alpha=0.12, linewidth=0)
+            axes.fill_between(x, trace["low"], trace["high"], color=color, alpha=0.12, linewidth=0)
         case "growth":
-            axes.plot(x, y, "o", color=colour, markerfacecolor="white", markersize=5, zorder=4)
+            axes.plot(x, y, "o", color=color, markerfacecolor="white", markersize=5, zorder=4)
         case "step":
             axes.plot(x, y, **line, drawstyle="steps-post")
         case "planned":
             axes.plot(x, y, color=INK, linewidth=1.3, linestyle=(0, (4, 2)), drawstyle="steps-post")
         case "measured":
-            axes.plot(x, y, color=colour, alpha=0.2, linewidth=6, solid_capstyle="butt")
+            axes.plot(x, y, color=color, alpha=0.2, linewidth=6, solid_capstyle="butt")
         case "frontier":
             axes.plot(x, y, color=MUTED, alpha=0.22, linewidth=6, drawstyle="steps-post", zorder=1)
         case "rates":
             axes.plot(x, y, **line, marker="o", markersize=4.5, markerfacecolor="white")
             chosen = [i for i, is_chosen in enumerate(trace["chosen"]) if is_chosen]
-            axes.plot([x[i] for i in chosen], [y[i] for i in chosen], "o", color=colour, markersize=7, zorder=4)
+            axes.plot([x[i] for i in chosen], [y[i] for i in chosen], "o", color=color, markersize=7, zorder=4)
         case "bars":
-            axes.bar(x, y, width=1.0, color=trace["colour"], edgecolor="white", linewidth=0.8)
+            axes.bar(x, y, width=1.0, color=trace["color"], edgecolor="white", linewidth=0.8)
         case "diverged":
-            axes.plot(x, y, "x", color=colour, markersize=7, clip_on=False)
+            axes.plot(x, y, "x", color=color, markersize=7, clip_on=False)
         case "point":
             _draw_point(axes, x[0], y[0], trace, look)
 
 
 def _draw_point(axes: Axes, x: float, y: float, trace: Mapping[str, Any], look: Look) -> None:
     """Draw a point with its interval, and its label at the position chosen by the chart."""
-    colour, label = look.ink, trace["label"]
+    color, label = look.ink, trace["label"]
     if "error" in trace:
         up, down = trace["error"]
-        axes.plot([x, x], [y - down, y + up], color=colour, linewidth=1.0, alpha=0.55, zorder=2)
-    face = "white" if trace["hollow"] else colour
-    axes.plot(x, y, MARKERS[look.marker], color=colour, markersize=7, markerfacecolor=face, zorder=3)
-    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 5}
+        axes.plot([x, x], [y - down, y + up], color=color, linewidth=1.0, alpha=0.55, zorder=2)
+    face = "white" if trace["hollow"] else color
+    axes.plot(x, y, MARKERS[look.marker], color=color, markersize=7, markerfacecolor=face, zorder=3)
+    line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.6, "shrinkA": 1, "shrinkB": 5}
     axes.annotate(
         label["plain"], (x, y), (label["dx"] * TRADEOFF_SCALE, -label["dy"] * TRADEOFF_SCALE),
-        textcoords="offset points", ha=label["anchor"], va="center", color=colour, zorder=5,
+        textcoords="offset points", ha=label["anchor"], va="center", color=color, zorder=5,
         fontsize=USUAL_FONT * TRADEOFF_SCALE, arrowprops=line if label["far"] else None,
     )  # fmt: skip
 

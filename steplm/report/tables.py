@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from steplm.planner.plan import Stage
-from steplm.report.runs import NOT_YET, percent
+from steplm.report.runs import NOT_YET
 from steplm.report.suite import Question, SuiteRecord
 from steplm.report.summary import EntrySummary, Estimate, Suite, SuiteRun, difference
-from steplm.units import format_bytes, format_count, format_seconds
+from steplm.units import format_bytes, format_count, format_seconds, percent
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steplm.eval.zero_shot import ZeroShotResults
-from steplm.report.style import FAINT, INK, MUTED, RC, RUN_COLOURS, clean
+from steplm.report.style import FAINT, INK, MUTED, RC, RUN_COLORS, clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +64,7 @@ def _draw_model(
     axes: Axes, results: ZeroShotResults, model: str, index: int, groups: list[tuple[str, str, float | None]]
 ) -> None:
     width = GROUP_WIDTH / len(results.models)
-    colour = RUN_COLOURS[index % len(RUN_COLOURS)]
+    color = RUN_COLORS[index % len(RUN_COLORS)]
     for place, (task, metric, _) in enumerate(groups):
         if metric:
             score = results.by_model_and_task[model, task].metrics[metric]
@@ -73,7 +73,7 @@ def _draw_model(
             value, stderr = results.average(model)
         x = place - GROUP_WIDTH / 2 + (index + 0.5) * width
         label = results.labels[model] if place == 0 else None
-        axes.bar(x, 100 * value, 0.92 * width, color=colour, label=label, zorder=2)
+        axes.bar(x, 100 * value, 0.92 * width, color=color, label=label, zorder=2)
         error = 100 * NORMAL_95 * (stderr or 0.0)
         axes.errorbar(
             x, 100 * value, [[min(error, 100 * value)], [error]], color=INK, linewidth=0.9, capsize=2, zorder=4

@@ -91,6 +91,6 @@ In nats per token of the answers: {losses}.
 from transformers import pipeline
 
 chat = pipeline("text-generation", "PATH")
-print(chat([{{"role": "user", "content": "Name three colours."}}])[0]["generated_text"][-1]["content"])
+print(chat([{{"role": "user", "content": "Name three colors."}}])[0]["generated_text"][-1]["content"])
 ```
 """

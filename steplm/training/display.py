@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,7 +18,7 @@ from steplm.cost.rules import ADAMW
 from steplm.planner.plan import Plan
 from steplm.schedule import Phase, Trained
 from steplm.types import MemoryEstimate, TrainState
-from steplm.units import format_bytes, format_count, format_seconds, perplexity_of
+from steplm.units import format_bytes, format_count, format_seconds, percent, perplexity_of
 
 if TYPE_CHECKING:
     from steplm.data.prepare import PrepareProgress
@@ -37,7 +36,7 @@ class Display:
     def __enter__(self) -> Display:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     def note(self, text: str) -> None:
@@ -50,7 +49,7 @@ class Display:
             f"[bold]plan[/]  {plan.num_stages} stage{'s' * (plan.num_stages > 1)}, layers {layers}, "
             f"{format_count(plan.shape.num_parameters())} parameters, {format_count(plan.total_tokens)} tokens, "
             f"model state {format_bytes(plan.peak_model_state_bytes)} "
-            f"(vanilla {format_bytes(plan.vanilla_model_state_bytes)}, {_percent(-plan.reduction)})"
+            f"(vanilla {format_bytes(plan.vanilla_model_state_bytes)}, {percent(-plan.reduction)})"
             + _peak_against_vanilla(plan),
             highlight=False,
         )
@@ -206,7 +205,7 @@ class RichDisplay(Display):
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def step(self, report: StepReport) -> None:
@@ -233,13 +232,9 @@ def make_display(kind: str) -> Display:
     return RichDisplay(console) if kind == "rich" else Display(console)
 
 
-def _percent(change: float) -> str:
-    return f"{change:+.1%}".replace("-", "−")
-
-
 def _peak_against_vanilla(plan: Plan) -> str:
     if not plan.peak_bytes or not plan.vanilla_peak_bytes:
         return ""
     change = plan.peak_bytes / plan.vanilla_peak_bytes - 1
-    vanilla = f"vanilla {format_bytes(plan.vanilla_peak_bytes)}, {_percent(change)}"
+    vanilla = f"vanilla {format_bytes(plan.vanilla_peak_bytes)}, {percent(change)}"
     return f", peak {format_bytes(plan.peak_bytes)} ({vanilla})"

@@ -63,7 +63,7 @@ def test_explain_shows_what_is_gathered_and_sent_with_their_formulas() -> None:
     made = plan(config)
     render_explain(made, Console(file=stream, width=120), config)
     text = stream.getvalue()
-    for words in ("÷ 8, rows rounded up", "gathered weights", "made whole: w P_outer", "all-gather: w P_layer"):
+    for words in ("÷ 8, rows rounded up", "gathered weights", "all-gathered: w P_outer", "all-gather: w P_layer"):
         assert words in text
     for stage in made.stages:
         assert stage.peak is not None

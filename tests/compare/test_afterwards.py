@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from steplm.cli.afterwards import run_parts
-from steplm.cli.mtbench import run_mtbench
+from steplm.cli.app import mtbench
 from steplm.compare.display import SuiteDisplay
 from steplm.compare.entries import Suite
 from steplm.compare.suite import AfterwardsConfig, MtBenchConfig, read_suite
@@ -203,14 +203,12 @@ def test_a_missing_extra_is_told_before_the_first_run(
 
 
 def test_the_section_has_the_options_of_the_command_with_its_defaults() -> None:
-    options = inspect.signature(run_mtbench).parameters
-    of_the_suite = {"models", "names", "answers", "output", "device", "dry_run", "check_only", "json_output"}
-    fields = MtBenchConfig.model_fields
-    assert set(options) - of_the_suite == set(fields)
-    for name, field in fields.items():
-        default = options[name].default
-        assert field.is_required() == (default is inspect.Parameter.empty)
-        assert field.is_required() or field.default == (list(default) if default == () else default)
+    options = inspect.signature(mtbench).parameters
+    of_the_suite = {"models", "name", "answers", "output", "device", "dry_run", "json"}
+    assert set(options) - of_the_suite == set(MtBenchConfig.model_fields)
+    for name, field in MtBenchConfig.model_fields.items():
+        expected = None if field.default == [] else field.default
+        assert options[name].default == (inspect.Parameter.empty if field.is_required() else expected)
 
 
 @pytest.mark.parametrize(("file", "mark"), [("docs/comparing.md", ""), ("recipes/suites/gpu.yaml", "# ")])

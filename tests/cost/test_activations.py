@@ -100,7 +100,7 @@ def test_the_families_are_those_that_have_such_layers() -> None:
         assert is_modelled(shape) == (model_type in MODELLED)
         if is_modelled(shape):
             kind = MODELLED[model_type]
-            assert kind.normalises_heads == (FAMILIES[model_type].qk_norm == "head")
+            assert kind.normalizes_heads == (FAMILIES[model_type].qk_norm == "head")
             assert [linear.name.rpartition(".")[2] for linear in shape.linears] == list(ALL)
             assert FAMILIES[model_type].norms_per_layer == (4 if kind.norms_after else 2)
 

@@ -79,7 +79,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "fused": ("memory.fused_backward=true", "optim.max_grad_norm=null"),
     "packed, on the host": (
         "memory.frozen_weights=nf4", "memory.offload_frozen=true", "memory.master_weights=false",
-        "train.sequence_length=256",  # or one matrix made whole counts for much
+        "train.sequence_length=256",  # or one dequantized matrix counts for much
     ),
     "few tokens": ("train.sequence_length=8", "train.per_device_train_batch_size=1"),  # so that the update is the peak
     "activations on the host": ("memory.offload_activations=true", "train.precision=fp32"),

@@ -34,10 +34,8 @@ OVERRIDES = ("train.per_device_train_batch_size=1", "train.global_batch_size=4",
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny_run: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("one")
-    train(tiny_run(run_dir, *OVERRIDES))
-    return run_dir
+def one_process(trained: Callable[..., Path]) -> Path:
+    return trained(*OVERRIDES)
 
 
 def _at_step(stage: int, step: int, rank: int, event: Callable[[], object]) -> None:

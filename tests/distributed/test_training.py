@@ -24,6 +24,7 @@ from steplm.training.run import train
 from steplm.types import TrainState
 
 Configure = Callable[..., RunConfig]
+Trained = Callable[..., Path]
 RunRanks = Callable[..., None]
 SameLosses = Callable[..., None]
 
@@ -65,13 +66,18 @@ SLOW = ("fused backward", "within documents, clipped", "fresh new layers, moment
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
 def test_ranks_train_as_one_process_does(
-    case: str, tiny_run: Configure, tmp_path: Path, run_ranks: RunRanks, assert_same_losses: SameLosses
+    case: str,
+    tiny_run: Configure,
+    trained: Trained,
+    tmp_path: Path,
+    run_ranks: RunRanks,
+    assert_same_losses: SameLosses,
 ) -> None:
     size, *overrides = CASES[case]
-    train(tiny_run(tmp_path / "one", *BATCH, *(key for key in overrides if not key.startswith("distributed"))))
-    run_ranks(lambda: train(tiny_run(tmp_path / "many", *BATCH, *overrides)), size)
-    assert_same_losses(tmp_path / "many", tmp_path / "one")
-    ours, theirs = load_state(tmp_path / "many" / "export"), load_state(tmp_path / "one" / "export")
+    one_process = trained(*BATCH, *(key for key in overrides if not key.startswith("distributed")))
+    run_ranks(lambda: train(tiny_run(tmp_path, *BATCH, *overrides)), size)
+    assert_same_losses(tmp_path, one_process)
+    ours, theirs = load_state(tmp_path / "export"), load_state(one_process / "export")
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
@@ -146,16 +152,15 @@ def _until(config: Callable[[], RunConfig], stage: int, step: int) -> Callable[[
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks_within_stages_and_across_growth(
-    tiny_run: Configure, tmp_path: Path, run_ranks: RunRanks, assert_same_losses: SameLosses
+    tiny_run: Configure, trained: Trained, tmp_path: Path, run_ranks: RunRanks, assert_same_losses: SameLosses
 ) -> None:
-    overrides = ("train.per_device_train_batch_size=2", "train.save_steps=3")
-    train(tiny_run(tmp_path / "one", "train.per_device_train_batch_size=4", "train.save_steps=3"))
+    one_process = trained("train.per_device_train_batch_size=4", "train.save_steps=3")
 
     def config() -> RunConfig:
-        return tiny_run(tmp_path / "many", *overrides)
+        return tiny_run(tmp_path, "train.per_device_train_batch_size=2", "train.save_steps=3")
 
     run_ranks(_until(config, stage=1, step=2), 2)
     run_ranks(_until(config, stage=1, step=4), 1)
     run_ranks(_until(config, stage=2, step=2), 4)
     run_ranks(lambda: train(config()), 2)
-    assert_same_losses(tmp_path / "many", tmp_path / "one")
+    assert_same_losses(tmp_path, one_process)

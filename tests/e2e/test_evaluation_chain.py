@@ -59,7 +59,7 @@ def test_train_export_tasks_tuning_chat_and_judge(
     assert model.config.num_hidden_layers == 4
     assert tokenizer.chat_template
 
-    monkeypatch.setattr("sys.stdin", io.StringIO("Name a colour.\nAnd another?\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Name a color.\nAnd another?\n"))
     shown = steplm("chat", tuned, "--max-new-tokens", 8, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.strip()

@@ -114,14 +114,15 @@ def test_a_judge_that_thinks_aloud_is_named_and_can_be_read_by_its_last_rating(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     from steplm.cli.mtbench import run_mtbench
+    from steplm.compare.suite import MtBenchConfig
 
     judge = stub_judge(reply=lambda messages: "<think>[[2]]?</think> Rating: [[8]]")
     file = answer_file("one")
     result = mtbench(judge, "--answers", file, "--limit", 1)
     assert "note: 6 replies think aloud" in result.stderr
     assert "2.00" in result.stdout
-    options: dict[str, Any] = {"judge_model": "stub", "data": bench_folder, "answers": [file], "limit": 1}
-    assert run_mtbench([], output=tmp_path / "out", rating="last", **options) == 0
+    options = MtBenchConfig(judge_model="stub", data=str(bench_folder), limit=1, rating="last")
+    assert run_mtbench([], options, output=tmp_path / "out", answers=[file]) == 0
     printed = capfd.readouterr()
     assert "judged by stub, last rating outside <think>" in printed.out
     assert "8.00" in printed.out
@@ -261,7 +262,7 @@ def test_what_cannot_be_done_is_said_in_one_message_before_anything_is_spent(
     judge, one = stub_judge(), answer_file("one")
     wrong: list[tuple[list[object], str]] = [
         ([], "nothing to judge"),
-        (["--answers", one, "--mode", "pair"], "unknown mode 'pair'"),
+        (["--answers", one, "--mode", "pair"], "mode: Input should be 'single', 'pairwise' or 'both' (got 'pair')"),
         (["--answers", one, "--mode", "pairwise"], "needs two models"),
         (["--answers", one, "--answers", one], "two models are called 'one'"),
         ([model_folder, model_folder], "two models are called"),

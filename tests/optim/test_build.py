@@ -25,7 +25,7 @@ SHAPES = MATRICES | OTHERS
 
 
 class Model(nn.Module):
-    """Parameters of these names, in a list of layers: linear maps, a norm, and a matrix that is none."""
+    """Parameters of these names, in a list of layers: linear layers, a norm, and a matrix that is none."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()

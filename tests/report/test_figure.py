@@ -13,8 +13,9 @@ import pytest
 from method_figure import method_figure
 
 from steplm.report.figure import growth_label, measured_spans, run_figure, smoothed
-from steplm.report.runs import RunRecord, percent
+from steplm.report.runs import RunRecord
 from steplm.report.style import spread
+from steplm.units import percent
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -110,8 +110,8 @@ def test_the_baseline_is_ink_and_no_two_entries_look_alike(suite: Suite) -> None
     base = suite.record.entries[0]
     entries = (base, *(replace(base, name=name, label=name) for name in names))
     look = looks(Suite(replace(suite.record, entries=entries), ()))
-    assert look["vanilla"].colour is None
-    assert len({(style.colour, style.dash) for style in look.values()}) == 19
+    assert look["vanilla"].color is None
+    assert len({(style.color, style.dash) for style in look.values()}) == 19
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=12))

@@ -14,6 +14,7 @@ from steplm.training.branch import branch, stage_keys
 from steplm.training.run import train
 
 Configure = Callable[..., RunConfig]
+Trained = Callable[..., Path]
 EqualRuns = Callable[[Path, Path], None]
 
 THREE_STAGES = ("plan.num_stages=3", "plan.layers=[2,1,1]", "train.precision=bf16")
@@ -61,32 +62,36 @@ def test_keys_agree_up_to_the_first_stage_that_differs(tiny_run: Configure, over
     [(1, ("growth.position=lower", "pet.rank=2")), (2, ("optim.learning_rate=[1e-2,1e-2,5e-3]",))],
 )
 def test_a_branch_equals_the_run_that_trained_all_stages_itself(
-    tiny_run: Configure, tmp_path: Path, assert_equal_runs: EqualRuns, stage_index: int, overrides: tuple[str, ...]
+    tiny_run: Configure,
+    trained: Trained,
+    tmp_path: Path,
+    assert_equal_runs: EqualRuns,
+    stage_index: int,
+    overrides: tuple[str, ...],
 ) -> None:
-    train(tiny_run(tmp_path / "source", *THREE_STAGES))
+    source = trained(*THREE_STAGES)
     alone = train(tiny_run(tmp_path / "alone", *THREE_STAGES, *overrides))
     config = tiny_run(tmp_path / "branch", *THREE_STAGES, *overrides)
-    before = (tmp_path / "source" / "metrics.jsonl").read_bytes()
-    branch(tmp_path / "source", stage_index, config)
+    before = (source / "metrics.jsonl").read_bytes()
+    branch(source, stage_index, config)
     assert train(config).validation_loss == alone.validation_loss
     assert_equal_runs(tmp_path / "branch", tmp_path / "alone")
-    assert (tmp_path / "source" / "metrics.jsonl").read_bytes() == before
+    assert (source / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_that_differs_earlier_is_refused(tiny_run: Configure, tmp_path: Path) -> None:
-    train(tiny_run(tmp_path / "source", *THREE_STAGES))
+def test_a_run_that_differs_earlier_is_refused(tiny_run: Configure, trained: Trained, tmp_path: Path) -> None:
+    source = trained(*THREE_STAGES)
     config = tiny_run(tmp_path / "branch", *THREE_STAGES, "growth.position=lower")
     with pytest.raises(CheckpointMismatch, match="after stage 3"):
-        branch(tmp_path / "source", 3, config)
+        branch(source, 3, config)
     with pytest.raises(CheckpointMismatch, match="after stage 1"):
-        branch(tmp_path / "source", 1, tiny_run(tmp_path / "branch", *THREE_STAGES, "seed=1"))
+        branch(source, 1, tiny_run(tmp_path / "branch", *THREE_STAGES, "seed=1"))
     assert not (tmp_path / "branch").exists()
 
 
-def test_only_a_run_that_has_not_begun_can_branch(tiny_run: Configure, tmp_path: Path) -> None:
-    config = tiny_run(tmp_path / "run", *THREE_STAGES)
-    train(config)
+def test_only_a_run_that_has_not_begun_can_branch(tiny_run: Configure, trained: Trained, tmp_path: Path) -> None:
+    source = trained(*THREE_STAGES)
     with pytest.raises(CheckpointMismatch, match="has begun"):
-        branch(tmp_path / "run", 1, config)
+        branch(source, 1, tiny_run(source, *THREE_STAGES))
     with pytest.raises(CheckpointError, match="stage4-end"):
-        branch(tmp_path / "run", 4, tiny_run(tmp_path / "other", *THREE_STAGES))
+        branch(source, 4, tiny_run(tmp_path / "other", *THREE_STAGES))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from steplm.checkpoint import verify_checkpoint
-from steplm.config import RunConfig
+from steplm.config import RunConfig, dump_config
 from steplm.errors import CheckpointMismatch, ConfigError
 from steplm.planner.plan import plan
 from steplm.training.extend import decayed, extended
@@ -16,6 +16,7 @@ from steplm.training.metrics import read_metrics
 from steplm.training.run import train
 
 Configure = Callable[..., RunConfig]
+Trained = Callable[..., Path]
 EqualRuns = Callable[[Path, Path], None]
 # In steps of 64 tokens: 20 in all, 2 of warm-up, 5 of decay.
 STABLE = (
@@ -49,21 +50,22 @@ ENDLESS = (*ONE_STAGE, "optim.lr_scheduler_type=constant_with_warmup")
 )
 def test_an_extended_run_equals_the_run_that_was_planned_for_its_length(
     tiny_run: Configure,
+    trained: Trained,
     tmp_path: Path,
     assert_equal_runs: EqualRuns,
     overrides: tuple[str, ...],
     longer: tuple[str, ...],
     name: str,
 ) -> None:
-    train(tiny_run(tmp_path / "short", *overrides))
-    before = {path: path.read_bytes() for path in (tmp_path / "short").rglob("*") if path.is_file()}
-    config, checkpoint = extended(tiny_run(tmp_path / "long", *overrides, *longer), tmp_path / "short")
+    source = trained(*overrides)
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    config, checkpoint = extended(tiny_run(tmp_path / "long", *overrides, *longer), source)
     assert checkpoint.name == name
     assert train(config, begin=checkpoint).finished
     train(config.model_copy(update={"output_dir": str(tmp_path / "whole")}))
     assert_equal_runs(tmp_path / "long", tmp_path / "whole")
-    assert before == {path: path.read_bytes() for path in (tmp_path / "short").rglob("*") if path.is_file()}
-    short, long = (read_metrics(tmp_path / run / "metrics.jsonl", "train") for run in ("short", "long"))
+    assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    short, long = (read_metrics(run_dir / "metrics.jsonl", "train") for run_dir in (source, tmp_path / "long"))
     assert len(long) > len(short)
 
 
@@ -80,14 +82,14 @@ def test_an_extended_run_equals_the_run_that_was_planned_for_its_length(
 )
 def test_a_decayed_checkpoint_equals_the_run_that_was_planned_to_end_there(
     tiny_run: Configure,
+    trained: Trained,
     tmp_path: Path,
     assert_equal_runs: EqualRuns,
     overrides: tuple[str, ...],
     name: str,
     tokens: int,
 ) -> None:
-    train(tiny_run(tmp_path / "source", *overrides))
-    checkpoint = tmp_path / "source" / "checkpoints" / name
+    checkpoint = trained(*overrides) / "checkpoints" / name
     config = decayed(checkpoint, tokens, tmp_path / "decayed")
     assert train(config, begin=checkpoint).finished
     train(config.model_copy(update={"output_dir": str(tmp_path / "whole")}))
@@ -100,48 +102,51 @@ def test_a_decayed_checkpoint_equals_the_run_that_was_planned_to_end_there(
 
 
 def test_an_extension_that_is_killed_resumes_by_the_same_command(
-    tiny_run: Configure, tmp_path: Path, assert_equal_runs: EqualRuns
+    tiny_run: Configure, trained: Trained, tmp_path: Path, assert_equal_runs: EqualRuns
 ) -> None:
-    train(tiny_run(tmp_path / "short", *ONE_STAGE))
+    source = trained(*ONE_STAGE)
     longer = ("plan.total_tokens=2560", "train.save_total_limit=99")
-    config, checkpoint = extended(tiny_run(tmp_path / "long", *ONE_STAGE, *longer), tmp_path / "short")
+    config, checkpoint = extended(tiny_run(tmp_path / "long", *ONE_STAGE, *longer), source)
     train(config, begin=checkpoint)
     for name in ("stage1-end", "stage1-step000032", "stage1-step000030", "stage1-step000024"):  # as a kill leaves it
         (tmp_path / "long" / "checkpoints" / name / "COMPLETE").unlink()
     (tmp_path / "long" / "summary.json").unlink()
-    again, checkpoint = extended(tiny_run(tmp_path / "long", *ONE_STAGE, *longer), tmp_path / "short")
+    again, checkpoint = extended(tiny_run(tmp_path / "long", *ONE_STAGE, *longer), source)
     assert again == config
     train(again, begin=checkpoint)
     train(config.model_copy(update={"output_dir": str(tmp_path / "whole")}))
     assert_equal_runs(tmp_path / "long", tmp_path / "whole")
 
 
-def test_the_checkpoint_before_the_decay_is_kept(tiny_run: Configure, tmp_path: Path) -> None:
-    train(tiny_run(tmp_path, *ONE_STAGE))
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["stage1-end", "stage1-step000015", "stage1-step000016"]
-    for name in names:
-        verify_checkpoint(tmp_path / "checkpoints" / name)
+def test_the_checkpoint_before_the_decay_is_kept(trained: Trained) -> None:
+    checkpoints = sorted((trained(*ONE_STAGE) / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["stage1-end", "stage1-step000015", "stage1-step000016"]
+    for path in checkpoints:
+        verify_checkpoint(path)
 
 
 @pytest.mark.parametrize(
     ("overrides", "longer", "message"),
     [
         (("optim.lr_scheduler_type=cosine",), ("plan.total_tokens=2560",), "step 4 had learning rate"),
-        (("plan.num_stages=1",), ("plan.total_tokens=2560", "seed=1"), "seed: 0 -> 1"),
-        (("plan.num_stages=1",), ("plan.total_tokens=2560", "optim.weight_decay=0"), "optim.weight_decay"),
-        (("plan.num_stages=1",), ("plan.total_tokens=2560", "train.gradient_accumulation_steps=2"), "128 here"),
+        ((), ("plan.total_tokens=2560", "seed=1"), "seed: 0 -> 1"),
+        ((), ("plan.total_tokens=2560", "optim.weight_decay=0"), "optim.weight_decay"),
+        ((), ("plan.total_tokens=2560", "train.gradient_accumulation_steps=2"), "128 here"),
         (("method=relora", "pet.warm_start=0.3", "pet.restarts=1"), ("plan.total_tokens=2560",), "phase 1 of the"),
-        (("plan.num_stages=1",), ("plan.total_tokens=1280",), "planned for 1,280 tokens"),
-        (("plan.num_stages=1",), ("plan.total_tokens=2560", "output_dir={source}"), "directory of its own"),
+        ((), ("plan.total_tokens=1280",), "planned for 1,280 tokens"),
+        ((), ("plan.total_tokens=2560", "output_dir={source}"), "directory of its own"),
     ],
     ids=["cosine", "seed", "optim", "batch", "relora", "tokens", "folder"],
 )
 def test_a_run_that_would_not_have_come_by_the_checkpoint_is_refused(
-    tiny_run: Configure, tmp_path: Path, overrides: tuple[str, ...], longer: tuple[str, ...], message: str
+    tiny_run: Configure,
+    trained: Trained,
+    tmp_path: Path,
+    overrides: tuple[str, ...],
+    longer: tuple[str, ...],
+    message: str,
 ) -> None:
-    source = tmp_path / "short"
-    train(tiny_run(source, *ONE_STAGE, *overrides))
+    source = trained(*ONE_STAGE, *overrides)
     with pytest.raises((CheckpointMismatch, ConfigError), match=message):
         extended(
             tiny_run(tmp_path / "long", *ONE_STAGE, *overrides, *(text.format(source=source) for text in longer)),
@@ -150,9 +155,8 @@ def test_a_run_that_would_not_have_come_by_the_checkpoint_is_refused(
     assert not (tmp_path / "long").exists()
 
 
-def test_a_checkpoint_within_the_decay_or_an_earlier_stage_is_refused(tiny_run: Configure, tmp_path: Path) -> None:
-    train(tiny_run(tmp_path / "source", *TWO_STAGES))
-    checkpoints = tmp_path / "source" / "checkpoints"
+def test_a_checkpoint_within_the_decay_or_an_earlier_stage_is_refused(trained: Trained, tmp_path: Path) -> None:
+    checkpoints = trained(*TWO_STAGES) / "checkpoints"
     late = checkpoints / "stage2-step000016"
     with pytest.raises(CheckpointMismatch, match="step 16 of stage 2 had learning rate"):
         train(decayed(late, 640, tmp_path / "late"), begin=late)
@@ -160,12 +164,11 @@ def test_a_checkpoint_within_the_decay_or_an_earlier_stage_is_refused(tiny_run: 
         decayed(checkpoints / "stage1-end", 640, tmp_path / "early")
 
 
-def test_the_commands_extend_and_decay(tiny_run: Configure, tmp_path: Path, steplm: Callable[..., object]) -> None:
-    from steplm.config import dump_config
-
-    train(tiny_run(tmp_path / "short", *ONE_STAGE))
+def test_the_commands_extend_and_decay(
+    tiny_run: Configure, trained: Trained, tmp_path: Path, steplm: Callable[..., object]
+) -> None:
     (tmp_path / "run.yaml").write_text(dump_config(tiny_run(tmp_path / "short", *ONE_STAGE)))
-    longer = ("plan.total_tokens=2560", "output_dir=long", "--extend", "short")
+    longer = ("plan.total_tokens=2560", "output_dir=long", "--extend", trained(*ONE_STAGE))
     assert steplm("train", "run.yaml", *longer, cwd=tmp_path).returncode == 0
     assert plan(tiny_run(tmp_path / "long", *ONE_STAGE, "plan.total_tokens=2560")).total_tokens == 2560
     assert len(read_metrics(tmp_path / "long" / "metrics.jsonl", "train")) == 40

@@ -73,12 +73,11 @@ def test_a_stopped_run_ends_as_the_unbroken_one(
 
 @pytest.mark.parametrize("name", SAME_NUMBERS)
 def test_an_option_that_changes_only_where_bytes_are_changes_no_loss(
-    name: str, tiny_run: Configure, tmp_path: Path
+    name: str, tiny_run: Configure, trained: Callable[..., Path], tmp_path: Path
 ) -> None:
     layers = "plan.layers=[2,1,1]"  # the option changes which division has the least peak
-    run(tiny_run(tmp_path / "plain", *BASE, layers))
-    run(tiny_run(tmp_path / "option", *BASE, *OPTIONS[name], layers))
-    assert losses(tmp_path / "option") == losses(tmp_path / "plain")
+    run(tiny_run(tmp_path, *BASE, *OPTIONS[name], layers))
+    assert losses(tmp_path) == losses(trained(*BASE, layers))
 
 
 def test_what_packing_costs_is_logged(tiny_run: Configure, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from steplm.training.run import train
 from steplm.types import from_json
 
 Configure = Callable[..., RunConfig]
+Trained = Callable[..., Path]
 EqualRuns = Callable[[Path, Path], None]
 
 # Logged every third step and saved every second: a resume falls between two log lines.
@@ -34,10 +36,8 @@ OVERRIDES = (
 
 
 @pytest.fixture(scope="module")
-def unbroken(tiny_run: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("unbroken")
-    train(tiny_run(run_dir, *OVERRIDES))
-    return run_dir
+def unbroken(trained: Trained) -> Path:
+    return trained(*OVERRIDES)
 
 
 def test_where_every_checkpoint_is_damaged_no_start_begins_anew(tiny_run: Configure, tmp_path: Path) -> None:
@@ -223,17 +223,17 @@ def _edit(run_dir: Path, place: tuple[str | int, ...], value: object) -> None:
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else None,
 )
 def test_an_edited_schedule_is_refused_by_the_checkpoint(
-    tiny_run: Configure, tmp_path: Path, stop_after: Stop, place: tuple[str | int, ...], value: object
+    tiny_run: Configure, trained: Trained, tmp_path: Path, place: tuple[str | int, ...], value: object
 ) -> None:
-    config = tiny_run(tmp_path, "plan.layers=[3,1]")
-    first_stage = plan(config).stages[0].tokens // config.step_tokens
-    stop_after(config, first_stage + 2)
-    _edit(tmp_path, place, value)
-    log, checkpoints = (tmp_path / "metrics.jsonl").read_bytes(), complete_checkpoints(tmp_path / "checkpoints")
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained("plan.layers=[3,1]"), run_dir, ignore=shutil.ignore_patterns("summary.json", "stage2-end"))
+    _edit(run_dir, place, value)
+    log, checkpoints = (run_dir / "metrics.jsonl").read_bytes(), complete_checkpoints(run_dir / "checkpoints")
+    assert checkpoints[-1].name.startswith("stage2-step")
     with pytest.raises(CheckpointMismatch, match=r"not to that of plan\.json.*Restore plan\.json"):
-        train(config)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == log
-    assert complete_checkpoints(tmp_path / "checkpoints") == checkpoints
+        train(tiny_run(run_dir, "plan.layers=[3,1]"))
+    assert (run_dir / "metrics.jsonl").read_bytes() == log
+    assert complete_checkpoints(run_dir / "checkpoints") == checkpoints
 
 
 def test_costs_in_plan_json_are_worked_out_again_whatever_stands_there(

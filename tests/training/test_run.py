@@ -32,6 +32,7 @@ from steplm.training.metrics import read_metrics
 from steplm.training.run import train
 
 Configure = Callable[..., RunConfig]
+Trained = Callable[..., Path]
 
 
 def _events(run_dir: Path, event: str) -> list[dict]:
@@ -42,13 +43,14 @@ def losses(run_dir: Path) -> list[float]:
     return [entry["loss"] for entry in _events(run_dir, "train")]
 
 
+ONE_STAGE = ("plan.num_stages=1", "plan.total_tokens=512")  # each size of step gives the same plan
+THREE_STAGES = ("plan.num_stages=3", "plan.layers=[2,1,1]")
+
+
 @pytest.fixture(scope="module")
-def finished(tiny_run: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(trained: Trained) -> Path:
     """A finished run of three stages, which tests read and do not change."""
-    run_dir = tmp_path_factory.mktemp("finished")
-    result = train(tiny_run(run_dir, "plan.num_stages=3", "plan.layers=[2,1,1]"))
-    assert result.finished
-    return run_dir
+    return trained(*THREE_STAGES)
 
 
 def test_a_run_leaves_a_plain_model_of_full_depth(finished: Path) -> None:
@@ -245,14 +247,13 @@ def test_the_old_model_is_gone_before_the_grown_one_is_built(
     ],
 )
 def test_the_losses_do_not_depend_on_how_the_step_is_computed(
-    tiny_run: Configure, tmp_path: Path, overrides: list[str]
+    tiny_run: Configure, trained: Trained, tmp_path: Path, overrides: list[str]
 ) -> None:
     same = [key for key in overrides if key.startswith("data.")]
     # The peak, and the layers that make it least, depend on how the step is computed.
     base = ("plan.total_tokens=512", "plan.objective=model_state")
-    train(tiny_run(tmp_path / "plain", *base, *same))
-    train(tiny_run(tmp_path / "other", *base, *overrides))
-    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=2e-5)
+    train(tiny_run(tmp_path, *base, *overrides))
+    assert losses(tmp_path) == pytest.approx(losses(trained(*base, *same)), rel=2e-5)
 
 
 def test_vanilla_and_staged_runs_see_the_same_tokens(tiny_run: Configure, tmp_path: Path) -> None:
@@ -262,12 +263,11 @@ def test_vanilla_and_staged_runs_see_the_same_tokens(tiny_run: Configure, tmp_pa
     assert all(abs(losses(result.run_dir)[0] - 5.7) < 0.3 for result in results)
 
 
-def test_the_losses_are_the_golden_ones(tiny_run: Configure, tmp_path: Path) -> None:
+def test_the_losses_are_the_golden_ones(finished: Path) -> None:
     golden = Path(__file__).parents[1] / "golden" / "tiny_run.json"
-    train(tiny_run(tmp_path, "plan.num_stages=3", "plan.layers=[2,1,1]"))
     recorded = {
-        "losses": losses(tmp_path),
-        "growth": [[entry["loss_before"], entry["loss_after"]] for entry in _events(tmp_path, "growth")],
+        "losses": losses(finished),
+        "growth": [[entry["loss_before"], entry["loss_after"]] for entry in _events(finished, "growth")],
     }
     if os.environ.get("STEPLM_UPDATE_GOLDEN"):
         golden.write_text(json.dumps(recorded, indent=1) + "\n")
@@ -283,7 +283,7 @@ def test_the_losses_are_the_golden_ones(tiny_run: Configure, tmp_path: Path) -> 
 
 def test_a_finished_run_returns_at_once_and_unchanged(tiny_run: Configure, finished: Path) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
-    result = train(tiny_run(finished, "plan.num_stages=3", "plan.layers=[2,1,1]"))
+    result = train(tiny_run(finished, *THREE_STAGES))
     assert result.finished
     assert result.perplexity is not None
     assert (finished / "metrics.jsonl").read_bytes() == before
@@ -309,28 +309,26 @@ def test_another_configuration_in_the_same_directory_is_refused(
 ) -> None:
     run_dir = tmp_path / "copy"
     shutil.copytree(finished, run_dir)
-    same = ["plan.num_stages=3", "plan.layers=[2,1,1]"]
     with pytest.raises(CheckpointMismatch, match=r"seed: 0 -> 1"):
-        train(tiny_run(run_dir, *same, "seed=1"))
+        train(tiny_run(run_dir, *THREE_STAGES, "seed=1"))
     with pytest.raises(CheckpointMismatch, match=r"plan\.layers"):
         train(tiny_run(run_dir, "plan.num_stages=3", "plan.layers=[1,2,1]"))
-    assert train(tiny_run(run_dir, *same, "log.logging_steps=7", "train.save_total_limit=1")).finished
+    assert train(tiny_run(run_dir, *THREE_STAGES, "log.logging_steps=7", "train.save_total_limit=1")).finished
 
 
-def test_steps_of_another_size_are_refused(tiny_run: Configure, tmp_path: Path) -> None:
-    one_stage = ("plan.num_stages=1", "plan.total_tokens=512")  # of which each size of step gives the same plan
-    train(tiny_run(tmp_path, *one_stage))
+def test_steps_of_another_size_are_refused(tiny_run: Configure, trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained(*ONE_STAGE), tmp_path, dirs_exist_ok=True)
     with pytest.raises(CheckpointMismatch, match=r"of 4 sequences a step.* has 2\. Set train\.global_batch_size=4"):
-        train(tiny_run(tmp_path, *one_stage, "train.per_device_train_batch_size=2"))
+        train(tiny_run(tmp_path, *ONE_STAGE, "train.per_device_train_batch_size=2"))
     half = ("train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2")
-    assert train(tiny_run(tmp_path, *one_stage, *half)).finished
+    assert train(tiny_run(tmp_path, *ONE_STAGE, *half)).finished
 
 
 def test_a_batch_is_kept_however_often_the_number_of_devices_changes(
-    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Configure, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(tiny_run(tmp_path, "plan.num_stages=1", "plan.total_tokens=512"))  # 4 sequences a step, on one device
-    config = tiny_run(tmp_path, "plan.num_stages=1", "plan.total_tokens=512")
+    config = tiny_run(tmp_path, *ONE_STAGE)
+    shutil.copytree(trained(*ONE_STAGE), tmp_path, dirs_exist_ok=True)  # 4 sequences a step, on one device
     for _ in range(2):  # the second start finds two devices in config.yaml already
         monkeypatch.setattr(run_module, "with_world_size", lambda distributed: DistributedConfig(world_size=2))
         on_two = run_module._on_these_devices(config)
@@ -352,7 +350,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     last = complete_checkpoints(run_dir / "checkpoints")[-1]
     weights = last / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    result = train(tiny_run(run_dir, "plan.num_stages=3", "plan.layers=[2,1,1]"))
+    result = train(tiny_run(run_dir, *THREE_STAGES))
     assert result.finished
     assert losses(run_dir) == losses(finished)
 
@@ -398,19 +396,17 @@ def test_export_does_not_overwrite_what_is_no_export(finished: Path, tmp_path: P
 
 
 def test_a_run_compiles_one_graph_for_each_kind_of_layer(
-    tiny_run: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Configure, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="aot_eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = tiny_run(tmp_path / "compiled", "plan.num_stages=3", "train.compile=true")
-    train(compiled)
+    train(tiny_run(tmp_path, "plan.num_stages=3", "train.compile=true"))
     # Whole layers and frozen ones with adapters: over three depths, with evaluations, saves and two exports of them.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
-    train(tiny_run(tmp_path / "plain", "plan.num_stages=3"))
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    assert losses(tmp_path) == pytest.approx(losses(trained("plan.num_stages=3")), rel=1e-5)
 
 
 @pytest.mark.slow

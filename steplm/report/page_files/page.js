@@ -7,9 +7,9 @@ const css = (name) => getComputedStyle(document.documentElement).getPropertyValu
 const hidden = {}; // section id -> set of hidden entries
 const state = {}; // chart id -> {axis, log}
 
-const colourOf = (entry) => {
+const colorOf = (entry) => {
   const look = data.looks[entry];
-  return look.colour === null ? css("--ink") : look.colour[dark.matches ? 1 : 0];
+  return look.color === null ? css("--ink") : look.color[dark.matches ? 1 : 0];
 };
 const faded = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
 
@@ -42,33 +42,33 @@ const hovering = (trace, name) => ({
 
 // role -> Plotly trace, without position and hover
 const ROLES = {
-  line: (t, colour, look) => ({
-    mode: t.markers ? "lines+markers" : "lines", line: { color: colour, width: 2, dash: look.dash }, marker: { color: colour, size: 5 },
+  line: (t, color, look) => ({
+    mode: t.markers ? "lines+markers" : "lines", line: { color: color, width: 2, dash: look.dash }, marker: { color: color, size: 5 },
   }),
-  faint: (t, colour) => ({ mode: "lines", line: { color: faded(colour, 0.35), width: 1 } }),
-  band: (t, colour) => ({ mode: "lines", line: { width: 0 }, fill: "toself", fillcolor: faded(colour, 0.13) }),
-  growth: (t, colour) => ({
-    mode: "markers", marker: { size: 9, color: css("--paper"), line: { color: colour, width: 2 } },
+  faint: (t, color) => ({ mode: "lines", line: { color: faded(color, 0.35), width: 1 } }),
+  band: (t, color) => ({ mode: "lines", line: { width: 0 }, fill: "toself", fillcolor: faded(color, 0.13) }),
+  growth: (t, color) => ({
+    mode: "markers", marker: { size: 9, color: css("--paper"), line: { color: color, width: 2 } },
   }),
-  step: (t, colour, look) => ({ mode: "lines", line: { color: colour, width: 2, dash: look.dash, shape: "hv" } }),
+  step: (t, color, look) => ({ mode: "lines", line: { color: color, width: 2, dash: look.dash, shape: "hv" } }),
   planned: () => ({ mode: "lines", line: { color: css("--ink"), width: 1.6, dash: "dash", shape: "hv" } }),
-  measured: (t, colour) => ({ mode: "lines", line: { color: faded(colour, 0.22), width: 8 } }),
-  area: (t) => ({ mode: "lines", line: { width: 0 }, fillcolor: t.colour, stackgroup: "kinds" }),
+  measured: (t, color) => ({ mode: "lines", line: { color: faded(color, 0.22), width: 8 } }),
+  area: (t) => ({ mode: "lines", line: { width: 0 }, fillcolor: t.color, stackgroup: "kinds" }),
   frontier: () => ({ mode: "lines", line: { color: faded(css("--muted"), 0.3), width: 7, shape: "hv" } }),
-  rates: (t, colour, look) => ({
-    mode: "lines+markers", line: { color: colour, width: 2, dash: look.dash },
-    marker: { color: colour, size: t.chosen.map((chosen) => (chosen ? 12 : 5)) },
+  rates: (t, color, look) => ({
+    mode: "lines+markers", line: { color: color, width: 2, dash: look.dash },
+    marker: { color: color, size: t.chosen.map((chosen) => (chosen ? 12 : 5)) },
   }),
   bars: (t) => ({
-    type: "bar", width: 1, textposition: "none", marker: { color: t.colour, line: { color: css("--paper"), width: 1 } },
+    type: "bar", width: 1, textposition: "none", marker: { color: t.color, line: { color: css("--paper"), width: 1 } },
   }),
-  diverged: (t, colour) => ({ mode: "markers", cliponaxis: false, marker: { color: colour, size: 9, symbol: "x-thin", line: { color: colour, width: 2 } } }),
-  point: (t, colour) => ({
+  diverged: (t, color) => ({ mode: "markers", cliponaxis: false, marker: { color: color, size: 9, symbol: "x-thin", line: { color: color, width: 2 } } }),
+  point: (t, color) => ({
     mode: "markers",
-    marker: { color: colour, size: 11, symbol: t.marker + (t.hollow ? "-open" : ""), line: { width: 2, color: colour } },
+    marker: { color: color, size: 11, symbol: t.marker + (t.hollow ? "-open" : ""), line: { width: 2, color: color } },
     error_y: t.error && {
       type: "data", symmetric: false, array: [t.error[0]], arrayminus: [t.error[1]],
-      color: faded(colour, 0.6), thickness: 1.2, width: 0,
+      color: faded(color, 0.6), thickness: 1.2, width: 0,
     },
   }),
 };
@@ -77,11 +77,11 @@ const isOff = (chart, trace) => Boolean(trace.entry && hidden[chart.section]?.ha
 
 function pointLabel(trace) {
   const { text, dx, dy, anchor, far } = trace.label;
-  const colour = colourOf(trace.entry);
+  const color = colorOf(trace.entry);
   return {
-    x: trace.x[0], y: trace.y[0], text, font: { color: colour }, xanchor: anchor, yanchor: "middle", borderpad: 0,
+    x: trace.x[0], y: trace.y[0], text, font: { color: color }, xanchor: anchor, yanchor: "middle", borderpad: 0,
     ...(far
-      ? { ax: dx, ay: dy, showarrow: true, arrowhead: 0, arrowwidth: 0.8, arrowcolor: faded(colour, 0.6), standoff: 6 }
+      ? { ax: dx, ay: dy, showarrow: true, arrowhead: 0, arrowwidth: 0.8, arrowcolor: faded(color, 0.6), standoff: 6 }
       : { xshift: dx, yshift: -dy, showarrow: false }),
   };
 }
@@ -95,7 +95,7 @@ function plotlyTrace(chart, trace, axis) {
     x = [...x, ...[...x].reverse()];
     y = [...trace.low, ...[...trace.high].reverse()];
   }
-  const made = ROLES[trace.role](trace, known ? colourOf(trace.entry) : "#888888", known ? data.looks[trace.entry] : {});
+  const made = ROLES[trace.role](trace, known ? colorOf(trace.entry) : "#888888", known ? data.looks[trace.entry] : {});
   const result = { type: "scatter", ...hovering(trace, name), ...made, x, y, name, visible: !isOff(chart, trace), showlegend: false };
   if (trace.role === "area") result.showlegend = true;
   return result;
@@ -147,7 +147,7 @@ function drawAll(charts) {
 
 function sample(entry) {
   const dashes = { solid: "none", dash: "6 3", dot: "2 3" };
-  return `<svg width="22" height="8" aria-hidden="true"><line x1="0" y1="4" x2="22" y2="4" stroke="${colourOf(entry)}" ` +
+  return `<svg width="22" height="8" aria-hidden="true"><line x1="0" y1="4" x2="22" y2="4" stroke="${colorOf(entry)}" ` +
     `stroke-width="2.5" stroke-dasharray="${dashes[data.looks[entry].dash]}"/></svg>`;
 }
 
