@@ -37,6 +37,8 @@ from steplm.units import format_bytes
 CHECKPOINTING = ("train.gradient_checkpointing=true",)
 ONE_MICRO_BATCH = ("train.gradient_accumulation_steps=1",)
 LEAN = ("method=vanilla", "plan.num_stages=1", "plan.layers=null")
+LEAN_MUON = (*LEAN, "optim.name=muon", "memory.optimizer_states=8bit", "memory.master_weights=false")
+HOST = ("memory.offload_optimizer=true", "memory.offload_weights=true")
 OPTIONS = {
     "8-bit states": ("memory.optimizer_states=8bit",),
     "no master weights": ("memory.master_weights=false",),
@@ -63,9 +65,10 @@ OPTIONS = {
     "GaLore": ("plan.num_stages=1", "optim.name=galore"),
     "APOLLO-Mini": ("plan.num_stages=1", "optim.name=apollo_mini"),
     "Muon": (*LEAN, "optim.name=muon"),
-    "Muon, 8-bit": (*LEAN, "optim.name=muon", "memory.optimizer_states=8bit", "memory.master_weights=false"),
+    "Muon, 8-bit": LEAN_MUON,
     "SCALE": (*LEAN, "optim.name=scale", "memory.master_weights=false"),
     "host": (*LEAN, "memory.offload_optimizer=true"),
+    "host, weights too": (*LEAN, *HOST),
     "corrections": (*LEAN, "memory.optimizer_states=8bit", "memory.master_weights=8bit"),
     "every option": (*EVERY_OPTION, *ONE_MICRO_BATCH),
 }
@@ -87,6 +90,7 @@ CASES: dict[str, Case] = {
     "1.2b": ("llama_1.2b", (), None),
     "1.2b every option": ("llama_1.2b", (*EVERY_OPTION, *ONE_MICRO_BATCH), "largest"),
     "3b": ("llama_3b", CHECKPOINTING, "largest"),
+    "7b host": ("llama_7b", (*LEAN_MUON, *HOST, *CHECKPOINTING), "largest"),
     "7b every option": ("llama_7b", (*EVERY_OPTION, *ONE_MICRO_BATCH, "plan.num_stages=5"), "largest"),
 }
 
