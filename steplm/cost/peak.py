@@ -50,6 +50,7 @@ class Instants:
         self.outside, self.num_layers = phase.embeddings_and_head, phase.num_hidden_layers
         self.trains_outside = isinstance(self.outside, Trained)
         self.outside_rank = self.outside.rank if isinstance(self.outside, Adapter) else 0
+        self.updates_on_device_in_pass = memory.fused_backward and not memory.offload_optimizer
         self.frees_gradients = memory.fused_backward or memory.offload_optimizer  # each one once it is complete
         self.kinds = tuple(phase.groups)  # the distinct roles of layers
         one_of = {kind: kind for kind in self.kinds}
@@ -156,7 +157,7 @@ class Instants:
         """The optimizer's step."""
         sizes = [min(size, STEP_CHUNK) for size in self._adamw_matrices()]
         workspace = max(self._step_bytes(largest_bucket(sizes), max(sizes, default=0)), self._rules_step_bytes())
-        held = 0 if self.memory.fused_backward else workspace
+        held = 0 if self.updates_on_device_in_pass else workspace
         where = HOST if self.memory.offload_optimizer else "workspace"
         terms = [term("optimizer", where, held, self._step_formula())]
         if self.memory.offload_optimizer:
@@ -185,7 +186,7 @@ class Instants:
         layer, gradient = self.activations[kind], self.activations[kind].first_gradient
         backward, recomputed = layer.backward, layer.saved if self.recomputes[kind] else 0
         update = self._fused_update(gradient // self.work.width)
-        if self.memory.fused_backward and not isinstance(kind, Frozen):
+        if self.updates_on_device_in_pass and not isinstance(kind, Frozen):
             update = max(update, self._largest_step_bytes(kind))
         if self.memory.offload_activations:  # the layer's saved tensors, or its input, are back on the device
             if recomputed:
@@ -367,7 +368,7 @@ class Instants:
     def _fused_update(self, num_elements: int) -> int:
         """Workspace of an update inside the backward pass."""
         piece = min(STEP_CHUNK, num_elements)
-        return self._step_bytes(piece, piece) if self.memory.fused_backward else 0
+        return self._step_bytes(piece, piece) if self.updates_on_device_in_pass else 0
 
     def _leaving(self, num_bytes: int, whose: str) -> MemoryTerm:
         """A gradient in transfer to the host, which stays in memory until the next one is complete."""

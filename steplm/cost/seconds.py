@@ -61,7 +61,13 @@ def step_seconds(config: RunConfig, shape: ModelShape, phase: Phase, speeds: Spe
     if work is None:
         return None
     seconds = tuple(map(speeds.seconds, work))
-    return StepSeconds(work, seconds, total_seconds(zip(work, seconds, strict=True), speeds.asynchronous))
+    timed = list(zip(work, seconds, strict=True))
+    total = total_seconds(timed, speeds.asynchronous)
+    if config.memory.fused_backward:  # updates in host memory run during the last micro-batch's backward pass
+        updates = sum(part for work, part in timed if work.kind == "host update")
+        backward = sum(part for work, part in timed if work.part in ("layers backward", "recomputation"))
+        total -= min(updates, backward / config.micro_batches)
+    return StepSeconds(work, seconds, total)
 
 
 def total_seconds(timed: Iterable[tuple[Work, float]], asynchronous: bool) -> float:

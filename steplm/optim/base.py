@@ -116,7 +116,7 @@ class RuleBase(ABC):
         hooks = [
             parameter.register_post_accumulate_grad_hook(
                 partial(
-                    self._gradient_ready,
+                    self.update_in_backward,
                     name=name,
                     learning_rate=learning_rate,
                     grad_scale=grad_scale,
@@ -133,7 +133,7 @@ class RuleBase(ABC):
                 hook.remove()
 
     @torch.no_grad()
-    def _gradient_ready(
+    def update_in_backward(
         self,
         parameter: Tensor,
         *,
@@ -143,6 +143,14 @@ class RuleBase(ABC):
         norm: GradNorm,
         done: set[str],
     ) -> None:
+        """Update a parameter whose gradient is complete, and free the gradient; see ``in_backward``.
+
+        Args:
+            done: names of the parameters updated in this pass, to which this one is added.
+
+        Raises:
+            SteplmError: the parameter is among them.
+        """
         if name in done:
             raise SteplmError(
                 f"the gradient of {name} arrived twice within one fused update. Fused updates cannot accumulate "

@@ -127,12 +127,33 @@ class UpdateRules:
 
     @contextmanager
     def in_backward(self, learning_rate: float | None, grad_scale: float = 1.0) -> Iterator[GradNorm]:
-        """See ``RuleBase.in_backward``."""
+        """See ``RuleBase.in_backward``. With ``host``, gradients of earlier backward passes are part of the update."""
         norm = GradNorm(next((p.device for p in self.parameters.values()), None))
         with ExitStack() as stack:
-            for rule in self.rules.values():
-                stack.enter_context(rule.in_backward(learning_rate, grad_scale, norm))
+            if self.host is not None:
+                stack.enter_context(self.host.calling(self._update_on_host(learning_rate, grad_scale, norm)))
+            else:
+                for rule in self.rules.values():
+                    stack.enter_context(rule.in_backward(learning_rate, grad_scale, norm))
             yield norm
+
+    def _update_on_host(self, learning_rate: float | None, grad_scale: float, norm: GradNorm) -> Callable[[str], None]:
+        owners = {name: rule for rule in self.rules.values() for name in rule.parameters}
+        done = set[str]()
+
+        def update(name: str) -> None:
+            assert self.host is not None
+            owners[name].update_in_backward(
+                self.parameters[name],
+                name=name,
+                learning_rate=learning_rate,
+                grad_scale=grad_scale,
+                norm=norm,
+                done=done,
+            )
+            self.host.send([name])
+
+        return update
 
     def zero_grad(self) -> None:
         """Free every gradient."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Protocol
 
@@ -46,6 +47,11 @@ class HostParameters:
         rule.step(…)        # updates ``parameters`` from gradients on the host
         host.send(names)
 
+    To update a parameter while the backward pass continues, as soon as its last gradient has arrived:
+
+        with host.calling(update_and_send):
+            loss.backward()  # of the last micro-batch
+
     Source: ZeRO-Offload (arXiv 2101.06840), section 4; there the device sums the gradients.
 
     Args:
@@ -58,11 +64,16 @@ class HostParameters:
     Attributes:
         parameters: the copies, by name; ``.grad`` is None until a gradient has arrived.
         bytes_to_host, bytes_to_device: total bytes transferred; for tests.
+        around_updates: makes a context for the updates of ``calling``; for counts of memory.
     """
 
     def __init__(self, device: torch.device, *, sums: bool, linears: Mapping[str, FetchesWeight] | None = None) -> None:
         self.device, self.sums = device, sums
+        self.around_updates: Callable[[], AbstractContextManager[None]] = nullcontext
         self._linears = linears or {}
+        self._call: Callable[[str], None] | None = None
+        self._calls: list[Future[None]] = []
+        self._updater = ThreadPoolExecutor(max_workers=1, thread_name_prefix="updates")
         self.parameters: dict[str, nn.Parameter] = {}
         self.bytes_to_host = self.bytes_to_device = 0
         self._on_device: dict[str, nn.Parameter] = {}
@@ -99,15 +110,32 @@ class HostParameters:
             self._pending.result()
         self._pending = None
 
+    @contextmanager
+    def calling(self, update: Callable[[str], None]) -> Iterator[None]:
+        """Inside this context, call ``update`` with a parameter's name once its gradient has been added to the sum.
+
+        On CUDA, a separate thread makes the calls, one after the other; the backward pass does not wait for them.
+        """
+        self.wait()
+        self._call = update
+        try:
+            yield
+            self.wait()
+            for call in self._calls:
+                call.result()
+        finally:
+            self._call, self._calls = None, []
+            self._forget_fetched()
+
     @torch.no_grad()
     def send(self, names: Iterable[str]) -> None:
         """Make the device use the new values of these weights; on CUDA, ordered before work that is launched later."""
         for name in names:
-            if (linear := self._linears.get(name)) is not None:
-                linear.fetcher.forget()
-            else:
+            if name in self._on_device:
                 self._on_device[name].copy_(self.parameters[name], non_blocking=True)
                 self.bytes_to_device += self.parameters[name].nbytes
+        if self._call is None:  # else at the end of the pass, which still uses the layers on the device
+            self._forget_fetched()
 
     def tensors(self) -> Iterator[tuple[str | None, str, Tensor]]:
         """All tensors held: parameter name (None for the receive buffer of gradients), kind in the plan, tensor."""
@@ -136,6 +164,10 @@ class HostParameters:
     def _copied(self, parameter: nn.Parameter) -> Tensor:
         return host_empty(parameter.shape, parameter.dtype, self.device).copy_(parameter.detach())
 
+    def _forget_fetched(self) -> None:
+        for fetcher in {id(linear.fetcher): linear.fetcher for linear in self._linears.values()}.values():
+            fetcher.forget()
+
     def _leave(self, parameter: Tensor, *, name: str) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
@@ -156,14 +188,14 @@ class HostParameters:
         self.bytes_to_host += gradient.nbytes
         if self._stream is None:
             arrived.copy_(gradient)
-            self._take_in(arrived, total, is_first)
+            self._take_in(name, arrived, is_first)
             return
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             arrived.copy_(gradient, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record(self._stream)
-        self._pending = self._worker.submit(self._take_in, arrived, total, is_first, self._arrived)
+        self._pending = self._worker.submit(self._take_in, name, arrived, is_first, self._arrived)
 
     def _let_go(self) -> None:
         """Free the gradient in transfer once it has arrived."""
@@ -171,11 +203,20 @@ class HostParameters:
             self._arrived.synchronize()
         self._leaving = self._arrived = None
 
-    def _take_in(self, arrived: Tensor, total: Tensor, is_first: bool, event: torch.cuda.Event | None = None) -> None:
+    def _take_in(self, name: str, arrived: Tensor, is_first: bool, event: torch.cuda.Event | None = None) -> None:
         if event is not None:
             event.synchronize()
-        if arrived is total:
-            return
+        total = self._gradients[name]
+        if arrived is not total:
+            self._sum(total, arrived, is_first)
+        if self._call is not None and event is not None:
+            self._calls.append(self._updater.submit(self._call, name))
+        elif self._call is not None:
+            with self.around_updates():
+                self._call(name)
+
+    @staticmethod
+    def _sum(total: Tensor, arrived: Tensor, is_first: bool) -> None:
         # In chunks, because a CPU makes an fp32 copy of a bf16 tensor before it adds it to an fp32 one.
         for piece, more in zip(total.view(-1).split(STEP_CHUNK), arrived.view(-1).split(STEP_CHUNK), strict=True):
             if is_first:

@@ -53,9 +53,9 @@ NEEDS = (
     Need(
         "memory.fused_backward",
         lambda config: config.memory.fused_backward,
-        lambda run: run.config.micro_batches == 1,
-        "updates after every micro-batch, and a step has {config.micro_batches}: set "
-        "train.gradient_accumulation_steps=1",
+        lambda run: run.config.micro_batches == 1 or run.config.memory.offload_optimizer,
+        "keeps no gradients that micro-batches could be added to, and a step has {config.micro_batches}: set "
+        "train.gradient_accumulation_steps=1, or memory.offload_optimizer=true, which sums them in host memory",
     ),
     Need(
         "optim.skip_sigma_factor",
@@ -63,12 +63,6 @@ NEEDS = (
         lambda run: not run.config.memory.fused_backward,
         "compares the norm of all gradients before an update, and memory.fused_backward updates before all are there: "
         "leave memory.fused_backward out",
-    ),
-    Need(
-        "memory.offload_optimizer",
-        lambda config: config.memory.offload_optimizer,
-        lambda run: not run.config.memory.fused_backward,
-        "takes each gradient to the host as soon as it is there, and leaves nothing for memory.fused_backward to do",
     ),
     Need(
         "memory.offload_optimizer",

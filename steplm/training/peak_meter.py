@@ -43,6 +43,8 @@ class CountedBytes(ByteCounter):
         if optimizer is None:
             return
         host = optimizer.host
+        if host is not None:
+            host.around_updates = self.on_host
         for table in optimizer.tables():
             self.track(table, REST if host is None else HOST)
         for states in optimizer.state_tensors().values():

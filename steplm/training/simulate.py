@@ -149,10 +149,11 @@ def _steps(
             pass
         # The second step includes what the first leaves allocated, the second micro-batch the gradients of the first.
         for num_micro_batches in (1, min(2, config.micro_batches)):
-            for _ in range(num_micro_batches):
+            for number in range(1, num_micro_batches + 1):
+                updates = fused and number == num_micro_batches
                 with part(FORWARD):
                     inputs, loss = _forward(config, model, device)
-                with part(BACKWARD), rules.in_backward(learning_rate) if fused else nullcontext():
+                with part(BACKWARD), rules.in_backward(learning_rate) if updates else nullcontext():
                     loss.backward()
                 del inputs, loss
             if not fused:

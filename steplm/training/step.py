@@ -133,7 +133,8 @@ def train_step(
     to skip the update.
 
     Raises:
-        ValueError: ``fused_backward`` is set and the batch has more than one micro-batch.
+        ValueError: with ``fused_backward``, the batch has more than one micro-batch, and the optimizer is not in host
+            memory, where their gradients could be summed.
     """
     if options.fused_backward:
         scale = 1.0 if last_grad_norm is None else clip_coefficient(last_grad_norm, max_grad_norm)
@@ -154,7 +155,7 @@ def trial(model: PreTrainedModel, optimizer: UpdateRules, batch: Batch, options:
     """Loss and gradient norm of a batch, with the memory use of a step but no update; gradients are cleared.
 
     Raises:
-        ValueError: ``fused_backward`` is set and the batch has more than one micro-batch.
+        ValueError: as ``train_step``.
     """
     with uncompiled(model):
         if options.fused_backward:
@@ -226,16 +227,22 @@ def _fused_step(
     learning_rate: float | None,
     grad_scale: float,
 ) -> StepResult:
-    if len(batch.input_ids) > options.micro_batch_size:
+    num_micro_batches = -(-len(batch.input_ids) // options.micro_batch_size)
+    if num_micro_batches > 1 and optimizer.host is None:
         raise ValueError(
             f"{len(batch.input_ids)} sequences in micro-batches of {options.micro_batch_size}: "
             "fused_backward frees the gradients that accumulation would add to"
         )
     of_sequences = _sequence_losses(model, batch)
-    (loss,) = _micro_losses(model, batch, options, of_sequences)
-    own_loss, *nats = _numbers(of_sequences, loss.detach())
+    total = torch.zeros((), device=model.device)
+    for number, loss in enumerate(_micro_losses(model, batch, options, of_sequences), start=1):
+        total += loss.detach()
+        if number < num_micro_batches:
+            loss.backward()
+    own_loss, *nats = _numbers(of_sequences, total)
     result = _over_ranks(options.world, own_loss, 0.0, _of_sources(batch, nats, options))
     if not math.isfinite(result.loss):
+        optimizer.zero_grad()
         return replace(result, grad_norm=math.nan)
     with optimizer.in_backward(learning_rate, grad_scale) as norm:
         loss.backward()

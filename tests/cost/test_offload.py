@@ -145,7 +145,6 @@ def test_transfers_by_hand(micro_batches: int) -> None:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (("memory.fused_backward=true",), "leaves nothing for memory.fused_backward to do"),
         (("distributed.world_size=2",), "FSDP2 shards them over 2 devices"),
     ],
 )
@@ -171,8 +170,8 @@ SMALL = ("memory.reserve=1KiB", "train.per_device_train_batch_size=1", "train.lo
 
 
 def test_fit_proposes_it_where_nothing_else_fits() -> None:
-    without = fit(configure(*SMALL, "memory.fused_backward=true"), 2**30).smallest
-    assert "optimizer in host memory" not in without.options, "a fused update excludes it"
+    without = fit(configure(*SMALL, "plan.host_budget=1KiB"), 2**30).smallest
+    assert "optimizer in host memory" not in without.options, "nor the weights"
     rows = fit(configure(*SMALL), without.peak_bytes - 1 + 1024).alternatives
     assert all("memory.offload_optimizer=true" in row.overrides and row.host_bytes > 0 for row in rows)
     smallest = fit(configure(*SMALL), 2**30).smallest

@@ -34,6 +34,26 @@ def test_an_accelerator_waits_for_the_longest_of_computing_launches_and_copies()
     assert total_seconds(TIMED[2:], asynchronous=True) == 2.5 + 1.0
 
 
+@pytest.mark.parametrize("micro_batches", [1, 64])
+def test_updates_in_host_memory_hide_behind_the_last_backward_pass_if_they_are_made_during_it(
+    micro_batches: int,
+) -> None:
+    options = ("method=vanilla", "plan.num_stages=1", "train.device=cuda", "memory.offload_optimizer=true")
+    seconds = {}
+    for fused in ("false", "true"):
+        accumulated = f"train.gradient_accumulation_steps={micro_batches}"
+        config = load_config("llama_368m", [*options, accumulated, f"memory.fused_backward={fused}"])
+        made = plan(config)
+        step = step_seconds(config, made.shape, made.schedule.phases[0], published_speeds("h200"))
+        assert step is not None
+        seconds[fused] = step.total
+        timed = list(zip(step.work, step.seconds, strict=True))
+    update = sum(part for work, part in timed if work.kind == "host update")
+    backward = sum(part for work, part in timed if work.part == "layers backward") / micro_batches
+    assert seconds["false"] - seconds["true"] == pytest.approx(min(update, backward))
+    assert 0 < backward < update
+
+
 def test_every_device_has_a_speed_for_every_kind_of_work_and_a_source() -> None:
     for name, device in DEVICES.items():
         assert set(published_speeds(name).per_second) == set(KINDS)

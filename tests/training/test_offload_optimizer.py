@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 from torch import nn
 
 from steplm.config import RunConfig
 from steplm.errors import PlanInfeasible
+from steplm.models.folder import load_state
 from steplm.optim.host import HostParameters
 from steplm.pet.host_linear import host_linears
 from steplm.planner.plan import plan
@@ -71,6 +76,53 @@ def test_a_run_with_its_optimizer_and_weights_in_host_memory_is_the_run_without(
     # Planned bytes, of the device and of the host, are compared with measured ones at every entrance on the way.
     assert train(tiny_run(tmp_path, SHORT, *BASE, *RUNS[name], *options)).finished
     assert_equal_runs(tmp_path, trained(SHORT, *BASE, *RUNS[name]))
+
+
+FUSED = ("memory.fused_backward=true", "optim.max_grad_norm=0.5")
+
+
+@pytest.fixture(params=["inline", "in threads"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """In threads: as on CUDA, whose streams and events are replaced, while tensors are on the CPU."""
+    if request.param == "in threads":
+        make = HostParameters.__init__
+
+        def with_stream(self: HostParameters, *args: Any, **keys: Any) -> None:
+            make(self, *args, **keys)
+            self._stream = Mock()
+
+        monkeypatch.setattr(HostParameters, "__init__", with_stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "Event", Mock)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("on_host", [(OFFLOAD,), WITH_WEIGHTS])
+@pytest.mark.parametrize("name", ["bf16", "no master weights", "muon in 8 bits"])
+def test_updates_during_the_backward_pass_are_those_made_on_the_device_during_it(
+    name: str,
+    on_host: tuple[str, ...],
+    how: str,
+    tiny_run: Configure,
+    trained: Trained,
+    tmp_path: Path,
+    assert_equal_runs: EqualRuns,
+) -> None:
+    options = [option for option in RUNS[name] if option not in SEVERAL]
+    assert train(tiny_run(tmp_path, SHORT, *BASE, *options, *FUSED, *on_host)).finished
+    assert_equal_runs(tmp_path, trained(SHORT, *BASE, *options, *FUSED))
+
+
+@pytest.mark.parametrize("on_host", [(OFFLOAD,), WITH_WEIGHTS])
+def test_micro_batches_are_summed_before_an_update_during_the_last_ones_backward_pass(
+    on_host: tuple[str, ...], how: str, tiny_run: Configure, trained: Trained, tmp_path: Path
+) -> None:
+    unclipped = (SHORT, *BASE, *SEVERAL, "optim.max_grad_norm=null")
+    assert train(tiny_run(tmp_path, *unclipped, FUSED[0], *on_host)).finished
+    ours, theirs = load_state(tmp_path / "export"), load_state(trained(*unclipped) / "export")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
 def test_without_it_the_sums_of_micro_batches_are_rounded_and_with_it_they_are_not(

@@ -170,6 +170,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "optimizer on host, tied": (OFFLOADED, "model.tie_word_embeddings=true", "train.precision=fp32"),
     "optimizer on host, adapted embeddings": (OFFLOADED, "plan.train_embeddings=adapters", RECOMPUTED),
     "weights on host": (*ON_HOST,),
+    "updates on host, fused": (*ON_HOST, FUSED[0], "train.gradient_accumulation_steps=2"),
     "weights on host, recomputed": (*ON_HOST, RECOMPUTED, "train.gradient_accumulation_steps=2"),
     "everything on host": (*ON_HOST, "memory.offload_frozen=true", "memory.offload_activations=true", RECOMPUTED),
     "inside documents, recomputed": ("data.within_documents=true", RECOMPUTED),
