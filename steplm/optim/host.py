@@ -115,6 +115,7 @@ class HostParameters:
         """Inside this context, call ``update`` with a parameter's name once its gradient has been added to the sum.
 
         On CUDA, a separate thread makes the calls, one after the other; the backward pass does not wait for them.
+        ``update`` sets the gradient to None.
         """
         self.wait()
         self._call = update
@@ -123,6 +124,9 @@ class HostParameters:
             self.wait()
             for call in self._calls:
                 call.result()
+            for name, parameter in self.parameters.items():
+                if parameter.grad is not None:  # earlier passes gave it a gradient, and this one did not
+                    update(name)
         finally:
             self._call, self._calls = None, []
             self._forget_fetched()

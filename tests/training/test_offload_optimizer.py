@@ -125,6 +125,24 @@ def test_micro_batches_are_summed_before_an_update_during_the_last_ones_backward
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
+def test_a_parameter_that_the_last_micro_batch_does_not_reach_is_updated_too(how: str) -> None:
+    used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    host = HostParameters(torch.device("cpu"), sums=True)
+    host.set_parameters({"used": used, "unused": unused})
+    summed = {}
+
+    def update(name: str) -> None:
+        gradient, host.parameters[name].grad = host.parameters[name].grad, None
+        assert gradient is not None
+        summed[name] = gradient.tolist()
+
+    (used.sum() + unused.sum()).backward()
+    with host.calling(update):
+        used.sum().backward()
+    assert summed == {"used": [2, 2, 2], "unused": [1, 1, 1]}
+    assert all(parameter.grad is None for parameter in (used, unused, *host.parameters.values()))
+
+
 def test_without_it_the_sums_of_micro_batches_are_rounded_and_with_it_they_are_not(
     tiny_run: Configure, trained: Trained, tmp_path: Path, assert_equal_runs: EqualRuns
 ) -> None:
