@@ -129,9 +129,9 @@ def test_fused_clips_by_the_norm_of_the_step_before():
 
 def test_fused_refuses_accumulation():
     model, optimizer = build()
-    before = snapshot(model, optimizer)
+    rules, before = UpdateRules({"adamw": optimizer}, optimizer.parameters), snapshot(model, optimizer)
     with pytest.raises(ValueError, match="5 sequences in micro-batches of 4"):
-        train_step(model, optimizer, batch(0, 5), how(fused=True), learning_rate=1e-2, max_grad_norm=None)
+        train_step(model, rules, batch(0, 5), how(fused=True), learning_rate=1e-2, max_grad_norm=None)
     with pytest.raises(ValueError, match="5 sequences in micro-batches of 4"):
-        trial(model, optimizer, batch(0, 5), how(fused=True))
+        trial(model, rules, batch(0, 5), how(fused=True))
     assert same(before, snapshot(model, optimizer))
