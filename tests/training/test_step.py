@@ -8,6 +8,7 @@ from steplm.data.loader import Batch
 from steplm.models.build import build_model, hf_config, initial_state
 from steplm.optim.adamw import AdamW, clip_coefficient
 from steplm.optim.base import global_grad_norm
+from steplm.optim.build import UpdateRules
 from steplm.training.step import StepOptions, forward_backward, train_step, trial
 
 MODEL = {
