@@ -68,10 +68,9 @@ def measure_model_state(
             seen.add(storage._cdata)
             held[component, kind] += storage.nbytes()
 
+    # Before the weights, because some of these may be in host memory.
     for name_or_none, kind, tensor in () if host is None else host.tensors():
-        add(
-            LANDING if name_or_none is None else components[name_or_none], kind, tensor
-        )  # before the weights, some of which may be in host memory
+        add(LANDING if name_or_none is None else components[name_or_none], kind, tensor)
     for name, parameter in model.named_parameters():
         component = components[name]
         add(component, "weights", parameter.detach())

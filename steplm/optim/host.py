@@ -169,7 +169,7 @@ class HostParameters:
         return host_empty(parameter.shape, parameter.dtype, self.device).copy_(parameter.detach())
 
     def _forget_fetched(self) -> None:
-        for fetcher in {id(linear.fetcher): linear.fetcher for linear in self._linears.values()}.values():
+        for fetcher in {linear.fetcher for linear in self._linears.values()}:
             fetcher.forget()
 
     def _leave(self, parameter: Tensor, *, name: str) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steplm.pet.host import LayerFetcher, Offloaded, lay_out
+from steplm.pet.host import LayerFetcher, Offloaded, Span, lay_out
 from steplm.pet.packing import Part
 from steplm.pinned import host_empty
 
@@ -79,7 +79,7 @@ def offload_trained(model: nn.Module, layer_prefix: str, layers: Iterable[int], 
         ConfigError: the system refuses to pin this much memory.
     """
     host: dict[str, Tensor] = {}
-    moved: list[tuple[str, nn.Linear, nn.Parameter, int, Any]] = []
+    moved: list[tuple[str, nn.Linear, nn.Parameter, int, Span]] = []
     for layer in (f"{layer_prefix}.{index}" for index in sorted(layers)):
         linears = dict(_trained_linears(model, layer))
         if not linears:
@@ -103,7 +103,7 @@ def host_linears(model: nn.Module) -> dict[str, HostLinear]:
 
 def fetch_slots(model: nn.Module) -> Iterator[Tensor]:
     """The device memory that trained weights are fetched to."""
-    for fetcher in {id(linear.fetcher): linear.fetcher for linear in host_linears(model).values()}.values():
+    for fetcher in {linear.fetcher for linear in host_linears(model).values()}:
         yield from fetcher.slots
 
 

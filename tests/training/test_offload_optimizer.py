@@ -231,7 +231,7 @@ def test_a_step_moves_the_planned_bytes(
     original, moved = loop_module.train_step, []
 
     def counted(model: nn.Module, host: HostParameters) -> tuple[int, int]:
-        fetchers = {id(linear.fetcher): linear.fetcher for linear in host_linears(model).values()}.values()
+        fetchers = {linear.fetcher for linear in host_linears(model).values()}
         return host.bytes_to_host, host.bytes_to_device + sum(fetcher.bytes_fetched for fetcher in fetchers)
 
     def counting(model, rules, *args, **keys):  # type: ignore[no-untyped-def]
