@@ -151,6 +151,7 @@ class Instants:
             update = max(update - matrix_bytes, 0)
         terms.append(term("optimizer", "workspace", update, self._step_formula()))
         terms.append(self._leaving(self.work.width * self.shape.hidden_size, "the lowest norm's"))
+        terms.append(self._products_in_pass())
         return self._instant("backward of the embeddings", 0, terms, self._all_gradients())
 
     def update(self) -> Instant:
@@ -207,6 +208,7 @@ class Instants:
             backward, gradient = max(backward, at_update), 0
         return [
             self._leaving(leaving, f"inside layer {index}"),
+            self._products_in_pass(),
             term(component, "activations", recomputed, f"layer {index} computed again"),
             term(component, "workspace", backward, f"gradients of activations inside layer {index}"),
             term(component, "workspace", self._unpacking(kind), "one matrix, dequantized"),
@@ -373,6 +375,11 @@ class Instants:
     def _leaving(self, num_bytes: int, whose: str) -> MemoryTerm:
         """A gradient in transfer to the host, which stays in memory until the next one is complete."""
         return term("leaving", "gradients", num_bytes * self.memory.offload_optimizer, f"{whose}, to the host")
+
+    def _products_in_pass(self) -> MemoryTerm:
+        """Device workspace of updates in host memory that are made during the backward pass."""
+        held = self._product_bytes() * (self.memory.fused_backward and self.memory.offload_optimizer)
+        return term("optimizer", "workspace", held, "Newton–Schulz of matrices of one shape")
 
     def _product_bytes(self) -> int:
         """Device workspace of updating matrices that are in host memory."""

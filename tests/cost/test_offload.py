@@ -123,6 +123,16 @@ def test_the_update_works_in_host_memory_and_newton_schulz_on_the_device() -> No
     assert at_update("optim.name=muon")[0] == device + muon_product_bytes(maps, compute_width=2)
 
 
+def test_newton_schulz_of_updates_made_during_the_backward_pass_is_part_of_its_peak() -> None:
+    def in_backward(*overrides: str) -> int:
+        (stage,) = plan(configure(OFFLOAD, "optim.name=muon", *overrides)).stages
+        assert stage.peak is not None
+        return sum(i.memory.total_bytes for i in stage.peak.instants if i.name == "backward of the embeddings")
+
+    maps = LAYERS * [*4 * [(D, D)], *2 * [(F, D)], (D, F)]
+    assert in_backward("memory.fused_backward=true") == in_backward() + muon_product_bytes(maps, compute_width=2)
+
+
 @pytest.mark.parametrize("micro_batches", [1, 8])
 def test_transfers_by_hand(micro_batches: int) -> None:
     accumulated = f"train.gradient_accumulation_steps={micro_batches}"
