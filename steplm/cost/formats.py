@@ -7,8 +7,8 @@ matrix has one fp32 scale per row; an NF4 matrix has two codes per byte and one 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from math import gcd
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import gcd, prod
 from types import MappingProxyType
 
 STATE_BLOCK = 256  # elements of an 8-bit optimizer state that share a scale
@@ -22,6 +22,21 @@ PACK_CHUNK = 2**22  # elements of a quantized matrix that are in fp32 at once; a
 def state_bytes(num_parameters: int) -> int:
     """Bytes of one 8-bit moment of a matrix. Source: Dettmers et al. (arXiv 2110.02861), section 2."""
     return num_parameters + 4 * _blocks(num_parameters, STATE_BLOCK)
+
+
+def scales_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of the scales of an 8-bit state: (rows, blocks per row), or (blocks,) if blocks continue across rows.
+
+    Scales by row are sharded like the rows themselves.
+    """
+    row = prod(shape[1:])
+    return (_blocks(shape[0] * row, STATE_BLOCK),) if row % STATE_BLOCK else (shape[0], row // STATE_BLOCK)
+
+
+def has_whole_blocks(shape: Sequence[int], num_shards: int) -> bool:
+    """Whether each of ``num_shards`` shards of an 8-bit state has the same blocks as the whole state."""
+    shard = -(-shape[0] // num_shards) * prod(shape[1:])
+    return num_shards == 1 or prod(shape[1:]) % STATE_BLOCK == 0 or not (shape[0] % num_shards or shard % STATE_BLOCK)
 
 
 def int8_bytes(out_features: int, in_features: int) -> int:

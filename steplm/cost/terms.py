@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from math import prod
+from itertools import chain
 
 from steplm.config import MemoryConfig, OptimConfig, RunConfig
-from steplm.cost.formats import FROZEN_FORMATS, state_bytes
+from steplm.cost.formats import FROZEN_FORMATS, STATE_BLOCK, has_whole_blocks, state_bytes
 from steplm.cost.rules import ADAMW, RULES, Setting, masters_of, matrices_of_layer, row_blocks, split_by_rule
 from steplm.errors import ConfigError
 from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
@@ -224,12 +224,13 @@ def _states(subject: Subject, tensors: Tensors) -> tuple[int, str]:
 def _adamw_states(subject: Subject, shapes: Sequence[TensorShape], count: int) -> tuple[int, str]:
     """Adam's two moments (arXiv 1412.6980) and the master weights."""
     master = subject.master_bytes(ADAMW)
+    sizes = [local_size(shape, subject.num_shards) for shape in shapes]
     if subject.config.memory.optimizer_states == "fp32":
-        num_local = sum(local_size(shape, subject.num_shards) for shape in shapes)
-        return count * num_local * (8 + master), f"{8 + master} B"
-    moments = sum(2 * state_bytes(prod(shape)) if len(shape) > 1 else 8 * prod(shape) for shape in shapes)
+        return count * sum(sizes) * (8 + master), f"{8 + master} B"
+    is_matrix = [len(shape) > 1 for shape in shapes]
+    moments = sum(2 * state_bytes(n) if quantized else 8 * n for n, quantized in zip(sizes, is_matrix, strict=True))
     note = f"(2 × (1 + 4/256){f' + {master}' if master else ''}) B, vectors {8 + master} B"
-    return count * (moments + master * sum(map(prod, shapes))), note
+    return count * (moments + master * sum(sizes)), note
 
 
 KINDS: dict[str, Callable[[Subject, Tensors], tuple[int, str]]] = {
@@ -240,6 +241,31 @@ KINDS: dict[str, Callable[[Subject, Tensors], tuple[int, str]]] = {
     HOST_GRADIENTS: host_gradients,
     HOST_OPTIMIZER: host_optimizer,
 }
+
+
+def check_shards(config: RunConfig, shape: ModelShape, phase: Phase) -> None:
+    """Check that the shards of 8-bit states do not divide a block, so that any number of ranks can read them.
+
+    Raises:
+        ConfigError: the shards of a matrix do.
+    """
+    subject = Subject(config, shape, phase)
+    if config.memory.optimizer_states != "8bit" or subject.num_shards == 1:
+        return
+    for tensors in chain.from_iterable(component(subject) for component in COMPONENTS.values()):
+        taken, rest = tensors.by_rule(config.optim)
+        rule, setting = RULES[tensors.rule or ADAMW], subject.setting(tensors.rule or ADAMW)
+        has_states = [matrix for matrix in taken if rule.state_bytes(matrix, setting)]
+        for matrix in (*has_states, *(tensor for tensor in rest if len(tensor) > 1)):
+            if not has_whole_blocks(matrix, subject.num_shards):
+                raise ConfigError(
+                    f"memory.optimizer_states=8bit stores blocks of {STATE_BLOCK} elements, and {subject.num_shards} "
+                    f"shards of a matrix of {' x '.join(map(str, matrix))} would divide some: change "
+                    f"distributed.shard_size or the shape (rows of a multiple of {STATE_BLOCK} elements always work), "
+                    "or leave memory.optimizer_states out.",
+                    shape=matrix,
+                    num_shards=subject.num_shards,
+                )
 
 
 def model_state(config: RunConfig, shape: ModelShape, phase: Phase, *, count_outer: bool = True) -> MemoryEstimate:

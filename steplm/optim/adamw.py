@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from steplm.cost.formats import STATE_BLOCK, STEP_CHUNK
+from steplm.cost.formats import STATE_BLOCK, STEP_CHUNK, scales_shape
 from steplm.errors import ConfigError
 from steplm.optim.base import CodeBooks, NamedParameters, RuleBase, decays
 from steplm.optim.masters import new_master, read_weight, split_
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 
     def scales_of(self, scales: Tensor) -> Tensor:
         """The scales of its blocks; a piece starts at a block boundary."""
-        return scales[self.start // STATE_BLOCK : -(-self.stop // STATE_BLOCK)]
+        return scales.view(-1)[self.start // STATE_BLOCK : -(-self.stop // STATE_BLOCK)]
 
 
 class AdamW(RuleBase):
@@ -114,7 +114,7 @@ class AdamW(RuleBase):
             held[moment] = torch.zeros_like(weight, dtype=torch.uint8 if is_quantized else torch.float32)
             if is_quantized:
                 # With a scale of 0, every code represents 0.
-                held[_scale(moment)] = weight.new_zeros(-(-weight.numel() // STATE_BLOCK), dtype=torch.float32)
+                held[_scale(moment)] = weight.new_zeros(scales_shape(weight.shape), dtype=torch.float32)
                 self._book(signed=signed, device=weight.device)  # allocates the tables before the first step
         return held | new_master(weight, self.master_weights)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steplm.cost.formats import STATE_BLOCK, maps_at_once, row_pieces
+from steplm.cost.formats import STATE_BLOCK, maps_at_once, row_pieces, scales_shape
 from steplm.errors import ConfigError
 from steplm.optim.base import CodeBooks, NamedParameters, RuleBase
 from steplm.optim.masters import new_master, read_weight, write_weight
@@ -53,7 +53,7 @@ class MatrixRule(RuleBase):
 
     Raises:
         ConfigError: an unknown option, a parameter that is not a matrix, or a matrix sharded over ranks that this rule
-            or its states need whole.
+            needs whole.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class MatrixRule(RuleBase):
 
     def _shards_rows(self) -> bool:
         """Whether the rule, with its options, supports matrices whose rows are sharded over ranks."""
-        return self.states != "8bit" or not self.momentum
+        return True
 
     def _refuse_unless_matrix(self, name: str, parameter: Tensor) -> None:
         rule, shape = type(self).__name__, tuple(parameter.shape)
@@ -101,9 +101,8 @@ class MatrixRule(RuleBase):
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[self.states]
             held["momentum_buffer"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
             if self.states == "8bit":
-                num_blocks = -(-weight.shape[-2] * weight.shape[-1] // STATE_BLOCK)
-                # With a scale of 0, every code represents 0.
-                held["momentum_buffer_scale"] = torch.zeros((*weight.shape[:-2], num_blocks), device=weight.device)
+                shape = (*weight.shape[:-2], *scales_shape(weight.shape[-2:]))
+                held["momentum_buffer_scale"] = torch.zeros(shape, device=weight.device)  # a scale of 0: only zeros
                 self._book(signed=True, device=weight.device)  # allocates the tables before the first step
         return held | new_master(weight, self.master_weights)
 
@@ -198,6 +197,6 @@ class MatrixRule(RuleBase):
 
     def _scales(self, each: Map, rows: slice) -> Tensor:
         """The scales of some rows, which start at a block boundary."""
-        scales, columns = self._states[each.name]["momentum_buffer_scale"], self.parameters[each.name].shape[-1]
-        of_map = scales if scales.ndim == 1 else scales[each.expert]
+        parameter, scales = self.parameters[each.name], self._states[each.name]["momentum_buffer_scale"]
+        of_map, columns = (scales if parameter.ndim == 2 else scales[each.expert]).view(-1), parameter.shape[-1]
         return of_map[rows.start * columns // STATE_BLOCK : math.ceil(rows.stop * columns / STATE_BLOCK)]

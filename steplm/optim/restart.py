@@ -60,7 +60,7 @@ def _magnitude(tensors: Mapping[str, Tensor], key: str) -> Tensor:
     if values.dtype != torch.uint8:
         return values.abs()
     tree = torch.tensor(dynamic_tree(signed=key.endswith(".exp_avg")), device=values.device).abs()
-    scales = tensors[f"{key}_scale"].repeat_interleave(STATE_BLOCK)[: len(values)]
+    scales = tensors[f"{key}_scale"].view(-1).repeat_interleave(STATE_BLOCK)[: len(values)]
     return tree[values.int()] * scales
 
 

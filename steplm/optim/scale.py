@@ -81,7 +81,7 @@ class SCALE(MatrixRule):
         )
 
     def _shards_rows(self) -> bool:
-        return super()._shards_rows() and self.norm in ("column", "sign")
+        return self.norm in ("column", "sign")
 
     def _update_maps(self, maps: list[Map], learning_rate: float, grad_scale: float) -> None:
         updates = self._gather(maps, grad_scale, nesterov=False, dtype=torch.float32)

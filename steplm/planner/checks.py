@@ -149,7 +149,6 @@ NEEDS = (
     *(
         Need(option, is_set, lambda run: run.config.distributed.num_shards == 1, WHOLE)
         for option, is_set in (
-            ("memory.optimizer_states", lambda config: config.memory.optimizer_states != "fp32"),
             ("memory.frozen_weights", lambda config: config.memory.frozen_weights != "full"),
             ("memory.offload_frozen", lambda config: config.memory.offload_frozen),
             ("pet.restart_keep", lambda config: config.pet.restart_keep > 0),

@@ -8,7 +8,7 @@ from functools import cache, cached_property
 from steplm.config import RunConfig
 from steplm.cost.price import Cost, price
 from steplm.cost.seconds import Speeds, step_seconds
-from steplm.cost.terms import model_state
+from steplm.cost.terms import check_shards, model_state
 from steplm.planner.checks import Run, check_options
 from steplm.planner.methods import METHODS, Draft, Parts, check_keys
 from steplm.schedule import Phase
@@ -19,7 +19,7 @@ class StagePrices:
     """Costs of a stage that adds ``num_new`` layers to ``num_old`` existing ones, over all of its phases.
 
     Raises:
-        ConfigError: the configuration is not a valid run; see ``check_keys`` and ``check_options``.
+        ConfigError: the configuration is not a valid run; see ``check_keys``, ``check_options`` and ``check_shards``.
     """
 
     def __init__(self, config: RunConfig, shape: ModelShape) -> None:
@@ -29,6 +29,8 @@ class StagePrices:
         self.cost, self.drafts = cache(self._cost), cache(self._drafts)
         check_keys(config)
         check_options(self.run)
+        for draft in self.run.drafts:
+            check_shards(config, shape, _phase(draft))
 
     @cached_property
     def run(self) -> Run:

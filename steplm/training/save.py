@@ -17,6 +17,7 @@ from steplm.checkpoint import (
 )
 from steplm.checkpoint.shards import BackgroundWriter
 from steplm.distributed.shard import as_global
+from steplm.distributed.world import World
 from steplm.models.build import plain_state
 from steplm.pet.adapters import adapter_state
 from steplm.pet.frozen import unpacked_state
@@ -58,17 +59,24 @@ def save(
             background=run.writer,
             then=lambda: _prune(run),
         )
-    num_rows = {name: len(parameter) for name, parameter in rules.parameters.items() if parameter.ndim}
     return save_shards(
         run.checkpoints_dir,
         run.writer,
         config=start.hf_config,
         weights=weights | dict(unpacked_state(model)),
         adapters=adapters,
-        optimizer={key: as_global(t, run.world, num_rows[key.rpartition(".")[0]]) for key, t in tensors.items()},
+        optimizer={
+            key: as_global(state, run.world, _num_rows(state, rules.parameters[key.rpartition(".")[0]], run.world))
+            for key, state in tensors.items()
+        },
         state=state,
         then=lambda: _prune(run),
     )
+
+
+def _num_rows(state: Tensor, parameter: Tensor, world: World) -> int:
+    """Rows of a sharded state over all ranks: the parameter's, or equal shares of blocks that continue across rows."""
+    return len(parameter) if len(state) == len(on_this_rank(parameter)) else len(state) * world.rows.count
 
 
 def in_memory(

@@ -64,7 +64,7 @@ def test_numbers_that_do_not_divide_are_refused(values: dict, words: str) -> Non
     [
         (("optim.name=galore",), r"galore works on whole matrices.* set distributed\.shard_size=1"),
         (("method=thawed", "optim.old_layers=apollo_mini"), "apollo_mini works on whole matrices"),
-        (("memory.optimizer_states=8bit",), r"memory\.optimizer_states=8bit keeps whole matrices"),
+        (("memory.optimizer_states=8bit", "model.intermediate_size=1001"), "2 shards of a matrix of 1001 x 128 would"),
         (("memory.frozen_weights=nf4",), r"memory\.frozen_weights=nf4 keeps whole matrices"),
         (("memory.offload_frozen=true",), r"memory\.offload_frozen keeps whole matrices"),
         (("pet.restarts=1", "pet.restart_keep=0.1"), r"pet\.restart_keep=0\.1 keeps whole matrices"),

@@ -350,9 +350,7 @@ def test_unknown_options_and_vectors_are_refused(rule):
         make({"norm": nn.Parameter(torch.ones(5))})
 
 
-@pytest.mark.parametrize(
-    "make", [partial(Muon, states="8bit"), partial(SCALE, norm="row"), partial(SCALE, momentum=0.9, states="8bit")]
-)
+@pytest.mark.parametrize("make", [partial(SCALE, norm="row"), partial(SCALE, norm="both", momentum=0.9)])
 def test_what_needs_whole_matrices_refuses_shared_rows(make):
     sharded = nn.Parameter(torch.ones(2, 2))
     sharded.device_mesh = SimpleNamespace(size=lambda dim: 2, get_group=lambda dim: None)
