@@ -21,6 +21,7 @@ from steplm.planner.ways import require_known
 from steplm.units import format_bytes, format_count, format_seconds
 
 HERE = "here"  # this machine
+LITTLE = 0.1  # share of a step
 
 
 def choose_speeds(name: str, config: RunConfig, console: Console, *, again: bool = False) -> Speeds:
@@ -82,6 +83,7 @@ def show_time(
                 "seconds": time.seconds,
                 "cost": None if price is None else _cost(time.seconds, price),
                 "waits_for_launches": time.longest_step.waits_for_launches,
+                "host_update_seconds": time.longest_step.host_update,
                 "terms": _terms_to_json(time.longest_step, speeds),
             }
             for time in times
@@ -133,7 +135,19 @@ def _render(
         console.print(text, highlight=False)
     if any(time.longest_step.waits_for_launches for time in times):
         _note(console, "the device waits for kernels to be launched: raise the micro-batch, or set train.compile=true")
+    if config.memory.offload_optimizer:
+        longest = max((time.longest_step for time in times), key=lambda step: step.host_update)
+        _note(console, _host_update(longest, config.micro_batches))
     _note(console, f"speeds: {speeds.source}; left out: evaluation, checkpoints, data")
+
+
+def _host_update(step: StepSeconds, micro_batches: int) -> str:
+    """What updates in host memory cost, and the micro-batches per step from which they cost little."""
+    least = step.micro_batches_until_host_update_is(LITTLE, micro_batches)
+    if not least:
+        return "CPU updates: hidden behind the backward pass"
+    cost = f"CPU updates: {step.host_update:#.3g} s a step"
+    return f"{cost}; at most {LITTLE:.0%} of it from {least:,} micro-batches (now {micro_batches})"
 
 
 def _terms(time: StageTime, speeds: Speeds) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import ceil
 
 from steplm.config import RunConfig
 from steplm.cost.devices import DEVICES
@@ -46,6 +47,15 @@ class StepSeconds:
     work: tuple[Work, ...]
     seconds: tuple[float, ...]  # one for each entry of ``work``
     total: float
+    host_update: float  # seconds by which updates in host memory lengthen the step
+
+    def micro_batches_until_host_update_is(self, share: float, micro_batches: int) -> int:
+        """Micro-batches per step from which updates in host memory take at most ``share`` of it; 0 if they are hidden.
+
+        The rest of the step grows with ``micro_batches``, the number that it has now.
+        """
+        of_one = (self.total - self.host_update) / micro_batches
+        return ceil(self.host_update * (1 - share) / share / of_one)
 
     @property
     def waits_for_launches(self) -> bool:
@@ -62,12 +72,12 @@ def step_seconds(config: RunConfig, shape: ModelShape, phase: Phase, speeds: Spe
         return None
     seconds = tuple(map(speeds.seconds, work))
     timed = list(zip(work, seconds, strict=True))
-    total = total_seconds(timed, speeds.asynchronous)
+    updates = sum(part for work, part in timed if work.kind == "host update")
+    hidden = 0.0
     if config.memory.fused_backward:  # updates in host memory run during the last micro-batch's backward pass
-        updates = sum(part for work, part in timed if work.kind == "host update")
         backward = sum(part for work, part in timed if work.part in ("layers backward", "recomputation"))
-        total -= min(updates, backward / config.micro_batches)
-    return StepSeconds(work, seconds, total)
+        hidden = min(updates, backward / config.micro_batches)
+    return StepSeconds(work, seconds, total_seconds(timed, speeds.asynchronous) - hidden, updates - hidden)
 
 
 def total_seconds(timed: Iterable[tuple[Work, float]], asynchronous: bool) -> float:

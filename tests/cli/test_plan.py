@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -207,6 +208,19 @@ def test_vanilla_beside_the_time_is_the_plan_of_one_stage(capsys: pytest.Capture
         times.append(json.loads(capsys.readouterr().out)["time"])
     assert times[1]["seconds"] == pytest.approx(times[1]["vanilla_seconds"])
     assert times[0]["vanilla_seconds"] == pytest.approx(times[1]["seconds"], rel=1e-3)  # but for rounding to steps
+
+
+def test_the_plan_tells_from_how_many_micro_batches_updates_in_host_memory_cost_little(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for accumulated in (1, 10_000):
+        overrides = ["memory.offload_optimizer=true", f"train.gradient_accumulation_steps={accumulated}"]
+        show_plan("llama_1.2b", ["method=vanilla", "plan.num_stages=1", *overrides], device="rtx4090")
+        found = re.search(r"at most 10% of it from ([\d,]+) micro-batches \(now (\d+)\)", capsys.readouterr().out)
+        assert found is not None
+        least, now = (int(number.replace(",", "")) for number in found.groups())
+        assert now == accumulated
+        assert (least <= now) is (accumulated == 10_000)
 
 
 def test_the_time_and_its_terms_fit_eighty_columns(

@@ -10,7 +10,7 @@ import pytest
 
 from steplm.config import load_config
 from steplm.cost.devices import DEVICES, published_flops
-from steplm.cost.seconds import Speeds, published_speeds, step_seconds, total_seconds
+from steplm.cost.seconds import Speeds, StepSeconds, published_speeds, step_seconds, total_seconds
 from steplm.cost.work import KINDS, Work
 from steplm.planner.plan import plan
 
@@ -34,6 +34,16 @@ def test_an_accelerator_waits_for_the_longest_of_computing_launches_and_copies()
     assert total_seconds(TIMED[2:], asynchronous=True) == 2.5 + 1.0
 
 
+def sum_of(step: StepSeconds, kind: str) -> float:
+    return sum(seconds for work, seconds in zip(step.work, step.seconds, strict=True) if work.kind == kind)
+
+
+def test_the_share_of_updates_in_host_memory_falls_with_the_number_of_micro_batches() -> None:
+    step = StepSeconds((), (), total=12.0, host_update=2.0)
+    assert step.micro_batches_until_host_update_is(0.1, micro_batches=10) == 18  # 2 s of 2 + 18
+    assert StepSeconds((), (), 12.0, 0.0).micro_batches_until_host_update_is(0.1, 10) == 0
+
+
 @pytest.mark.parametrize("micro_batches", [1, 64])
 def test_updates_in_host_memory_hide_behind_the_last_backward_pass_if_they_are_made_during_it(
     micro_batches: int,
@@ -47,8 +57,9 @@ def test_updates_in_host_memory_hide_behind_the_last_backward_pass_if_they_are_m
         step = step_seconds(config, made.shape, made.schedule.phases[0], published_speeds("h200"))
         assert step is not None
         seconds[fused] = step.total
+        assert step.host_update == pytest.approx(step.total - seconds["false"] + sum_of(step, "host update"))
         timed = list(zip(step.work, step.seconds, strict=True))
-    update = sum(part for work, part in timed if work.kind == "host update")
+    update = sum_of(step, "host update")
     backward = sum(part for work, part in timed if work.part == "layers backward") / micro_batches
     assert seconds["false"] - seconds["true"] == pytest.approx(min(update, backward))
     assert 0 < backward < update
