@@ -40,5 +40,5 @@ measure host 120 "$python" benchmarks/host.py --run "$run" --device "$device" --
   --micro-batches 1 8 64
 measure update_cost 60 "$python" benchmarks/update_cost.py --run "$run" --device "$device" --precision "$precision"
 measure step 150 "$python" benchmarks/gpu_step.py --runs "$run" --compile --device "$device"
-measure trainer_step 90 "$python" benchmarks/trainer_step.py --run "$run" --device "$device" \
+measure peers 90 "$python" benchmarks/peers.py --run "$run" --device "$device" \
   --precisions "$precision" --rounds 2
