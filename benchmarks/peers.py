@@ -163,9 +163,8 @@ def seconds_of(steps: Iterator[None], device: torch.device) -> list[float]:
     return [after - before for before, after in pairwise(times)]
 
 
-PEERS: dict[
-    str, tuple[str, Callable[[Setting], list[float]]]
-] = {  # by name: the required package, seconds of its steps
+# By name: the package that must be installed, and the function that times its steps.
+PEERS: dict[str, tuple[str, Callable[[Setting], list[float]]]] = {
     "trainer": ("accelerate", trainer),
     "litgpt": ("litgpt", lambda setting: seconds_of(litgpt(setting), setting.device)),
 }
