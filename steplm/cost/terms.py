@@ -288,9 +288,10 @@ def model_state(config: RunConfig, shape: ModelShape, phase: Phase, *, count_out
 
 
 def _terms(subject: Subject) -> Iterator[MemoryTerm]:
-    for component, groups in COMPONENTS.items():
+    for component, groups_of in COMPONENTS.items():
+        groups = tuple(groups_of(subject))
         for kind, bytes_of in KINDS.items():
-            for tensors in groups(subject):
+            for tensors in groups:
                 if component == "frozen_layers" and kind == "weights":
                     yield from _frozen_weights(subject, tensors)
                     continue

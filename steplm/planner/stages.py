@@ -44,7 +44,8 @@ class StagePrices:
         if not self.method.grows or self.config.plan.num_stages == 1:
             return False
         one_old, none_old = (
-            max(self._layer_states(draft) for draft in self.drafts(num_new, 2 - num_new)) for num_new in (1, 2)
+            max(self._state_bytes(draft, count_outer=False) for draft in self.drafts(num_new, 2 - num_new))
+            for num_new in (1, 2)
         )
         return one_old < none_old
 
@@ -73,7 +74,10 @@ class StagePrices:
 
     def model_state_bytes(self, num_new: int, num_old: int) -> int:
         """The largest model state of any phase."""
-        return max(self.cost_of_draft(draft).memory.total_bytes for draft in self.drafts(num_new, num_old))
+        return max(
+            self._state_bytes(draft, count_outer=self.config.plan.count_embeddings)
+            for draft in self.drafts(num_new, num_old)
+        )
 
     def _device_bytes(self, num_new: int, num_old: int) -> int:
         """The peak, or the model state for families without activation formulas."""
@@ -95,8 +99,9 @@ class StagePrices:
     def _cost(self, phase: Phase) -> Cost:
         return price(self.config, self.shape, phase)
 
-    def _layer_states(self, draft: Draft) -> int:
-        return model_state(self.config, self.shape, _phase(draft), count_outer=False).total_bytes
+    def _state_bytes(self, draft: Draft, *, count_outer: bool) -> int:
+        """The model state alone, which takes less time than the whole cost."""
+        return model_state(self.config, self.shape, _phase(draft), count_outer=count_outer).total_bytes
 
     def cost_of_phase(self, phase: Phase) -> Cost:
         """The cost of a phase; phases that differ only in tokens and position share one object."""
