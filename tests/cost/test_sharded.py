@@ -24,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from steplm.config import RunConfig, load_config
 from steplm.cost.count import ByteCounter
+from steplm.cost.formats import CODE_BOOK_BYTES
 from steplm.distributed.world import World
 from steplm.models.build import DTYPES, hf_config, initial_state
 from steplm.models.forward import batch_loss
@@ -263,3 +264,23 @@ def test_the_update_of_muon_on_shards_holds_what_is_planned(world: str, masters:
     (planned,) = (i for i in plan(config).stages[0].peak.instants if i.name == "optimizer step")
     held = counted(1, *WORLDS[world], *few_embeddings)["step"]
     assert 0 <= held - planned.memory.total_bytes <= 1024  # the norm's scalars, rotary frequencies
+
+
+IN_8_BITS = ("memory.optimizer_states=8bit", "model.hidden_size=256", "model.intermediate_size=512")
+SHARDED_IN_8_BITS: dict[str, tuple[str, ...]] = {
+    "adamw": (*WORLDS["all share one copy"], *IN_8_BITS, "model.vocab_size=512"),
+    "muon, two copies": (*WORLDS["two copies"], *IN_8_BITS, "optim.name=muon", "pet.rule=muon"),
+    "muon, no master weights, rows that do not divide": (
+        *WORLDS["a number that divides nothing"], *IN_8_BITS, "optim.name=muon", "method=growth",
+        "memory.master_weights=false",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARDED_IN_8_BITS)
+def test_so_they_do_with_8_bit_states_on_shards(name: str) -> None:
+    overrides = SHARDED_IN_8_BITS[name]
+    assert LOW <= difference(2, *overrides) <= HIGH
+    memory = plan(configure(*overrides)).stages[1].memory
+    held = counted(2, *overrides)["rest"] - memory.total_bytes + memory.bytes_of(kind="gradients")
+    assert held == CODE_BOOK_BYTES + 2 * 4 * 32  # the rotary frequencies

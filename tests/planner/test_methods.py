@@ -109,11 +109,6 @@ def test_a_method_that_freezes_has_a_layer_that_is_not_trained_and_the_others_ha
             ["optim.name=muon", "distributed.world_size=2", "memory.fused_backward=true"],
             r"gathers matrices over the devices",
         ),
-        (
-            "vanilla",
-            ["optim.name=muon", "distributed.world_size=2", "memory.optimizer_states=8bit"],
-            r"keeps whole matrices",
-        ),
         ("vanilla", ["optim.name=galore", "memory.optimizer_states=8bit"], "galore has its states in fp32"),
         ("vanilla", ["optim.name=galore", "memory.master_weights=8bit"], "galore cannot keep memory.master_weights=8b"),
         ("vanilla", ["memory.master_weights=galore"], "names one update rule of several, and adamw is the only one"),
