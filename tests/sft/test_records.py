@@ -202,6 +202,22 @@ def test_a_record_of_another_shape_says_what_is_wrong(tmp_path: Path, record: An
     records.check(0.5)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"prompt": "Say cat.", "completion": "cat", "completion": "dog"}',
+        '{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "role": "user", "content": "cat"}]}',
+    ],
+)
+def test_a_record_with_a_repeated_key_is_unusable(tmp_path: Path, record: str) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(f"{json.dumps(PAIR)}\n{record}\n")
+    records = read_conversations([str(path)])
+    key = "role" if "role" in record else "completion"
+    assert records.unusable == {f"the key '{key}' is repeated": 1}
+    assert len(records.conversations) == 1
+
+
 def test_a_record_too_long_is_cut_or_dropped_and_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     set_chat_template(tokenizer, None)
     long_answer, long_prompt = {**ALPACA, "output": "cat " * 50}, {**ALPACA, "instruction": "Say cat. " * 50}
