@@ -150,6 +150,18 @@ def test_unusable_records_within_the_allowed_share_are_named(
     assert prepared.notes == (f"unusable: 2 x output is null, not text, first in {entries[0]}:2",)
 
 
+def test_few_unusable_records_are_not_blamed_where_the_others_have_no_answer(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    set_chat_template(tokenizer, None)
+    config = SftConfig(validation_fraction=0, max_bad_share=0.9)
+    data = written(tmp_path, [3, {**ALPACA, "output": ""}])
+    with pytest.raises(DataError) as caught:
+        prepare_records(data, tokenizer, config, sequence_length=128)
+    assert "from 2 records: 1 are unusable, 1 have no answer to learn" in str(caught.value)
+    assert "1 x a JSON int, not an object with fields, first in" in str(caught.value)
+
+
 def test_missing_columns_are_one_error_with_those_found_and_expected(tmp_path: Path) -> None:
     records = read_conversations(written(tmp_path, [{"question": "Say cat.", "answer": "cat"}] * 3))
     with pytest.raises(DataError) as caught:
