@@ -88,10 +88,11 @@ class Instants:
             chunk = max(chunk, self._chunk_rows(N) * 2 * V + 2 * self.matrix)
         adapted = self.outside_rank
         saved = 0 if self.memory.offload_activations else self._final_norm_saved()
+        size = "8 C V" if self.work.caps_logits else "6 C V (fp32: 4 C V)"
         terms = [
             term("loss", "activations", saved, "final norm: 4 N d + w N d"),
             term("loss", "workspace", 2 * self.work.stream_bytes, "hidden states and their gradient: 2 w N d"),
-            term("loss", "workspace", chunk, "chunk: 6 C V (fp32: 4 C V; soft-capped: 8 C V), or 2 C V + 2 V d"),
+            term("loss", "workspace", chunk, f"chunk: {size}, or 2 C V + 2 V d"),
             term("loss", "workspace", 3 * w * N * adapted, "adapter of the head: 3 w N r"),
             term("head", "gradients", 4 * self.matrix * self.trains_outside, "summed in fp32: 4 V d"),
             term("adapters", "gradients", 4 * V * adapted, "of the head, summed in fp32: 4 V r"),
