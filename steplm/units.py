@@ -77,16 +77,21 @@ def reason(error: BaseException) -> str:
     problems = error.errors(include_url=False) if hasattr(error, "errors") else []
     if not problems:
         first_line = str(error).strip().partition("\n")[0]
-        return first_line[:300] or type(error).__name__
+        return _printable(first_line[:300]) or type(error).__name__
     where = ".".join(str(part)[:40] for part in problems[0]["loc"])
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{where or 'the whole'}: {problems[0]['msg']}, not {shortened(problems[0]['input'])}{more}"
+    return _printable(f"{where or 'the whole'}: {problems[0]['msg']}, not {shortened(problems[0]['input'])}{more}")
 
 
 def in_one_line(error: BaseException) -> str:
     """A whole error message on one line, up to a limit; the first line of ``transformers`` errors says too little."""
-    text = " ".join(str(error).split())[:300]
+    text = _printable(" ".join(str(error).split())[:300])
     return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) else text or type(error).__name__
+
+
+def _printable(text: str) -> str:
+    """The text with lone surrogates escaped, which no terminal can show."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def format_bytes(num_bytes: int | float) -> str:

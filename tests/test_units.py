@@ -81,6 +81,7 @@ def test_a_long_value_is_shown_by_its_two_ends() -> None:
 def test_the_reason_of_an_error_is_one_line() -> None:
     assert reason(ValueError("first\nsecond")) == "first"
     assert reason(KeyError()) == "KeyError"
+    assert reason(ValueError("half \ud83d")) == "half \\ud83d"
     with pytest.raises(ValueError, match="TrainState") as caught:
         from_json(TrainState, {"stage_index": "x" * 999})
     assert reason(caught.value).startswith("stage_index: Input should be a valid integer")

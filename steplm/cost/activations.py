@@ -3,7 +3,7 @@
 Symbols: N tokens in a micro-batch of B sequences of length S, d hidden size, q and k widths of queries and keys, f
 feed-forward size, h heads, r adapter rank, w bytes per element (2 in bf16, 4 in fp32). The layer is the usual one of
 ``transformers``: norm, attention, add, norm, gated feed-forward, add. Attention is PyTorch's fused kernel, which never
-materializes the S x S scores.
+materializes the S x S scores, except in families that soft-cap them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,21 @@ class LayerKind:
     fp32_norm_weights: bool = False  # the norm multiplies by (1 + weight) in fp32
     num_rotary: int = 1  # sets of rotary angles
     sliding_window: int | None = None  # the family's default, in tokens
+    slides_on_request: bool = False  # only with use_sliding_window, and perhaps only layers from max_window_layers on
+    eager_attention: bool = False  # soft-caps the scores, which the fused kernel cannot
+    caps_logits: bool = False  # by default
 
 
 GEMMA = LayerKind(fp32_norm_weights=True)
 # Families whose layers are counted here; the memory of others can be simulated.
 MODELLED = {
-    **dict.fromkeys(("llama", "qwen2", "smollm3", "granite"), LayerKind()),
+    **dict.fromkeys(("llama", "granite"), LayerKind()),
+    "qwen2": LayerKind(sliding_window=4096, slides_on_request=True),
+    "smollm3": LayerKind(slides_on_request=True),
     "mistral": LayerKind(sliding_window=4096),
-    "qwen3": LayerKind(normalizes_heads=True),
+    "qwen3": LayerKind(normalizes_heads=True, sliding_window=4096, slides_on_request=True),
     "gemma": GEMMA,
+    "gemma2": replace(GEMMA, norms_after=True, sliding_window=4096, eager_attention=True, caps_logits=True),
     "gemma3_text": replace(GEMMA, norms_after=True, normalizes_heads=True, num_rotary=2, sliding_window=4096),
 }
 
@@ -49,6 +55,10 @@ class LayerActivations:
     fetched_norm: int  # like ``fetched_backward``, at the end: in its first norm, when all its gradients exist
     product_gradient: int  # the share of ``backward`` that exists along with its first parameter gradient
     first_gradient: int  # its first parameter gradient, that of the feed-forward's last linear layer
+    # Where the scores are materialized: the same at the backward pass of their softmax, else 0.
+    attention_backward: int
+    fetched_attention: int
+    attention_gradient: int  # parameter gradients of the layer that exist by then
 
 
 @dataclass(frozen=True)
@@ -60,18 +70,23 @@ class Workload:
     num_sequences: int  # per micro-batch
     sequence_length: int
     has_mask: bool = False  # attention does not cross document boundaries
-    sliding_window: int | None = None  # of the layers that have one; None: the family's default
+    sliding_window: int | None = None  # of the layers that have one; None: no layer has
+    caps_scores: bool = True  # in families that can
+    caps_logits: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, shape: ModelShape) -> Workload:
         """The workload of one micro-batch of a run."""
+        extra, family = config.model.extra, MODELLED.get(shape.model_type, LayerKind())
         return cls(
             shape,
             config.train.precision,
             config.micro_batch_size,
             config.train.sequence_length,
             config.data.within_documents,
-            sliding_window(config),
+            sliding_window(config, shape),
+            extra.get("attn_logit_softcapping", True) is not None,
+            extra.get("final_logit_softcapping", family.caps_logits or None) is not None,
         )
 
     @property
@@ -84,10 +99,20 @@ class Workload:
 
     @property
     def mask_bytes(self) -> int:
-        """Boolean mask, one byte per entry: ``N S`` within documents, or one shared ``S S`` for a sliding window."""
-        window = self.sliding_window or MODELLED[self.shape.model_type].sliding_window
-        slides = window is not None and window < self.sequence_length
+        """Boolean mask, one byte per entry: ``N S`` within documents, or one shared ``S S`` for a sliding window.
+
+        Where the scores are materialized: two additive masks ``w N S``, of layers with and without a window.
+        """
+        if MODELLED[self.shape.model_type].eager_attention:
+            return 2 * self.width * self.num_tokens * self.sequence_length
+        slides = self.sliding_window is not None and self.sliding_window <= self.sequence_length
         return self.sequence_length * (self.num_tokens if self.has_mask else self.sequence_length * slides)
+
+    @property
+    def num_scores(self) -> int:
+        """``N h S``: the scores of all heads, where they are materialized."""
+        is_eager = MODELLED[self.shape.model_type].eager_attention
+        return self.num_tokens * self.shape.num_attention_heads * self.sequence_length * is_eager
 
     @property
     def stream_bytes(self) -> int:
@@ -104,7 +129,9 @@ class Workload:
         """Peak inside a layer of a forward pass that saves nothing: ``4 w N d + max(3 w N f, attention)``."""
         q, k = (_linear(self.shape, name).out_features for name in ("q_proj", "k_proj"))
         attention = self.width * self.num_tokens * (3 * q + 4 * k)
-        if self.mask_bytes:
+        if self.num_scores:  # before the softmax, in fp32 if they are not, and after it
+            attention += self.mask_bytes + (8 + (self.width if self.width < 4 else 0)) * self.num_scores
+        elif self.mask_bytes:
             attention += (self.width + 1) * self.num_tokens * self.sequence_length
         return 4 * self.stream_bytes + max(3 * self.feed_forward_bytes, attention)
 
@@ -127,10 +154,17 @@ def recomputes(config: RunConfig, role: Role) -> bool:
     return config.train.gradient_checkpointing in (True, "new" if isinstance(role, Trained) else "frozen")
 
 
-def sliding_window(config: RunConfig) -> int | None:
-    """The attention window that the configuration sets, in tokens; None: the family's default applies."""
-    window = config.model.extra.get("sliding_window")
-    return window if isinstance(window, int) and config.model.extra.get("use_sliding_window", True) else None
+def sliding_window(config: RunConfig, shape: ModelShape) -> int | None:
+    """The attention window of the layers that have one, in tokens; None if no layer has."""
+    family, extra = MODELLED.get(shape.model_type, LayerKind()), config.model.extra
+    window = extra.get("sliding_window", family.sliding_window)
+    slides = True
+    if family.slides_on_request:
+        first = extra.get("max_window_layers", 28) if shape.model_type.startswith("qwen") else 0
+        slides = extra.get("use_sliding_window", False) and first < shape.num_hidden_layers
+    if (types := extra.get("layer_types")) is not None:
+        slides = "sliding_attention" in types
+    return window if isinstance(window, int) and slides else None
 
 
 def is_modelled(shape: ModelShape) -> bool:
@@ -170,7 +204,9 @@ def layer_activations(work: Workload, role: Role) -> LayerActivations:
         return trained or any(name in adapted for name in names)
 
     attention = 2 * w * N * (q + k) + 4 * N * shape.num_attention_heads
-    if work.mask_bytes:
+    if work.num_scores:
+        attention = w * N * q * (3 + needs_input("o_proj")) + _saved_scores(work)
+    elif work.mask_bytes:
         attention += w * N * work.sequence_length  # each layer makes its own additive mask from the boolean one
     if family.normalizes_heads:
         head_dim = q // shape.num_attention_heads
@@ -204,7 +240,41 @@ def layer_activations(work: Workload, role: Role) -> LayerActivations:
         saved_product=inner * needs_input("down_proj"),
         product_gradient=product_gradient,
         first_gradient=first_gradient,
+        **_at_the_softmax(work, role, saved),
     )
+
+
+def _at_the_softmax(work: Workload, role: Role, saved: int) -> dict[str, int]:
+    """Fields about the backward pass of the scores' softmax: its output, its gradient and its input's, all fp32.
+
+    Also there are the scores from before the softmax, query, key, the value's gradient, and what was saved earlier.
+    """
+    if not work.num_scores:
+        return {"attention_backward": 0, "fetched_attention": 0, "attention_gradient": 0}
+    shape, w, N, trained = work.shape, work.width, work.num_tokens, isinstance(role, Trained)
+    targets, rank = (role.target_modules, role.rank) if isinstance(role, Adapter) else ((), 0)
+    before = {linear: linear.name.endswith(("q_proj", "k_proj", "v_proj")) for linear in shape.linears}
+    adapted = [linear for linear in shape.linears if linear.name.rpartition(".")[2] in targets]
+    q = w * N * _linear(shape, "q_proj").out_features
+    fetched = work.stream_bytes + q + 12 * work.num_scores
+    inputs = sum(before[linear] for linear in adapted)
+    held = fetched + 2 * q + w * work.caps_scores * work.num_scores + norm_saved(work, trained=trained)
+    held += work.stream_bytes * (trained or inputs > 0) + w * N * rank * inputs
+    gradients = sum(rank * (each.in_features + each.out_features) for each in adapted if not before[each])
+    if trained:
+        gradients = sum(linear.num_parameters for linear in shape.linears if not before[linear])
+        gradients += shape.other_layer_parameters - shape.hidden_size
+    return {
+        "attention_backward": max(held - saved, 0),
+        "fetched_attention": fetched,
+        "attention_gradient": w * gradients,
+    }
+
+
+def _saved_scores(work: Workload) -> int:
+    """Scores saved before the softmax (if capped), after it in fp32, and then in bf16."""
+    w = work.width
+    return (4 + w * work.caps_scores + (w if w < 4 else 0)) * work.num_scores
 
 
 def _norm_saved(work: Workload, size: int, num_rows: int, *, trained: bool) -> int:

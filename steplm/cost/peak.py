@@ -88,10 +88,11 @@ class Instants:
             chunk = max(chunk, self._chunk_rows(N) * 2 * V + 2 * self.matrix)
         adapted = self.outside_rank
         saved = 0 if self.memory.offload_activations else self._final_norm_saved()
+        size = "8 C V" if self.work.caps_logits else "6 C V (fp32: 4 C V)"
         terms = [
             term("loss", "activations", saved, "final norm: 4 N d + w N d"),
             term("loss", "workspace", 2 * self.work.stream_bytes, "hidden states and their gradient: 2 w N d"),
-            term("loss", "workspace", chunk, "chunk: 6 C V (fp32: 4 C V), or 2 C V + 2 V d"),
+            term("loss", "workspace", chunk, f"chunk: {size}, or 2 C V + 2 V d"),
             term("loss", "workspace", 3 * w * N * adapted, "adapter of the head: 3 w N r"),
             term("head", "gradients", 4 * self.matrix * self.trains_outside, "summed in fp32: 4 V d"),
             term("adapters", "gradients", 4 * V * adapted, "of the head, summed in fp32: 4 V r"),
@@ -206,6 +207,13 @@ class Instants:
             if recomputed and self.memory.offload_activations:
                 at_update += self.work.stream_bytes
             backward, gradient = max(backward, at_update), 0
+        if self.memory.offload_activations and not recomputed:
+            attention = layer.fetched_attention
+        else:
+            attention = layer.attention_backward + self.work.stream_bytes * self.memory.offload_activations
+        attention_gradient = 0 if self.frees_gradients or self.sums_gradients else layer.attention_gradient
+        if self.work.num_scores and attention + attention_gradient > backward + gradient:
+            backward, gradient = attention, attention_gradient
         return [
             self._leaving(leaving, f"inside layer {index}"),
             self._products_in_pass(),
@@ -400,7 +408,8 @@ class Instants:
         return norm_saved(self.work, trained=not isinstance(self.outside, Frozen))
 
     def _chunk_bytes(self, num_tokens: int) -> int:
-        return (6 if self.work.width == 2 else 4) * self._chunk_rows(num_tokens) * self.shape.vocab_size
+        per_logit = 8 if self.work.caps_logits else 6 if self.work.width == 2 else 4
+        return per_logit * self._chunk_rows(num_tokens) * self.shape.vocab_size
 
     def _chunk_rows(self, num_tokens: int) -> int:
         return min(self.train.loss_chunk_size, num_tokens)

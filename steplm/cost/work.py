@@ -75,6 +75,9 @@ _COMPILED = {
     "bf16": _Elementwise((4, 12), 0, (4, 4), (6, 10), (10, 12)),
     "fp32": _Elementwise((8, 24), 0, (8, 8), (12, 20), (20, 24)),
 }
+# Per materialized attention score, in the forward and the backward pass; and elements of w bytes for a soft-cap.
+_SCORE_BYTES = {"bf16": (28, 28), "fp32": (24, 20)}
+_CAP_ELEMENTS = (6, 7)
 _LOGIT_BYTES = {"bf16": 36, "fp32": 24}  # per logit: fp32 copy, log-softmax, exponential, scale, rounding
 
 # Bytes per matrix element in an update: of the rule itself, and what memory options add.
@@ -218,9 +221,21 @@ class _Step:
         """PyTorch's fused attention, counted as if masks skipped no scores; a document mask adds its own traffic."""
         size = self.shape.attention_size or self.shape.hidden_size
         S = self.train.sequence_length
+        if scores := self.batch.num_scores:
+            yield from self._materialized_scores(scores, 4 * self.N * S * size, is_backward=times > 1)
+            return
         yield Work("", f"{self.precision} attention", times * 4 * self.N * S * size, f"{4 * times:g} N S q")
         if self.batch.has_mask:
             yield Work("", "elements", (self.w + 1) * self.N * S, "mask: (w + 1) N S")
+
+    def _materialized_scores(self, scores: int, flops: int, *, is_backward: bool) -> Iterator[Work]:
+        """Attention as two matmuls with a softmax in between."""
+        products = 2 if is_backward else 1
+        yield Work("", f"{self.precision} products", products * flops, f"{4 * products} N S q")
+        yield Work("", "operands", products * 2 * self.w * scores)
+        each = _SCORE_BYTES[self.precision][is_backward]
+        each += _CAP_ELEMENTS[is_backward] * self.w * self.batch.caps_scores
+        yield Work("", "elements", scores * each, f"N h S × {each} B: scores, softmax and soft-cap")
 
     def _unpacking(self, role: Role) -> Iterator[Work]:
         """Dequantizing frozen weights, once for each matmul."""

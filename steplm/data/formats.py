@@ -13,6 +13,7 @@ import io
 import json
 import lzma
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
@@ -54,26 +55,60 @@ def _not_utf8(error: UnicodeDecodeError) -> ValueError:
     return ValueError(f"not UTF-8: {error.reason} at byte {error.start}")
 
 
-def _parse_json(data: bytes) -> Any:
-    text = _decode(data)
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; the value of a repeated key is an exception that says so."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = _repeated(name for name, _ in pairs)
+        found |= {name: ValueError(f"the key {shortened(name, 40)} is repeated") for name in names}
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_as_object)
+
+
+def parse_json(data: str | bytes) -> Any:
+    """The JSON value, or an exception if there is none; the value of a repeated key is an exception too."""
+    text = data if isinstance(data, str) else _decode(data)
     if isinstance(text, ValueError):
         return text
     try:
-        return json.loads(text)
+        return _JSON.decode(text)
     except (ValueError, RecursionError) as error:
         return ValueError(f"broken JSON: {error}")
 
 
-def _as_record(value: Any) -> Any:
-    if isinstance(value, dict | Exception):
+def first_error(values: Iterable[Any]) -> Exception | None:
+    """The first exception among these JSON values and the values inside them."""
+    waiting = list(values)
+    for value in waiting:
+        if isinstance(value, str):
+            continue
+        if isinstance(value, Exception):
+            return value
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return None
+
+
+def _as_record(value: Any, fields: Fields) -> Any:
+    if isinstance(value, Exception):
         return value
-    return ValueError(f"a JSON {type(value).__name__}, not an object with fields")
+    if not isinstance(value, dict):
+        return ValueError(f"a JSON {type(value).__name__}, not an object with fields")
+    return first_error(value.values() if fields is None else map(value.get, fields)) or value
 
 
 def _read_json_lines(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
     for number, line in _lines(stream):
         if line.strip():
-            yield number, _as_record(_parse_json(line))
+            yield number, _as_record(parse_json(line), fields)
 
 
 def _read_json(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
@@ -85,26 +120,26 @@ def _read_json(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
     number, first = next(lines, (0, b""))
     if not first:
         return
-    value = _parse_json(first)
+    value = parse_json(first)
     second = next(lines, None)
     if isinstance(value, dict) and second is not None:
-        yield number, value
+        yield number, _as_record(value, fields)
         for number, line in chain([second], lines):
-            yield number, _as_record(_parse_json(line))
+            yield number, _as_record(parse_json(line), fields)
         return
     if second is not None:
         rest = [second, *lines]
-        value = _parse_json(b"".join([first, *(line for _, line in rest)]))
+        value = parse_json(b"".join([first, *(line for _, line in rest)]))
         if isinstance(value, Exception) and not first.lstrip().startswith(b"["):
             # Either one broken object, or one object per line with a broken first line.
-            records = [(number, _as_record(_parse_json(line))) for number, line in [(number, first), *rest]]
+            records = [(number, _as_record(parse_json(line), fields)) for number, line in [(number, first), *rest]]
             if any(isinstance(record, dict) for _, record in records):
                 yield from records
                 return
-    if isinstance(value, dict) and isinstance(value.get("data"), list):
+    if isinstance(value, dict) and isinstance(value.get("data"), list | Exception):
         value = value["data"]
     for place, record in enumerate(value if isinstance(value, list) else [value], 1):
-        yield place, _as_record(record)
+        yield place, _as_record(record, fields)
 
 
 def _read_text(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
@@ -133,6 +168,7 @@ def _read_csv(stream: BinaryIO, fields: Fields, *, delimiter: str = ",") -> Iter
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     rows = csv.reader(text, delimiter=delimiter)
     names: list[str] = []
+    twice: list[str] = []
     while True:
         place = rows.line_num + 1
         try:
@@ -143,9 +179,13 @@ def _read_csv(stream: BinaryIO, fields: Fields, *, delimiter: str = ",") -> Iter
         if row is None:
             return
         if not names:
-            names = row
+            names, twice = row, _repeated(_used(row, fields))
         elif row:
-            yield place, _csv_record(names, row, fields)
+            yield place, _repeated_column(twice) if twice else _csv_record(names, row, fields)
+
+
+def _repeated_column(names: list[str]) -> ValueError:
+    return ValueError(f"the column {listed(names)} is repeated")
 
 
 def _csv_record(names: list[str], row: list[str], fields: Fields) -> Any:
@@ -227,7 +267,10 @@ def _table_records(
             return
         if batch is None:
             return
-        if _used(names, fields):
+        used = _used(names, fields)
+        if twice := _repeated(used):
+            records = [_repeated_column(twice)] * batch.num_rows
+        elif used:
             records = _rows(batch)
         else:
             missing = ValueError(f"no column {listed(fields or ())}; columns are {listed(names)}")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steplm.data.formats import first_error, parse_json
 from steplm.errors import DataError
 from steplm.files import is_unicode
 from steplm.units import reason, shortened
@@ -194,10 +194,11 @@ def _records(path: Path, fields: Fields, chosen_from: str, prefix: str) -> Itera
             continue
         where = f"{path}, line {number}"
         try:
-            record = _unified(json.loads(line), fields, prefix)
+            parsed = parse_json(line)
+            if error := first_error([parsed]):
+                raise error
+            record = _unified(parsed, fields, prefix)
             _check(record, fields, chosen_from)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} is not JSON: {reason(error)}", path=str(path), line=number) from None
         except ValueError as error:
             raise DataError(f"{where}: {error}", path=str(path), line=number) from None
         yield {name: record[name] for name in fields}

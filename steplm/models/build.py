@@ -77,8 +77,10 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
     except Exception as error:  # any type: a key with a value of the wrong type fails only where it is used
         raise ConfigError(f"transformers refuses this configuration of {model_type!r}: {in_one_line(error)}") from None
     require_decoder_only(config)
+    require_possible_dropout(config)
     _leave_out_foreign_tokens(config, given=values)
     config.use_cache = False
+    without_extra_outputs(config)
     if layers is None:
         return config
     return with_layers(config, range(layers) if isinstance(layers, int) else layers)
@@ -147,6 +149,24 @@ def require_decoder_only(config: PretrainedConfig) -> None:
         raise ConfigError(f"{kind} has layers that differ in {widths}: only models of equal layers can grow.")
     if not hasattr(config, "num_hidden_layers"):
         raise ConfigError(f"{kind} does not keep its layers in one list; only such models can be trained and grown.")
+
+
+def require_possible_dropout(config: PretrainedConfig) -> None:
+    """Require that dropout rates, which ``transformers`` reads only when it trains, are probabilities.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for key, value in config.to_dict().items():
+        if key.endswith(("dropout", "pdrop")) and isinstance(value, int | float) and not 0 <= value <= 1:
+            raise ConfigError(f"{key} is {value}, but must be from 0 to 1.", key=key, value=value)
+
+
+def without_extra_outputs(config: PretrainedConfig) -> None:
+    """Turn off the return of attention weights and hidden states: nothing here reads them, and they stay in memory."""
+    for key in ("output_attentions", "output_hidden_states"):
+        if getattr(config, key, None):
+            setattr(config, key, False)
 
 
 def with_layers(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
@@ -367,8 +387,13 @@ Shapes = Mapping[str, Sequence[int]]
 
 @lru_cache(maxsize=8)  # every save asks for the same
 def _shapes_of(config_json: str) -> tuple[Shapes, Set[str]]:
-    values = json.loads(config_json)
+    values = json.loads(config_json, object_hook=_decoded)
     return _shapes(meta_model(CONFIG_MAPPING[values["model_type"]].from_dict(values)))
+
+
+def _decoded(value: dict[str, Any]) -> Any:
+    """``transformers`` writes infinity and NaN as ``{"__float__": "Infinity"}``."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _shapes(model: PreTrainedModel) -> tuple[Shapes, Set[str]]:

@@ -24,6 +24,8 @@ from steplm.models.build import (
     no_padding_index,
     plain_state,
     require_decoder_only,
+    require_possible_dropout,
+    without_extra_outputs,
 )
 from steplm.units import in_one_line, reason, shortened
 
@@ -131,6 +133,7 @@ def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> P
         )
     _check_values(model, name)
     _check_end_tokens(model, name)
+    without_extra_outputs(model.config)
     return model
 
 
@@ -272,6 +275,11 @@ def load_hf_config(name: str | Path) -> PretrainedConfig:
             "bfloat16.",
             path=str(name),
         )
+    try:
+        require_possible_dropout(config)
+    except ConfigError as error:
+        raise CheckpointError(f"config.json of {name}: {error}", path=str(name)) from None
+    without_extra_outputs(config)
     num_layers, num_tensors = getattr(config, "num_hidden_layers", None), len(_stored_shapes(Path(name)))
     if isinstance(num_layers, int) and num_layers > max(num_tensors, MOST_LAYERS):
         # Building that many layers would exhaust memory before anything is compared.

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from steplm.data.formats import first_error, parse_json
 from steplm.errors import DataError, SteplmError
 from steplm.files import sync, write_errors
 from steplm.units import reason
@@ -104,7 +105,7 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
 def parsed_row(where: str, line: str | bytes, adapter: TypeAdapter[Row]) -> Row:
     """Parse a row from JSON in strict mode (a string is not a number); ``DataError`` says where and what is wrong."""
     try:
-        return adapter.validate_json(line, strict=True)
+        row = adapter.validate_json(line, strict=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         if problem["type"] != "json_invalid":
@@ -112,6 +113,9 @@ def parsed_row(where: str, line: str | bytes, adapter: TypeAdapter[Row]) -> Row:
         why = problem["ctx"]["error"]
         half = ", half of a surrogate pair" if "hex escape" in why or "surrogate" in why else ""
         raise DataError(f"{where}: not valid JSON: {why}{half}") from None
+    if repeated := first_error([parse_json(line)]):
+        raise DataError(f"{where}: {repeated}")
+    return row
 
 
 def _parsed(path: Path, lines: list[bytes], adapter: TypeAdapter[Row]) -> list[Row]:

@@ -197,14 +197,14 @@ class _Search:
             trial = self._try(way, index, limit)
             if trial is not None:
                 limit = trial.peak_bytes - 1
-                yield self._leanest(way, index, trial)
+                yield self._leanest(way, index, trial, trial.peak_bytes)
 
-    def _leanest(self, way: Way, index: int | None, trial: _Trial) -> Alternative:
-        """The variant with the fewest time-only options that needs no more memory, on the device and on the host.
+    def _leanest(self, way: Way, index: int | None, trial: _Trial, limit: float) -> Alternative:
+        """The variant with the fewest time-only options within ``limit`` that needs no more host memory.
 
         With a device: the fastest variant that fits the budget, without time-only options that it does not need.
         """
-        found, limit = self._alternative(way, index, trial), trial.peak_bytes if self.speeds is None else self.limit
+        found, limit = self._alternative(way, index, trial), limit if self.speeds is None else self.limit
         trials = ((leaner, self._try(leaner, index, limit)) for leaner in without_time_options(way))
         rows = (self._alternative(leaner, index, trial) for leaner, trial in trials if trial is not None)
         if self.speeds is None:
@@ -223,7 +223,7 @@ class _Search:
             largest = last_true(fits, start, self.axis.largest)
             trial = self._try(way, largest, self.limit)
             assert trial is not None
-            found.append(self._alternative(way, largest, trial))
+            found.append(self._leanest(way, largest, trial, self.limit))
         return found
 
     def smallest(self) -> Alternative:

@@ -120,10 +120,12 @@ def _is_held_out(key: bytes, fraction: float) -> bool:
 
 
 def _nothing_left(records: Records, num_too_long: int, sequence_length: int) -> str:
+    unusable = f"{records.num_unusable:,} are unusable, " if records.num_unusable else ""
     return (
-        f"nothing to learn from {records.num_records:,} records: {records.num_empty:,} have no answer to "
+        f"nothing to learn from {records.num_records:,} records: {unusable}{records.num_empty:,} have no answer to "
         f"learn, {num_too_long:,} no token of it within sequence_length={sequence_length}. "
         "Name other data, or raise sequence_length; with few records also lower validation_fraction."
+        + "".join(f"\n  {line}" for line in records.reasons())
     )
 
 

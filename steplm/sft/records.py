@@ -97,9 +97,9 @@ class Records:
         ]
 
     def check(self, max_bad_share: float) -> None:
-        """Raise ``DataError``, with the reasons, if more than this share of records is unusable, or none is usable."""
+        """Raise ``DataError``, with the reasons, if more than this share of the records is unusable."""
         share = self.num_unusable / max(self.num_records, 1)
-        if not self.num_unusable or (share <= max_bad_share and self.conversations):
+        if share <= max_bad_share:
             return
         reasons = "".join(f"\n  {line}" for line in self.reasons())
         raise DataError(

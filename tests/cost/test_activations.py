@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from steplm.config import load_config
 from steplm.cost.activations import (
     MODELLED,
     Workload,
@@ -18,6 +20,7 @@ from steplm.cost.activations import (
     layer_activations,
     norm_backward,
     norm_saved,
+    sliding_window,
 )
 from steplm.pet.adapters import attach
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
@@ -133,7 +136,8 @@ def saved_bytes(model: PreTrainedModel) -> int:
 def model_of(model_type: str, phase: Phase) -> PreTrainedModel:
     """One bf16 layer in its role; nothing outside is trained."""
     config = AutoConfig.for_model(model_type, **SIZES)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    attention = "eager" if MODELLED[model_type].eager_attention else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     attach(model, phase, "model.layers", seed=0)
     if phase.frozen_layers:
         for name, parameter in model.named_parameters():
@@ -159,10 +163,47 @@ def test_autograd_saves_what_is_counted(make_phase: Callable[..., Phase], model_
 def test_layers_that_do_not_see_all_tokens_before_save_a_mask_each() -> None:
     N = B * S
     for model_type in ("mistral", "gemma3_text"):
-        near, far = (replace(workload(model_type), sliding_window=window) for window in (S - 1, S))
+        near, far = (replace(workload(model_type), sliding_window=window) for window in (S, S + 1))
         assert (near.mask_bytes, far.mask_bytes) == (S * S, 0), "one for all sequences"
         assert layer_activations(near, Trained()).saved - layer_activations(far, Trained()).saved == 2 * N * S
-        assert replace(workload(model_type), sequence_length=5000).mask_bytes == 5000**2, "by the family's default"
+
+
+@pytest.mark.parametrize("slides", [True, False])
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "qwen2", "qwen3", "smollm3", "llama"])
+def test_the_window_is_the_models_own(model_type: str, slides: bool) -> None:
+    extra: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    if model_type in ("qwen2", "qwen3", "smollm3"):
+        extra |= {"sliding_window": 8, "use_sliding_window": slides}
+    if model_type.startswith("qwen") and slides:
+        extra |= {"max_window_layers": 1}
+    if model_type == "mistral" and not slides:
+        extra |= {"sliding_window": None}
+    if model_type == "gemma3_text" and not slides:
+        extra |= {"layer_types": ["full_attention"] * 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = load_config({"model": {"model_type": model_type, "vocab_size": 50, **sizes, "extra": extra}})
+    model = AutoConfig.for_model(**config.model.hf_config())
+    default = {"mistral": ["sliding_attention"], "llama": []}.get(model_type)
+    types = getattr(model, "layer_types", None) or default
+    expected = model.sliding_window if "sliding_attention" in types else None
+    assert sliding_window(config, shape_from_hf_config(config.model.hf_config())) == expected
+
+
+def test_materialized_scores_by_hand() -> None:
+    N, q, h, d, f = B * S, 32, 4, 32, 80
+    scores = N * h * S
+    work = workload("gemma2")
+    assert (work.num_scores, work.mask_bytes, workload().num_scores) == (scores, 2 * 2 * N * S, 0)
+    layer, capless = (layer_activations(each, Trained()) for each in (work, replace(work, caps_scores=False)))
+    assert layer.saved - capless.saved == 2 * scores, "the output of the tanh"
+    fused = layer_activations(workload("gemma3_text"), Trained()).saved
+    of_heads = 8 * N * (32 + 16) + 4 * N * (4 + 2) + 2 * 4 * 8  # gemma3 normalizes queries and keys
+    assert layer.saved - (fused - of_heads) == 2 * N * (2 * q - 2 * 16) - 4 * N * h + (2 + 4 + 2) * scores
+    # Its output, its gradient and its input's in fp32, beside the tanh's output, query, key and the value's gradient.
+    first_norm = 8 * N * d + 4 * N + 4 * d
+    held = 2 * N * d + 3 * 2 * N * q + (12 + 2) * scores + first_norm + 2 * N * d
+    assert layer.attention_backward == max(held - layer.saved, 0)
+    assert layer.attention_gradient == 2 * (q * d + 3 * d * f + 3 * d)
 
 
 @settings(max_examples=60, deadline=None)

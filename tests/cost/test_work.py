@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 from steplm.config import RunConfig, load_config
 from steplm.cost.flops import recomputed_flops_per_token, training_flops_per_token
 from steplm.cost.transfers import host_transfers
 from steplm.cost.work import KINDS, Work, step_work
+from steplm.models.build import hf_config
 from steplm.optim.adamw import AdamW
 from steplm.optim.muon import Muon
 from steplm.optim.scale import SCALE
@@ -132,6 +134,43 @@ def test_bytes_and_kernels_of_a_layer_are_those_of_its_operations(precision: str
     products = sum(counted.bytes[name] for counted in (forward, backward) for name in PRODUCTS)
     operands = total(work, "operands", "layers forward") + total(work, "operands", "layers backward")
     assert operands == pytest.approx(products, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("caps", [True, False])
+def test_bytes_of_materialized_scores_are_those_of_their_operations(
+    make_phase: Callable[..., Phase], precision: str, caps: bool
+) -> None:
+    """What is quadratic in the sequence length, with 2 sequences and 4 heads."""
+    extra = {"head_dim": 8, "attn_logit_softcapping": 50.0 if caps else None, "pad_token_id": None}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    counted, planned = [], []
+    for length in (64, 128):
+        config = load_config(
+            {
+                "model": {"model_type": "gemma2", "vocab_size": 50, **sizes, "extra": extra},
+                "train": {"sequence_length": length, "per_device_train_batch_size": 2, "precision": precision},
+                "plan": {"num_stages": 1},
+            }
+        )
+        model = AutoModelForCausalLM.from_config(
+            hf_config(config.model.hf_config()), dtype=dtype, attn_implementation="eager"
+        ).model
+        x = torch.randn(2, length, 32, dtype=dtype, requires_grad=True)
+        angles = model.rotary_emb(x, torch.arange(length)[None])
+        mask = torch.zeros(2, 1, length, length, dtype=dtype)
+        with Count() as forward:
+            output = model.layers[0](x, position_embeddings=angles, attention_mask=mask)
+            output = output[0] if isinstance(output, tuple) else output
+        gradient = torch.ones_like(output)
+        with Count() as backward:
+            output.backward(gradient)
+        counted.append([forward.elementwise, backward.elementwise])
+        work = step_work(config, shape_from_hf_config(config.model.hf_config()), make_phase([Trained()]), on_cuda=False)
+        planned.append([total(work, "elements", f"layers {name}") for name in ("forward", "backward")])
+    for (short, long), (one, two) in zip(zip(*counted, strict=True), zip(*planned, strict=True), strict=True):
+        assert two - 2 * one == pytest.approx(long - 2 * short, rel=0.06)
 
 
 SIDE = 512

@@ -107,6 +107,39 @@ def test_a_broken_object_of_many_lines_is_one_bad_record(tmp_path: Path) -> None
     assert "broken JSON" in bad.examples[0].reason
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("a.jsonl", '{{"text": "one"}}\n{}\n{{"text": "three"}}'),
+        ("a.json", '{{"text": "one"}}\n{}\n{{"text": "three"}}'),
+        ("list.json", '[{{"text": "one"}},\n{},\n{{"text": "three"}}]'),
+        ("data.json", '{{"data": [{{"text": "one"}}, {}, {{"text": "three"}}]}}'),
+    ],
+)
+def test_a_record_with_a_repeated_key_is_unusable_unless_the_key_is_not_used(
+    tmp_path: Path, name: str, layout: str
+) -> None:
+    documents, bad = read(write(tmp_path / name, layout.format('{"text": "a", "text": "b"}').encode()))
+    assert [document.text for document in documents] == ["one", "three"]
+    assert bad.examples == [BadRecord(f"{tmp_path / name}:2", "the key 'text' is repeated")]
+    for record in ('{"text": "two", "id": 1, "id": 2}', '{"text": "two", "header": {"id": 1, "id": 2}}'):
+        documents, bad = read(write(tmp_path / name, layout.format(record).encode()))
+        assert [document.text for document in documents] == ["one", "two", "three"]
+
+
+def test_a_repeated_key_data_and_a_repeated_column_leave_no_record(tmp_path: Path) -> None:
+    _, bad = read(write(tmp_path / "a.json", b'{"data": [{"text": "a"}], "data": [{"text": "b"}]}'))
+    assert [example.reason for example in bad.examples] == ["the key 'data' is repeated"]
+    _, bad = read(write(tmp_path / "a.csv", b"text,id,text\na,1,b"))
+    assert [example.reason for example in bad.examples] == ["the column 'text' is repeated"]
+    documents, _ = read(write(tmp_path / "b.csv", b"text,id,id\na,1,2"))
+    assert [document.text for document in documents] == ["a"]
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "a.parquet")
+    _, bad = read(tmp_path / "a.parquet")
+    assert [example.reason for example in bad.examples] == ["the column 'text' is repeated"]
+
+
 def test_parquet_gives_its_text_column_and_counts_null_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"content": ["one", None, "three"], "id": [1, 2, 3]}), path)

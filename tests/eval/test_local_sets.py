@@ -102,8 +102,11 @@ def test_files_that_are_no_sets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"empty.jsonl is empty"):
         multiple_choice(folder=str(tmp_path), file="empty.jsonl")
     (tmp_path / "text.jsonl").write_text("no json\n")
-    with pytest.raises(DataError, match="line 1 is not JSON"):
+    with pytest.raises(DataError, match="line 1: broken JSON"):
         multiple_choice(folder=str(tmp_path), file="text.jsonl")
+    (tmp_path / "repeated.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0, "gold": 1}\n')
+    with pytest.raises(DataError, match="line 1: the key 'gold' is repeated"):
+        multiple_choice(folder=str(tmp_path), file="repeated.jsonl")
     (tmp_path / "cut.txt.bz2").write_bytes(bz2.compress(b"a\n0\n" * 9000)[:-50])
     with pytest.raises(DataError, match="cannot read"):
         hellaswag_lines(folder=str(tmp_path), file="cut.txt")

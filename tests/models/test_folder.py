@@ -204,6 +204,35 @@ def test_a_depth_that_no_memory_holds_is_refused_before_it_is_built(folder: Path
         load_config_and_state(folder)
 
 
+def test_a_dropout_that_is_no_probability_is_refused_before_training(folder: Path) -> None:
+    set_keys(folder, attention_dropout=7)
+    with pytest.raises(CheckpointError, match="attention_dropout is 7, but must be from 0 to 1"):
+        load_config_and_state(folder)
+    with pytest.raises(ConfigError, match=r"attention_dropout is -0\.1"):
+        hf_config(LLAMA | {"attention_dropout": -0.1})
+
+
+@pytest.mark.parametrize("key", ["output_attentions", "output_hidden_states"])
+def test_outputs_that_nobody_reads_are_turned_off(folder: Path, tmp_path: Path, key: str) -> None:
+    set_keys(folder, **{key: True})
+    assert getattr(load_pretrained(folder).config, key) is False
+    grow(folder, to=4, output_dir=tmp_path / "grown")
+    assert getattr(hf_config(LLAMA | {key: True}), key) is False
+
+
+def test_an_infinite_value_of_the_configuration_is_saved_and_read_again(folder: Path, tmp_path: Path) -> None:
+    set_keys(folder, rms_norm_eps=float("inf"))
+    grow(folder, to=4, output_dir=tmp_path / "grown")
+    assert load_config_and_state(tmp_path / "grown")[0].rms_norm_eps == float("inf")
+
+
+def test_an_error_of_transformers_can_be_printed(folder: Path) -> None:
+    set_keys(folder, attn_implementation="\ud800")
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(folder)
+    str(caught.value).encode()
+
+
 def test_two_sets_of_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     with pytest.raises(CheckpointError, match="two sets of weights"):

@@ -94,6 +94,7 @@ def test_questions_of_another_file_are_read_and_a_row_that_is_none_is_named(benc
     for row, words in {
         "[1]": "mine.jsonl:2: a JSON list",
         '{"turns": ["?"]}': "mine.jsonl:2: question_id: Field",
+        '{"question_id": 2, "category": "stem", "turns": ["?"], "turns": ["!"]}': "2: the key 'turns' is repeated",
     }.items():
         with file.open("a") as stream:
             stream.write(row + "\n")

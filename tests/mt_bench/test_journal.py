@@ -77,6 +77,7 @@ class Typed:
         ('{"number": null}', "number: Input should be a valid integer, not None"),
         ('{"number": "1"}', "number: Input should be a valid integer"),
         ('{"number": 1, "turns": [null]}', "turns.0: Input should be a valid string"),
+        ('{"number": 1, "number": 2}', "the key 'number' is repeated"),
         ("[1]", "Input should be an object"),
         ("\udcff", "not valid JSON: expected value"),
     ],

@@ -25,6 +25,23 @@ from steplm.mt_bench.parse import parsed, rating, verdict
         ("Rating: 7", None),
         ("", None),
         ("[[5", None),
+        ("Rating: [[10]]/10", 10.0),
+        ("**Rating: [[8]]**", 8.0),
+        ("[[7.]] or [[8]]", 7.0),
+        ("[2] is cited, so [[9]]", 9.0),
+        ("[[8]", 8.0),
+        ("[8]/[10]", 8.0),
+        ("[[8]]-[[9]]", 8.0),
+        ("[[8-9]]", None),
+        ("[[8/10]]", None),
+        ("[[ 8 ]]", None),
+        ("[[**8**]]", None),
+        ("[[8,5]]", None),
+        ("[[10.5]]", None),
+        ("[[0.9]] [[5]]", None),
+        ("<think>[[3]]</think> [[9]]", 3.0),
+        ("<think>[3]</think> [[9]]", 9.0),
+        ("[[07]]", 7.0),  # which FastChat's parser cannot read
     ],
 )
 def test_a_rating_is_the_first_number_in_brackets_within_1_to_10(reply: str, expected: float | None) -> None:

@@ -170,6 +170,18 @@ def test_no_row_is_worse_than_another_in_everything(maximize: str | None) -> Non
     assert list(rows) == ranked
 
 
+@pytest.mark.parametrize("maximize", ["batch", "sequence"])
+def test_a_larger_size_has_no_option_that_costs_time_and_is_not_needed(maximize: str) -> None:
+    budget = int(1.5 * written_bytes())
+    for row in fit(tiny(), budget, maximize=maximize).alternatives:
+        for rung in RUNGS:
+            if not rung.quality and rung.name in row.options:
+                others = [each for each in row.overrides if not each.startswith(f"{rung.key}=")]
+                without = plan(tiny(*others))
+                is_too_much = (without.peak_bytes or 0) + 1000 > budget or without.host_bytes > row.host_bytes
+                assert is_too_much, (row.overrides, rung.name)
+
+
 @pytest.mark.parametrize("maximize", list(AXES))
 @pytest.mark.parametrize(
     "more",
@@ -212,8 +224,8 @@ def test_where_the_run_as_written_does_not_fit_fewer_frozen_stages_come_first() 
 
 
 def test_a_family_whose_activations_are_not_known_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"gemma2.*--simulate"):
-        fit(tiny("model.model_type=gemma2"), 10**12)
+    with pytest.raises(ConfigError, match=r"phi3.*--simulate"):
+        fit(tiny("model.model_type=phi3"), 10**12)
 
 
 def test_too_small_a_budget_names_the_smallest_peak_and_what_it_needs() -> None:

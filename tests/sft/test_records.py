@@ -150,6 +150,18 @@ def test_unusable_records_within_the_allowed_share_are_named(
     assert prepared.notes == (f"unusable: 2 x output is null, not text, first in {entries[0]}:2",)
 
 
+def test_few_unusable_records_are_not_blamed_where_the_others_have_no_answer(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    set_chat_template(tokenizer, None)
+    config = SftConfig(validation_fraction=0, max_bad_share=0.9)
+    data = written(tmp_path, [3, {**ALPACA, "output": ""}])
+    with pytest.raises(DataError) as caught:
+        prepare_records(data, tokenizer, config, sequence_length=128)
+    assert "from 2 records: 1 are unusable, 1 have no answer to learn" in str(caught.value)
+    assert "1 x a JSON int, not an object with fields, first in" in str(caught.value)
+
+
 def test_missing_columns_are_one_error_with_those_found_and_expected(tmp_path: Path) -> None:
     records = read_conversations(written(tmp_path, [{"question": "Say cat.", "answer": "cat"}] * 3))
     with pytest.raises(DataError) as caught:
@@ -200,6 +212,22 @@ def test_a_record_of_another_shape_says_what_is_wrong(tmp_path: Path, record: An
     with pytest.raises(DataError, match=r"1 of 2 records \(50\.00%\)"):
         records.check(0.001)
     records.check(0.5)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"prompt": "Say cat.", "completion": "cat", "completion": "dog"}',
+        '{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "role": "user", "content": "cat"}]}',
+    ],
+)
+def test_a_record_with_a_repeated_key_is_unusable(tmp_path: Path, record: str) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(f"{json.dumps(PAIR)}\n{record}\n")
+    records = read_conversations([str(path)])
+    key = "role" if "role" in record else "completion"
+    assert records.unusable == {f"the key '{key}' is repeated": 1}
+    assert len(records.conversations) == 1
 
 
 def test_a_record_too_long_is_cut_or_dropped_and_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_planned_and_simulated_peak_agree(
     assert LOW <= found <= HIGH
 
 
+GEMMA2 = ("model.model_type=gemma2", "model.extra={head_dim: 64}")
 MODELS = {
     "qwen2, which has biases": ("model.model_type=qwen2",),
     "qwen3, which normalises heads": ("model.model_type=qwen3", "model.extra={head_dim: 128, pad_token_id: 0}"),
@@ -91,6 +92,40 @@ MODELS = {
     "mistral with a window": ("model.model_type=mistral", "model.extra={sliding_window: 128}", RECOMPUTED),
     "gemma": ("model.model_type=gemma", "model.extra={head_dim: 64}", "train.precision=fp32"),
     "gemma3": ("model.model_type=gemma3_text", "model.extra={head_dim: 64}"),
+    "mistral with a window of the sequence": ("model.model_type=mistral", "model.extra={sliding_window: 512}"),
+    "qwen2 with a window that is not used": ("model.model_type=qwen2", "model.extra={sliding_window: 128}"),
+    "gemma3 with soft-capped logits": (
+        "model.model_type=gemma3_text",
+        "model.extra={head_dim: 64, final_logit_softcapping: 30.0}",
+        "model.vocab_size=20000",
+        "train.sequence_length=64",
+    ),
+    "gemma2": GEMMA2,
+    "gemma2 of many heads": ("model.model_type=gemma2", "model.extra={head_dim: 16}", "model.num_attention_heads=16"),
+    "gemma2 in fp32, grouped queries, recomputed": (
+        *GEMMA2,
+        "train.precision=fp32",
+        "model.num_key_value_heads=1",
+        RECOMPUTED,
+    ),
+    "gemma2 without caps": (
+        "model.model_type=gemma2",
+        "model.extra={head_dim: 64, attn_logit_softcapping: null, final_logit_softcapping: null}",
+    ),
+    "gemma2 of many words": (*GEMMA2, "model.vocab_size=20000", "train.sequence_length=64"),
+    "gemma2, the update fused": (*GEMMA2, *FUSED, RECOMPUTED),
+    "gemma2 inside documents, activations on host": (
+        *GEMMA2,
+        "data.within_documents=true",
+        "memory.offload_activations=true",
+    ),
+    "gemma2, all on host, recomputed": (
+        *GEMMA2,
+        *ON_HOST,
+        "memory.offload_activations=true",
+        "memory.offload_frozen=true",
+        RECOMPUTED,
+    ),
     "gemma3 with a window, recomputed": (
         "model.model_type=gemma3_text",
         "model.extra={head_dim: 64, sliding_window: 128}",
