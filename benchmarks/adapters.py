@@ -1,6 +1,6 @@
 """Time a layer with adapters against the same layer trained in full, and against the bound that FLOPs set.
 
-    OMP_NUM_THREADS=1 python benchmarks/adapters.py --output results/adapters_cpu.json
+    OMP_NUM_THREADS=1 python benchmarks/adapters.py --rounds 12 --output results/adapters_cpu.json
     python benchmarks/adapters.py --device cuda --precision bf16 --batch-size 8
 
 Measures the forward and backward pass of one layer of a run. In ``separate``, the adapters' products are operations of

@@ -164,8 +164,11 @@ class _Step:
         yield from self._products(maps * times, f"{2 * times} N M")
         yield from self._adapter_products(role, 2)
         yield self._elements(norm, self.bytes.residual[1], self.bytes.rotary[1], self.bytes.gate[1])
-        added = sum(linear.in_features for linear in self._adapted(role))
-        yield Work("", "operands", self.w * self.N * added, "w N in: a frozen map's gradient, added to")
+        added = self.w * self.N * sum(linear.in_features for linear in self._adapted(role))
+        if self.train.compile:  # a compiled layer has the adapters' products as separate operations
+            yield Work("", "elements", 3 * added, "3 w N in: an adapted input has two gradients")
+        else:
+            yield Work("", "operands", added, "w N in: a frozen map's gradient, added to")
         yield from self._attention(2.5)  # the backward pass recomputes the scores
         yield from self._unpacking(role)
         launches = _LAYER_LAUNCHES[1] + _TRAINED_LAUNCHES * trained + _ADAPTER_LAUNCHES[1] * self._num_adapted(role)
