@@ -42,3 +42,5 @@ measure update_cost 60 "$python" benchmarks/update_cost.py --run "$run" --device
 measure step 150 "$python" benchmarks/gpu_step.py --runs "$run" --compile --device "$device"
 measure peers 90 "$python" benchmarks/peers.py --run "$run" --device "$device" \
   --precisions "$precision" --rounds 2
+measure adapters 60 "$python" benchmarks/adapters.py --run "$run" --device "$device" --precision "$precision" \
+  --batch-size 8 --rounds 20

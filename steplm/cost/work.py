@@ -90,7 +90,7 @@ _NUM_MOMENTS = {ADAMW: 2, "muon": 1, "scale": 0}
 # Kernel launches. A compiled layer launches a few per matmul.
 _LAYER_LAUNCHES = (38, 60)
 _TRAINED_LAUNCHES = 11  # extra in the backward pass: weight gradients
-_ADAPTER_LAUNCHES = (2, 7)  # extra per adapted linear layer
+_ADAPTER_LAUNCHES = (2, 4)  # extra per adapted linear layer
 _COMPILED_LAUNCHES = 0.4
 _CHUNK_LAUNCHES = 21
 _STEP_LAUNCHES = 40  # embeddings, final norm, loss, norm of the gradients
@@ -167,8 +167,11 @@ class _Step:
         yield from self._products(maps * times, f"{2 * times} N M")
         yield from self._adapter_products(role, 2)
         yield self._elements(norm, self.bytes.residual[1], self.bytes.rotary[1], self.bytes.gate[1])
-        inputs = sum(linear.in_features for linear in self._adapted(role))
-        yield Work("", "elements", 3 * self.w * self.N * inputs, "3 w N in: an adapted input has two gradients")
+        added = self.w * self.N * sum(linear.in_features for linear in self._adapted(role))
+        if self.train.compile:  # a compiled layer has the adapters' products as separate operations
+            yield Work("", "elements", 3 * added, "3 w N in: an adapted input has two gradients")
+        else:
+            yield Work("", "operands", added, "w N in: a frozen map's gradient, added to")
         yield from self._attention(2.5)  # the backward pass recomputes the scores
         yield from self._unpacking(role)
         launches = _LAYER_LAUNCHES[1] + _TRAINED_LAUNCHES * trained + _ADAPTER_LAUNCHES[1] * self._num_adapted(role)

@@ -84,7 +84,7 @@ NO_BYTES = {
     "view", "_unsafe_view", "t", "transpose", "expand", "slice", "unsqueeze", "squeeze", "detach", "alias", "split",
     "unbind", "select", "as_strided", "empty_like", "empty", "split_with_sizes",
 }  # fmt: skip
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 
 
 class Count(TorchDispatchMode):
