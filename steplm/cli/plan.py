@@ -186,7 +186,7 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
         cells = (*_parameter_cells(memory), tokens, *_byte_cells(memory, size), peak_cell)
         table.add_row(name, layers, *cells, style=style)
 
-    spans = labelled_spans(plan)
+    spans = labeled_spans(plan)
     same_outer = len({_outer(span.memory) for _, span in spans}) == 1
     by_peak = max((span for _, span in spans), key=lambda span: span.device_bytes)
     for label, stage in spans:
@@ -238,7 +238,7 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
         console.print(note, style="dim", highlight=False)
 
 
-def labelled_spans(plan: Plan) -> list[tuple[str, Stage]]:
+def labeled_spans(plan: Plan) -> list[tuple[str, Stage]]:
     """The rows of a stage table: one per stage or, if its phases differ in memory, one per group (``1.1``, ``1.2``)."""
     return [
         (str(stage.index) if len(stage.spans) == 1 else f"{stage.index}.{number}", span)
@@ -288,7 +288,7 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
     ):
         symbols.add_row(symbol, meaning, value)
     console.print(symbols)
-    for label, stage in labelled_spans(plan):
+    for label, stage in labeled_spans(plan):
         phase = stage.phases[0]
         adapters = _adapter_parameters(stage.memory) // len(phase.adapters) if phase.adapters else 0
         counts = Counter(role.rule for role in phase.layers if isinstance(role, Trained))

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from steplm.cli.plan import five_digits, labelled_spans
+from steplm.cli.plan import five_digits, labeled_spans
 from steplm.config import RunConfig
 from steplm.cost.traffic import GPUS, LINK_SHARE, Gpu, StepEstimate, estimate_step
 from steplm.errors import ConfigError
@@ -77,7 +77,7 @@ def _render(
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
-    for label, span in labelled_spans(plan):
+    for label, span in labeled_spans(plan):
         # Phases of a span differ only in the number of steps and in which layers are trained.
         step = steps[span.phases[0].index - 1]
         num_steps = sum(steps[phase.index - 1].num_steps for phase in span.phases)

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from steplm.cli.plan import labelled_spans
+from steplm.cli.plan import labeled_spans
 from steplm.config import RunConfig
 from steplm.cost.price import Cost
 from steplm.files import write_atomically
@@ -29,7 +29,7 @@ def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dic
     for name in ("planned", "simulated", "planned / simulated"):
         table.add_column(name, justify="right")
     table.add_column("highest in")
-    for label, span in labelled_spans(plan):
+    for label, span in labeled_spans(plan):
         phase = span.highest_phase
         with console.status(f"stage {label} of {plan.num_stages}"):
             simulated = simulate_phase(config, phase)

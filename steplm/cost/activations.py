@@ -32,7 +32,7 @@ class LayerKind:
 
 GEMMA = LayerKind(fp32_norm_weights=True)
 # Families whose layers are counted here; the memory of others can be simulated.
-MODELLED = {
+MODELED = {
     **dict.fromkeys(("llama", "granite"), LayerKind()),
     "qwen2": LayerKind(sliding_window=4096, slides_on_request=True),
     "smollm3": LayerKind(slides_on_request=True),
@@ -77,7 +77,7 @@ class Workload:
     @classmethod
     def of(cls, config: RunConfig, shape: ModelShape) -> Workload:
         """The workload of one micro-batch of a run."""
-        extra, family = config.model.extra, MODELLED.get(shape.model_type, LayerKind())
+        extra, family = config.model.extra, MODELED.get(shape.model_type, LayerKind())
         return cls(
             shape,
             config.train.precision,
@@ -103,7 +103,7 @@ class Workload:
 
         Where the scores are materialized: two additive masks ``w N S``, of layers with and without a window.
         """
-        if MODELLED[self.shape.model_type].eager_attention:
+        if MODELED[self.shape.model_type].eager_attention:
             return 2 * self.width * self.num_tokens * self.sequence_length
         slides = self.sliding_window is not None and self.sliding_window <= self.sequence_length
         return self.sequence_length * (self.num_tokens if self.has_mask else self.sequence_length * slides)
@@ -111,7 +111,7 @@ class Workload:
     @property
     def num_scores(self) -> int:
         """``N h S``: the scores of all heads, where they are materialized."""
-        is_eager = MODELLED[self.shape.model_type].eager_attention
+        is_eager = MODELED[self.shape.model_type].eager_attention
         return self.num_tokens * self.shape.num_attention_heads * self.sequence_length * is_eager
 
     @property
@@ -146,7 +146,7 @@ class Workload:
         rows = self.num_tokens if self.has_mask else S
         positions = 8 * self.num_tokens if self.has_mask else 0
         rotary = 2 * self.width * rows * head_dim + 4 * (head_dim + 2)
-        return 16 * self.num_tokens + rotary * MODELLED[shape.model_type].num_rotary + positions
+        return 16 * self.num_tokens + rotary * MODELED[shape.model_type].num_rotary + positions
 
 
 def recomputes(config: RunConfig, role: Role) -> bool:
@@ -156,7 +156,7 @@ def recomputes(config: RunConfig, role: Role) -> bool:
 
 def sliding_window(config: RunConfig, shape: ModelShape) -> int | None:
     """The attention window of the layers that have one, in tokens; None if no layer has."""
-    family, extra = MODELLED.get(shape.model_type, LayerKind()), config.model.extra
+    family, extra = MODELED.get(shape.model_type, LayerKind()), config.model.extra
     window = extra.get("sliding_window", family.sliding_window)
     slides = True
     if family.slides_on_request:
@@ -167,9 +167,9 @@ def sliding_window(config: RunConfig, shape: ModelShape) -> int | None:
     return window if isinstance(window, int) and slides else None
 
 
-def is_modelled(shape: ModelShape) -> bool:
+def is_modeled(shape: ModelShape) -> bool:
     """Whether this module can count the layers of this family."""
-    return shape.model_type in MODELLED
+    return shape.model_type in MODELED
 
 
 def norm_saved(work: Workload, *, trained: bool) -> int:
@@ -182,7 +182,7 @@ def norm_saved(work: Workload, *, trained: bool) -> int:
 
 def norm_backward(work: Workload) -> int:
     """Backward workspace of a norm: four fp32 tensors of ``4 N d``, and the incoming gradient if not one of them."""
-    incoming = 0 if MODELLED[work.shape.model_type].fp32_norm_weights else work.stream_bytes
+    incoming = 0 if MODELED[work.shape.model_type].fp32_norm_weights else work.stream_bytes
     return 16 * work.num_tokens * work.shape.hidden_size + incoming
 
 
@@ -194,7 +194,7 @@ def layer_activations(work: Workload, role: Role) -> LayerActivations:
     ``2 w N d + w N f`` for inputs of linear layers that need them for a gradient, and ``w N r`` for each adapter.
     """
     shape, w, N = work.shape, work.width, work.num_tokens
-    family, trained = MODELLED[shape.model_type], isinstance(role, Trained)
+    family, trained = MODELED[shape.model_type], isinstance(role, Trained)
     adapted, r = (role.target_modules, role.rank) if isinstance(role, Adapter) else ((), 0)
     d = shape.hidden_size
     q, k = _linear(shape, "q_proj").out_features, _linear(shape, "k_proj").out_features
@@ -278,7 +278,7 @@ def _saved_scores(work: Workload) -> int:
 
 
 def _norm_saved(work: Workload, size: int, num_rows: int, *, trained: bool) -> int:
-    if MODELLED[work.shape.model_type].fp32_norm_weights:  # the normalized input in fp32, and 1 + weight
+    if MODELED[work.shape.model_type].fp32_norm_weights:  # the normalized input in fp32, and 1 + weight
         return (4 + 4 * trained) * work.num_tokens * size + 4 * num_rows + 4 * size * work.num_tokens // num_rows
     return (4 + work.width * trained) * work.num_tokens * size + 4 * num_rows
 

@@ -73,7 +73,7 @@ class ByteCounter(TorchDispatchMode):
         self._update_peak()
 
     @contextmanager
-    def labelling(self, label: str) -> Iterator[None]:
+    def labeling(self, label: str) -> Iterator[None]:
         """Label storages that are allocated inside this context with ``label``."""
         before, self._newborn = self._newborn, label
         try:

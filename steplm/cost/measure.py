@@ -134,12 +134,12 @@ class PeakMemory:
     peak_resident_bytes: int | None = None  # the whole process in host memory, including libraries
 
     def __str__(self) -> str:
-        labelled = {
+        labeled = {
             "allocated": self.peak_allocated_bytes,
             "reserved": self.peak_reserved_bytes,
             "resident": self.peak_resident_bytes,
         }
-        known = [f"{format_bytes(count)} {label}" for label, count in labelled.items() if count is not None]
+        known = [f"{format_bytes(count)} {label}" for label, count in labeled.items() if count is not None]
         return f"peak {', '.join(known)}" if known else "peak unknown"
 
 

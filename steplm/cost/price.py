@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steplm.config import RunConfig
-from steplm.cost.activations import is_modelled
+from steplm.cost.activations import is_modeled
 from steplm.cost.flops import recomputed_flops_per_token, training_flops_per_token
 from steplm.cost.peak import Instants
 from steplm.cost.sharded import ShardedInstants
@@ -57,7 +57,7 @@ def peak(
     Args:
         state: the model state, if already known.
     """
-    if not is_modelled(shape):
+    if not is_modeled(shape):
         return None
     instants = Instants if config.distributed.world_size == 1 else ShardedInstants
     # Growths and merges also evaluate the loss on the plain weights.

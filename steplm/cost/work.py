@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from steplm.config import RunConfig
-from steplm.cost.activations import MODELLED, Workload, is_modelled, layer_activations, recomputes
+from steplm.cost.activations import MODELED, Workload, is_modeled, layer_activations, recomputes
 from steplm.cost.flops import newton_schulz_flops
 from steplm.cost.formats import NEWTON_SCHULZ_STEPS, STEP_CHUNK, RowBlocks
 from steplm.cost.rules import ADAMW
@@ -107,7 +107,7 @@ def step_work(config: RunConfig, shape: ModelShape, phase: Phase, *, on_cuda: bo
     Args:
         on_cuda: whether Newton–Schulz runs in bf16, as on CUDA, or in fp32.
     """
-    if not is_modelled(shape):
+    if not is_modeled(shape):
         return None
     return tuple(work for work in _Step(config, shape, phase, on_cuda).terms() if work.amount)
 
@@ -180,7 +180,7 @@ class _Step:
     def _elements(self, norm: int, residual: int, rotary: int, gate: int) -> Work:
         """Elementwise operations of a layer, from their bytes per element."""
         d, f, qk = self._sizes()
-        kind = MODELLED[self.shape.model_type]
+        kind = MODELED[self.shape.model_type]
         hidden, heads = (4 if kind.norms_after else 2) * norm + residual, rotary + norm * kind.normalizes_heads
         formula = f"N ({hidden} d + {heads} (q + k) + {gate} f)"
         return Work("", "elements", self.N * (hidden * d + heads * qk + gate * f), formula)

@@ -14,7 +14,7 @@ from itertools import accumulate, islice
 from typing import Any
 
 from steplm.config import RunConfig, changed
-from steplm.cost.activations import is_modelled
+from steplm.cost.activations import is_modeled
 from steplm.cost.seconds import Speeds
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.ladder import AXES, Changes
@@ -127,7 +127,7 @@ def _rank(row: Alternative) -> tuple[float, ...]:
 
 
 def _require_known_peak(config: RunConfig, shape: ModelShape | None) -> None:
-    if not is_modelled(shape or shape_from_hf_config(config.model.hf_config())):
+    if not is_modeled(shape or shape_from_hf_config(config.model.hf_config())):
         raise ConfigError(
             f"activations of model type {config.model.model_type!r} are not known by formula, so nothing can be said "
             "to fit. Count the peak of one configuration with `steplm plan RUN --simulate`.",

@@ -55,7 +55,7 @@ class CountedBytes(ByteCounter):
 
     def on_host(self) -> AbstractContextManager[None]:
         """Count tensors created inside this context as host memory."""
-        return self.labelling(HOST)
+        return self.labeling(HOST)
 
     def reset(self) -> None:
         self.reset_peak()
@@ -83,7 +83,7 @@ class CountedBytes(ByteCounter):
             self.track(parameter.grad, "gradients")
 
     def _copy_on_host(self, tensor: Tensor) -> Tensor:
-        with self.labelling(HOST):
+        with self.labeling(HOST):
             return self._to_host(tensor)
 
 

@@ -41,7 +41,7 @@ def test_the_next_rate_lies_beyond_the_edge_that_is_best(losses: dict[float, flo
     assert beyond(losses) == rate
 
 
-def test_refinement_goes_halfway_to_the_neighbours_of_the_best() -> None:
+def test_refinement_goes_halfway_to_the_neighbors_of_the_best() -> None:
     assert between({1e-3: 3.0, 4e-3: 2.0, 1.6e-2: 3.0}) == (2e-3, 8e-3)
     assert between({1e-3: 3.0, 2e-3: 2.0}) == (1.41e-3,)
     assert between({1e-3: 3.0, 4e-3: 2.0, 1.6e-2: None}) == (2e-3, 8e-3)

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from steplm.config import load_config
 from steplm.cost.activations import (
-    MODELLED,
+    MODELED,
     Workload,
-    is_modelled,
+    is_modeled,
     layer_activations,
     norm_backward,
     norm_saved,
@@ -97,12 +97,12 @@ def test_a_batch_and_the_norm_above_all_layers_by_hand() -> None:
 
 
 def test_the_families_are_those_that_have_such_layers() -> None:
-    assert set(MODELLED) <= set(FAMILIES)
+    assert set(MODELED) <= set(FAMILIES)
     for model_type in FAMILIES:
         shape = shape_from_hf_config({"model_type": model_type})
-        assert is_modelled(shape) == (model_type in MODELLED)
-        if is_modelled(shape):
-            kind = MODELLED[model_type]
+        assert is_modeled(shape) == (model_type in MODELED)
+        if is_modeled(shape):
+            kind = MODELED[model_type]
             assert kind.normalizes_heads == (FAMILIES[model_type].qk_norm == "head")
             assert [linear.name.rpartition(".")[2] for linear in shape.linears] == list(ALL)
             assert FAMILIES[model_type].norms_per_layer == (4 if kind.norms_after else 2)
@@ -113,7 +113,7 @@ def saved_bytes(model: PreTrainedModel) -> int:
     layer = model.model.layers[0]
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     hidden = torch.randn(B, S, SIZES["hidden_size"], dtype=model.dtype, requires_grad=True)
-    kinds = model.config.layer_types[:1] if MODELLED[model.config.model_type].num_rotary > 1 else []
+    kinds = model.config.layer_types[:1] if MODELED[model.config.model_type].num_rotary > 1 else []
     cosine_and_sine = model.model.rotary_emb(hidden, torch.arange(S).unsqueeze(0), *kinds)
     given_from_outside = {tensor.untyped_storage().data_ptr() for tensor in cosine_and_sine}
     kept: dict[int, torch.Tensor] = {}
@@ -136,7 +136,7 @@ def saved_bytes(model: PreTrainedModel) -> int:
 def model_of(model_type: str, phase: Phase) -> PreTrainedModel:
     """One bf16 layer in its role; nothing outside is trained."""
     config = AutoConfig.for_model(model_type, **SIZES)
-    attention = "eager" if MODELLED[model_type].eager_attention else "sdpa"
+    attention = "eager" if MODELED[model_type].eager_attention else "sdpa"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     attach(model, phase, "model.layers", seed=0)
     if phase.frozen_layers:
@@ -153,7 +153,7 @@ ROLES = {
 
 
 @pytest.mark.parametrize("role", ROLES.values(), ids=ROLES)
-@pytest.mark.parametrize("model_type", MODELLED)
+@pytest.mark.parametrize("model_type", MODELED)
 def test_autograd_saves_what_is_counted(make_phase: Callable[..., Phase], model_type: str, role: Role) -> None:
     planned = layer_activations(workload(model_type), role).saved
     saved = saved_bytes(model_of(model_type, make_phase([role])))
@@ -208,7 +208,7 @@ def test_materialized_scores_by_hand() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    model_type=st.sampled_from(list(MODELLED)),
+    model_type=st.sampled_from(list(MODELED)),
     precision=st.sampled_from(["bf16", "fp32"]),
     targets=st.lists(st.sampled_from(ALL), unique=True),
     sequences=st.integers(1, 64),
@@ -223,7 +223,7 @@ def test_activations_grow_with_tokens_and_training_and_no_number_is_negative(
     here = layer_activations(work, role)
     assert min(vars(here).values()) >= 0
     twice = layer_activations(replace(work, num_sequences=2 * sequences), role)
-    once = 4 * work.shape.other_layer_parameters if MODELLED[model_type].fp32_norm_weights else 0
+    once = 4 * work.shape.other_layer_parameters if MODELED[model_type].fp32_norm_weights else 0
     assert twice.saved - once == 2 * (here.saved - once), "each sequence is alone"
     longer = layer_activations(replace(work, sequence_length=length + 1), role)
     assert longer.saved > here.saved

@@ -92,7 +92,7 @@ def test_labels_add_up_at_the_peak_and_the_host_is_apart(tensors: contextlib.Abs
     with tensors, ByteCounter() as counter:
         weight = kibibytes(2)
         counter.track(weight, "weights")
-        with counter.labelling(HOST):
+        with counter.labeling(HOST):
             copy = weight.clone()
         work = kibibytes(3)
         assert counter.peak_bytes == 5 * KIB

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from steplm.config import RunConfig, load_config
-from steplm.cost.activations import MODELLED, Workload
+from steplm.cost.activations import MODELED, Workload
 from steplm.cost.formats import (
     CODE_BOOK_BYTES,
     STEP_CHUNK,
@@ -34,7 +34,7 @@ FUSED = {"memory.fused_backward": True, "optim.max_grad_norm": None, "train.grad
 
 @st.composite
 def values(draw: st.DrawFn, max_layers: int = 6) -> dict[str, Any]:
-    """``section.key`` -> value of any run whose peak is modelled; the memory options are as they are drawn."""
+    """``section.key`` -> value of any run whose peak is modeled; the memory options are as they are drawn."""
     heads = draw(st.sampled_from([2, 4]))
     hidden = heads * draw(st.sampled_from([4, 16, 64]))
     num_layers = draw(st.integers(1, max_layers))
@@ -43,7 +43,7 @@ def values(draw: st.DrawFn, max_layers: int = 6) -> dict[str, Any]:
     bf16 = draw(st.booleans())
     fused = draw(st.booleans()) and not accumulates
     return {
-        "model.model_type": draw(st.sampled_from(list(MODELLED))),
+        "model.model_type": draw(st.sampled_from(list(MODELED))),
         "model.hidden_size": hidden,
         "model.intermediate_size": draw(st.integers(hidden, 4 * hidden)),
         "model.num_attention_heads": heads,
@@ -204,10 +204,10 @@ def test_the_tables_of_8_bit_states_are_there_all_the_time(drawn: dict[str, Any]
                 assert after.memory.total_bytes == before.memory.total_bytes - saved + CODE_BOOK_BYTES, before.name
 
 
-def test_the_peak_is_none_where_the_layers_are_not_modelled_and_no_budget_is_promised() -> None:
-    not_modelled = sorted(set(FAMILIES) - set(MODELLED))
-    assert "phi3" in not_modelled
-    for model_type in not_modelled:
+def test_the_peak_is_none_where_the_layers_are_not_modeled_and_no_budget_is_promised() -> None:
+    not_modeled = sorted(set(FAMILIES) - set(MODELED))
+    assert "phi3" in not_modeled
+    for model_type in not_modeled:
         model = {
             "model_type": model_type,
             "hidden_size": 64,

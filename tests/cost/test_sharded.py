@@ -198,7 +198,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "few adapters": ("pet.target_modules=[down_proj]", RECOMPUTED),
     "no freezing": ("method=growth",),
     "qwen2, which has biases": ("model.model_type=qwen2",),
-    "qwen3, which normalises heads": ("model.model_type=qwen3", "model.extra={head_dim: 32, pad_token_id: 0}"),
+    "qwen3, which normalizes heads": ("model.model_type=qwen3", "model.extra={head_dim: 32, pad_token_id: 0}"),
     "new layers in between": ("growth.position=even", SUMMED),
     "new layers below": ("growth.position=lower",),
     "long sequences": ("train.sequence_length=1024",),

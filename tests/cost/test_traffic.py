@@ -74,7 +74,7 @@ def test_layers_that_no_gradient_reaches_are_gathered_once_but_for_the_highest()
     assert traffic(2, *silent).reduce_scatter == P_LAYER * 4 * 3 // 4
 
 
-def test_muon_sends_each_matrix_to_the_rank_that_orthogonalises_it_and_back() -> None:
+def test_muon_sends_each_matrix_to_the_rank_that_orthogonalizes_it_and_back() -> None:
     muon, adamw = (traffic(1, "distributed.world_size=4", *rule) for rule in (("optim.name=muon",), ()))
     matrices = 3 * (4 * 64 + 3 * 128)
     width = 4  # of a number in Newton–Schulz on a CPU

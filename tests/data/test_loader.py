@@ -118,13 +118,13 @@ def test_documents_and_windows_come_in_another_order_each_epoch_and_seed(dataset
 def test_each_epoch_puts_the_documents_together_anew(dataset: TokenDataset) -> None:
     lasts = {int(token) - 1 for token in 1000 + dataset.document_offsets[1:]}
 
-    def neighbours(epoch: int) -> set[tuple[int, int]]:
+    def neighbors(epoch: int) -> set[tuple[int, int]]:
         batches = loader(dataset)
         batch = batches.batch(epoch * batches.sources[0].per_epoch * S, batches.sources[0].per_epoch)
         pairs = zip(batch.input_ids.flatten().tolist(), batch.labels.flatten().tolist(), strict=True)
         return {(token, following) for token, following in pairs if token in lasts}
 
-    assert all(len(neighbours(epoch) - neighbours(epoch + 1)) > 3 for epoch in range(4))
+    assert all(len(neighbors(epoch) - neighbors(epoch + 1)) > 3 for epoch in range(4))
 
 
 def test_windows_side_by_side_are_not_visited_one_after_the_other(dataset: TokenDataset, order: str) -> None:
@@ -171,7 +171,7 @@ def test_a_permutation_never_changes_between_versions() -> None:
 
 @pytest.mark.parametrize("size", [2**20 + 1, 1_500_000, 2**21])
 def test_a_permutation_shuffles_as_well_as_chance(size: int) -> None:
-    """Of a random permutation: neighbours are uncorrelated, places uniform, and one element in all stays on average."""
+    """Of a random permutation: neighbors are uncorrelated, places uniform, and one element in all stays on average."""
     places = permuted(np.arange(size), size, seed=3, epoch=0, purpose=1)
     z = np.corrcoef(places[:-1], places[1:])[0, 1] * np.sqrt(size)
     assert abs(z) < 4

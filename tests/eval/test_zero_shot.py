@@ -476,7 +476,7 @@ def mine(tmp_path: Path, sets: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_task_file_of_the_users_is_found_and_no_code_of_its_neighbours_is_run(
+def test_a_task_file_of_the_users_is_found_and_no_code_of_its_neighbors_is_run(
     models: list[str], mine: Path, both: ZeroShotResults
 ) -> None:
     results = evaluate_tasks(models[:1], ["my_piqa"], tasks_path=[mine], device="cpu")

@@ -135,7 +135,7 @@ def test_8bit_equals_the_8bit_adamw_of_torchao(monkeypatch):
     assert difference.max() < 1e-2
 
 
-def test_an_outlier_in_a_block_does_not_make_its_neighbours_leap():
+def test_an_outlier_in_a_block_does_not_make_its_neighbors_leap():
     # Beside a gradient of 1 a second moment of (1e-5)**2 is below the smallest code, the first moment is not.
     weight = nn.Parameter(torch.zeros(1, STATE_BLOCK))
     optimizer = AdamW({"w": weight}, states="8bit", weight_decay=0.0)

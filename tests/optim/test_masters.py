@@ -33,7 +33,7 @@ def test_the_weight_is_the_kept_value_rounded_to_bf16_and_the_correction_at_most
     values = torch.randn(100_000) * torch.logspace(-10, 10, 100_000)
     weight, correction = split(values)
     kept = correct(weight, correction)
-    ties = correction == -128  # half a spacing: both neighbours are nearest
+    ties = correction == -128  # half a spacing: both neighbors are nearest
     assert torch.equal(weight[~ties], kept[~ties].bfloat16())
     spacing = torch.exp2(torch.floor(torch.log2(kept[ties].abs().double()))) * 2.0**-7
     assert ((weight[ties].double() - kept[ties].double()).abs() <= spacing / 2).all()

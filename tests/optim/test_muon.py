@@ -1,4 +1,4 @@
-"""Muon against PyTorch's, and against what orthogonalisation means."""
+"""Muon against PyTorch's, and against what orthogonalization means."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_in_bf16_it_is_the_muon_of_pytorch():
 
 
 def test_in_fp32_it_is_the_muon_of_pytorch_in_fp32(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # PyTorch's orthogonalises in bf16 only
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # PyTorch's orthogonalizes in bf16 only
     ours, theirs = pair()
     run_both(ours, theirs, Muon(ours), torch_muon(theirs))
     for name in ours:

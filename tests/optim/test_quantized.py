@@ -118,7 +118,7 @@ def test_nan_and_infinity_are_not_hidden():
 
 
 @pytest.mark.parametrize(("value", "upper_share"), [(1 + 1 / 512, 0.25), (-3 - 3 / 256, 0.75), (1e-40, None)])
-def test_stochastic_rounding_is_unbiased_and_gives_one_of_the_two_neighbours(value, upper_share):
+def test_stochastic_rounding_is_unbiased_and_gives_one_of_the_two_neighbors(value, upper_share):
     torch.manual_seed(0)
     rounded = round_stochastically_(torch.full((200_000,), value))
     assert torch.equal(rounded.bfloat16().float(), rounded)

@@ -46,7 +46,7 @@ def test_packed_bytes_and_parts_are_the_promised_ones(name):
 def test_int8_of_a_known_matrix():
     weight = torch.tensor([[127.0, -254.0, 1.0], [0.0, 0.0, 0.0], [-0.5, 0.25, 0.1]])
     packed = FORMATS["int8"].pack(weight)
-    assert packed[CODES].tolist() == [[64, -127, 0], [0, 0, 0], [-127, 64, 25]]  # 63.5 to the even neighbour
+    assert packed[CODES].tolist() == [[64, -127, 0], [0, 0, 0], [-127, 64, 25]]  # 63.5 to the even neighbor
     assert packed[SCALES].tolist() == pytest.approx([2.0, 0.0, 0.5 / 127])
     expected = torch.tensor([[128.0, -254.0, 0.0], [0.0] * 3, [-0.5, 64 * 0.5 / 127, 25 * 0.5 / 127]])
     torch.testing.assert_close(restored("int8", weight), expected)

@@ -86,7 +86,7 @@ def test_planned_and_simulated_peak_agree(
 GEMMA2 = ("model.model_type=gemma2", "model.extra={head_dim: 64}")
 MODELS = {
     "qwen2, which has biases": ("model.model_type=qwen2",),
-    "qwen3, which normalises heads": ("model.model_type=qwen3", "model.extra={head_dim: 128, pad_token_id: 0}"),
+    "qwen3, which normalizes heads": ("model.model_type=qwen3", "model.extra={head_dim: 128, pad_token_id: 0}"),
     "mistral with grouped queries": ("model.model_type=mistral", "model.num_key_value_heads=1", RECOMPUTED),
     "a tied head": ("model.tie_word_embeddings=true",),
     "mistral with a window": ("model.model_type=mistral", "model.extra={sliding_window: 128}", RECOMPUTED),
