@@ -101,7 +101,7 @@ LADDER: tuple[Rung, ...] = (
         replaces=("adamw",),
         time="3% of a step of 131k tokens, 43% of one of 8k, on a CPU",
         quality="a different update rule",
-        loss="−0.14 with 8-bit states, no master weights (0.66M, 15 tokens per parameter, two seeds)",
+        loss="−0.14 with 8-bit states, no master weights (0.66M, 15 tokens per parameter, three seeds)",
     ),
     Rung(
         name="int8 frozen",
