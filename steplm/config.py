@@ -87,7 +87,7 @@ class ModelConfig(Section):
     num_key_value_heads: int | None = Field(None, gt=0, description="default: num_attention_heads")
     vocab_size: int = Field(32000, gt=1)
     max_position_embeddings: int = Field(2048, gt=1)
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool | None = Field(False, description="null: as the family does by default")
     initializer_range: float = Field(0.02, gt=0)
     extra: dict[str, Any] = Field(
         default_factory=dict,
@@ -99,6 +99,8 @@ class ModelConfig(Section):
         values = self.model_dump(exclude={"extra"})
         if values["num_key_value_heads"] is None:
             values["num_key_value_heads"] = self.num_attention_heads
+        if values["tie_word_embeddings"] is None:
+            del values["tie_word_embeddings"]
         return {**values, **self.extra}
 
 
@@ -691,7 +693,8 @@ def _of_hf_config(path: Path) -> dict[str, Any]:
         own = {key: values.pop(key) for key in ModelConfig.model_fields if values.get(key) is not None}
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path} is not a Hugging Face configuration: {error}", path=str(path)) from None
-    if missing := {"model_type", "num_hidden_layers", "hidden_size", "intermediate_size"} - own.keys():
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    if missing := {"model_type", *sizes} - own.keys():
         raise ConfigError(
             f"{path} has no {', '.join(sorted(missing))}. Write a YAML with the section `model` instead.",
             path=str(path),
@@ -700,6 +703,7 @@ def _of_hf_config(path: Path) -> dict[str, Any]:
     ignored = ("architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache")
     extra = {key: value for key, value in values.items() if key not in ignored and not key.endswith("_token_id")}
     length = min(TrainConfig().sequence_length, own.get("max_position_embeddings", 2048))
+    own.setdefault("tie_word_embeddings", None)  # transformers leaves out what is the default
     return {"name": path.parent.name or "run", "model": {**own, "extra": extra}, "train": {"sequence_length": length}}
 
 

@@ -36,6 +36,7 @@ from steplm.pet.adapters import ADAPTERS
 from steplm.planner.methods import METHODS
 from steplm.planner.plan import plan
 from steplm.planner.positions import POSITIONS
+from steplm.planner.shape import shape_from_hf_config
 from steplm.problems import validated
 from steplm.training.metrics import SINKS
 from steplm.yaml_files import dump_yaml
@@ -482,3 +483,21 @@ def test_a_configuration_of_today_is_translated_to_itself() -> None:
     for overrides in ([], ["method=thawed", "optim.old_layers=scale"], ["method=badam", "plan.num_stages=1"]):
         values = json.loads(load_config({}, overrides).model_dump_json())
         assert translate_old_keys(values) == values
+
+
+GEMMA = {
+    "model_type": "gemma2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 500,
+}  # fmt: skip
+
+
+def test_a_hugging_face_configuration_ties_the_head_as_its_family_does_where_it_does_not_say(tmp_path: Path) -> None:
+    for given, tied in (({}, True), ({"tie_word_embeddings": False}, False)):
+        (tmp_path / "config.json").write_text(json.dumps({**GEMMA, **given}))
+        assert shape_from_hf_config(load_config(tmp_path).model.hf_config()).tie_word_embeddings is tied
+
+
+def test_a_hugging_face_configuration_without_its_sizes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in GEMMA.items() if k != "num_attention_heads"}))
+    with pytest.raises(ConfigError, match=r"config\.json has no num_attention_heads\. Write a YAML"):
+        load_config(tmp_path)

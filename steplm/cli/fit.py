@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from steplm.cli.hours import choose_speeds
+from steplm.cli.hours import HERE, choose_speeds
 from steplm.cli.plan import counted_shape
 from steplm.config import read_values
 from steplm.cost.devices import DEVICES
@@ -22,7 +22,7 @@ from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.auto import MICRO_BATCH, load_config, smallest_sizes
 from steplm.planner.fit import Alternative, FitResult, fit, suggestions
 from steplm.planner.ladder import RUNGS
-from steplm.planner.ways import VARY
+from steplm.planner.ways import VARY, require_known
 from steplm.units import binary_unit, format_bytes, format_count, format_seconds, parse_bytes
 
 STAGES_LOSS = (
@@ -51,6 +51,8 @@ def show_fit(
         output: file for a figure of the alternatives.
     """
     if budget is None:
+        if device is not None and device != HERE:
+            require_known("--device", device, (*DEVICES, HERE))
         if device not in DEVICES:
             raise ConfigError(f"give --budget, e.g. 24GiB, or a --device whose memory is known: {', '.join(DEVICES)}.")
         budget = f"{DEVICES[device].memory_bytes // 10**9}GB"
@@ -65,12 +67,14 @@ def show_fit(
     if has_auto_batch and maximize is None:
         maximize = "batch"
     config = load_config(run, overrides)
+    if device is not None and config.distributed.world_size > 1:
+        raise ConfigError("--device estimates the time of one device: leave it out, or distributed.world_size.")
     speeds = None if device is None else choose_speeds(device, config, Console(stderr=True))
     result = fit(config, budget_bytes, maximize=maximize, vary=names, shape=counted_shape(config), speeds=speeds)
     if as_json:
         print(json.dumps(fit_to_json(result), indent=2))
     else:
-        render_fit(result, Console(), run, overrides, budget, show)
+        render_fit(result, Console(), run, overrides, budget, show, world_size=config.distributed.world_size)
     if output is not None:
         from steplm.report.fit_figure import fit_figure
 
@@ -95,7 +99,16 @@ def fit_to_json(result: FitResult) -> dict[str, Any]:
     return asdict(result)
 
 
-def render_fit(result: FitResult, console: Console, run: str, overrides: Sequence[str], budget: str, show: int) -> None:
+def render_fit(
+    result: FitResult,
+    console: Console,
+    run: str,
+    overrides: Sequence[str],
+    budget: str,
+    show: int,
+    *,
+    world_size: int = 1,
+) -> None:
     """Print the answer, the alternatives, and commands from the gentlest to the harshest; fits 80 columns."""
     headline, size = _answer(result)
     for line in _wrapped(headline, console.width):
@@ -108,17 +121,18 @@ def render_fit(result: FitResult, console: Console, run: str, overrides: Sequenc
         console.print(line, style="dim", highlight=False, markup=False)
     if result.at_limit:
         console.print("the search stops at this value: more may fit", style="dim", highlight=False)
-    for row in _shown(result.alternatives, show):
+    for row in _shown(result, show):
         console.print()
         for line in _wrapped(_summary(row, result.maximize), console.width - 2):
             console.print(f"# {line}", style="dim", highlight=False, markup=False)
-        for line in _command(run, overrides, row, budget, console.width):
+        for line in _command(run, overrides, row, budget, console.width, world_size):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _shown(rows: Sequence[Alternative], count: int) -> list[Alternative]:
-    """``count`` of the rows, spread from the gentlest to the harshest."""
-    gentle_first = sorted(rows, key=lambda row: (bool(row.overrides), row.price))
+def _shown(result: FitResult, count: int) -> list[Alternative]:
+    """``count`` of the rows, spread from the gentlest to the harshest, or from the largest to the smallest."""
+    rows = list(result.alternatives)
+    gentle_first = rows if result.maximize else sorted(rows, key=lambda row: (bool(row.overrides), row.price))
     if count >= len(rows) or count < 2:
         return gentle_first[:count]
     return [gentle_first[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]
@@ -211,11 +225,14 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
-def _command(run: str, overrides: Sequence[str], best: Alternative, budget: str, width: int) -> list[str]:
+def _command(
+    run: str, overrides: Sequence[str], best: Alternative, budget: str, width: int, world_size: int
+) -> list[str]:
     """The lines of one shell command; overrides of the alternative replace given ones of the same key."""
     changed = {override.partition("=")[0] for override in best.overrides}
     kept = [override for override in overrides if override.partition("=")[0] not in {*changed, "plan.budget"}]
-    lines = ["steplm train " + shlex.quote(run)]
+    program = "steplm" if world_size == 1 else f"torchrun --standalone --nproc-per-node {world_size} -m steplm"
+    lines = [f"{program} train {shlex.quote(run)}"]
     added = [override for override in best.overrides if not override.startswith("plan.budget=")]
     for word in [*kept, *added, f"--budget {budget}"]:
         quoted = word if word.startswith("--budget") else shlex.quote(word)

@@ -25,12 +25,13 @@ def run_tune(source: str, overrides: list[str], *, share: float, jobs: int | Non
     if exit_code:
         return exit_code
     (entry,) = load_suite(suite["output_dir"]).entries
-    best = f"optim.learning_rate={entry.learning_rate:g}"
+    kept = [override for override in overrides if not override.startswith("optim.learning_rate=")]
+    run = [source, *kept, f"optim.learning_rate={entry.learning_rate:g}"]
     if entry.at_edge:
         print("The best rate is the last one tried. To try rates beyond it:")
-        print(shlex.join(["steplm", "tune", source, *overrides, best]))
+        print(shlex.join(["steplm", "tune", *run, "--share", f"{share:g}"]))
     print(f"Best on {share:.0%} of the tokens. A run of all tokens may want a lower rate.")
-    print(shlex.join(["steplm", "train", source, *overrides, best]))
+    print(shlex.join(["steplm", "train", *run]))
     return 0
 
 

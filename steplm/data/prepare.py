@@ -53,6 +53,7 @@ SAVE_SECONDS = 30.0
 BATCH_BYTES = 2**19
 TOKENIZER_SAMPLE_BYTES = 50_000_000
 MIN_RECORDS_TO_JUDGE = 1000  # with fewer, one early bad record would stop a good run
+HOPELESS = 10  # times the allowed share of bad records, at which ``prepare`` stops before the end
 
 
 @dataclass(frozen=True)
@@ -544,7 +545,8 @@ def _write_shards(
                 stop = True
                 break
         used = batch.counts
-        if used.bad.num_records >= MIN_RECORDS_TO_JUDGE:
+        # Some more bad records than allowed may only stand close together.
+        if used.bad.num_records >= MIN_RECORDS_TO_JUDGE and used.bad.share > HOPELESS * config.data.max_bad_share:
             used.bad.check()
         progress.report("tokens", used, writers)
         if stop:

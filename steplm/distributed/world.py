@@ -158,8 +158,9 @@ def with_world_size(distributed: DistributedConfig) -> DistributedConfig:
     """
     size = launched_size()
     if distributed.world_size not in (1, size):
+        running = "1 process runs" if size == 1 else f"{size} processes run"
         raise ConfigError(
-            f"distributed.world_size={distributed.world_size}, but there are {size} processes. Start "
+            f"distributed.world_size={distributed.world_size}, but {running}. Start "
             f"`torchrun --nproc-per-node {distributed.world_size} -m steplm train ...`, or leave the key out: "
             "a run takes its number from torchrun.",
             world_size=distributed.world_size,

@@ -56,12 +56,17 @@ def ways(
     """
     for name in vary:
         require_known("vary", name, VARY)
-    rungs, skipped = _allowed_rungs(config, shape) if "options" in vary else ([], ())
-    offloads = _allowed_offloads(config, shape) if "options" in vary else []
     counts = _stage_counts(config, any_depth) if "stages" in vary else {config.plan.num_stages}
     ranks = _ranks(config) if "rank" in vary else [config.pet.rank]
-    found = _combined(config, rungs, counts, ranks, offloads)
-    return sorted(found, key=lambda way: (not _is_as_written(way, config), way.price, -way.num_stages)), skipped
+    found, skipped = list[Way](), dict[str, None]()
+    for in_one in {count == 1 for count in counts}:  # an option may be for one stage alone, or for several
+        these = {count for count in counts if (count == 1) is in_one}
+        example = _in_stages(config, config.plan.num_stages if config.plan.num_stages in these else min(these))
+        rungs, reasons = _allowed_rungs(example, shape) if "options" in vary else ([], ())
+        offloads = _allowed_offloads(example, shape) if "options" in vary else []
+        found += _combined(config, rungs, these, ranks, offloads)
+        skipped |= dict.fromkeys(reasons)
+    return sorted(found, key=lambda way: (not _is_as_written(way, config), way.price, -way.num_stages)), tuple(skipped)
 
 
 def without_time_options(way: Way) -> Iterator[Way]:
@@ -149,6 +154,12 @@ def _allowed_offloads(config: RunConfig, shape: ModelShape) -> list[Rung]:
     return next(missing[:n] for n in range(len(missing), -1, -1) if not n or not _refusal(config, shape, missing[:n]))
 
 
+def _in_stages(config: RunConfig, num_stages: int) -> RunConfig:
+    if num_stages == config.plan.num_stages:
+        return config
+    return changed(config, {"plan.num_stages": num_stages, "plan.layers": None})
+
+
 def _refusal(config: RunConfig, shape: ModelShape, rungs: Sequence[Rung]) -> ConfigError | None:
     """The error if the configuration does not allow these rungs together; None if it does."""
     try:
@@ -159,10 +170,13 @@ def _refusal(config: RunConfig, shape: ModelShape, rungs: Sequence[Rung]) -> Con
 
 
 def _together(rungs: Sequence[Rung]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The names and settings of rungs; if two set the same key, the later one wins."""
-    last = {rung.key: rung for rung in rungs}
-    changes = {key: value for rung in last.values() for key, value in ((rung.key, rung.value), *rung.needs)}
-    return tuple(rung.name for rung in last.values()), changes
+    """The names and settings of rungs and of what they need; if two set the same key, the later one wins."""
+    values = {key: value for rung in rungs for key, value in ((rung.key, rung.value), *rung.needs)}
+    names = tuple(rung.name for rung in RUNGS if rung.key in values and values[rung.key] == rung.value)
+    order = [rung.key for rung in RUNGS]
+    return names, dict(
+        sorted(values.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+    )
 
 
 def _stage_counts(config: RunConfig, any_depth: bool) -> set[int]:

@@ -154,3 +154,28 @@ def test_the_time_has_a_column_and_losses_their_scale() -> None:
 def test_neither_budget_nor_device_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"give --budget, e\.g\. 24GiB, or a --device whose memory is known"):
         show_fit("llama_368m")
+
+
+def test_several_devices_are_launched_by_torchrun_and_their_time_is_not_estimated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show_fit("llama_368m", ["distributed.world_size=2"], budget="80GiB", vary="options", show=1)
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert " ".join(" ".join(last).split()).endswith(
+        "torchrun --standalone --nproc-per-node 2 -m steplm train llama_368m \\ distributed.world_size=2 --budget 80GiB"
+    )
+    with pytest.raises(ConfigError, match="--device estimates the time of one device"):
+        show_fit("llama_368m", ["distributed.world_size=2"], device="rtx4090")
+
+
+def test_the_largest_value_has_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    show_fit("llama_368m", budget="8GiB", maximize="batch", vary="options", show=2)
+    text = capsys.readouterr().out
+    largest = re.search(r"largest batch in .*: ([\d,]+)", text)
+    assert largest is not None
+    assert f"train.per_device_train_batch_size={largest[1].replace(',', '')} " in text
+
+
+def test_an_unknown_device_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'rtx4090'"):
+        show_fit("llama_368m", device="rtx4091")

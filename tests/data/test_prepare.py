@@ -471,10 +471,16 @@ def test_too_many_bad_records_stop_the_run_and_show_the_first(
 
 def test_too_many_bad_records_stop_a_long_run_early(configure: Configure, jsonl: Jsonl, texts: list[str]) -> None:
     many = [f"{number} {text}" for number in range(50) for text in texts]
-    config = configure(train=str(jsonl([""] * 10 + many)))
-    with pytest.raises(DataError, match="10 of 1,") as caught:
+    config = configure(train=str(jsonl([""] * 30 + many)))
+    with pytest.raises(DataError, match="30 of 1,") as caught:
         prepare(config)
     assert caught.value.num_records < 1100
+
+
+def test_the_order_of_a_few_bad_records_does_not_matter(configure: Configure, jsonl: Jsonl, texts: list[str]) -> None:
+    many = [f"{number} {text}" for number in range(50) for text in texts]
+    manifest = prepare(configure(train=str(jsonl(["", "", *many]))))
+    assert (manifest.num_bad_records, manifest.num_records) == (2, len(many) + 2)
 
 
 def test_a_wrong_text_field_names_the_fields_there_are(configure: Configure, jsonl: Jsonl, texts: list[str]) -> None:

@@ -94,7 +94,7 @@ def test_another_number_of_processes_than_is_written_is_refused(monkeypatch: pyt
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert with_world_size(DistributedConfig()).world_size == 4
-    with pytest.raises(ConfigError, match="there are 4 processes"):
+    with pytest.raises(ConfigError, match="but 4 processes run"):
         with_world_size(DistributedConfig(world_size=8))
 
 

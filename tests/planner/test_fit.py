@@ -442,3 +442,20 @@ def test_with_a_device_rows_of_one_quality_are_ranked_by_time() -> None:
     rows = fit(tiny(), budget, vary=("options", "stages"), speeds=speeds).alternatives
     order = [(bool(row.overrides), row.quality_price, row.seconds) for row in rows]
     assert order == sorted(order)
+
+
+def test_an_option_that_several_stages_do_not_allow_is_offered_for_one() -> None:
+    """Four devices cannot share 8-bit states of adapters of 5461 x 128."""
+    config = load_config("llama_1.2b", ["distributed.world_size=4"])
+    result = fit(config, 24 * 2**30, vary=["stages", "options"])
+    in_8_bits = [row for row in result.alternatives if "8-bit states" in row.options]
+    assert in_8_bits
+    assert {row.num_stages for row in in_8_bits} == {1}
+
+
+def test_alternatives_differ_in_more_than_the_order_of_their_settings() -> None:
+    config = load_config("llama_7b", ["method=auto"])
+    result = fit(config, 24 * 10**9, speeds=published_speeds("rtx4090"))
+    assert len({frozenset(row.overrides) for row in result.alternatives}) == len(result.alternatives)
+    for row in result.alternatives:
+        assert ("trained layers in host memory" in row.options) <= ("optimizer in host memory" in row.options)
