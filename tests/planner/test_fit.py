@@ -170,12 +170,17 @@ def test_no_row_is_worse_than_another_in_everything(maximize: str | None) -> Non
     assert list(rows) == ranked
 
 
+def needed_by_others(row: Alternative) -> set[str]:
+    """Keys that options of this row require."""
+    return {key for rung in RUNGS if rung.name in row.options for key, _ in rung.needs}
+
+
 @pytest.mark.parametrize("maximize", ["batch", "sequence"])
 def test_a_larger_size_has_no_option_that_costs_time_and_is_not_needed(maximize: str) -> None:
     budget = int(1.5 * written_bytes())
     for row in fit(tiny(), budget, maximize=maximize).alternatives:
         for rung in RUNGS:
-            if not rung.quality and rung.name in row.options:
+            if not rung.quality and rung.name in row.options and rung.key not in needed_by_others(row):
                 others = [each for each in row.overrides if not each.startswith(f"{rung.key}=")]
                 without = plan(tiny(*others))
                 is_too_much = (without.peak_bytes or 0) + 1000 > budget or without.host_bytes > row.host_bytes
@@ -411,6 +416,8 @@ def test_no_option_is_taken_that_costs_time_alone_and_saves_no_memory(more: tupl
     keys, found = {rung.name: rung.key for rung in RUNGS if not rung.quality}, 0
     for row in fit(tiny(*more), written_bytes(*more)).alternatives:
         for name in keys.keys() & set(row.options):
+            if keys[name] in needed_by_others(row):
+                continue
             without = [override for override in row.overrides if not override.startswith(f"{keys[name]}=")]
             made = plan(tiny(*more, *without))
             found += 1
