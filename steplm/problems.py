@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, WithJsonSchema
 
 from steplm.errors import ConfigError
 from steplm.units import nearest, shortened
@@ -63,8 +63,22 @@ def _explained(problems: Iterable[Mapping[str, Any]], root: type[BaseModel], who
         if problem["type"] == "extra_forbidden":
             unknown.append(_unknown_key(problem["loc"], root, whole))
         else:
-            others.setdefault(".".join(_keys(problem["loc"], root)), []).append(problem)
+            path = list(_keys(problem["loc"], root))
+            others.setdefault(".".join(path), []).append(_with_auto(problem, path, root))
     return unknown + [_line(where, at_place) for where, at_place in others.items()]
+
+
+def _with_auto(problem: Mapping[str, Any], path: Sequence[str], root: type[BaseModel]) -> Mapping[str, Any]:
+    """The problem with the accepted value ``auto``, which is resolved before validation and so unknown to pydantic."""
+    section = sections_of(root).get(path[0], root) if len(path) > 1 else root
+    field = section.model_fields.get(path[-1]) if path else None
+    schemas = [part.json_schema or {} for part in field.metadata if isinstance(part, WithJsonSchema)] if field else []
+    if not any("auto" in branch.get("enum", ()) for schema in schemas for branch in (schema, *schema.get("anyOf", ()))):
+        return problem
+    if problem["type"] != "literal_error":
+        return {**problem, "msg": f"{problem['msg']}, or 'auto'"}
+    expected = f"'auto', {problem['ctx']['expected']}"
+    return {**problem, "msg": f"Input should be {expected}", "ctx": {"expected": expected}}
 
 
 def _line(where: str, problems: Sequence[Mapping[str, Any]]) -> str:

@@ -127,7 +127,9 @@ def perplexity_of(loss: float) -> float:
 
 
 def format_seconds(seconds: float) -> str:
-    """``3725 -> '1h02m'``, ``65 -> '1m05s'``, ``4.2 -> '4.2s'``."""
+    """``93_784_000 -> '1085d 11h'`` from four days on, ``3725 -> '1h02m'``, ``65 -> '1m05s'``, ``4.2 -> '4.2s'``."""
+    if seconds >= 4 * 86400:
+        return f"{int(seconds // 86400)}d {int(seconds % 86400 // 3600):02d}h"
     if seconds >= 3600:
         return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
     if seconds >= 60:

@@ -1,12 +1,37 @@
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from steplm.errors import ConfigError
 from steplm.problems import validated
+
+Auto = WithJsonSchema({"anyOf": [{"type": "integer"}, {"enum": ["auto"]}]})
+
+
+class Sized(BaseModel):
+    kind: Annotated[Literal["one", "two"], WithJsonSchema({"enum": ["auto", "one", "two"]})] = "one"
+    size: Annotated[int, Auto] = 1
+
+
+class Whole(BaseModel):
+    part: Sized
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"kind": "twi"}, "part.kind: Input should be 'auto', 'one' or 'two' (got 'twi'). Did you mean 'two'?"),
+        ({"kind": "aut"}, "part.kind: Input should be 'auto', 'one' or 'two' (got 'aut'). Did you mean 'auto'?"),
+        ({"size": []}, "part.size: Input should be a valid integer, or 'auto' (got [])"),
+    ],
+)
+def test_auto_is_named_where_it_is_accepted(value: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validated(Whole, {"part": value})
+    assert str(error.value) == message
 
 
 class Several(BaseModel):

@@ -62,6 +62,8 @@ def test_numbers_are_shown_with_their_unit() -> None:
     assert format_count(12_300_000) == "12.3M"
     assert [format_count(n) for n in (999, 999_499, 999_999, 10**6)] == ["999", "999k", "1M", "1M"]
     assert [format_seconds(s) for s in (4.21, 65, 3725)] == ["4.2s", "1m05s", "1h02m"]
+    days = [format_seconds(s) for s in (345_599, 345_600, 93_784_000)]
+    assert days == ["95h59m", "4d 00h", "1085d 11h"]
 
 
 @pytest.mark.parametrize("value", ["1e999", "1e999999999", "1e-999999999", float("inf"), float("nan"), [1], None, {}])

@@ -41,17 +41,19 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 @contextmanager
 def _suggesting(run: str, overrides: list[str]) -> Iterator[None]:
-    """If a plan does not fit its budget, add to the error what would fit."""
+    """If a plan does not fit its budget, replace the hint at `steplm fit` by what would fit."""
     from steplm.errors import PlanInfeasible
 
     try:
         yield
     except PlanInfeasible as error:
-        if "budget_bytes" not in error.details:
-            raise
         from steplm.cli.fit import explained
+        from steplm.planner.plan import SEE_FIT
 
-        raise explained(error, run, overrides) from None
+        text = str(error)
+        if not text.endswith(SEE_FIT):
+            raise
+        raise explained(PlanInfeasible(text.removesuffix(SEE_FIT), **error.details), run, overrides) from None
 
 
 def _with_budgets(overrides: list[str] | None, budget: str | None, host_budget: str | None) -> list[str]:
@@ -549,6 +551,28 @@ def schema() -> None:
     print(jsonlib.dumps(config_schema(), indent=1))
 
 
+def _print_error(text: str) -> None:
+    """Print to stderr; on a terminal, break lines between words."""
+    if sys.stderr.isatty():
+        import shutil
+
+        text = wrapped(text, shutil.get_terminal_size().columns)
+    print(text, file=sys.stderr)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text with each of its lines broken between words; what follows a break is indented as the line."""
+    import textwrap
+
+    def break_line(line: str) -> list[str]:
+        indent = line[: len(line) - len(line.lstrip())]
+        return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [
+            ""
+        ]
+
+    return "\n".join(part for line in text.split("\n") for part in break_line(line))
+
+
 def main() -> None:
     """Entry point that turns errors of this package into one message and an exit code, without a traceback."""
     from steplm.cli.ranks import failure_told_to_launcher, who
@@ -561,7 +585,7 @@ def main() -> None:
         with failure_told_to_launcher():
             app()
     except SteplmError as error:
-        print(f"{who()}{type(error).__name__}: {error}", file=sys.stderr)
+        _print_error(f"{who()}{type(error).__name__}: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -571,10 +595,10 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         what = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-        print(f"{who()}error: {what}", file=sys.stderr)
+        _print_error(f"{who()}error: {what}")
         sys.exit(1)
     except Exception as error:  # safetensors, tokenizers and torch raise their own errors when a write fails
         if (why := refusal(error)) is None:
             raise
-        print(f"{who()}error: a file cannot be written: {why}", file=sys.stderr)
+        _print_error(f"{who()}error: a file cannot be written: {why}")
         sys.exit(1)

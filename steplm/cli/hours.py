@@ -10,18 +10,50 @@ from rich.markup import escape
 from rich.table import Table
 
 from steplm.config import RunConfig, changed, token_budget
+from steplm.cost.activations import is_modeled
 from steplm.cost.devices import DEVICES
 from steplm.cost.seconds import Speeds, StepSeconds, published_speeds
+from steplm.cost.traffic import GPUS
 from steplm.cost.work import KINDS
 from steplm.errors import ConfigError
 from steplm.planner.hours import StageTime, stage_times
 from steplm.planner.plan import Plan, as_vanilla
 from steplm.planner.plan import plan as make_plan
 from steplm.planner.ways import require_known
+from steplm.types import ModelShape
 from steplm.units import format_bytes, format_count, format_seconds
 
 HERE = "here"  # this machine
 LITTLE = 0.1  # share of a step
+
+
+def check_device(name: str, config: RunConfig, shape: ModelShape, *, again: bool) -> None:
+    """Check, before anything is printed, that the time of a run on a device can be estimated.
+
+    Args:
+        again: as for ``choose_speeds``.
+
+    Raises:
+        ConfigError: the name is unknown, the run has several devices, or the family has no formulas.
+    """
+    _check_name(name, again=again)
+    if config.distributed.world_size > 1:
+        raise ConfigError(
+            f"--device is for one device, and this run has {config.distributed.world_size}: name them with --gpu "
+            f"instead ({', '.join(GPUS)})."
+        )
+    if not is_modeled(shape):
+        raise ConfigError(
+            f"operations of model type {shape.model_type!r} are not known by formula, so its time is not either: "
+            "leave --device out.",
+            model_type=shape.model_type,
+        )
+
+
+def _check_name(name: str, *, again: bool) -> None:
+    require_known("--device", name, (*DEVICES, HERE))
+    if again and name != HERE:
+        raise ConfigError(f"--calibrate times this machine, which is not {name}: take --device here.")
 
 
 def choose_speeds(name: str, config: RunConfig, console: Console, *, again: bool = False) -> Speeds:
@@ -30,9 +62,7 @@ def choose_speeds(name: str, config: RunConfig, console: Console, *, again: bool
     Raises:
         ConfigError: the name is unknown.
     """
-    require_known("--device", name, (*DEVICES, HERE))
-    if again and name != HERE:
-        raise ConfigError(f"--calibrate times this machine, which is not {name}: take --device here.")
+    _check_name(name, again=again)
     if name != HERE:
         return published_speeds(name)
     import torch
@@ -49,15 +79,8 @@ def show_time(
     config: RunConfig, plan: Plan, console: Console, speeds: Speeds, *, price: float | None, explain: bool
 ) -> dict[str, Any]:
     """Print the time of a plan, unless the console writes to stderr, and return it for JSON output."""
-    if config.distributed.world_size > 1:
-        raise ConfigError("--device is for one device. The second table tells the time of several: choose --gpu.")
     times = stage_times(config, plan, speeds)
-    if times is None:
-        raise ConfigError(
-            f"operations of model type {plan.shape.model_type!r} are not known by formula, so its time is not either: "
-            "leave --device out.",
-            model_type=plan.shape.model_type,
-        )
+    assert times is not None  # see ``check_device``
     vanilla = _vanilla_seconds(config, plan, speeds)
     if not console.stderr:
         _render(config, plan, console, speeds, times, vanilla, price)

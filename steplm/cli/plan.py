@@ -55,6 +55,14 @@ def show_plan(
     given = [f"distributed.{name}={size}" for name, size in sizes.items() if size is not None]
     config = load_config(run, [*overrides, *given])
     plan = make_plan(config, counted_shape(config))
+    if config.distributed.world_size > 1:
+        from steplm.cli.scale import check_scale, show_scale
+
+        check_scale(gpu, utilization, bandwidth)
+    if device is not None:
+        from steplm.cli.hours import check_device, choose_speeds, show_time
+
+        check_device(device, config, plan.shape, again=calibrate)
     console = Console(stderr=as_json)
     document = plan_to_json(plan) if as_json else {}
     if not as_json:
@@ -62,14 +70,10 @@ def show_plan(
     elif of_sources := _epochs_of_sources(plan, config):
         document["epochs_of_sources"] = of_sources
     if config.distributed.world_size > 1:
-        from steplm.cli.scale import show_scale
-
         document["devices"] = show_scale(
             config, plan, console, gpu_name=gpu, utilization=utilization, bandwidth=bandwidth
         )
     if device is not None:
-        from steplm.cli.hours import choose_speeds, show_time
-
         speeds = choose_speeds(device, config, console, again=calibrate)
         document["time"] = show_time(config, plan, console, speeds, price=price, explain=explain)
     if simulate:
@@ -208,7 +212,7 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
     add_row("vanilla", str(shape.num_hidden_layers), "", vanilla_state, plan.vanilla_peak_bytes, "dim")
 
     console.print(
-        f"[bold]{shape.model_type}[/], {format_count(shape.num_parameters())} parameters, "
+        f"[bold]{shape.model_type}[/], {format_count(shape.num_parameters())} params, "
         f"{shape.num_hidden_layers} layers in {plan.num_stages} stage{'s' if plan.num_stages > 1 else ''}, "
         f"{plan.precision}, {format_count(plan.total_tokens)} tokens; memory in {unit}",
         highlight=False,

@@ -25,8 +25,6 @@ def show_scale(
 ) -> dict[str, Any]:
     """Print the estimate, unless the console writes to stderr, and return it for JSON output."""
     gpu = choose_gpu(gpu_name, bandwidth)
-    if not 0 < utilization <= 1:
-        raise ConfigError(f"--utilization={utilization:g} is a share of the peak: give a number from 0 to 1.")
     steps = [estimate_step(config, plan.shape, phase, gpu, utilization=utilization) for phase in plan.schedule.phases]
     if not console.stderr:
         _render(plan, console, gpu_name, gpu, utilization, steps)
@@ -48,6 +46,17 @@ def show_scale(
         "least_seconds": sum(step.num_steps * step.least_seconds for step in steps),
         "most_seconds": sum(step.num_steps * step.most_seconds for step in steps),
     }
+
+
+def check_scale(gpu_name: str, utilization: float, bandwidth: str | None) -> None:
+    """Check the options of ``show_scale`` before anything is printed.
+
+    Raises:
+        ConfigError: as ``choose_gpu``, or the utilization is not a share.
+    """
+    choose_gpu(gpu_name, bandwidth)
+    if not 0 < utilization <= 1:
+        raise ConfigError(f"--utilization={utilization:g} is a share of the peak: give a number above 0, at most 1.")
 
 
 def choose_gpu(name: str, bandwidth: str | None = None) -> Gpu:
@@ -74,7 +83,8 @@ def _render(
     plan: Plan, console: Console, gpu_name: str, gpu: Gpu, utilization: float, steps: list[StepEstimate]
 ) -> None:
     unit, size = binary_unit(max(step.traffic.total for step in steps))
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    gap = 1 if console.width >= 90 else 0
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0), pad_edge=False)
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for label, span in labeled_spans(plan):

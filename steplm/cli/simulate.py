@@ -97,7 +97,7 @@ def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[st
         )
     if planned is not None:
         console.print(
-            f"memory.correction={measured / planned:.4f} makes every budget count with it; kept in {path}",
+            f"set memory.correction={measured / planned:.4f} to correct every budget by it; saved in {path}",
             highlight=False,
         )
     return record

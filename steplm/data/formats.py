@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -52,7 +53,7 @@ def _decode(data: bytes) -> str | ValueError:
 
 
 def _not_utf8(error: UnicodeDecodeError) -> ValueError:
-    return ValueError(f"not UTF-8: {error.reason} at byte {error.start}")
+    return ValueError(f"not UTF-8: {error.reason}")
 
 
 def _repeated(names: Iterable[str]) -> list[str]:
@@ -69,6 +70,7 @@ def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_as_object)
+_BEFORE_PLACE = re.compile("( starting)? at$|: ?$")  # how some of its messages lead to a line and a column
 
 
 def parse_json(data: str | bytes) -> Any:
@@ -77,7 +79,11 @@ def parse_json(data: str | bytes) -> Any:
     if isinstance(text, ValueError):
         return text
     try:
-        return _JSON.decode(text)
+        return _JSON.decode(text.rstrip("\r\n"))  # else the end of a line counts as part of a cut string
+    except json.JSONDecodeError as error:
+        # A record of one line is placed by its file and line; equal reasons are counted together.
+        where = f" at line {error.lineno}" if "\n" in text.strip() else ""
+        return ValueError(f"broken JSON: {_BEFORE_PLACE.sub('', error.msg)}{where}")
     except (ValueError, RecursionError) as error:
         return ValueError(f"broken JSON: {error}")
 

@@ -276,11 +276,25 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     lines = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
-        if isinstance(old, list) and isinstance(new, list):
+        if (old or None) == (new or None):
+            continue
+        if old and new and isinstance(old, list) and isinstance(new, list):
             old, new = [x for x in old if x not in new], [x for x in new if x not in old]
-        if before.get(key) != now.get(key):
-            lines.append(f"  {key}: was {str(old)[:300]}, is {str(new)[:300]}")
+            if not (old and new):
+                change = f"no longer {_described(old)}" if old else f"now also {_described(new)}"
+                lines.append(f"  {key}: {change if old or new else 'in another order'}")
+                continue
+        lines.append(f"  {key}: was {_described(old)}, is {_described(new)}")
     return "\n".join(lines) or "  (inputs.json is missing)"
+
+
+def _described(value: Any) -> str:
+    """An input for a message; of files with their hashes, the first digits of each hash."""
+    if value is None or value in ([], {}):
+        return "not set"
+    if isinstance(value, dict):
+        value = [f"{name} ({str(digest)[:12]})" for name, digest in value.items()]
+    return (", ".join(map(str, value)) if isinstance(value, list) else str(value))[:300]
 
 
 def _read_inputs(folder: Path) -> dict[str, Any]:

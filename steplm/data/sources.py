@@ -79,10 +79,13 @@ class BadRecords:
     def check(self) -> None:
         """Raise ``DataError``, with the first reasons, if more than ``max_bad_share`` of the records are bad."""
         if self.num_bad and self.share > self.max_bad_share:
-            examples = "\n".join(
+            lines = [
                 f"  {bad.origin}: {bad.reason}{f' (and {bad.count - 1:,} more like it)' if bad.count > 1 else ''}"
                 for bad in self.examples
-            )
+            ]
+            if not_listed := self.num_bad - sum(bad.count for bad in self.examples):
+                lines.append(f"  and {not_listed:,} more for other reasons")
+            examples = "\n".join(lines)
             raise DataError(
                 f"{self.num_bad:,} of {self.num_records:,} records ({self.share:.2%}) are unusable, "
                 f"more than data.max_bad_share={self.max_bad_share}:\n{examples}\n"
@@ -273,10 +276,12 @@ def _is_hidden(path: Path) -> bool:
 def _what_is_there(path: Path) -> str:
     folder = next(p for p in (path, *path.parents) if p.is_dir())
     names = sorted(p.name for p in folder.iterdir())
-    near = difflib.get_close_matches(path.name, names, n=3) or names[:5]
     if not names:
         return f"The folder {folder} is empty."
-    return f"The folder {folder} holds {', '.join(near)}{', ...' if len(names) > len(near) else ''}."
+    if near := difflib.get_close_matches(path.name, names, n=1):
+        return f"Did you mean {str(folder / near[0])!r}?"
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return f"The folder {folder} holds {', '.join(names[:5])}{more}."
 
 
 @contextmanager
@@ -312,8 +317,8 @@ def _why_unusable(value: Any, text: Any, text_field: str) -> str | None:
         return f"field {text_field!r} is empty" if isinstance(value, dict) else "no text"
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        return f"text that is not Unicode: a lone surrogate at character {error.start}"
+    except UnicodeEncodeError:
+        return "text that is not Unicode: a lone surrogate"
     return None
 
 

@@ -42,7 +42,7 @@ class Need:
     option: str
     is_set: Callable[[RunConfig], bool]
     is_met: Callable[[Run], bool]
-    message: str  # follows the option's name
+    message: str  # follows the option's name; after a colon: what to change
 
 
 FROZEN_ONLY = "is for frozen layers, and {config.method} freezes none"
@@ -174,7 +174,8 @@ def _problems(run: Run) -> Iterator[str]:
             section, _, key = need.option.partition(".")
             value = getattr(getattr(config, section), key)
             told = "" if value is True else f"={_as_yaml(value)}"
-            yield f"{need.option}{told} {need.message.format(config=config)}, or leave {need.option} out."
+            link = ", or" if ": " in need.message else ":"
+            yield f"{need.option}{told} {need.message.format(config=config)}{link} leave {need.option} out."
     for rule in sorted(run.rules):
         row, memory = RULES[rule], config.memory
         if memory.optimizer_states not in row.states:

@@ -11,6 +11,7 @@ from typing import Any
 
 from steplm.config import MemoryConfig, RunConfig
 from steplm.cost.price import Cost
+from steplm.cost.rules import RULES
 from steplm.cost.transfers import Transfers
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.methods import METHOD_KEYS, value_and_default
@@ -23,6 +24,7 @@ from steplm.types import HOST, HOST_OPTIMIZER, HOST_WEIGHTS, MemoryEstimate, Mem
 from steplm.units import format_bytes
 
 SCHEMA_VERSION = 3  # of ``plan.json``
+SEE_FIT = " `steplm fit` lists what would fit."
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,15 @@ def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
     needed = memory.needed_bytes(stage.device_bytes)
     if needed <= budget_bytes:
         return
+    if memory.reserve >= budget_bytes:
+        raise PlanInfeasible(
+            f"plan.budget={format_bytes(budget_bytes)} leaves nothing for the model, as memory.reserve="
+            f"{format_bytes(memory.reserve)} is part of it: raise the budget, or lower memory.reserve.",
+            budget_bytes=budget_bytes,
+            reserve_bytes=memory.reserve,
+            peak_bytes=stage.device_bytes,
+            stage=stage.index,
+        )
     assert stage.peak is not None  # otherwise the plan's peak would be None
     at_peak = stage.peak.highest.memory
     kinds = ("weights", "gradients", "optimizer", "activations", "workspace")
@@ -243,7 +254,7 @@ def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
     raise PlanInfeasible(
         f"{fact} plan.budget={format_bytes(budget_bytes)}: the {'smallest ' if is_least else ''}peak is "
         f"{format_bytes(stage.device_bytes)}, in stage {stage.index} ({parts}), and with memory.reserve="
-        f"{format_bytes(memory.reserve)} it needs {format_bytes(needed)}. `steplm fit` lists what would fit.",
+        f"{format_bytes(memory.reserve)} it needs {format_bytes(needed)}.{SEE_FIT}",
         budget_bytes=budget_bytes,
         reserve_bytes=memory.reserve,
         peak_bytes=stage.device_bytes,
@@ -269,7 +280,7 @@ def save_bytes(plan: Plan, config: RunConfig) -> int:
     return max(sum(map(saved, of_phase)) for of_phase in terms)
 
 
-def check_host_budget(plan: Plan, budget_bytes: int, budget: str) -> None:
+def check_host_budget(plan: Plan, budget_bytes: int, budget: str, config: RunConfig) -> None:
     """Check that a plan fits in host memory.
 
     Args:
@@ -283,12 +294,30 @@ def check_host_budget(plan: Plan, budget_bytes: int, budget: str) -> None:
         return
     raise PlanInfeasible(
         f"{budget}={format_bytes(budget_bytes)} is too little: stage {stage.index} keeps "
-        f"{format_bytes(stage.host_bytes)} in host memory, and {format_bytes(stage.device_bytes)} on the device. Set "
-        "memory.optimizer_states=8bit or memory.master_weights=false, or leave an option memory.offload_* out.",
+        f"{format_bytes(stage.host_bytes)} in host memory, and {format_bytes(stage.device_bytes)} on the device."
+        f"{_ways_to_less_host_memory(config)}",
         host_budget_bytes=budget_bytes,
         host_bytes=stage.host_bytes,
         stage=stage.index,
     )
+
+
+def _ways_to_less_host_memory(config: RunConfig) -> str:
+    """What to change, of what is not set yet; an option that another one needs is not the one to leave out."""
+    memory = config.memory
+    options = ("offload_activations", "offload_frozen", "offload_weights", "offload_optimizer")
+    offloaded = [f"memory.{name}" for name in options if getattr(memory, name)]
+    changes = []
+    if memory.offload_optimizer:
+        rules = {config.optim.name, config.optim.old_layers or config.optim.name, config.pet.rule}
+        if memory.optimizer_states != "8bit" and all("8bit" in RULES[rule].states for rule in rules):
+            changes.append("memory.optimizer_states=8bit")
+        if memory.master_weights is not False and config.train.precision == "bf16":
+            changes.append("memory.master_weights=false")
+    ways = [f"set {' or '.join(changes)}"] if changes else []
+    ways += [f"leave {offloaded[0]} out"] if offloaded else []
+    told = ", or ".join(ways)
+    return f" {told[0].upper()}{told[1:]}." if told else ""
 
 
 def _make_schedule(config: RunConfig, shape: ModelShape, prices: StagePrices, layers: tuple[int, ...]) -> Schedule:
@@ -343,7 +372,7 @@ def _priced(schedule: Schedule, prices: StagePrices, *, proved_optimal: bool) ->
     if config.plan.budget is not None:
         check_budget(made, config.plan.budget, config)
     if config.plan.host_budget is not None:
-        check_host_budget(made, config.plan.host_budget, "plan.host_budget")
+        check_host_budget(made, config.plan.host_budget, "plan.host_budget", config)
     return made
 
 

@@ -35,7 +35,7 @@ from steplm.sft.templates import set_chat_template, template_file
 from steplm.sft.types import Schedule, SftResult
 from steplm.training.environment import environment
 from steplm.training.metrics import MetricsLog, read_metrics
-from steplm.training.signals import stopping_on_signals
+from steplm.training.signals import describe_stop, stopping_on_signals
 from steplm.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class _Run:
             with stopping_on_signals(journal):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             if journal.requested_signal is not None and trainer.state.global_step < schedule.num_steps:
-                self.say(f"stopped by signal {journal.requested_signal}; run the same command again to resume")
+                self.say(describe_stop(journal.requested_signal))
                 return SftResult(self.folder, finished=False, stop_signal=journal.requested_signal)
             return self._finish(trainer, model, metrics, schedule)
         finally:

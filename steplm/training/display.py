@@ -64,10 +64,11 @@ class Display:
         self._prepared = moment
         counts = ""
         if progress.num_documents:
-            counts = (
-                f"  {progress.num_documents:,} documents, {format_count(progress.num_train_tokens)} tokens, "
-                f"{format_bytes(progress.num_text_bytes)}, {format_count(progress.tokens_per_second)} tok/s"
-            )
+            has_tokens = progress.phase == "tokens"  # a tokenizer is made before there are any
+            counts = f"  {progress.num_documents:,} documents"
+            counts += f", {format_count(progress.num_train_tokens)} tokens" if has_tokens else ""
+            counts += f", {format_bytes(progress.num_text_bytes)}"
+            counts += f", {format_count(progress.tokens_per_second)} tok/s" if has_tokens else ""
             if progress.seconds_left:
                 counts += f", {format_seconds(progress.seconds_left)} left"
         bad = f", {progress.num_bad_records} bad records" if progress.num_bad_records else ""

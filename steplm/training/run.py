@@ -46,7 +46,7 @@ from steplm.training.folder import RunFolder, read_plan, require_this_version
 from steplm.training.loop import memory_errors, train_phase
 from steplm.training.metrics import SINKS, MetricsLog, NoLog, Sink, require_sinks
 from steplm.training.save import in_memory
-from steplm.training.signals import stopping_on_signals
+from steplm.training.signals import describe_stop, stopping_on_signals
 from steplm.training.step import StageLog
 from steplm.types import TrainState, to_json
 from steplm.units import perplexity_of, reason
@@ -104,7 +104,7 @@ def _train(config: RunConfig, world: World, display: Display) -> RunResult:
         with stopping_on_signals(run), display:
             _run_phases(run)
             if run.stop_signal:
-                display.note(f"stopped by signal {run.stop_signal}; run the same command again to resume")
+                display.note(describe_stop(run.stop_signal))
                 return RunResult(config.run_dir, run.plan, finished=False, stop_signal=run.stop_signal)
             return _finish(run)
     finally:
@@ -130,7 +130,7 @@ def _set_up(config: RunConfig, world: World, display: Display) -> RunContext | N
         display.note(f"{folder.path} is finished already")
         return None
     if plan.host_bytes and (free_bytes := free_host_bytes()) is not None:
-        check_host_budget(plan, free_bytes, "the machine's free memory")
+        check_host_budget(plan, free_bytes, "the machine's free memory", config)
     if first:
         _write_documents(config, plan, world)
     display.plan(plan)

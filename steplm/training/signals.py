@@ -15,6 +15,12 @@ class Stoppable(Protocol):
     requested_signal: int | None
 
 
+def describe_stop(signum: int) -> str:
+    """How a signal ended work that can be resumed, such as ``"interrupted; run the same command again to resume"``."""
+    how = "interrupted" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}"
+    return f"{how}; run the same command again to resume"
+
+
 @contextmanager
 def stopping_on_signals(work: Stoppable) -> Iterator[None]:
     """Record SIGTERM and SIGINT in ``work.requested_signal``; a second Ctrl-C stops immediately.

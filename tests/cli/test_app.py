@@ -16,6 +16,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from steplm.cli import main
 from steplm.cli.init import starter_text
 from steplm.config import RunConfig, config_keys, dump_config, load_config
 from steplm.models.build import hf_config, initial_state
@@ -57,7 +58,7 @@ def test_help_names_every_verb_in_under_a_third_of_a_second(tmp_path: Path) -> N
         (["grow", "./nowhere", "--to", "8", "-o", "out", "--operator", "stck"], 2, "Did you mean 'stack'?"),
         (["grow", "./nowhere", "--to", "8", "-o", "out", "--operator", "stack", "--position", "upper"], 2, "together"),
         (["init", "absent/run.yaml"], 1, "error: No such file or directory: absent/run.yaml"),
-        (["plan", "quickstart", "plan.budget=1MiB"], 1, "do not fit plan.budget=1.00 MiB"),
+        (["plan", "quickstart", "plan.budget=1MiB"], 1, "memory.reserve=1.25 GiB is part of it: raise the budget"),
     ],
 )
 def test_bad_input_gets_one_message_and_an_exit_code(
@@ -67,6 +68,26 @@ def test_bad_input_gets_one_message_and_an_exit_code(
     assert result.returncode == code
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_an_error_is_broken_between_words_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["steplm", "plan", "llama_1.2b", "--budget", "16GiB"])
+    monkeypatch.setenv("COLUMNS", "72")
+
+    def error(is_terminal: bool) -> list[str]:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+        with pytest.raises(SystemExit):
+            main()
+        return capsys.readouterr().err.splitlines()
+
+    piped, shown = error(False), error(True)
+    assert " ".join(" ".join(shown).split()) == " ".join(" ".join(piped).split())
+    assert len(piped) == piped.index("These fit, the cheapest first:") + 4
+    assert max(map(len, piped)) > 200
+    assert max(map(len, shown)) <= 72
+    assert all(line.startswith("  ") for line in shown[shown.index("These fit, the cheapest first:") + 1 :])
 
 
 def test_the_hub_out_of_reach_is_said_so(steplm: Run, tmp_path: Path) -> None:

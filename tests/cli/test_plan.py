@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from steplm.cli.plan import plan_to_json, render_explain, render_plan, show_plan
-from steplm.config import load_config
+from steplm.config import load_config, recipes_dir
 from steplm.errors import ConfigError
 from steplm.planner.plan import Plan, plan
 from steplm.types import from_json
@@ -68,7 +68,7 @@ def test_table_of_the_368m_plan() -> None:
 
 
 EXPECTED_TABLE = """\
-llama, 368M parameters, 24 layers in 3 stages, bf16, 7.36B tokens; memory in GiB
+llama, 368M params, 24 layers in 3 stages, bf16, 7.36B tokens; memory in GiB
 micro-batches of 8 × 1024 tokens, 1 a step; loss in chunks of 512 rows
 stage    layers trained frozen adapters tokens weights grads optim state  peak
 ──────────────────────────────────────────────────────────────────────────────
@@ -104,6 +104,20 @@ def test_no_number_is_cut_off_on_eighty_columns(overrides: list[str]) -> None:
         text = text_of(render, *overrides)
         assert "…" not in text
         assert max(len(line) for line in text.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in recipes_dir().glob("*.yaml")))
+@pytest.mark.parametrize("overrides", [["method=auto"], ["method=step", "plan.num_stages=3"]])
+def test_plans_of_the_recipes_fit_eighty_columns(
+    recipe: str, overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    world_size = 8 if overrides == ["method=auto"] else None
+    show_plan(recipe, overrides, world_size=world_size)
+    text = capsys.readouterr().out
+    assert re.match(r".*; memory in [KMG]iB\n", text)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_a_budget_that_ordinary_training_would_exceed_refuses_no_table_of_what_fits() -> None:
@@ -246,13 +260,19 @@ def test_the_time_and_its_terms_fit_eighty_columns(
             {"device": "h200", "calibrate": True},
             "--calibrate times this machine, which is not h200: take --device here.",
         ),
-        ({"device": "h200", "world_size": 8}, "--device is for one device."),
+        ({"device": "h200", "world_size": 8}, "--device is for one device, and this run has 8: name them with --gpu"),
+        ({"gpu": "rtx4090", "world_size": 8}, "--gpu has no 'rtx4090'."),
+        ({"bandwidth": "foo", "world_size": 8}, "--bandwidth: cannot read 'foo'"),
+        ({"utilization": 0.0, "world_size": 8}, "--utilization=0 is a share of the peak: give a number above 0"),
     ],
 )
-def test_a_device_that_cannot_be_timed_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_an_option_that_cannot_be_used_is_refused_before_anything_is_printed(
+    arguments: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ConfigError) as error:
         show_plan("llama_368m", **arguments)
     assert str(error.value).startswith(message)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_family_without_formulas_has_no_time() -> None:

@@ -159,20 +159,37 @@ def test_transfers_by_hand(micro_batches: int) -> None:
     ],
 )
 def test_what_it_does_not_go_with_is_refused_with_the_reason(overrides: tuple[str, ...], told: str) -> None:
-    with pytest.raises(ConfigError, match=f"memory.offload_optimizer .*{told}, or leave memory.offload_optimizer out"):
+    with pytest.raises(ConfigError, match=f"memory.offload_optimizer .*{told}: leave memory.offload_optimizer out"):
         plan(configure(OFFLOAD, *overrides))
 
 
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        ((), "updated in host memory: set memory.offload_optimizer=true"),
-        ((OFFLOAD, "train.compile=true"), "a compiled layer cannot: set train.compile=false"),
-        ((OFFLOAD, "method=badam"), "badam changes which layers are trained"),
+        ((), "Set memory.optimizer_states=8bit or memory.master_weights=false, or leave memory.offload_optimizer out."),
+        (("memory.optimizer_states=8bit",), "Set memory.master_weights=false, or leave memory.offload_optimizer out."),
+        (("optim.name=apollo",), "Set memory.master_weights=false, or leave memory.offload_optimizer out."),
+        (
+            ("memory.optimizer_states=8bit", "memory.master_weights=false", "memory.offload_weights=true"),
+            "Leave memory.offload_weights out.",
+        ),
+    ],
+)
+def test_above_a_host_budget_only_what_is_not_set_yet_is_suggested(overrides: tuple[str, ...], told: str) -> None:
+    with pytest.raises(PlanInfeasible, match=rf"on the device\. {told}$"):
+        plan(configure(OFFLOAD, "plan.host_budget=1KiB", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ((), "updated in host memory: set memory.offload_optimizer=true, or"),
+        ((OFFLOAD, "train.compile=true"), "a compiled layer cannot: set train.compile=false, or"),
+        ((OFFLOAD, "method=badam"), "badam changes which layers are trained:"),
     ],
 )
 def test_weights_in_host_memory_are_refused_without_what_they_need(overrides: tuple[str, ...], told: str) -> None:
-    with pytest.raises(ConfigError, match=f"memory.offload_weights .*{told}, or leave memory.offload_weights out"):
+    with pytest.raises(ConfigError, match=f"memory.offload_weights .*{told} leave memory.offload_weights out"):
         plan(configure("memory.offload_weights=true", *overrides))
 
 

@@ -25,7 +25,7 @@ import pytest
 from steplm.config import RunConfig, dump_config
 from steplm.data import prepare as prepare_module
 from steplm.data import shards
-from steplm.data.prepare import PrepareProgress, prepare
+from steplm.data.prepare import PrepareProgress, _changes, prepare
 from steplm.data.shards import ShardWriter
 from steplm.data.tokenizer import load_tokenizer
 from steplm.data.tokens import Manifest, TokenDataset, verify
@@ -391,10 +391,10 @@ def test_finished_work_with_a_missing_shard_is_not_taken_for_whole(
     [
         ({"text_field": "content"}, "data.text_field: was text, is content"),
         ({"shard_tokens": 99}, "data.shard_tokens: was 32000000, is 99"),
-        ({"max_train_tokens": 10}, "data.max_train_tokens: was None, is 10"),
+        ({"max_train_tokens": 10}, "data.max_train_tokens: was not set, is 10"),
         ({"validation_fraction": 0.2}, "data.validation_fraction: was 0.1, is 0.2"),
         ({"tokenizer": "train"}, "data.tokenizer: was "),
-        ({"train": "builtin://python-docs"}, "builtin://python-docs"),
+        ({"train": "builtin://python-docs"}, "data.train: was "),
         ({"validation": "builtin://python-docs"}, "data.validation: was "),
     ],
 )
@@ -729,3 +729,23 @@ def test_a_second_process_waits_says_so_once_and_takes_what_the_first_has_finish
         monkeypatch.setattr(prepare_module, "_write_shards", None)  # nothing is prepared twice
         assert prepare(config, release) == manifest
     assert seen == ["waiting for another process"]
+
+
+def test_changed_inputs_are_told_in_words() -> None:
+    digest = "0123456789abcdef" * 4
+    before = {"data.train": ["a.txt", "b.txt"], "data.validation": [], "data.shard_tokens": 8}
+    now = {
+        "data.train": ["b.txt", "c.txt"],
+        "data.validation": ["d.txt"],
+        "data.shard_tokens": 9,
+        "tokenizer files": {},
+    }
+    assert _changes(before, now).splitlines() == [
+        "  data.shard_tokens: was 8, is 9",
+        "  data.train: was a.txt, is c.txt",
+        "  data.validation: was not set, is d.txt",
+    ]
+    files = "  tokenizer files: was not set, is tokenizer.json (0123456789ab)"
+    assert _changes({}, {"tokenizer files": {"tokenizer.json": digest}}) == files
+    for texts, told in ((["a"], "no longer b"), (["a", "b", "c"], "now also c"), (["b", "a"], "in another order")):
+        assert _changes({"data.train": ["a", "b"]}, {"data.train": texts}) == f"  data.train: {told}"

@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -164,7 +165,7 @@ def test_a_string_of_a_parquet_file_that_is_not_utf8_is_one_bad_record(tmp_path:
     parquet.write_table(pyarrow.table({"text": not_utf8(rows)}), path)
     documents, bad = read(path)
     assert [document.text for document in documents] == [f"text {row}" for row in range(1, 3001) if row != bad_row]
-    assert bad.examples == [BadRecord(f"{path}:{bad_row}", "not UTF-8: invalid continuation byte at byte 3")]
+    assert bad.examples == [BadRecord(f"{path}:{bad_row}", "not UTF-8: invalid continuation byte")]
 
 
 def test_a_column_that_is_not_used_is_not_read_and_one_that_is_used_spoils_its_row_alone(tmp_path: Path) -> None:
@@ -244,7 +245,7 @@ def test_arrow_files_give_their_text_column(
     assert [(document.text, document.origin) for document in documents] == [
         ("one", f"{path}:1"), ("three", f"{path}:3"), ("one", f"{path}:4"), ("three", f"{path}:6"),
     ]  # fmt: skip
-    assert bad.examples == [BadRecord(f"{path}:2", "not UTF-8: unexpected end of data at byte 3", count=2)]
+    assert bad.examples == [BadRecord(f"{path}:2", "not UTF-8: unexpected end of data", count=2)]
     _, bad = read(path, text_field="body")
     assert bad.examples == [BadRecord(f"{path}:1", "no column 'body'; columns are 'text', 'id'", count=6)]
 
@@ -301,13 +302,14 @@ def test_folders_and_globs_give_their_files_in_order_each_once(tmp_path: Path) -
 
 def test_each_broken_record_is_placed_explained_and_skipped(tmp_path: Path) -> None:
     broken = [
-        (b'{"text": "cut', "broken JSON"),
+        (b'{"text": "cut', "broken JSON: Unterminated string"),
         (b'{"txt": "wrong field", "id": 3}', "no field 'text'; fields are 'txt', 'id'"),
         (b'{"text": 7}', "field 'text' is int, not text"),
         (b'{"text": "  "}', "field 'text' is empty"),
         (b'["a", "list"]', "a JSON list, not an object"),
         (b'{"text": "\xff"}', "not UTF-8"),
         (b'{"text": "\\ud800"}', "lone surrogate"),
+        (b'{"text" "a"}', "broken JSON: Expecting ':' delimiter"),
         (b"[" * 100_000, "broken JSON"),
     ]
     path = write(
@@ -321,6 +323,20 @@ def test_each_broken_record_is_placed_explained_and_skipped(tmp_path: Path) -> N
     assert [example.origin for example in bad.examples] == [f"{path}:{n}" for n in range(2, len(broken) + 2)]
     for example, (_, reason) in zip(bad.examples, broken, strict=True):
         assert reason in example.reason
+
+
+@pytest.mark.parametrize("record", ['{"text": "%s', '{"text": "%s" "a"}', '{"text": "%s\\x"}', '{"text": "%s\\ud800"}'])
+def test_a_reason_is_the_same_wherever_in_the_line_it_is(tmp_path: Path, record: str) -> None:
+    path = write(tmp_path / "a.jsonl", "\n".join(record % ("a" * length) for length in range(9)).encode())
+    _, bad = read(path)
+    (example,) = bad.examples
+    assert (example.origin, example.count) == (f"{path}:1", 9)
+    assert not re.search(r"\d{2}|line|column|char|at$|:$", example.reason)
+
+
+def test_a_broken_file_of_one_object_is_placed_by_its_line(tmp_path: Path) -> None:
+    _, bad = read(write(tmp_path / "a.json", b'[\n{"text": "a"}\n{"text": "b"}\n]'))
+    assert bad.examples[0].reason == "broken JSON: Expecting ',' delimiter at line 3"
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -364,7 +380,7 @@ def test_an_empty_file_has_no_records(tmp_path: Path) -> None:
 
 def test_a_pattern_without_a_match_tells_what_is_there(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", b"")
-    with pytest.raises(DataError, match=r"no text found at .*tran\.jsonl.*holds train\.jsonl"):
+    with pytest.raises(DataError, match=r"no text found at .*tran\.jsonl.*Did you mean '.*train\.jsonl'\?"):
         find_sources([str(tmp_path / "tran.jsonl")])
     with pytest.raises(DataError, match="no text found"):
         find_sources([str(tmp_path / "nothing" / "*.jsonl")])
@@ -400,6 +416,7 @@ def test_a_share_of_bad_records_above_the_limit_raises_with_the_first_examples()
     with pytest.raises(DataError, match=r"(?s)20 of 1,000 records \(2\.00%\).*a\.jsonl:0: broken") as caught:
         bad.check()
     assert caught.value.num_bad == 20
+    assert "a.jsonl:9: broken at byte 9\n  and 10 more for other reasons\nFix" in str(caught.value)
     assert len(bad.examples) == sources.NUM_EXAMPLES
 
 

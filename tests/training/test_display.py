@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from rich.console import Console
 
 from steplm.config import load_config
 from steplm.cost.measure import PeakMemory
+from steplm.data.prepare import PrepareProgress
 from steplm.planner.plan import Plan
 from steplm.planner.plan import plan as make_plan
 from steplm.training.display import Display, RichDisplay
+from steplm.training.signals import describe_stop
 from steplm.training.step import StepReport, StepResult
 from steplm.types import MemoryEstimate, TrainState
 
@@ -45,6 +48,23 @@ def _show_step(display: Display, plan: Plan, seconds_left: int, speed: float) ->
     progress = TrainState(1, 1, step=5, phase_step=5, tokens_seen=tokens_seen)
     result = StepResult(loss=1.0, grad_norm=1.0)
     display.step(StepReport(plan.schedule.phases[0], progress, 9, result, 1e-3, speed, PeakMemory()))
+
+
+def test_data_preparation_tells_tokens_once_there_can_be_some() -> None:
+    console, text = _console()
+    display = Display(console)
+    progress = PrepareProgress("tokenizer", "a.txt", 1, 1, 3000, 0, 0, 0, 0, 2**20, None, 1.0, 1.0)
+    display.prepare(progress)
+    display.prepare(replace(progress, phase="tokens", num_train_tokens=4000))
+    assert text.getvalue().splitlines() == [
+        "data  tokenizer  100%  3,000 documents, 1.00 MiB",
+        "data  tokens  100%  3,000 documents, 4k tokens, 1.00 MiB, 4k tok/s",
+    ]
+
+
+def test_a_stop_is_told_by_what_asked_for_it() -> None:
+    assert describe_stop(signal.SIGINT) == "interrupted; run the same command again to resume"
+    assert describe_stop(signal.SIGTERM).startswith("stopped by SIGTERM;")
 
 
 def test_a_log_line_tells_the_utilization_of_a_known_gpu(plan: Plan) -> None:
