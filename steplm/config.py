@@ -722,6 +722,8 @@ def find_config(source: str | Path) -> Path:
         return recipes / f"{path.name}.yaml"
     if len(path.parts) == 1 and is_file(recipes / "suites" / f"{path.stem}.yaml"):
         raise ConfigError(f"{path.stem} is a suite of runs: `steplm compare {path.stem}`", path=str(path))
+    if path.is_dir():
+        raise ConfigError(f"the folder {shortened(str(path), 300)} has no config.json.", path=str(path))
     names = sorted(recipe.stem for recipe in recipes.glob("*.yaml"))
     hint = nearest(path.stem, names, otherwise=f" Recipes: {', '.join(names)}.")
     hint = hint.replace("Did you mean", "Did you mean the recipe")

@@ -501,3 +501,8 @@ def test_a_hugging_face_configuration_without_its_sizes_is_refused(tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in GEMMA.items() if k != "num_attention_heads"}))
     with pytest.raises(ConfigError, match=r"config\.json has no num_attention_heads\. Write a YAML"):
         load_config(tmp_path)
+
+
+def test_a_folder_that_is_no_model_is_refused_as_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the folder .* has no config\.json"):
+        load_config(tmp_path)

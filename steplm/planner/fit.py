@@ -141,7 +141,11 @@ def suggestions(config: RunConfig, budget_bytes: int, shape: ModelShape | None =
     rows = list(islice(search.lower_peaks(), 3))
     if not rows:
         return str(_nothing_fits(search))
-    lines = [f"  {' '.join(row.overrides)}  ({format_bytes(row.needed_bytes)} with the reserve)" for row in rows]
+    lines = [
+        f"  {' '.join(row.overrides)}  ({format_bytes(row.needed_bytes)} with the reserve"
+        f"{f', {format_bytes(row.host_bytes)} in host memory' if row.host_bytes else ''})"
+        for row in rows
+    ]
     return "\n".join(["These fit, the cheapest first:", *lines])
 
 
@@ -372,7 +376,11 @@ def _nothing_fits(search: _Search) -> PlanInfeasible:
     return PlanInfeasible(
         f"nothing fits {format_bytes(search.budget_bytes)}: the smallest peak is {format_bytes(smallest.peak_bytes)}"
         f"{how}, and needs {format_bytes(smallest.needed_bytes)} with memory.reserve={format_bytes(reserve)}. "
-        "Raise the budget, or lower the batch, the sequence length or the model.",
+        + (
+            "The reserve alone exceeds the budget: raise the budget, or lower the reserve."
+            if reserve >= search.budget_bytes
+            else "Raise the budget, or lower the batch, the sequence length or the model."
+        ),
         smallest=smallest,
         peak_bytes=smallest.peak_bytes,
         needed_bytes=smallest.needed_bytes,

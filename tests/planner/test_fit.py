@@ -368,6 +368,7 @@ def test_suggestions_are_overrides_that_fit_and_at_most_three() -> None:
     for line in lines:
         plan(tiny(*line.partition("  (")[0].split(), f"plan.budget={budget}"))
     assert suggestions(tiny(), 10_000).startswith("nothing fits")
+    assert "The reserve alone exceeds the budget" in suggestions(tiny("memory.reserve=1GiB"), 2**20)
 
 
 @pytest.mark.parametrize(
