@@ -36,7 +36,7 @@ def _chat(folder: Path) -> None:
 COMMANDS = (_evaluate, _generate, _chat)
 KINDS: dict[str, tuple[str, dict[str, Any], tuple[Callable[[Path], None], ...], type[SteplmError], str]] = {
     "a setting that fails where it is used": (
-        "config.json", {"output_hidden_states": -1.5}, COMMANDS, ConfigError, "cannot be run|cannot generate",
+        "config.json", {"return_dict": False}, COMMANDS, ConfigError, "cannot be run|cannot generate",
     ),
     "an end token outside the vocabulary": (
         "tokenizer_config.json", {"eos_token": "<other>"}, COMMANDS, DataError, "vocabulary ends at 279",
