@@ -142,7 +142,7 @@ LADDER: tuple[Rung, ...] = (
         value=True,
         replaces=(False,),
         quality="clipping uses the previous step's norm, and every micro-batch is a step",
-        loss="not measured",
+        loss="−0.006 with Muon, 8-bit states, no master weights (0.66M, 15 tokens per parameter, one seed)",
         needs=(("train.gradient_accumulation_steps", 1),),
     ),
 )
