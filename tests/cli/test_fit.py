@@ -148,7 +148,7 @@ def test_the_time_has_a_column_and_losses_their_scale() -> None:
     flat = " ".join(text.split())
     assert "loss: +0.001 (11M, 500k tokens, two seeds)" in flat
     assert "stages with frozen layers; loss: +0.10" in flat
-    assert "loss: not measured" in flat
+    assert "loss: −0.006 with Muon, 8-bit states, no master weights (0.66M, 15 tokens per parameter, one seed)" in flat
 
 
 def test_neither_budget_nor_device_is_refused() -> None:
