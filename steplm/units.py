@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import textwrap
 from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
@@ -92,6 +93,11 @@ def in_one_line(error: BaseException) -> str:
 def _printable(text: str) -> str:
     """The text with lone surrogates escaped, which no terminal can show."""
     return text.encode(errors="backslashreplace").decode()
+
+
+def wrapped(text: str, width: int, indent: int = 0) -> list[str]:
+    """The lines of a text that is broken between words only, all but the first indented."""
+    return textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def format_bytes(num_bytes: int | float) -> str:

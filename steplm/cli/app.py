@@ -41,7 +41,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 @contextmanager
 def _suggesting(run: str, overrides: list[str]) -> Iterator[None]:
-    """If a plan does not fit its budget, replace the hint at `steplm fit` by what would fit."""
+    """If a plan does not fit its budget, replace the hint to run `steplm fit` with what would fit."""
     from steplm.errors import PlanInfeasible
 
     try:
@@ -562,15 +562,11 @@ def _print_error(text: str) -> None:
 
 def wrapped(text: str, width: int) -> str:
     """The text with each of its lines broken between words; what follows a break is indented as the line."""
-    import textwrap
+    from steplm.units import wrapped as lines_of
 
-    def break_line(line: str) -> list[str]:
-        indent = line[: len(line) - len(line.lstrip())]
-        return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [
-            ""
-        ]
-
-    return "\n".join(part for line in text.split("\n") for part in break_line(line))
+    return "\n".join(
+        part for line in text.split("\n") for part in lines_of(line, width, len(line) - len(line.lstrip())) or [""]
+    )
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from steplm.planner.auto import MICRO_BATCH, load_config, smallest_sizes
 from steplm.planner.fit import Alternative, FitResult, fit, suggestions
 from steplm.planner.ladder import RUNGS
 from steplm.planner.ways import VARY, require_known
-from steplm.units import binary_unit, format_bytes, format_count, format_seconds, parse_bytes
+from steplm.units import binary_unit, format_bytes, format_count, format_seconds, parse_bytes, wrapped
 
 STAGES_LOSS = (
     "stages with frozen layers; loss: +0.10 for 2 or 3 (0.66M, 15 tokens per parameter, three seeds), +0.14 and +0.20 "
@@ -51,7 +50,7 @@ def show_fit(
         output: file for a figure of the alternatives.
     """
     if budget is None:
-        if device is not None and device != HERE:
+        if device is not None:
             require_known("--device", device, (*DEVICES, HERE))
         if device not in DEVICES:
             raise ConfigError(f"give --budget, e.g. 24GiB, or a --device whose memory is known: {', '.join(DEVICES)}.")
@@ -111,7 +110,7 @@ def render_fit(
 ) -> None:
     """Print the answer, the alternatives, and commands from the gentlest to the harshest; fits 80 columns."""
     headline, size = _answer(result)
-    for line in _wrapped(headline, console.width):
+    for line in wrapped(headline, console.width):
         console.print(line, style="bold", highlight=False, markup=False)
     console.print(size, highlight=False)
     console.print()
@@ -123,7 +122,7 @@ def render_fit(
         console.print("the search stops at this value: more may fit", style="dim", highlight=False)
     for row in _shown(result, show):
         console.print()
-        for line in _wrapped(_summary(row, result.maximize), console.width - 2):
+        for line in wrapped(_summary(row, result.maximize), console.width - 2):
             console.print(f"# {line}", style="dim", highlight=False, markup=False)
         for line in _command(run, overrides, row, budget, console.width, world_size):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -199,14 +198,10 @@ def _legend(rows: Sequence[Alternative], width: int) -> list[str]:
             told = (("time", rung.time), ("quality", rung.quality), ("loss", rung.loss))
             costs = [f"{word}: {cost}" for word, cost in told if cost]
             text = f"{numbers[rung.name]:>{len(str(len(numbers)))}} {rung.name}; {'; '.join(costs)}"
-            lines += _wrapped(text, width, indent=1 + len(str(len(numbers))))
+            lines += wrapped(text, width, indent=1 + len(str(len(numbers))))
     if any(row.rank is not None for row in rows):
-        lines += _wrapped(STAGES_LOSS, width)
-    return [*lines, *_wrapped("options are added to those in the file; FLOPs include recomputation", width)]
-
-
-def _wrapped(text: str, width: int, indent: int = 0) -> list[str]:
-    return textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+        lines += wrapped(STAGES_LOSS, width)
+    return [*lines, *wrapped("options are added to those in the file; FLOPs include recomputation", width)]
 
 
 def _numbers(rows: Sequence[Alternative]) -> dict[str, int]:

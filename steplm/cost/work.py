@@ -171,7 +171,7 @@ class _Step:
         if self.train.compile:  # a compiled layer has the adapters' products as separate operations
             yield Work("", "elements", 3 * added, "3 w N in: an adapted input has two gradients")
         else:
-            yield Work("", "operands", added, "w N in: a frozen map's gradient, added to")
+            yield Work("", "operands", added, "w N in: added to the gradient through the frozen layer")
         yield from self._attention(2.5)  # the backward pass recomputes the scores
         yield from self._unpacking(role)
         launches = _LAYER_LAUNCHES[1] + _TRAINED_LAUNCHES * trained + _ADAPTER_LAUNCHES[1] * self._num_adapted(role)

@@ -303,7 +303,7 @@ def check_host_budget(plan: Plan, budget_bytes: int, budget: str, config: RunCon
 
 
 def _ways_to_less_host_memory(config: RunConfig) -> str:
-    """What to change, of what is not set yet; an option that another one needs is not the one to leave out."""
+    """Suggest settings that are not set yet, and an option to leave out that no other option needs."""
     memory = config.memory
     options = ("offload_activations", "offload_frozen", "offload_weights", "offload_optimizer")
     offloaded = [f"memory.{name}" for name in options if getattr(memory, name)]

@@ -173,10 +173,8 @@ def _together(rungs: Sequence[Rung]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The names and settings of rungs and of what they need; if two set the same key, the later one wins."""
     values = {key: value for rung in rungs for key, value in ((rung.key, rung.value), *rung.needs)}
     names = tuple(rung.name for rung in RUNGS if rung.key in values and values[rung.key] == rung.value)
-    order = [rung.key for rung in RUNGS]
-    return names, dict(
-        sorted(values.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
-    )
+    in_order = dict.fromkeys([*(rung.key for rung in RUNGS), *values])
+    return names, {key: values[key] for key in in_order if key in values}
 
 
 def _stage_counts(config: RunConfig, any_depth: bool) -> set[int]:
