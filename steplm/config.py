@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +28,6 @@ from pydantic import (
 )
 
 from steplm.errors import ConfigError
-from steplm.files import is_file
 from steplm.old_keys import refuse_old_keys, translate_old_keys
 from steplm.problems import keys_of, sections_of, validated
 from steplm.units import nearest, parse_bytes, parse_count, shortened
@@ -680,9 +680,9 @@ def load_written_config(path: Path) -> RunConfig:
 
 def _read(source: str | Path) -> dict[str, Any]:
     path = Path(source)
-    if is_file(path / "config.json"):
+    if os.path.isfile(path / "config.json"):
         path = path / "config.json"
-    return _of_hf_config(path) if path.suffix == ".json" and is_file(path) else read_yaml(find_config(source))
+    return _of_hf_config(path) if path.suffix == ".json" and os.path.isfile(path) else read_yaml(find_config(source))
 
 
 def _of_hf_config(path: Path) -> dict[str, Any]:
@@ -715,14 +715,14 @@ def dump_config(config: RunConfig) -> str:
 def find_config(source: str | Path) -> Path:
     """The path of a YAML file, or of the shipped recipe with that name."""
     path = Path(source)
-    if is_file(path):
+    if os.path.isfile(path):
         return path
     recipes = recipes_dir()
-    if len(path.parts) == 1 and is_file(recipes / f"{path.name}.yaml"):
+    if len(path.parts) == 1 and os.path.isfile(recipes / f"{path.name}.yaml"):
         return recipes / f"{path.name}.yaml"
-    if len(path.parts) == 1 and is_file(recipes / "suites" / f"{path.stem}.yaml"):
+    if len(path.parts) == 1 and os.path.isfile(recipes / "suites" / f"{path.stem}.yaml"):
         raise ConfigError(f"{path.stem} is a suite of runs: `steplm compare {path.stem}`", path=str(path))
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"the folder {shortened(str(path), 300)} has no config.json.", path=str(path))
     names = sorted(recipe.stem for recipe in recipes.glob("*.yaml"))
     hint = nearest(path.stem, names, otherwise=f" Recipes: {', '.join(names)}.")

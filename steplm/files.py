@@ -114,14 +114,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def is_file(path: Path) -> bool:
-    """Whether the file exists; False for names that no file can have."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 def is_unicode(text: str) -> bool:
     """Whether the text can be encoded as UTF-8: JSON escapes and terminals can produce lone surrogates."""
     return _SURROGATES.search(text) is None

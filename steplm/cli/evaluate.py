@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -201,7 +202,7 @@ def _by_name(data: list[str]) -> dict[str, list[str]]:
     """Group ``NAME=PATH`` entries by name; entries without a name form a single text with an empty name."""
     texts: dict[str, list[str]] = {}
     for entry in data:
-        named = None if Path(entry).exists() else NAMED.fullmatch(entry)
+        named = None if os.path.exists(entry) else NAMED.fullmatch(entry)
         texts.setdefault(named[1] if named else "", []).append(named[2] if named else entry)
     return texts
 

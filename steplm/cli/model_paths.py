@@ -10,7 +10,6 @@ import urllib.request
 from pathlib import Path
 
 from steplm.errors import CheckpointError
-from steplm.files import is_file
 
 HUB_SECONDS = 3.0
 
@@ -25,10 +24,10 @@ def find_model(name: str) -> str:
         CheckpointError: the path does not exist, or the run has no export yet.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
-        if is_file(path / "config.json"):
+    if os.path.isdir(path):
+        if os.path.isfile(path / "config.json"):
             return str(path) if name.startswith("~") else name
-        if is_file(path / "export/config.json"):
+        if os.path.isfile(path / "export/config.json"):
             return str(path / "export")
         if (path / "checkpoints").is_dir():
             raise CheckpointError(
@@ -37,7 +36,7 @@ def find_model(name: str) -> str:
                 path=name,
             )
         return name  # loading it will report what is missing
-    if path.exists() or _is_path(name, path):
+    if os.path.exists(path) or _is_path(name, path):
         raise CheckpointError(f"no folder {name}.{_nearest(path)}", path=name)
     require_hub()
     return name
@@ -61,12 +60,12 @@ def require_hub() -> None:
 
 def _is_path(name: str, path: Path) -> bool:
     """Whether the name cannot be OWNER/NAME on the hub: wrong depth, path syntax, or an existing parent folder."""
-    return len(path.parts) != 2 or name.startswith((".", "/", "~")) or name.endswith("/") or path.parent.is_dir()
+    return len(path.parts) != 2 or name.startswith((".", "/", "~")) or name.endswith("/") or os.path.isdir(path.parent)
 
 
 def _nearest(path: Path) -> str:
     """A suggestion for the error message: the folder with the most similar name, at the deepest level that exists."""
-    while not path.parent.is_dir() and path.parent != path:
+    while not os.path.isdir(path.parent) and path.parent != path:
         path = path.parent
     near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
     return f" Did you mean {path.parent / near[0]}?" if near else ""

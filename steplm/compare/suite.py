@@ -6,6 +6,7 @@ Environment variables are expanded as in ``run.yaml``.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,6 @@ from pydantic import Field, model_serializer, model_validator
 from steplm.compare.methods import METHODS
 from steplm.config import FOLDER_NAME, Count, RunConfig, Section, Texts, recipes_dir
 from steplm.errors import ConfigError
-from steplm.files import is_file
 from steplm.planner.auto import load_config
 from steplm.problems import sections_of, validated
 from steplm.sft.config import SftConfig
@@ -223,7 +223,7 @@ def _find_suite(source: str | Path) -> Path:
     """The path of a YAML file, or of the shipped suite with that name."""
     folder = recipes_dir() / "suites"
     for path in (Path(source), folder / f"{source}.yaml", recipes_dir() / f"{source}.yaml"):
-        if is_file(path):
+        if os.path.isfile(path):
             return path
     names = sorted(suite.stem for suite in folder.glob("*.yaml"))
     hint = nearest(Path(source).stem, names, otherwise=f" Suites: {', '.join(names)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -292,16 +293,16 @@ def load_hf_config(name: str | Path) -> PretrainedConfig:
 
 def _require_model(name: str | Path) -> None:
     path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if os.path.isdir(path) and not (path / "config.json").is_file():
         hint = ", but an adapter. Merge the adapter into its base model" if _is_adapter(path) else ""
         raise CheckpointError(f"{path} is not a Hugging Face folder: it has no config.json{hint}", path=str(path))
     # "a/b" may be a hub name; anything deeper, absolute, or starting with a dot can only be a folder.
-    if not path.exists() and (len(path.parts) != 2 or str(name).startswith((".", "/", "~"))):
+    if not os.path.exists(path) and (len(path.parts) != 2 or str(name).startswith((".", "/", "~"))):
         raise CheckpointError(f"no folder {path}", path=str(path))
 
 
 def _cannot_load(name: str | Path, error: Exception) -> CheckpointError | HubUnavailable:
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         why = in_one_line(error)
         if "ignore_mismatched_sizes" in why:  # the error does not name the tensors
             why = "; ".join(_wrong_shapes(Path(name))[:3]) or "tensors have other shapes than config.json says"

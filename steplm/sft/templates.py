@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steplm.errors import ConfigError
-from steplm.files import is_file
 from steplm.units import reason
 
 if TYPE_CHECKING:
@@ -79,6 +79,6 @@ def template_file(choice: str) -> Path:
         ConfigError: the file does not exist.
     """
     path = Path(choice).expanduser()
-    if not is_file(path):
+    if not os.path.isfile(path):
         raise ConfigError(f"chat_template: no file {choice}; give a Jinja file, alpaca or none", path=choice)
     return path

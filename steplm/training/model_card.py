@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -171,7 +172,7 @@ def public_name(entry: str, *, may_be_on_hub: bool = False) -> str:
         may_be_on_hub: whether ``owner/name`` is a hub name if no such path exists.
     """
     path = Path(entry)
-    is_local = path.exists() or len(path.parts) != 2 or entry.startswith((".", "/", "~"))
+    is_local = os.path.exists(path) or len(path.parts) != 2 or entry.startswith((".", "/", "~"))
     is_on_hub = "://" in entry or (may_be_on_hub and not is_local)
     return entry if is_on_hub else path.name
 
