@@ -407,6 +407,9 @@ class MemoryConfig(Section):
     offload_weights: bool = Field(
         False, description="also keep matrices of trained layers in host memory and fetch them one layer ahead"
     )
+    delay_update: bool = Field(
+        False, description="let the CPU compute an update during the next step, which still uses the old weights"
+    )
     reserve: Bytes = Field(
         5 * 2**28, description="context, libraries and fragmentation of the device; added to the peak in every budget"
     )

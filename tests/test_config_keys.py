@@ -101,6 +101,7 @@ CHANGES_LOSSES: dict[str, tuple[list[str], str]] = {
     "optim.weight_decay": ([], "10"),
     "optim.max_grad_norm": ([], "0.01"),
     "optim.keep_state_at_growth": ([], "false"),
+    "memory.delay_update": (["memory.offload_optimizer=true"], "true"),
 }
 
 # Keys with a test of their own below, or named here with the test that has them.

@@ -168,7 +168,7 @@ def _host_update(step: StepSeconds, micro_batches: int) -> str:
     """What updates in host memory cost, and the micro-batches per step from which they cost little."""
     least = step.micro_batches_until_host_update_is(LITTLE, micro_batches)
     if not least:
-        return "CPU updates: hidden behind the backward pass"
+        return "CPU updates: hidden behind the passes on the device"
     cost = f"CPU updates: {step.host_update:#.3g} s a step"
     return f"{cost}; at most {LITTLE:.0%} of it from {least:,} micro-batches (now {micro_batches})"
 

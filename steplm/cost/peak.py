@@ -157,6 +157,16 @@ class Instants:
 
     def update(self) -> Instant:
         """The optimizer's step."""
+        terms = [] if self.memory.delay_update else self._update_terms()
+        return self._instant("optimizer step", 0, terms, self._all_gradients(), in_pass=False)
+
+    def evaluation(self) -> Instant:
+        """A forward pass between two steps that saves nothing for a backward pass."""
+        whole = max(map(self._unpacking, self.kinds))
+        terms = [*self._forward_alone(), term("evaluation", "workspace", whole, "one matrix, dequantized")]
+        return self._instant("evaluation", 0, terms, [], in_pass=False)
+
+    def _update_terms(self) -> list[MemoryTerm]:
         sizes = [min(size, STEP_CHUNK) for size in self._adamw_matrices()]
         workspace = max(self._step_bytes(largest_bucket(sizes), max(sizes, default=0)), self._rules_step_bytes())
         held = 0 if self.updates_on_device_in_pass else workspace
@@ -166,13 +176,7 @@ class Instants:
             terms.append(
                 term("optimizer", "workspace", self._product_bytes(), "Newton–Schulz of matrices of one shape")
             )
-        return self._instant("optimizer step", 0, terms, self._all_gradients(), in_pass=False)
-
-    def evaluation(self) -> Instant:
-        """A forward pass between two steps that saves nothing for a backward pass."""
-        whole = max(map(self._unpacking, self.kinds))
-        terms = [*self._forward_alone(), term("evaluation", "workspace", whole, "one matrix, dequantized")]
-        return self._instant("evaluation", 0, terms, [], in_pass=False)
+        return terms
 
     def _plain_weights(self) -> MemoryTerm:
         fetches = self.memory.fetches_layers
@@ -237,6 +241,8 @@ class Instants:
         if self.memory.optimizer_states == "8bit":
             where = HOST if self.memory.offload_optimizer else "workspace"
             held.append(term("optimizer", where, CODE_BOOK_BYTES, "tables of the 8-bit code"))
+        if self.memory.delay_update:  # the previous step's update runs at the same time
+            held += self._update_terms()
         where = HOST if self.memory.offload_activations else "activations"
         for kind in self.kinds:
             count = self._saving(kind, num_below)

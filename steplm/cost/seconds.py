@@ -74,7 +74,9 @@ def step_seconds(config: RunConfig, shape: ModelShape, phase: Phase, speeds: Spe
     timed = list(zip(work, seconds, strict=True))
     updates = sum(part for work, part in timed if work.kind == "host update")
     hidden = 0.0
-    if config.memory.fused_backward:  # updates in host memory run during the last micro-batch's backward pass
+    if config.memory.delay_update:  # updates in host memory run during the passes of the next step
+        hidden = min(updates, total_seconds([(work, part) for work, part in timed if work.part != UPDATE], True))
+    elif config.memory.fused_backward:  # updates in host memory run during the last micro-batch's backward pass
         backward = sum(part for work, part in timed if work.part in ("layers backward", "recomputation"))
         hidden = min(updates, backward / config.micro_batches)
     return StepSeconds(work, seconds, total_seconds(timed, speeds.asynchronous) - hidden, updates - hidden)

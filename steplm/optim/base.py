@@ -79,13 +79,15 @@ class RuleBase(ABC):
         """Update these parameters, each of which has a gradient, without changing ``steps``."""
 
     @torch.no_grad()
-    def step(self, learning_rate: float, grad_scale: float = 1.0) -> None:
+    def step(self, learning_rate: float, grad_scale: float = 1.0, among: Iterable[str] | None = None) -> None:
         """Update every parameter that has a gradient.
 
         Args:
             grad_scale: multiplies the gradients in fp32; ``.grad`` itself is unchanged.
+            among: names of the only parameters to update; default: all.
         """
-        names = [name for name, p in self.parameters.items() if p.grad is not None and self._is_ready(name)]
+        among = self.parameters if among is None else among
+        names = [name for name in among if self.parameters[name].grad is not None and self._is_ready(name)]
         self._update(names, learning_rate, grad_scale)
         for name in names:
             self.steps[name] += 1

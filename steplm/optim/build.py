@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from steplm.config import RunConfig
@@ -21,10 +22,12 @@ from steplm.optim.base import CodeBooks, GradNorm, RuleBase, global_grad_norm
 from steplm.optim.host import FetchesWeight, HostParameters
 from steplm.optim.low_rank import LowRankAdamW
 from steplm.optim.muon import Muon
+from steplm.optim.quantized import rounding_bits_from
 from steplm.optim.scale import SCALE
 from steplm.planner.shape import FAMILIES, shape_from_hf_config
 from steplm.schedule import Frozen, Phase
 
+UPDATED = ".updated"  # ends the name of a state: see ``UpdateRules.state_dict``
 MASTER_WEIGHTS: dict[str, bool | str] = {"fp32": True, "8bit": "8bit", "none": False}
 
 Make = Callable[[RunConfig, str, CodeBooks], RuleBase]
@@ -93,6 +96,7 @@ class UpdateRules:
 
     Args:
         host: holds the parameters' copies in host memory, if the optimizer is offloaded; ``parameters`` are then those.
+        delays: whether updates are made during the next pass; needs ``host``.
     """
 
     def __init__(
@@ -100,8 +104,10 @@ class UpdateRules:
         rules: Mapping[str, RuleBase],
         parameters: Mapping[str, nn.Parameter],
         host: HostParameters | None = None,
+        *,
+        delays: bool = False,
     ) -> None:
-        self.rules, self.host = dict(rules), host
+        self.rules, self.host, self.delays = dict(rules), host, delays
         self.parameters = dict(parameters)  # in the model's order
 
     @property
@@ -117,9 +123,16 @@ class UpdateRules:
         return global_grad_norm(self.parameters.values())
 
     def step(self, learning_rate: float, grad_scale: float = 1.0) -> None:
-        """Update every parameter that has a gradient; ``grad_scale`` multiplies the gradients."""
+        """Update every parameter that has a gradient; ``grad_scale`` multiplies the gradients.
+
+        With ``delays``, the device gets the weights of the previous update now, and those of this one at the next.
+        """
         if self.host is not None:
             self.host.wait()
+            if self.delays:
+                self.host.finish_updates()
+                self.host.update_later(self._delayed_update(learning_rate, grad_scale))
+                return
         for rule in self.rules.values():
             rule.step(learning_rate, grad_scale)
             if self.host is not None:
@@ -138,8 +151,7 @@ class UpdateRules:
             yield norm
 
     def _update_on_host(self, learning_rate: float | None, grad_scale: float, norm: GradNorm) -> Callable[[str], None]:
-        owners = {name: rule for rule in self.rules.values() for name in rule.parameters}
-        done = set[str]()
+        owners, done = self._owners(), set[str]()
 
         def update(name: str) -> None:
             assert self.host is not None
@@ -155,10 +167,29 @@ class UpdateRules:
 
         return update
 
+    def _delayed_update(self, learning_rate: float, grad_scale: float) -> Callable[[str], None]:
+        owners, generator = self._owners(), torch.Generator().manual_seed(torch.initial_seed())
+
+        def update(name: str) -> None:
+            with rounding_bits_from(generator):
+                owners[name].step(learning_rate, grad_scale, among=[name])
+            self.parameters[name].grad = None
+
+        return update
+
+    def _owners(self) -> dict[str, RuleBase]:
+        return {name: rule for rule in self.rules.values() for name in rule.parameters}
+
+    def finish_updates(self) -> None:
+        """Make the device use the weights of a delayed update."""
+        if self.host is not None:
+            self.host.finish_updates()
+
     def zero_grad(self) -> None:
         """Free every gradient."""
         if self.host is not None:
-            self.host.wait()
+            self.host.zero_grad()
+            return
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -171,8 +202,13 @@ class UpdateRules:
         return list({id(table): table for rule in self.rules.values() for table in rule.tables()}.values())
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """The states under flat names ``PARAMETER.STATE``, and the steps by parameter name."""
-        flat = {key: tensor for rule in self.rules.values() for key, tensor in rule.state_dict()[0].items()}
+        """The states under flat names ``PARAMETER.STATE``, and the steps by parameter name.
+
+        A weight that a delayed update changed and the device does not use yet is a state, too: ``PARAMETER.updated``.
+        """
+        unsent = {} if self.host is None else self.host.unsent()
+        flat = {f"{name}{UPDATED}": weight for name, weight in unsent.items()}
+        flat |= {key: tensor for rule in self.rules.values() for key, tensor in rule.state_dict()[0].items()}
         return flat, self.steps
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], steps: Mapping[str, int], *, strict: bool = True) -> None:
@@ -181,7 +217,11 @@ class UpdateRules:
         Raises:
             CheckpointMismatch: as in ``RuleBase.load_state_dict``.
         """
-        owners = {name: rule for rule in self.rules.values() for name in rule.parameters}
+        unsent = {key.removesuffix(UPDATED): tensor for key, tensor in tensors.items() if key.endswith(UPDATED)}
+        if unsent and self.host is not None:
+            self.host.load_unsent(unsent)
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(UPDATED)}
+        owners = self._owners()
         first = next(iter(self.rules.values()))  # reports the entries that belong to no rule
         for rule in self.rules.values():
             rule.load_state_dict(
@@ -212,7 +252,7 @@ def build_rules(
         host = HostParameters(device, sums=config.micro_batches > 1, linears=linears)
         for rule in rules.values():
             rule.compute_device = device
-    made = UpdateRules(rules, {}, host)
+    made = UpdateRules(rules, {}, host, delays=config.memory.delay_update)
     reassign(made, config, model, phase, layer_prefix)
     return made
 

@@ -52,6 +52,12 @@ class HostParameters:
         with host.calling(update_and_send):
             loss.backward()  # of the last micro-batch
 
+    To update parameters during the next pass, whose gradients wait for the updates of their parameters:
+
+        host.update_later(update)
+        …                   # the next pass, with the old weights
+        host.finish_updates()
+
     Source: ZeRO-Offload (arXiv 2101.06840), section 4; there the device sums the gradients.
 
     Args:
@@ -73,6 +79,8 @@ class HostParameters:
         self._linears = linears or {}
         self._call: Callable[[str], None] | None = None
         self._calls: list[Future[None]] = []
+        self._updates: dict[str, Future[None]] = {}  # of ``update_later``, until something has waited for them
+        self._unsent: set[str] = set()  # names of weights that are newer here than on the device
         self._updater = ThreadPoolExecutor(max_workers=1, thread_name_prefix="updates")
         self.parameters: dict[str, nn.Parameter] = {}
         self.bytes_to_host = self.bytes_to_device = 0
@@ -131,6 +139,45 @@ class HostParameters:
             self._call, self._calls = None, []
             self._forget_fetched()
 
+    def update_later(self, update: Callable[[str], None]) -> None:
+        """Call ``update`` with the name of every parameter that has a gradient, and leave the device's weights alone.
+
+        On CUDA a separate thread makes the calls, in the order in which a backward pass needs the memory of the
+        gradients again. ``update`` sets the gradient to None.
+        """
+        for name in reversed(self.parameters):
+            if self.parameters[name].grad is None:
+                continue
+            self._unsent.add(name)
+            if self._stream is None:
+                with self.around_updates():
+                    update(name)
+            else:
+                self._updates[name] = self._updater.submit(update, name)
+
+    def finish_updates(self) -> None:
+        """Wait for the updates of ``update_later``, and send their weights to the device."""
+        self.send(self.unsent())
+        self._unsent.clear()
+
+    def unsent(self) -> dict[str, Tensor]:
+        """Weights that are newer here than on the device, by name, after waiting for their updates."""
+        for name in list(self._updates):
+            self._updates.pop(name).result()
+        return {name: self.parameters[name].detach() for name in sorted(self._unsent)}
+
+    def load_unsent(self, weights: Mapping[str, Tensor]) -> None:
+        """Continue from the result of ``unsent``."""
+        for name, weight in weights.items():
+            self.parameters[name].detach().copy_(weight)
+        self._unsent = set(weights)
+
+    def zero_grad(self) -> None:
+        """Free every gradient, except those that ``update_later`` still needs."""
+        self.wait()
+        for name in self.parameters.keys() - self._updates.keys():
+            self.parameters[name].grad = None
+
     @torch.no_grad()
     def send(self, names: Iterable[str]) -> None:
         """Make the device use the new values of these weights; on CUDA, ordered before work that is launched later."""
@@ -183,6 +230,8 @@ class HostParameters:
         if self._leaving is None:  # the first gradient of this pass
             torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
         self.wait()  # so that at most two gradients are on the device, one of them in transfer
+        if name in self._updates:
+            self._updates.pop(name).result()
         copy, total = self.parameters[name], self._gradients[name]
         arrived = total
         if self._landing is not None:

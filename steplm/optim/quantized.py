@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from steplm.cost.formats import STATE_BLOCK
+
+_of_this_thread = threading.local()
 
 
 def dynamic_tree(signed: bool) -> list[float]:
@@ -88,11 +94,25 @@ def round_stochastically_(values: Tensor) -> Tensor:
     """Round each fp32 value in place to one of its two bf16 neighbors, so that its expectation is the value itself.
 
     Values that bf16 can represent do not change, including infinities; NaN stays NaN. The random bits come from the
-    device's default generator.
+    device's default generator, unless ``rounding_bits_from`` names another.
     """
     # The 16 bits that bf16 lacks measure the distance to the lower neighbor. Adding 16 random bits carries to the upper
     # neighbor with a probability proportional to that distance.
-    noise = torch.randint(0, 2**16, values.shape, dtype=torch.int32, device=values.device)
+    generator = getattr(_of_this_thread, "generator", None)
+    noise = torch.randint(0, 2**16, values.shape, generator=generator, dtype=torch.int32, device=values.device)
     noise.masked_fill_(values != values, 0)  # a carry would turn a NaN of all one bits into 0
     values.view(torch.int32).add_(noise).bitwise_and_(-(2**16))
     return values
+
+
+@contextmanager
+def rounding_bits_from(generator: torch.Generator) -> Iterator[None]:
+    """Inside this context, ``round_stochastically_`` draws from ``generator`` when this thread calls it.
+
+    A thread that updates beside others needs one of its own: they would draw from the default generator in any order.
+    """
+    _of_this_thread.generator = generator
+    try:
+        yield
+    finally:
+        _of_this_thread.generator = None

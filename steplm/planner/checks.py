@@ -83,6 +83,24 @@ NEEDS = (
         "keeps the same layers in host memory for a whole stage, and {config.method} changes which layers are trained",
     ),
     Need(
+        "memory.delay_update",
+        lambda config: config.memory.delay_update,
+        lambda run: run.config.memory.offload_optimizer,
+        "is for updates on the CPU: set memory.offload_optimizer=true",
+    ),
+    *(
+        Need(
+            "memory.delay_update",
+            lambda config: config.memory.delay_update,
+            is_unset,
+            f"updates weights during the passes of the next step, which need the old ones: set {option}=false",
+        )
+        for option, is_unset in (
+            ("memory.fused_backward", lambda run: not run.config.memory.fused_backward),
+            ("memory.offload_weights", lambda run: not run.config.memory.offload_weights),
+        )
+    ),
+    Need(
         "train.gradient_accumulation_dtype",
         lambda config: config.sums_in_fp32 and config.train.precision == "bf16",
         lambda run: run.config.distributed.world_size == 1,

@@ -56,6 +56,8 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
         if not result.is_updated:
             _skip_or_stop(run, progress, result)
         progress = _after_step(run, progress, result, num_steps)
+        if progress.phase_done:
+            assembled.rules.finish_updates()
         at_end = progress.step == stage_steps
         log.add(result)
         if log.unlogged_losses and (progress.step % config.log.logging_steps == 0 or at_end):

@@ -147,6 +147,8 @@ def train_step(
     result = replace(result, is_spike=result.grad_norm > highest_grad_norm)
     if result.is_updated:
         optimizer.step(learning_rate, grad_scale=clip_coefficient(result.grad_norm, max_grad_norm))
+    else:
+        optimizer.finish_updates()
     optimizer.zero_grad()
     return result
 

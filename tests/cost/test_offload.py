@@ -11,7 +11,7 @@ from steplm.cost.formats import muon_product_bytes
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.fit import fit
 from steplm.planner.plan import Plan, plan
-from steplm.types import HOST_GRADIENTS, HOST_KINDS, HOST_OPTIMIZER, HOST_WEIGHTS
+from steplm.types import HOST, HOST_GRADIENTS, HOST_KINDS, HOST_OPTIMIZER, HOST_WEIGHTS
 
 OFFLOAD = "memory.offload_optimizer=true"
 D, F, V, LAYERS = 64, 176, 500, 3
@@ -191,6 +191,37 @@ def test_above_a_host_budget_only_what_is_not_set_yet_is_suggested(overrides: tu
 def test_weights_in_host_memory_are_refused_without_what_they_need(overrides: tuple[str, ...], told: str) -> None:
     with pytest.raises(ConfigError, match=f"memory.offload_weights .*{told} leave memory.offload_weights out"):
         plan(configure("memory.offload_weights=true", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ((), "is for updates on the CPU: set memory.offload_optimizer=true, or"),
+        ((OFFLOAD, "memory.fused_backward=true"), "need the old ones: set memory.fused_backward=false, or"),
+        (WITH_WEIGHTS, "need the old ones: set memory.offload_weights=false, or"),
+    ],
+)
+def test_a_delayed_update_is_refused_where_nothing_can_be_delayed(overrides: tuple[str, ...], told: str) -> None:
+    with pytest.raises(ConfigError, match=f"memory.delay_update .*{told} leave memory.delay_update out"):
+        plan(configure("memory.delay_update=true", *overrides))
+
+
+def test_what_a_delayed_update_needs_is_counted_in_every_pass() -> None:
+    muon = (OFFLOAD, "optim.name=muon")
+    plain, delayed = (plan(configure(*muon, f"memory.delay_update={value}")).stages[-1] for value in ("false", "true"))
+    assert plain.peak is not None
+    assert delayed.peak is not None
+    by_name = {instant.name: instant.memory for instant in plain.peak.instants}
+    update = by_name["optimizer step"]
+    workspace = update.bytes_of("optimizer", "workspace"), update.bytes_of("optimizer", HOST)
+    assert min(workspace) > 0
+    for instant in delayed.peak.instants:
+        if instant.name != "growth":
+            memory, before = instant.memory, by_name[instant.name]
+            at_same_time = memory.bytes_of("optimizer", "workspace"), memory.bytes_of("optimizer", HOST)
+            assert at_same_time == workspace
+            is_update = instant.name == "optimizer step"
+            assert memory.total_bytes - before.total_bytes == (0 if is_update else workspace[0])
 
 
 SMALL = ("memory.reserve=1KiB", "train.per_device_train_batch_size=1", "train.loss_chunk_size=16")

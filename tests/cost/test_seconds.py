@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from steplm.config import load_config
+from steplm.config import changed, load_config
 from steplm.cost.devices import DEVICES, published_flops
 from steplm.cost.seconds import Speeds, StepSeconds, published_speeds, step_seconds, total_seconds
 from steplm.cost.work import KINDS, Work
@@ -63,6 +63,21 @@ def test_updates_in_host_memory_hide_behind_the_last_backward_pass_if_they_are_m
     backward = sum(part for work, part in timed if work.part == "layers backward") / micro_batches
     assert seconds["false"] - seconds["true"] == pytest.approx(min(update, backward))
     assert 0 < backward < update
+
+
+def test_a_delayed_update_takes_only_the_time_by_which_it_outlasts_the_passes() -> None:
+    options = ("method=vanilla", "plan.num_stages=1", "train.device=cuda", "memory.offload_optimizer=true")
+    for micro_batches, is_hidden in ((1, False), (64, True)):
+        config = load_config("llama_368m", [*options, f"train.gradient_accumulation_steps={micro_batches}"])
+        made = plan(config)
+        phase, speeds = made.schedule.phases[0], published_speeds("h200")
+        plain = step_seconds(config, made.shape, phase, speeds)
+        delayed = step_seconds(changed(config, {"memory.delay_update": True}), made.shape, phase, speeds)
+        assert plain is not None
+        assert delayed is not None
+        assert (delayed.host_update == 0) == is_hidden
+        assert plain.total - delayed.total == pytest.approx(plain.host_update - delayed.host_update)
+        assert delayed.total == pytest.approx(max(plain.total - plain.host_update, plain.host_update), rel=0.2)
 
 
 def test_every_device_has_a_speed_for_every_kind_of_work_and_a_source() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steplm.config import RunConfig
 from steplm.errors import PlanInfeasible
 from steplm.models.folder import load_state
+from steplm.optim.base import RuleBase
+from steplm.optim.build import UpdateRules
 from steplm.optim.host import HostParameters
 from steplm.pet.host_linear import host_linears
 from steplm.planner.plan import plan
@@ -81,20 +83,25 @@ def test_a_run_with_its_optimizer_and_weights_in_host_memory_is_the_run_without(
 FUSED = ("memory.fused_backward=true", "optim.max_grad_norm=0.5")
 
 
+@pytest.fixture
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, whose streams and events are replaced, while tensors are on the CPU."""
+    make = HostParameters.__init__
+
+    def with_stream(self: HostParameters, *args: Any, **keys: Any) -> None:
+        make(self, *args, **keys)
+        self._stream = Mock()
+
+    monkeypatch.setattr(HostParameters, "__init__", with_stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Event", Mock)
+
+
 @pytest.fixture(params=["inline", "in threads"])
-def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """In threads: as on CUDA, whose streams and events are replaced, while tensors are on the CPU."""
+def how(request: pytest.FixtureRequest) -> str:
     if request.param == "in threads":
-        make = HostParameters.__init__
-
-        def with_stream(self: HostParameters, *args: Any, **keys: Any) -> None:
-            make(self, *args, **keys)
-            self._stream = Mock()
-
-        monkeypatch.setattr(HostParameters, "__init__", with_stream)
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-        monkeypatch.setattr(torch.cuda, "Event", Mock)
+        request.getfixturevalue("in_threads")
     return str(request.param)
 
 
@@ -267,3 +274,61 @@ def test_free_host_memory_is_told_by_the_system() -> None:
     free_bytes = free_host_bytes()
     assert free_bytes is not None
     assert 2**20 < free_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+DELAYED = (OFFLOAD, "memory.delay_update=true")
+FOR_DELAY = ("bf16", "several micro-batches in fp32", "no master weights", "muon in 8 bits", "badam", "relora")
+
+
+@pytest.mark.parametrize("name", FOR_DELAY)
+def test_delayed_updates_are_the_same_inline_and_in_threads_and_across_resumes(
+    name: str,
+    tiny_run: Configure,
+    trained: Trained,
+    tmp_path: Path,
+    stop_before: Callable[[set[int]], None],
+    request: pytest.FixtureRequest,
+    assert_equal_runs: EqualRuns,
+) -> None:
+    options = (SHORT, *BASE, *RUNS[name], *DELAYED)
+    unbroken = trained(*options)
+    request.getfixturevalue("in_threads")
+    stop_before({1, 3})
+    assert [train(tiny_run(tmp_path, *options)).finished for _ in range(3)] == [False, False, True]
+    assert_equal_runs(tmp_path, unbroken)
+
+
+def test_a_delayed_update_reaches_the_device_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    host = HostParameters(torch.device("cpu"), sums=True)
+    host.set_parameters({"weight": weight})
+    rules = UpdateRules({"sgd": _Plain(host.parameters)}, host.parameters, host, delays=True)
+    used = []
+    for gradient in (1.0, 10.0, 100.0):
+        used.append(weight.tolist())
+        (weight * gradient).sum().backward()
+        rules.step(1.0)
+        rules.zero_grad()
+    assert used == [[1, 2], [1, 2], [0, 1]]
+    assert weight.tolist() == [-10, -9]
+    assert rules.state_dict()[0]["weight.updated"].tolist() == [-110, -109]
+    rules.finish_updates()
+    assert weight.tolist() == [-110, -109]
+    assert "weight.updated" not in rules.state_dict()[0]
+
+
+class _Plain(RuleBase):
+    """Gradient descent."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(weight_decay=0.0)
+        self.set_parameters(parameters)
+
+    def _new_states(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return {}
+
+    def _update(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
+        for name in names:
+            gradient = self.parameters[name].grad
+            assert gradient is not None
+            self.parameters[name].data.sub_(gradient, alpha=learning_rate * grad_scale)
