@@ -66,7 +66,7 @@ def pack_frozen(
         spans = lay_out(_expected_parts(linears, fmt))
         if offload:
             where = where or next(iter(linears.values())).weight.device
-            host[layer] = host_buffer(spans.values(), where, pin=pin)
+            host[layer] = host_buffer(spans, where if pin else torch.device("cpu"))
         for name, linear in linears.items():
             weight = linear.weight.detach()
             weight = weight if fmt == "full" else weight.to(where)  # an unquantized matrix goes straight to the host

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from steplm.pet.packing import Part
+from steplm.pinned import host_empty
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,9 @@ def lay_out(parts: Mapping[str, Part]) -> dict[str, Span]:
     return spans
 
 
-def host_buffer(spans: Iterable[Span], device: torch.device, *, pin: bool = True) -> Tensor:
-    """Host memory of exactly the size of one layer's tensors; pinned if ``device`` is CUDA and ``pin`` is set."""
-    pinned = pin and device.type == "cuda"
-    return torch.empty(max(span.stop for span in spans), dtype=torch.uint8, pin_memory=pinned)
+def host_buffer(spans: Mapping[str, Span], device: torch.device) -> Tensor:
+    """Host memory of exactly the size of one layer's tensors; see ``host_empty``."""
+    return host_empty((max(span.stop for span in spans.values()),), torch.uint8, device)
 
 
 class LayerFetcher:

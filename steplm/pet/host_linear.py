@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steplm.pet.host import LayerFetcher, Offloaded, Span, lay_out
+from steplm.pet.host import LayerFetcher, Offloaded, Span, host_buffer, lay_out
 from steplm.pet.packing import Part
-from steplm.pinned import host_empty
 
 
 class _HostLinearFunction(torch.autograd.Function):
@@ -85,7 +84,7 @@ def offload_trained(model: nn.Module, layer_prefix: str, layers: Iterable[int], 
         if not linears:
             continue
         spans = lay_out({name: Part(tuple(x.weight.shape), x.weight.dtype) for name, x in linears.items()})
-        host[layer] = host_empty((max(span.stop for span in spans.values()),), torch.uint8, device)
+        host[layer] = host_buffer(spans, device)
         for name, linear in linears.items():
             weight = spans[name].of(host[layer]).copy_(linear.weight.detach())
             moved.append((name, linear, nn.Parameter(weight), len(host) - 1, spans[name]))

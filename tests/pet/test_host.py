@@ -60,7 +60,7 @@ def test_tensors_of_a_layer_lie_end_to_end_without_padding():
         "c.weight": Part((3, 3), torch.bfloat16),
     }
     spans = lay_out(parts)
-    buffer = host_buffer(spans.values(), CPU)
+    buffer = host_buffer(spans, CPU)
     assert buffer.nbytes == 15 + 12 + 7 + 10 + 18
     values = {name: torch.full(part.shape, i + 1, dtype=part.dtype) for i, (name, part) in enumerate(parts.items())}
     for name, span in spans.items():
