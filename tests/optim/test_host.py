@@ -23,7 +23,7 @@ def model(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
 
 def loss(of: nn.Module, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(4, 5, generator=generator).to(torch.bfloat16)
+    inputs = torch.randn(4, 5, generator=generator).to(next(of.parameters()).dtype)
     return of(inputs).float().square().mean()
 
 
@@ -128,3 +128,22 @@ def test_it_holds_a_copy_and_a_gradient_of_each_parameter(sums: bool, width: int
     }
     landing = 2 * largest if sums else 0
     assert of_kind == {HOST_WEIGHTS: 2 * num_parameters, HOST_GRADIENTS: width * num_parameters + landing}
+
+
+def test_delayed_updates_use_gradients_at_the_weights_before_the_previous_update() -> None:
+    of, behind, ahead = model(torch.float32), model(torch.float32), model(torch.float32)
+    settings = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    host = on_host(of, sums=True)
+    rules = UpdateRules({"adamw": AdamW(host.parameters, **settings)}, host.parameters, host, delays=True)
+    reference = torch.optim.AdamW(ahead.parameters(), lr=0.05, **settings)  # has every update at once
+    for seed in range(6):
+        for used, expected in zip(of.parameters(), behind.parameters(), strict=True):
+            torch.testing.assert_close(used, expected)
+        loss(of, seed).backward()
+        rules.step(0.05)
+        rules.zero_grad()
+        gradients = torch.autograd.grad(loss(behind, seed), list(behind.parameters()))
+        behind.load_state_dict(ahead.state_dict())
+        for parameter, gradient in zip(ahead.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        reference.step()
