@@ -120,6 +120,7 @@ class UpdateRules:
         """The 2-norm of all gradients, after waiting for those in transfer; see ``global_grad_norm``."""
         if self.host is not None:
             self.host.wait()
+            self.host.wait_for_updates()  # of parameters that this pass did not reach
         return global_grad_norm(self.parameters.values())
 
     def step(self, learning_rate: float, grad_scale: float = 1.0) -> None:

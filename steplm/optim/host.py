@@ -145,6 +145,10 @@ class HostParameters:
         On CUDA a separate thread makes the calls, in the order in which a backward pass needs the memory of the
         gradients again. ``update`` sets the gradient to None.
         """
+        if self._stream is not None:
+            sent = torch.cuda.Event()
+            sent.record(torch.cuda.current_stream(self.device))
+            self._updater.submit(sent.synchronize)  # weights may still be on their way to the device
         for name in reversed(self.parameters):
             if self.parameters[name].grad is None:
                 continue
@@ -155,6 +159,11 @@ class HostParameters:
             else:
                 self._updates[name] = self._updater.submit(update, name)
 
+    def wait_for_updates(self) -> None:
+        """Wait for the updates of ``update_later``."""
+        for name in list(self._updates):
+            self._updates.pop(name).result()
+
     def finish_updates(self) -> None:
         """Wait for the updates of ``update_later``, and send their weights to the device."""
         self.send(self.unsent())
@@ -162,8 +171,7 @@ class HostParameters:
 
     def unsent(self) -> dict[str, Tensor]:
         """Weights that are newer here than on the device, by name, after waiting for their updates."""
-        for name in list(self._updates):
-            self._updates.pop(name).result()
+        self.wait_for_updates()
         return {name: self.parameters[name].detach() for name in sorted(self._unsent)}
 
     def load_unsent(self, weights: Mapping[str, Tensor]) -> None:
