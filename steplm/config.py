@@ -101,7 +101,10 @@ class ModelConfig(Section):
             values["num_key_value_heads"] = self.num_attention_heads
         if values["tie_word_embeddings"] is None:
             del values["tie_word_embeddings"]
-        return {**values, **self.extra}
+        values |= self.extra
+        if values["num_key_value_heads"] is None:  # in ``extra``: as the family does by default
+            del values["num_key_value_heads"]
+        return values
 
 
 class TextSource(Section):
@@ -700,8 +703,14 @@ def _of_hf_config(path: Path) -> dict[str, Any]:
             path=str(path),
         )
     # Keys that describe how the file was made. Special tokens are dropped too, as they belong to another tokenizer.
-    ignored = ("architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache")
-    extra = {key: value for key, value in values.items() if key not in ignored and not key.endswith("_token_id")}
+    ignored = ("architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache")
+    extra = {
+        key: value
+        for key, value in values.items()
+        if key not in ignored and not key.startswith("_") and not key.endswith("_token_id")
+    }
+    if "num_key_value_heads" not in own:
+        extra["num_key_value_heads"] = None
     length = min(TrainConfig().sequence_length, own.get("max_position_embeddings", 2048))
     own.setdefault("tie_word_embeddings", None)  # transformers leaves out what is the default
     return {"name": path.parent.name or "run", "model": {**own, "extra": extra}, "train": {"sequence_length": length}}

@@ -18,7 +18,7 @@ from steplm.eval.perplexity import require_known_tokens
 from steplm.files import is_unicode
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
-from steplm.models.forward import running
+from steplm.models.forward import check_causal, running
 from steplm.units import reason
 
 if TYPE_CHECKING:
@@ -75,13 +75,14 @@ class ChatModel:
         chat_template: a Jinja file, used instead of the tokenizer's own template.
 
     Raises:
-        ConfigError: there is no chat template, or the file cannot be read.
+        ConfigError: there is no chat template, the file cannot be read, or the model is not causal.
         CheckpointError, DataError, HubUnavailable: no model or tokenizer was found.
     """
 
     def __init__(self, model: str | Path, *, chat_template: str | None = None, device: str = "auto") -> None:
         self.tokenizer = load_chat_tokenizer(model, chat_template)  # first: it fails faster than loading weights
         self.model = load_pretrained(model).to(resolve_device(device)).eval()
+        check_causal(self.model)
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.stop_ids = _stop_ids(model, self.tokenizer.eos_token_id)
 
