@@ -105,7 +105,7 @@ def _score(folder: Path) -> None:
     _load_scorer(str(folder), 1, "cpu", "auto")
 
 
-@pytest.mark.parametrize("use", (*COMMANDS, _score))
+@pytest.mark.parametrize("use", [*COMMANDS, _score])
 def test_a_model_that_sees_what_it_is_to_predict_gets_no_perplexity_and_no_answer(
     use: Callable[[Path], None], copy: Path
 ) -> None:
