@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from steplm.data.tokenizer import load_tokenizer
@@ -84,7 +84,7 @@ class ChatModel:
         self.model = load_pretrained(model).to(resolve_device(device)).eval()
         check_causal(self.model)
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.stop_ids = _stop_ids(model, self.tokenizer.eos_token_id)
+        self.stop_ids = _stop_ids(self.model, self.tokenizer.eos_token_id)
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """Token IDs of the messages rendered by the template, including its generation prompt.
@@ -204,11 +204,8 @@ class _Streamer(BaseStreamer):
         self._told = text
 
 
-def _stop_ids(model: str | Path, eos_token_id: int) -> list[int]:
-    """Tokens that end a turn: the tokenizer's EOS and those in the model's generation config."""
-    try:
-        known = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        known = None
+def _stop_ids(model: PreTrainedModel, eos_token_id: int) -> list[int]:
+    """Tokens that end a turn: the tokenizer's EOS, and the model's, from generation_config.json or else config.json."""
+    known = model.generation_config.eos_token_id
     known_ids = known if isinstance(known, list) else [] if known is None else [known]
     return list(dict.fromkeys([eos_token_id, *known_ids]))
