@@ -703,12 +703,13 @@ def _of_hf_config(path: Path) -> dict[str, Any]:
             path=str(path),
         )
     # Keys that describe how the file was made. Special tokens are dropped too, as they belong to another tokenizer.
-    ignored = ("architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache")
+    ignored = ("architectures", "auto_map", "quantization_config", "torch_dtype", "dtype", "use_cache")
     extra = {
         key: value
         for key, value in values.items()
         if key not in ignored and not key.startswith("_") and not key.endswith("_token_id")
     }
+    extra.setdefault("transformers_version", "unknown")  # as written by it: keys that the family lacks are no mistakes
     if "num_key_value_heads" not in own:
         extra["num_key_value_heads"] = None
     length = min(TrainConfig().sequence_length, own.get("max_position_embeddings", 2048))

@@ -30,7 +30,7 @@ from steplm.config import (
 from steplm.cost.rules import RULES
 from steplm.errors import ConfigError
 from steplm.growth.operators import OPERATORS
-from steplm.models.build import meta_model
+from steplm.models.build import hf_config, meta_model
 from steplm.models.shape import shape_of
 from steplm.old_keys import RENAMED, translate_old_keys
 from steplm.optim.build import MAKERS
@@ -509,6 +509,17 @@ def test_a_hugging_face_configuration_has_the_key_value_heads_of_its_family_wher
     (tmp_path / "config.json").write_text(json.dumps({**values, "auto_map": {}, "_commit_hash": "1"}))
     expected = meta_model(AutoConfig.from_pretrained(tmp_path)).num_parameters()
     assert shape_of(load_config(tmp_path).model.hf_config()).num_parameters() == expected
+
+
+def test_a_hugging_face_configuration_may_have_keys_that_its_family_does_not_read(tmp_path: Path) -> None:
+    """Published ones do: Pythia's rotary_emb_base, StarCoder2's mlp_type; in a YAML they are mistakes."""
+    values = {**GEMMA, "model_type": "starcoder2", "mlp_type": "default", "quantization_config": {"quant_method": "x"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    read = load_config(tmp_path).model.hf_config()
+    expected = meta_model(AutoConfig.for_model(**{**GEMMA, "model_type": "starcoder2"})).num_parameters()
+    assert shape_of(read).num_parameters() == expected
+    with pytest.raises(ConfigError, match="'starcoder2' has no key 'mlp_type'"):
+        hf_config({**GEMMA, "model_type": "starcoder2", "mlp_type": "default"})
 
 
 def test_a_hugging_face_configuration_without_its_sizes_is_refused(tmp_path: Path) -> None:
