@@ -97,14 +97,18 @@ class ModelConfig(Section):
     def hf_config(self) -> dict[str, Any]:
         """The Hugging Face configuration as a dict, including ``model_type``."""
         values = self.model_dump(exclude={"extra"})
-        if values["num_key_value_heads"] is None:
-            values["num_key_value_heads"] = self.num_attention_heads
         if values["tie_word_embeddings"] is None:
             del values["tie_word_embeddings"]
-        values |= self.extra
-        if values["num_key_value_heads"] is None:  # in ``extra``: as the family does by default
+        if self.has_default_key_value_heads:
             del values["num_key_value_heads"]
-        return values
+        elif self.num_key_value_heads is None:
+            values["num_key_value_heads"] = self.num_attention_heads
+        return {**values, **{key: value for key, value in self.extra.items() if key != "num_key_value_heads" or value}}
+
+    @property
+    def has_default_key_value_heads(self) -> bool:
+        """Whether the family's default applies: nothing is set, and a null in ``extra`` says so."""
+        return self.num_key_value_heads is None and self.extra.get("num_key_value_heads", 1) is None
 
 
 class TextSource(Section):

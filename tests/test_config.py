@@ -509,6 +509,7 @@ def test_a_hugging_face_configuration_has_the_key_value_heads_of_its_family_wher
     (tmp_path / "config.json").write_text(json.dumps({**values, "auto_map": {}, "_commit_hash": "1"}))
     expected = meta_model(AutoConfig.from_pretrained(tmp_path)).num_parameters()
     assert shape_of(load_config(tmp_path).model.hf_config()).num_parameters() == expected
+    assert load_config(tmp_path, ["model.num_key_value_heads=2"]).model.hf_config()["num_key_value_heads"] == 2
 
 
 def test_a_hugging_face_configuration_may_have_keys_that_its_family_does_not_read(tmp_path: Path) -> None:

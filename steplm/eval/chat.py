@@ -40,7 +40,7 @@ class Reply:
 def read_chat_template(file: str | Path) -> str:
     """Read a Jinja file; raise ``ConfigError`` if it cannot be read."""
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
+        return Path(file).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the chat template {file}: {reason(error)}", path=str(file)) from None
 
