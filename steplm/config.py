@@ -97,11 +97,18 @@ class ModelConfig(Section):
     def hf_config(self) -> dict[str, Any]:
         """The Hugging Face configuration as a dict, including ``model_type``."""
         values = self.model_dump(exclude={"extra"})
-        if values["num_key_value_heads"] is None:
-            values["num_key_value_heads"] = self.num_attention_heads
         if values["tie_word_embeddings"] is None:
             del values["tie_word_embeddings"]
-        return {**values, **self.extra}
+        if self.has_default_key_value_heads:
+            del values["num_key_value_heads"]
+        elif self.num_key_value_heads is None:
+            values["num_key_value_heads"] = self.num_attention_heads
+        return {**values, **{key: value for key, value in self.extra.items() if key != "num_key_value_heads" or value}}
+
+    @property
+    def has_default_key_value_heads(self) -> bool:
+        """Whether the family's default applies: nothing is set, and a null in ``extra`` says so."""
+        return self.num_key_value_heads is None and self.extra.get("num_key_value_heads", 1) is None
 
 
 class TextSource(Section):
@@ -703,8 +710,15 @@ def _of_hf_config(path: Path) -> dict[str, Any]:
             path=str(path),
         )
     # Keys that describe how the file was made. Special tokens are dropped too, as they belong to another tokenizer.
-    ignored = ("architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache")
-    extra = {key: value for key, value in values.items() if key not in ignored and not key.endswith("_token_id")}
+    ignored = ("architectures", "auto_map", "quantization_config", "torch_dtype", "dtype", "use_cache")
+    extra = {
+        key: value
+        for key, value in values.items()
+        if key not in ignored and not key.startswith("_") and not key.endswith("_token_id")
+    }
+    extra.setdefault("transformers_version", "unknown")  # as written by it: keys that the family lacks are no mistakes
+    if "num_key_value_heads" not in own:
+        extra["num_key_value_heads"] = None
     length = min(TrainConfig().sequence_length, own.get("max_position_embeddings", 2048))
     own.setdefault("tie_word_embeddings", None)  # transformers leaves out what is the default
     return {"name": path.parent.name or "run", "model": {**own, "extra": extra}, "train": {"sequence_length": length}}

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 import jsonschema
 import pytest
 import yaml
+from transformers import AutoConfig
 
 from steplm.cli.init import starter_text
 from steplm.compare.suite import read_suite
@@ -29,6 +30,8 @@ from steplm.config import (
 from steplm.cost.rules import RULES
 from steplm.errors import ConfigError
 from steplm.growth.operators import OPERATORS
+from steplm.models.build import hf_config, meta_model
+from steplm.models.shape import shape_of
 from steplm.old_keys import RENAMED, translate_old_keys
 from steplm.optim.build import MAKERS
 from steplm.optim.schedules import SCHEDULES
@@ -495,6 +498,29 @@ def test_a_hugging_face_configuration_ties_the_head_as_its_family_does_where_it_
     for given, tied in (({}, True), ({"tie_word_embeddings": False}, False)):
         (tmp_path / "config.json").write_text(json.dumps({**GEMMA, **given}))
         assert shape_from_hf_config(load_config(tmp_path).model.hf_config()).tie_word_embeddings is tied
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "mistral", "smollm3", "olmo2", "starcoder2"])
+def test_a_hugging_face_configuration_has_the_key_value_heads_of_its_family_where_it_does_not_say(
+    tmp_path: Path, model_type: str
+) -> None:
+    values = {**GEMMA, "model_type": model_type, "num_attention_heads": 8, "pad_token_id": None}
+    del values["num_key_value_heads"]
+    (tmp_path / "config.json").write_text(json.dumps({**values, "auto_map": {}, "_commit_hash": "1"}))
+    expected = meta_model(AutoConfig.from_pretrained(tmp_path)).num_parameters()
+    assert shape_of(load_config(tmp_path).model.hf_config()).num_parameters() == expected
+    assert load_config(tmp_path, ["model.num_key_value_heads=2"]).model.hf_config()["num_key_value_heads"] == 2
+
+
+def test_a_hugging_face_configuration_may_have_keys_that_its_family_does_not_read(tmp_path: Path) -> None:
+    """Published ones do: Pythia's rotary_emb_base, StarCoder2's mlp_type; in a YAML they are mistakes."""
+    values = {**GEMMA, "model_type": "starcoder2", "mlp_type": "default", "quantization_config": {"quant_method": "x"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    read = load_config(tmp_path).model.hf_config()
+    expected = meta_model(AutoConfig.for_model(**{**GEMMA, "model_type": "starcoder2"})).num_parameters()
+    assert shape_of(read).num_parameters() == expected
+    with pytest.raises(ConfigError, match="'starcoder2' has no key 'mlp_type'"):
+        hf_config({**GEMMA, "model_type": "starcoder2", "mlp_type": "default"})
 
 
 def test_a_hugging_face_configuration_without_its_sizes_is_refused(tmp_path: Path) -> None:

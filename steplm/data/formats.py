@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from steplm.units import reason, shortened
 
 if TYPE_CHECKING:
-    from pyarrow import RecordBatch
+    from pyarrow import DataType, RecordBatch
 
 TEXT_PIECE_BYTES = 32 * 2**10
 ROWS_AT_ONCE = 1024
@@ -120,6 +120,8 @@ def _read_json_lines(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
 def _read_json(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
     """Read one object, a list of objects, such a list under the key ``data``, or (as is common) one object per line.
 
+    An object with one of the fields to read is a record, whatever its key ``data`` holds.
+
     Only one object per line is streamed; the other forms are loaded into memory as a whole.
     """
     lines = ((number, line) for number, line in _lines(stream) if line.strip())
@@ -142,7 +144,11 @@ def _read_json(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
             if any(isinstance(record, dict) for _, record in records):
                 yield from records
                 return
-    if isinstance(value, dict) and isinstance(value.get("data"), list | Exception):
+    if (
+        isinstance(value, dict)
+        and isinstance(value.get("data"), list | Exception)
+        and value.keys().isdisjoint(fields or ())
+    ):
         value = value["data"]
     for place, record in enumerate(value if isinstance(value, list) else [value], 1):
         yield place, _as_record(record, fields)
@@ -172,7 +178,14 @@ def _read_csv(stream: BinaryIO, fields: Fields, *, delimiter: str = ",") -> Iter
     csv.field_size_limit(2**31 - 1)  # the default limit is 128 KiB
     # Bytes that are not UTF-8 become lone surrogates, so that they invalidate only their own row.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.reader(text, delimiter=delimiter)
+    is_at_end = False
+
+    def lines() -> Iterator[str]:
+        nonlocal is_at_end
+        yield from text
+        is_at_end = True
+
+    rows = csv.reader(lines(), delimiter=delimiter)
     names: list[str] = []
     twice: list[str] = []
     while True:
@@ -183,6 +196,9 @@ def _read_csv(stream: BinaryIO, fields: Fields, *, delimiter: str = ",") -> Iter
             yield place, ValueError(f"broken CSV: {error}")
             continue
         if row is None:
+            return
+        if is_at_end:  # a row that is complete does not ask for another line
+            yield place, ValueError("broken CSV: a quote that is never closed, the rest of the file is lost")
             return
         if not names:
             names, twice = row, _repeated(_used(row, fields))
@@ -252,13 +268,24 @@ def _used(names: Iterable[str], fields: Fields) -> list[str]:
 
 def _checked(batch: RecordBatch) -> RecordBatch:
     """Validate a batch, as string offsets in a damaged mapped file may point anywhere; invalid UTF-8 is allowed."""
-    import pyarrow
-
-    binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
-    columns = [column.cast(binary.get(column.type, column.type)) for column in batch.columns]
-    for column in columns:
-        column.validate(full=True)
+    for column in batch.columns:
+        column.view(_as_binary(column.type)).validate(full=True)
     return batch
+
+
+def _as_binary(kind: DataType) -> DataType:
+    """The type with binary in place of strings, at any depth."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_as_binary(field.type)) for field in kind])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return make(kind.value_field.with_type(_as_binary(kind.value_type)))
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, _as_binary(kind.value_type))
+    strings = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+    return strings.get(kind, kind)
 
 
 def _table_records(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from steplm.data.tokenizer import load_tokenizer
@@ -18,7 +18,7 @@ from steplm.eval.perplexity import require_known_tokens
 from steplm.files import is_unicode
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
-from steplm.models.forward import running
+from steplm.models.forward import check_causal, running
 from steplm.units import reason
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Reply:
 def read_chat_template(file: str | Path) -> str:
     """Read a Jinja file; raise ``ConfigError`` if it cannot be read."""
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
+        return Path(file).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the chat template {file}: {reason(error)}", path=str(file)) from None
 
@@ -75,15 +75,16 @@ class ChatModel:
         chat_template: a Jinja file, used instead of the tokenizer's own template.
 
     Raises:
-        ConfigError: there is no chat template, or the file cannot be read.
+        ConfigError: there is no chat template, the file cannot be read, or the model is not causal.
         CheckpointError, DataError, HubUnavailable: no model or tokenizer was found.
     """
 
     def __init__(self, model: str | Path, *, chat_template: str | None = None, device: str = "auto") -> None:
         self.tokenizer = load_chat_tokenizer(model, chat_template)  # first: it fails faster than loading weights
         self.model = load_pretrained(model).to(resolve_device(device)).eval()
+        check_causal(self.model)
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.stop_ids = _stop_ids(model, self.tokenizer.eos_token_id)
+        self.stop_ids = _stop_ids(self.model, self.tokenizer.eos_token_id)
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """Token IDs of the messages rendered by the template, including its generation prompt.
@@ -203,11 +204,8 @@ class _Streamer(BaseStreamer):
         self._told = text
 
 
-def _stop_ids(model: str | Path, eos_token_id: int) -> list[int]:
-    """Tokens that end a turn: the tokenizer's EOS and those in the model's generation config."""
-    try:
-        known = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        known = None
+def _stop_ids(model: PreTrainedModel, eos_token_id: int) -> list[int]:
+    """Tokens that end a turn: the tokenizer's EOS, and the model's, from generation_config.json or else config.json."""
+    known = model.generation_config.eos_token_id
     known_ids = known if isinstance(known, list) else [] if known is None else [known]
     return list(dict.fromkeys([eos_token_id, *known_ids]))

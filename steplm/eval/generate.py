@@ -14,7 +14,7 @@ from steplm.eval.text import opening_token
 from steplm.files import is_unicode
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
-from steplm.models.forward import running
+from steplm.models.forward import check_causal, running
 
 # For ``running``: generation also depends on the defaults in generation_config.json.
 GENERATE = "generate with its config.json and generation_config.json"
@@ -40,13 +40,14 @@ def generate(
 
     Raises:
         ConfigError: a number is out of range, prompt and new tokens do not fit the model's context, or the model cannot
-            generate.
+            generate or is not causal.
         CheckpointError, DataError, HubUnavailable: no model or tokenizer was found, or they do not belong together.
     """
     sampling = sampling_arguments(temperature, top_p, max_new_tokens)
     if not is_unicode(prompt):
         raise ConfigError("the prompt is not valid Unicode: it holds a lone surrogate")
     model = load_pretrained(folder).to(resolve_device(device)).eval()
+    check_causal(model)
     tokenizer = load_tokenizer(folder)
     prompt_ids = [opening_token(tokenizer), *tokenizer(prompt, add_special_tokens=False).input_ids]
     require_known_tokens(model, max(prompt_ids))

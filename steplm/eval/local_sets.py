@@ -77,6 +77,8 @@ def _from_answer_key(record: Record) -> Record:
         question = question["stem"]
     else:
         texts, labels = record["choices"]["text"], record["choices"]["label"]
+    if len(texts) != len(set(labels)):
+        raise ValueError(f"{len(texts)} choices, {len(set(labels))} different labels")
     return {"query": question, "choices": texts, "gold": labels.index(record["answerKey"].strip())}
 
 
@@ -93,7 +95,7 @@ def _from_copa(record: Record) -> Record:
 def _from_boolq(record: Record) -> Record:
     query = f"{record['passage']}\nQuestion: {record['question']}?"
     answer = record["label"] if "label" in record else record["answer"]
-    return {"query": query, "choices": ["no", "yes"], "gold": int(answer)}
+    return {"query": query, "choices": ["no", "yes"], "gold": _whole(answer)}
 
 
 def _from_winogrande(record: Record) -> Record:
@@ -105,7 +107,14 @@ def _from_winogrande(record: Record) -> Record:
 def _from_hellaswag(record: Record) -> Record:
     context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
     choices = [_without_brackets(ending) for ending in record["endings"]]
-    return {"query": _without_brackets(context), "choices": choices, "gold": int(record["label"])}
+    return {"query": _without_brackets(context), "choices": choices, "gold": _whole(record["label"])}
+
+
+def _whole(value: Any) -> int:
+    """The number of an answer, also from text or true and false; ``int`` alone would cut 0.7 to 0."""
+    if isinstance(value, float):
+        raise TypeError(f"{value} is no whole number")
+    return int(value)
 
 
 # Columns that identify a published format, and its converter, which follows lm_eval's own task.

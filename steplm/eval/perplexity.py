@@ -24,7 +24,7 @@ from steplm.errors import CheckpointError, ConfigError, DataError
 from steplm.eval.text import token_stream
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
-from steplm.models.forward import mean_loss, running
+from steplm.models.forward import check_loss, mean_loss, running
 from steplm.models.loss import IGNORE_INDEX
 from steplm.units import perplexity_of
 
@@ -92,13 +92,15 @@ def perplexity(
         batch_size: windows per forward pass; it does not affect the result.
 
     Raises:
-        ConfigError: the stride is outside 1 … S, windows are longer than the model's context, or it cannot be run.
+        ConfigError: the stride is outside 1 … S, windows are longer than the model's context, or the model cannot be
+            run, is not causal, or makes its logits in a way that the chunked loss does not know.
         CheckpointError: the loss is not a finite number.
         DataError: there are fewer than two tokens, or a token is outside the model's vocabulary.
     """
     tokens = torch.as_tensor(token_ids, dtype=torch.long).cpu()
     stride = sequence_length if stride is None else stride
     _check(model, tokens, sequence_length, stride)
+    check_loss(model, sequence_length)
     batches = _batches(tokens, sequence_length, stride, batch_size)
     with running(model):
         loss, num_tokens = mean_loss(model, batches, chunk_size=LOSS_CHUNK_SIZE)

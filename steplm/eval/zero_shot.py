@@ -34,6 +34,7 @@ from steplm.eval.scores import TaskResult, difference, load, mean_of, save
 from steplm.eval.task_list import TaskFolders, check_names, load_tasks
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
+from steplm.models.forward import check_causal
 from steplm.models.names import short_name, short_names
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def evaluate_tasks(
         names: model names in tables; default: the ends of their paths.
 
     Raises:
-        ConfigError: lm_eval is not installed, a task is unknown, or a number is out of range.
+        ConfigError: lm_eval is not installed, a task is unknown, a number is out of range, or a model is not causal.
         CheckpointError, DataError, HubUnavailable: a model, tokenizer or dataset is missing or unusable.
     """
     paths = [str(model) for model in models]
@@ -248,9 +249,9 @@ def _score_task(lm: Scorer, name: str, task: Task, limit: int | None, progress: 
 def _load_scorer(model: str, batch_size: int, device: str, dtype: str) -> Scorer:
     from steplm.eval.harness import scorer
 
-    return scorer(
-        load_pretrained(model, dtype=dtype).to(resolve_device(device)).eval(), load_tokenizer(model), batch_size
-    )
+    loaded = load_pretrained(model, dtype=dtype).to(resolve_device(device)).eval()
+    check_causal(loaded)
+    return scorer(loaded, load_tokenizer(model), batch_size)
 
 
 def _file_name(model: str, task: str, fingerprint: str) -> str:

@@ -46,7 +46,8 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
 
     Args:
         values: Hugging Face configuration keys, including ``model_type``. Keys that are None are dropped if the family
-            does not have them.
+            does not have them. With ``transformers_version``, as in a ``config.json``, other keys that it does not
+            have are allowed, too, and have no effect.
         layers: for a shallower model, the indices of its layers, or their number from the bottom.
 
     Raises:
@@ -59,6 +60,7 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
         hint = nearest(model_type, CONFIG_MAPPING.keys(), otherwise="")
         raise ConfigError(f"transformers does not know the model type {model_type!r}.{hint}", model_type=model_type)
     default = _default_config(model_type)
+    is_written = values.pop("transformers_version", None) is not None
     if not hasattr(default, "num_key_value_heads") and (
         values.get("num_key_value_heads") == values.get("num_attention_heads")
     ):
@@ -67,6 +69,8 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
         if not _is_read(default, key):
             if value is None:  # lets users drop a key of ``model`` that the family lacks
                 del values[key]
+                continue
+            if is_written:
                 continue
             hint = nearest(key, default.to_dict(), otherwise="")
             if key in OWN_KEYS:

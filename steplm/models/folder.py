@@ -14,6 +14,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging as transformers_logging
 
 from steplm.errors import CheckpointError, ConfigError, HubUnavailable
@@ -37,7 +38,8 @@ COMPANIONS = (
     "spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates/*", "generation_config.json",
 )  # fmt: skip
 MOST_LAYERS = 1000  # deeper configs are refused if they also have more layers than stored tensors
-INTEGERS = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+# Where transformers looks for weights; the first that exists is used.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
@@ -133,7 +135,7 @@ def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> P
             unexpected=unexpected,
         )
     _check_values(model, name)
-    _check_end_tokens(model, name)
+    _check_generation_config(model, name)
     without_extra_outputs(model.config)
     return model
 
@@ -157,12 +159,12 @@ def _require_one_set_of_weights(folder: Path) -> None:
 
 
 def _check_values(model: PreTrainedModel, name: str | Path) -> None:
-    for key, tensor in model.named_parameters():
+    for key, tensor in plain_state(model).items():
         # The sum needs no temporary tensor, and finite weights almost always have a finite sum.
         if not tensor.sum(dtype=torch.float32).isfinite() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"the weights in {name} are not all numbers: {key} holds NaN or infinity", tensor=key)
-    if Path(name).is_dir() and not hasattr(model.config, "quantization_config"):
-        _refuse_integers(Path(name), {key for key, _ in model.named_parameters()}, model.base_model_prefix)
+    if Path(name).is_dir() and getattr(model, "hf_quantizer", None) is None:
+        _check_stored(Path(name), {key for key, _ in model.named_parameters()}, model.base_model_prefix)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if model.config.tie_word_embeddings and head is not None and head.weight is not embeddings.weight:
         raise CheckpointError(
@@ -172,9 +174,18 @@ def _check_values(model: PreTrainedModel, name: str | Path) -> None:
         )
 
 
-def _check_end_tokens(model: PreTrainedModel, name: str | Path) -> None:
-    """Refuse other end tokens than numbers in generation_config.json, which transformers reads but does not check."""
-    given = getattr(model.generation_config, "eos_token_id", None)
+def _check_generation_config(model: PreTrainedModel, name: str | Path) -> None:
+    """Refuse what transformers passes over: a generation_config.json that is no JSON, end tokens that are no numbers.
+
+    A chat model would not stop at the end of its turn.
+    """
+    file = Path(name) / "generation_config.json"
+    try:
+        given = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged: {reason(error)}", path=str(file)) from None
+    if given is None:
+        given = getattr(model.generation_config, "eos_token_id", None)
     if given is not None and not all(type(token) is int for token in (given if isinstance(given, list) else [given])):
         raise CheckpointError(
             f"generation_config.json of {name} has eos_token_id={shortened(given)}, but it must be a token's number, "
@@ -183,17 +194,30 @@ def _check_end_tokens(model: PreTrainedModel, name: str | Path) -> None:
         )
 
 
-def _refuse_integers(folder: Path, parameters: set[str], prefix: str) -> None:
-    """Refuse integer tensors, left by a quantization not named in config.json, which would be used as weights as is."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                kind = tensors.get_slice(key).get_dtype()
-                if kind in INTEGERS and not parameters.isdisjoint((key, f"{prefix}.{key}")):
-                    raise CheckpointError(
-                        f"{file} holds {key} as integers ({kind}), and config.json names no quantization.",
-                        path=str(file),
-                    )
+def _check_stored(folder: Path, parameters: set[str], prefix: str) -> None:
+    """Refuse weights that transformers would use as they are: not floats, or with different values in two files."""
+    found: dict[str, Path] = {}
+    for file in _files_in_use(folder):
+        try:
+            stored = load_state_dict(file, map_location="meta")
+        except ValueError as error:  # a type that PyTorch converts although transformers does not know it
+            raise CheckpointError(f"cannot load the model in {folder}: {error}", path=str(file)) from None
+        for key, tensor in stored.items():
+            # Weights of experts may have another name in the file than in the model.
+            is_weight = key.endswith(".weight") or not parameters.isdisjoint((key, f"{prefix}.{key}"))
+            if is_weight and not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise CheckpointError(f"{file} holds {key} as {kind}, which is no floating-point type.", path=str(file))
+            other = found.setdefault(key, file)
+            if other != file and not torch.equal(load_state_dict(other)[key], load_state_dict(file)[key]):
+                raise CheckpointError(f"{other} and {file} hold different values of {key}.", path=str(file))
+
+
+def _files_in_use(folder: Path) -> list[Path]:
+    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if file is None or file.suffix != ".json":
+        return [] if file is None else [file]
+    return [folder / name for name in sorted(set(json.loads(file.read_text())["weight_map"].values()))]
 
 
 def copy_companions(model: str | Path, folder: Path) -> None:

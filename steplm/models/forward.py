@@ -141,13 +141,29 @@ def check_loss(model: PreTrainedModel, sequence_length: int) -> None:
     shifting. It may also let tokens attend to later tokens, which they are supposed to predict.
 
     Raises:
-        ConfigError: the losses differ, the model is not causal, or it cannot be run.
+        ConfigError: the losses differ, the model is not causal, its logits are NaN, or it cannot be run.
     """
+    with _evaluating(model):
+        _check_loss(model, *_check_causal(model, min(sequence_length, 16)))
+
+
+def check_causal(model: PreTrainedModel) -> None:
+    """Require that no logits depend on later tokens, on one row of at most 16 tokens.
+
+    Raises:
+        ConfigError: they do, or are NaN, or the model cannot be run.
+    """
+    with _evaluating(model):
+        _check_causal(model, min(getattr(model.config, "max_position_embeddings", None) or 16, 16))
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with running(model):
-            _check_loss(model, min(sequence_length, 16))
+        with running(model), torch.no_grad():
+            yield
     finally:
         model.train(was_training)
 
@@ -167,25 +183,36 @@ def running(model: PreTrainedModel, what: str = "be run on a row of tokens") -> 
         ) from None
 
 
-@torch.no_grad()
-def _check_loss(model: PreTrainedModel, length: int) -> None:
+def _check_causal(model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor, float]:
+    """Check as ``check_causal`` says; return the tokens of the row, their logits, and the tolerance for rounding."""
     vocab_size = model.config.get_text_config().vocab_size
     input_ids = (torch.arange(length, device=model.device) * 7919 % vocab_size).unsqueeze(0)
     logits = model(input_ids=input_ids, use_cache=False).logits[0].float()
-    # Fresh weights give nearly equal logits, whose mean loss is about log V whatever their scale. Labels at the highest
-    # and the lowest logits make the loss depend on it as much as possible.
-    expected = [F.cross_entropy(logits, labels).item() for labels in (logits.argmax(dim=1), logits.argmin(dim=1))]
-    tolerance = (1e-4 if model.dtype == torch.float32 else 2e-2) * (expected[1] - expected[0]) + 1e-5
+    spread = float((logits.amax(dim=1) - logits.amin(dim=1)).mean())
+    tolerance = (1e-4 if model.dtype == torch.float32 else 2e-2) * spread + 1e-5
     with_another_end = input_ids.clone()
     with_another_end[0, -1] = (input_ids[0, -1] + 1) % vocab_size
     changed = model(input_ids=with_another_end, use_cache=False).logits[0].float()
+    if logits.isnan().any():
+        raise ConfigError(
+            f"model_type {model.config.model_type!r} makes logits that are NaN: some weights or settings are too large "
+            f"for dtype {model.dtype}.",
+            model_type=model.config.model_type,
+        )
     if not bool(((changed - logits)[:-1].abs() <= tolerance).all()):
         raise ConfigError(
             f"model_type {model.config.model_type!r} is not causal: its logits depend on the tokens that follow, which "
             "they are to predict. Choose another model_type or another configuration of it (is_decoder).",
             model_type=model.config.model_type,
         )
-    for wanted, labels in zip(expected, (logits.argmax(dim=1), logits.argmin(dim=1)), strict=True):
+    return input_ids, logits, tolerance
+
+
+def _check_loss(model: PreTrainedModel, input_ids: Tensor, logits: Tensor, tolerance: float) -> None:
+    # Fresh weights give nearly equal logits, whose mean loss is about log V whatever their scale. Labels at the highest
+    # and the lowest logits make the loss depend on it as much as possible.
+    for labels in (logits.argmax(dim=1), logits.argmin(dim=1)):
+        wanted, length = F.cross_entropy(logits, labels).item(), len(labels)
         actual = batch_loss(model, input_ids, labels.unsqueeze(0), num_valid=length, chunk_size=length).item()
         if not abs(actual - wanted) <= tolerance:  # not `>`, which NaN would pass
             raise ConfigError(

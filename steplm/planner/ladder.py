@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steplm.config import RunConfig
+from steplm.planner.shape import shape_from_hf_config
 
 Changes = Mapping[str, Any]  # "section.key" -> value
 
@@ -186,8 +187,14 @@ class Axis:
 
 def _width_unit(config: RunConfig) -> int:
     """Query heads per key-value head, the smallest number of heads that can be added."""
-    model = config.model
-    return model.num_attention_heads // (model.num_key_value_heads or model.num_attention_heads)
+    return config.model.num_attention_heads // _num_key_value_heads(config)
+
+
+def _num_key_value_heads(config: RunConfig) -> int:
+    model, given = config.model, config.model.num_key_value_heads
+    if model.has_default_key_value_heads:
+        given = shape_from_hf_config(model.hf_config()).num_key_value_heads
+    return given or model.num_attention_heads
 
 
 def _hidden_size(config: RunConfig, index: int) -> int:
@@ -205,7 +212,8 @@ def _width_changes(config: RunConfig, index: int) -> Changes:
         "model.intermediate_size": max(16, 16 * round(hidden_size * model.intermediate_size / model.hidden_size / 16)),
         "model.num_attention_heads": index * _width_unit(config),
     }
-    return changes if model.num_key_value_heads is None else {**changes, "model.num_key_value_heads": index}
+    is_given = model.num_key_value_heads is not None or model.has_default_key_value_heads
+    return {**changes, "model.num_key_value_heads": index} if is_given else changes
 
 
 def _batch_changes(config: RunConfig, index: int) -> Changes:
@@ -244,7 +252,7 @@ AXES: dict[str, Axis] = {
         256,
     ),
     "width": Axis(
-        lambda config: config.model.num_key_value_heads or config.model.num_attention_heads,
+        _num_key_value_heads,
         _hidden_size,
         _width_changes,
         4096,

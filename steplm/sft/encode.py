@@ -42,7 +42,8 @@ class Encoder:
         self.uses_template = uses_template
         added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         special = {**added, **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))}
-        self._special_texts, self._special = tuple(special), frozenset(special.values())
+        self._special_texts = tuple(special)
+        self._special = frozenset(special.values()) - {tokenizer.unk_token_id}  # a character unknown ends nothing
 
     def encode(self, conversation: Conversation) -> Example:
         """Encode as token IDs and labels.
@@ -81,13 +82,13 @@ class Encoder:
             after = self._render(messages[: index + 1])
             # The model need not generate what follows the end-of-turn token, often a newline.
             end = len(after.rstrip())
-            if whole.startswith(before) and whole[:end] == after[:end]:
-                if end <= len(before):
-                    raise ValueError("the chat template leaves out the answer")
+            continues = whole.startswith(before) and whole[:end] == after[:end]
+            if continues and messages[index]["content"].strip() in whole[len(before) : end]:
                 pieces += [(whole[position : len(before)], False), (whole[len(before) : end], True)]
                 position = end
             elif index == answers[-1]:
-                raise ValueError("the chat template does not continue its own prompt by the answer")
+                how = "leaves out or changes" if continues else "does not continue its own prompt by"
+                raise ValueError(f"the chat template {how} the answer")
             # else the template renders this earlier answer differently in the history, so it is not learned
         return pieces
 

@@ -48,7 +48,9 @@ def export_model(
     with replacing(folder) as temporary:
         save_folder(temporary, hf_config, plain_state(model))
         tokenizer.save_pretrained(temporary)
-        _generation_config(model_name, hf_config, tokenizer, end_ids).save_pretrained(temporary)
+        generation = _generation_config(model_name, hf_config, tokenizer, end_ids)
+        # Not save_pretrained, which refuses settings that published folders have: a temperature without do_sample.
+        generation.to_json_file(temporary / "generation_config.json", keys_to_pop=["compile_config"])
         (temporary / "README.md").write_text(_card(model_name, data, config, result, counts), encoding="utf-8")
 
 

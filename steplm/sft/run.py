@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from steplm.data.shards import locked
 from steplm.data.tokenizer import load_tokenizer
@@ -76,7 +76,8 @@ def instruction_tune(
     folder = Path(output_dir) if output_dir is not None else default_output_dir(str(model))
     tokenizer = load_tokenizer(model)
     template = set_chat_template(tokenizer, config.chat_template)
-    if tokenizer.pad_token_id is None:
+    vocab_size = getattr(hf_config, "vocab_size", math.inf)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:
         tokenizer.pad_token = tokenizer.eos_token  # labels, not pad tokens, decide what has a loss
     with _write_errors(folder), locked(folder, lambda: say(f"waiting for another process that works in {folder}")):
         resolved = {"sequence_length": sequence_length, "template_sha256": _sha256(tokenizer.chat_template)}
@@ -142,12 +143,14 @@ class _Run:
         """Load the model, in fp32 if its weights are trained, else (with adapters) in the run's precision."""
         dtype = torch.float32 if self.config.lora_rank is None else DTYPES[self.config.precision]
         model = load_pretrained(self.model_name, dtype=dtype).to(self.device)
+        model.generation_config = GenerationConfig()  # the trainer's checkpoints would refuse some; see the export
         largest = max(max(example.input_ids) for example in (*self.prepared.train, *self.prepared.validation))
+        largest = max(largest, self.tokenizer.eos_token_id)
         vocab_size = model.get_input_embeddings().weight.shape[0]
         if largest >= vocab_size:
             raise DataError(
-                f"the records have token {largest}, but the model's vocabulary ends at {vocab_size - 1}: its tokenizer "
-                "has tokens that the model never had",
+                f"the tokenizer has the token {largest}, in the records or as its end-of-text token, but the model's "
+                f"vocabulary ends at {vocab_size - 1}",
                 token=largest,
                 vocab_size=vocab_size,
             )

@@ -65,7 +65,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, choice: str | None) ->
         return "alpaca"
     path = template_file(choice)
     try:
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program and can raise anything
         raise ConfigError(f"chat_template: {choice} makes no prompt: {reason(error)}", path=choice) from None

@@ -128,6 +128,20 @@ def test_a_record_with_a_repeated_key_is_unusable_unless_the_key_is_not_used(
         assert [document.text for document in documents] == ["one", "two", "three"]
 
 
+def test_an_object_with_the_field_is_a_record_whatever_else_it_holds(tmp_path: Path) -> None:
+    documents, _ = read(write(tmp_path / "a.json", b'{"text": "one", "data": []}'))
+    assert [document.text for document in documents] == ["one"]
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_rows_that_an_open_quote_swallows_are_no_document(tmp_path: Path, end: bytes) -> None:
+    path = write(tmp_path / "a.csv", b'id,text\n1,"one\ntwo"\n2,"three\n3,four' + end)
+    documents, bad = read(path)
+    assert [document.text for document in documents] == ["one\ntwo"]
+    reason = "broken CSV: a quote that is never closed, the rest of the file is lost"
+    assert bad.examples == [BadRecord(f"{path}:4", reason)]
+
+
 def test_a_repeated_key_data_and_a_repeated_column_leave_no_record(tmp_path: Path) -> None:
     _, bad = read(write(tmp_path / "a.json", b'{"data": [{"text": "a"}], "data": [{"text": "b"}]}'))
     assert [example.reason for example in bad.examples] == ["the key 'data' is repeated"]
@@ -248,6 +262,23 @@ def test_arrow_files_give_their_text_column(
     assert bad.examples == [BadRecord(f"{path}:2", "not UTF-8: unexpected end of data", count=2)]
     _, bad = read(path, text_field="body")
     assert bad.examples == [BadRecord(f"{path}:1", "no column 'body'; columns are 'text', 'id'", count=6)]
+
+
+def test_bytes_inside_a_list_or_a_dictionary_spoil_only_their_own_rows(tmp_path: Path) -> None:
+    strings = not_utf8([b"one", b"caf\xe9"])
+    turns = pyarrow.StructArray.from_arrays([strings, strings], ["role", "content"])
+    columns = {
+        "list": pyarrow.ListArray.from_arrays([0, 1, 2], turns),
+        "dictionary": pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, 1]), strings),
+    }
+    path = tmp_path / "a.arrow"
+    for name, column in columns.items():
+        table = pyarrow.table({"text": column})
+        with path.open("wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+        (_, first), (_, second) = Source(str(path), path).records(["text"])
+        assert first == {"text": "one" if name == "dictionary" else [{"role": "one", "content": "one"}]}
+        assert str(second) == "not UTF-8: unexpected end of data"
 
 
 def test_a_string_that_lies_outside_an_arrow_file_is_damage_and_not_read(tmp_path: Path) -> None:

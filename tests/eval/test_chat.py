@@ -80,6 +80,11 @@ def test_an_answer_ends_at_every_token_that_the_folder_says_ends_one(path: Path,
     GenerationConfig(eos_token_id=[0, said]).save_pretrained(tmp_path)
     reply = ChatModel(tmp_path, device="cpu").reply([user("New layers")], max_new_tokens=5, temperature=0)
     assert (reply.num_tokens, reply.ended) == (1, True)
+    (tmp_path / "generation_config.json").unlink()
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": [0, said]}))
+    reply = ChatModel(tmp_path, device="cpu").reply([user("New layers")], max_new_tokens=5, temperature=0)
+    assert (reply.num_tokens, reply.ended) == (1, True)
 
 
 def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(chat: ChatModel) -> None:

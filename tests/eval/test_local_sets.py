@@ -79,6 +79,17 @@ def test_the_half_sentence_of_a_caption_begins_with_a_capital(context: str, quer
             "no right answer",
         ),
         (multiple_choice, {"question": "a", "choices": None, "answerKey": "A"}, "no right answer"),
+        (
+            multiple_choice,
+            {"question": "a", "choices": {"text": ["b", "c", "d"], "label": ["A", "B", "B"]}, "answerKey": "B"},
+            "3 choices, 2 different labels",
+        ),
+        (multiple_choice, {"passage": "a", "question": "b", "label": 0.7}, "0.7 is no whole number"),
+        (
+            multiple_choice,
+            {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": 1.7},
+            "1.7 is no whole number",
+        ),
         (partial_scoring, {"sentence": "a _", "option1": "b", "option2": "c", "answer": ""}, "no right answer"),
         (partial_scoring, {"context_options": "ab", "continuation": "c", "gold": 0}, "'context_options' must be"),
         (last_word, {"context": "a", "text": "b"}, r"no field 'continuation' \(its fields: context, text\)"),

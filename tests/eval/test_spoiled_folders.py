@@ -16,6 +16,7 @@ from steplm.errors import CheckpointError, ConfigError, DataError, SteplmError
 from steplm.eval.chat import ChatModel
 from steplm.eval.generate import generate
 from steplm.eval.perplexity import evaluate_folder
+from steplm.eval.zero_shot import _load_scorer
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
@@ -95,5 +96,20 @@ def test_finite_weights_that_overflow_are_no_perplexity_and_no_answer(use: Calla
         weights["model.layers.0.self_attn.v_proj.weight"], 3e38
     )
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises((CheckpointError, ConfigError), match=r"the loss is nan|cannot generate"):
+    with pytest.raises((CheckpointError, ConfigError), match="logits that are NaN"):
+        use(copy)
+
+
+def _score(folder: Path) -> None:
+    pytest.importorskip("lm_eval")
+    _load_scorer(str(folder), 1, "cpu", "auto")
+
+
+@pytest.mark.parametrize("use", [*COMMANDS, _score])
+def test_a_model_that_sees_what_it_is_to_predict_gets_no_perplexity_and_no_answer(
+    use: Callable[[Path], None], copy: Path
+) -> None:
+    """Its perplexity would be far too low: encoders, and decoders whose configuration turns the causal mask off."""
+    _change(copy / "config.json", is_causal=False)
+    with pytest.raises(ConfigError, match="'llama' is not causal"):
         use(copy)

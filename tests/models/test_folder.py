@@ -172,7 +172,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
         ),
         (
             lambda weights: weights | {DOWN: (weights[DOWN] * 99).to(torch.int8)},
-            r"down_proj\.weight as integers \(I8\)",
+            r"down_proj\.weight as int8",
         ),
         (lambda weights: weights | {DOWN: weights[DOWN] / 0}, r"not all numbers: model\.layers\.1\.mlp\.down_proj"),
     ],
@@ -266,3 +266,68 @@ def test_all_of_an_error_of_transformers_is_told_in_one_line(folder: Path) -> No
     with pytest.raises(CheckpointError, match=r"rms_norm_eps.* expected float, got str") as raised:
         load_pretrained(folder)
     assert "\n" not in str(raised.value)
+
+
+def in_two_shards(folder: Path, repeated: Weights) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    save_file(weights, folder / names[0], metadata={"format": "pt"})
+    save_file(repeated, folder / names[1], metadata={"format": "pt"})
+    where = dict.fromkeys(weights, names[0]) | {"model.norm.weight": names[1]}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def test_a_tensor_in_two_shards_has_one_value(folder: Path) -> None:
+    norm = load_file(folder / "model.safetensors")["model.norm.weight"]
+    in_two_shards(folder, {"model.norm.weight": norm})
+    load_pretrained(folder)
+    save_file({"model.norm.weight": norm + 1}, folder / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"hold different values of model\.norm\.weight"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_what_is_no_floating_point_number_is_no_weight_in_any_format(
+    folder: Path, kind: torch.dtype, file: str
+) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weights[DOWN] = (weights[DOWN] * 99).to(kind)
+    set_keys(folder, quantization_config={"quant_method": "unheard-of"})
+    if file.endswith(".bin"):
+        torch.save(weights, folder / file)
+    else:
+        save_file(weights, folder / file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{DOWN} as {kind}|unknown dtype".replace("torch.", "")):
+        load_pretrained(folder)
+
+
+def test_integer_experts_are_refused_under_the_names_of_their_file(tmp_path: Path) -> None:
+    config = hf_config({**LLAMA, "model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1})
+    build_model(config, initial_state(config, seed=0, dtype=torch.float32)).save_pretrained(tmp_path)
+    load_pretrained(tmp_path)
+    change(
+        tmp_path,
+        lambda weights: {
+            key: (99 * tensor).to(torch.int8) if ".experts." in key else tensor for key, tensor in weights.items()
+        },
+    )
+    with pytest.raises(CheckpointError, match=r"experts\.0\.w1\.weight as int8"):
+        load_pretrained(tmp_path)
+
+
+def test_a_router_bias_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    config = hf_config(GLM)
+    save_folder(tmp_path, config, initial_state(config, seed=0, dtype=torch.float32))
+    name = ROUTER_BIAS.format(0)
+    change(tmp_path, lambda weights: weights | {name: weights[name] / 0})
+    with pytest.raises(CheckpointError, match=name):
+        load_pretrained(tmp_path)
+
+
+def test_a_damaged_generation_config_is_refused_since_it_may_name_the_end_of_a_turn(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json is damaged"):
+        load_pretrained(folder)

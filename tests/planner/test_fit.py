@@ -337,6 +337,17 @@ def test_widths_keep_the_size_of_a_head() -> None:
         assert abs(model.intermediate_size - model.hidden_size * 176 / 64) <= 8
 
 
+def test_widths_are_the_same_with_the_key_value_heads_of_the_family_written_or_not() -> None:
+    base = ("model.model_type=mistral", "model.num_attention_heads=16", "model.hidden_size=128")
+    written = tiny(*base, "model.num_key_value_heads=8")
+    values = written.model_dump(exclude_unset=True)
+    del values["model"]["num_key_value_heads"]
+    values["model"]["extra"] = {**values["model"].get("extra", {}), "num_key_value_heads": None}
+    budget = written_bytes() * 8
+    rows, others = (fit(config, budget, maximize="width") for config in (written, load_config(values)))
+    assert [row.overrides for row in rows.alternatives] == [row.overrides for row in others.alternatives]
+
+
 def recomputed_flops(config: RunConfig, num_new: int, num_old: int) -> int:
     """A token of the one phase of a stage."""
     prices = StagePrices(config, SHAPE)

@@ -159,5 +159,30 @@ def test_the_folder_fixture_has_no_template(folder: Path, tokenizer: PreTrainedT
 
 def test_a_template_that_leaves_out_the_answer_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="leaves out the answer"):
+    with pytest.raises(ValueError, match="leaves out or changes the answer"):
         Encoder(tokenizer).encode(as_conversation({"messages": TURNS[1:3]}))
+
+
+def test_an_answer_is_learned_as_the_record_has_it_or_not_at_all(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Templates of reasoning models drop what comes before </think>, some from every answer."""
+    content = "message.content"
+    tokenizer.chat_template = CHATML.replace(content, f"{content}.split('</think>')[-1]")
+    thought = {"role": "assistant", "content": "<think>miau</think>cat"}
+    with pytest.raises(ValueError, match="leaves out or changes the answer"):
+        Encoder(tokenizer).encode(as_conversation({"messages": [TURNS[1], thought]}))
+    example = Encoder(tokenizer).encode(as_conversation({"messages": [TURNS[1], thought, *TURNS[3:]]}))
+    assert learned(tokenizer, example) == [f"dog<|im_end|>{END}"]
+    tokenizer.chat_template = CHATML.replace(content, f"{content} | trim")
+    example = Encoder(tokenizer).encode(as_conversation({"messages": [TURNS[1], {**thought, "content": " cat "}]}))
+    assert learned(tokenizer, example) == [f"cat<|im_end|>{END}"]
+
+
+def test_an_unknown_character_does_not_end_an_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Tokenizers without bytes to fall back on have a token for it, which is special but ends nothing."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "cat": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    unknowing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    record = as_conversation({"prompt": "cat", "completion": "cat dog"})
+    assert Encoder(unknowing, uses_template=False).encode(record).labels[-3:] == [2, 0, 1]

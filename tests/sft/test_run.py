@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +302,22 @@ def test_other_families_with_tied_heads_train_and_load(
     assert AutoModelForCausalLM.from_pretrained(result.export_dir).config.tie_word_embeddings
     memory = events(result, "memory")[0]
     assert memory["planned_bytes"] == memory["measured_bytes"]
+
+
+def test_what_a_published_folder_says_of_sampling_and_padding_is_exported(
+    folder: Path, data: Path, tmp_path: Path
+) -> None:
+    """A temperature without do_sample, which transformers reads but refuses to write; a pad token without a row."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    sampling = {"do_sample": False, "temperature": 0.5, "top_p": 0.9}
+    (model / "generation_config.json").write_text(json.dumps(sampling))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "[PAD]"}))
+    result = tune(model, data, tmp_path / "out", "max_steps=1")
+    written = json.loads((result.export_dir / "generation_config.json").read_text())
+    assert {key: written[key] for key in sampling} == sampling
+    exported = AutoModelForCausalLM.from_pretrained(result.export_dir)
+    assert exported.config.pad_token_id < exported.config.vocab_size
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(folder: Path, data: Path, tmp_path: Path) -> None:
