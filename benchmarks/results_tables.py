@@ -23,7 +23,7 @@ from pathlib import Path
 from steplm.compare.methods import METHODS
 from steplm.config import load_config
 from steplm.planner.plan import plan
-from steplm.report.runs import percent
+from steplm.units import percent
 from steplm.report.summary import Suite, difference, read_suite
 from steplm.report.tables import all_tables, warnings
 from steplm.units import format_bytes, format_count

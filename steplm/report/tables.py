@@ -21,7 +21,7 @@ class Cell:
     """A table cell: its text, sort key and emphasis."""
 
     text: str
-    value: float | str | None = None
+    value: int | float | str | None = None
     strong: bool = False
     tone: str = ""  # "better" or "worse"
 

@@ -16,12 +16,16 @@ from steplm.errors import SteplmError
 from steplm.planner.plan import plan
 from steplm.report.figure import measured_spans, run_figure
 from steplm.report.page import write_page
-from steplm.report.runs import COLUMNS, RunRecord, comparison_table, load_run, render_rich
+from steplm.report.runs import COLUMNS, RunRecord, load_run, render_rich
 from steplm.report.summary import read_suite
 from steplm.report.tables import sources_table, stages_table
 from steplm.training.run import train
 from steplm.types import to_json
-from steplm.units import format_count
+from steplm.units import format_bytes, format_count
+
+
+def cells(record: RunRecord) -> list[str]:
+    return [write(record) for write in COLUMNS.values()]
 
 
 def write_run(record: RunRecord, run_dir: Path) -> Path:
@@ -51,9 +55,7 @@ def test_a_run_that_has_a_plan_but_no_metrics_yet_has_no_numbers(
 ) -> None:
     run_dir = write_run(make_record(until=0.5), tmp_path / "run")
     (run_dir / "metrics.jsonl").unlink()
-    (row,) = comparison_table([load_run(run_dir)])
-    assert (row.measured_bytes, row.perplexity, row.tokens, row.elapsed_seconds) == (None, None, 0, None)
-    assert row.median_tokens_per_second is None
+    assert cells(load_run(run_dir)) == ["run", "6+4", "2.11 GiB", "–", "−26.1%", "–", "0", "–", "–"]
 
 
 def test_a_folder_that_holds_no_run_is_named(tmp_path: Path) -> None:
@@ -61,26 +63,18 @@ def test_a_folder_that_holds_no_run_is_named(tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
-def test_the_table_has_the_numbers_of_the_plan_and_of_the_events(
-    make_record: Callable[..., RunRecord],
-) -> None:
+def test_the_table_has_the_numbers_of_the_plan_and_of_the_events(make_record: Callable[..., RunRecord]) -> None:
     record = make_record(layers=(6, 4), tokens=(40_000_000, 60_000_000))
-    (row,) = comparison_table([record])
-    assert row.layers == (6, 4)
-    assert row.planned_bytes == max(stage.memory.total_bytes for stage in record.plan.stages)
-    assert row.measured_bytes == row.planned_bytes
-    assert row.reduction == 1 - row.planned_bytes / record.plan.vanilla_model_state_bytes
-    assert row.perplexity == 20.0  # of the export, not of the last evaluation in the loop
-    assert row.tokens == 100_000_000
-    assert row.median_tokens_per_second == 1200.0  # 160 logged steps at 1100, 240 at 1200
+    planned = format_bytes(max(stage.memory.total_bytes for stage in record.plan.stages))
+    # The perplexity is the export's, not that of the last evaluation; 160 steps at 1100 tokens a second, 240 at 1200.
+    results = ["20.00", "100M", "1,200", "55h33m"]
+    assert cells(record) == ["STEP", "6+4", planned, planned, "−26.1%", *results]
 
 
 def test_a_run_in_progress_shows_its_latest_evaluation(make_record: Callable[..., RunRecord]) -> None:
     record = make_record(until=0.5)
-    (row,) = comparison_table([record])
-    assert row.perplexity == record.events_of("eval")[-1]["perplexity"]
-    assert row.elapsed_seconds == 50_000.0
-    assert row.tokens == 50_000_000
+    perplexity = record.events_of("eval")[-1]["perplexity"]
+    assert cells(record)[5:] == [f"{perplexity:.2f}", "50M", "1,100", "13h53m"]
 
 
 def test_measured_bytes_are_the_largest_stage_not_the_last(make_record: Callable[..., RunRecord]) -> None:
@@ -91,8 +85,7 @@ def test_measured_bytes_are_the_largest_stage_not_the_last(make_record: Callable
 
 def test_a_row_has_dashes_for_what_is_absent(make_record: Callable[..., RunRecord]) -> None:
     fresh = replace(make_record("vanilla", layers=(10,), tokens=(100_000_000,), until=0.0), events=())
-    (row,) = comparison_table([fresh])
-    assert [write(row) for write in COLUMNS.values()] == ["vanilla", "10", "2.85 GiB", *"–––", "0", *"––"]
+    assert cells(fresh) == ["vanilla", "10", "2.85 GiB", *"–––", "0", *"––"]
 
 
 def test_a_plan_of_another_version_is_an_error_that_names_the_file(
@@ -203,14 +196,12 @@ def test_the_terminal_table_shows_labels_as_they_are(make_record: Callable[..., 
 def test_a_run_that_was_trained_can_be_read_and_drawn(tiny_run: Callable[..., RunConfig], tmp_path: Path) -> None:
     result = train(tiny_run(tmp_path / "run"))
     record = load_run(result.run_dir)
-    (row,) = comparison_table([record])
-    assert row.method == "tiny"
-    assert row.layers == result.plan.layers
-    assert row.measured_bytes == row.planned_bytes == result.plan.peak_model_state_bytes
-    assert row.perplexity == result.perplexity
-    assert row.tokens == sum(stage.tokens for stage in result.plan.stages)
-    assert row.elapsed_seconds is not None
-    assert [span.end for span in measured_spans(record)] == [result.plan.stages[0].tokens, row.tokens]
+    assert (record.label, record.plan.layers) == ("tiny", result.plan.layers)
+    assert record.measured_model_state_bytes == result.plan.peak_model_state_bytes
+    assert record.validation_perplexity == result.perplexity
+    assert record.tokens_seen == sum(stage.tokens for stage in result.plan.stages)
+    assert record.elapsed_seconds is not None
+    assert [span.end for span in measured_spans(record)] == [result.plan.stages[0].tokens, record.tokens_seen]
     assert run_figure([record], tmp_path / "figure.png").stat().st_size > 10_000
 
 
