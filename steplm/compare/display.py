@@ -40,14 +40,10 @@ class SuiteDisplay:
         pass
 
     def note(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, highlight=False, markup=False)
+        self.console.print(text, style=style, markup=False)
 
     def waiting_for_runs(self) -> None:
         self.note("waiting for the runs of a suite that was killed: they save and stop", "dim")
-
-    def started(self, run: str, shared_from: str | None) -> None:
-        begins = f", begins where {shared_from} was" if shared_from else ""
-        self.note(f"start     {run}{begins}", "dim")
 
     def ended(self, run: RunEntry, directory: Path) -> None:
         if run.status == "waiting":
@@ -58,9 +54,6 @@ class SuiteDisplay:
         log = f"  (log: {directory / run.dir / 'log.txt'})" if run.status == "failed" else ""
         self.note(f"{run.status:<9} {run.dir}  {result}{log}", style)
 
-    def again(self, run_dir: str, reason: str | None) -> None:
-        self.note(f"again     {run_dir}: the checkpoint to start from is lost ({reason})", "yellow")
-
     def chosen(self, entry: str, losses: Mapping[float, float | None], choice: Choice | None) -> None:
         tried = ", ".join(f"{rate:g}: {'diverged' if x is None else f'{x:.4f}'}" for rate, x in losses.items())
         if choice is None:
@@ -68,9 +61,6 @@ class SuiteDisplay:
             return
         edge = ", at the edge of the grid" if choice.at_edge else ""
         self.note(f"tuning    {entry}: learning rate {choice.learning_rate:g}{edge} ({tried})", "bold")
-
-    def stopping(self, num_running: int) -> None:
-        self.note(f"stopping: {num_running} run{'s' * (num_running != 1)} will save and end; again to kill", "yellow")
 
     def update(self, runs: Sequence[RunEntry], num_expected: int, rows: Sequence[Row], left: float | None) -> None:
         """Called several times a second."""
@@ -108,7 +98,7 @@ def make_display(kind: str) -> SuiteDisplay:
     """Create a display: ``rich``, ``lines``, ``none``, or ``auto`` (rich on a terminal, else lines)."""
     if kind == "auto":
         kind = "rich" if sys.stdout.isatty() else "lines"
-    console = Console(quiet=kind == "none", soft_wrap=kind == "lines")
+    console = Console(quiet=kind == "none", soft_wrap=kind == "lines", highlight=False)
     return LiveDisplay(console) if kind == "rich" else SuiteDisplay(console)
 
 

@@ -56,10 +56,6 @@ class AnswerSettings:
     max_new_tokens: int = 1024
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}, but must be at least 1")
-
 
 @dataclass(frozen=True)
 class Completion:

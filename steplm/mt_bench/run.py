@@ -122,7 +122,6 @@ def prepare(
     Raises:
         ConfigError, DataError: the arguments are invalid, or a file is missing or damaged.
     """
-    given: dict[str, dict[QuestionId, Turns]] = {}
     labels = list(names) or [file_name(name.replace("/", "-")) for name in short_names(models)]
     if len(labels) != len(models):
         raise ConfigError(f"{len(models)} models, but {len(labels)} names: give --name once for each model, or never")
@@ -133,23 +132,14 @@ def prepare(
     for name in labels:
         if not name or file_name(name) != name:
             raise ConfigError(f"{name!r} cannot be the name of a file: use letters, digits, '.', '_', '-' and '='")
-    for answers in loaded:
-        given.update(answers)
     if not everyone:
         raise ConfigError("nothing to judge: name models, or files of answers with --answers")
     if "pairwise" in MODES[mode] and len(everyone) < 2:
         raise ConfigError("a pairwise comparison needs two models or more; there is one")
     bench = load_bench(data, questions=questions, categories=categories, limit=limit)
-    return Benchmark(
-        bench,
-        dict(zip(labels, models, strict=True)),
-        given,
-        MODES[mode],
-        output,
-        questions,
-        max_judge_tokens,
-        rating,
-    )
+    of_models = dict(zip(labels, models, strict=True))
+    given = {name: turns for answers in loaded for name, turns in answers.items()}
+    return Benchmark(bench, of_models, given, MODES[mode], output, questions, max_judge_tokens, rating)
 
 
 @dataclass(frozen=True)

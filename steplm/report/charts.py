@@ -49,7 +49,10 @@ def loss_chart(curves: Sequence[Curve]) -> dict[str, Any] | None:
     """Validation loss over tokens, FLOPs or time; for a single entry, the training loss too."""
     if not curves:
         return None
-    seconds, unit = _time_unit(max((s for c in curves for s in c.training.seconds), default=0.0))
+    longest = max((s for c in curves for s in c.training.seconds), default=0.0)
+    seconds, unit = (60.0, "minutes") if longest >= 180 else (1.0, "seconds")
+    if longest >= 10800:
+        seconds, unit = 3600.0, "hours"
     traces: list[dict[str, Any]] = []
     ends = []
 
@@ -102,10 +105,6 @@ def _growth_note(point: Any) -> str:
     if point.loss_merged is not None and point.loss_grown is not None:
         parts.append(f"growth: loss {point.loss_merged:.4f} → {point.loss_grown:.4f}")
     return "<br>".join(parts)
-
-
-def _time_unit(longest: float) -> tuple[float, str]:
-    return (3600.0, "hours") if longest >= 10800 else (60.0, "minutes") if longest >= 180 else (1.0, "seconds")
 
 
 def tradeoff_chart(entries: Sequence[EntrySummary], look: dict[str, Look]) -> dict[str, Any] | None:

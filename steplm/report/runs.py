@@ -144,4 +144,4 @@ def render_rich(records: Iterable[RunRecord], console: Console) -> None:
         # Text, because rich would parse brackets in a label as markup
         table.add_row(*(Text(write(record)) for write in COLUMNS.values()))
     console.print(table)
-    console.print(CAPTION, style="dim", highlight=False)
+    console.print(CAPTION, style="dim")

@@ -187,37 +187,30 @@ def write_results(results: ZeroShotResults | None, texts: Sequence[TextScore], f
 
 def _csv_rows(results: ZeroShotResults) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
+
+    def add(model: str, task: str, metric: str, value: float, stderr: float | None, gap: Difference | None) -> None:
+        rows.append(
+            {
+                "model": model,
+                "label": results.labels[model],
+                "task": task,
+                "metric": metric,
+                "value": value,
+                "stderr": stderr,
+                "difference": gap and gap.value,
+                "difference_ci95_low": gap and gap.low,
+                "difference_ci95_high": gap and gap.high,
+            }
+        )
+
     for task in results.tasks:
         for model, result in zip(results.models, results.of(task), strict=True):
-            about = {"chance": result.chance, "num_items": result.num_items, "num_fewshot": result.num_fewshot}
             for name, metric in result.metrics.items():
-                gap = results.difference(model, task, name)
-                rows.append(_csv_row(results, model, task, name, (metric.value, metric.stderr), gap) | about)
+                add(model, task, name, metric.value, metric.stderr, results.difference(model, task, name))
+                rows[-1] |= {key: getattr(result, key) for key in ("chance", "num_items", "num_fewshot")}
     for model in results.models if results.averaged else ():
-        gap = results.average_difference(model)
-        rows.append(_csv_row(results, model, "average", "accuracy", results.average(model), gap))
+        add(model, "average", "accuracy", *results.average(model), results.average_difference(model))
     return rows
-
-
-def _csv_row(
-    results: ZeroShotResults,
-    model: str,
-    task: str,
-    metric: str,
-    score: tuple[float, float | None],
-    gap: Difference | None,
-) -> dict[str, Any]:
-    return {
-        "model": model,
-        "label": results.labels[model],
-        "task": task,
-        "metric": metric,
-        "value": score[0],
-        "stderr": score[1],
-        "difference": gap.value if gap else None,
-        "difference_ci95_low": gap.low if gap else None,
-        "difference_ci95_high": gap.high if gap else None,
-    }
 
 
 def _csv_texts(texts: Sequence[TextScore]) -> list[dict[str, Any]]:

@@ -301,8 +301,6 @@ def test_secrets_are_neither_in_the_address_shown_nor_in_what_is_printed_of_an_e
         ("http://h/v1", {"api_key": "two\nlines-of-a-key"}),
         ("localhost:8000/v1", {}),
         ("", {}),
-        ("http://h/v1", {"concurrency": 0}),
-        ("http://h/v1", {"requests_per_minute": 0}),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(url: str, options: dict[str, Any]) -> None:

@@ -56,15 +56,9 @@ def test_models_are_answered_judged_and_compared(
     assert "tiny against other" in result.stdout
     out = tmp_path / "out"
     assert {file.name for file in out.iterdir()} == {
-        "model_answer",
-        "model_judgment",
-        "replies.jsonl",
-        "tables.md",
-        "scores.csv",
-        "scores.json",
-        "radar.png",
+        "model_answer", "model_judgment", "replies.jsonl", "tables.md", "scores.csv", "scores.json", "radar.png",
         "mt_bench.tables.json",
-    }
+    }  # fmt: skip
     singles = _rows(out / "model_judgment/stub_single.jsonl")
     assert Counter(row["model"] for row in singles) == {"tiny": 10, "other": 10}
     assert len(_rows(out / "model_judgment/stub_pair.jsonl")) == 10
@@ -207,8 +201,7 @@ def test_killed_in_the_middle_of_judging_it_asks_nothing_twice(
         "--answers",
         answer_file("two"),
     ]
-    command += ["--mode", "both", "--data", bench_folder, "--output", tmp_path / "out", "--judge-model", "stub"]
-    command += ["--concurrency", concurrency]
+    command += ["--data", bench_folder, "--output", tmp_path / "out", "--concurrency", concurrency]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": KEY}
     replies = tmp_path / "out/replies.jsonl"
 
