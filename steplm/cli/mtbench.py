@@ -20,7 +20,6 @@ from steplm.compare.suite import MtBenchConfig
 from steplm.errors import ConfigError
 from steplm.mt_bench.client import Endpoint, JudgeClient
 from steplm.mt_bench.run import Benchmark, Cost, Outcome, cost, generate_answers, judge_answers, prepare
-from steplm.mt_bench.tables import all_tables
 from steplm.units import format_count
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -163,7 +162,7 @@ def _show(outcome: Outcome, json_output: bool) -> None:
         print(json.dumps([score.row for score in outcome.scores.scores], indent=1))
     else:
         console = Console(highlight=False)
-        for table in all_tables(outcome.scores, outcome.judge):
+        for table in outcome.tables:
             print_table(console, table, titled=True)
             console.print()
         for file in outcome.files:

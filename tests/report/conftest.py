@@ -48,15 +48,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...], float]] = {
     "vanilla": ("Vanilla", ("plan.num_stages=1",), 0.0),
     "step_2": ("STEP, 2 stages", ("plan.num_stages=2",), 0.004),
     "step_3": ("STEP, 3 stages", ("plan.num_stages=3",), 0.012),
-    "step_4": ("STEP, 4 stages", ("plan.num_stages=4",), 0.05),
-    "rank_32": ("STEP, rank 32", ("plan.num_stages=2", "pet.rank=32"), 0.06),
-    "growth": ("Growth alone", ("plan.num_stages=2", "method=growth"), -0.02),
-    "frozen": ("No adapters", ("plan.num_stages=2", "pet.method=none"), 0.16),
-    "first": ("Embeddings frozen", ("plan.num_stages=2", "plan.train_embeddings=first_stage"), 0.11),
-    "eight_bit": ("8-bit Adam", ("plan.num_stages=1", "memory.optimizer_states=8bit"), 0.01),
     "no_master": ("No master weights", ("plan.num_stages=1", "memory.master_weights=false"), 0.03),
-    "int8": ("STEP, int8 frozen", ("plan.num_stages=2", "memory.frozen_weights=int8"), 0.015),
-    "nf4": ("STEP, NF4 frozen", ("plan.num_stages=2", "memory.frozen_weights=nf4"), 0.03),
 }
 GRID = (0.001, 0.002, 0.004)
 

@@ -18,11 +18,13 @@ import pytest
 from steplm.report.page import WITHOUT_PLOTLY, write_page
 from steplm.report.summary import Suite, read_suite
 
+MakeSuite = Callable[..., Path]
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="module")
-def suite(make_suite: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Suite:
+def suite(make_suite: MakeSuite, tmp_path_factory: pytest.TempPathFactory) -> Suite:
     names = ("vanilla", "step_2", "step_3", "no_master")
     folder = tmp_path_factory.mktemp("page") / "suite"
     return read_suite(make_suite(folder, names, (0, 1), {("no_master", 1): "diverged"}))
@@ -100,9 +102,7 @@ def test_without_plotly_the_page_shows_pictures_and_says_how_to_get_it(
     assert not [attributes for tag, attributes in page.found if tag == "button" and "data-entry" in attributes]
 
 
-def test_the_page_shows_the_lengths_of_the_documents_if_a_run_has_them(
-    make_suite: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_page_shows_the_lengths_of_the_documents_if_a_run_has_them(make_suite: MakeSuite, tmp_path: Path) -> None:
     folder = make_suite(tmp_path / "suite", ("step_3",), (0,)) / "runs/step_3/lr0.002-seed0"
     without = write_page(read_suite(folder), tmp_path / "without.html", {}).read_text()
     log = folder / "metrics.jsonl"
@@ -213,7 +213,7 @@ def test_the_page_works_in_a_browser(suite: Suite, tmp_path: Path, browser: str,
     assert seen["titles"] == ["tokens", "training FLOPs", "wall time, minutes"]
 
 
-def test_the_page_of_one_run_works_in_a_browser(make_suite: Callable[..., Path], tmp_path: Path, browser: str) -> None:
+def test_the_page_of_one_run_works_in_a_browser(make_suite: MakeSuite, tmp_path: Path, browser: str) -> None:
     make_suite(tmp_path / "suite", ("step_3",), (0,))
     alone = read_suite(tmp_path / "suite/runs/step_3/lr0.002-seed0")
     page = write_page(alone, tmp_path / "index.html", {})

@@ -23,6 +23,8 @@ from steplm.training.run import train
 from steplm.types import to_json
 from steplm.units import format_bytes, format_count
 
+MakeRecord = Callable[..., RunRecord]
+
 
 def cells(record: RunRecord) -> list[str]:
     return [write(record) for write in COLUMNS.values()]
@@ -39,20 +41,16 @@ def write_run(record: RunRecord, run_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize("until", [0.0, 0.5, 1.0])
-def test_a_run_directory_reads_back_finished_or_not(
-    make_record: Callable[..., RunRecord], tmp_path: Path, until: float
-) -> None:
+def test_a_run_directory_reads_back_finished_or_not(make_record: MakeRecord, tmp_path: Path, until: float) -> None:
     record = make_record(until=until)
     assert load_run(write_run(record, tmp_path / "run"), label=record.label) == record
 
 
-def test_a_run_is_called_by_its_configured_name(make_record: Callable[..., RunRecord], tmp_path: Path) -> None:
+def test_a_run_is_called_by_its_configured_name(make_record: MakeRecord, tmp_path: Path) -> None:
     assert load_run(write_run(make_record(), tmp_path / "folder")).label == "run"
 
 
-def test_a_run_that_has_a_plan_but_no_metrics_yet_has_no_numbers(
-    make_record: Callable[..., RunRecord], tmp_path: Path
-) -> None:
+def test_a_run_that_has_a_plan_but_no_metrics_yet_has_no_numbers(make_record: MakeRecord, tmp_path: Path) -> None:
     run_dir = write_run(make_record(until=0.5), tmp_path / "run")
     (run_dir / "metrics.jsonl").unlink()
     assert cells(load_run(run_dir)) == ["run", "6+4", "2.10 GiB", "–", "−26.3%", "–", "0", "–", "–"]
@@ -63,7 +61,7 @@ def test_a_folder_that_holds_no_run_is_named(tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
-def test_the_table_has_the_numbers_of_the_plan_and_of_the_events(make_record: Callable[..., RunRecord]) -> None:
+def test_the_table_has_the_numbers_of_the_plan_and_of_the_events(make_record: MakeRecord) -> None:
     record = make_record()
     planned = format_bytes(max(stage.memory.total_bytes for stage in record.plan.stages))
     speeds = sorted(event["tokens_per_second"] for event in record.events_of("train"))
@@ -72,7 +70,7 @@ def test_the_table_has_the_numbers_of_the_plan_and_of_the_events(make_record: Ca
     assert cells(record) == ["STEP", "6+4", planned, planned, "−26.3%", *results]
 
 
-def test_a_run_in_progress_shows_its_latest_evaluation(make_record: Callable[..., RunRecord]) -> None:
+def test_a_run_in_progress_shows_its_latest_evaluation(make_record: MakeRecord) -> None:
     record = make_record(until=0.5)
     perplexity = record.events_of("eval")[-1]["perplexity"]
     last = record.events_of("train")[-1]
@@ -80,7 +78,7 @@ def test_a_run_in_progress_shows_its_latest_evaluation(make_record: Callable[...
     assert record.elapsed_seconds == last["elapsed_seconds"]
 
 
-def test_measured_bytes_are_the_largest_stage_not_the_last(make_record: Callable[..., RunRecord]) -> None:
+def test_measured_bytes_are_the_largest_stage_not_the_last(make_record: MakeRecord) -> None:
     record = make_record()
     events = [{"event": "stage_start", "stage": i, "measured_bytes": {"total": n}} for i, n in ((1, 30), (2, 20))]
     assert replace(record, events=tuple(events)).measured_model_state_bytes == 30
@@ -174,7 +172,7 @@ def test_a_damaged_plan_of_steplm_0_1_is_refused_in_one_line(old_run: Path, stag
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_the_terminal_table_shows_labels_as_they_are(make_record: Callable[..., RunRecord]) -> None:
+def test_the_terminal_table_shows_labels_as_they_are(make_record: MakeRecord) -> None:
     console = Console(file=io.StringIO(), width=200)
     render_rich([make_record("STEP [red]")], console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -211,9 +209,7 @@ def test_a_run_that_was_trained_can_be_read_and_drawn(tiny_run: Callable[..., Ru
         ("metrics.jsonl", '{"event":"stage_start","stage":1,"measured_bytes":{}}\n', "measured_bytes.weights: Field"),
     ],
 )
-def test_a_damaged_document_is_named(
-    make_record: Callable[..., RunRecord], tmp_path: Path, name: str, text: str, told: str
-) -> None:
+def test_a_damaged_document_is_named(make_record: MakeRecord, tmp_path: Path, name: str, text: str, told: str) -> None:
     run_dir = write_run(make_record(), tmp_path / "run")
     (run_dir / name).write_bytes(text.encode("latin-1"))
     with pytest.raises(SteplmError, match=name) as caught:

@@ -20,6 +20,8 @@ from steplm.report.suite import EntryRecord, Question, RunEntry, SuiteRecord, lo
 from steplm.report.summary import Estimate, Suite, difference, estimate, read_suite
 from steplm.report.tables import details_table, question_table, stages_table, tuning_table, write_tables
 
+MakeSuite = Callable[..., Path]
+
 RECORD = SuiteRecord(
     name="cpu",
     match="tokens",
@@ -101,7 +103,7 @@ def _with_losses(suite: Suite, losses: dict[str, list[float]]) -> Suite:
 
 
 @pytest.fixture(scope="module")
-def suite_dir(make_suite: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def suite_dir(make_suite: MakeSuite, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_suite(tmp_path_factory.mktemp("suites") / "suite")
 
 
@@ -128,9 +130,7 @@ def test_the_verdict_is_paired_by_seed(suite: Suite, step: list[float], verdict:
     assert result.estimate.mean == pytest.approx(sum(gaps) / 3)
 
 
-def test_seeds_without_a_partner_are_left_out_of_the_difference(
-    make_suite: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_seeds_without_a_partner_are_left_out_of_the_difference(make_suite: MakeSuite, tmp_path: Path) -> None:
     unfinished = {("vanilla", 1): "running", ("step_2", 2): "diverged"}
     suite = read_suite(make_suite(tmp_path / "suite", unfinished=unfinished))
     result = difference(suite.entries["step_2"], suite.entries["vanilla"])
@@ -165,9 +165,7 @@ def test_numbers_are_those_of_the_run_directories(suite: Suite, suite_dir: Path)
     assert row["training_flops"] == plan.training_flops
 
 
-def test_a_run_without_an_evaluation_yet_is_left_out_of_the_curves(
-    make_suite: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_run_without_an_evaluation_yet_is_left_out_of_the_curves(make_suite: MakeSuite, tmp_path: Path) -> None:
     suite_dir = make_suite(tmp_path / "suite", seeds=(0,), unfinished={("step_2", 0): "running"})
     log = suite_dir / "runs/step_2/lr0.002-seed0/metrics.jsonl"
     log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if '"eval"' not in line))
@@ -176,9 +174,7 @@ def test_a_run_without_an_evaluation_yet_is_left_out_of_the_curves(
 
 
 @pytest.mark.parametrize("status", ["running", "diverged", "failed", "waiting"])
-def test_a_run_without_a_result_is_named_and_has_no_numbers(
-    make_suite: Callable[..., Path], tmp_path: Path, status: str
-) -> None:
+def test_a_run_without_a_result_is_named_and_has_no_numbers(make_suite: MakeSuite, tmp_path: Path, status: str) -> None:
     names, seeds = ("vanilla", "step_2"), (0, 1)
     suite = read_suite(make_suite(tmp_path / "suite", names, seeds, {("step_2", 1): status}))
     (run,) = [run for run in suite.entries["step_2"].runs if run.entry.seed == 1]
@@ -197,7 +193,7 @@ def test_a_run_without_a_result_is_named_and_has_no_numbers(
     assert (line["status"], line["validation_loss_nats_per_token"]) == (status, "")
 
 
-def test_a_diverged_seed_is_the_verdict(make_suite: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_diverged_seed_is_the_verdict(make_suite: MakeSuite, tmp_path: Path) -> None:
     suite = read_suite(make_suite(tmp_path / "suite", unfinished={("step_2", 2): "diverged"}))
     table = question_table(suite, suite.record.questions[0])
     verdicts = [row[table.columns.index("verdict")].text for row in table.rows]
@@ -216,7 +212,7 @@ def test_the_table_begins_with_the_baseline_and_tells_the_saving(suite: Suite) -
     assert "One seed" not in table.caption
 
 
-def test_one_seed_is_said_to_be_one(make_suite: Callable[..., Path], tmp_path: Path) -> None:
+def test_one_seed_is_said_to_be_one(make_suite: MakeSuite, tmp_path: Path) -> None:
     suite = read_suite(make_suite(tmp_path / "suite", seeds=(0,)))
     table = question_table(suite, suite.record.questions[0])
     assert "One seed: no interval can be given." in table.caption
@@ -303,7 +299,7 @@ def test_a_folder_of_runs_sets_them_side_by_side(suite_dir: Path) -> None:
     assert table.rows[0][table.columns.index("against vanilla")].text.startswith("−")
 
 
-def test_the_report_of_a_suite_has_all_its_files(make_suite: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_report_of_a_suite_has_all_its_files(make_suite: MakeSuite, tmp_path: Path) -> None:
     suite_dir = make_suite(tmp_path / "suite", seeds=(0, 1), unfinished={("step_2", 1): "running"})
     show_report(suite_dir, tmp_path / "out")
     found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
