@@ -13,7 +13,7 @@ from rich.text import Text
 
 from steplm.cli.afterwards import check_parts, parts, run_parts
 from steplm.compare.check import check_folders, check_plans, check_texts, prepare_data
-from steplm.compare.display import SuiteDisplay, make_display
+from steplm.compare.display import make_display
 from steplm.compare.entries import RunKey, Suite
 from steplm.compare.sharing import num_shared
 from steplm.compare.suite import read_suite
@@ -22,7 +22,7 @@ from steplm.errors import SteplmError
 from steplm.units import format_bytes, format_count
 
 if TYPE_CHECKING:
-    from steplm.report.suite import SuiteRecord
+    pass
 
 
 def run_compare(
@@ -52,7 +52,7 @@ def run_compare(
     check_parts(suite)
     configs = prepare_data(suite, runs, make_run_display(progress).prepare)
     check_folders(suite, configs)
-    from steplm.compare.runner import Runner
+    from steplm.compare.runner import Runner, problems_of
 
     runner = Runner(suite, configs, display, jobs=jobs)
     record = runner.run()
@@ -70,19 +70,13 @@ def run_compare(
         from steplm.cli.report import show_report
 
         show_report(suite.directory, None)
-    return max(exit_code, _conclude(suite, record, display))
-
-
-def _conclude(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
-    from steplm.compare.runner import problems_of
-
     counts = Counter(run.status for run in record.runs)
     listing = ", ".join(f"{count} {status}" for status, count in counts.items())
     display.note(f"suite {record.name!r} in {suite.directory}: {listing}")
     problems = problems_of(record)
     for problem in problems:
         print(problem, file=sys.stderr)
-    return 1 if problems else 0
+    return max(exit_code, 1 if problems else 0)
 
 
 def _print_runs(suite: Suite, runs: list[RunKey]) -> None:

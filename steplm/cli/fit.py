@@ -41,13 +41,7 @@ def show_fit(
     device: str | None = None,
     output: Path | None = None,
 ) -> None:
-    """Find the ways to fit the budget and print them, with the commands of ``show`` of them.
-
-    Args:
-        budget: default: the memory of the device.
-        device: the device to estimate time for, as for ``steplm.cli.hours.choose_speeds``.
-        output: file for a figure of the alternatives.
-    """
+    """Find the ways to fit the budget and print them; the options are those of ``steplm fit``."""
     if budget is None:
         if device is not None:
             require_known("--device", device, (*DEVICES, HERE))

@@ -29,13 +29,12 @@ LITTLE = 0.1  # share of a step
 def check_device(name: str, config: RunConfig, shape: ModelShape, *, again: bool) -> None:
     """Check, before anything is printed, that the time of a run on a device can be estimated.
 
-    Args:
-        again: as for ``choose_speeds``.
-
     Raises:
         ConfigError: the name is unknown, the run has several devices, or the family has no formulas.
     """
-    _check_name(name, again=again)
+    require_known("--device", name, (*DEVICES, HERE))
+    if again and name != HERE:
+        raise ConfigError(f"--calibrate times this machine, which is not {name}: take --device here.")
     if config.distributed.world_size > 1:
         raise ConfigError(
             f"--device is for one device, and this run has {config.distributed.world_size}: name them with --gpu "
@@ -49,19 +48,13 @@ def check_device(name: str, config: RunConfig, shape: ModelShape, *, again: bool
         )
 
 
-def _check_name(name: str, *, again: bool) -> None:
-    require_known("--device", name, (*DEVICES, HERE))
-    if again and name != HERE:
-        raise ConfigError(f"--calibrate times this machine, which is not {name}: take --device here.")
-
-
 def choose_speeds(name: str, config: RunConfig, console: Console, *, again: bool = False) -> Speeds:
     """The speeds of a device by name; for ``here``, saved measurements, made now if there are none or with ``again``.
 
     Raises:
         ConfigError: the name is unknown.
     """
-    _check_name(name, again=again)
+    require_known("--device", name, (*DEVICES, HERE))
     if name != HERE:
         return published_speeds(name)
     import torch

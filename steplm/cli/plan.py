@@ -46,14 +46,7 @@ def show_plan(
     device: str | None = None,
     price: float | None = None,
 ) -> None:
-    """Plan a run and print it; simulate or measure its steps on request.
-
-    Args:
-        calibrate: measure the memory of a step on this machine or, if a device is given, the machine's speeds.
-        device, price: the device to estimate time for, and its price per hour; see ``steplm.cli.hours``.
-        world_size, shard_size: override the values in ``distributed``.
-        gpu, utilization, bandwidth: see ``steplm.cli.scale.choose_gpu``.
-    """
+    """Plan a run and print it; the options are those of ``steplm plan``."""
     sizes = {"world_size": world_size, "shard_size": shard_size}
     given = [f"distributed.{name}={size}" for name, size in sizes.items() if size is not None]
     config = load_config(run, [*overrides, *given])

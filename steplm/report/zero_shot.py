@@ -30,17 +30,9 @@ class TextScore:
 
     def as_json(self) -> dict[str, Any]:
         """Counts and means, with the model and text that they belong to."""
-        return {
-            "model": self.model,
-            "name": self.name,
-            "data": list(self.data),
-            "num_tokens": self.result.num_tokens,
-            "num_text_bytes": self.result.num_text_bytes,
-            "num_skipped_records": self.result.num_skipped_records,
-            "loss": self.result.loss,
-            "perplexity": self.result.perplexity,
-            "bits_per_byte": self.result.bits_per_byte,
-        }
+        about = {"model": self.model, "name": self.name, "data": list(self.data)}
+        counts = ("num_tokens", "num_text_bytes", "num_skipped_records")
+        return about | {name: getattr(self.result, name) for name in (*counts, "loss", "perplexity", "bits_per_byte")}
 
 
 def tasks_table(results: ZeroShotResults) -> Table:

@@ -109,7 +109,7 @@ def test_json_has_every_number(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_wrong_usage_is_told_what_was_meant(arguments: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        show_fit("llama_368m", **arguments)  # type: ignore[arg-type]
+        show_fit("llama_368m", **arguments)
 
 
 def test_a_refused_plan_names_changes_that_fit() -> None:
@@ -169,5 +169,4 @@ def test_the_largest_value_has_a_command(capsys: pytest.CaptureFixture[str]) -> 
     show_fit("llama_368m", budget="8GiB", maximize="batch", vary="options", show=2)
     text = capsys.readouterr().out
     largest = re.search(r"largest batch in .*: ([\d,]+)", text)
-    assert largest is not None
     assert f"train.per_device_train_batch_size={largest[1].replace(',', '')} " in text

@@ -114,7 +114,6 @@ def test_plans_of_the_recipes_fit_eighty_columns(
 
 def test_a_budget_that_ordinary_training_would_exceed_refuses_no_table_of_what_fits() -> None:
     fits = plan(load_config("llama_368m", ["plan.budget=13GiB"]))
-    assert fits.vanilla_peak_bytes is not None
     assert fits.vanilla_peak_bytes > 13 * 2**30
     assert "vanilla" in text_of(render_plan, "plan.budget=13GiB")
 
@@ -134,7 +133,6 @@ def test_explain_shows_every_term_and_the_sums() -> None:
     text = text_of(render_explain, width=110)
     for stage in made.stages:
         assert f"{stage.memory.total_bytes:,}" in text
-        assert stage.peak is not None
         for term in (*stage.memory.terms, *stage.peak.highest.memory.terms):
             assert term.formula in text
             assert f"{term.num_bytes:,}" in text
@@ -220,7 +218,6 @@ def test_the_plan_tells_from_how_many_micro_batches_updates_in_host_memory_cost_
         overrides = ["memory.offload_optimizer=true", f"train.gradient_accumulation_steps={accumulated}"]
         show_plan("llama_1.2b", ["method=vanilla", "plan.num_stages=1", *overrides], device="rtx4090")
         found = re.search(r"at most 10% of it from ([\d,]+) micro-batches \(now (\d+)\)", capsys.readouterr().out)
-        assert found is not None
         least, now = (int(number.replace(",", "")) for number in found.groups())
         assert now == accumulated
         assert (least <= now) is (accumulated == 10_000)

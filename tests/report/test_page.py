@@ -54,7 +54,6 @@ def test_the_page_names_no_address_and_forbids_every_request(suite: Suite, tmp_p
     assert addresses
     assert [address for address in addresses if not address.startswith(("#", "data:"))] == []
     policy = next(a["content"] for _, a in tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy is not None
     assert policy.startswith("default-src 'none'")
     assert "http" not in policy
     assert "connect-src" not in policy
@@ -111,7 +110,7 @@ def test_the_page_shows_the_lengths_of_the_documents_if_a_run_has_them(make_suit
     page = write_page(read_suite(folder), tmp_path / "index.html", {}).read_text()
     assert "Document lengths" in page
     assert "Document lengths" not in without
-    chart = json.loads(re.search(r'id="data">(.+?)</script>', page)[1])["charts"][-1]  # type: ignore[index]
+    chart = json.loads(re.search(r'id="data">(.+?)</script>', page)[1])["charts"][-1]
     assert (chart["x_title"], chart["traces"][0]["y"]) == ("document length, tokens", [25, 75])
 
 
@@ -219,7 +218,7 @@ def test_the_page_of_one_run_works_in_a_browser(make_suite: MakeSuite, tmp_path:
     page = write_page(alone, tmp_path / "index.html", {})
     html = page.read_text()
     assert "Stages of step_3" in html
-    data = json.loads(re.search(r'id="data">(.+?)</script>', html)[1])  # type: ignore[index]
+    data = json.loads(re.search(r'id="data">(.+?)</script>', html)[1])
     assert [chart["id"] for chart in data["charts"]] == ["q1-loss", "q1-memory", "q1-growth"]
     roles = {trace["role"] for chart in data["charts"] for trace in chart["traces"]}
     assert roles == {"faint", "line", "growth", "area", "planned"}

@@ -122,7 +122,6 @@ def test_a_run_of_steplm_0_1_is_read_and_its_restarts_belong_to_the_stage_of_the
     assert [(span.start, span.end) for span in measured_spans(record)] == [(0, 6144), (6144, 7168), (7168, 9216)]
     (entry,) = read_suite(old_run).entries.values()
     table = stages_table(entry)
-    assert table is not None
     assert [[cell.text for cell in row[:6]] for row in table.rows] == [
         ["1", "finished", "2", "2", format_count(record.plan.stages[0].tokens), "4.0000"],
         ["2", "finished", "3", "1", format_count(record.plan.stages[1].tokens), "2.0000"],
@@ -142,7 +141,6 @@ def test_the_report_of_a_run_has_the_last_loss_of_each_source_and_validation_set
     log.write_text("".join(json.dumps(event) + "\n" for event in lines))
     (entry,) = read_suite(old_run).entries.values()
     table = sources_table(entry)
-    assert table is not None
     last = max(number for number, event in enumerate(lines) if event["event"] == "train")
     assert [[cell.text for cell in row] for row in table.rows] == [
         ["web", "training source", f"{3 + last:.4f}"],
@@ -175,7 +173,7 @@ def test_a_damaged_plan_of_steplm_0_1_is_refused_in_one_line(old_run: Path, stag
 def test_the_terminal_table_shows_labels_as_they_are(make_record: MakeRecord) -> None:
     console = Console(file=io.StringIO(), width=200)
     render_rich([make_record("STEP [red]")], console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()
     assert "STEP [red]" in text
     assert "55h33m" in text
 

@@ -77,7 +77,6 @@ def test_the_interval_is_scipys_t_interval() -> None:
     values = [3.1, 3.4, 3.2, 3.35]
     low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
     result = estimate(values)
-    assert result is not None
     assert (result.low, result.high) == pytest.approx((low, high))
     assert result.n == 4
 
@@ -124,7 +123,6 @@ def suite(suite_dir: Path) -> Suite:
 def test_the_verdict_is_paired_by_seed(suite: Suite, step: list[float], verdict: str) -> None:
     changed = _with_losses(suite, {"vanilla": [3.0, 4.0, 5.0], "step_2": step})
     result = difference(changed.entries["step_2"], changed.entries["vanilla"])
-    assert result is not None
     assert result.verdict == verdict
     gaps = [a - b for a, b in zip(step, [3.0, 4.0, 5.0], strict=True)]
     assert result.estimate.mean == pytest.approx(sum(gaps) / 3)
@@ -134,7 +132,6 @@ def test_seeds_without_a_partner_are_left_out_of_the_difference(make_suite: Make
     unfinished = {("vanilla", 1): "running", ("step_2", 2): "diverged"}
     suite = read_suite(make_suite(tmp_path / "suite", unfinished=unfinished))
     result = difference(suite.entries["step_2"], suite.entries["vanilla"])
-    assert result is not None
     assert (result.estimate.n, result.verdict) == (1, "1 of 3 diverged")
 
 
@@ -157,7 +154,6 @@ def test_numbers_are_those_of_the_run_directories(suite: Suite, suite_dir: Path)
     assert row["validation_perplexity_mean"] == pytest.approx(math.exp(sum(losses) / 3))
     assert row["wikitext2_loss_nats_per_token_mean"] == pytest.approx(sum(losses) / 3 + 0.4)
     plan = suite.entries["step_2"].plan
-    assert plan is not None
     assert (
         row["planned_peak_model_state_bytes"] == row["measured_peak_model_state_bytes"] == plan.peak_model_state_bytes
     )
@@ -205,7 +201,7 @@ def test_the_table_begins_with_the_baseline_and_tells_the_saving(suite: Suite) -
     table = question_table(suite, question)
     assert [row[0].text for row in table.rows] == ["Vanilla (baseline)", "STEP, 2 stages"]
     plans = [suite.entries[name].plan for name in ("step_2", "vanilla")]
-    share = plans[0].peak_model_state_bytes / plans[1].peak_model_state_bytes - 1  # type: ignore[union-attr]
+    share = plans[0].peak_model_state_bytes / plans[1].peak_model_state_bytes - 1
     saved = table.rows[1][table.columns.index("against Vanilla")]
     assert saved.value == pytest.approx(share)
     assert saved.text.startswith("−")
@@ -240,7 +236,6 @@ def test_the_tuning_table_marks_choice_edge_and_divergence(suite: Suite) -> None
         for run in suite.runs
     )
     table = tuning_table(replace(suite, record=replace(suite.record, entries=entries), runs=runs))
-    assert table is not None
     assert table.columns == ("method", "0.001", "0.002", "0.004")
     assert table.rows[1][1].text == "diverged"
     assert table.rows[1][1].value is None
@@ -272,10 +267,8 @@ def test_a_run_directory_is_an_entry_of_its_own(suite_dir: Path) -> None:
     suite = read_suite(suite_dir / "runs/step_2/lr0.002-seed1")
     (entry,) = suite.entries.values()
     assert (entry.label, entry.state) == ("step_2", "1")
-    assert entry.record is not None
     assert entry.record.label == "step_2", "what a figure calls it"
     table = stages_table(entry)
-    assert table is not None
     assert [row[1].text for row in table.rows] == ["finished", "finished"]
 
 
