@@ -550,21 +550,16 @@ def schema() -> None:
 
 
 def _print_error(text: str) -> None:
-    """Print to stderr; on a terminal, break lines between words."""
+    """Print to stderr; on a terminal, break lines between words, and indent what follows a break as its line."""
     if sys.stderr.isatty():
         import shutil
 
-        text = wrapped(text, shutil.get_terminal_size().columns)
+        from steplm.units import wrapped
+
+        width = shutil.get_terminal_size().columns
+        lines = [wrapped(line, width, len(line) - len(line.lstrip())) or [""] for line in text.split("\n")]
+        text = "\n".join(part for parts in lines for part in parts)
     print(text, file=sys.stderr)
-
-
-def wrapped(text: str, width: int) -> str:
-    """The text with each of its lines broken between words; what follows a break is indented as the line."""
-    from steplm.units import wrapped as lines_of
-
-    return "\n".join(
-        part for line in text.split("\n") for part in lines_of(line, width, len(line) - len(line.lstrip())) or [""]
-    )
 
 
 def main() -> None:
