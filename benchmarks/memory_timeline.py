@@ -23,10 +23,9 @@ from steplm.config import RunConfig
 from steplm.planner.plan import Stage, as_vanilla, plan
 from steplm.problems import validated
 from steplm.report.figure import DASHES
-from steplm.report.runs import percent
 from steplm.report.style import INK, KIND_COLORS, MUTED, RC, clean
 from steplm.types import HOST, PeakEstimate
-from steplm.units import format_bytes
+from steplm.units import format_bytes, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,10 +23,9 @@ from pathlib import Path
 from steplm.compare.methods import METHODS
 from steplm.config import load_config
 from steplm.planner.plan import plan
-from steplm.report.runs import percent
 from steplm.report.summary import Suite, difference, read_suite
 from steplm.report.tables import all_tables, warnings
-from steplm.units import format_bytes, format_count
+from steplm.units import format_bytes, format_count, percent
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs/results.md", ROOT / "docs/comparing.md")

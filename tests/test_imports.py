@@ -161,7 +161,7 @@ def _modules_after(code: str) -> set[str]:
     [
         "import steplm, steplm.config, steplm.types",
         "from steplm import plan, load_config; plan(load_config('llama_1.2b'))",
-        "import steplm.cli.app, steplm.cli.plan, steplm.cli.init, steplm.cli.sft",
+        "import steplm.cli.app, steplm.cli.plan, steplm.cli.init, steplm.sft.config",
     ],
 )
 def test_planning_loads_no_torch(code: str) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from steplm.compare.display import SuiteDisplay
 from steplm.compare.entries import Suite
 from steplm.compare.lock import exclusive
-from steplm.compare.suite import AfterwardsConfig, InstructionsConfig
+from steplm.compare.suite import InstructionsConfig, MtBenchConfig, TasksConfig
 from steplm.config import RunConfig
 from steplm.data.sources import find_sources
 
@@ -71,7 +71,7 @@ def check_parts(suite: Suite) -> None:
         for run in _configs(suite).values():
             check_tuning(config.sft.keys, hf_config(run.model.hf_config()))
     if config.mtbench is not None:
-        _mt_bench(suite, config, {name: suite.directory / name for name in suite.last_models}, check_only=True)
+        _mt_bench(suite, config.mtbench, {name: suite.directory / name for name in suite.last_models}, check_only=True)
 
 
 def run_parts(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
@@ -83,7 +83,12 @@ def run_parts(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
     config = suite.config.afterwards
     if config is None:
         return 0
-    run_dirs = _run_dirs(suite, record)
+    run_dirs = {
+        name: suite.directory / run.dir
+        for name, (entry, seed) in suite.last_models.items()
+        for run in record.runs_of(entry.name)
+        if run.seed == seed and run.status == "finished"
+    }
     for name in suite.last_models:
         if name not in run_dirs:
             display.note(f"afterwards: {name} has no finished run and is left out", "yellow")
@@ -92,12 +97,12 @@ def run_parts(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
     models = {name: folder / "export" for name, folder in run_dirs.items()}
     with exclusive(suite.directory, display.waiting_for_runs):
         if config.tasks is not None:
-            _score_tasks(suite, config, models)
+            _score_tasks(suite, config.tasks, models)
         if config.sft is not None:
             models, stop_signal = _tune(suite, config.sft, run_dirs, display)
             if stop_signal is not None:
                 return 128 + stop_signal
-        return 0 if config.mtbench is None else _mt_bench(suite, config, models)
+        return 0 if config.mtbench is None else _mt_bench(suite, config.mtbench, models)
 
 
 def _configs(suite: Suite) -> dict[str, RunConfig]:
@@ -106,24 +111,13 @@ def _configs(suite: Suite) -> dict[str, RunConfig]:
     return {name: suite.run_config(run) for name, run in runs.items()}
 
 
-def _run_dirs(suite: Suite, record: SuiteRecord) -> dict[str, Path]:
-    return {
-        name: suite.directory / run.dir
-        for name, (entry, seed) in suite.last_models.items()
-        for run in record.runs_of(entry.name)
-        if run.seed == seed and run.status == "finished"
-    }
-
-
 def _device(suite: Suite) -> str:
     return next(iter(_configs(suite).values())).train.device
 
 
-def _score_tasks(suite: Suite, config: AfterwardsConfig, models: Mapping[str, Path]) -> None:
+def _score_tasks(suite: Suite, tasks: TasksConfig, models: Mapping[str, Path]) -> None:
     from steplm.cli.evaluate import run_eval
 
-    tasks = config.tasks
-    assert tasks is not None
     run_eval(
         [str(folder) for folder in models.values()],
         [],
@@ -189,13 +183,12 @@ def _save_losses(folder: Path, results: Mapping[str, SftResult]) -> None:
     save_evaluation(folder, "sft", Evaluation("Instruction tuning", (table,)))
 
 
-def _mt_bench(suite: Suite, config: AfterwardsConfig, models: Mapping[str, Path], *, check_only: bool = False) -> int:
+def _mt_bench(suite: Suite, options: MtBenchConfig, models: Mapping[str, Path], *, check_only: bool = False) -> int:
     from steplm.cli.mtbench import run_mtbench
 
-    assert config.mtbench is not None
     return run_mtbench(
         [str(folder) for folder in models.values()],
-        config.mtbench,
+        options,
         names=list(models),
         output=suite.directory / "mt_bench",
         device=_device(suite),

@@ -36,6 +36,8 @@ HostBudget = Annotated[
     str | None, typer.Option(help="Refuse what needs more host memory, e.g. 64GiB: plan.host_budget=64GiB.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Runs side by side.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling: share of probability kept.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -381,31 +383,15 @@ def mtbench(
     json: Json = False,
 ) -> None:
     """MT-Bench: answers to two-turn questions, judged by a language model; started again, it resumes."""
+    given = dict(locals())
     from steplm.cli.mtbench import run_mtbench
     from steplm.compare.suite import MtBenchConfig
     from steplm.problems import validated
 
-    options = {
+    options = {name: given[name] for name in MtBenchConfig.model_fields} | {
         "data": str(data),
         "categories": [part.strip() for part in (categories or "").split(",") if part.strip()],
         "chat_template": None if chat_template is None else str(chat_template),
-        "judge_model": judge_model,
-        "questions": questions,
-        "base_url": base_url,
-        "mode": mode,
-        "limit": limit,
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "seed": seed,
-        "api_key_env": api_key_env,
-        "concurrency": concurrency,
-        "requests_per_minute": requests_per_minute,
-        "timeout": timeout,
-        "retries": retries,
-        "backoff": backoff,
-        "ask_again": ask_again,
-        "max_judge_tokens": max_judge_tokens,
-        "rating": rating,
     }
     raise typer.Exit(
         run_mtbench(
@@ -427,16 +413,20 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
     temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling: share of probability kept.")] = 0.95,
+    top_p: TopP = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Continue a prompt."""
-    from steplm.cli.generate import run_generate
+    from steplm.cli.model_paths import find_model
 
-    run_generate(
-        model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, device=device
+    found = find_model(model)
+    from steplm.eval.generate import generate as continued
+
+    text = continued(
+        found, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, device=device
     )
+    print(prompt + text)
 
 
 @app.command()
@@ -459,9 +449,17 @@ def sft(
     ] = None,
 ) -> None:
     """Tune a model on instructions, into a folder for `steplm chat`; started again, it resumes."""
-    from steplm.cli.sft import run_sft
+    from steplm.cli.model_paths import find_model, require_hub
+    from steplm.sft.config import load_sft_config
 
-    raise typer.Exit(run_sft(model, data, overrides or [], config=config, output=output))
+    checked = load_sft_config(config, overrides or [])
+    found = find_model(model)
+    if any(entry.startswith("hub://") for entry in data):
+        require_hub()
+    from steplm.sft.run import instruction_tune
+
+    result = instruction_tune(found, data, checked, output_dir=output, say=lambda line: print(line, flush=True))
+    raise typer.Exit(0 if result.stop_signal is None else 128 + result.stop_signal)
 
 
 @app.command()
@@ -473,7 +471,7 @@ def chat(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling: share of probability kept.")] = 0.95,
+    top_p: TopP = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed and messages give the same answers.")] = 0,
     device: Device = "auto",
 ) -> None:
@@ -507,7 +505,7 @@ def quickstart(
 def compare(
     suite: Annotated[str, typer.Argument(metavar="SUITE.yaml", help="A YAML file, or the name of a shipped suite.")],
     overrides: Overrides = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side.")] = None,
+    jobs: Jobs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and their cost; train nothing.")] = False,
     report: Annotated[bool, typer.Option(help="Make the report at the end.")] = True,
 ) -> None:
@@ -522,7 +520,7 @@ def tune(
     run: Run,
     overrides: Overrides = None,
     share: Annotated[float, typer.Option(help="Share of the run's tokens in each trial.", min=0.001, max=1)] = 0.1,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side.")] = None,
+    jobs: Jobs = None,
 ) -> None:
     """Find a learning rate by short runs at several; started again, it resumes."""
     from steplm.cli.tune import run_tune
@@ -552,21 +550,16 @@ def schema() -> None:
 
 
 def _print_error(text: str) -> None:
-    """Print to stderr; on a terminal, break lines between words."""
+    """Print to stderr; on a terminal, break lines between words, and indent what follows a break as its line."""
     if sys.stderr.isatty():
         import shutil
 
-        text = wrapped(text, shutil.get_terminal_size().columns)
+        from steplm.units import wrapped
+
+        width = shutil.get_terminal_size().columns
+        lines = [wrapped(line, width, len(line) - len(line.lstrip())) or [""] for line in text.split("\n")]
+        text = "\n".join(part for parts in lines for part in parts)
     print(text, file=sys.stderr)
-
-
-def wrapped(text: str, width: int) -> str:
-    """The text with each of its lines broken between words; what follows a break is indented as the line."""
-    from steplm.units import wrapped as lines_of
-
-    return "\n".join(
-        part for line in text.split("\n") for part in lines_of(line, width, len(line) - len(line.lstrip())) or [""]
-    )
 
 
 def main() -> None:

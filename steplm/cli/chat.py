@@ -40,7 +40,7 @@ def run_chat(
         sys.stdin.reconfigure(errors="surrogateescape")  # so that invalid UTF-8 fails only its own message
     is_terminal = sys.stdin.isatty()
     chat = ChatModel(found, chat_template=chat_template, device=device)
-    history = _begun(system)
+    history: list[Message] = [{"role": "system", "content": system}] if system else []
     if is_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  arrow keys in input()
@@ -56,7 +56,7 @@ def run_chat(
             history = [message for message in history if message["role"] == "system"]
             _remark("(forgotten)")
         elif command == "/system":
-            history = _begun(rest.strip())
+            history = [{"role": "system", "content": rest.strip()}] if rest.strip() else []
             _remark("(a new conversation, with this system message)" if history else "(a new conversation)")
         elif command.startswith("/"):
             _remark(f"no command {command}\n{HELP}")
@@ -76,8 +76,8 @@ def run_chat(
             print(flush=True)
             num_replies += 1
             if reply.num_messages_left_out:
-                system_message = _system(history)
-                history = system_message + history[len(system_message) + reply.num_messages_left_out :]
+                first = sum(message["role"] == "system" for message in history[:1])
+                history = history[:first] + history[first + reply.num_messages_left_out :]
                 _remark(
                     f"(the context of {chat.context} tokens is full: the oldest {reply.num_messages_left_out} messages "
                     "are forgotten)"
@@ -85,14 +85,6 @@ def run_chat(
             if not reply.ended:
                 _remark(f"(cut off after {reply.num_tokens} tokens)")
             history += [{"role": "user", "content": line}, {"role": "assistant", "content": reply.text}]
-
-
-def _begun(system: str | None) -> list[Message]:
-    return [{"role": "system", "content": system}] if system else []
-
-
-def _system(history: list[Message]) -> list[Message]:
-    return [message for message in history[:1] if message["role"] == "system"]
 
 
 def _read_line(is_terminal: bool) -> str | None:

@@ -13,16 +13,16 @@ from rich.text import Text
 
 from steplm.cli.afterwards import check_parts, parts, run_parts
 from steplm.compare.check import check_folders, check_plans, check_texts, prepare_data
-from steplm.compare.display import SuiteDisplay, make_display
+from steplm.compare.display import make_display
 from steplm.compare.entries import RunKey, Suite
 from steplm.compare.sharing import num_shared
 from steplm.compare.suite import read_suite
+from steplm.config import changed
 from steplm.errors import SteplmError
 from steplm.units import format_bytes, format_count
 
 if TYPE_CHECKING:
-    from steplm.config import RunConfig
-    from steplm.report.suite import SuiteRecord
+    pass
 
 
 def run_compare(
@@ -52,48 +52,31 @@ def run_compare(
     check_parts(suite)
     configs = prepare_data(suite, runs, make_run_display(progress).prepare)
     check_folders(suite, configs)
-    record, stop_signal = _run(suite, configs, display, jobs)
-    if stop_signal is not None:
+    from steplm.compare.runner import Runner, problems_of
+
+    runner = Runner(suite, configs, display, jobs=jobs)
+    record = runner.run()
+    if runner.stop_signal is not None:
         display.note("stopped; run the same command again to resume")
-        return 128 + stop_signal
-    exit_code = _finish(suite, record, display)
+        return 128 + runner.stop_signal
+    try:
+        exit_code = run_parts(suite, record, display)
+    except SteplmError as error:  # the report is still to be written
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        exit_code = error.exit_code
     if exit_code > 128:
         return exit_code
     if report:
         from steplm.cli.report import show_report
 
         show_report(suite.directory, None)
-    return max(exit_code, _conclude(suite, record, display))
-
-
-def _finish(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
-    """Run the parts after the last run; print errors instead of raising, as the report is still to be written."""
-    try:
-        return run_parts(suite, record, display)
-    except SteplmError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-def _run(
-    suite: Suite, configs: dict[RunKey, RunConfig], display: SuiteDisplay, jobs: int | None
-) -> tuple[SuiteRecord, int | None]:
-    from steplm.compare.runner import Runner
-
-    runner = Runner(suite, configs, display, jobs=jobs)
-    return runner.run(), runner.stop_signal
-
-
-def _conclude(suite: Suite, record: SuiteRecord, display: SuiteDisplay) -> int:
-    from steplm.compare.runner import problems_of
-
     counts = Counter(run.status for run in record.runs)
     listing = ", ".join(f"{count} {status}" for status, count in counts.items())
     display.note(f"suite {record.name!r} in {suite.directory}: {listing}")
     problems = problems_of(record)
     for problem in problems:
         print(problem, file=sys.stderr)
-    return 1 if problems else 0
+    return max(exit_code, 1 if problems else 0)
 
 
 def _print_runs(suite: Suite, runs: list[RunKey]) -> None:
@@ -106,7 +89,9 @@ def _print_runs(suite: Suite, runs: list[RunKey]) -> None:
         is_list = heading == "rates"  # narrow terminals show one rate per line
         side: Literal["left", "right"] = "left" if heading == "method" else "right"
         table.add_column(heading, justify=side, no_wrap=not is_list, min_width=7 if is_list else None)
-    shared = _shared_with(all_stage_keys(suite, {run: _with_any_data(suite.run_config(run)) for run in runs}))
+    # No plan depends on the prepared data, which may not exist yet.
+    configs = {run: changed(suite.run_config(run), {"data.prepared_dir": "prepared"}) for run in runs}
+    shared = _shared_with(all_stage_keys(suite, configs))
     for entry in suite.entries.values():
         plan = suite.plan(next(run for run in runs if run.entry == entry.name))
         rates = ", ".join(f"{rate:g}" for rate in entry.grid or suite.possible_rates(entry, {}))
@@ -121,22 +106,16 @@ def _print_runs(suite: Suite, runs: list[RunKey]) -> None:
             format_count(plan.training_flops),
             format_bytes(plan.peak_model_state_bytes),
         )
-    console = Console()
+    console = Console(highlight=False)
     console.print(table)
     for name, stages in shared.items():
-        console.print(f"{name} shares stages with {stages}", highlight=False, markup=False)
+        console.print(f"{name} shares stages with {stages}", markup=False)
     expected = suite.expected_runs({})
     flops = sum(suite.plan(run).training_flops for run in expected)
     console.print(
         f"{len(expected)} runs, {format_count(flops)} FLOPs in all, matched on {suite.config.match} "
-        f"with {suite.config.baseline}",
-        highlight=False,
+        f"with {suite.config.baseline}"
     )
-
-
-def _with_any_data(config: RunConfig) -> RunConfig:
-    """Set a placeholder for the prepared data, which no plan depends on and which may not exist yet."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": "prepared"})})
 
 
 def _shared_with(keys: dict[RunKey, tuple[str, ...]]) -> dict[str, str]:

@@ -37,7 +37,6 @@ def run_eval(
     batch_size: int = 8,
     max_tokens: str | int | None = None,
     device: str = "auto",
-    dtype: str = "auto",
     names: Sequence[str] = (),
     limit: int | None = None,
     num_fewshot: int | None = None,
@@ -57,23 +56,29 @@ def run_eval(
     if not wanted and (limit is not None or num_fewshot is not None):
         raise ConfigError("--limit and --num-fewshot are for tasks: name some with --tasks")
     models = [find_model(model) for model in models]
-    if any("hub://" in entry for entry in data) or _are_from_the_hub(wanted, tasks_data):
+    from steplm.eval.task_list import KNOWN_SETS
+
+    has_all_sets = not wanted or (tasks_data is not None and set(wanted) <= set(KNOWN_SETS))
+    if any("hub://" in entry for entry in data) or not has_all_sets:
         require_hub()
     results = None
     if wanted:
-        results = _score_tasks(
-            models,
-            wanted,
-            names=names,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            batch_size=batch_size,
-            tasks_path=tasks_path,
-            tasks_data=tasks_data,
-            output=output,
-            device=device,
-            dtype=dtype,
-        )
+        from steplm.eval.zero_shot import evaluate_tasks
+
+        with _TaskDisplay() as display:
+            results = evaluate_tasks(
+                models,
+                wanted,
+                names=names,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                batch_size=batch_size,
+                tasks_path=tasks_path,
+                tasks_data=tasks_data,
+                output=output,
+                device=device,
+                progress=display,
+            )
     texts = _score_texts(
         models,
         data,
@@ -84,7 +89,6 @@ def run_eval(
         stride=stride,
         batch_size=batch_size,
         device=device,
-        dtype=dtype,
     )
     _print(results, texts, json_output)
     from steplm.eval.perplexity import comparison_note
@@ -102,20 +106,6 @@ def run_eval(
 
 
 # --- tasks ------------------------------------------------------------------------------------------------
-
-
-def _score_tasks(models: list[str], tasks: list[str], **how: Any) -> ZeroShotResults:
-    from steplm.eval.zero_shot import evaluate_tasks
-
-    with _TaskDisplay() as display:
-        return evaluate_tasks(models, tasks, progress=display, **how)
-
-
-def _are_from_the_hub(tasks: list[str], tasks_data: Path | None) -> bool:
-    """Whether the items of any task may have to be downloaded."""
-    from steplm.eval.task_list import KNOWN_SETS
-
-    return bool(tasks) and (tasks_data is None or not set(tasks) <= set(KNOWN_SETS))
 
 
 class _TaskDisplay:
@@ -164,8 +154,12 @@ def _score_texts(
         return []
     from steplm.report.zero_shot import TextScore
 
-    limit = None if max_tokens is None else _count(max_tokens)
-    if limit is None and any(entry.startswith("hub://") for entries in _by_name(data).values() for entry in entries):
+    try:
+        limit = None if max_tokens is None else parse_count(max_tokens)
+    except ValueError as error:
+        raise ConfigError(f"max_tokens: {error}") from None
+    named = _by_name(data)
+    if limit is None and any(entry.startswith("hub://") for entries in named.values() for entry in entries):
         limit = HUB_MAX_TOKENS
         print(
             f"note: of hub data {format_count(limit)} tokens at most; --max-tokens sets another limit", file=sys.stderr
@@ -173,7 +167,7 @@ def _score_texts(
     scores: list[TextScore] = []
     ends: dict[str, int | None] = {}  # bytes of each text within the first model's token limit
     for model in dict.fromkeys(models):
-        for name, entries in _by_name(data).items():
+        for name, entries in named.items():
             end = ends.get(name)
             result = _score_text(model, name, entries, output, max_tokens=limit, max_bytes=end, **how)
             ends.setdefault(name, None if limit is None else result.num_text_bytes)
@@ -207,13 +201,6 @@ def _by_name(data: list[str]) -> dict[str, list[str]]:
     return texts
 
 
-def _count(value: str | int) -> int:
-    try:
-        return parse_count(value)
-    except ValueError as error:
-        raise ConfigError(f"max_tokens: {error}") from None
-
-
 # --- output -----------------------------------------------------------------------------------------------
 
 
@@ -226,9 +213,10 @@ def _print(results: ZeroShotResults | None, texts: list[TextScore], json_output:
     if json_output:
         print(json.dumps(document(results, texts), indent=1))
         return
+    console = Console(highlight=False)
     for table in (None if results is None else tasks_table(results), texts_table(texts)):
         if table is not None:
-            print_table(Console(highlight=False), table)
+            print_table(console, table)
     skipped = max((score.result.num_skipped_records for score in texts), default=0)
     if skipped:
-        Console().print(f"{skipped:,} empty or unusable records were left out", style="yellow", highlight=False)
+        console.print(f"{skipped:,} empty or unusable records were left out", style="yellow")

@@ -7,14 +7,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from steplm.cli.hours import HERE, choose_speeds
 from steplm.cli.plan import counted_shape
+from steplm.cli.tables import number_table
 from steplm.config import read_values
 from steplm.cost.devices import DEVICES
 from steplm.errors import ConfigError, PlanInfeasible
@@ -42,13 +41,7 @@ def show_fit(
     device: str | None = None,
     output: Path | None = None,
 ) -> None:
-    """Find the ways to fit the budget and print them, with the commands of ``show`` of them.
-
-    Args:
-        budget: default: the memory of the device.
-        device: the device to estimate time for, as for ``steplm.cli.hours.choose_speeds``.
-        output: file for a figure of the alternatives.
-    """
+    """Find the ways to fit the budget and print them; the options are those of ``steplm fit``."""
     if budget is None:
         if device is not None:
             require_known("--device", device, (*DEVICES, HERE))
@@ -68,12 +61,14 @@ def show_fit(
     config = load_config(run, overrides)
     if device is not None and config.distributed.world_size > 1:
         raise ConfigError("--device estimates the time of one device: leave it out, or distributed.world_size.")
-    speeds = None if device is None else choose_speeds(device, config, Console(stderr=True))
+    speeds = None if device is None else choose_speeds(device, config, Console(stderr=True, highlight=False))
     result = fit(config, budget_bytes, maximize=maximize, vary=names, shape=counted_shape(config), speeds=speeds)
     if as_json:
-        print(json.dumps(fit_to_json(result), indent=2))
+        print(json.dumps(asdict(result), indent=2))
     else:
-        render_fit(result, Console(), run, overrides, budget, show, world_size=config.distributed.world_size)
+        render_fit(
+            result, Console(highlight=False), run, overrides, budget, show, world_size=config.distributed.world_size
+        )
     if output is not None:
         from steplm.report.fit_figure import fit_figure
 
@@ -93,11 +88,6 @@ def _without_auto(run: str, overrides: Sequence[str]) -> tuple[list[str], bool]:
     return [*overrides, *(f"train.{key}={size}" for key, size in sizes.items())], MICRO_BATCH in sizes
 
 
-def fit_to_json(result: FitResult) -> dict[str, Any]:
-    """All numbers of the result, with the best alternative first."""
-    return asdict(result)
-
-
 def render_fit(
     result: FitResult,
     console: Console,
@@ -109,23 +99,31 @@ def render_fit(
     world_size: int = 1,
 ) -> None:
     """Print the answer, the alternatives, and commands from the gentlest to the harshest; fits 80 columns."""
-    headline, size = _answer(result)
-    for line in wrapped(headline, console.width):
-        console.print(line, style="bold", highlight=False, markup=False)
-    console.print(size, highlight=False)
+    best = result.best
+    budgets = f"{format_bytes(result.budget_bytes)} ({format_bytes(result.reserve_bytes)} reserve)"
+    how = f"with {' '.join(best.overrides)}" if best.overrides else "as written"
+    fits = f"fits in {budgets}: {how}"
+    if result.maximize is not None:
+        fits = f"largest {result.maximize} in {budgets}: {best.value:,}"
+    for line in wrapped(fits, console.width):
+        console.print(line, style="bold", markup=False)
+    console.print(f"{format_count(best.num_parameters)} parameters, peak {format_bytes(best.peak_bytes)}")
     console.print()
     console.print(_table(result, gap=2 if console.width >= 100 else 1))
     console.print()
     for line in _legend(result.alternatives, console.width):
-        console.print(line, style="dim", highlight=False, markup=False)
+        console.print(line, style="dim", markup=False)
     if result.at_limit:
-        console.print("the search stops at this value: more may fit", style="dim", highlight=False)
+        console.print("the search stops at this value: more may fit", style="dim")
     for row in _shown(result, show):
+        size = [] if result.maximize is None else [f"{result.maximize} {row.value:,}"]
+        what = ", ".join([*size, f"layers {'+'.join(map(str, row.layers))}", *row.options])
+        time = "" if row.seconds is None else f", {format_seconds(row.seconds)}"
         console.print()
-        for line in wrapped(_summary(row, result.maximize), console.width - 2):
-            console.print(f"# {line}", style="dim", highlight=False, markup=False)
+        for line in wrapped(f"{what}: peak {format_bytes(row.peak_bytes)}{time}", console.width - 2):
+            console.print(f"# {line}", style="dim", markup=False)
         for line in _command(run, overrides, row, budget, console.width, world_size):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def _shown(result: FitResult, count: int) -> list[Alternative]:
@@ -137,40 +135,16 @@ def _shown(result: FitResult, count: int) -> list[Alternative]:
     return [gentle_first[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]
 
 
-def _summary(row: Alternative, maximize: str | None) -> str:
-    layers = f"layers {'+'.join(map(str, row.layers))}"
-    size = [] if maximize is None else [f"{maximize} {row.value:,}"]
-    time = "" if row.seconds is None else f", {format_seconds(row.seconds)}"
-    return f"{', '.join([*size, layers, *row.options])}: peak {format_bytes(row.peak_bytes)}{time}"
-
-
-def _answer(result: FitResult) -> tuple[str, str]:
-    """What fits, and how large it is."""
-    best = result.best
-    budget = f"{format_bytes(result.budget_bytes)} ({format_bytes(result.reserve_bytes)} reserve)"
-    size = f"{format_count(best.num_parameters)} parameters, peak {format_bytes(best.peak_bytes)}"
-    if result.maximize is not None:
-        return f"largest {result.maximize} in {budget}: {best.value:,}", size
-    how = "as written" if not best.overrides else f"with {' '.join(best.overrides)}"
-    return f"fits in {budget}: {how}", size
-
-
 def _table(result: FitResult, *, gap: int) -> Table:
     numbers = _numbers(result.alternatives)
-    largest = max(row.peak_bytes for row in result.alternatives)
-    unit, size = binary_unit(largest)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0), pad_edge=False)
-    if result.maximize is not None:
-        table.add_column(result.maximize, justify="right", no_wrap=True)
-        table.add_column("params", justify="right", no_wrap=True)
-    table.add_column("stages", no_wrap=True)
-    table.add_column("rank", justify="right", no_wrap=True)
-    table.add_column("options", no_wrap=True)
+    unit, size = binary_unit(max(row.peak_bytes for row in result.alternatives))
     on_host = max(row.host_bytes for row in result.alternatives) > 0
-    times = [] if result.best.seconds is None else ["time"]
     has_state = not (on_host and result.maximize)  # to fit 80 columns
-    for name in (f"peak {unit}", *(["state"] * has_state), *(["host"] * on_host), "FLOPs", *times):
-        table.add_column(name, justify="right", no_wrap=True)
+    largest_sizes = [] if result.maximize is None else [result.maximize, "params"]
+    sizes = [f"peak {unit}", *(["state"] * has_state), *(["host"] * on_host)]
+    times = [] if result.best.seconds is None else ["time"]
+    columns = [*largest_sizes, "stages", "rank", "options", *sizes, "FLOPs", *times]
+    table = number_table(columns, words=("stages", "options"), gap=gap)
     for row in result.alternatives:
         value = [f"{row.value:,}", format_count(row.num_parameters)] if row.value is not None else []
         ratio = row.flops / result.best.flops

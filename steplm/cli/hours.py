@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from steplm.cli.tables import number_table, titled_table
 from steplm.config import RunConfig, changed, token_budget
 from steplm.cost.activations import is_modeled
 from steplm.cost.devices import DEVICES
@@ -30,13 +29,12 @@ LITTLE = 0.1  # share of a step
 def check_device(name: str, config: RunConfig, shape: ModelShape, *, again: bool) -> None:
     """Check, before anything is printed, that the time of a run on a device can be estimated.
 
-    Args:
-        again: as for ``choose_speeds``.
-
     Raises:
         ConfigError: the name is unknown, the run has several devices, or the family has no formulas.
     """
-    _check_name(name, again=again)
+    require_known("--device", name, (*DEVICES, HERE))
+    if again and name != HERE:
+        raise ConfigError(f"--calibrate times this machine, which is not {name}: take --device here.")
     if config.distributed.world_size > 1:
         raise ConfigError(
             f"--device is for one device, and this run has {config.distributed.world_size}: name them with --gpu "
@@ -50,19 +48,13 @@ def check_device(name: str, config: RunConfig, shape: ModelShape, *, again: bool
         )
 
 
-def _check_name(name: str, *, again: bool) -> None:
-    require_known("--device", name, (*DEVICES, HERE))
-    if again and name != HERE:
-        raise ConfigError(f"--calibrate times this machine, which is not {name}: take --device here.")
-
-
 def choose_speeds(name: str, config: RunConfig, console: Console, *, again: bool = False) -> Speeds:
     """The speeds of a device by name; for ``here``, saved measurements, made now if there are none or with ``again``.
 
     Raises:
         ConfigError: the name is unknown.
     """
-    _check_name(name, again=again)
+    require_known("--device", name, (*DEVICES, HERE))
     if name != HERE:
         return published_speeds(name)
     import torch
@@ -80,12 +72,18 @@ def show_time(
 ) -> dict[str, Any]:
     """Print the time of a plan, unless the console writes to stderr, and return it for JSON output."""
     times = stage_times(config, plan, speeds)
+    as_ordinary = as_vanilla(changed(config, token_budget(total_tokens=plan.total_tokens)))
+    vanilla_times = stage_times(as_ordinary, make_plan(as_ordinary, plan.shape), speeds)
     assert times is not None  # see ``check_device``
-    vanilla = _vanilla_seconds(config, plan, speeds)
+    assert vanilla_times is not None
+    vanilla = sum(time.seconds for time in vanilla_times)
     if not console.stderr:
         _render(config, plan, console, speeds, times, vanilla, price)
         if explain:
-            console.print(_speeds(speeds))
+            table = titled_table(f"speeds of {speeds.name}", ("work",), ("a second",))
+            for kind, rate in speeds.per_second.items():
+                table.add_row(kind, f"{format_count(rate)} {KINDS[kind]}")
+            console.print(table)
             for time in times:
                 console.print(_terms(time, speeds))
             _note(console, "M: matrix parameters of a layer; q, k, f: widths of queries, keys, feed-forward;")
@@ -114,14 +112,6 @@ def show_time(
     }
 
 
-def _vanilla_seconds(config: RunConfig, plan: Plan, speeds: Speeds) -> float:
-    """Seconds of ordinary pre-training on the same number of tokens."""
-    vanilla = as_vanilla(changed(config, token_budget(total_tokens=plan.total_tokens)))
-    times = stage_times(vanilla, make_plan(vanilla, plan.shape), speeds)
-    assert times is not None
-    return sum(time.seconds for time in times)
-
-
 def _render(
     config: RunConfig,
     plan: Plan,
@@ -131,10 +121,8 @@ def _render(
     vanilla: float,
     price: float | None,
 ) -> None:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
-    columns = ("stage", "layers", "steps", "s/step", "tok/s", "time", *(() if price is None else ("cost",)))
-    for name in columns:
-        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    costs = () if price is None else ("cost",)
+    table = number_table(("stage", "layers", "steps", "s/step", "tok/s", "time", *costs))
 
     def add_row(name: str, layers: str, steps: int, tokens: int, seconds: float, style: str | None = None) -> None:
         cells = [name, layers, f"{steps:,}", f"{seconds / steps:#.3g}".rstrip("."), f"{tokens / seconds:,.0f}"]
@@ -149,53 +137,36 @@ def _render(
         add_row("all", "", steps, tokens, sum(time.seconds for time in times), "bold")
     add_row("vanilla", str(plan.shape.num_hidden_layers), steps, tokens, vanilla, "dim")
     console.print()
-    console.print(f"time on {speeds.name}, in steps of {format_count(config.step_tokens)} tokens", highlight=False)
+    console.print(f"time on {speeds.name}, in steps of {format_count(config.step_tokens)} tokens")
     console.print(table)
     if speeds.name in DEVICES and plan.peak_bytes is not None:
         memory, needed = DEVICES[speeds.name].memory_bytes, config.memory.needed_bytes(plan.peak_bytes)
         verdict = "fits in" if needed <= memory else "does not fit in"
         text = f"{format_bytes(needed)} with the reserve {verdict} its {memory / 1e9:.0f} GB ({format_bytes(memory)})"
-        console.print(text, highlight=False)
+        console.print(text)
     if any(time.longest_step.waits_for_launches for time in times):
         _note(console, "the device waits for kernels to be launched: raise the micro-batch, or set train.compile=true")
     if config.memory.offload_optimizer:
         longest = max((time.longest_step for time in times), key=lambda step: step.host_update)
-        _note(console, _host_update(longest, config.micro_batches))
+        cost = "hidden behind the passes on the device"
+        # From this many micro-batches a step on, the updates cost little.
+        if least := longest.micro_batches_until_host_update_is(LITTLE, config.micro_batches):
+            cost = f"{longest.host_update:#.3g} s a step; at most {LITTLE:.0%} of it from {least:,} micro-batches"
+            cost += f" (now {config.micro_batches})"
+        _note(console, f"CPU updates: {cost}")
     _note(console, f"speeds: {speeds.source}; left out: evaluation, checkpoints, data")
-
-
-def _host_update(step: StepSeconds, micro_batches: int) -> str:
-    """What updates in host memory cost, and the micro-batches per step from which they cost little."""
-    least = step.micro_batches_until_host_update_is(LITTLE, micro_batches)
-    if not least:
-        return "CPU updates: hidden behind the passes on the device"
-    cost = f"CPU updates: {step.host_update:#.3g} s a step"
-    return f"{cost}; at most {LITTLE:.0%} of it from {least:,} micro-batches (now {micro_batches})"
 
 
 def _terms(time: StageTime, speeds: Speeds) -> Table:
     """A table of the work in the longest step of a stage, with the seconds of each kind of work."""
     title = f"stage {time.index}: seconds of a step"
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("part", "work", "formula"):
-        table.add_column(name)
-    for name in ("amount", "seconds"):
-        table.add_column(name, justify="right")
+    table = titled_table(title, ("part", "work", "formula"), ("amount", "seconds"))
     for row in _terms_to_json(time.longest_step, speeds):
         amount = f"{format_count(row['amount'])} {row['unit']}"
         table.add_row(row["part"], row["kind"], "; ".join(row["formulas"]), amount, f"{row['seconds']:.3g}")
     table.add_section()
     how = "launches, where they take longer" if time.longest_step.waits_for_launches else ""
     table.add_row("a step", "", how, "", f"{time.longest_step.total:.3g}", style="bold")
-    return table
-
-
-def _speeds(speeds: Speeds) -> Table:
-    table = Table(title=f"speeds of {escape(speeds.name)}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("work")
-    table.add_column("a second", justify="right")
-    for kind, rate in speeds.per_second.items():
-        table.add_row(kind, f"{format_count(rate)} {KINDS[kind]}")
     return table
 
 
@@ -226,4 +197,4 @@ def _cost(seconds: float, price: float) -> float:
 
 
 def _note(console: Console, text: str) -> None:
-    console.print(text, style="dim", highlight=False, markup=False)
+    console.print(text, style="dim", markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,6 @@ from steplm.compare.suite import MtBenchConfig
 from steplm.errors import ConfigError
 from steplm.mt_bench.client import Endpoint, JudgeClient
 from steplm.mt_bench.run import Benchmark, Cost, Outcome, cost, generate_answers, judge_answers, prepare
-from steplm.mt_bench.tables import all_tables
 from steplm.units import format_count
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -79,7 +79,13 @@ def run_mtbench(
         return 0
     client: JudgeClient | None = None
     if expected.num_requests:
-        _require_key(endpoint, named=options.api_key_env is not None)
+        # A local server may not need a key.
+        is_openai = urlsplit(endpoint.base_url).netloc == urlsplit(OPENAI_URL).netloc
+        if endpoint.api_key is None and (options.api_key_env is not None or is_openai):
+            raise ConfigError(
+                f"no key for the judge at {endpoint.shown_url}: the environment variable {key_variable} is not set. "
+                "Export it, name another with --api-key-env, or name a local server with --base-url."
+            )
         client = JudgeClient(endpoint, _say)
     chat_template = None if options.chat_template is None else Path(options.chat_template)
     if check_only:
@@ -121,15 +127,6 @@ def run_mtbench(
     return 1 if outcome.failures else 0
 
 
-def _require_key(endpoint: Endpoint, *, named: bool) -> None:
-    """Require a key for OpenAI, or if the user names a variable; a local server may not need one."""
-    if endpoint.api_key is None and (named or urlsplit(endpoint.base_url).netloc == urlsplit(OPENAI_URL).netloc):
-        raise ConfigError(
-            f"no key for the judge at {endpoint.shown_url}: the environment variable {endpoint.api_key_env} is not "
-            "set. Export it, name another with --api-key-env, or name a local server with --base-url."
-        )
-
-
 def _announcement(benchmark: Benchmark, endpoint: Endpoint, expected: Cost) -> str:
     names = benchmark.names
     lines = [f"{_of(len(names), 'model')}, {_of(benchmark.num_questions, 'question')}: {', '.join(names)}"]
@@ -165,7 +162,7 @@ def _show(outcome: Outcome, json_output: bool) -> None:
         print(json.dumps([score.row for score in outcome.scores.scores], indent=1))
     else:
         console = Console(highlight=False)
-        for table in all_tables(outcome.scores, outcome.judge):
+        for table in outcome.tables:
             print_table(console, table, titled=True)
             console.print()
         for file in outcome.files:
@@ -177,7 +174,7 @@ def _show(outcome: Outcome, json_output: bool) -> None:
             else "the server does not report tokens"
         )
         _say(f"replies: {outcome.num_asked:,}; {tokens}")
-    for reason, count in _counted([failure.reason for failure in outcome.failures]).items():
+    for reason, count in Counter(failure.reason for failure in outcome.failures).items():
         _say(f"{_of(count, 'request')} got no reply: {reason}")
     if outcome.failures:
         _say("Start the same command again to ask only these.")
@@ -185,10 +182,6 @@ def _show(outcome: Outcome, json_output: bool) -> None:
 
 def _of(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _counted(texts: Sequence[str]) -> dict[str, int]:
-    return {text: texts.count(text) for text in dict.fromkeys(texts)}
 
 
 def _say(text: str) -> None:

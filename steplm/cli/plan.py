@@ -7,11 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from steplm.cli.tables import number_table, titled_table
 from steplm.config import RunConfig
 from steplm.cost.rules import ADAMW
 from steplm.cost.terms import OUTER_COMPONENTS
@@ -25,6 +24,10 @@ from steplm.planner.shape import FAMILIES
 from steplm.schedule import Trained
 from steplm.types import HOST, HOST_KINDS, HOST_OPTIMIZER, MemoryEstimate, MemoryTerm, ModelShape, to_json
 from steplm.units import binary_unit, format_bytes, format_count, percent
+
+COLUMNS = (
+    "stage", "layers", "trained", "frozen", "adapters", "tokens", "weights", "grads", "optim", "state", "peak",
+)  # fmt: skip
 
 
 def show_plan(
@@ -43,14 +46,7 @@ def show_plan(
     device: str | None = None,
     price: float | None = None,
 ) -> None:
-    """Plan a run and print it; simulate or measure its steps on request.
-
-    Args:
-        calibrate: measure the memory of a step on this machine or, if a device is given, the machine's speeds.
-        device, price: the device to estimate time for, and its price per hour; see ``steplm.cli.hours``.
-        world_size, shard_size: override the values in ``distributed``.
-        gpu, utilization, bandwidth: see ``steplm.cli.scale.choose_gpu``.
-    """
+    """Plan a run and print it; the options are those of ``steplm plan``."""
     sizes = {"world_size": world_size, "shard_size": shard_size}
     given = [f"distributed.{name}={size}" for name, size in sizes.items() if size is not None]
     config = load_config(run, [*overrides, *given])
@@ -63,12 +59,22 @@ def show_plan(
         from steplm.cli.hours import check_device, choose_speeds, show_time
 
         check_device(device, config, plan.shape, again=calibrate)
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, highlight=False)
     document = plan_to_json(plan) if as_json else {}
+    epochs_of_sources = _epochs_of_sources(plan, config)
+    if epochs_of_sources:
+        document["epochs_of_sources"] = epochs_of_sources
     if not as_json:
-        _show(plan, console, config, explain=explain)
-    elif of_sources := _epochs_of_sources(plan, config):
-        document["epochs_of_sources"] = of_sources
+        render_plan(plan, console, config)
+        limit = config.data.max_train_tokens
+        if limit is not None and plan.total_tokens > limit:
+            console.print(f"{plan.total_tokens / limit:.1f} epochs over data.max_train_tokens={format_count(limit)}")
+        if epochs_of_sources:
+            from steplm.data.mixture import told_epochs
+
+            console.print(told_epochs(epochs_of_sources))
+        if explain:
+            render_explain(plan, console, config)
     if config.distributed.world_size > 1:
         document["devices"] = show_scale(
             config, plan, console, gpu_name=gpu, utilization=utilization, bandwidth=bandwidth
@@ -95,21 +101,6 @@ def counted_shape(config: RunConfig) -> ModelShape | None:
     from steplm.models.shape import shape_of
 
     return shape_of(config.model.hf_config())
-
-
-def _show(plan: Plan, console: Console, config: RunConfig, *, explain: bool) -> None:
-    render_plan(plan, console, config)
-    limit = config.data.max_train_tokens
-    if limit is not None and plan.total_tokens > limit:
-        console.print(
-            f"{plan.total_tokens / limit:.1f} epochs over data.max_train_tokens={format_count(limit)}", highlight=False
-        )
-    if of_sources := _epochs_of_sources(plan, config):
-        from steplm.data.mixture import told_epochs
-
-        console.print(told_epochs(of_sources), highlight=False)
-    if explain:
-        render_explain(plan, console, config)
 
 
 def _epochs_of_sources(plan: Plan, config: RunConfig) -> dict[str, float]:
@@ -175,20 +166,24 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
     shape = plan.shape
     counts_outer = any(_outer(stage.memory).terms for stage in plan.stages)
     vanilla_state = make_plan(as_vanilla(config), shape).stages[0].memory
-    largest = plan.peak_bytes or plan.peak_model_state_bytes
-    unit, size = binary_unit(largest)
+    unit, size = binary_unit(plan.peak_bytes or plan.peak_model_state_bytes)
     gap = 1 if console.width >= 90 else 0
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0), pad_edge=False)
-    table.add_column("stage", no_wrap=True)
-    for name in ("layers", "trained", "frozen", "adapters", "tokens", "weights", "grads", "optim", "state", "peak"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = number_table(COLUMNS, gap=gap)
 
     def add_row(
         name: str, layers: str, tokens: str, memory: MemoryEstimate, peak: int | None, style: str | None = None
     ) -> None:
-        peak_cell = "" if peak is None else five_digits(peak / size)
-        cells = (*_parameter_cells(memory), tokens, *_byte_cells(memory, size), peak_cell)
-        table.add_row(name, layers, *cells, style=style)
+        counts = (_trained_parameters(memory), _frozen_parameters(memory), _adapter_parameters(memory))
+        kinds = [memory.bytes_of(kind=kind) for kind in ("weights", "gradients", "optimizer")]
+        num_bytes = [*kinds, memory.total_bytes, *([] if peak is None else [peak])]
+        table.add_row(
+            name,
+            layers,
+            *(format_count(count) if count else "" for count in counts),
+            tokens,
+            *(five_digits(number / size) for number in num_bytes),
+            style=style,
+        )
 
     spans = labeled_spans(plan)
     same_outer = len({_outer(span.memory) for _, span in spans}) == 1
@@ -214,20 +209,17 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
     console.print(
         f"[bold]{shape.model_type}[/], {format_count(shape.num_parameters())} params, "
         f"{shape.num_hidden_layers} layers in {plan.num_stages} stage{'s' if plan.num_stages > 1 else ''}, "
-        f"{plan.precision}, {format_count(plan.total_tokens)} tokens; memory in {unit}",
-        highlight=False,
+        f"{plan.precision}, {format_count(plan.total_tokens)} tokens; memory in {unit}"
     )
     train = config.train
     console.print(
         f"micro-batches of {config.micro_batch_size} × {train.sequence_length} tokens, {config.micro_batches} a step; "
-        f"loss in chunks of {train.loss_chunk_size} rows",
-        highlight=False,
+        f"loss in chunks of {train.loss_chunk_size} rows"
     )
     if config.distributed.world_size > 1:
-        console.print(f"per device: {devices(config)}", highlight=False)
+        console.print(f"per device: {devices(config)}")
     console.print(table)
-    for line in _summary(plan, config):
-        console.print(line, highlight=False)
+    _print_summary(plan, config, console)
     notes = []
     if counts_outer:
         where = "every stage" if same_outer else "the stage above it"
@@ -239,7 +231,7 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
     if not plan.proved_optimal:
         notes.append("a smaller peak is possible: leave plan.layers out")
     for note in notes:
-        console.print(note, style="dim", highlight=False)
+        console.print(note, style="dim")
 
 
 def labeled_spans(plan: Plan) -> list[tuple[str, Stage]]:
@@ -268,13 +260,14 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
         for role in phase.layers
         if isinstance(role, Trained) and role.rule != ADAMW
     )
-    symbols = _table("symbols", ("symbol", "meaning"), ("value",))
+    of_devices = (
+        ("n", "devices that share one copy", str(config.distributed.num_shards)),
+        ("T", "trained parameters of what is gathered at once", ""),
+        ("P_outer", "everything outside the layers", ""),
+    )
+    symbols = titled_table("symbols", ("symbol", "meaning"), ("value",))
     for symbol, meaning, value in (
-        (
-            "n_i",
-            f"trained layers{' under AdamW' if rules else ''} in stage i",
-            "below",
-        ),
+        ("n_i", f"trained layers{' under AdamW' if rules else ''} in stage i", "below"),
         ("N_{i-1}", "frozen layers in stage i", "below"),
         *((f"n_{rule}", f"trained layers under {rule} in stage i", "below") for rule in rules),
         ("E", "adapter parameters of one frozen layer", "below"),
@@ -288,7 +281,7 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
         ("V", "vocabulary", f"{shape.vocab_size:,}"),
         ("C", "rows of logits at once", f"{train.loss_chunk_size:,}"),
         ("w", "bytes of a weight or an activation", "2" if plan.precision == "bf16" else "4"),
-        *(_symbols_of_devices(config) if config.distributed.world_size > 1 else ()),
+        *(of_devices if config.distributed.world_size > 1 else ()),
     ):
         symbols.add_row(symbol, meaning, value)
     console.print(symbols)
@@ -300,7 +293,7 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
         title = (
             f"stage {label}: n_i = {counts[ADAMW]}, {others}N_{{i-1}} = {len(phase.frozen_layers)}, E = {adapters:,}"
         )
-        table = _table(f"{title}; model state", ("term", "formula"), ("parameters", "bytes"))
+        table = titled_table(f"{title}; model state", ("term", "formula"), ("parameters", "bytes"))
         _add_terms(
             table,
             stage.memory,
@@ -308,14 +301,14 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
         )
         console.print(table)
         if stage.transfers != NO_TRANSFERS:
-            console.print(_transfers(stage), highlight=False)
+            console.print(_transfers(stage))
         if stage.peak is None:
             continue
         highest = stage.peak.highest
-        table = _table(f'stage {label}: highest at "{highest.name}"', ("term", "formula"), ("bytes",))
+        table = titled_table(f'stage {label}: highest at "{highest.name}"', ("term", "formula"), ("bytes",))
         _add_terms(table, highest.memory, lambda term: (term.formula, f"{term.num_bytes:,}"))
         console.print(table)
-        table = _table(f"stage {label}: instants", ("instant",), ("bytes",))
+        table = titled_table(f"stage {label}: instants", ("instant",), ("bytes",))
         for instant in stage.peak.instants:
             style = "bold" if instant is highest else None
             table.add_row(instant.name, f"{instant.memory.total_bytes:,}", style=style)
@@ -323,42 +316,17 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
     console.print(
         f"vanilla: all {shape.num_hidden_layers} layers at once, no memory option: "
         f"{plan.vanilla_model_state_bytes:,} bytes of model state"
-        + (f", {plan.vanilla_peak_bytes:,} in all" if plan.vanilla_peak_bytes else ""),
-        highlight=False,
+        + (f", {plan.vanilla_peak_bytes:,} in all" if plan.vanilla_peak_bytes else "")
     )
     console.print(
         f"host memory of a save, while it is written: {save_bytes(plan, config):,} bytes "
-        "(a copy of weights, adapters and optimizer states)",
-        highlight=False,
+        "(a copy of weights, adapters and optimizer states)"
     )
     console.print(
         f"left out: the device's context, libraries and fragmentation, for which memory.reserve "
         f"({format_bytes(config.memory.reserve)}) stands in every budget",
         style="dim",
-        highlight=False,
     )
-
-
-def _symbols_of_devices(config: RunConfig) -> tuple[tuple[str, str, str], ...]:
-    return (
-        ("n", "devices that share one copy", str(config.distributed.num_shards)),
-        ("T", "trained parameters of what is gathered at once", ""),
-        ("P_outer", "everything outside the layers", ""),
-    )
-
-
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in left:
-        table.add_column(name)
-    for name in right:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _name(term: MemoryTerm) -> str:
-    kind = "in host memory" if term.kind == HOST else term.kind.replace("_", " ")
-    return f"{term.component.replace('_', ' ')} {kind}"
 
 
 def _add_terms(table: Table, memory: MemoryEstimate, cells: Callable[[MemoryTerm], tuple[str, ...]]) -> None:
@@ -373,39 +341,35 @@ def _add_terms(table: Table, memory: MemoryEstimate, cells: Callable[[MemoryTerm
             return
         table.add_section()
         for term in terms:
-            table.add_row(_name(term), *cells(term))
+            kind = "in host memory" if term.kind == HOST else term.kind.replace("_", " ")
+            table.add_row(f"{term.component.replace('_', ' ')} {kind}", *cells(term))
         table.add_section()
         table.add_row(f"total {place}", *empty, f"{total:,}", style="bold")
 
 
-def _summary(plan: Plan, config: RunConfig) -> list[str]:
-    state = _largest(plan, "state")
-    lines = []
-    if plan.peak_bytes is not None:
-        stage = _largest(plan, "peak")
-        assert stage.peak is not None
-        highest = stage.peak.highest
-        lines.append(
-            f"peak  [bold]{format_bytes(plan.peak_bytes)}[/] in stage {stage.index} ({highest.name})"
+def _print_summary(plan: Plan, config: RunConfig, console: Console) -> None:
+    state, highest = _largest(plan, "state"), _largest(plan, "peak")
+    if plan.peak_bytes is not None and highest.peak is not None:
+        console.print(
+            f"peak  [bold]{format_bytes(plan.peak_bytes)}[/] in stage {highest.index} ({highest.peak.highest.name})"
             f"{_against(plan.peak_bytes, plan.vanilla_peak_bytes)}"
         )
-    lines.append(
+    console.print(
         f"state [bold]{format_bytes(plan.peak_model_state_bytes)}[/] in stage {state.index}"
         f"{_against(plan.peak_model_state_bytes, plan.vanilla_model_state_bytes)}"
     )
     if plan.peak_bytes is None:
-        lines.append(f"peak  unknown: no formula for the activations of {plan.shape.model_type}; --simulate counts it")
+        console.print(f"peak  unknown: no formula for the activations of {plan.shape.model_type}; --simulate counts it")
     else:
         memory = config.memory
         corrected = f" and memory.correction={memory.correction:g}" if memory.correction != 1.0 else ""
         needed = format_bytes(memory.needed_bytes(plan.peak_bytes))
-        lines.append(f"device needed, with memory.reserve={format_bytes(memory.reserve)}{corrected}: {needed}")
+        console.print(f"device needed, with memory.reserve={format_bytes(memory.reserve)}{corrected}: {needed}")
     if plan.host_bytes:
-        lines.append(f"host  {format_bytes(plan.host_bytes)} in host memory while training")
+        console.print(f"host  {format_bytes(plan.host_bytes)} in host memory while training")
     busiest = max(plan.stages, key=lambda stage: stage.transfers.to_host)
     if busiest.transfers != NO_TRANSFERS:
-        lines.append(_transfers(busiest))
-    return lines
+        console.print(_transfers(busiest))
 
 
 def _transfers(stage: Stage) -> str:
@@ -447,16 +411,6 @@ def _frozen_parameters(memory: MemoryEstimate) -> int:
     others = [term for term in memory.terms if term.component not in ("trained_layers", "adapters")]
     weights = sum(term.num_parameters for term in others if term.kind in ("weights", HOST))
     return weights - _trained_parameters(MemoryEstimate(tuple(others)))
-
-
-def _parameter_cells(memory: MemoryEstimate) -> list[str]:
-    counts = (_trained_parameters(memory), _frozen_parameters(memory), _adapter_parameters(memory))
-    return [format_count(count) if count else "" for count in counts]
-
-
-def _byte_cells(memory: MemoryEstimate, size: int) -> list[str]:
-    kinds = [memory.bytes_of(kind=kind) for kind in ("weights", "gradients", "optimizer")]
-    return [five_digits(num_bytes / size) for num_bytes in (*kinds, memory.total_bytes)]
 
 
 def five_digits(value: float) -> str:

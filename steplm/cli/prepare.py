@@ -27,10 +27,10 @@ def run_prepare(run: str, overrides: list[str], *, verify_hashes: bool = False) 
         if name.startswith("train"):
             dataset = TokenDataset(config.prepared_dir, name)
             for line in described(document_statistics(dataset, config.train.sequence_length)):
-                display.console.print(line, highlight=False)
+                display.console.print(line)
     for line in _repetitions(config, manifest):
-        display.console.print(line, highlight=False)
-    display.console.print(f"shards in {config.prepared_dir}", highlight=False)
+        display.console.print(line)
+    display.console.print(f"shards in {config.prepared_dir}")
     if verify_hashes:
         verify(config.prepared_dir)
         display.console.print("every shard and the tokenizer have the hashes they were written with")

@@ -21,7 +21,7 @@ PROMPT = "Return a list of"
 
 
 def run_quickstart(output: Path, overrides: list[str]) -> int:
-    console = Console()
+    console = Console(highlight=False)
     run_dirs = {label: output / label.lower() for label in WAYS}
     for label, (what, settings) in WAYS.items():
         console.rule(f"[bold]{label}[/]: {what}", align="left")
@@ -40,6 +40,6 @@ def run_quickstart(output: Path, overrides: list[str]) -> int:
     render_rich(records, console)
     console.print(f"\n[bold]sample[/] of the {best.label} model, which has the lowest perplexity")
     console.print(PROMPT, end="", style="bold")
-    console.print(text, style="italic", markup=False, highlight=False)
-    console.print(f"\nfigure  {figure}\nmodel   {model}  (a plain LlamaForCausalLM folder)", highlight=False)
+    console.print(text, style="italic", markup=False)
+    console.print(f"\nfigure  {figure}\nmodel   {model}  (a plain LlamaForCausalLM folder)")
     return 0

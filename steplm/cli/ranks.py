@@ -34,7 +34,12 @@ def failure_told_to_launcher() -> Iterator[None]:
         if is_told or isinstance(error, RankLost):
             time.sleep(SECONDS_OF_SILENCE)
         if isinstance(error, SteplmError | OSError):
-            _tell(f"{type(error).__name__}: {error}")
+            # As PyTorch's handler does, but without a traceback, which would hide the message in the summary.
+            if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+                message = f"{type(error).__name__}: {error}"
+                about = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+                with suppress(OSError):
+                    Path(file).write_text(json.dumps({"message": about}))
         else:
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -42,11 +47,3 @@ def failure_told_to_launcher() -> Iterator[None]:
             handler.initialize()
             handler.record_exception(error)
         raise
-
-
-def _tell(message: str) -> None:
-    """Record a message as PyTorch's handler does, but without a traceback, which would hide it in the summary."""
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        about = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
-        with suppress(OSError):
-            Path(file).write_text(json.dumps({"message": about}))

@@ -14,10 +14,7 @@ from steplm.report.tables import problems, write_tables
 
 
 def show_report(path: Path, output: Path | None) -> None:
-    """Write the report of a suite directory, a run directory or a folder of runs.
-
-    Args:
-        output: folder of the report; default: ``report`` in the directory itself.
+    """Write the report of a suite directory, a run directory or a folder of runs; default folder: ``path / "report"``.
 
     Raises:
         SteplmError: there is neither a suite nor a run in ``path``, or what is there cannot be read.

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from steplm.cli.plan import five_digits, labeled_spans
+from steplm.cli.tables import number_table
 from steplm.config import RunConfig
 from steplm.cost.traffic import GPUS, LINK_SHARE, Gpu, StepEstimate, estimate_step
 from steplm.errors import ConfigError
@@ -84,9 +83,7 @@ def _render(
 ) -> None:
     unit, size = binary_unit(max(step.traffic.total for step in steps))
     gap = 1 if console.width >= 90 else 0
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0), pad_edge=False)
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    table = number_table(COLUMNS, gap=gap)
     for label, span in labeled_spans(plan):
         # Phases of a span differ only in the number of steps and in which layers are trained.
         step = steps[span.phases[0].index - 1]
@@ -99,26 +96,20 @@ def _render(
             format_count(num_steps),
             format_count(step.flops),
             *(five_digits(count / size) if count else "" for count in sent),
-            *map(_seconds, seconds),
+            *(f"{number:.3g}" if number < 1000 else f"{number:.0f}" for number in seconds),
         )
     least = sum(step.num_steps * step.least_seconds for step in steps)
     most = sum(step.num_steps * step.most_seconds for step in steps)
     console.print()
-    console.print(f"a step of each device: FLOPs, {unit} that it sends, seconds", highlight=False)
+    console.print(f"a step of each device: FLOPs, {unit} that it sends, seconds")
     console.print(table)
     console.print(
         f"run   {plan.training_flops:.3g} FLOPs; {format_seconds(least)} if sending is hidden, {format_seconds(most)} "
-        "if none is",
-        highlight=False,
+        "if none is"
     )
     console.print(
         f"assumed of {gpu_name}: {utilization:.0%} of {gpu.flops[plan.precision] / 1e12:g} TFLOP/s; {LINK_SHARE:.0%} "
         f"of {gpu.node_bandwidth / 1e9:g} GB/s in a node of {gpu.per_node} and of {gpu.network_bandwidth / 1e9:g} GB/s "
         "from each device to others",
         style="dim",
-        highlight=False,
     )
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:.0f}"

@@ -7,11 +7,10 @@ import platform
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from steplm.cli.plan import labeled_spans
+from steplm.cli.tables import titled_table
 from steplm.config import RunConfig
 from steplm.cost.price import Cost
 from steplm.files import write_atomically
@@ -24,10 +23,8 @@ from steplm.units import format_bytes
 def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dict[str, Any]]:
     """Print and return the peak of every stage, as planned and as counted on fake tensors."""
     rows, on_host = [], list[str]()
-    table = Table(title="steps, simulated on fake tensors", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("stage")
-    for name in ("planned", "simulated", "planned / simulated"):
-        table.add_column(name, justify="right")
+    numbers = ("planned", "simulated", "planned / simulated")
+    table = titled_table("steps, simulated on fake tensors", ("stage",), numbers)
     table.add_column("highest in")
     for label, span in labeled_spans(plan):
         phase = span.highest_phase
@@ -59,7 +56,7 @@ def show_simulation(config: RunConfig, plan: Plan, console: Console) -> list[dic
         )
     console.print(table)
     for line in on_host:
-        console.print(line, highlight=False)
+        console.print(line)
     return rows
 
 
@@ -88,18 +85,12 @@ def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[st
     write_atomically(path, json.dumps(record, indent=1) + "\n")
     console.print(
         f"measured on {record['device']} ({record['counted_by']}): stage {phase.stage} {format_bytes(measured)}"
-        + ("" if planned is None else f", planned {format_bytes(planned)}"),
-        highlight=False,
+        + ("" if planned is None else f", planned {format_bytes(planned)}")
     )
     if libraries:
-        console.print(
-            f"beside it, in memory.reserve: {format_bytes(libraries)} for workspaces of cuBLAS", highlight=False
-        )
+        console.print(f"beside it, in memory.reserve: {format_bytes(libraries)} for workspaces of cuBLAS")
     if planned is not None:
-        console.print(
-            f"set memory.correction={measured / planned:.4f} to correct every budget by it; saved in {path}",
-            highlight=False,
-        )
+        console.print(f"set memory.correction={measured / planned:.4f} to correct every budget by it; saved in {path}")
     return record
 
 

@@ -21,7 +21,9 @@ def run_train(run: str, overrides: list[str], extend: Path | None = None) -> int
         from steplm.training.extend import extended
 
         config, begin = extended(config, extend)
-    _refuse_early(config)
+    # Reject a plan over its budget before torch is imported and files are written; a started run has its own plan.
+    if config.model.model_type in FAMILIES and not (config.run_dir / "plan.json").exists():
+        plan(config)
     return _train(config, begin)
 
 
@@ -39,9 +41,3 @@ def _train(config: RunConfig, begin: Path | None) -> int:
 
     result = train(config, begin=begin)
     return 0 if result.stop_signal is None else 128 + result.stop_signal
-
-
-def _refuse_early(config: RunConfig) -> None:
-    """Reject a plan over its budget before torch is imported and files are written; a started run has its own plan."""
-    if config.model.model_type in FAMILIES and not (config.run_dir / "plan.json").exists():
-        plan(config)

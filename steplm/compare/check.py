@@ -1,17 +1,17 @@
-"""Checks before the first run starts: configurations, plans, matching, data, texts, folders."""
+"""Checks before the first run starts: configurations, plans, equal tokens or FLOPs, data, texts, folders."""
 
 from __future__ import annotations
 
 from functools import cache
 
 from steplm.compare.entries import RunKey, Suite
-from steplm.compare.matching import check_match
 from steplm.config import RunConfig
 from steplm.data.prepare import OnProgress, prepare, with_prepared_dir
 from steplm.data.tokens import Manifest
-from steplm.errors import CheckpointMismatch, ConfigError, SteplmError
+from steplm.errors import CheckpointMismatch, ConfigError, PlanError, SteplmError
 from steplm.eval.text import require_text
 from steplm.planner.ways import written
+from steplm.units import format_count
 
 
 def check_plans(suite: Suite) -> list[RunKey]:
@@ -45,6 +45,35 @@ def check_plans(suite: Suite) -> list[RunKey]:
                 folder=run.dir,
             )
     return runs
+
+
+def check_match(suite: Suite, run: RunKey) -> None:
+    """Check that a run has as many tokens, or training FLOPs, as the baseline, to within one optimizer step.
+
+    Raises:
+        PlanError: it does not; the message says by how much.
+    """
+    entry, baseline_run = suite.entries[run.entry], suite.baseline_run(run.seed)
+    plan, baseline = suite.plan(run), suite.plan(baseline_run)
+    step_tokens = max(suite.run_config(run).step_tokens, suite.run_config(baseline_run).step_tokens)
+    if entry.match == "flops":
+        unit, ours, theirs = "FLOPs", plan.training_flops, baseline.training_flops
+        one_step = step_tokens * max(stage.flops_per_token for stage in (*plan.stages, *baseline.stages))
+    else:
+        unit, ours, theirs = "tokens", plan.total_tokens, baseline.total_tokens
+        one_step = step_tokens
+    if abs(ours - theirs) > one_step:
+        raise PlanError(
+            f"entry {entry.name!r} trains on {format_count(ours)} {unit} and the baseline {suite.config.baseline!r} on "
+            f"{format_count(theirs)}: {ours / theirs - 1:+.2%}, {abs(ours - theirs) / one_step:.1f} optimizer steps. "
+            f"The suite is matched on {entry.match}: give plan.total_tokens in `run`, for all, and in no entry, or "
+            "match the entry on the other.",
+            entry=entry.name,
+            match=entry.match,
+            run=ours,
+            baseline=theirs,
+            one_step=one_step,
+        )
 
 
 MEASURED_ON = ("eval.max_tokens", "data.validation", "data.validation_fraction", "data.text_field")

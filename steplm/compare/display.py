@@ -26,28 +26,27 @@ Row = tuple[str, dict[str, Any] | None, Plan]
 
 
 class SuiteDisplay:
-    """Prints events as they happen, and overall progress once a minute."""
+    """Prints events as they happen, and overall progress once a minute or, if ``live``, in a table below the events."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, live: bool = False) -> None:
         self.console = console
-        self._status = ""
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if live else None
         self._last_line_at = time.monotonic()
 
     def __enter__(self) -> SuiteDisplay:
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        if self._live is not None:
+            self._live.stop()
 
     def note(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, highlight=False, markup=False)
+        self.console.print(text, style=style, markup=False)
 
     def waiting_for_runs(self) -> None:
         self.note("waiting for the runs of a suite that was killed: they save and stop", "dim")
-
-    def started(self, run: str, shared_from: str | None) -> None:
-        begins = f", begins where {shared_from} was" if shared_from else ""
-        self.note(f"start     {run}{begins}", "dim")
 
     def ended(self, run: RunEntry, directory: Path) -> None:
         if run.status == "waiting":
@@ -58,9 +57,6 @@ class SuiteDisplay:
         log = f"  (log: {directory / run.dir / 'log.txt'})" if run.status == "failed" else ""
         self.note(f"{run.status:<9} {run.dir}  {result}{log}", style)
 
-    def again(self, run_dir: str, reason: str | None) -> None:
-        self.note(f"again     {run_dir}: the checkpoint to start from is lost ({reason})", "yellow")
-
     def chosen(self, entry: str, losses: Mapping[float, float | None], choice: Choice | None) -> None:
         tried = ", ".join(f"{rate:g}: {'diverged' if x is None else f'{x:.4f}'}" for rate, x in losses.items())
         if choice is None:
@@ -69,47 +65,28 @@ class SuiteDisplay:
         edge = ", at the edge of the grid" if choice.at_edge else ""
         self.note(f"tuning    {entry}: learning rate {choice.learning_rate:g}{edge} ({tried})", "bold")
 
-    def stopping(self, num_running: int) -> None:
-        self.note(f"stopping: {num_running} run{'s' * (num_running != 1)} will save and end; again to kill", "yellow")
-
     def update(self, runs: Sequence[RunEntry], num_expected: int, rows: Sequence[Row], left: float | None) -> None:
         """Called several times a second."""
-        self._status = _status(runs, num_expected, left)
-        if time.monotonic() - self._last_line_at >= LINE_EVERY_SECONDS:
+        status = _status(runs, num_expected, left)
+        if self._live is not None:
+            table = Table(title=status, title_justify="left", box=None, show_header=False)
+            table.add_column(overflow="fold")
+            for _ in range(4):
+                table.add_column(justify="right", no_wrap=True)
+            for row in rows:
+                table.add_row(*map(Text, _cells(row)))
+            self._live.update(table)
+        elif time.monotonic() - self._last_line_at >= LINE_EVERY_SECONDS:
             self._last_line_at = time.monotonic()
-            self.note("  ".join([self._status, *(" ".join(_cells(row)) for row in rows)]))
-
-
-class LiveDisplay(SuiteDisplay):
-    """Prints events, above a live table of the active runs and the time left."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self._live = Live(console=console, refresh_per_second=4, transient=True)
-
-    def __enter__(self) -> LiveDisplay:
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def update(self, runs: Sequence[RunEntry], num_expected: int, rows: Sequence[Row], left: float | None) -> None:
-        table = Table(title=_status(runs, num_expected, left), title_justify="left", box=None, show_header=False)
-        table.add_column(overflow="fold")
-        for _ in range(4):
-            table.add_column(justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(*map(Text, _cells(row)))
-        self._live.update(table)
+            self.note("  ".join([status, *(" ".join(_cells(row)) for row in rows)]))
 
 
 def make_display(kind: str) -> SuiteDisplay:
     """Create a display: ``rich``, ``lines``, ``none``, or ``auto`` (rich on a terminal, else lines)."""
     if kind == "auto":
         kind = "rich" if sys.stdout.isatty() else "lines"
-    console = Console(quiet=kind == "none", soft_wrap=kind == "lines")
-    return LiveDisplay(console) if kind == "rich" else SuiteDisplay(console)
+    console = Console(quiet=kind == "none", soft_wrap=kind == "lines", highlight=False)
+    return SuiteDisplay(console, live=kind == "rich")
 
 
 def _status(runs: Sequence[RunEntry], num_expected: int, left: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cache
 from itertools import product
@@ -24,17 +24,10 @@ from steplm.report.suite import EntryRecord, Question
 from steplm.units import nearest
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One method with its settings: a curve in a figure, a row in a table."""
+@dataclass(frozen=True, kw_only=True)
+class Entry(EntryRecord):
+    """One method with its settings (a curve in a figure, a row in a table), and how its learning rate is found."""
 
-    name: str
-    label: str
-    method: str
-    like: str | None
-    match: str
-    settings: Mapping[str, Any]  # in addition to the method's own
-    seeds: tuple[int, ...]
     grid: tuple[float, ...]  # (): not tuned
     extend: int  # times the grid may grow beyond an edge, while the best rate is there
     refine: int  # times the grid grows between the best rate and its neighbors
@@ -48,17 +41,8 @@ class Entry:
 
     @property
     def record(self) -> EntryRecord:
-        """The entry's record before a learning rate is chosen."""
-        return EntryRecord(
-            name=self.name,
-            label=self.label,
-            method=self.method,
-            like=self.like,
-            match=self.match,
-            settings=dict(self.settings),
-            tuned=bool(self.grid),
-            seeds=self.seeds,
-        )
+        """The entry as in ``suite.json``, before a learning rate is chosen."""
+        return EntryRecord(**{field.name: getattr(self, field.name) for field in fields(EntryRecord)})
 
 
 class RunKey(NamedTuple):
@@ -239,6 +223,7 @@ def _entry(
         like=written.like,
         match=match,
         settings={**(like.settings if like else {}), **own},
+        tuned=tuned,
         seeds=tuple(dict.fromkeys(written.seeds or config.seeds)),
         grid=tuple(sorted(set(grid))) if tuned else (),
         extend=config.tune.extend if tuned and config.tune else 0,

@@ -10,11 +10,10 @@ import signal
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 from types import FrameType
 
 from steplm.checkpoint.folder import complete_checkpoints
@@ -25,7 +24,7 @@ from steplm.compare.progress import Clock, LogTail
 from steplm.compare.scores import evaluations, is_scored
 from steplm.compare.sharing import Start, is_needed, next_start
 from steplm.compare.suite import dump_suite
-from steplm.compare.tuning import best, between, beyond, choose
+from steplm.compare.tuning import Choice, best, between, beyond, choose
 from steplm.config import RunConfig
 from steplm.errors import SteplmError
 from steplm.files import write_atomically
@@ -60,15 +59,17 @@ class Runner:
         self.num_jobs = jobs or suite.config.jobs
         self.jobs: dict[RunKey, Job] = {}
         self.runs: dict[RunKey, RunEntry] = {}
-        self.choices: dict[str, tuple[float | None, bool]] = {}  # learning rate, whether it is at an edge of the grid
+        self.choices: dict[str, Choice | None] = {}  # None: every run of the entry's grid diverged
         self.stop_signal: int | None = None
-        self._asked_twice = False
+        self._asked_twice = self._passed_on = False
         self._clock = Clock()
+        self.stage_keys = all_stage_keys(suite, configs)
 
     def run(self) -> SuiteRecord:
         """Run everything unfinished; return when all runs have ended, or a signal has stopped them."""
         with exclusive(self.directory, self.display.waiting_for_runs), self._stopping_on_signals():
-            self._before = self._earlier_runs()
+            earlier = load_suite(self.directory).runs if is_suite(self.directory) else ()
+            self._before = {run.dir: run for run in earlier}
             write_atomically(self.directory / "suite.yaml", dump_suite(self.suite.config))
             self._update()
             self._remove_checkpoints()  # in case an earlier process was killed before it could
@@ -86,8 +87,8 @@ class Runner:
         config = self.suite.config
         entries = []
         for entry in self.suite.entries.values():
-            rate, at_edge = self.choices.get(entry.name, (None, False))
-            entries.append(replace(entry.record, learning_rate=rate, at_edge=at_edge))
+            choice = self.choices.get(entry.name)
+            entries.append(entry.record if choice is None else replace(entry.record, **asdict(choice)))
         return SuiteRecord(
             name=config.name,
             match=config.match,
@@ -102,11 +103,6 @@ class Runner:
         )
 
     # Listing the runs
-
-    def _earlier_runs(self) -> dict[str, RunEntry]:
-        if not is_suite(self.directory):
-            return {}
-        return {run.dir: run for run in load_suite(self.directory).runs}
 
     def _update(self) -> None:
         """Choose the learning rates that can be chosen, list the resulting runs, and save both."""
@@ -127,20 +123,20 @@ class Runner:
             for rate in best(self._losses(entry, grid) or {}, entry.finalists):
                 for seed in entry.seeds:
                     yield RunKey(entry.name, seed, rate)
-        chosen, _ = self.choices.get(entry.name, (None, False))
-        if chosen is not None:
+        if (choice := self.choices.get(entry.name)) is not None:
             for seed in entry.seeds:
-                yield RunKey(entry.name, seed, chosen)
+                yield RunKey(entry.name, seed, choice.learning_rate)
 
     def _choose_rate(self, entry: Entry) -> None:
         if entry.name in self.choices:
             return
         if entry.rate_of is not None:
             if entry.rate_of in self.choices:
-                self.choices[entry.name] = (self.choices[entry.rate_of][0], False)
+                choice = self.choices[entry.rate_of]
+                self.choices[entry.name] = choice and replace(choice, at_edge=False)
             return
         if not entry.grid:
-            self.choices[entry.name] = (self.suite.fixed_rate(entry), False)
+            self.choices[entry.name] = Choice(self.suite.fixed_rate(entry))
             return
         losses = self._losses(entry, self._grid(entry))
         if losses is None:
@@ -151,9 +147,8 @@ class Runner:
             if any(mean is None for mean in of_rates.values()):
                 return
             means = {rate: mean for rate, mean in of_rates.items() if mean is not None}
-        choice = choose(losses, means)
-        self.choices[entry.name] = (None, False) if choice is None else (choice.learning_rate, choice.at_edge)
-        self.display.chosen(entry.name, losses, choice)
+        self.choices[entry.name] = choose(losses, means)
+        self.display.chosen(entry.name, losses, self.choices[entry.name])
 
     def _grid(self, entry: Entry) -> tuple[float, ...]:
         """The grid, plus the rates beyond an edge and around the best that the results so far call for."""
@@ -230,7 +225,8 @@ class Runner:
 
     def _next_start(self) -> Start[RunKey] | None:
         waiting = [run for run, entry in self.runs.items() if entry.status == "waiting"]
-        names = {run: {path.name for path in self._checkpoints(run)} for run in self.runs}
+        folders = {run: complete_checkpoints(self.directory / run.dir / "checkpoints") for run in self.runs}
+        names = {run: {path.name for path in found} for run, found in folders.items()}
         # A run that branched off itself lacks the ends of its first stages.
         ends = {
             run: [n for n in range(1, self.suite.plan(run).num_stages + 1) if stage_end(n) in names[run]]
@@ -255,7 +251,8 @@ class Runner:
         sender.close()
         self.jobs[run] = Job(run, process, receiver, LogTail(self.directory / run.dir / "metrics.jsonl"))
         self._set(run, status="running", error=None)
-        self.display.started(run.dir, self.runs[run].shared_from)
+        begins = f", begins where {self.runs[run].shared_from} was" if self.runs[run].shared_from else ""
+        self.display.note(f"start     {run.dir}{begins}", "dim")
 
     @cached_property
     def _context(self) -> multiprocessing.context.ForkServerContext:
@@ -288,7 +285,7 @@ class Runner:
             status, error = "failed", "stopped from outside"
         elif status == "again":
             self._set(job.run, status="waiting", shared_from=None)
-            self.display.again(job.run.dir, error)
+            self.display.note(f"again     {job.run.dir}: the checkpoint to start from is lost ({error})", "yellow")
             return
         self._set(job.run, status=status, error=error)
         self.display.ended(self.runs[job.run], self.directory)
@@ -300,13 +297,6 @@ class Runner:
         save_suite(self.record, self.directory)
 
     # Stages shared by several runs
-
-    @cached_property
-    def stage_keys(self) -> dict[RunKey, tuple[str, ...]]:
-        return all_stage_keys(self.suite, self.configs)
-
-    def _checkpoints(self, run: RunKey) -> list[Path]:
-        return complete_checkpoints(self.directory / run.dir / "checkpoints")
 
     def _still_to_come(self) -> Iterator[RunKey]:
         for entry in self.suite.entries.values():
@@ -349,8 +339,6 @@ class Runner:
             for job in self.jobs.values():  # an error here must leave no run behind
                 job.process.terminate()
 
-    _passed_on = False
-
     def _pass_on_signal(self) -> None:
         if self.stop_signal is None:
             return
@@ -359,7 +347,8 @@ class Runner:
                 job.process.kill()
         elif not self._passed_on:
             self._passed_on = True
-            self.display.stopping(len(self.jobs))
+            runs = f"{len(self.jobs)} run{'s' * (len(self.jobs) != 1)}"
+            self.display.note(f"stopping: {runs} will save and end; again to kill", "yellow")
             for job in self.jobs.values():
                 job.process.terminate()
 
@@ -373,7 +362,7 @@ class Runner:
                 done += plan.training_flops * event["tokens_seen"] / plan.total_tokens
             rows.append((run.dir, event, plan))
         done += sum(self.suite.plan(run).training_flops for run, e in self.runs.items() if e.status in SETTLED)
-        chosen = {name: rate for name, (rate, _) in self.choices.items()}
+        chosen = {name: None if choice is None else choice.learning_rate for name, choice in self.choices.items()}
         expected = self.suite.expected_runs(chosen, self.runs)
         total = sum(self.suite.plan(run).training_flops for run in expected)
         self.display.update(list(self.runs.values()), len(expected), rows, self._clock.seconds_left(done, total))

@@ -13,7 +13,7 @@ class Choice:
     """``at_edge``: the rate is the lowest or highest tried, so a better one may lie outside the grid."""
 
     learning_rate: float
-    at_edge: bool
+    at_edge: bool = False
 
 
 def beyond(losses: Mapping[float, float | None]) -> float | None:

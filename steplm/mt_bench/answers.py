@@ -56,10 +56,6 @@ class AnswerSettings:
     max_new_tokens: int = 1024
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}, but must be at least 1")
-
 
 @dataclass(frozen=True)
 class Completion:
@@ -98,8 +94,9 @@ def answer_questions(
     """
     with Journal(file, Answer) as journal:
         tokenizer = load_chat_tokenizer(folder, chat_template)
-        made_by = {**asdict(settings), "model": _fingerprint(folder, tokenizer)}
-        digests = {question.question_id: _digest(question.turns) for question in questions}
+        model_and_template = [model_fingerprint(str(folder)), tokenizer.chat_template]
+        made_by = {**asdict(settings), "model": _sha256(model_and_template).hexdigest()[:16]}
+        digests = {question.question_id: _sha256(question.turns).hexdigest()[:16] for question in questions}
         for answer in journal.rows:
             _check_origin(file, answer, made_by, digests)
         answers = {answer.question_id: answer.turns for answer in journal.rows}
@@ -115,7 +112,7 @@ def answer_questions(
             # Answer the whole batch again, because padding affects the last bits of its logits.
             completions = _answer_batch(model, tokenizer, batch, settings)
             rows = [
-                _row(model_id, question, of_question, made_by)
+                _row(model_id, question, of_question, {**made_by, "question": digests[question.question_id]})
                 for question, of_question in zip(batch, completions, strict=True)
                 if question.question_id in missing
             ]
@@ -134,12 +131,13 @@ def _answer_batch(
     completions: list[list[Completion]] = [[] for _ in batch]
     for turn in range(NUM_TURNS):
         asked = [i for i, question in enumerate(batch) if len(question.turns) > turn]
+        digests = [_sha256([settings.seed, batch[i].question_id, turn]).digest() for i in asked]
         made = complete(
             model,
             tokenizer,
             [_prompt(tokenizer, batch[i], completions[i]) for i in asked],
             temperatures=[TEMPERATURES.get(batch[i].category, OTHER_TEMPERATURE) for i in asked],
-            seeds=[_seed(settings.seed, batch[i].question_id, turn) for i in asked],
+            seeds=[int.from_bytes(digest[:8], "big") >> 1 for digest in digests],  # torch.Generator takes 63 bits
             max_new_tokens=settings.max_new_tokens,
         )
         for i, completion in zip(asked, made, strict=True):
@@ -158,11 +156,6 @@ def _prompt(tokenizer: PreTrainedTokenizerFast, question: Question, so_far: Sequ
     except Exception as error:  # a template can raise anything
         raise DataError(f"the chat template fails on question {question.question_id!r}: {reason(error)}") from None
     return tokenizer(text, add_special_tokens=False).input_ids  # the template adds them
-
-
-def _seed(seed: int, question_id: QuestionId, turn: int) -> int:
-    digest = hashlib.sha256(json.dumps([seed, question_id, turn]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1  # torch.Generator takes 63 bits
 
 
 # --- generation -----------------------------------------------------------------------------------------
@@ -284,17 +277,16 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> l
 
 def _row(model_id: str, question: Question, completions: Sequence[Completion], made_by: dict[str, Any]) -> Answer:
     turns = tuple(completion.text for completion in completions)
-    digest = hashlib.sha256(json.dumps([model_id, question.question_id, turns]).encode())
     return Answer(
         question_id=question.question_id,
-        answer_id=digest.hexdigest()[:22],
+        answer_id=_sha256([model_id, question.question_id, turns]).hexdigest()[:22],
         model_id=model_id,
         choices=(Choice(turns=turns),),
         tstamp=time.time(),
         num_tokens=tuple(completion.num_tokens for completion in completions),
         ended=tuple(completion.ended for completion in completions),
         num_cut_tokens=tuple(completion.num_cut_tokens for completion in completions),
-        made_by={**made_by, "question": _digest(question.turns)},
+        made_by=made_by,
     )
 
 
@@ -317,11 +309,5 @@ def _check_origin(file: Path, answer: Answer, made_by: dict[str, Any], digests: 
         )
 
 
-def _fingerprint(folder: str | Path, tokenizer: PreTrainedTokenizerFast) -> str:
-    """A hash that identifies the model and its chat template."""
-    known_by = [model_fingerprint(str(folder)), tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(known_by).encode()).hexdigest()[:16]
-
-
-def _digest(turns: Turns) -> str:
-    return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:16]
+def _sha256(value: Any) -> hashlib._Hash:
+    return hashlib.sha256(json.dumps(value).encode())

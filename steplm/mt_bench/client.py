@@ -61,12 +61,6 @@ class Endpoint:
                 f"the key in {self.api_key_env} contains a character that no key has, such as a line break. Export it "
                 "again."
             )
-        least = {"timeout_seconds": 0.001, "retries": 0, "backoff_seconds": 0, "concurrency": 1}
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least {lowest:g}")
-        if self.requests_per_minute is not None and self.requests_per_minute <= 0:
-            raise ConfigError(f"requests_per_minute is {self.requests_per_minute:g}, but must be above 0")
 
     @property
     def shown_url(self) -> str:
@@ -208,7 +202,7 @@ class JudgeClient:
 
     def _learned(self, error: APIStatusError, options: tuple[str, ...]) -> bool:
         """Whether the judge rejected an option; if so, change the options, so that it may accept the request."""
-        said = _said(error)
+        said = _text_of(error.body or error.message)
         if error.status_code != 400:
             return False
         is_temperature = error.param == "temperature" or ("temperature" in said and "support" in said.lower())
@@ -241,12 +235,13 @@ class JudgeClient:
             raise _Retryable(f"a reply that is not a chat completion: {shown!r}") from None
         if error:  # some gateways send their errors with HTTP 200
             raise _Retryable(f"the judge says: {self.endpoint.redacted(_text_of(error))}")
-        usage = completion.usage
+        used = [getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        sent, received = (number if type(number) is int else None for number in used)
         return Reply(
             as_unicode(self.endpoint.redacted(content or "")),  # empty after a refusal or a filter, so unparsable
             getattr(choice, "finish_reason", None),
-            _whole(getattr(usage, "prompt_tokens", None)),
-            _whole(getattr(usage, "completion_tokens", None)),
+            sent,
+            received,
             time.time(),
             temperature,
         )
@@ -267,7 +262,7 @@ class JudgeClient:
 
     def _status_error(self, error: APIStatusError) -> Exception:
         endpoint, status = self.endpoint, error.status_code
-        said = f"HTTP {status}: {endpoint.redacted(_said(error))}"
+        said = f"HTTP {status}: {endpoint.redacted(_text_of(error.body or error.message))}"
         url = endpoint.shown_url
         if status in (401, 403):
             held = "there is none" if endpoint.api_key is None else "the one there is refused"
@@ -373,11 +368,6 @@ class _Pace:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
-def _said(error: APIStatusError) -> str:
-    """A server's own message for its error."""
-    return _text_of(error.body or error.message)
-
-
 def _text_of(body: Any) -> str:
     """The message in ``{"error": {"message": …}}``, or in what some servers send instead, as one line."""
     for key in ("error", "message", "detail"):
@@ -396,7 +386,3 @@ def _retry_after(value: str | None) -> float | None:
         except (TypeError, ValueError, OverflowError):
             return None
     return max(seconds, 0.0) if seconds < float("inf") else None
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None

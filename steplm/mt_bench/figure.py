@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from steplm.files import replacing
 from steplm.mt_bench.parse import HIGHEST
 from steplm.mt_bench.scores import ALL, Scores
-from steplm.report.style import FAINT, MUTED, RC, RUN_COLORS
+from steplm.report.style import FAINT, MUTED, RUN_COLORS, figure_file
 
 LEAST_CATEGORIES = 3  # fewer make no polygon
 
@@ -18,19 +19,14 @@ def radar_figure(scores: Scores, path: Path) -> Path | None:
 
     A category without a judgment leaves a gap in its line; a hollow point means that some judgments are missing.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found = scores.of("score")
     categories = list(dict.fromkeys(name for of in found.values() for name, _ in of if name != ALL))
     if len(categories) < LEAST_CATEGORIES or not any(of[ALL, None].judged for of in found.values()):
         return None
     angles = [2 * math.pi * i / len(categories) for i in range(len(categories))]
     closed = [*angles, angles[0]]
-    with rc_context(RC):
-        figure = Figure(figsize=(8.2, 5.2), dpi=200, facecolor="white")
-        FigureCanvasAgg(figure)
+    saved: dict[str, Any] = {"format": "png", "bbox_inches": "tight", "pad_inches": 0.15}  # names may be long
+    with replacing(path) as temporary, figure_file(temporary, (8.2, 5.2), **saved) as figure:
         axes = figure.add_axes((0.12, 0.09, 0.54, 0.82), projection="polar")
         axes.set(theta_offset=math.pi / 2, theta_direction=-1, ylim=(0, HIGHEST), xticks=[], yticks=[])
         axes.spines["polar"].set_visible(False)
@@ -61,6 +57,4 @@ def radar_figure(scores: Scores, path: Path) -> Path | None:
             top = 0.8 - 0.085 * number
             figure.text(0.79, top, model, color=color, fontweight="bold", va="bottom")
             figure.text(0.79, top - 0.008, result, color=MUTED, fontsize=8.5, va="top")
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)  # names may be long
     return path

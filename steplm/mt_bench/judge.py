@@ -210,16 +210,15 @@ def judged(judgments: Iterable[Judgment], replies: Replies) -> list[Judged]:
 
 def fastchat_row(each: Judged) -> dict[str, Any] | None:
     """A row of FastChat's ``model_judgment`` files; ``None`` if a reply is missing."""
-    judgment = each.judgment
+    judgment, requests = each.judgment, each.judgment.requests
     replies = [outcome.reply for outcome in each.outcomes if outcome.reply is not None]
-    if len(replies) < len(judgment.requests):
+    if len(replies) < len(requests):
         return None
-    requests = judgment.requests
+    row: dict[str, Any] = {"question_id": judgment.question.question_id}
     judge = [requests[0].judge, requests[0].prompt_name]
     if len(requests) == 1:
         score = each.score
-        row = {
-            "question_id": judgment.question.question_id,
+        row |= {
             "model": judgment.models[0],
             "judge": judge,
             "user_prompt": requests[0].user,
@@ -227,8 +226,7 @@ def fastchat_row(each: Judged) -> dict[str, Any] | None:
             "score": _UNPARSABLE_SCORE if score is None else int(score) if score.is_integer() else score,
         }
     else:
-        row = {
-            "question_id": judgment.question.question_id,
+        row |= {
             "model_1": judgment.models[0],
             "model_2": judgment.models[1],
             "g1_winner": each.winners[0],

@@ -16,7 +16,8 @@ Which = Literal["first", "last"]  # rating or verdict that counts: FastChat's ru
 def parsed(kind: str, reply: str, which: Which = "first") -> float | str | None:
     """The rating of a ``single`` reply or the verdict of a ``pairwise`` one; ``None`` if there is none."""
     if which == "last":
-        reply = without_thoughts(reply)
+        # A block cut off at the token limit lacks its closing tag; one opened by the chat template, its opening tag.
+        reply = _THOUGHTS.sub("", reply).rpartition("</think>")[2]
     return rating(reply, which) if kind == "single" else verdict(reply, which)
 
 
@@ -35,11 +36,3 @@ def verdict(reply: str, which: Which = "first") -> str | None:
     if which == "last":
         found.sort(key=reply.rfind, reverse=True)
     return _VERDICTS[found[0]] if found else None
-
-
-def without_thoughts(reply: str) -> str:
-    """The reply without its ``<think>`` blocks.
-
-    A block cut off at the token limit lacks the closing tag, and one opened by the chat template lacks the opening tag.
-    """
-    return _THOUGHTS.sub("", reply).rpartition("</think>")[2]

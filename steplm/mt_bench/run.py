@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,7 +25,6 @@ from steplm.mt_bench.figure import radar_figure
 from steplm.mt_bench.journal import Journal
 from steplm.mt_bench.judge import (
     CHARACTERS_PER_TOKEN,
-    MAX_TOKENS,
     Judged,
     Judgment,
     Replies,
@@ -41,6 +40,7 @@ from steplm.mt_bench.parse import Which
 from steplm.mt_bench.scores import Scores, all_scores
 from steplm.mt_bench.tables import all_tables, write_results
 from steplm.report.evaluations import Evaluation, save_evaluation
+from steplm.report.tables import Table
 
 if TYPE_CHECKING:
     from steplm.mt_bench.answers import AnswerSettings
@@ -59,9 +59,9 @@ class Benchmark:
     given: Answers
     modes: tuple[str, ...]
     output: Path
-    questions: str | None = None  # their source, if not the folder
-    max_judge_tokens: int = MAX_TOKENS
-    which: Which = "first"  # which rating of a reply counts
+    questions: str | None  # their source, if not the folder
+    max_judge_tokens: int
+    which: Which  # which rating of a reply counts
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,21 +108,20 @@ def prepare(
     *,
     data: Path,
     output: Path,
-    questions: str | None = None,
-    mode: Mode = "single",
-    names: Sequence[str] = (),
-    answer_files: Sequence[Path] = (),
-    categories: Sequence[str] = (),
-    limit: int | None = None,
-    max_judge_tokens: int = MAX_TOKENS,
-    rating: Which = "first",
+    questions: str | None,
+    mode: Mode,
+    names: Sequence[str],
+    answer_files: Sequence[Path],
+    categories: Sequence[str],
+    limit: int | None,
+    max_judge_tokens: int,
+    rating: Which,
 ) -> Benchmark:
     """Read all files, and check what can be checked before spending time and money.
 
     Raises:
         ConfigError, DataError: the arguments are invalid, or a file is missing or damaged.
     """
-    given: dict[str, dict[QuestionId, Turns]] = {}
     labels = list(names) or [file_name(name.replace("/", "-")) for name in short_names(models)]
     if len(labels) != len(models):
         raise ConfigError(f"{len(models)} models, but {len(labels)} names: give --name once for each model, or never")
@@ -133,23 +132,14 @@ def prepare(
     for name in labels:
         if not name or file_name(name) != name:
             raise ConfigError(f"{name!r} cannot be the name of a file: use letters, digits, '.', '_', '-' and '='")
-    for answers in loaded:
-        given.update(answers)
     if not everyone:
         raise ConfigError("nothing to judge: name models, or files of answers with --answers")
     if "pairwise" in MODES[mode] and len(everyone) < 2:
         raise ConfigError("a pairwise comparison needs two models or more; there is one")
     bench = load_bench(data, questions=questions, categories=categories, limit=limit)
-    return Benchmark(
-        bench,
-        dict(zip(labels, models, strict=True)),
-        given,
-        MODES[mode],
-        output,
-        questions,
-        max_judge_tokens,
-        rating,
-    )
+    of_models = dict(zip(labels, models, strict=True))
+    given = {name: turns for answers in loaded for name, turns in answers.items()}
+    return Benchmark(bench, of_models, given, MODES[mode], output, questions, max_judge_tokens, rating)
 
 
 @dataclass(frozen=True)
@@ -218,15 +208,14 @@ def generate_answers(
 class Outcome:
     """Scores, and what they cost."""
 
-    judge: str  # as named in tables
     scores: Scores
-    judgments: list[Judged]
-    failures: list[Failure] = field(default_factory=list)
-    num_asked: int = 0  # replies received in this run
-    prompt_tokens: int = 0  # of these replies, as counted by the server
-    completion_tokens: int = 0
-    files: list[Path] = field(default_factory=list)
-    num_thinking: int = 0  # replies with a <think> block
+    tables: list[Table]
+    files: list[Path]
+    failures: list[Failure]
+    num_asked: int  # replies received in this run
+    prompt_tokens: int  # of these replies, as counted by the server
+    completion_tokens: int
+    num_thinking: int  # replies with a <think> block
 
 
 def judge_answers(
@@ -269,7 +258,7 @@ def judge_answers(
     num_thinking = sum("</think>" in reply.content for reply in given)
     if benchmark.which == "last":
         label += ", last rating outside <think>"
-    used = [sum(getattr(reply, name) or 0 for reply in new) for name in ("prompt_tokens", "completion_tokens")]
+    used = (sum(reply.prompt_tokens or 0 for reply in new), sum(reply.completion_tokens or 0 for reply in new))
     about = {
         "judge": judge,
         "num_replies_at_its_own_temperature": num_otherwise,
@@ -293,7 +282,7 @@ def judge_answers(
         figures = () if figure is None else (figure,)
         save_evaluation(output, "mt_bench", Evaluation("MT-Bench", tuple(tables), figures))
         files = [*write_results(scores, tables, output, about), *figures]
-    return Outcome(label, scores, results, failures, len(new), used[0], used[1], files, num_thinking)
+    return Outcome(scores, tables, files, failures, len(new), *used, num_thinking)
 
 
 def _write_judgments(folder: Path, judge: str, modes: Iterable[str], results: Sequence[Judged]) -> None:

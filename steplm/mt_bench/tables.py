@@ -66,21 +66,16 @@ def _difference_table(one: str, two: str, found: Mapping[Where, Score]) -> Table
 
 
 def _pair_table(one: str, two: str, judge: str, found: Mapping[Where, Score]) -> Table:
-    # The turns of a category are only in the files: ten comparisons per row say little.
-    shown = [
-        (score, category if turn is None else TURN_NAMES[turn])
-        for (category, turn), score in found.items()
-        if turn is None or category == ALL
-    ]
     rows = tuple(
         (
-            _name_cell(name),
+            _name_cell(category if turn is None else TURN_NAMES[turn]),
             *(Cell(str(count), count) for count in score.counts.values()),
             _mean_cell(score, percent=True),
             _judged_cell(score),
             Cell(f"{score.unparsable}", score.unparsable),
         )
-        for score, name in shown
+        for (category, turn), score in found.items()
+        if turn is None or category == ALL  # those of a category are only in the files: ten comparisons say little
     )
     caption = (
         f"Both answers shown in both orders: a win of {one} where both orders say so, a tie where they say so or "

@@ -21,11 +21,19 @@ from steplm.report.style import KIND_COLORS
 from steplm.report.suite import Question
 from steplm.report.summary import EntrySummary, Estimate, Suite
 from steplm.report.tables import tuning_run
-from steplm.units import format_bytes, format_count, format_seconds
+from steplm.units import binary_unit, format_bytes, format_count, format_seconds
 
 MOST_TRAINING_POINTS = 400
 MOST_LENGTH_TICKS = 10
 FEW_POINTS = 12  # lines with at most this many points get a marker on each
+
+
+def all_charts(suite: Suite, look: dict[str, Look]) -> list[dict[str, Any]]:
+    """Every chart that has data, in the order of the page; ``section`` is the part of the page that shows it."""
+    charts = []
+    for number, question in enumerate(suite.record.questions, start=1):
+        charts += question_charts(suite, question, number, look)
+    return charts + [chart for chart in (rates_chart(suite), documents_chart(suite)) if chart is not None]
 
 
 def question_charts(suite: Suite, question: Question, number: int, look: dict[str, Look]) -> list[dict[str, Any]]:
@@ -33,19 +41,23 @@ def question_charts(suite: Suite, question: Question, number: int, look: dict[st
     entries = suite.of(question)
     curves = [c for entry in entries if (c := curve(entry)) is not None]
     charts = [loss_chart(curves), tradeoff_chart(entries, look), memory_chart(entries), growth_chart(curves)]
-    return [{"id": f"q{number}-{chart['kind']}", **chart} for chart in charts if chart is not None]
+    section = f"q{number}"
+    return [{"id": f"{section}-{c['kind']}", "section": section, **c} for c in charts if c is not None]
 
 
 def loss_chart(curves: Sequence[Curve]) -> dict[str, Any] | None:
     """Validation loss over tokens, FLOPs or time; for a single entry, the training loss too."""
     if not curves:
         return None
-    seconds, unit = _time_unit(max((s for c in curves for s in c.training.seconds), default=0.0))
+    longest = max((s for c in curves for s in c.training.seconds), default=0.0)
+    seconds, unit = (60.0, "minutes") if longest >= 180 else (1.0, "seconds")
+    if longest >= 10800:
+        seconds, unit = 3600.0, "hours"
     traces: list[dict[str, Any]] = []
     ends = []
 
     def x_of(series: Any, keep: Sequence[int]) -> dict[str, list[float]]:
-        by_axis = {axis: [series.on(axis)[i] for i in keep] for axis in AXES}
+        by_axis = {axis: [getattr(series, axis)[i] for i in keep] for axis in AXES}
         return {**by_axis, "seconds": [value / seconds for value in by_axis["seconds"]]}
 
     for drawn in curves:
@@ -95,10 +107,6 @@ def _growth_note(point: Any) -> str:
     return "<br>".join(parts)
 
 
-def _time_unit(longest: float) -> tuple[float, str]:
-    return (3600.0, "hours") if longest >= 10800 else (60.0, "minutes") if longest >= 180 else (1.0, "seconds")
-
-
 def tradeoff_chart(entries: Sequence[EntrySummary], look: dict[str, Look]) -> dict[str, Any] | None:
     """Perplexity against planned peak model-state memory, with intervals and the frontier."""
     found = [
@@ -106,7 +114,7 @@ def tradeoff_chart(entries: Sequence[EntrySummary], look: dict[str, Look]) -> di
     ]
     if len(found) < 2:
         return None
-    unit, name = _unit([num_bytes for _, num_bytes, _ in found])
+    name, unit = binary_unit(max(2**20, *(num_bytes for _, num_bytes, _ in found)))
     spots = [(num_bytes / unit, value.mean) for _, num_bytes, value in found]
     best = frontier(spots)
     x_range = _with_margin([x for x, _ in spots], 0.14)
@@ -183,7 +191,7 @@ def memory_chart(entries: Sequence[EntrySummary]) -> dict[str, Any] | None:
     planned = [(entry, entry.plan) for entry in entries if entry.plan is not None]
     if not planned:
         return None
-    unit, name = _unit([plan.peak_model_state_bytes for _, plan in planned])
+    name, unit = binary_unit(max(2**20, *(plan.peak_model_state_bytes for _, plan in planned)))
     alone = len(planned) == 1
     traces: list[dict[str, Any]] = []
     ends = []
@@ -238,22 +246,22 @@ def growth_chart(curves: Sequence[Curve]) -> dict[str, Any] | None:
     ends: dict[str, tuple[float, str, str]] = {}  # by entry, from its last growth
     for drawn in curves:
         name = drawn.entry.entry.name
-        for window in growth_windows(drawn):
-            if not (window.before and window.after):
+        for point, before, after in growth_windows(drawn):
+            if not (before and after):
                 continue
-            for part in (window.before, window.after):
-                hover = [f"{_growth_note(window.point)}<br>training loss {loss:.4f}" for _, loss in part]
+            for part in (before, after):
+                hover = [f"{_growth_note(point)}<br>training loss {loss:.4f}" for _, loss in part]
                 traces.append(
                     {
                         "role": "line",
                         "entry": name,
                         "markers": len(part) <= FEW_POINTS,
-                        "x": [tokens - window.point.tokens for tokens, _ in part],
+                        "x": [tokens - point.tokens for tokens, _ in part],
                         "y": [loss for _, loss in part],
                         "hover": hover,
                     }
                 )
-            ends[name] = (window.after[-1][1], drawn.entry.label, name)
+            ends[name] = (after[-1][1], drawn.entry.label, name)
     if not traces:
         return None
     return {
@@ -296,6 +304,7 @@ def rates_chart(suite: Suite) -> dict[str, Any] | None:
     margin = 0.06 * (high - low or 0.1)
     return {
         "id": "rates",
+        "section": "rates-section",
         "kind": "rates",
         "title": "Learning rates",
         "about": "Large: the chosen rate." + (" Cross: no result." if diverged else ""),
@@ -325,6 +334,7 @@ def documents_chart(suite: Suite) -> dict[str, Any] | None:
     ]
     return {
         "id": "documents",
+        "section": "documents-section",
         "kind": "documents",
         "title": "Document lengths",
         "about": f"{total:,} training documents, with their end-of-text tokens; each bar spans a factor of two.",
@@ -345,10 +355,6 @@ def documents_chart(suite: Suite) -> dict[str, Any] | None:
         ],
         "ends": [],
     }
-
-
-def _unit(num_bytes: Sequence[float]) -> tuple[int, str]:
-    return (2**30, "GiB") if max(num_bytes, default=0) >= 2**30 else (2**20, "MiB")
 
 
 def facts(suite: Suite) -> list[tuple[str, str]]:
@@ -378,8 +384,8 @@ def facts(suite: Suite) -> list[tuple[str, str]]:
             result.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     seeds = suite.record.seeds
     result.append(("Seeds" if len(seeds) > 1 else "Seed", ", ".join(map(str, seeds))))
-    if suite.record.match in MATCHED:
-        result.append(("Matched on", MATCHED[suite.record.match]))
+    if matched := {"tokens": "training tokens", "flops": "training FLOPs"}.get(suite.record.match):
+        result.append(("Matched on", matched))
     if suite.record.grid:
         grid = ", ".join(f"{rate:g}" for rate in suite.record.grid)
         on = f"seed {suite.record.tune_seed}" if suite.record.finalists == 1 else "the mean over all seeds"
@@ -387,7 +393,7 @@ def facts(suite: Suite) -> list[tuple[str, str]]:
     states = [run.entry.status for run in suite.runs]
     counts = {status: states.count(status) for status in dict.fromkeys(states)}
     result.append(("Runs", ", ".join(f"{count} {status}" for status, count in counts.items())))
-    elapsed = sum(run.elapsed_seconds or 0.0 for run in suite.runs)
+    elapsed = sum(run.row["elapsed_seconds"] or 0.0 for run in suite.runs)
     if elapsed:
         shared = ", counting shared stages for each" if any(run.entry.shared_from for run in suite.runs) else ""
         together = f", all runs together{shared}" if len(suite.runs) > 1 else ""
@@ -398,6 +404,3 @@ def facts(suite: Suite) -> list[tuple[str, str]]:
 def _short(source: str) -> str:
     """The end of a path: enough to identify the data, without the folders of one machine."""
     return source if "://" in source else "/".join(Path(source).parts[-2:])
-
-
-MATCHED = {"tokens": "training tokens", "flops": "training FLOPs"}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import statistics
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
+from statistics import fmean
+
+import numpy as np
 
 from steplm.report.figure import growth_label
 from steplm.report.runs import RunRecord
 from steplm.report.style import INK, RUN_COLORS
-from steplm.report.summary import EntrySummary, Suite, SuiteRun
+from steplm.report.summary import EntrySummary, Suite
 
 AXES = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "wall time"}
 DASHES = ("solid", "dash", "dot")  # one for each pass through the colors
@@ -49,15 +51,12 @@ def looks(suite: Suite) -> dict[str, Look]:
 class Series:
     """Losses and their positions on each of ``AXES``; ``low`` and ``high`` are the extreme seeds."""
 
-    tokens: tuple[float, ...]
-    flops: tuple[float, ...]
-    seconds: tuple[float, ...]
-    loss: tuple[float, ...]
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
-
-    def on(self, axis: str) -> tuple[float, ...]:
-        return {"tokens": self.tokens, "flops": self.flops, "seconds": self.seconds}[axis]
+    tokens: list[float]
+    flops: list[float]
+    seconds: list[float]
+    loss: list[float]
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -84,85 +83,59 @@ class Curve:
 
 def curve(entry: EntrySummary) -> Curve | None:
     """The curve of an entry's finished seeds, else of its running seeds; ``None`` if there are neither."""
-    runs = list(entry.finished) or [run for run in entry.runs if run.entry.status == "running"]
-    runs = [run for run in runs if run.record is not None and run.record.events_of("train")]
-    if not runs:
+    runs = entry.finished or tuple(run for run in entry.runs if run.entry.status == "running")
+    records = [run.record for run in runs if run.record is not None and run.record.events_of("train")]
+    if not records:
         return None
-    first = runs[0]
-    assert first.record is not None
+    evaluations = [[(e["tokens_seen"], e["loss"]) for e in record.events_of("eval")] for record in records]
     return Curve(
         entry=entry,
-        validation=_mean_series(
-            [
-                _series(run, [(e["tokens_seen"], e["loss"]) for e in run.record.events_of("eval")])
-                for run in runs
-                if run.record
-            ]
-        ),
-        training=_series(first, [(tokens, loss) for tokens, loss, _ in first.record.training_losses]),
-        growths=growth_points(first.record),
-        num_seeds=len(runs),
+        validation=_mean_series([_series(*pair) for pair in zip(records, evaluations, strict=True)]),
+        training=_series(records[0], [(tokens, loss) for tokens, loss, _ in records[0].training_losses]),
+        growths=growth_points(records[0]),
+        num_seeds=len(records),
     )
 
 
-def _series(run: SuiteRun, losses: Sequence[tuple[int, float]]) -> Series:
+def _series(record: RunRecord, losses: Sequence[tuple[int, float]]) -> Series:
     """The series of one run from its (tokens, loss) pairs."""
-    assert run.record is not None
-    tokens = tuple(float(seen) for seen, _ in losses)
-    flops, seconds = flops_at(run), seconds_at(run.record)
-    return Series(tokens, tuple(map(flops, tokens)), tuple(map(seconds, tokens)), tuple(loss for _, loss in losses))
+    tokens = [float(seen) for seen, _ in losses]
+    return Series(tokens, flops_at(record, tokens), seconds_at(record, tokens), [loss for _, loss in losses])
 
 
 def _mean_series(seeds: Sequence[Series]) -> Series:
     """Mean over seeds, at the token counts where all seeds were evaluated."""
     shared = sorted(set.intersection(*(set(series.tokens) for series in seeds)))
-    at = [{tokens: index for index, tokens in enumerate(series.tokens)} for series in seeds]
 
-    def over_seeds(name: str, reduce: Callable[[Sequence[float]], float]) -> tuple[float, ...]:
-        return tuple(
-            reduce([getattr(series, name)[where[tokens]] for series, where in zip(seeds, at, strict=True)])
-            for tokens in shared
-        )
+    def of_seeds(name: str) -> list[list[float]]:
+        """For each of the shared token counts, the values of all seeds."""
+        by_tokens = [dict(zip(series.tokens, getattr(series, name), strict=True)) for series in seeds]
+        return [[values[tokens] for values in by_tokens] for tokens in shared]
 
-    mean = statistics.fmean
+    losses = of_seeds("loss")
     return Series(
-        tokens=tuple(shared),
-        flops=over_seeds("flops", mean),
-        seconds=over_seeds("seconds", mean),
-        loss=over_seeds("loss", mean),
-        low=over_seeds("loss", min),
-        high=over_seeds("loss", max),
+        tokens=shared,
+        flops=[fmean(values) for values in of_seeds("flops")],
+        seconds=[fmean(values) for values in of_seeds("seconds")],
+        loss=[fmean(values) for values in losses],
+        low=[min(values) for values in losses],
+        high=[max(values) for values in losses],
     )
 
 
-def flops_at(run: SuiteRun) -> Callable[[float], float]:
-    """A function from tokens seen to FLOPs spent; its slope in each stage is that stage's FLOPs per token."""
-    assert run.record is not None
-    stages, costs = run.record.plan.stages, run.stage_flops_per_token
-    starts = [0, *accumulate(stage.tokens for stage in stages)]
-    spent = [0, *accumulate(stage.tokens * cost for stage, cost in zip(stages, costs, strict=True))]
-
-    def at(tokens: float) -> float:
-        index = min(bisect_right(starts, tokens), len(stages)) - 1
-        return spent[index] + (tokens - starts[index]) * costs[index]
-
-    return at
+def flops_at(record: RunRecord, tokens: Sequence[float]) -> list[float]:
+    """FLOPs spent at each number of tokens; the slope in each stage is that stage's FLOPs per token."""
+    stages = record.plan.stages
+    ends = accumulate((stage.tokens for stage in stages), initial=0.0)
+    spent = accumulate((stage.tokens * stage.flops_per_token for stage in stages), initial=0.0)
+    return np.interp(tokens, list(ends), list(spent)).tolist()
 
 
-def seconds_at(record: RunRecord) -> Callable[[float], float]:
-    """A function from tokens seen to seconds since the start, interpolated linearly between logged steps."""
+def seconds_at(record: RunRecord, tokens: Sequence[float]) -> list[float]:
+    """Seconds since the start at each number of tokens, interpolated linearly between logged steps."""
     train = [e for e in record.events_of("train") if "elapsed_seconds" in e]
-    tokens = [0.0, *(e["tokens_seen"] for e in train)]
-    seconds = [0.0, *(e["elapsed_seconds"] for e in train)]
-
-    def at(position: float) -> float:
-        index = min(max(bisect_right(tokens, position), 1), len(tokens) - 1)
-        if index == 0 or tokens[index] == tokens[index - 1]:
-            return seconds[index]
-        share = min((position - tokens[index - 1]) / (tokens[index] - tokens[index - 1]), 1.0)
-        return seconds[index - 1] + share * (seconds[index] - seconds[index - 1])
-
-    return at
+    seen = [0.0, *(e["tokens_seen"] for e in train)]
+    return np.interp(tokens, seen, [0.0, *(e["elapsed_seconds"] for e in train)]).tolist()
 
 
 def growth_points(record: RunRecord) -> tuple[GrowthPoint, ...]:
@@ -185,29 +158,21 @@ def growth_points(record: RunRecord) -> tuple[GrowthPoint, ...]:
     return tuple(points)
 
 
-@dataclass(frozen=True)
-class GrowthWindow:
-    """Training loss around one growth, one loss per logged step."""
-
-    curve: Curve
-    point: GrowthPoint
-    before: tuple[tuple[float, float], ...]  # (tokens, loss)
-    after: tuple[tuple[float, float], ...]
+Losses = list[tuple[float, float]]  # (tokens, loss) of each logged step
 
 
-def growth_windows(curve: Curve) -> list[GrowthWindow]:
-    """A window of training loss on both sides of each growth."""
-    training = list(zip(curve.training.tokens, curve.training.loss, strict=True))
-    reach = GROWTH_WINDOW * max(curve.training.tokens, default=0.0)
+def growth_windows(curve: Curve) -> list[tuple[GrowthPoint, Losses, Losses]]:
+    """Each growth, with the training losses just before and just after it."""
+    tokens = curve.training.tokens
+    training = list(zip(tokens, curve.training.loss, strict=True))
+    reach = GROWTH_WINDOW * max(tokens, default=0.0)
     windows = []
     for point in curve.growths:
-        cut = bisect_right(curve.training.tokens, point.tokens)
-        near = [abs(tokens - point.tokens) <= reach for tokens in curve.training.tokens]
+        cut = bisect_right(tokens, point.tokens)
+        near = [abs(seen - point.tokens) <= reach for seen in tokens]
         before = max(sum(near[:cut]), FEWEST_POINTS)
         after = max(sum(near[cut:]), FEWEST_POINTS)
-        windows.append(
-            GrowthWindow(curve, point, tuple(training[max(cut - before, 0) : cut]), tuple(training[cut : cut + after]))
-        )
+        windows.append((point, training[max(cut - before, 0) : cut], training[cut : cut + after]))
     return windows
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
@@ -101,34 +101,6 @@ class Environment(_Document):
     versions: dict[str, str] = {}
 
 
-class SavedCell(_Document):
-    """Mirrors ``steplm.report.tables.Cell``."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    text: str
-    value: float | str | None = None
-    strong: bool = False
-    tone: Literal["", "better", "worse"] = ""
-
-
-class SavedTable(_Document):
-    """Mirrors ``steplm.report.tables.Table``."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[SavedCell]]
-    caption: str
-
-
-class SavedTables(_Document):
-    """A ``*.tables.json``: see ``steplm.report.evaluations``."""
-
-    title: str
-    tables: list[SavedTable]
-    figures: list[str]
-
-
 D = TypeVar("D", bound=BaseModel)
 
 
@@ -144,7 +116,7 @@ def read_document(kind: type[D], path: Path) -> dict[str, Any] | None:
         values = parse_json(path.read_bytes())
         kind.model_validate(values)
     except (OSError, ValueError) as error:
-        raise _unusable(path, error) from None
+        raise unusable(path, error) from None
     return values
 
 
@@ -171,7 +143,7 @@ def read_plan(path: Path, config: RunConfig) -> tuple[Plan, tuple[int, ...]]:
         if not plan.layers or 0 in (plan.vanilla_model_state_bytes, plan.peak_model_state_bytes, plan.total_tokens):
             raise ValueError("a plan without layers, bytes or tokens")
     except (OSError, ValueError, TypeError, LookupError, SteplmError) as error:
-        raise _unusable(path, error) from None
+        raise unusable(path, error) from None
     return plan, stages
 
 
@@ -197,7 +169,7 @@ def read_events(path: Path, stages: Sequence[int]) -> Iterator[dict[str, Any]]:
             if missing := [key for key in NEEDED.get(event.event, ()) if getattr(event, key) is None]:
                 raise ValueError(f"a {event.event!r} event without {', '.join(missing)}")
         except ValueError as error:
-            raise _unusable(path, error, line=number) from None
+            raise unusable(path, error, line=number) from None
         yield values if event.stage is None else values | {"stage": stages[event.stage - 1]}
 
 
@@ -224,7 +196,8 @@ def _numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def _unusable(path: Path, error: Exception, *, line: int | None = None) -> SteplmError:
+def unusable(path: Path, error: Exception, *, line: int | None = None) -> SteplmError:
+    """The error about a file that cannot be parsed."""
     where = str(path) if line is None else f"line {line} of {path}"
     return SteplmError(
         f"{where} cannot be read: {reason(error)}. It is damaged, or another version of steplm wrote it.",

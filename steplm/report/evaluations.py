@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from steplm.files import write_atomically
-from steplm.report.documents import SavedTables, read_document
-from steplm.report.tables import Cell, Table
+from steplm.report.documents import parse_json, unusable
+from steplm.report.tables import Table
 
 SUFFIX = ".tables.json"
 SEARCH_DEPTH = 4  # folder levels to search: a suite's runs are two levels down, their evaluations below them
@@ -50,10 +51,16 @@ def find_evaluations(folder: Path) -> list[Evaluation]:
     Raises:
         SteplmError: a file cannot be read.
     """
-    found = [(path, read_document(SavedTables, path) or {}) for path in _files(folder)]
-    found.sort(key=lambda pair: (pair[1]["title"], str(pair[0])))
-    titles = [document["title"] for _, document in found]
-    return [_evaluation(path, document, folder, titles) for path, document in found]
+    found = sorted(((_read(path), path) for path in _files(folder)), key=lambda pair: (pair[0].title, str(pair[1])))
+    titles = [evaluation.title for evaluation, _ in found]
+    result = []
+    for evaluation, path in found:
+        title = evaluation.title
+        if titles.count(title) > 1:  # several models, each in its own folder
+            title += f", {path.parent.relative_to(folder).as_posix()}"
+        figures = tuple(path.parent / figure.name for figure in evaluation.figures)
+        result.append(Evaluation(title, evaluation.tables, tuple(figure for figure in figures if figure.is_file())))
+    return result
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -63,18 +70,8 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(directory) / name for name in files if name.endswith(SUFFIX))
 
 
-def _evaluation(path: Path, document: dict[str, Any], folder: Path, titles: Sequence[str]) -> Evaluation:
-    title = document["title"]
-    if titles.count(title) > 1:  # several models, each in its own folder
-        title += f", {path.parent.relative_to(folder).as_posix()}"
-    tables = [
-        Table(
-            values["title"],
-            tuple(values["columns"]),
-            tuple(tuple(Cell(**cell) for cell in row) for row in values["rows"]),
-            values["caption"],
-        )
-        for values in document["tables"]
-    ]
-    figures = [path.parent / Path(name).name for name in document["figures"]]
-    return Evaluation(title, tuple(tables), tuple(figure for figure in figures if figure.is_file()))
+def _read(path: Path) -> Evaluation:
+    try:
+        return TypeAdapter(Evaluation).validate_python(parse_json(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise unusable(path, error) from None

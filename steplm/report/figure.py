@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steplm.report.runs import RunRecord
-from steplm.report.style import INK, KIND_COLORS, MUTED, RC, RUN_COLORS, clean, spread
+from steplm.report.style import INK, KIND_COLORS, MUTED, RUN_COLORS, clean, figure_file, spread
 from steplm.units import binary_unit, format_bytes, format_count, percent
 
 if TYPE_CHECKING:
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 SMOOTHING_SHARE = 0.015  # width (standard deviation) of the smoothing, as a share of the logged points
 DASHES = (0, (4, 2))
-OUTSIDE: dict[str, Any] = {
-    "xycoords": "axes fraction",
-    "textcoords": "offset points",
-    "annotation_clip": False,
+OUTSIDE: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
+CIRCLE: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "o",
+    "markersize": 4.6,
+    "markerfacecolor": "white",
+    "markeredgewidth": 1.3,
 }
 
 
@@ -38,15 +41,11 @@ def run_figure(records: Sequence[RunRecord], path: str | Path) -> Path:
     The top panel shows training loss (pale; the smoothed curve is strong) and validation loss (circles). The bottom
     panel shows the model-state bytes of each stage: measured filled, planned dashed; a single run is split by kind.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+    path = Path(path)
     colors = [RUN_COLORS[i % len(RUN_COLORS)] for i in range(len(records))]
-    with rc_context(RC):
-        figure = Figure(figsize=(9.2, 6.0), dpi=200, facecolor="white")
-        FigureCanvasAgg(figure)
+    with figure_file(path, (9.2, 6.0)) as figure:
         grid = figure.add_gridspec(2, 1, height_ratios=(1.4, 1), hspace=0.2)
         figure.subplots_adjust(left=0.075, right=0.8, top=0.92, bottom=0.085)
         loss_axes = figure.add_subplot(grid[0])
@@ -61,15 +60,8 @@ def run_figure(records: Sequence[RunRecord], path: str | Path) -> Path:
         memory_axes.set_xlabel("tokens")
 
         _draw_losses(loss_axes, records, colors)
-        if len(records) == 1:
-            _draw_memory_by_kind(memory_axes, records[0])
-        else:
-            _draw_memory_outlines(memory_axes, records, colors)
+        _draw_memory(memory_axes, records, colors)
         _mark_growth(loss_axes, memory_axes, records, colors if len(records) > 1 else [MUTED])
-
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
     return path
 
 
@@ -77,13 +69,6 @@ def run_figure(records: Sequence[RunRecord], path: str | Path) -> Path:
 
 
 def _draw_losses(axes: Axes, records: Sequence[RunRecord], colors: Sequence[str]) -> None:
-    marker: dict[str, Any] = {
-        "linestyle": "none",
-        "marker": "o",
-        "markersize": 4.6,
-        "markerfacecolor": "white",
-        "markeredgewidth": 1.3,
-    }
     ends: list[tuple[float, str, str]] = []
     shown: list[float] = []
     for record, color in zip(records, colors, strict=True):
@@ -95,9 +80,8 @@ def _draw_losses(axes: Axes, records: Sequence[RunRecord], colors: Sequence[str]
             axes.plot(tokens, losses, color=color, alpha=0.22, linewidth=0.8)
             axes.plot(tokens, smoothed(losses, width), color=color, linewidth=1.7, solid_capstyle="round")
         validation = [event["loss"] for event in evaluations]
-        axes.plot(
-            [event["tokens_seen"] for event in evaluations], validation, color=color, **marker, zorder=4, clip_on=False
-        )
+        seen_at = [event["tokens_seen"] for event in evaluations]
+        axes.plot(seen_at, validation, color=color, **CIRCLE, zorder=4, clip_on=False)
         # The first steps fall from log(vocabulary size); at full scale they would flatten the rest.
         after_start = [loss for seen, loss, _ in train if seen >= record.tokens_seen / 20]
         shown += smoothed(after_start, width) + validation
@@ -113,12 +97,8 @@ def _draw_losses(axes: Axes, records: Sequence[RunRecord], colors: Sequence[str]
         axes.set_ylim(low - 0.1 * margin, high + 0.12 * margin)
     axes.set_ylabel("loss, nats per token")
     _label_ends(axes, ends, gap=0.14)
-    _legend(
-        axes,
-        [{"color": MUTED, "linewidth": 1.7}, {"color": MUTED, **marker}],
-        ["training, smoothed", "validation"],
-        loc="upper right",
-    )
+    styles = {"training, smoothed": {"linewidth": 1.7}, "validation": CIRCLE}
+    _legend(axes, {label: {"color": MUTED, **style} for label, style in styles.items()}, loc="upper right")
 
 
 def smoothed(values: Sequence[float], width: float) -> list[float]:
@@ -131,11 +111,11 @@ def smoothed(values: Sequence[float], width: float) -> list[float]:
     return (total / weight).tolist()
 
 
-def _legend(axes: Axes, lines: Sequence[dict[str, Any]], labels: Sequence[str], **where: Any) -> None:
+def _legend(axes: Axes, lines: dict[str, dict[str, Any]], **where: Any) -> None:
     from matplotlib.lines import Line2D
 
     axes.legend(
-        handles=[Line2D([], [], label=label, **line) for line, label in zip(lines, labels, strict=True)],
+        handles=[Line2D([], [], label=label, **line) for label, line in lines.items()],
         facecolor="white",
         edgecolor="none",
         framealpha=0.9,
@@ -171,96 +151,13 @@ def measured_spans(record: RunRecord) -> list[Span]:
     return [Span(start, end, by_kind) for (start, by_kind), end in zip(entrances, ends, strict=False)]
 
 
-def _planned_outline(record: RunRecord, unit: float) -> tuple[list[float], list[float]]:
-    tokens: list[float] = []
-    heights: list[float] = []
-    for stage in record.plan.stages:
-        start = tokens[-1] if tokens else 0
-        tokens += [start, start + stage.tokens]
-        heights += [stage.memory.total_bytes / unit] * 2
-    return tokens, heights
-
-
-def _draw_memory_by_kind(axes: Axes, record: RunRecord) -> None:
-    plan = record.plan
-    unit_name, unit = _byte_unit([record])
-    labels: list[tuple[float, str, str | None]] = []
-    for span in measured_spans(record):
-        base = 0.0
-        labels = []
-        for kind, color in KIND_COLORS.items():
-            height = span.bytes_by_kind.get(kind, 0) / unit
-            if height:
-                axes.fill_between([span.start, span.end], base, base + height, color=color, linewidth=0)
-                labels.append((base + height / 2, f"{kind}  {_three_digits(height)}", color))
-            base += height
-    axes.plot(*_planned_outline(record, unit), color=INK, linewidth=1.2, linestyle=DASHES, zorder=5)
-    _finish_memory(axes, [record], unit, unit_name)
-    _memory_legend(axes, {"color": KIND_COLORS["optimizer"], "linewidth": 6}, INK)
-    if plan.reduction > 0:
-        peak, vanilla = plan.peak_model_state_bytes / unit, plan.vanilla_model_state_bytes / unit
-        _arrow_down(axes, vanilla, peak)
-        labels.append(((peak + vanilla) / 2, percent(-plan.reduction), None))
-    _label_kinds(axes, labels)
-
-
-def _label_kinds(axes: Axes, labels: Sequence[tuple[float, str, str | None]]) -> None:
-    """Label the last stage's bytes by kind to its right; a label without a color is the saving."""
-    high = axes.get_ylim()[1]
-    heights = spread([value / high for value, *_ in labels], 0.105, 0.04, 0.96)
-    for height, (_, text, color) in zip(heights, labels, strict=True):
-        weight = "bold" if color is None else "normal"
-        axes.annotate(text, (1, height), xytext=(22, 0), fontsize=8.5, va="center", fontweight=weight, **OUTSIDE)
-        if color is not None:
-            axes.annotate("■", (1, height), xytext=(10, 0), color=color, va="center", **OUTSIDE)
-
-
-def _arrow_down(axes: Axes, start: float, end: float) -> None:
-    """Draw an arrow to the right of the axes, from vanilla's memory down to the plan's peak."""
-    high = axes.get_ylim()[1]
-    axes.annotate(
-        "",
-        (1.018, end / high),
-        xytext=(1.018, start / high),
-        xycoords="axes fraction",
-        annotation_clip=False,
-        arrowprops={"arrowstyle": "->", "color": INK, "linewidth": 1.0, "shrinkA": 0, "shrinkB": 0},
-    )
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f}"
-
-
-def _draw_memory_outlines(axes: Axes, records: Sequence[RunRecord], colors: Sequence[str]) -> None:
-    unit_name, unit = _byte_unit(records)
-    ends = []
-    for record, color in zip(records, colors, strict=True):
-        spans, plan = measured_spans(record), record.plan
-        tokens = [edge for span in spans for edge in (span.start, span.end)]
-        totals = [sum(span.bytes_by_kind.values()) / unit for span in spans for _ in range(2)]
-        axes.plot(tokens, totals, color=color, alpha=0.28, linewidth=5.5, solid_capstyle="butt")
-        axes.plot(*_planned_outline(record, unit), color=color, linewidth=1.5, linestyle=DASHES, zorder=5)
-        saving = f", {percent(-plan.reduction)}" if plan.reduction else ""
-        text = f"{record.label}\npeak {format_bytes(plan.peak_model_state_bytes)}{saving}"
-        ends.append((plan.stages[-1].memory.total_bytes / unit, text, color))
-    _finish_memory(axes, records, unit, unit_name)
-    _memory_legend(axes, {"color": MUTED, "alpha": 0.35, "linewidth": 5.5}, MUTED)
-    _label_ends(axes, ends, gap=0.2)
-
-
-def _memory_legend(axes: Axes, measured: dict[str, Any], planned_color: str) -> None:
-    planned = {"color": planned_color, "linewidth": 1.3, "linestyle": (0, (3, 1.5))}
-    place = {"loc": "lower right", "bbox_to_anchor": (1, 1.0), "ncols": 2, "columnspacing": 1.6}
-    _legend(axes, [measured, planned], ["measured", "planned"], **place)
-
-
-def _finish_memory(axes: Axes, records: Sequence[RunRecord], unit: int, unit_name: str) -> None:
-    references = {r.plan.vanilla_model_state_bytes for r in records}
-    drawn = {r.plan.peak_model_state_bytes for r in records}
-    axes.set_ylim(0, max(references | drawn) / unit * 1.15)
+def _draw_memory(axes: Axes, records: Sequence[RunRecord], colors: Sequence[str]) -> None:
+    vanilla = {record.plan.vanilla_model_state_bytes for record in records}
+    peaks = {record.plan.peak_model_state_bytes for record in records}
+    unit_name, unit = binary_unit(max(vanilla))
+    axes.set_ylim(0, max(vanilla | peaks) / unit * 1.15)
     axes.set_ylabel(f"model states, {unit_name}")
-    for reference in references - drawn:
+    for reference in vanilla - peaks:
         axes.axhline(reference / unit, color=MUTED, linewidth=1.0, zorder=3)
         axes.annotate(
             f"vanilla {format_bytes(reference)}",
@@ -272,10 +169,68 @@ def _finish_memory(axes: Axes, records: Sequence[RunRecord], unit: int, unit_nam
             fontsize=8.5,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
         )
+    if len(records) == 1:
+        _draw_memory_by_kind(axes, records[0], unit)
+        measured, planned_color = {"color": KIND_COLORS["optimizer"], "linewidth": 6}, INK
+    else:
+        _draw_memory_outlines(axes, records, colors, unit)
+        measured, planned_color = {"color": MUTED, "alpha": 0.35, "linewidth": 5.5}, MUTED
+    planned = {"color": planned_color, "linewidth": 1.3, "linestyle": (0, (3, 1.5))}
+    place = {"loc": "lower right", "bbox_to_anchor": (1, 1.0), "ncols": 2, "columnspacing": 1.6}
+    _legend(axes, {"measured": measured, "planned": planned}, **place)
 
 
-def _byte_unit(records: Sequence[RunRecord]) -> tuple[str, int]:
-    return binary_unit(max(record.plan.vanilla_model_state_bytes for record in records))
+def _planned_outline(record: RunRecord, unit: float) -> tuple[list[float], list[float]]:
+    tokens: list[float] = []
+    heights: list[float] = []
+    for stage in record.plan.stages:
+        start = tokens[-1] if tokens else 0
+        tokens += [start, start + stage.tokens]
+        heights += [stage.memory.total_bytes / unit] * 2
+    return tokens, heights
+
+
+def _draw_memory_by_kind(axes: Axes, record: RunRecord, unit: int) -> None:
+    plan = record.plan
+    labels: list[tuple[float, str, str | None]] = []  # height, text and color; the saving has no color
+    for span in measured_spans(record):
+        base = 0.0
+        labels = []  # those of the last stage remain
+        for kind, color in KIND_COLORS.items():
+            height = span.bytes_by_kind.get(kind, 0) / unit
+            if height:
+                axes.fill_between([span.start, span.end], base, base + height, color=color, linewidth=0)
+                digits = max(0, 3 - len(str(int(height))))
+                labels.append((base + height / 2, f"{kind}  {height:.{digits}f}", color))
+            base += height
+    axes.plot(*_planned_outline(record, unit), color=INK, linewidth=1.2, linestyle=DASHES, zorder=5)
+    top = axes.get_ylim()[1]
+    if plan.reduction > 0:
+        peak, vanilla = plan.peak_model_state_bytes / unit, plan.vanilla_model_state_bytes / unit
+        arrow = {"arrowstyle": "->", "color": INK, "linewidth": 1.0, "shrinkA": 0, "shrinkB": 0}
+        ends: dict[str, Any] = {"xy": (1.018, peak / top), "xytext": (1.018, vanilla / top)}
+        axes.annotate("", **ends, xycoords="axes fraction", annotation_clip=False, arrowprops=arrow)
+        labels.append(((peak + vanilla) / 2, percent(-plan.reduction), None))
+    heights = spread([value / top for value, *_ in labels], 0.105, 0.04, 0.96)
+    for height, (_, text, kind_color) in zip(heights, labels, strict=True):
+        weight = "bold" if kind_color is None else "normal"
+        axes.annotate(text, (1, height), xytext=(22, 0), fontsize=8.5, va="center", fontweight=weight, **OUTSIDE)
+        if kind_color is not None:
+            axes.annotate("■", (1, height), xytext=(10, 0), color=kind_color, va="center", **OUTSIDE)
+
+
+def _draw_memory_outlines(axes: Axes, records: Sequence[RunRecord], colors: Sequence[str], unit: int) -> None:
+    ends = []
+    for record, color in zip(records, colors, strict=True):
+        spans, plan = measured_spans(record), record.plan
+        tokens = [edge for span in spans for edge in (span.start, span.end)]
+        totals = [sum(span.bytes_by_kind.values()) / unit for span in spans for _ in range(2)]
+        axes.plot(tokens, totals, color=color, alpha=0.28, linewidth=5.5, solid_capstyle="butt")
+        axes.plot(*_planned_outline(record, unit), color=color, linewidth=1.5, linestyle=DASHES, zorder=5)
+        saving = f", {percent(-plan.reduction)}" if plan.reduction else ""
+        text = f"{record.label}\npeak {format_bytes(plan.peak_model_state_bytes)}{saving}"
+        ends.append((plan.stages[-1].memory.total_bytes / unit, text, color))
+    _label_ends(axes, ends, gap=0.2)
 
 
 # --- growth -----------------------------------------------------------------------------------------
@@ -283,7 +238,7 @@ def _byte_unit(records: Sequence[RunRecord]) -> tuple[str, int]:
 
 def _mark_growth(top: Axes, bottom: Axes, records: Sequence[RunRecord], colors: Sequence[str]) -> None:
     """Draw dashed lines through both panels, with labels above in as many rows as it takes to avoid overlap."""
-    width = top.get_xlim()[1]
+    half = 0.075 * top.get_xlim()[1]  # of the width of a label
     row_ends: list[float] = []
     marks = [
         (event["tokens_seen"], growth_label(record, event["stage"]), color)
@@ -293,7 +248,6 @@ def _mark_growth(top: Axes, bottom: Axes, records: Sequence[RunRecord], colors: 
     for tokens, text, color in sorted(marks):
         for axes in (top, bottom):
             axes.axvline(tokens, color=color, linewidth=0.9, linestyle=(0, (3, 3)), zorder=2, alpha=0.8)
-        half = 0.075 * width
         row = next((i for i, end in enumerate(row_ends) if tokens - half >= end), len(row_ends))
         row_ends[row : row + 1] = [tokens + half]
         top.annotate(

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from steplm.planner.fit import Alternative, FitResult
-from steplm.report.style import INK, MUTED, RC, clean
+from steplm.report.style import INK, MUTED, clean, figure_file
 from steplm.units import binary_unit
 
 LINE_WIDTH = 66  # characters per line of the list
@@ -21,10 +21,7 @@ def fit_figure(result: FitResult, path: str | Path) -> Path:
     The y axis is hours or, without a device, FLOPs relative to the best alternative. The numbers count the rows of the
     table that ``steplm fit`` prints.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    path = Path(path)
     rows = result.alternatives
     unit, size = binary_unit(result.budget_bytes)
     has_hours = result.best.seconds is not None
@@ -32,9 +29,7 @@ def fit_figure(result: FitResult, path: str | Path) -> Path:
     across = [row.needed_bytes / size if row.value is None else float(row.value) for row in rows]
     listed = [line for number, row in enumerate(rows, start=1) for line in _listed(number, row)]
     height = max(5.2, 0.15 * len(listed) + 0.9)  # inches
-    with rc_context(RC):
-        figure = Figure(figsize=(9.2, height), dpi=200, facecolor="white")
-        FigureCanvasAgg(figure)
+    with figure_file(path, (9.2, height)) as figure:
         axes = figure.add_axes((0.07, 0.57 / height, 0.5, 1 - 1.25 / height))
         clean(axes)
         points = axes.scatter(
@@ -67,9 +62,6 @@ def fit_figure(result: FitResult, path: str | Path) -> Path:
             0.245, 1 - 0.26 / height, "cost in quality, in points of fit (0: none known)", fontsize=7.5, va="center"
         )
         figure.text(0.6, 1 - 0.68 / height, "\n".join(listed), fontsize=6.5, va="top", linespacing=1.45)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
     return path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -109,33 +109,18 @@ def load_run(run_dir: str | Path, label: str | None = None) -> RunRecord:
     )
 
 
-@dataclass(frozen=True)
-class ComparisonRow:
-    """The numbers of one run; ``None`` for those that it has not produced yet."""
-
-    method: str
-    layers: tuple[int, ...]  # n_1 … n_K
-    planned_bytes: int
-    measured_bytes: int | None
-    reduction: float  # against vanilla, planned, 0 … 1
-    perplexity: float | None
-    tokens: int
-    median_tokens_per_second: float | None
-    elapsed_seconds: float | None
-
-
-# Heading -> formatter of a row's cell. The first column is text, the others are numbers.
+# Heading -> text of a run's cell. The first column is text, the others are numbers.
 # Headings are short so that the table fits an 80-column terminal; CAPTION explains them.
-COLUMNS = {
-    "method": lambda row: row.method,
-    "layers": lambda row: "+".join(map(str, row.layers)),
-    "planned": lambda row: format_bytes(row.planned_bytes),
-    "measured": lambda row: _or_not_yet(row.measured_bytes, format_bytes),
-    "saved": lambda row: percent(-row.reduction) if row.reduction else NOT_YET,
-    "ppl": lambda row: _or_not_yet(row.perplexity, "{:.2f}".format),
-    "tokens": lambda row: format_count(row.tokens),
-    "tok/s": lambda row: _or_not_yet(row.median_tokens_per_second, "{:,.0f}".format),
-    "time": lambda row: _or_not_yet(row.elapsed_seconds, format_seconds),
+COLUMNS: dict[str, Callable[[RunRecord], str]] = {
+    "method": lambda run: run.label,
+    "layers": lambda run: "+".join(map(str, run.plan.layers)),
+    "planned": lambda run: format_bytes(run.plan.peak_model_state_bytes),
+    "measured": lambda run: _or_not_yet(run.measured_model_state_bytes, format_bytes),
+    "saved": lambda run: percent(-run.plan.reduction) if run.plan.reduction else NOT_YET,
+    "ppl": lambda run: _or_not_yet(run.validation_perplexity, "{:.2f}".format),
+    "tokens": lambda run: format_count(run.tokens_seen),
+    "tok/s": lambda run: _or_not_yet(run.median_tokens_per_second, "{:,.0f}".format),
+    "time": lambda run: _or_not_yet(run.elapsed_seconds, format_seconds),
 }
 CAPTION = (
     "planned, measured: peak bytes of model state. saved: against vanilla's. ppl: validation perplexity. "
@@ -143,42 +128,20 @@ CAPTION = (
 )
 
 
-def comparison_table(records: Iterable[RunRecord]) -> list[ComparisonRow]:
-    """One row per run, in the given order."""
-    return [
-        ComparisonRow(
-            method=record.label,
-            layers=record.plan.layers,
-            planned_bytes=record.plan.peak_model_state_bytes,
-            measured_bytes=record.measured_model_state_bytes,
-            reduction=record.plan.reduction,
-            perplexity=record.validation_perplexity,
-            tokens=record.tokens_seen,
-            median_tokens_per_second=record.median_tokens_per_second,
-            elapsed_seconds=record.elapsed_seconds,
-        )
-        for record in records
-    ]
+def _or_not_yet(value: Any, write: Callable[[Any], str]) -> str:
+    return NOT_YET if value is None else write(value)
 
 
 def render_rich(records: Iterable[RunRecord], console: Console) -> None:
-    """Print ``comparison_table`` on a terminal."""
+    """Print a table with one row per run on a terminal."""
     from rich.table import Table
     from rich.text import Text
 
-    header, *body = _cells(comparison_table(records))
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for index, heading in enumerate(header):
-        table.add_column(heading, justify="left" if index == 0 else "right")
-    for line in body:
-        table.add_row(*map(Text, line))  # Text, because rich would parse brackets in a label as markup
+    for heading in COLUMNS:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for record in records:
+        # Text, because rich would parse brackets in a label as markup
+        table.add_row(*(Text(write(record)) for write in COLUMNS.values()))
     console.print(table)
-    console.print(CAPTION, style="dim", highlight=False)
-
-
-def _cells(rows: Sequence[ComparisonRow]) -> list[list[str]]:
-    return [list(COLUMNS), *([write(row) for write in COLUMNS.values()] for row in rows)]
-
-
-def _or_not_yet(value: Any, write: Any) -> str:
-    return NOT_YET if value is None else write(value)
+    console.print(CAPTION, style="dim")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#1f2933"
 MUTED = "#6b7785"
@@ -32,6 +36,19 @@ RC: dict[str, Any] = {
     "ytick.labelcolor": MUTED,
     "svg.fonttype": "none",
 }
+
+
+@contextmanager
+def figure_file(path: Path, size: tuple[float, float], **options: Any) -> Iterator[Figure]:
+    """A figure of this size (inches) to draw on; written to ``path`` at the end, with options of ``savefig``."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(RC):
+        figure = Figure(figsize=size, dpi=200, facecolor="white")
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, **options)
 
 
 def clean(axes: Axes) -> None:

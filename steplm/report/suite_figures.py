@@ -6,19 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steplm.report.charts import documents_chart, question_charts, rates_chart
+from steplm.report.charts import all_charts
 from steplm.report.curves import AXES, Look, looks
 from steplm.report.figure import OUTSIDE, run_figure
 from steplm.report.labels import USUAL_FONT, USUAL_SIZE
-from steplm.report.style import FAINT, INK, MUTED, RC, clean, spread
+from steplm.report.style import FAINT, INK, MUTED, clean, figure_file, spread
 from steplm.report.summary import Suite
 from steplm.units import format_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Chart kind -> figure name, which follows the question's prefix; the page shows these if Plotly is not installed.
+# Chart kind -> figure name, which follows the question's prefix.
 NAMES = {
     "loss": "loss_tokens",
     "tradeoff": "perplexity_memory",
@@ -38,36 +37,33 @@ def write_figures(suite: Suite, directory: Path) -> dict[str, Path]:
     directory.mkdir(parents=True, exist_ok=True)
     look = looks(suite)
     drawn: dict[str, Path] = {}
-
-    def save(name: str, chart: dict[str, Any], axis: str = "tokens") -> None:
-        drawn[name] = directory / f"{name}.png"
-        _draw_chart(chart, look, axis, drawn[name])
-
-    for number, question in enumerate(suite.record.questions, start=1):
-        for chart in question_charts(suite, question, number, look):
-            for axis in AXES if chart["kind"] == "loss" else ("tokens",):
-                name = f"loss_{axis}" if chart["kind"] == "loss" else NAMES[chart["kind"]]
-                save(f"q{number}_{name}", chart, axis)
-    for other in (rates_chart(suite), documents_chart(suite)):
-        if other is not None:
-            save(NAMES[other["kind"]], other)
+    for chart in all_charts(suite, look):
+        for axis in AXES if chart["kind"] == "loss" else ("tokens",):
+            name = figure_name(chart, axis)
+            drawn[name] = directory / f"{name}.png"
+            _draw_chart(chart, look, axis, drawn[name])
     if len(suite.runs) == 1 and (record := suite.runs[0].record) is not None and record.events_of("train"):
         drawn["run"] = run_figure([record], directory / "run.png")
     return drawn
 
 
-def _draw_chart(chart: Mapping[str, Any], look: Mapping[str, Look], axis: str, path: Path) -> None:
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def figure_name(chart: Mapping[str, Any], axis: str = "tokens") -> str:
+    """The name of the figure of a chart; the page shows that over tokens if Plotly is not installed."""
+    kind = chart["kind"]
+    name = f"loss_{axis}" if kind == "loss" else NAMES[kind]
+    return name if kind in ("rates", "documents") else f"{chart['section']}_{name}"
 
-    is_tradeoff = chart["kind"] == "tradeoff"
-    with rc_context(RC):
-        figure = Figure(figsize=(9.2, 4.6), dpi=200, facecolor="white")
-        FigureCanvasAgg(figure)
-        axes = figure.add_axes(_place(figure, is_tradeoff=is_tradeoff))
+
+def _draw_chart(chart: Mapping[str, Any], look: Mapping[str, Look], axis: str, path: Path) -> None:
+    options = {"bbox_inches": "tight", "pad_inches": 0.15}  # grows to fit long labels
+    with figure_file(path, (9.2, 4.6), **options) as figure:
+        width, height = 0.66, 0.83
+        if chart["kind"] == "tradeoff":  # the size that its labels were placed for
+            width = TRADEOFF_SCALE * USUAL_SIZE[0] / 72 / figure.get_figwidth()
+            height = TRADEOFF_SCALE * USUAL_SIZE[1] / 72 / figure.get_figheight()
+        axes = figure.add_axes((0.07, 0.12, width, height))
         clean(axes)
-        if is_tradeoff:
+        if chart["kind"] == "tradeoff":
             axes.grid(axis="x", color=FAINT, linewidth=0.8)
         base = None  # where the next area of a stack begins
         for trace in chart["traces"]:
@@ -82,15 +78,6 @@ def _draw_chart(chart: Mapping[str, Any], look: Mapping[str, Look], axis: str, p
                 _draw_trace(axes, x, trace, style)
         _finish(axes, chart, axis)
         _label_ends(axes, chart["ends"], look)
-        figure.savefig(path, bbox_inches="tight", pad_inches=0.15)  # grows to fit long labels
-
-
-def _place(figure: Figure, *, is_tradeoff: bool) -> tuple[float, float, float, float]:
-    """Left, bottom, width and height of the axes; a trade-off chart has the size its labels were placed for."""
-    if not is_tradeoff:
-        return 0.07, 0.12, 0.66, 0.83
-    width, height = (TRADEOFF_SCALE * side / 72 for side in USUAL_SIZE)
-    return 0.07, 0.12, width / figure.get_figwidth(), height / figure.get_figheight()
 
 
 # --- a trace by its role ------------------------------------------------------------------------------------
@@ -178,9 +165,7 @@ def _finish(axes: Axes, chart: Mapping[str, Any], axis: str) -> None:
         axes.legend(loc="lower left", bbox_to_anchor=(1.01, 0), frameon=False, labelcolor=MUTED, fontsize=8.5)
 
 
-def _label_ends(
-    axes: Axes, ends: Sequence[tuple[float, str, str]], look: Mapping[str, Look], size: float = 8.5
-) -> None:
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], look: Mapping[str, Look]) -> None:
     """Label lines to the right of the axes near where they end, each label with a sample of its line."""
     low, high = axes.get_ylim()
     inches = axes.get_position().height * axes.get_figure().get_figheight()  # type: ignore[union-attr]

@@ -69,8 +69,14 @@ class SuiteRun:
     environment: dict[str, Any] | None = None
 
     @property
+    def result(self) -> RunRecord | None:
+        """The record of a finished run."""
+        has_result = self.entry.status == "finished" and self.record is not None and self.record.summary is not None
+        return self.record if has_result else None
+
+    @property
     def finished(self) -> bool:
-        return self.entry.status == "finished" and self.record is not None and self.record.summary is not None
+        return self.result is not None
 
     @property
     def plan(self) -> Plan | None:
@@ -79,50 +85,26 @@ class SuiteRun:
     @property
     def validation_loss(self) -> float | None:
         """Validation loss of the exported model."""
-        if not self.finished or self.record is None or self.record.summary is None:
-            return None
-        return self.record.summary["validation_loss"]
+        return None if self.result is None or self.result.summary is None else self.result.summary["validation_loss"]
 
     @property
-    def losses(self) -> dict[str, float]:
-        """Losses by text, from ``evaluations.json``."""
-        return {name: result["loss"] for name, result in (self.evaluations or {}).items()} if self.finished else {}
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Scores of a finished run by text, from ``evaluations.json``."""
+        return (self.evaluations or {}) if self.finished else {}
 
     def loss_on(self, text: str | None) -> float | None:
         """Loss on a text of ``evaluations.json``, or for ``None`` on the validation text."""
-        return self.validation_loss if text is None else self.losses.get(text)
+        return self.validation_loss if text is None else self.scores.get(text, {}).get("loss")
 
-    @cached_property
-    def stage_flops_per_token(self) -> tuple[int, ...]:
-        return () if self.record is None else tuple(stage.flops_per_token for stage in self.record.plan.stages)
-
-    @property
-    def training_flops(self) -> int | None:
-        return None if self.record is None else self.record.plan.training_flops
-
-    def largest(self, event: str, key: str) -> int | None:
+    def _largest(self, event: str, key: str) -> int | None:
         """The largest value of a key in the events of one kind; ``None`` if no event has the key."""
-        if not self.finished or self.record is None:
-            return None
-        return max((e[key] for e in self.record.events_of(event) if e.get(key) is not None), default=None)
-
-    @property
-    def measured_model_state_bytes(self) -> int | None:
-        return self.record.measured_model_state_bytes if self.finished and self.record else None
-
-    @property
-    def median_tokens_per_second(self) -> float | None:
-        return self.record.median_tokens_per_second if self.finished and self.record else None
-
-    @property
-    def elapsed_seconds(self) -> float | None:
-        return self.record.elapsed_seconds if self.finished and self.record else None
+        events = self.result.events_of(event) if self.result else []
+        return max((e[key] for e in events if e.get(key) is not None), default=None)
 
     @cached_property
     def row(self) -> dict[str, Any]:
         """A row of ``runs.csv``: every number of the run, by a name that includes its unit."""
-        plan, texts = self.plan, (self.evaluations or {}) if self.finished else {}
-        loss = self.validation_loss
+        plan, result, loss = self.plan, self.result, self.validation_loss
         return {
             "entry": self.entry.entry,
             "seed": self.entry.seed,
@@ -132,26 +114,26 @@ class SuiteRun:
             "error": self.entry.error,
             "directory": self.entry.dir,
             "shared_from": self.entry.shared_from,
-            "layers": None if plan is None else "+".join(map(str, plan.layers)),
-            "parameters": None if plan is None else plan.shape.num_parameters(),
-            "tokens": self.record.tokens_seen if self.finished and self.record else None,
-            "training_flops": self.training_flops if self.finished else None,
+            "layers": plan and "+".join(map(str, plan.layers)),
+            "parameters": plan and plan.shape.num_parameters(),
+            "tokens": result and result.tokens_seen,
+            "training_flops": result and result.plan.training_flops,
             "validation_loss_nats_per_token": loss,
             "validation_perplexity": None if loss is None else perplexity_of(loss),
             **{
                 f"{text}_{key}": value
-                for text, result in texts.items()
-                for key, value in result.items()
+                for text, scores in self.scores.items()
+                for key, value in scores.items()
                 if isinstance(value, int | float)
             },
-            "planned_peak_model_state_bytes": None if plan is None else plan.peak_model_state_bytes,
-            "measured_peak_model_state_bytes": self.measured_model_state_bytes,
-            "planned_peak_bytes": None if plan is None else plan.peak_bytes,
-            "measured_peak_allocated_bytes": self.largest("train", "peak_allocated_bytes"),
-            "planned_dry_run_peak_bytes": self.largest("stage_start", "planned_dry_run_bytes"),
-            "measured_dry_run_peak_bytes": self.largest("stage_start", "measured_dry_run_bytes"),
-            "median_tokens_per_second": self.median_tokens_per_second,
-            "elapsed_seconds": self.elapsed_seconds,
+            "planned_peak_model_state_bytes": plan and plan.peak_model_state_bytes,
+            "measured_peak_model_state_bytes": result and result.measured_model_state_bytes,
+            "planned_peak_bytes": plan and plan.peak_bytes,
+            "measured_peak_allocated_bytes": self._largest("train", "peak_allocated_bytes"),
+            "planned_dry_run_peak_bytes": self._largest("stage_start", "planned_dry_run_bytes"),
+            "measured_dry_run_peak_bytes": self._largest("stage_start", "measured_dry_run_bytes"),
+            "median_tokens_per_second": result and result.median_tokens_per_second,
+            "elapsed_seconds": result and result.elapsed_seconds,
         }
 
 
@@ -173,8 +155,7 @@ class EntrySummary:
     @property
     def record(self) -> RunRecord | None:
         """The record of a finished run, else of any run with a plan; the plan does not depend on the seed."""
-        records = [run.record for run in (*self.finished, *self.runs) if run.record is not None]
-        return records[0] if records else None
+        return next((run.record for run in (*self.finished, *self.runs) if run.record is not None), None)
 
     @property
     def plan(self) -> Plan | None:
@@ -182,28 +163,30 @@ class EntrySummary:
 
     @cached_property
     def validation_loss(self) -> Estimate | None:
-        return estimate([run.validation_loss for run in self.finished if run.validation_loss is not None])
+        return self._estimate("validation_loss_nats_per_token")
 
     @cached_property
     def losses(self) -> dict[str, Estimate]:
         """Losses by text, over the seeds scored on it."""
-        names = {name: None for run in self.finished for name in run.losses}
-        estimates = {
-            name: estimate([run.losses[name] for run in self.finished if name in run.losses]) for name in names
-        }
-        return {name: value for name, value in estimates.items() if value is not None}
+        texts = dict.fromkeys(text for run in self.finished for text in run.scores)
+        estimates = {text: self._estimate(f"{text}_loss") for text in texts}
+        return {text: value for text, value in estimates.items() if value is not None}
 
     def bits_per_byte(self, text: str) -> Estimate | None:
-        results = [(run.evaluations or {}).get(text, {}).get("bits_per_byte") for run in self.finished]
-        return estimate([value for value in results if value is not None])
+        return self._estimate(f"{text}_bits_per_byte")
 
-    def largest(self, name: str) -> int | None:
-        """The largest value of a column of ``runs.csv`` over the finished seeds."""
-        return max((value for run in self.finished if (value := run.row[name]) is not None), default=None)
+    def _values(self, name: str) -> list[Any]:
+        """The values of a column of ``runs.csv``, of the finished seeds that have one."""
+        return [value for run in self.finished if (value := run.row.get(name)) is not None]
 
-    def median(self, name: str) -> float | None:
-        """The median of a column of ``runs.csv`` over the finished seeds."""
-        values = [value for run in self.finished if (value := run.row[name]) is not None]
+    def _estimate(self, name: str) -> Estimate | None:
+        return estimate(self._values(name))
+
+    def _largest(self, name: str) -> int | None:
+        return max(self._values(name), default=None)
+
+    def _median(self, name: str) -> float | None:
+        values = self._values(name)
         return statistics.median(values) if values else None
 
     @property
@@ -213,13 +196,19 @@ class EntrySummary:
             return "not begun" if self.entry.learning_rate is not None else "no learning rate"
         if len(self.finished) == len(self.runs):
             return str(len(self.runs))
-        others = [f"seed {run.entry.seed} {_why_not(run)}" for run in self.runs if not run.finished]
+        reasons = [(run, "has no results" if run.entry.status == "finished" else run.entry.status) for run in self.runs]
+        others = [f"seed {run.entry.seed} {reason}" for run, reason in reasons if not run.finished]
         return f"{len(self.finished)} of {len(self.runs)}: {', '.join(others)}"
 
     @cached_property
     def row(self) -> dict[str, Any]:
         """A row of ``summary.csv``: every number of the entry, by a name that includes its unit."""
         plan, loss = self.plan, self.validation_loss
+        texts: dict[str, float | None] = {}
+        for text, estimated in self.losses.items():
+            texts |= _columns(f"{text}_loss_nats_per_token", estimated)
+            texts |= _columns(f"{text}_perplexity", estimated.exp())
+            texts |= _columns(f"{text}_bits_per_byte", self.bits_per_byte(text))
         return {
             "entry": self.entry.name,
             "label": self.entry.label,
@@ -231,35 +220,23 @@ class EntrySummary:
             "state": self.state,
             **_columns("validation_loss_nats_per_token", loss),
             **_columns("validation_perplexity", None if loss is None else loss.exp()),
-            **{
-                key: value
-                for text, estimated in self.losses.items()
-                for key, value in {
-                    **_columns(f"{text}_loss_nats_per_token", estimated),
-                    **_columns(f"{text}_perplexity", estimated.exp()),
-                    **_columns(f"{text}_bits_per_byte", self.bits_per_byte(text)),
-                }.items()
-            },
-            "planned_peak_model_state_bytes": None if plan is None else plan.peak_model_state_bytes,
-            "measured_peak_model_state_bytes": self.largest("measured_peak_model_state_bytes"),
-            "planned_peak_bytes": None if plan is None else plan.peak_bytes,
-            "measured_peak_allocated_bytes": self.largest("measured_peak_allocated_bytes"),
-            "planned_dry_run_peak_bytes": self.largest("planned_dry_run_peak_bytes"),
-            "measured_dry_run_peak_bytes": self.largest("measured_dry_run_peak_bytes"),
-            "tokens": self.largest("tokens"),
-            "training_flops": self.largest("training_flops"),
-            "median_tokens_per_second": self.median("median_tokens_per_second"),
-            "median_elapsed_seconds": self.median("elapsed_seconds"),
+            **texts,
+            "planned_peak_model_state_bytes": plan and plan.peak_model_state_bytes,
+            "measured_peak_model_state_bytes": self._largest("measured_peak_model_state_bytes"),
+            "planned_peak_bytes": plan and plan.peak_bytes,
+            "measured_peak_allocated_bytes": self._largest("measured_peak_allocated_bytes"),
+            "planned_dry_run_peak_bytes": self._largest("planned_dry_run_peak_bytes"),
+            "measured_dry_run_peak_bytes": self._largest("measured_dry_run_peak_bytes"),
+            "tokens": self._largest("tokens"),
+            "training_flops": self._largest("training_flops"),
+            "median_tokens_per_second": self._median("median_tokens_per_second"),
+            "median_elapsed_seconds": self._median("elapsed_seconds"),
         }
 
 
 def _columns(name: str, value: Estimate | None) -> dict[str, float | None]:
     parts = (None, None, None) if value is None else (value.mean, value.low, value.high)
     return dict(zip((f"{name}_mean", f"{name}_ci95_low", f"{name}_ci95_high"), parts, strict=True))
-
-
-def _why_not(run: SuiteRun) -> str:
-    return "has no results" if run.entry.status == "finished" else run.entry.status
 
 
 @dataclass(frozen=True)
@@ -302,16 +279,9 @@ class Suite:
     @cached_property
     def entries(self) -> dict[str, EntrySummary]:
         """Entries by name, in the order of the suite."""
+        runs = sorted((run for run in self.runs if run.counts), key=lambda run: run.entry.seed)
         return {
-            entry.name: EntrySummary(
-                entry,
-                tuple(
-                    sorted(
-                        (run for run in self.runs if run.counts and run.entry.entry == entry.name),
-                        key=lambda run: run.entry.seed,
-                    )
-                ),
-            )
+            entry.name: EntrySummary(entry, tuple(run for run in runs if run.entry.entry == entry.name))
             for entry in self.record.entries
         }
 

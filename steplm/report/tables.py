@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steplm.planner.plan import Stage
 from steplm.report.runs import NOT_YET
-from steplm.report.suite import Question, SuiteRecord
+from steplm.report.suite import EntryRecord, Question, SuiteRecord
 from steplm.report.summary import EntrySummary, Estimate, Suite, SuiteRun, difference
 from steplm.units import format_bytes, format_count, format_seconds, percent
 
@@ -21,7 +20,7 @@ class Cell:
     """A table cell: its text, sort key and emphasis."""
 
     text: str
-    value: float | str | None = None
+    value: int | float | str | None = None
     strong: bool = False
     tone: str = ""  # "better" or "worse"
 
@@ -55,8 +54,8 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _cell(value: Any, write: Callable[[Any], str], *, strong: bool = False) -> Cell:
-    return Cell(NOT_YET) if value is None else Cell(write(value), value, strong)
+def _cell(value: Any, write: Callable[[Any], str]) -> Cell:
+    return Cell(NOT_YET) if value is None else Cell(write(value), value)
 
 
 def _estimate_cell(value: Estimate | None, digits: int) -> Cell:
@@ -74,10 +73,11 @@ def _perplexity_cell(loss: Estimate | None) -> Cell:
     return Cell(f"{value.mean:.2f}{interval}", value.mean)
 
 
-def _without_empty(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str) -> Table:
-    """A table without the columns that are empty in every row."""
-    kept = [i for i in range(len(columns)) if i == 0 or any(row[i].text != NOT_YET for row in rows)]
-    return Table(title, tuple(columns[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows), caption)
+def _table(title: str, rows: Sequence[Mapping[str, Cell]], caption: str) -> Table:
+    """A table from rows by column, without the columns that are empty in every row."""
+    first, *others = rows[0] if rows else ("",)
+    columns = (first, *(name for name in others if any(row[name].text != NOT_YET for row in rows)))
+    return Table(title, columns, tuple(tuple(row[name] for name in columns) for row in rows), caption)
 
 
 # --- a question -----------------------------------------------------------------------------------------
@@ -86,33 +86,31 @@ def _without_empty(title: str, columns: Sequence[str], rows: Sequence[Sequence[C
 def question_table(suite: Suite, question: Question) -> Table:
     """Quality, memory and cost: one row per entry, baseline first."""
     baseline = suite.entries[question.baseline] if question.baseline else None
-    columns = (
-        "method", "seeds", "perplexity", *(f"{text} perplexity" for text in suite.texts), "Δ loss", "verdict",
-        "model state planned", "model state measured",
-        f"against {baseline.label if baseline else 'vanilla'}", "tok/s", "time", "tokens", "FLOPs", "validation loss",
-    )  # fmt: skip
-    rows = [_question_row(entry, baseline, suite.texts) for entry in suite.of(question)]
-    return _without_empty(question.title, columns, rows, _caption(suite, question, baseline))
-
-
-def _question_row(entry: EntrySummary, baseline: EntrySummary | None, texts: Sequence[str]) -> list[Cell]:
-    is_baseline = baseline is entry
-    name = f"{entry.label} (baseline)" if is_baseline else entry.label
-    return [
-        Cell(name, name, strong=is_baseline),
-        Cell(entry.state, len(entry.finished)),
-        _perplexity_cell(entry.validation_loss),
-        *(_perplexity_cell(entry.losses.get(text)) for text in texts),
-        *_difference_cells(entry, baseline),
-        _cell(entry.row["planned_peak_model_state_bytes"], format_bytes),
-        _cell(entry.row["measured_peak_model_state_bytes"], format_bytes),
-        _reduction_cell(entry, baseline),
-        _cell(entry.row["median_tokens_per_second"], "{:,.0f}".format),
-        _cell(entry.row["median_elapsed_seconds"], format_seconds),
-        _cell(entry.row["tokens"], format_count),
-        _cell(entry.row["training_flops"], format_count),
-        _estimate_cell(entry.validation_loss, 4),
-    ]
+    against = f"against {baseline.label if baseline else 'vanilla'}"
+    rows = []
+    for entry in suite.of(question):
+        is_baseline = baseline is entry
+        name = f"{entry.label} (baseline)" if is_baseline else entry.label
+        loss_difference, verdict = _difference_cells(entry, baseline)
+        rows.append(
+            {
+                "method": Cell(name, name, strong=is_baseline),
+                "seeds": Cell(entry.state, len(entry.finished)),
+                "perplexity": _perplexity_cell(entry.validation_loss),
+                **{f"{text} perplexity": _perplexity_cell(entry.losses.get(text)) for text in suite.texts},
+                "Δ loss": loss_difference,
+                "verdict": verdict,
+                "model state planned": _cell(entry.row["planned_peak_model_state_bytes"], format_bytes),
+                "model state measured": _cell(entry.row["measured_peak_model_state_bytes"], format_bytes),
+                against: _reduction_cell(entry, baseline),
+                "tok/s": _cell(entry.row["median_tokens_per_second"], "{:,.0f}".format),
+                "time": _cell(entry.row["median_elapsed_seconds"], format_seconds),
+                "tokens": _cell(entry.row["tokens"], format_count),
+                "FLOPs": _cell(entry.row["training_flops"], format_count),
+                "validation loss": _estimate_cell(entry.validation_loss, 4),
+            }
+        )
+    return _table(question.title, rows, _caption(suite, question, baseline))
 
 
 def _difference_cells(entry: EntrySummary, baseline: EntrySummary | None) -> tuple[Cell, Cell]:
@@ -138,11 +136,11 @@ def _reduction_cell(entry: EntrySummary, baseline: EntrySummary | None) -> Cell:
 
 def _caption(suite: Suite, question: Question, baseline: EntrySummary | None) -> str:
     """Explanations of the columns, and warnings."""
-    several = any(len(entry.finished) > 1 for entry in suite.of(question))
-    if not any(entry.finished for entry in suite.of(question)):
+    most_seeds = max((len(entry.finished) for entry in suite.of(question)), default=0)
+    if most_seeds == 0:
         return "No run has finished yet."
     parts = ["Loss: nats per token of the exported model on the validation text."]
-    if several:
+    if most_seeds > 1:
         parts.append("±, ranges in brackets: 95% t-interval of the mean over seeds.")
     else:
         parts.append("One seed: no interval can be given.")
@@ -160,48 +158,40 @@ def warnings(suite: Suite, question: Question) -> list[str]:
     result = []
     if edges := [entry.label for entry in entries if entry.entry.at_edge]:
         result.append(f"The best learning rate is at the edge of the grid for {', '.join(edges)}.")
-    column = {"tokens": "tokens", "flops": "training_flops"}.get(suite.record.match)
-    if column is not None:
+    matched = {"tokens": ("tokens", "tokens"), "flops": ("training_flops", "training FLOPs")}
+    if suite.record.match in matched:
+        column, words = matched[suite.record.match]
         numbers = {entry.label: n for entry in entries if (n := entry.row[column]) is not None}
         if numbers and max(numbers.values()) > 1.01 * min(numbers.values()):
             least, most = min(numbers, key=numbers.__getitem__), max(numbers, key=numbers.__getitem__)
             result.append(
-                f"Not equal in {AXIS_WORDS[suite.record.match]}: {least} {format_count(numbers[least])}, "
-                f"{most} {format_count(numbers[most])}."
+                f"Not equal in {words}: {least} {format_count(numbers[least])}, {most} {format_count(numbers[most])}."
             )
     return result
 
 
-AXIS_WORDS = {"tokens": "tokens", "flops": "training FLOPs"}
-
-
 def details_table(suite: Suite, question: Question) -> Table:
     """Bits per byte on other texts, total peak memory and learning rate of each entry of a question."""
-    texts = suite.texts
-    columns = ["method", "layers", "learning rate", *(f"{text} bits/byte" for text in texts)]
-    peaks = {
-        "planned peak": "planned_peak_bytes",
-        "measured peak": "measured_peak_allocated_bytes",
-        "planned dry run": "planned_dry_run_peak_bytes",
-        "measured dry run": "measured_dry_run_peak_bytes",
-    }
     rows = []
     for entry in suite.of(question):
         rate, plan = entry.entry.learning_rate, entry.plan
         rows.append(
-            [
-                Cell(entry.label, entry.label),
-                Cell(NOT_YET) if plan is None else Cell("+".join(map(str, plan.layers)), plan.num_stages),
-                _cell(rate, ("{:g} (edge)" if entry.entry.at_edge else "{:g}").format),
-                *(_estimate_cell(entry.bits_per_byte(text), 4) for text in texts),
-                *(_cell(entry.row[name], format_bytes) for name in peaks.values()),
-            ]
+            {
+                "method": Cell(entry.label, entry.label),
+                "layers": Cell(NOT_YET) if plan is None else Cell("+".join(map(str, plan.layers)), plan.num_stages),
+                "learning rate": _cell(rate, ("{:g} (edge)" if entry.entry.at_edge else "{:g}").format),
+                **{f"{text} bits/byte": _estimate_cell(entry.bits_per_byte(text), 4) for text in suite.texts},
+                "planned peak": _cell(entry.row["planned_peak_bytes"], format_bytes),
+                "measured peak": _cell(entry.row["measured_peak_allocated_bytes"], format_bytes),
+                "planned dry run": _cell(entry.row["planned_dry_run_peak_bytes"], format_bytes),
+                "measured dry run": _cell(entry.row["measured_dry_run_peak_bytes"], format_bytes),
+            }
         )
     caption = (
         "Peak: all bytes of tensors on the device, in the stage with the most. "
         "Dry run: a step without its update, at the start of a stage."
     )
-    return _without_empty(f"{question.title}: further numbers", [*columns, *peaks], rows, caption)
+    return _table(f"{question.title}: further numbers", rows, caption)
 
 
 # --- the learning rates tried -------------------------------------------------------------------------------
@@ -213,14 +203,9 @@ def tuning_table(suite: Suite) -> Table | None:
     tried = [entry for entry in record.entries if entry.tuned]
     if not record.grid or not tried:
         return None
-    rows = []
-    for entry in tried:
-        cells = [Cell(entry.label, entry.label)]
-        for rate in record.grid:
-            run = tuning_run(suite, entry.name, rate)
-            chosen = rate == entry.learning_rate
-            cells.append(_tuning_cell(run, chosen, edge=chosen and entry.at_edge))
-        rows.append(tuple(cells))
+    rows = [
+        (Cell(entry.label, entry.label), *(_tuning_cell(suite, entry, rate) for rate in record.grid)) for entry in tried
+    ]
     caption = f"Validation loss of seed {record.tune_seed}, nats per token. Bold: the choice, {how_chosen(record)}."
     if any(entry.at_edge for entry in tried):
         caption += " Edge: the best rate is the lowest or highest tried; a better one may lie beyond."
@@ -242,12 +227,14 @@ def tuning_run(suite: Suite, entry: str, rate: float) -> SuiteRun | None:
     )
 
 
-def _tuning_cell(run: SuiteRun | None, chosen: bool, edge: bool) -> Cell:
+def _tuning_cell(suite: Suite, entry: EntryRecord, rate: float) -> Cell:
+    run, is_chosen = tuning_run(suite, entry.name, rate), rate == entry.learning_rate
     if run is None:
         return Cell(NOT_YET)
     if run.validation_loss is None:
-        return Cell(run.entry.status, None, strong=chosen)
-    return Cell(f"{run.validation_loss:.4f}" + (" (edge)" if edge else ""), run.validation_loss, strong=chosen)
+        return Cell(run.entry.status, None, strong=is_chosen)
+    edge = " (edge)" if is_chosen and entry.at_edge else ""
+    return Cell(f"{run.validation_loss:.4f}{edge}", run.validation_loss, strong=is_chosen)
 
 
 # --- the stages of one run ----------------------------------------------------------------------------------
@@ -261,57 +248,39 @@ def stages_table(entry: EntrySummary) -> Table | None:
     started = {event["stage"]: event for event in record.events_of("stage_start")}
     ended = {event["stage"] for event in record.events_of("stage_end")}
     last_loss = {event["stage"]: event["loss"] for event in record.events_of("eval")}
-    rows = [
-        _stage_row(stage, started.get(stage.index), stage.index in ended, last_loss.get(stage.index))
-        for stage in record.plan.stages
-    ]
-    columns = (
-        "stage", "state", "layers", "new", "tokens", "validation loss", "model state planned", "measured",
-        "planned peak", "planned dry run", "measured dry run",
-    )  # fmt: skip
-    return _without_empty(
-        f"Stages of {entry.label}",
-        columns,
-        rows,
-        "Validation loss: nats per token, at the latest evaluation of a stage.",
-    )
+    rows = []
+    for stage in record.plan.stages:
+        start = started.get(stage.index, {})
+        state = "waiting" if not start else "finished" if stage.index in ended else "running"
+        rows.append(
+            {
+                "stage": Cell(str(stage.index), stage.index),
+                "state": Cell(state, state),
+                "layers": Cell(str(stage.num_hidden_layers), stage.num_hidden_layers),
+                "new": Cell(str(stage.num_new_layers), stage.num_new_layers),
+                "tokens": Cell(format_count(stage.tokens), stage.tokens),
+                "validation loss": _cell(last_loss.get(stage.index), "{:.4f}".format),
+                "model state planned": Cell(format_bytes(stage.memory.total_bytes), stage.memory.total_bytes),
+                "measured": _cell(start.get("measured_bytes", {}).get("total"), format_bytes),
+                "planned peak": _cell(stage.peak and stage.peak.total_bytes, format_bytes),
+                "planned dry run": _cell(start.get("planned_dry_run_bytes"), format_bytes),
+                "measured dry run": _cell(start.get("measured_dry_run_bytes"), format_bytes),
+            }
+        )
+    caption = "Validation loss: nats per token, at the latest evaluation of a stage."
+    return _table(f"Stages of {entry.label}", rows, caption)
 
 
 def sources_table(entry: EntrySummary) -> Table | None:
     """The latest loss on each source of a mixture and each validation set; ``None`` if there is one of each."""
-    record, rows = entry.record, list[list[Cell]]()
-    if record is None:
-        return None
+    rows = []
     for kind, what in (("train", "training source"), ("eval", "validation set")):
-        for event in record.events_of(kind)[-1:]:
-            losses = {name: loss for key, loss in event.items() if (name := key.removeprefix("loss_")) != key}
-            rows += [
-                [Cell(name), Cell(what), _cell(loss, "{:.4f}".format)]
-                for name, loss in losses.items()
-                if isinstance(loss, float)
-            ]
-    if not rows:
-        return None
+        for event in entry.record.events_of(kind)[-1:] if entry.record else ():
+            for key, loss in event.items():
+                if key.startswith("loss_") and isinstance(loss, float):
+                    rows.append((Cell(key.removeprefix("loss_")), Cell(what), Cell(f"{loss:.4f}", loss)))
     caption = "Loss: nats a token, in the last line of the log; of a source, over the steps since the line before."
-    return Table(f"Sources of {entry.label}", ("name", "kind", "loss"), tuple(map(tuple, rows)), caption)
-
-
-def _stage_row(stage: Stage, start: dict[str, Any] | None, ended: bool, loss: float | None) -> list[Cell]:
-    state = "waiting" if start is None else "finished" if ended else "running"
-    start = start or {}
-    return [
-        Cell(str(stage.index), stage.index),
-        Cell(state, state),
-        Cell(str(stage.num_hidden_layers), stage.num_hidden_layers),
-        Cell(str(stage.num_new_layers), stage.num_new_layers),
-        Cell(format_count(stage.tokens), stage.tokens),
-        _cell(loss, "{:.4f}".format),
-        Cell(format_bytes(stage.memory.total_bytes), stage.memory.total_bytes),
-        _cell(start.get("measured_bytes", {}).get("total"), format_bytes),
-        _cell(None if stage.peak is None else stage.peak.total_bytes, format_bytes),
-        _cell(start.get("planned_dry_run_bytes"), format_bytes),
-        _cell(start.get("measured_dry_run_bytes"), format_bytes),
-    ]
+    return Table(f"Sources of {entry.label}", ("name", "kind", "loss"), tuple(rows), caption) if rows else None
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -356,25 +325,19 @@ def write_tables(suite: Suite, directory: Path, evaluations: Sequence[str] = ())
 def _summary(suite: Suite, entries: list[dict[str, Any]]) -> dict[str, Any]:
     questions = []
     for question in suite.record.questions:
+        differences = {}
         baseline = suite.entries[question.baseline] if question.baseline else None
-        gaps = {e.entry.name: difference(e, baseline) for e in suite.of(question) if baseline and e is not baseline}
-        questions.append(
-            {
-                "title": question.title,
-                "baseline": question.baseline,
-                "differences": {
-                    name: {
-                        "loss_difference_mean": gap.estimate.mean,
-                        "loss_difference_ci95_low": gap.estimate.low,
-                        "loss_difference_ci95_high": gap.estimate.high,
-                        "pairs": gap.estimate.n,
-                        "verdict": gap.verdict,
-                    }
-                    for name, gap in gaps.items()
-                    if gap is not None
-                },
-            }
-        )
+        for entry in suite.of(question):
+            gap = difference(entry, baseline) if baseline is not None and entry is not baseline else None
+            if gap is not None:
+                differences[entry.entry.name] = {
+                    "loss_difference_mean": gap.estimate.mean,
+                    "loss_difference_ci95_low": gap.estimate.low,
+                    "loss_difference_ci95_high": gap.estimate.high,
+                    "pairs": gap.estimate.n,
+                    "verdict": gap.verdict,
+                }
+        questions.append({"title": question.title, "baseline": question.baseline, "differences": differences})
     return {"name": suite.record.name, "match": suite.record.match, "entries": entries, "questions": questions}
 
 

@@ -30,17 +30,9 @@ class TextScore:
 
     def as_json(self) -> dict[str, Any]:
         """Counts and means, with the model and text that they belong to."""
-        return {
-            "model": self.model,
-            "name": self.name,
-            "data": list(self.data),
-            "num_tokens": self.result.num_tokens,
-            "num_text_bytes": self.result.num_text_bytes,
-            "num_skipped_records": self.result.num_skipped_records,
-            "loss": self.result.loss,
-            "perplexity": self.result.perplexity,
-            "bits_per_byte": self.result.bits_per_byte,
-        }
+        about = {"model": self.model, "name": self.name, "data": list(self.data)}
+        counts = ("num_tokens", "num_text_bytes", "num_skipped_records")
+        return about | {name: getattr(self.result, name) for name in (*counts, "loss", "perplexity", "bits_per_byte")}
 
 
 def tasks_table(results: ZeroShotResults) -> Table:
@@ -187,37 +179,30 @@ def write_results(results: ZeroShotResults | None, texts: Sequence[TextScore], f
 
 def _csv_rows(results: ZeroShotResults) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
+
+    def add(model: str, task: str, metric: str, value: float, stderr: float | None, gap: Difference | None) -> None:
+        rows.append(
+            {
+                "model": model,
+                "label": results.labels[model],
+                "task": task,
+                "metric": metric,
+                "value": value,
+                "stderr": stderr,
+                "difference": gap and gap.value,
+                "difference_ci95_low": gap and gap.low,
+                "difference_ci95_high": gap and gap.high,
+            }
+        )
+
     for task in results.tasks:
         for model, result in zip(results.models, results.of(task), strict=True):
-            about = {"chance": result.chance, "num_items": result.num_items, "num_fewshot": result.num_fewshot}
             for name, metric in result.metrics.items():
-                gap = results.difference(model, task, name)
-                rows.append(_csv_row(results, model, task, name, (metric.value, metric.stderr), gap) | about)
+                add(model, task, name, metric.value, metric.stderr, results.difference(model, task, name))
+                rows[-1] |= {key: getattr(result, key) for key in ("chance", "num_items", "num_fewshot")}
     for model in results.models if results.averaged else ():
-        gap = results.average_difference(model)
-        rows.append(_csv_row(results, model, "average", "accuracy", results.average(model), gap))
+        add(model, "average", "accuracy", *results.average(model), results.average_difference(model))
     return rows
-
-
-def _csv_row(
-    results: ZeroShotResults,
-    model: str,
-    task: str,
-    metric: str,
-    score: tuple[float, float | None],
-    gap: Difference | None,
-) -> dict[str, Any]:
-    return {
-        "model": model,
-        "label": results.labels[model],
-        "task": task,
-        "metric": metric,
-        "value": score[0],
-        "stderr": score[1],
-        "difference": gap.value if gap else None,
-        "difference_ci95_low": gap.low if gap else None,
-        "difference_ci95_high": gap.high if gap else None,
-    }
 
 
 def _csv_texts(texts: Sequence[TextScore]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steplm.eval.zero_shot import ZeroShotResults
-from steplm.report.style import FAINT, INK, MUTED, RC, RUN_COLORS, clean
+from steplm.report.style import FAINT, INK, MUTED, RUN_COLORS, clean, figure_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,14 +21,9 @@ def accuracy_figure(results: ZeroShotResults, path: Path) -> bool:
     groups = _groups(results)
     if not groups:
         return False
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(RC):
-        num_bars = len(groups) * len(results.models)
-        figure = Figure(figsize=(min(max(5.2, 1.6 + 0.36 * num_bars + 0.45 * len(groups)), 16), 4.2), dpi=200)
-        FigureCanvasAgg(figure)
+    num_bars = len(groups) * len(results.models)
+    width = min(max(5.2, 1.6 + 0.36 * num_bars + 0.45 * len(groups)), 16)
+    with figure_file(path, (width, 4.2), bbox_inches="tight", pad_inches=0.15) as figure:
         axes = figure.add_subplot()
         clean(axes)
         for index, model in enumerate(results.models):
@@ -44,7 +39,6 @@ def accuracy_figure(results: ZeroShotResults, path: Path) -> bool:
             loc="lower left", bbox_to_anchor=(0, 1.01), ncols=min(4, len(results.models) + 1), frameon=False,
             labelcolor=MUTED, fontsize=8.5, borderaxespad=0, handlelength=1.4,
         )  # fmt: skip
-        figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
     return True
 
 

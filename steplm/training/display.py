@@ -40,18 +40,20 @@ class Display:
         pass
 
     def note(self, text: str) -> None:
-        self.console.print(text, style="dim", highlight=False, markup=False)  # paths may contain [brackets]
+        self.console.print(text, style="dim", markup=False)  # paths may contain [brackets]
 
     def plan(self, plan: Plan) -> None:
         self._plan = plan
         layers = " + ".join(str(n) for n in plan.layers)
+        peak = ""
+        if plan.peak_bytes and plan.vanilla_peak_bytes:
+            change = percent(plan.peak_bytes / plan.vanilla_peak_bytes - 1)
+            peak = f", peak {format_bytes(plan.peak_bytes)} (vanilla {format_bytes(plan.vanilla_peak_bytes)}, {change})"
         self.console.print(
             f"[bold]plan[/]  {plan.num_stages} stage{'s' * (plan.num_stages > 1)}, layers {layers}, "
             f"{format_count(plan.shape.num_parameters())} parameters, {format_count(plan.total_tokens)} tokens, "
             f"model state {format_bytes(plan.peak_model_state_bytes)} "
-            f"(vanilla {format_bytes(plan.vanilla_model_state_bytes)}, {percent(-plan.reduction)})"
-            + _peak_against_vanilla(plan),
-            highlight=False,
+            f"(vanilla {format_bytes(plan.vanilla_model_state_bytes)}, {percent(-plan.reduction)}){peak}"
         )
 
     def prepare(self, progress: PrepareProgress) -> None:
@@ -145,42 +147,38 @@ class Display:
             f"lr {report.learning_rate:.1e}  grad {result.grad_norm:.2f}  "
             f"{format_count(report.tokens_per_second)} tok/s  "
             f"{'' if report.mfu is None else f'mfu {report.mfu:.0%}  '}{self._memory(report)}  "
-            f"{self._left(report)}".rstrip(),
-            highlight=False,
+            f"{self._left(report)}".rstrip()
         )
 
     def evaluation(self, progress: TrainState, loss: float, perplexity: float) -> None:
         self.console.print(
             f"stage {self._of(progress.stage_index)}  step {progress.step:,}  "
-            f"[bold]validation loss {loss:.4f}  ppl {perplexity:.2f}[/]",
-            highlight=False,
+            f"[bold]validation loss {loss:.4f}  ppl {perplexity:.2f}[/]"
         )
 
     def growth(self, phase: Phase, growth: GrowthConfig, before: float | None, merged: float, grown: float) -> None:
         layer_map = phase.entry.layer_map
         assert layer_map is not None
         if before is not None:
-            self.console.print(f"merge   loss {before:.4f} -> {merged:.4f}", highlight=False)
+            self.console.print(f"merge   loss {before:.4f} -> {merged:.4f}")
         self.console.print(
             f"growth  {len(layer_map.kept_layers)} -> {layer_map.num_layers} layers "
             f"({phase.entry.operator}, {growth.resolved_position}: new layers "
-            f"{', '.join(str(i) for i in layer_map.new_layers)})  loss {merged:.4f} -> {grown:.4f}",
-            highlight=False,
+            f"{', '.join(str(i) for i in layer_map.new_layers)})  loss {merged:.4f} -> {grown:.4f}"
         )
 
     def restart(self, phase: Phase, before: float | None, merged: float) -> None:
         loss = f"loss {merged:.4f}" if before is None else f"loss {before:.4f} -> {merged:.4f}"
-        self.console.print(f"merge   {loss}; fresh adapters in stage {self._of(phase.stage)}", highlight=False)
+        self.console.print(f"merge   {loss}; fresh adapters in stage {self._of(phase.stage)}")
 
     def packing(self, fmt: str, error: float, before: float | None, after: float) -> None:
         loss = f"loss {after:.4f}" if before is None else f"loss {before:.4f} -> {after:.4f}"
-        self.console.print(f"packing  frozen weights to {fmt}, relative error {error:.2%}  {loss}", highlight=False)
+        self.console.print(f"packing  frozen weights to {fmt}, relative error {error:.2%}  {loss}")
 
     def finished(self, run_dir: Path, export_dir: Path, loss: float) -> None:
         self.console.print(
             f"[bold green]done[/]  validation loss {loss:.4f}, perplexity {perplexity_of(loss):.2f}  "
-            f"model in {escape(str(export_dir))}",
-            highlight=False,
+            f"model in {escape(str(export_dir))}"
         )
 
 
@@ -229,13 +227,5 @@ def make_display(kind: str) -> Display:
     if kind == "auto":
         kind = "rich" if sys.stdout.isatty() else "lines"
     # In a log, each event stays on one line, whatever width the pipe reports.
-    console = Console(quiet=kind == "none", soft_wrap=kind == "lines")
+    console = Console(quiet=kind == "none", soft_wrap=kind == "lines", highlight=False)
     return RichDisplay(console) if kind == "rich" else Display(console)
-
-
-def _peak_against_vanilla(plan: Plan) -> str:
-    if not plan.peak_bytes or not plan.vanilla_peak_bytes:
-        return ""
-    change = plan.peak_bytes / plan.vanilla_peak_bytes - 1
-    vanilla = f"vanilla {format_bytes(plan.vanilla_peak_bytes)}, {percent(change)}"
-    return f", peak {format_bytes(plan.peak_bytes)} ({vanilla})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import yaml
@@ -35,6 +35,7 @@ def model_card(config: RunConfig, plan: Plan, state: CheckpointState) -> str:
     Args:
         state: state of the exported checkpoint, which may be from before the end of the plan.
     """
+    data = [f"- `{public_name(text)}`" for text in config.data.train_texts]
     sections = [
         _front_matter(config),
         f"# {config.name}",
@@ -43,11 +44,11 @@ def model_card(config: RunConfig, plan: Plan, state: CheckpointState) -> str:
         _how_to_load(config),
         "## How it was trained",
         _plan_paragraph(plan),
-        _plan_table(plan.stages),
+        _table(("stage", "layers", "tokens", "trained", "model states"), map(_stage_row, plan.stages)),
         _pet_and_growth(config, plan),
         "## Where each layer comes from",
-        _provenance_table(state.provenance),
-        *(["## Data", _data(config)] if config.data.train else []),
+        _table(("layer", "born in stage", "made of", "by"), map(_layer_row, count(), state.provenance)),
+        *(["## Data", "\n".join(dict.fromkeys(data))] if config.data.train else []),
         *(["## Versions", _table(("package", "version"), state.versions.items())] if state.versions else []),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -59,9 +60,9 @@ def _front_matter(config: RunConfig) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["steplm", config.model.model_type],
     }
-    hub_names = [entry.removeprefix("hub://").split("?")[0] for entry in config.data.train_texts if _is_hub(entry)]
-    if hub_names:
-        values["datasets"] = list(dict.fromkeys(hub_names))
+    on_hub = [entry.removeprefix("hub://") for entry in config.data.train_texts if entry.startswith("hub://")]
+    if on_hub:
+        values["datasets"] = list(dict.fromkeys(entry.split("?")[0] for entry in on_hub))
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
 
 
@@ -107,24 +108,15 @@ def _plan_paragraph(plan: Plan) -> str:
     )
 
 
-def _plan_table(stages: Sequence[Stage]) -> str:
-    rows = [
-        (
-            stage.index,
-            f"{stage.num_hidden_layers} ({stage.num_new_layers} new)",
-            format_count(stage.tokens),
-            ", ".join(_trained_components(stage)),
-            format_bytes(stage.memory.total_bytes),
-        )
-        for stage in stages
-    ]
-    return _table(("stage", "layers", "tokens", "trained", "model states"), rows)
-
-
-def _trained_components(stage: Stage) -> list[str]:
-    trained = [words for name, words in COMPONENTS.items() if stage.memory.bytes_of(name, "optimizer")]
-    num_layers = len(stage.highest_phase.trained_layers)
-    return [f"{num_layers} {words}" if words == "layers" else words for words in trained]
+def _stage_row(stage: Stage) -> Sequence[object]:
+    names = {**COMPONENTS, "trained_layers": f"{len(stage.highest_phase.trained_layers)} layers"}
+    return (
+        stage.index,
+        f"{stage.num_hidden_layers} ({stage.num_new_layers} new)",
+        format_count(stage.tokens),
+        ", ".join(words for name, words in names.items() if stage.memory.bytes_of(name, "optimizer")),
+        format_bytes(stage.memory.total_bytes),
+    )
 
 
 def _pet_and_growth(config: RunConfig, plan: Plan) -> str:
@@ -145,24 +137,12 @@ def _pet_and_growth(config: RunConfig, plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _provenance_table(provenance: Sequence[LayerProvenance]) -> str:
-    rows = [
-        (index, layer.born_in_stage, _made_of(layer), layer.operator or "fresh or given weights")
-        for index, layer in enumerate(provenance)
-    ]
-    return _table(("layer", "born in stage", "made of", "by"), rows)
-
-
-def _made_of(layer: LayerProvenance) -> str:
-    if not layer.parents:
-        return ""
-    word = "layer" if len(layer.parents) == 1 else "layers"
-    return f"{word} {' and '.join(map(str, layer.parents))} of stage {layer.born_in_stage - 1}"
-
-
-def _data(config: RunConfig) -> str:
-    names = map(public_name, config.data.train_texts)
-    return "\n".join(f"- `{name}`" for name in dict.fromkeys(names))
+def _layer_row(index: int, layer: LayerProvenance) -> Sequence[object]:
+    made_of = ""
+    if layer.parents:
+        word = "layer" if len(layer.parents) == 1 else "layers"
+        made_of = f"{word} {' and '.join(map(str, layer.parents))} of stage {layer.born_in_stage - 1}"
+    return index, layer.born_in_stage, made_of, layer.operator or "fresh or given weights"
 
 
 def public_name(entry: str, *, may_be_on_hub: bool = False) -> str:
@@ -175,10 +155,6 @@ def public_name(entry: str, *, may_be_on_hub: bool = False) -> str:
     is_local = os.path.exists(path) or len(path.parts) != 2 or entry.startswith((".", "/", "~"))
     is_on_hub = "://" in entry or (may_be_on_hub and not is_local)
     return entry if is_on_hub else path.name
-
-
-def _is_hub(entry: str) -> bool:
-    return entry.startswith("hub://")
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -20,12 +20,7 @@ from steplm.planner.plan import Plan, plan
 from steplm.types import from_json
 
 LLAMA_368M = {
-    "model": {
-        "hidden_size": 1024,
-        "intermediate_size": 2736,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-    },
+    "model": {"hidden_size": 1024, "intermediate_size": 2736, "num_hidden_layers": 24, "num_attention_heads": 16},
     "plan": {"num_stages": 3, "objective": "model_state"},
 }
 
@@ -90,11 +85,8 @@ emb+head: embeddings, final norm and head, included in every stage
     "overrides",
     [
         ["plan.num_stages=1"],
-        ["plan.num_stages=4"],
-        ["plan.count_embeddings=false"],
+        ["plan.num_stages=4", "plan.count_embeddings=false"],
         ["plan.train_embeddings=first_stage"],
-        ["method=growth"],
-        ["plan.layers=[12,6,6]"],
         ["model.hidden_size=32", "pet.rank=2", "model.vocab_size=20"],
         ["model.hidden_size=8192", "model.intermediate_size=28672", "model.num_hidden_layers=80"],
     ],
@@ -122,7 +114,6 @@ def test_plans_of_the_recipes_fit_eighty_columns(
 
 def test_a_budget_that_ordinary_training_would_exceed_refuses_no_table_of_what_fits() -> None:
     fits = plan(load_config("llama_368m", ["plan.budget=13GiB"]))
-    assert fits.vanilla_peak_bytes is not None
     assert fits.vanilla_peak_bytes > 13 * 2**30
     assert "vanilla" in text_of(render_plan, "plan.budget=13GiB")
 
@@ -142,7 +133,6 @@ def test_explain_shows_every_term_and_the_sums() -> None:
     text = text_of(render_explain, width=110)
     for stage in made.stages:
         assert f"{stage.memory.total_bytes:,}" in text
-        assert stage.peak is not None
         for term in (*stage.memory.terms, *stage.peak.highest.memory.terms):
             assert term.formula in text
             assert f"{term.num_bytes:,}" in text
@@ -152,12 +142,7 @@ def test_explain_shows_every_term_and_the_sums() -> None:
     assert "5,887,508,480 bytes" in text
 
 
-def test_show_plan_prints_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    show_plan("llama_368m", ["plan.num_stages=2", "plan.objective=model_state"], as_json=True)
-    assert [stage["num_new_layers"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [14, 10]
-
-
-def test_a_family_that_is_not_written_down_is_planned_from_the_model(
+def test_a_family_that_is_not_written_down_is_planned_from_the_model_and_has_no_time(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     small = ["model.hidden_size=64", "model.intermediate_size=96", "pet.rank=4", "model.vocab_size=100"]
@@ -165,6 +150,8 @@ def test_a_family_that_is_not_written_down_is_planned_from_the_model(
     values = json.loads(capsys.readouterr().out)
     assert values["model_type"] == "starcoder2"
     assert sum(stage["num_new_layers"] for stage in values["stages"]) == 24
+    with pytest.raises(ConfigError, match="operations of model type 'starcoder2' are not known by formula"):
+        show_plan("llama_368m", ["model.model_type=starcoder2", *small], device="h200", as_json=True)
 
 
 IMPORTED = """
@@ -231,7 +218,6 @@ def test_the_plan_tells_from_how_many_micro_batches_updates_in_host_memory_cost_
         overrides = ["memory.offload_optimizer=true", f"train.gradient_accumulation_steps={accumulated}"]
         show_plan("llama_1.2b", ["method=vanilla", "plan.num_stages=1", *overrides], device="rtx4090")
         found = re.search(r"at most 10% of it from ([\d,]+) micro-batches \(now (\d+)\)", capsys.readouterr().out)
-        assert found is not None
         least, now = (int(number.replace(",", "")) for number in found.groups())
         assert now == accumulated
         assert (least <= now) is (accumulated == 10_000)
@@ -256,14 +242,13 @@ def test_the_time_and_its_terms_fit_eighty_columns(
     ("arguments", "message"),
     [
         ({"device": "h20"}, "--device has no 'h20'. Did you mean 'h200'?"),
-        (
-            {"device": "h200", "calibrate": True},
-            "--calibrate times this machine, which is not h200: take --device here.",
-        ),
+        ({"device": "h200", "calibrate": True}, "--calibrate times this machine, which is not h200: take --device "),
         ({"device": "h200", "world_size": 8}, "--device is for one device, and this run has 8: name them with --gpu"),
         ({"gpu": "rtx4090", "world_size": 8}, "--gpu has no 'rtx4090'."),
+        ({"gpu": "h10", "world_size": 8}, "--gpu has no 'h10'. Did you mean 'h100'"),
         ({"bandwidth": "foo", "world_size": 8}, "--bandwidth: cannot read 'foo'"),
         ({"utilization": 0.0, "world_size": 8}, "--utilization=0 is a share of the peak: give a number above 0"),
+        ({"utilization": 40, "world_size": 8}, "--utilization=40 is a share of the peak"),
     ],
 )
 def test_an_option_that_cannot_be_used_is_refused_before_anything_is_printed(
@@ -273,12 +258,6 @@ def test_an_option_that_cannot_be_used_is_refused_before_anything_is_printed(
         show_plan("llama_368m", **arguments)
     assert str(error.value).startswith(message)
     assert capsys.readouterr().out == ""
-
-
-def test_a_family_without_formulas_has_no_time() -> None:
-    small = ["model.hidden_size=64", "model.intermediate_size=96", "pet.rank=4", "model.vocab_size=100"]
-    with pytest.raises(ConfigError, match="operations of model type 'starcoder2' are not known by formula"):
-        show_plan("llama_368m", ["model.model_type=starcoder2", *small], device="h200", as_json=True)
 
 
 def test_the_time_in_the_page_is_the_one_that_is_printed(

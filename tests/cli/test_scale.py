@@ -32,28 +32,22 @@ def text_of(*overrides: str, width: int = 80) -> str:
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("world_size", "others", "words"),
     [
-        ["distributed.world_size=8"],
-        ["distributed.world_size=64", "distributed.shard_size=8", "train.gradient_accumulation_steps=8"],
-        ["distributed.world_size=4", "distributed.shard_size=1"],
-        ["distributed.world_size=1024", "model.hidden_size=8192", "model.intermediate_size=28672", "plan.num_stages=6"],
+        (8, ["pet.rank=8"], "8 devices, all share one copy"),
+        (64, ["distributed.shard_size=8", "train.gradient_accumulation_steps=8"], "64 devices, 8 share one copy"),
+        (4, ["distributed.shard_size=1"], "4 devices, a whole copy on each"),
+        (1024, ["model.hidden_size=8192", "model.intermediate_size=28672", "plan.num_stages=6"], "all share one copy"),
     ],
 )
-def test_the_tables_fit_eighty_columns(overrides: list[str]) -> None:
-    text = text_of(*overrides)
+def test_the_tables_fit_eighty_columns_and_say_how_the_devices_hold_the_model(
+    world_size: int, others: list[str], words: str
+) -> None:
+    text = text_of(f"distributed.world_size={world_size}", *others)
+    assert f"per device: {world_size} devices, " in text
+    assert words in text
     assert "…" not in text
     assert max(len(line) for line in text.splitlines()) <= 80
-
-
-def test_it_says_how_the_devices_hold_the_model_and_what_each_holds() -> None:
-    assert "per device: 64 devices, 8 share one copy" in text_of(
-        "distributed.world_size=64", "distributed.shard_size=8"
-    )
-    assert "per device: 8 devices, all share one copy" in text_of("distributed.world_size=8")
-    assert "per device: 4 devices, a whole copy on each" in text_of(
-        "distributed.world_size=4", "distributed.shard_size=1"
-    )
     assert "per device" not in text_of().split("a step of each device")[0]
 
 
@@ -66,7 +60,6 @@ def test_explain_shows_what_is_gathered_and_sent_with_their_formulas() -> None:
     for words in ("÷ 8, rows rounded up", "gathered weights", "all-gathered: w P_outer", "all-gather: w P_layer"):
         assert words in text
     for stage in made.stages:
-        assert stage.peak is not None
         for term in stage.peak.highest.memory.terms:
             assert f"{term.num_bytes:,}" in text
 
@@ -96,12 +89,8 @@ def test_a_slower_network_and_a_lower_share_take_longer(capsys: pytest.CaptureFi
     assert most_seconds() < most_seconds(gpu="a100")
 
 
-def test_what_cannot_be_read_is_refused_with_the_way_out() -> None:
+def test_a_bandwidth_replaces_the_gpus() -> None:
     assert choose_gpu("h100", "12.5GB/s").network_bandwidth == 12.5e9
     assert choose_gpu("h100") is GPUS["h100"]
-    with pytest.raises(ConfigError, match=r"--gpu has no 'h10'\. Did you mean 'h100'"):
-        choose_gpu("h10")
     with pytest.raises(ConfigError, match=r"--bandwidth: cannot read 'fast'.*in bytes per second"):
         choose_gpu("h100", "fast")
-    with pytest.raises(ConfigError, match="--utilization=40 is a share"):
-        show_plan("llama_368m", ["distributed.world_size=2"], as_json=True, utilization=40)

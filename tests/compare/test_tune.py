@@ -60,7 +60,6 @@ def test_it_ends_with_the_command_of_the_best_rate(
     assert run_tune(str(file), ["method=vanilla", "plan.num_stages=1"], share=0.5) == 0
     record = load_suite(tmp_path / "run-tune")
     rate = record.entries[0].learning_rate
-    assert rate is not None
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"steplm train {file} method=vanilla plan.num_stages=1 optim.learning_rate={rate:g}"
     assert load_config(file, [last.split()[-1]]).optim.learning_rate == rate

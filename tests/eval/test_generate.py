@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from steplm.cli.generate import run_generate
+from steplm.cli.app import generate as command
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import CheckpointError, ConfigError
 from steplm.eval.generate import generate
@@ -69,5 +69,5 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_prompt_and_continuation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_generate(str(folder), PROMPT, max_new_tokens=8, temperature=0)
+    command(str(folder), PROMPT, max_new_tokens=8, temperature=0)
     assert capsys.readouterr().out == PROMPT + generate(folder, PROMPT, max_new_tokens=8, temperature=0) + "\n"

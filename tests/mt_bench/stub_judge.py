@@ -1,7 +1,6 @@
 """A judge for tests: an OpenAI-compatible server on loopback, with verdicts that follow from the text alone.
 
-In a test: ``with StubJudge() as judge: …judge.url…``. On its own, until it is killed: ``python stub_judge.py [PORT]``
-prints the URL.
+In a test: ``with StubJudge() as judge: …judge.url…``.
 """
 
 from __future__ import annotations
@@ -9,12 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any
 
 Messages = list[dict[str, str]]
@@ -67,7 +64,6 @@ class StubJudge:
         refuse_temperature: bool = False,
         raw: bytes | None = None,
         status: int = 200,
-        port: int = 0,
     ) -> None:
         self.faults, self.forever = list(faults), forever
         self.key, self.model, self.reply, self.seconds = key, model, reply, seconds
@@ -79,7 +75,7 @@ class StubJudge:
         self.most_at_once = 0
         self._at_once = 0
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
@@ -95,14 +91,9 @@ class StubJudge:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
-
-    def serve(self) -> None:
-        self._server.serve_forever()
 
     def _fault(self) -> str:
         number = len(self.requests) - 1
@@ -144,8 +135,7 @@ class StubJudge:
                 if stub.refuse_max_tokens and "max_tokens" in body:
                     return self._error(400, "Unsupported 'max_tokens'. Use 'max_completion_tokens' instead.")
                 if stub.refuse_temperature and "temperature" in body:
-                    said = "Unsupported value: 'temperature' does not support 0 with this model."
-                    return self._error(400, said, code="unsupported_value")
+                    return self._error(400, "Unsupported value: 'temperature' does not support 0 with this model.")
                 if stub.raw is not None:
                     return self._send(stub.status, stub.raw)
                 words = fault.split()
@@ -159,16 +149,12 @@ class StubJudge:
                 sent = sum(len(message["content"]) for message in body["messages"])
                 usage = {"prompt_tokens": sent // 4, "completion_tokens": len(said) // 4}
                 choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
-                content = json.dumps(
-                    {
-                        "id": "stub",
-                        "object": "chat.completion",
-                        "created": 0,
-                        "model": body["model"],
-                        "choices": [] if fault == "no choices" else [choice],
-                        "usage": {**usage, "total_tokens": sum(usage.values())},
-                    }
-                ).encode()
+                reply = {
+                    "id": "stub", "object": "chat.completion", "created": 0, "model": body["model"],
+                    "choices": [] if fault == "no choices" else [choice],
+                    "usage": {**usage, "total_tokens": sum(usage.values())},
+                }  # fmt: skip
+                content = json.dumps(reply).encode()
                 if fault == "malformed":
                     content = content[: len(content) // 2]
                 if fault == "page":
@@ -203,9 +189,3 @@ class StubJudge:
                 pass
 
         return Handler
-
-
-if __name__ == "__main__":
-    judge = StubJudge(port=int(sys.argv[1]) if len(sys.argv) > 1 else 0)
-    print(judge.url, flush=True)
-    judge.serve()

@@ -17,6 +17,8 @@ from steplm.mt_bench.client import Endpoint, Failure, JudgeClient, ask_all
 from steplm.mt_bench.journal import Journal
 from steplm.mt_bench.judge import Replies, Reply, Request
 
+Make = Callable[..., Any]
+
 KEY = "sk-very-secret-0123456789"
 
 
@@ -44,9 +46,7 @@ def _ask(judge: Any, replies: Replies, number: int = 1, *, ask_again: int = 2, *
     )
 
 
-def test_a_request_is_what_was_published_and_its_reply_is_saved(
-    stub_judge: Callable[..., Any], replies: Replies
-) -> None:
+def test_a_request_is_what_was_published_and_its_reply_is_saved(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge(key=KEY)
     assert _ask(judge, replies) == []
     (sent,) = judge.requests
@@ -62,7 +62,7 @@ def test_a_request_is_what_was_published_and_its_reply_is_saved(
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "429", "408", "malformed", "cut off", "no choices", "page"])
-def test_what_passes_is_tried_again(stub_judge: Callable[..., Any], replies: Replies, fault: str) -> None:
+def test_what_passes_is_tried_again(stub_judge: Make, replies: Replies, fault: str) -> None:
     judge = stub_judge([fault, fault])
     assert _ask(judge, replies, 2) == []
     assert len(judge.requests) == 4
@@ -71,7 +71,7 @@ def test_what_passes_is_tried_again(stub_judge: Callable[..., Any], replies: Rep
 
 @pytest.mark.parametrize("fault", ["500", "malformed", "cut off", "page"])
 def test_what_does_not_pass_is_a_failure_with_its_reason_and_the_others_go_on(
-    stub_judge: Callable[..., Any], replies: Replies, fault: str
+    stub_judge: Make, replies: Replies, fault: str
 ) -> None:
     judge = stub_judge([fault] * 3)
     (failure,) = _ask(judge, replies, 3)
@@ -81,21 +81,21 @@ def test_what_does_not_pass_is_a_failure_with_its_reason_and_the_others_go_on(
     assert [len(replies.to(request)) for request in _requests(3)] == [0, 1, 1]
 
 
-def test_a_server_that_is_down_for_good_is_left_alone(stub_judge: Callable[..., Any], replies: Replies) -> None:
+def test_a_server_that_is_down_for_good_is_left_alone(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge(["503"], forever=True)
     with pytest.raises(JudgeError, match=r"5 requests in a row.*HTTP 503: told to fail; the key was \*\*\*"):
         _ask(judge, replies, 50, retries=0)
     assert len(judge.requests) <= 6
 
 
-def test_retry_after_is_obeyed_by_all(stub_judge: Callable[..., Any], replies: Replies) -> None:
+def test_retry_after_is_obeyed_by_all(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge(["429 after 0.5"])
     assert _ask(judge, replies, 3) == []
     assert judge.times[1] - judge.times[0] >= 0.5
     assert len(judge.requests) == 4
 
 
-def test_a_long_wait_is_told(stub_judge: Callable[..., Any], replies: Replies) -> None:
+def test_a_long_wait_is_told(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge(["429 after 3000"])
     told: list[str] = []
 
@@ -108,7 +108,7 @@ def test_a_long_wait_is_told(stub_judge: Callable[..., Any], replies: Replies) -
     assert told == ["waiting 50m00s for the judge: HTTP 429: told to fail; the key was ***"]
 
 
-def test_waits_double(stub_judge: Callable[..., Any], replies: Replies) -> None:
+def test_waits_double(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge(["500"] * 3)
     _ask(judge, replies, retries=3, backoff_seconds=0.1)
     waits = [later - earlier for earlier, later in zip(judge.times, judge.times[1:], strict=False)]
@@ -116,17 +116,13 @@ def test_waits_double(stub_judge: Callable[..., Any], replies: Replies) -> None:
         assert wait >= 0.75 * expected
 
 
-def test_a_slow_reply_is_waited_for_and_a_too_slow_one_asked_for_again(
-    stub_judge: Callable[..., Any], replies: Replies
-) -> None:
+def test_a_slow_reply_is_waited_for_and_a_too_slow_one_asked_for_again(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge(["slow 0.3", "slow 3"])
     assert _ask(judge, replies, 2, timeout_seconds=1.0) == []
     assert len(judge.requests) == 3
 
 
-def test_a_reply_that_cannot_be_read_is_asked_for_again_so_many_times(
-    stub_judge: Callable[..., Any], replies: Replies
-) -> None:
+def test_a_reply_that_cannot_be_read_is_asked_for_again_so_many_times(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge(reply=lambda messages: "I would rather not say.")
     assert _ask(judge, replies, 2, ask_again=2) == []
     assert len(judge.requests) == 6
@@ -135,13 +131,13 @@ def test_a_reply_that_cannot_be_read_is_asked_for_again_so_many_times(
     assert len(judge.requests) == 6, "a second run asks no more"
 
 
-def test_requests_go_side_by_side_but_no_more_than_allowed(stub_judge: Callable[..., Any], replies: Replies) -> None:
+def test_requests_go_side_by_side_but_no_more_than_allowed(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge(seconds=0.1)
     _ask(judge, replies, 9, concurrency=3)
     assert judge.most_at_once == 3
 
 
-def test_requests_a_minute_are_spaced(stub_judge: Callable[..., Any], replies: Replies) -> None:
+def test_requests_a_minute_are_spaced(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge()
     began = time.monotonic()
     _ask(judge, replies, 5, concurrency=5, requests_per_minute=600)
@@ -163,7 +159,7 @@ def test_requests_a_minute_are_spaced(stub_judge: Callable[..., Any], replies: R
     ],
 )
 def test_what_no_retry_can_mend_stops_at_once(
-    stub_judge: Callable[..., Any], replies: Replies, server: dict[str, Any], options: dict[str, Any], message: str
+    stub_judge: Make, replies: Replies, server: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     judge = stub_judge(**server)
     with pytest.raises(JudgeError, match=message) as caught:
@@ -173,14 +169,14 @@ def test_what_no_retry_can_mend_stops_at_once(
     assert "secret" not in str(caught.value)
 
 
-def test_of_many_at_once_the_first_refusal_is_told(stub_judge: Callable[..., Any], replies: Replies) -> None:
+def test_of_many_at_once_the_first_refusal_is_told(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge(key="sk-another-secret-key", seconds=0.05)
     with pytest.raises(JudgeError, match="asks for a valid key"):
         _ask(judge, replies, 60, concurrency=12)
     assert len(judge.requests) <= 12
 
 
-def test_a_wrong_path_is_named(stub_judge: Callable[..., Any], replies: Replies) -> None:
+def test_a_wrong_path_is_named(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge()
     client = JudgeClient(Endpoint("stub", judge.url.removesuffix("/v1"), KEY, retries=5, backoff_seconds=0.01))
     with pytest.raises(JudgeError, match=r"HTTP 404.*usually ends in /v1"):
@@ -198,7 +194,7 @@ def test_nobody_there_is_said_at_once(replies: Replies, url: str) -> None:
     assert time.monotonic() - began < 5, "without a retry"
 
 
-def test_a_server_that_was_there_and_goes_is_waited_for(stub_judge: Callable[..., Any], replies: Replies) -> None:
+def test_a_server_that_was_there_and_goes_is_waited_for(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge()
     client = JudgeClient(Endpoint("stub", judge.url, KEY, retries=1, backoff_seconds=0.01))
     client.check()
@@ -208,7 +204,7 @@ def test_a_server_that_was_there_and_goes_is_waited_for(stub_judge: Callable[...
     assert failure.reason.endswith("after 2 tries")
 
 
-def test_the_check_asks_nothing_of_the_model(stub_judge: Callable[..., Any]) -> None:
+def test_the_check_asks_nothing_of_the_model(stub_judge: Make) -> None:
     judge = stub_judge()
     JudgeClient(Endpoint("stub", judge.url, KEY)).check()
     assert judge.requests == []
@@ -223,7 +219,7 @@ def test_the_check_asks_nothing_of_the_model(stub_judge: Callable[..., Any]) -> 
     ],
 )
 def test_an_error_that_comes_as_a_success_is_shown_in_the_judges_words(
-    stub_judge: Callable[..., Any], replies: Replies, body: bytes, said: str
+    stub_judge: Make, replies: Replies, body: bytes, said: str
 ) -> None:
     judge = stub_judge(raw=body)
     (failure,) = _ask(judge, replies)
@@ -233,22 +229,20 @@ def test_an_error_that_comes_as_a_success_is_shown_in_the_judges_words(
 @pytest.mark.parametrize(
     "body", ['{"detail": "too long\\nby far"}', '{"message": "too long by far"}', "too long by far"]
 )
-def test_a_refusal_is_shown_in_the_servers_words(stub_judge: Callable[..., Any], replies: Replies, body: str) -> None:
+def test_a_refusal_is_shown_in_the_servers_words(stub_judge: Make, replies: Replies, body: str) -> None:
     (failure,) = _ask(stub_judge(raw=body.encode(), status=422), replies)
     assert failure.reason == "HTTP 422: too long by far"
 
 
 def test_half_a_character_in_a_reply_is_saved_as_a_replacement(
-    stub_judge: Callable[..., Any], replies: Replies, tmp_path: Path
+    stub_judge: Make, replies: Replies, tmp_path: Path
 ) -> None:
     assert _ask(stub_judge(reply=lambda messages: "ok \ud83d [[6]]"), replies) == []
     assert replies.to(_requests(1)[0])[0].content == "ok \N{REPLACEMENT CHARACTER} [[6]]"
     assert "\N{REPLACEMENT CHARACTER}" in (tmp_path / "replies.jsonl").read_text(encoding="utf-8")
 
 
-def test_a_judge_that_wants_the_limit_under_its_new_name_gets_it(
-    stub_judge: Callable[..., Any], replies: Replies
-) -> None:
+def test_a_judge_that_wants_the_limit_under_its_new_name_gets_it(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge(refuse_max_tokens=True)
     assert _ask(judge, replies, 2) == []
     assert [next(name for name in body if "max" in name) for body in judge.requests] == [
@@ -260,7 +254,7 @@ def test_a_judge_that_wants_the_limit_under_its_new_name_gets_it(
 
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_a_judge_with_a_temperature_of_its_own_is_asked_without_one_and_it_is_told_and_saved(
-    stub_judge: Callable[..., Any], replies: Replies, tmp_path: Path, concurrency: int
+    stub_judge: Make, replies: Replies, tmp_path: Path, concurrency: int
 ) -> None:
     judge = stub_judge(refuse_temperature=True, refuse_max_tokens=True, seconds=0.05)
     said: list[str] = []
@@ -277,9 +271,7 @@ def test_a_judge_with_a_temperature_of_its_own_is_asked_without_one_and_it_is_to
     assert replies.to(Request("single", "single-v1", "stub", "", "")) == []
 
 
-def test_a_refusal_that_says_nothing_of_the_temperature_leaves_it(
-    stub_judge: Callable[..., Any], replies: Replies
-) -> None:
+def test_a_refusal_that_says_nothing_of_the_temperature_leaves_it(stub_judge: Make, replies: Replies) -> None:
     judge = stub_judge(["400"])
     (failure,) = _ask(judge, replies, 3)
     assert failure.reason == "HTTP 400: told to fail; the key was ***"
@@ -301,8 +293,6 @@ def test_secrets_are_neither_in_the_address_shown_nor_in_what_is_printed_of_an_e
         ("http://h/v1", {"api_key": "two\nlines-of-a-key"}),
         ("localhost:8000/v1", {}),
         ("", {}),
-        ("http://h/v1", {"concurrency": 0}),
-        ("http://h/v1", {"requests_per_minute": 0}),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(url: str, options: dict[str, Any]) -> None:

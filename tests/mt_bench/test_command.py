@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+Make = Callable[..., Any]
+
 pytest.importorskip("openai", reason="needs the extra steplm[mtbench]")
 
 KEY = "sk-very-secret-0123456789"
@@ -27,9 +29,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def mtbench(
-    steplm: Callable[..., Any], bench_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Any]:
+def mtbench(steplm: Make, bench_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """``mtbench(judge, …)``: the command with quick retries and the output in ``tmp_path / "out"``."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
@@ -43,7 +43,7 @@ def mtbench(
 
 
 def test_models_are_answered_judged_and_compared(
-    mtbench: Callable[..., Any], stub_judge: Callable[..., Any], model_folder: Path, answer_file: Any, tmp_path: Path
+    mtbench: Make, stub_judge: Make, model_folder: Path, answer_file: Any, tmp_path: Path
 ) -> None:
     judge = stub_judge(key=KEY)
     arguments = [model_folder, "--answers", answer_file("other"), "--mode", "both", "--max-new-tokens", 8]
@@ -56,15 +56,9 @@ def test_models_are_answered_judged_and_compared(
     assert "tiny against other" in result.stdout
     out = tmp_path / "out"
     assert {file.name for file in out.iterdir()} == {
-        "model_answer",
-        "model_judgment",
-        "replies.jsonl",
-        "tables.md",
-        "scores.csv",
-        "scores.json",
-        "radar.png",
+        "model_answer", "model_judgment", "replies.jsonl", "tables.md", "scores.csv", "scores.json", "radar.png",
         "mt_bench.tables.json",
-    }
+    }  # fmt: skip
     singles = _rows(out / "model_judgment/stub_single.jsonl")
     assert Counter(row["model"] for row in singles) == {"tiny": 10, "other": 10}
     assert len(_rows(out / "model_judgment/stub_pair.jsonl")) == 10
@@ -88,7 +82,7 @@ def test_models_are_answered_judged_and_compared(
 
 
 def test_a_judge_at_its_own_temperature_is_named_so_beside_its_scores(
-    mtbench: Callable[..., Any], stub_judge: Callable[..., Any], answer_file: Any, tmp_path: Path
+    mtbench: Make, stub_judge: Make, answer_file: Any, tmp_path: Path
 ) -> None:
     judge = stub_judge(refuse_temperature=True, refuse_max_tokens=True)
     arguments = ["--answers", answer_file("one"), "--limit", 1, "--max-judge-tokens", 9000]
@@ -106,8 +100,8 @@ def test_a_judge_at_its_own_temperature_is_named_so_beside_its_scores(
 
 
 def test_a_judge_that_thinks_aloud_is_named_and_can_be_read_by_its_last_rating(
-    mtbench: Callable[..., Any],
-    stub_judge: Callable[..., Any],
+    mtbench: Make,
+    stub_judge: Make,
     bench_folder: Path,
     answer_file: Any,
     tmp_path: Path,
@@ -131,9 +125,7 @@ def test_a_judge_that_thinks_aloud_is_named_and_can_be_read_by_its_last_rating(
     assert json.loads((tmp_path / "out/scores.json").read_text())["rating"] == "last"
 
 
-def test_nobody_at_the_address_is_one_line_before_anything_is_generated(
-    mtbench: Callable[..., Any], model_folder: Path
-) -> None:
+def test_nobody_at_the_address_is_one_line_before_anything_is_generated(mtbench: Make, model_folder: Path) -> None:
     class Nobody:
         url = "http://127.0.0.1:9/v1"
 
@@ -145,9 +137,7 @@ def test_nobody_at_the_address_is_one_line_before_anything_is_generated(
     assert "answers of" not in result.stderr
 
 
-def test_the_key_is_nowhere(
-    mtbench: Callable[..., Any], stub_judge: Callable[..., Any], answer_file: Any, tmp_path: Path
-) -> None:
+def test_the_key_is_nowhere(mtbench: Make, stub_judge: Make, answer_file: Any, tmp_path: Path) -> None:
     judge = stub_judge(["500"] * 4, forever=False, reply=lambda messages: f"You sent {KEY}. [[5]]")
     results = [mtbench(judge, "--answers", answer_file("one"), "--retries", 0, "--concurrency", 1) for _ in range(2)]
     results.append(mtbench(stub_judge(key="another-secret"), "--answers", answer_file("two")))
@@ -161,7 +151,7 @@ def test_the_key_is_nowhere(
 
 
 def test_missing_judgments_are_told_and_asked_for_by_the_same_command(
-    mtbench: Callable[..., Any], stub_judge: Callable[..., Any], answer_file: Any
+    mtbench: Make, stub_judge: Make, answer_file: Any
 ) -> None:
     judge = stub_judge(["500", "", "", "429"])
     arguments = ["--answers", answer_file("one"), "--retries", 0, "--concurrency", 1]
@@ -178,7 +168,7 @@ def test_missing_judgments_are_told_and_asked_for_by_the_same_command(
 
 
 def test_replies_that_cannot_be_read_are_shown_as_such_and_are_no_number(
-    mtbench: Callable[..., Any], stub_judge: Callable[..., Any], answer_file: Any, tmp_path: Path
+    mtbench: Make, stub_judge: Make, answer_file: Any, tmp_path: Path
 ) -> None:
     def reply(messages: list[dict[str, str]]) -> str:
         return "Well." if "says 1" in messages[-1]["content"] else "[[4]]"
@@ -194,7 +184,7 @@ def test_replies_that_cannot_be_read_are_shown_as_such_and_are_no_number(
 
 
 def test_killed_in_the_middle_of_judging_it_asks_nothing_twice(
-    stub_judge: Callable[..., Any], bench_folder: Path, answer_file: Any, tmp_path: Path
+    stub_judge: Make, bench_folder: Path, answer_file: Any, tmp_path: Path
 ) -> None:
     concurrency = 2
     command = [
@@ -207,8 +197,7 @@ def test_killed_in_the_middle_of_judging_it_asks_nothing_twice(
         "--answers",
         answer_file("two"),
     ]
-    command += ["--mode", "both", "--data", bench_folder, "--output", tmp_path / "out", "--judge-model", "stub"]
-    command += ["--concurrency", concurrency]
+    command += ["--data", bench_folder, "--output", tmp_path / "out", "--concurrency", concurrency]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": KEY}
     replies = tmp_path / "out/replies.jsonl"
 
@@ -240,7 +229,7 @@ def test_killed_in_the_middle_of_judging_it_asks_nothing_twice(
 
 
 def test_a_dry_run_tells_the_cost_and_leaves_no_trace(
-    mtbench: Callable[..., Any], stub_judge: Callable[..., Any], model_folder: Path, tmp_path: Path
+    mtbench: Make, stub_judge: Make, model_folder: Path, tmp_path: Path
 ) -> None:
     judge = stub_judge()
     result = mtbench(judge, model_folder, "--dry-run", "--max-new-tokens", 1000)
@@ -253,8 +242,8 @@ def test_a_dry_run_tells_the_cost_and_leaves_no_trace(
 
 
 def test_what_cannot_be_done_is_said_in_one_message_before_anything_is_spent(
-    mtbench: Callable[..., Any],
-    stub_judge: Callable[..., Any],
+    mtbench: Make,
+    stub_judge: Make,
     answer_file: Any,
     model_folder: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -21,7 +21,7 @@ from steplm.mt_bench.judge import (
     gradings,
     judged,
     open_requests,
-)
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -128,7 +128,6 @@ def test_rows_have_the_fields_of_real_judgments(bench_folder: Path, answers, sha
     }
     for kind, row in made.items():
         real = json.loads((folder / f"phi3.gpt-4_{kind}.jsonl").read_text().splitlines()[0])
-        assert row is not None
         assert list(row) == list(real)
         assert {name: type(value) for name, value in row.items()} == {name: type(value) for name, value in real.items()}
 

@@ -107,7 +107,7 @@ def test_real_judgments_give_the_wins_that_counting_gives(shared_data: Path) -> 
         )
         for n, row in enumerate(rows)
     }
-    scores = all_scores(bench, ["a", "b"], ["pairwise"], _pairs(bench, verdicts))  # type: ignore[arg-type]
+    scores = all_scores(bench, ["a", "b"], ["pairwise"], _pairs(bench, verdicts))
     whole = scores.of("win_share")["a", "b"]["all", None]
     assert [whole.counts[name] for name in ("wins", "losses", "ties")] == [18, 20, 35]  # 2 of 75 rows are errors
     assert whole.unparsable == 2

@@ -1,4 +1,4 @@
-"""Runs that never ran: plans by hand, events by formula."""
+"""Runs that never ran: real plans, events by formula."""
 
 from __future__ import annotations
 
@@ -12,91 +12,11 @@ from typing import Any, cast
 import pytest
 
 from steplm.config import RunConfig, dump_config, load_config
-from steplm.cost.price import Cost
 from steplm.planner.plan import Plan
-from steplm.planner.plan import plan as make_real_plan
-from steplm.planner.positions import make_layer_map
+from steplm.planner.plan import plan as make_plan
 from steplm.report.runs import RunRecord
 from steplm.report.suite import EntryRecord, Question, RunEntry, SuiteRecord, save_suite
-from steplm.schedule import Adapter, Entry, Phase, Schedule, Trained
-from steplm.types import LinearShape, MemoryEstimate, MemoryTerm, ModelShape, to_json
-
-P_LAYER, P_ADAPTER, P_EMBEDDING = 12_600_000, 2_700_000, 65_500_000
-BYTES = {"weights": 2, "gradients": 2, "optimizer": 12}
-
-
-def estimate(num_new: int, num_old: int) -> MemoryEstimate:
-    trained = {"trained_layers": num_new * P_LAYER, "adapters": num_old * P_ADAPTER, "embeddings": P_EMBEDDING}
-    terms = [MemoryTerm(c, kind, n * b, "", n) for c, n in trained.items() if n for kind, b in BYTES.items()]
-    if num_old:
-        terms.append(MemoryTerm("frozen_layers", "weights", 2 * num_old * P_LAYER, "", num_old * P_LAYER))
-    return MemoryEstimate(tuple(terms))
-
-
-def make_plan(layers: Sequence[int], tokens: Sequence[int]) -> Plan:
-    shape = ModelShape(
-        "llama",
-        32000,
-        1024,
-        sum(layers),
-        16,
-        False,
-        (LinearShape("mlp.up_proj", 3000, 4200),),
-        0,
-        P_EMBEDDING,
-        0,
-        0,
-    )
-    phases, costs = [], []
-    for index, (num_new, of_stage) in enumerate(zip(layers, tokens, strict=True), start=1):
-        num_old = sum(layers[: index - 1])
-        layer_map = make_layer_map(num_old, num_new, "upper") if num_old else None
-        entry = Entry("grow", layer_map, "interpolation_mean") if num_old else Entry("fresh")
-        roles = (*[Adapter(128, 512.0, ("up_proj",))] * num_old, *[Trained()] * num_new)
-        phases.append(Phase(index, index, entry, roles, Trained(), of_stage, round(of_stage / 0.75), 0))
-        costs.append(Cost(estimate(num_new, num_old), None, 0, 0))
-    schedule, indices = Schedule(tuple(phases)), tuple(range(len(costs)))
-    vanilla = estimate(sum(layers), 0).total_bytes
-    return Plan(shape, "bf16", schedule, tuple(costs), indices, True, vanilla)
-
-
-def by_kind(memory: MemoryEstimate) -> dict[str, int]:
-    adapters = memory.bytes_of("adapters")
-    kinds = {kind: memory.bytes_of(kind=kind) - memory.bytes_of("adapters", kind) for kind in BYTES}
-    return {**kinds, "adapters": adapters, "total": memory.total_bytes}
-
-
-def make_events(plan: Plan, until: float, advantage: float) -> list[dict[str, Any]]:
-    noise = random.Random(0)
-    total, step = plan.total_tokens, plan.total_tokens // 400
-    events: list[dict[str, Any]] = []
-    position = 0
-    for stage in plan.stages:
-        if stage.index > 1:
-            events.append({"event": "growth", "stage": stage.index, "tokens_seen": position})
-        measured = by_kind(stage.memory)
-        events.append({"event": "stage_start", "stage": stage.index, "measured_bytes": measured})
-        end = position + stage.tokens
-        bump = 0.35 if stage.index > 1 else 0.0
-        start = position
-        while position < end:
-            position = min(position + step, end)
-            if position > until * total:
-                return events
-            share = position / total
-            loss = 2.9 - advantage + 7.5 * math.exp(-share * 60) + 1.4 * math.exp(-share * 5)
-            loss += bump * math.exp(-(position - start) / total * 60)
-            common = {"stage": stage.index, "tokens_seen": position}
-            events.append(
-                {
-                    "event": "train", **common, "loss": loss + noise.gauss(0, 0.06),
-                    "tokens_per_second": 1000.0 + 100 * stage.index, "elapsed_seconds": position / 1000,
-                }
-            )  # fmt: skip
-            if (position // step) % 40 == 0:
-                events.append({"event": "eval", **common, "loss": loss + 0.03, "perplexity": math.exp(loss + 0.03)})
-        events.append({"event": "stage_end", "stage": stage.index, "tokens_seen": position})
-    return events
+from steplm.types import to_json
 
 
 @pytest.fixture
@@ -106,15 +26,17 @@ def make_record() -> Callable[..., RunRecord]:
         layers: Sequence[int] = (6, 4),
         tokens: Sequence[int] = (40_000_000, 60_000_000),
         until: float = 1.0,
-        advantage: float = 0.0,
     ) -> RunRecord:
-        plan = make_plan(layers, tokens)
-        summary = (
-            {"validation_loss": 3.0, "validation_perplexity": 20.0, "elapsed_seconds": 200_000.0}
-            if until >= 1
-            else None
-        )
-        return RunRecord(label, RunConfig(), plan, tuple(make_events(plan, until, advantage)), summary)
+        size = {"hidden_size": 1024, "intermediate_size": 2736, "num_attention_heads": 16}
+        values = {
+            "model": {**size, "num_hidden_layers": sum(layers)},
+            "plan": {"num_stages": len(layers), "layers": list(layers), "tokens_per_stage": list(tokens)},
+        }
+        config = load_config(values)
+        plan = make_plan(config)
+        summary = {"validation_loss": 3.0, "validation_perplexity": 20.0, "elapsed_seconds": 200_000.0}
+        events = tuple(suite_events(plan, seed=0, advantage=0.0, until=until))
+        return RunRecord(label, config, plan, events, summary if until >= 1 else None)
 
     return make
 
@@ -126,15 +48,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...], float]] = {
     "vanilla": ("Vanilla", ("plan.num_stages=1",), 0.0),
     "step_2": ("STEP, 2 stages", ("plan.num_stages=2",), 0.004),
     "step_3": ("STEP, 3 stages", ("plan.num_stages=3",), 0.012),
-    "step_4": ("STEP, 4 stages", ("plan.num_stages=4",), 0.05),
-    "rank_32": ("STEP, rank 32", ("plan.num_stages=2", "pet.rank=32"), 0.06),
-    "growth": ("Growth alone", ("plan.num_stages=2", "method=growth"), -0.02),
-    "frozen": ("No adapters", ("plan.num_stages=2", "pet.method=none"), 0.16),
-    "first": ("Embeddings frozen", ("plan.num_stages=2", "plan.train_embeddings=first_stage"), 0.11),
-    "eight_bit": ("8-bit Adam", ("plan.num_stages=1", "memory.optimizer_states=8bit"), 0.01),
     "no_master": ("No master weights", ("plan.num_stages=1", "memory.master_weights=false"), 0.03),
-    "int8": ("STEP, int8 frozen", ("plan.num_stages=2", "memory.frozen_weights=int8"), 0.015),
-    "nf4": ("STEP, NF4 frozen", ("plan.num_stages=2", "memory.frozen_weights=nf4"), 0.03),
 }
 GRID = (0.001, 0.002, 0.004)
 
@@ -205,7 +119,7 @@ def suite_events(plan: Plan, seed: int, advantage: float, until: float = 1.0) ->
 def write_suite_run(folder: Path, name: str, seed: int, rate: float, until: float = 1.0) -> None:
     """A run directory with all that a report reads."""
     config = suite_config(name, seed, rate)
-    plan = make_real_plan(config)
+    plan = make_plan(config)
     penalty = METHODS[name][2] + 0.05 * math.log2(rate / 0.002) ** 2
     events = suite_events(plan, seed, penalty, until)
     folder.mkdir(parents=True)

@@ -12,10 +12,12 @@ import matplotlib
 import pytest
 from method_figure import method_figure
 
-from steplm.report.figure import growth_label, measured_spans, run_figure, smoothed
+from steplm.report.figure import measured_spans, run_figure, smoothed
 from steplm.report.runs import RunRecord
 from steplm.report.style import spread
 from steplm.units import percent
+
+MakeRecord = Callable[..., RunRecord]
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -24,38 +26,30 @@ def texts_of(svg: Path) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]+)</text>", svg.read_text())
 
 
-def test_one_run_shows_growth_kinds_and_the_saving(make_record: Callable[..., RunRecord], tmp_path: Path) -> None:
+def test_one_run_shows_growth_kinds_and_the_saving(make_record: MakeRecord, tmp_path: Path) -> None:
     texts = texts_of(run_figure([make_record("STEP")], tmp_path / "run.svg"))
-    for words in (
-        "6→10 layers",
-        "STEP",
-        "perplexity 20.00",
-        "vanilla 2.85 GiB",
-        "−26.1%",
-        "measured",
-        "planned",
-    ):
-        assert words in texts
+    words = {"6→10 layers", "STEP", "perplexity 20.00", "vanilla 2.85 GiB", "−26.3%", "measured", "planned"}
+    assert words <= set(texts)
     assert {text.split()[0] for text in texts} >= {"weights", "gradients", "optimizer", "adapters"}
 
 
-def test_several_runs_are_told_apart_by_name(make_record: Callable[..., RunRecord], tmp_path: Path) -> None:
+def test_several_runs_are_told_apart_by_name(make_record: MakeRecord, tmp_path: Path) -> None:
     records = [make_record("STEP"), make_record("vanilla", (10,), (100_000_000,))]
     texts = texts_of(run_figure(records, tmp_path / "runs.svg"))
     assert texts.count("STEP") == texts.count("vanilla") == 2  # once a panel
-    assert "peak 2.11 GiB, −26.1%" in texts
+    assert "peak 2.10 GiB, −26.3%" in texts
     assert "peak 2.85 GiB" in texts
 
 
 @pytest.mark.parametrize("until", [0.0, 0.3, 0.7])
-def test_a_run_in_progress_can_be_drawn(make_record: Callable[..., RunRecord], tmp_path: Path, until: float) -> None:
+def test_a_run_in_progress_can_be_drawn(make_record: MakeRecord, tmp_path: Path, until: float) -> None:
     record = make_record(until=until)
     for number, records in enumerate(([record], [record, replace(record, events=())])):
         path = run_figure(records, tmp_path / f"new/folder/{number}.png")
         assert path.read_bytes().startswith(PNG)
 
 
-def test_the_last_few_steps_of_a_stage_are_not_a_point_of_their_own(make_record: Callable[..., RunRecord]) -> None:
+def test_the_last_few_steps_of_a_stage_are_not_a_point_of_their_own(make_record: MakeRecord) -> None:
     record = make_record()
     train = [
         {"event": "train", "stage": stage, "tokens_seen": tokens, "loss": loss}
@@ -73,7 +67,7 @@ def test_the_last_few_steps_of_a_stage_are_not_a_point_of_their_own(make_record:
     assert replace(record, events=()).training_losses == []
 
 
-def test_drawing_leaves_the_settings_of_matplotlib_alone(make_record: Callable[..., RunRecord], tmp_path: Path) -> None:
+def test_drawing_leaves_the_settings_of_matplotlib_alone(make_record: MakeRecord, tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     run_figure([make_record()], tmp_path / "run.png")
     assert dict(matplotlib.rcParams) == before
@@ -84,17 +78,13 @@ def test_the_method_figure_names_stages_and_costs(tmp_path: Path) -> None:
     assert {"Stage 1", "Stage 2", "Stage 3", "Result", "frozen: 2 bytes a parameter"} <= set(texts)
 
 
-def test_measured_spans_cover_the_run_without_gaps(make_record: Callable[..., RunRecord]) -> None:
-    record = make_record(tokens=(40_000_000, 60_000_000), until=0.7)
+def test_measured_spans_cover_the_run_without_gaps(make_record: MakeRecord) -> None:
+    record = make_record(until=0.7)
     first, second = measured_spans(record)
-    assert (first.start, first.end, second.start, second.end) == (0, 40e6, 40e6, 70e6)
+    growth = record.plan.stages[0].tokens
+    assert (first.start, first.end, second.start, second.end) == (0, growth, growth, record.tokens_seen)
     for span, stage in zip((first, second), record.plan.stages, strict=True):
         assert sum(span.bytes_by_kind.values()) == stage.memory.total_bytes
-
-
-def test_growth_is_labelled_with_both_depths(make_record: Callable[..., RunRecord]) -> None:
-    record = make_record(layers=(11, 8, 5), tokens=(1000, 1000, 1000))
-    assert [growth_label(record, stage) for stage in (2, 3)] == ["11→19 layers", "19→24 layers"]
 
 
 def test_percent_has_a_proper_minus() -> None:

@@ -18,11 +18,13 @@ import pytest
 from steplm.report.page import WITHOUT_PLOTLY, write_page
 from steplm.report.summary import Suite, read_suite
 
+MakeSuite = Callable[..., Path]
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="module")
-def suite(make_suite: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Suite:
+def suite(make_suite: MakeSuite, tmp_path_factory: pytest.TempPathFactory) -> Suite:
     names = ("vanilla", "step_2", "step_3", "no_master")
     folder = tmp_path_factory.mktemp("page") / "suite"
     return read_suite(make_suite(folder, names, (0, 1), {("no_master", 1): "diverged"}))
@@ -52,7 +54,6 @@ def test_the_page_names_no_address_and_forbids_every_request(suite: Suite, tmp_p
     assert addresses
     assert [address for address in addresses if not address.startswith(("#", "data:"))] == []
     policy = next(a["content"] for _, a in tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy is not None
     assert policy.startswith("default-src 'none'")
     assert "http" not in policy
     assert "connect-src" not in policy
@@ -100,9 +101,7 @@ def test_without_plotly_the_page_shows_pictures_and_says_how_to_get_it(
     assert not [attributes for tag, attributes in page.found if tag == "button" and "data-entry" in attributes]
 
 
-def test_the_page_shows_the_lengths_of_the_documents_if_a_run_has_them(
-    make_suite: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_the_page_shows_the_lengths_of_the_documents_if_a_run_has_them(make_suite: MakeSuite, tmp_path: Path) -> None:
     folder = make_suite(tmp_path / "suite", ("step_3",), (0,)) / "runs/step_3/lr0.002-seed0"
     without = write_page(read_suite(folder), tmp_path / "without.html", {}).read_text()
     log = folder / "metrics.jsonl"
@@ -111,7 +110,7 @@ def test_the_page_shows_the_lengths_of_the_documents_if_a_run_has_them(
     page = write_page(read_suite(folder), tmp_path / "index.html", {}).read_text()
     assert "Document lengths" in page
     assert "Document lengths" not in without
-    chart = json.loads(re.search(r'id="data">(.+?)</script>', page)[1])["charts"][-1]  # type: ignore[index]
+    chart = json.loads(re.search(r'id="data">(.+?)</script>', page)[1])["charts"][-1]
     assert (chart["x_title"], chart["traces"][0]["y"]) == ("document length, tokens", [25, 75])
 
 
@@ -213,13 +212,13 @@ def test_the_page_works_in_a_browser(suite: Suite, tmp_path: Path, browser: str,
     assert seen["titles"] == ["tokens", "training FLOPs", "wall time, minutes"]
 
 
-def test_the_page_of_one_run_works_in_a_browser(make_suite: Callable[..., Path], tmp_path: Path, browser: str) -> None:
+def test_the_page_of_one_run_works_in_a_browser(make_suite: MakeSuite, tmp_path: Path, browser: str) -> None:
     make_suite(tmp_path / "suite", ("step_3",), (0,))
     alone = read_suite(tmp_path / "suite/runs/step_3/lr0.002-seed0")
     page = write_page(alone, tmp_path / "index.html", {})
     html = page.read_text()
     assert "Stages of step_3" in html
-    data = json.loads(re.search(r'id="data">(.+?)</script>', html)[1])  # type: ignore[index]
+    data = json.loads(re.search(r'id="data">(.+?)</script>', html)[1])
     assert [chart["id"] for chart in data["charts"]] == ["q1-loss", "q1-memory", "q1-growth"]
     roles = {trace["role"] for chart in data["charts"] for trace in chart["traces"]}
     assert roles == {"faint", "line", "growth", "area", "planned"}

@@ -27,30 +27,26 @@ def suite(make_suite: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 def test_flops_over_a_run_end_at_the_plans(suite: Suite) -> None:
     for run in suite.runs:
-        assert run.plan is not None
-        at = flops_at(run)
-        assert at(0) == 0
-        assert at(run.plan.total_tokens) == pytest.approx(run.training_flops)
-        first = run.plan.stages[0]
-        assert at(first.tokens / 2) == pytest.approx(first.tokens / 2 * run.stage_flops_per_token[0])
+        plan = run.record.plan
+        half = plan.stages[0].tokens / 2
+        expected = [0, half * plan.stages[0].flops_per_token, plan.training_flops]
+        assert flops_at(run.record, [0, half, plan.total_tokens]) == pytest.approx(expected)
 
 
 def test_time_between_two_logged_steps_is_in_proportion(suite: Suite) -> None:
     record = suite.runs[0].record
-    assert record is not None
     events = [
         {"event": "train", "tokens_seen": 100, "elapsed_seconds": 10.0},
         {"event": "train", "tokens_seen": 200, "elapsed_seconds": 40.0},
     ]
-    at = seconds_at(replace(record, events=tuple(events)))
-    assert [at(t) for t in (0, 50, 100, 150, 200, 300)] == pytest.approx([0, 5, 10, 25, 40, 40])
-    assert seconds_at(replace(record, events=()))(5.0) == 0.0
+    tokens = (0, 50, 100, 150, 200, 300)
+    assert seconds_at(replace(record, events=tuple(events)), tokens) == pytest.approx([0, 5, 10, 25, 40, 40])
+    assert seconds_at(replace(record, events=()), [5.0]) == [0.0]
 
 
 def test_a_curve_is_the_mean_of_its_seeds_within_their_extremes(suite: Suite) -> None:
     entry = suite.entries["step_3"]
     drawn = curve(entry)
-    assert drawn is not None
     losses = [[e["loss"] for e in run.record.events_of("eval")] for run in entry.runs if run.record is not None]
     assert drawn.validation.loss == pytest.approx([sum(pair) / 2 for pair in zip(*losses, strict=True)])
     series = drawn.validation
@@ -60,9 +56,7 @@ def test_a_curve_is_the_mean_of_its_seeds_within_their_extremes(suite: Suite) ->
 
 def test_growths_stand_on_the_curve_where_a_stage_ends(suite: Suite) -> None:
     drawn = curve(suite.entries["step_3"])
-    assert drawn is not None
     plan = suite.entries["step_3"].plan
-    assert plan is not None
     ends = [plan.stages[0].tokens, plan.stages[0].tokens + plan.stages[1].tokens]
     assert [point.tokens for point in drawn.growths] == ends
     assert set(ends) <= set(drawn.validation.tokens)
@@ -73,11 +67,9 @@ def test_growths_stand_on_the_curve_where_a_stage_ends(suite: Suite) -> None:
 
 def test_a_window_is_cut_at_the_growth(suite: Suite) -> None:
     drawn = curve(suite.entries["step_3"])
-    assert drawn is not None
-    for window in growth_windows(drawn):
-        assert max(tokens for tokens, _ in window.before) <= window.point.tokens
-        assert min(tokens for tokens, _ in window.after) > window.point.tokens
-        assert min(len(window.before), len(window.after)) >= FEWEST_POINTS
+    for point, before, after in growth_windows(drawn):
+        assert max(tokens for tokens, _ in before) <= point.tokens < min(tokens for tokens, _ in after)
+        assert min(len(before), len(after)) >= FEWEST_POINTS
 
 
 def test_files_show_the_charts_of_the_page(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +139,6 @@ def test_document_lengths_are_drawn_as_shares_and_left_out_where_no_run_has_them
     assert documents_chart(with_counts([0, 0, 1])) is None  # one document has no distribution
     measured = with_counts([0, 0, 100, 0, 300])
     chart = documents_chart(measured)
-    assert chart is not None
     assert chart["traces"][0]["x"] == [2.5, 3.5, 4.5]
     assert chart["traces"][0]["y"] == [25, 0, 75]
     assert chart["traces"][0]["hover"][2] == "16 to 31 tokens<br>300 documents, 75.0%"

@@ -54,7 +54,6 @@ def test_the_highest_point_of_each_part_is_the_peak_that_is_counted_there(measur
 
 def test_lines_and_circles_are_the_plans() -> None:
     for stage, drawn in zip(plan(configure()).stages, counted().stages, strict=True):
-        assert stage.peak is not None
         assert drawn.planned_bytes == stage.peak.total_bytes
         planned = {instant.name: instant.memory.total_bytes for instant in stage.peak.instants}
         circles = {part.name: part.planned_bytes for part in drawn.parts}
@@ -109,8 +108,6 @@ def test_the_figure_names_stages_peaks_and_savings(tmp_path: Path, monkeypatch: 
     assert texts.count("stage 1") == texts.count("stage 2") == 2
     assert texts.count("one stage") == 1
     made = plan(configure("train.gradient_accumulation_steps=1"))
-    assert made.peak_bytes is not None
-    assert made.vanilla_peak_bytes is not None
     saving = f"{100 * (1 - made.peak_bytes / made.vanilla_peak_bytes):.1f}%"
     assert any(text.startswith("peak") and text.endswith(f"−{saving}") for text in texts)
     assert "filled: simulated" in texts

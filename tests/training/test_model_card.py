@@ -131,7 +131,6 @@ def test_the_code_on_the_card_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     export_dir = train(tiny_run(tmp_path / "run")).export_dir
-    assert export_dir is not None
     code = (export_dir / "README.md").read_text().split("```python\n")[1].split("```")[0]
     export_dir.rename(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
