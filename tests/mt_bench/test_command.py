@@ -187,16 +187,8 @@ def test_killed_in_the_middle_of_judging_it_asks_nothing_twice(
     stub_judge: Make, bench_folder: Path, answer_file: Any, tmp_path: Path
 ) -> None:
     concurrency = 2
-    command = [
-        sys.executable,
-        "-m",
-        "steplm",
-        "mtbench",
-        "--answers",
-        answer_file("one"),
-        "--answers",
-        answer_file("two"),
-    ]
+    command = [sys.executable, "-m", "steplm", "mtbench", "--mode", "both", "--judge-model", "stub"]
+    command += ["--answers", answer_file("one"), "--answers", answer_file("two")]
     command += ["--data", bench_folder, "--output", tmp_path / "out", "--concurrency", concurrency]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": KEY}
     replies = tmp_path / "out/replies.jsonl"
