@@ -103,12 +103,12 @@ class ModelConfig(Section):
             del values["num_key_value_heads"]
         elif self.num_key_value_heads is None:
             values["num_key_value_heads"] = self.num_attention_heads
-        return {**values, **{key: value for key, value in self.extra.items() if key != "num_key_value_heads" or value}}
+        return {**values, **self.extra}
 
     @property
     def has_default_key_value_heads(self) -> bool:
-        """Whether the family's default applies: nothing is set, and a null in ``extra`` says so."""
-        return self.num_key_value_heads is None and self.extra.get("num_key_value_heads", 1) is None
+        """Whether the family's default applies: to a ``config.json`` that does not say."""
+        return self.num_key_value_heads is None and "transformers_version" in self.extra
 
 
 class TextSource(Section):
@@ -716,9 +716,10 @@ def _of_hf_config(path: Path) -> dict[str, Any]:
         for key, value in values.items()
         if key not in ignored and not key.startswith("_") and not key.endswith("_token_id")
     }
-    extra.setdefault("transformers_version", "unknown")  # as written by it: keys that the family lacks are no mistakes
-    if "num_key_value_heads" not in own:
-        extra["num_key_value_heads"] = None
+    # The mark of a written configuration, in which keys that the family lacks are no mistakes.
+    extra["transformers_version"] = values.get("transformers_version") or "unknown"
+    if extra.pop("num_key_value_heads", 1) is None:
+        own["num_key_value_heads"] = own["num_attention_heads"]
     length = min(TrainConfig().sequence_length, own.get("max_position_embeddings", 2048))
     own.setdefault("tie_word_embeddings", None)  # transformers leaves out what is the default
     return {"name": path.parent.name or "run", "model": {**own, "extra": extra}, "train": {"sequence_length": length}}

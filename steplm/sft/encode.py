@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,14 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+    num_skipped_answers: int = 0  # that the template renders differently in the history
 
     @property
     def num_answer_tokens(self) -> int:
         return sum(label != IGNORE_INDEX for label in self.labels[1:])  # the first token is never predicted
 
     def cut(self, length: int) -> Example:
-        return Example(self.input_ids[:length], self.labels[:length])
+        return replace(self, input_ids=self.input_ids[:length], labels=self.labels[:length])
 
 
 class Encoder:
@@ -58,10 +59,11 @@ class Encoder:
             [*part] if is_answer else [IGNORE_INDEX] * len(part)
             for part, (_, is_answer) in zip(ids, pieces, strict=True)
         ]
-        example = Example(list(chain(*ids)), list(chain(*labels)))
+        num_skipped = len(conversation.answers()) - sum(is_answer for _, is_answer in pieces)
+        example = Example(list(chain(*ids)), list(chain(*labels)), num_skipped)
         if example.labels[-1] not in self._special:
             end = self.tokenizer.eos_token_id
-            example = Example([*example.input_ids, end], [*example.labels, end])
+            example = replace(example, input_ids=[*example.input_ids, end], labels=[*example.labels, end])
         return example
 
     def _rendered(self, conversation: Conversation) -> list[tuple[str, bool]]:
@@ -79,13 +81,15 @@ class Encoder:
         position = 0
         for index in answers:
             before = self._render(messages[:index], add_generation_prompt=True)
-            after = self._render(messages[: index + 1])
             # The model need not generate what follows the end-of-turn token, often a newline.
-            end = len(after.rstrip())
-            continues = whole.startswith(before) and whole[:end] == after[:end]
-            if continues and messages[index]["content"].strip() in whole[len(before) : end]:
-                pieces += [(whole[position : len(before)], False), (whole[len(before) : end], True)]
-                position = end
+            after = self._render(messages[: index + 1]).rstrip()
+            if not whole.startswith(after):  # some templates (Phi-3) put EOS at the end of a conversation
+                after = after.removesuffix(self.tokenizer.eos_token).rstrip()
+            continues = whole.startswith(before) and whole.startswith(after)
+            answer = after[len(before) :]
+            if continues and _without_spaces(messages[index]["content"]) in _without_spaces(answer):
+                pieces += [(whole[position : len(before)], False), (answer, True)]
+                position = len(after)
             elif index == answers[-1]:
                 how = "leaves out or changes" if continues else "does not continue its own prompt by"
                 raise ValueError(f"the chat template {how} the answer")
@@ -122,3 +126,8 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _without_spaces(text: str) -> str:
+    """Templates strip answers, or put the tags of reasoning on lines of their own."""
+    return "".join(text.split())

@@ -99,11 +99,11 @@ def prepare_records(
         num_truncated=num_truncated,
         num_too_long=num_too_long,
         end_ids=tuple(sorted(end_ids)),
-        notes=tuple(_notes(records)),
+        notes=tuple(_notes(records, sum(example.num_skipped_answers for example in (*sides[False], *sides[True])))),
     )
 
 
-def _notes(records: Records) -> Iterator[str]:
+def _notes(records: Records, num_skipped_answers: int) -> Iterator[str]:
     if records.unread:
         shown = [
             f"{name} ({count:,} of {records.num_records:,} records)"
@@ -112,6 +112,8 @@ def _notes(records: Records) -> Iterator[str]:
         if (more := len(records.unread) - MOST_COLUMNS) > 0:
             shown.append(f"and {more:,} more")
         yield f"columns not read: {', '.join(shown)}"
+    if num_skipped_answers:
+        yield f"{num_skipped_answers:,} earlier answers not learned: the chat template changes them in the history"
     yield from (f"unusable: {line}" for line in records.reasons())
 
 

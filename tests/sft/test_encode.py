@@ -171,10 +171,23 @@ def test_an_answer_is_learned_as_the_record_has_it_or_not_at_all(tokenizer: PreT
     with pytest.raises(ValueError, match="leaves out or changes the answer"):
         Encoder(tokenizer).encode(as_conversation({"messages": [TURNS[1], thought]}))
     example = Encoder(tokenizer).encode(as_conversation({"messages": [TURNS[1], thought, *TURNS[3:]]}))
-    assert learned(tokenizer, example) == [f"dog<|im_end|>{END}"]
+    assert (learned(tokenizer, example), example.num_skipped_answers) == ([f"dog<|im_end|>{END}"], 1)
+    as_lines = f"{content}.replace('</think>', '\\n</think>\\n\\n')"
+    tokenizer.chat_template = CHATML.replace(content, as_lines)
+    example = Encoder(tokenizer).encode(as_conversation({"messages": [TURNS[1], thought]}))
+    assert learned(tokenizer, example) == [f"<think>miau\n</think>\n\ncat<|im_end|>{END}"]
     tokenizer.chat_template = CHATML.replace(content, f"{content} | trim")
     example = Encoder(tokenizer).encode(as_conversation({"messages": [TURNS[1], {**thought, "content": " cat "}]}))
     assert learned(tokenizer, example) == [f"cat<|im_end|>{END}"]
+
+
+def test_an_earlier_answer_is_learned_where_the_template_ends_each_conversation(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """As Phi-3's does, by EOS unless it adds a generation prompt."""
+    tokenizer.chat_template = f"{CHATML}{{% if not add_generation_prompt %}}{{{{ eos_token }}}}{{% endif %}}"
+    example = Encoder(tokenizer).encode(as_conversation({"messages": TURNS}))
+    assert learned(tokenizer, example) == ["cat<|im_end|>", f"dog<|im_end|>\n{END}"]
 
 
 def test_an_unknown_character_does_not_end_an_answer(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -125,6 +125,21 @@ def test_columns_that_are_not_read_are_named_once(tokenizer: PreTrainedTokenizer
     }  # fmt: skip
 
 
+def test_answers_that_the_template_changes_in_the_history_are_counted(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    set_chat_template(tokenizer, None)
+    only_last = "{% if loop.last %}{{ m.content }}{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}:{% else %}"
+        + only_last
+        + "{% endif %}{% endfor %}"
+    )
+    entries = written(tmp_path, [{"messages": CHAT["messages"] * 3}])
+    prepared = prepare_records(entries, tokenizer, SftConfig(validation_fraction=0), sequence_length=999)
+    assert prepared.notes == ("2 earlier answers not learned: the chat template changes them in the history",)
+
+
 def test_a_list_of_records_under_data_is_read_and_a_bad_one_named_by_its_place(tmp_path: Path) -> None:
     path = tmp_path / "wrapped.json"
     path.write_text(json.dumps({"data": [ALPACA, CHAT, {"text": "?"}]}))
