@@ -30,6 +30,7 @@ from steplm.eval.chat import load_chat_tokenizer
 from steplm.eval.fingerprint import model_fingerprint
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
+from steplm.models.forward import check_causal
 from steplm.mt_bench.data import NUM_TURNS, Answer, Choice, Question, QuestionId, Turns
 from steplm.mt_bench.journal import Journal
 from steplm.units import reason
@@ -89,7 +90,8 @@ def answer_questions(
         on_answers: called with the number of answers that a batch added.
 
     Raises:
-        ConfigError: there is no chat template, or ``file`` has answers from another model or other settings.
+        ConfigError: there is no chat template, the model is not causal, or ``file`` has answers from another model or
+            other settings.
         CheckpointError, DataError, HubUnavailable: no model or tokenizer was found.
     """
     with Journal(file, Answer) as journal:
@@ -109,6 +111,7 @@ def answer_questions(
                 continue
             if model is None:
                 model = load_pretrained(folder).to(resolve_device(device)).eval()
+                check_causal(model)
             # Answer the whole batch again, because padding affects the last bits of its logits.
             completions = _answer_batch(model, tokenizer, batch, settings)
             rows = [

@@ -136,7 +136,9 @@ def _write(folder: Path, checkpoint: Checkpoint, config: RunConfig, plan: Plan, 
         setattr(hf_config, name, token_id)
     save_folder(folder, hf_config, weights)
     shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
-    _generation_config(config, special).save_pretrained(folder)
+    # Not save_pretrained, which refuses settings that published folders have: a temperature without do_sample.
+    generation = _generation_config(config, special)
+    generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     provenance = [to_json(layer) for layer in checkpoint.state.provenance]
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
     (folder / "plan.json").write_text(json.dumps(to_json(plan), indent=1) + "\n")

@@ -161,3 +161,11 @@ def test_answers_of_another_model_seed_or_question_are_not_taken(model_folder: P
     file.write_text('{"question_id": 1, "model_id": "x", "choices": [{"turns": ["a", "b"]}]}\n')
     with pytest.raises(DataError, match="--answers"):
         _answer(model_folder, file, QUESTIONS[:1])
+
+
+def test_a_model_that_is_not_causal_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "is_causal": False}))
+    with pytest.raises(ConfigError, match="is not causal"):
+        _answer(copy, tmp_path / "answers.jsonl")
