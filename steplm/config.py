@@ -308,7 +308,7 @@ class OptimConfig(Section):
         Scheduler,
         BeforeValidator(lambda value: SHORT_SCHEDULER_NAMES.get(value, value) if isinstance(value, str) else value),
         WithJsonSchema({"enum": [*get_args(Scheduler), *SHORT_SCHEDULER_NAMES]}),
-    ] = "cosine"
+    ] = Field("cosine", description="cosine, warmup_stable_decay (short: wsd) or constant_with_warmup (constant)")
     schedule_over: Literal["stage", "run"] = Field(
         "stage", description="each stage has its own schedule; run: one over all stages, with a warm-up in each"
     )

@@ -104,15 +104,19 @@ def plan(
     ] = False,
     device: Annotated[
         str | None,
-        typer.Option(help="Tell the hours on h200, rtx4090, …, or here: this machine, timed in less than a minute."),
+        typer.Option(help="Estimate the time on h200, rtx4090, …, or here: this machine, timed in less than a minute."),
     ] = None,
-    price: Annotated[float | None, typer.Option(help="What an hour of the device costs, e.g. 2.5.", min=0)] = None,
+    price: Annotated[float | None, typer.Option(help="Cost of an hour of --device, e.g. 2.5.", min=0)] = None,
     world_size: Annotated[int | None, typer.Option(min=1, help="Devices, e.g. 64: distributed.world_size=64.")] = None,
     shard_size: Annotated[
         int | None, typer.Option(min=1, help="Devices that share one copy of the model; default: all.")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="GPU for the time estimate: a100, h100 or b200.")] = "h100",
-    utilization: Annotated[float, typer.Option(help="Share of its peak FLOP/s that it reaches.")] = 0.4,
+    gpu: Annotated[
+        str, typer.Option(help="With several devices: GPU of the time estimate, a100, h100 or b200.")
+    ] = "h100",
+    utilization: Annotated[
+        float, typer.Option(help="With several devices: share of its peak FLOP/s that a GPU reaches.")
+    ] = 0.4,
     bandwidth: Annotated[
         str | None,
         typer.Option(help="Bytes per second from each device to other nodes, e.g. 25GB; default: the GPU's."),
@@ -145,17 +149,19 @@ def fit(
     run: Run,
     overrides: Overrides = None,
     budget: Annotated[
-        str | None, typer.Option(help="Bytes of the device, e.g. 24GiB; default: the memory of --device.")
+        str | None, typer.Option(help="Memory of the device, e.g. 24GiB; default: that of --device.")
     ] = None,
     host_budget: HostBudget = None,
     device: Annotated[
-        str | None, typer.Option(help="Tell the time on h200, rtx4090, … or here, and rank by it.")
+        str | None, typer.Option(help="Estimate the time on h200, rtx4090, …, or here (this machine), and rank by it.")
     ] = None,
     maximize: Annotated[
         str | None, typer.Option(help="depth, width, batch or sequence; default: sizes stay as written.")
     ] = None,
     vary: Annotated[str, typer.Option(help="What else may change.")] = "stages,rank,options",
-    show: Annotated[int, typer.Option(help="Commands to print, from the gentlest way to the harshest.", min=1)] = 3,
+    show: Annotated[
+        int, typer.Option(help="Number of commands to print, from the gentlest way to the harshest.", min=1)
+    ] = 3,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Draw memory against time, e.g. fit.png or fit.svg.")
     ] = None,
@@ -181,7 +187,7 @@ def fit(
 def prepare(
     run: Run,
     overrides: Overrides = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every shard again and compare its hash.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every shard and check its hash.")] = False,
 ) -> None:
     """Turn documents into token shards; restartable."""
     from steplm.cli.prepare import run_prepare
@@ -197,7 +203,9 @@ def train(
     host_budget: HostBudget = None,
     extend: Annotated[
         Path | None,
-        typer.Option(help="Go on from this run's last checkpoint before its decay; needs more tokens and a new name."),
+        typer.Option(
+            help="Continue from this run's last checkpoint before its decay; needs more tokens and a new name."
+        ),
     ] = None,
 ) -> None:
     """Train every stage and export the merged model; started again, it resumes."""
@@ -217,7 +225,7 @@ def decay(
         typer.Option("--output", "-o", help="New run directory; default: beside RUN_DIR, named after both."),
     ] = None,
 ) -> None:
-    """Make a finished model from a checkpoint of a stable learning rate; started again, it resumes."""
+    """Finish a model from a checkpoint before the learning rate decays; started again, it resumes."""
     from steplm.cli.train import run_decay
 
     raise typer.Exit(run_decay(checkpoint, tokens, output))
@@ -236,7 +244,7 @@ def grow(
     ] = None,
     seed: Annotated[int, typer.Option(help="For the random position and operator.")] = 0,
 ) -> None:
-    """Make a deeper model of any Hugging Face decoder folder."""
+    """Make a deeper model from any Hugging Face decoder."""
     from steplm.cli.grow import run_grow
 
     run_grow(model, to=to, output=output, operator=operator, position=position, seed=seed)
@@ -336,10 +344,10 @@ def mtbench(
     ] = None,
     questions: Annotated[
         str | None,
-        typer.Option(help="Questions from another place than DATA: a file, or hub://OWNER/NAME?revision=COMMIT."),
+        typer.Option(help="Questions from elsewhere than --data: a file, or hub://OWNER/NAME."),
     ] = None,
     base_url: Annotated[
-        str | None, typer.Option(help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; default: OpenAI's.")
+        str | None, typer.Option(help="OpenAI-compatible endpoint, such as http://HOST:8000/v1; default: OpenAI's.")
     ] = None,
     mode: Annotated[
         str, typer.Option(help="single (each answer 1 to 10), pairwise (every two models) or both.")
@@ -475,7 +483,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="The same seed and messages give the same answers.")] = 0,
     device: Device = "auto",
 ) -> None:
-    """Talk with a model; reads lines from a pipe too."""
+    """Chat with a model; also reads lines from a pipe."""
     from steplm.cli.chat import run_chat
 
     run_chat(
@@ -522,7 +530,7 @@ def tune(
     share: Annotated[float, typer.Option(help="Share of the run's tokens in each trial.", min=0.001, max=1)] = 0.1,
     jobs: Jobs = None,
 ) -> None:
-    """Find a learning rate by short runs at several; started again, it resumes."""
+    """Find a learning rate by short runs at several rates; started again, it resumes."""
     from steplm.cli.tune import run_tune
 
     raise typer.Exit(run_tune(run, overrides or [], share=share, jobs=jobs))

@@ -61,8 +61,10 @@ def show_fit(
     config = load_config(run, overrides)
     if device is not None and config.distributed.world_size > 1:
         raise ConfigError("--device estimates the time of one device: leave it out, or distributed.world_size.")
-    speeds = None if device is None else choose_speeds(device, config, Console(stderr=True, highlight=False))
-    result = fit(config, budget_bytes, maximize=maximize, vary=names, shape=counted_shape(config), speeds=speeds)
+    console = Console(stderr=True, highlight=False)
+    speeds = None if device is None else choose_speeds(device, config, console)
+    with console.status("trying combinations"):  # shown on a terminal only
+        result = fit(config, budget_bytes, maximize=maximize, vary=names, shape=counted_shape(config), speeds=speeds)
     if as_json:
         print(json.dumps(asdict(result), indent=2))
     else:
@@ -73,6 +75,7 @@ def show_fit(
         from steplm.report.fit_figure import fit_figure
 
         fit_figure(result, output)
+        console.print(f"wrote {output}", soft_wrap=True, markup=False)
 
 
 def explained(error: PlanInfeasible, run: str, overrides: Sequence[str]) -> PlanInfeasible:
@@ -127,12 +130,11 @@ def render_fit(
 
 
 def _shown(result: FitResult, count: int) -> list[Alternative]:
-    """``count`` of the rows, spread from the gentlest to the harshest, or from the largest to the smallest."""
-    rows = list(result.alternatives)
-    gentle_first = rows if result.maximize else sorted(rows, key=lambda row: (bool(row.overrides), row.price))
+    """``count`` of the rows, from the first, which is the answer, to the last."""
+    rows = result.alternatives
     if count >= len(rows) or count < 2:
-        return gentle_first[:count]
-    return [gentle_first[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]
+        return list(rows[:count])
+    return [rows[round(index * (len(rows) - 1) / (count - 1))] for index in range(count)]
 
 
 def _table(result: FitResult, *, gap: int) -> Table:
@@ -143,8 +145,8 @@ def _table(result: FitResult, *, gap: int) -> Table:
     largest_sizes = [] if result.maximize is None else [result.maximize, "params"]
     sizes = [f"peak {unit}", *(["state"] * has_state), *(["host"] * on_host)]
     times = [] if result.best.seconds is None else ["time"]
-    columns = [*largest_sizes, "stages", "rank", "options", *sizes, "FLOPs", *times]
-    table = number_table(columns, words=("stages", "options"), gap=gap)
+    columns = [*largest_sizes, "layers", "rank", "options", *sizes, "FLOPs", *times]
+    table = number_table(columns, words=("layers", "options"), gap=gap)
     for row in result.alternatives:
         value = [f"{row.value:,}", format_count(row.num_parameters)] if row.value is not None else []
         ratio = row.flops / result.best.flops

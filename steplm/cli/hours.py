@@ -137,7 +137,8 @@ def _render(
         add_row("all", "", steps, tokens, sum(time.seconds for time in times), "bold")
     add_row("vanilla", str(plan.shape.num_hidden_layers), steps, tokens, vanilla, "dim")
     console.print()
-    console.print(f"time on {speeds.name}, in steps of {format_count(config.step_tokens)} tokens")
+    where = "this machine" if speeds.name == HERE else speeds.name
+    console.print(f"time on {where}, in steps of {format_count(config.step_tokens)} tokens")
     console.print(table)
     if speeds.name in DEVICES and plan.peak_bytes is not None:
         memory, needed = DEVICES[speeds.name].memory_bytes, config.memory.needed_bytes(plan.peak_bytes)

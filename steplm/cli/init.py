@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -61,4 +62,17 @@ def _line(path: str, key: str, field: FieldInfo, indent: str) -> str:
     value = STARTER.get(path, field.get_default(call_default_factory=True))
     text = value if isinstance(value, str) else json.dumps(value)
     entry = f"{indent}{'' if path in STARTER else '# '}{key}: {text}"
-    return f"{entry:<48}  # {field.description}" if field.description else entry
+    told = field.description or ""
+    choices = _choices(field.annotation)
+    if not all(choice in told for choice in choices):
+        told = "; ".join(filter(None, (told, f"choices: {', '.join(choices)}")))
+    first, *more = textwrap.wrap(told, 68, break_long_words=False, break_on_hyphens=False) or [""]
+    return "\n".join([f"{entry:<48}  # {first}" if first else entry, *(f"{'':<48}  # {line}" for line in more)])
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The words that a value may be, in the order of the type; none if it may only be a number, a text or a flag."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    words = [word for part in get_args(annotation) for word in _choices(part)]
+    return ["true", "false", *words] if words and bool in get_args(annotation) else words

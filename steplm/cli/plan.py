@@ -16,7 +16,7 @@ from steplm.cost.rules import ADAMW
 from steplm.cost.terms import OUTER_COMPONENTS
 from steplm.cost.traffic import UTILIZATION
 from steplm.cost.transfers import NO_TRANSFERS
-from steplm.errors import SteplmError
+from steplm.errors import ConfigError, SteplmError
 from steplm.planner.auto import load_config
 from steplm.planner.plan import Plan, Stage, as_vanilla, save_bytes
 from steplm.planner.plan import plan as make_plan
@@ -47,6 +47,8 @@ def show_plan(
     price: float | None = None,
 ) -> None:
     """Plan a run and print it; the options are those of ``steplm plan``."""
+    if price is not None and device is None:
+        raise ConfigError("--price is for an hour of a device: add --device, e.g. --device h200.")
     sizes = {"world_size": world_size, "shard_size": shard_size}
     given = [f"distributed.{name}={size}" for name, size in sizes.items() if size is not None]
     config = load_config(run, [*overrides, *given])

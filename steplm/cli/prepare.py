@@ -21,7 +21,8 @@ def run_prepare(run: str, overrides: list[str], *, verify_hashes: bool = False) 
     manifest = prepare(config, display.prepare)
     for name, split in manifest.splits.items():
         display.console.print(
-            f"{name}: {split.num_documents:,} documents, {format_count(split.num_tokens)} tokens"
+            f"{name}: {split.num_documents:,} document{'s' * (split.num_documents != 1)}, "
+            f"{format_count(split.num_tokens)} tokens"
             + (f", {format_bytes(split.num_text_bytes)} of text" if split.num_text_bytes else "")
         )
         if name.startswith("train"):
@@ -33,7 +34,7 @@ def run_prepare(run: str, overrides: list[str], *, verify_hashes: bool = False) 
     display.console.print(f"shards in {config.prepared_dir}")
     if verify_hashes:
         verify(config.prepared_dir)
-        display.console.print("every shard and the tokenizer have the hashes they were written with")
+        display.console.print("verified: every shard and the tokenizer match their hashes")
 
 
 def _repetitions(config: RunConfig, manifest: Manifest) -> list[str]:

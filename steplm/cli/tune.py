@@ -30,7 +30,7 @@ def run_tune(source: str, overrides: list[str], *, share: float, jobs: int | Non
     if entry.at_edge:
         print("The best rate is the last one tried. To try rates beyond it:")
         print(shlex.join(["steplm", "tune", *run, "--share", f"{share:g}"]))
-    print(f"Best on {share:.0%} of the tokens. A run of all tokens may want a lower rate.")
+    print(f"Best on {share:.0%} of the tokens. A full-length run may need a lower rate.")
     print(shlex.join(["steplm", "train", *run]))
     return 0
 

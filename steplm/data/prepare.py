@@ -346,8 +346,8 @@ def _check_not_empty(manifest: Manifest, config: RunConfig) -> None:
     way_out = (
         "Check data.validation."
         if config.data.validation
-        else "Name more text in data.train, change "
-        f"data.validation_fraction={config.data.validation_fraction}, or name files in data.validation."
+        else f"Documents are split by hash: raise data.validation_fraction={config.data.validation_fraction}, name "
+        "more text in data.train, or name files in data.validation."
     )
     raise DataError(
         f"no {what}: {num_train:,} training and {num_validation:,} validation documents of "

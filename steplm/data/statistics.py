@@ -63,5 +63,5 @@ def described(statistics: DocumentStatistics) -> Iterator[str]:
     yield (
         f"  {format_count(statistics.num_windows)} windows of {length:,} tokens: no padding, "
         f"{statistics.num_inside / num_windows:.1f} documents end inside each, "
-        f"{statistics.num_cut / of_all:.1%} of documents are cut, {unused:,} tokens left over an epoch"
+        f"{statistics.num_cut / of_all:.1%} of documents are cut, {unused:,} tokens left over per epoch"
     )

@@ -236,8 +236,8 @@ class _Search:
         host_budget = self.config.plan.host_budget
         if not rows and host_budget is not None:
             raise PlanInfeasible(
-                f"no way to train is within plan.host_budget={format_bytes(host_budget)}: raise it, or leave out what "
-                "the file keeps in host memory.",
+                f"every way to train needs more than plan.host_budget={format_bytes(host_budget)}: raise it, or leave "
+                "out the memory.offload_* options that are set.",
                 host_budget_bytes=host_budget,
             )
         if not rows:

@@ -250,7 +250,11 @@ def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
         f"{kind} {format_bytes(at_peak.bytes_of(kind=kind))}" for kind in kinds if at_peak.bytes_of(kind=kind)
     )
     is_least = plan.proved_optimal and config.plan.objective == "peak"
-    fact = f"no {config.plan.num_stages}-stage plan fits" if is_least else f"layers {list(plan.layers)} do not fit"
+    fact = (
+        f"no {config.plan.num_stages}-stage plan fits"
+        if is_least
+        else f"layers {'+'.join(map(str, plan.layers))} do not fit"
+    )
     raise PlanInfeasible(
         f"{fact} plan.budget={format_bytes(budget_bytes)}: the {'smallest ' if is_least else ''}peak is "
         f"{format_bytes(stage.device_bytes)}, in stage {stage.index} ({parts}), and with memory.reserve="

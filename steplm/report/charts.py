@@ -364,6 +364,8 @@ def facts(suite: Suite) -> list[tuple[str, str]]:
     if run is not None and run.record is not None:
         config, plan = run.record.config, run.record.plan
         model = config.model
+        totals = [other.record.plan.total_tokens for other in suite.runs if other.record is not None]
+        tokens = " to ".join(dict.fromkeys(map(format_count, (min(totals), max(totals)))))
         result += [
             (
                 "Model",
@@ -371,7 +373,7 @@ def facts(suite: Suite) -> list[tuple[str, str]]:
                 f"{plan.shape.num_hidden_layers} layers, hidden size {plan.shape.hidden_size}, "
                 f"vocabulary {plan.shape.vocab_size}",
             ),
-            ("Tokens", f"{format_count(plan.total_tokens)} a run, in sequences of {config.train.sequence_length}"),
+            ("Tokens", f"{tokens} a run, in sequences of {config.train.sequence_length}"),
             *([("Data", ", ".join(map(_short, config.data.train_texts)))] if config.data.train else []),
             ("Precision", plan.precision),
         ]

@@ -127,9 +127,13 @@ def begin_with(checkpoint: Path, config: RunConfig) -> Path:
     source = RunFolder.open(checkpoint.parent.parent)
     verify_checkpoint(checkpoint)
     state, plan = load_checkpoint_state(checkpoint), _plan(config)
-    if problem := _difference(_begun_with(source), source.plan, state, config, plan):
+    begun_with = _begun_with(source)
+    if problem := _difference(begun_with, source.plan, state, config, plan):
+        way_out = "Choose a checkpoint from before the decay."
+        if begun_with.optim.lr_scheduler_type == "cosine":
+            way_out = "A cosine schedule decays from its first step: train with optim.lr_scheduler_type=wsd instead."
         raise CheckpointMismatch(
-            f"{config.run_dir} cannot continue from {checkpoint}: {problem}. Choose one from before the decay.",
+            f"{config.run_dir} cannot continue from {checkpoint}: {problem}. {way_out}",
             path=str(checkpoint),
         )
     phase, progress = plan.schedule.phases[state.progress.phase_index - 1], state.progress
@@ -182,7 +186,10 @@ def _difference(
             rates = [rate_of_step(begun_with, old, step), rate_of_step(config, new, step)]
             if rates[0] != rates[1]:
                 stage = f" of stage {old.stage}" if before.num_stages > 1 else ""
-                return f"step {step + 1}{stage} had learning rate {rates[0]:.3g} there, and has {rates[1]:.3g} here"
+                there, here = (f"{rate:.3g}" for rate in rates)
+                if there == here:
+                    there, here = map(repr, rates)
+                return f"step {step + 1}{stage} had learning rate {there} there, and has {here} here"
     return None
 
 

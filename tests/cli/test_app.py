@@ -103,11 +103,13 @@ def test_init_writes_a_file_that_names_every_key_and_can_be_planned(steplm: Run,
     assert text == starter_text()
     assert load_config(tmp_path / "run.yaml").name == "my-run"
     uncommented = yaml.safe_load(
-        "\n".join(line.replace("# ", "", 1) if line.lstrip().startswith("# ") and ":" in line else line
+        "\n".join(line.replace("# ", "", 1) if line.startswith(("# ", "  # ")) and ":" in line else line
                   for line in text.splitlines() if not line.startswith("# "))
     )  # fmt: skip
     named = {f"{section}.{key}" for section, keys in uncommented.items() if isinstance(keys, dict) for key in keys}
     assert {key for key in config_keys() if "." in key} <= named
+    assert "choices: interpolation, interpolation_mean, stack, identity, random" in text
+    assert max(map(len, text.splitlines())) <= 120
     assert steplm("plan", "run.yaml", cwd=tmp_path).returncode == 0
     again = steplm("init", cwd=tmp_path)
     assert again.returncode == 2
@@ -158,7 +160,9 @@ def test_grow_deepens_any_decoder_folder(steplm: Run, tmp_path: Path, model_type
     tokens = torch.arange(10).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(small(tokens).logits, deep(tokens).logits)
-    shallow = steplm("grow", "small", "--to", "2", "-o", "shallow", cwd=tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "small").rename(tmp_path / "run/export")
+    shallow = steplm("grow", "run", "--to", "2", "-o", "shallow", cwd=tmp_path)
     assert shallow.returncode == 1
     assert "has 3 already" in shallow.stderr
 

@@ -140,11 +140,24 @@ def test_a_devices_memory_is_the_budget_and_its_time_is_told(capsys: pytest.Capt
     assert all(row["seconds"] > 0 for row in values["alternatives"])
 
 
+def test_the_first_command_is_the_answer_and_the_figure_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    show_fit("llama_1.2b", device="rtx4090", vary="options", output=tmp_path / "fit.svg")
+    printed = capsys.readouterr()
+    answer, _, rest = printed.out.partition("B parameters")
+    first = rest[rest.index("steplm train") :].partition("#")[0]
+    overrides = answer.partition(": with ")[2].split()[:-1]  # what follows is the number of parameters
+    assert overrides
+    assert set(overrides) <= set(first.split())
+    assert printed.err == f"wrote {tmp_path / 'fit.svg'}\n"
+
+
 def test_the_time_has_a_column_and_losses_their_scale() -> None:
     speeds = published_speeds("h200")
     # Too little host memory for the optimizer, so that stages are among the alternatives.
     text = text_of("llama_1.2b", 16, overrides=("plan.host_budget=4GiB",), vary=["options", "stages"], speeds=speeds)
-    (head,) = [line for line in text.splitlines() if line.startswith("stages")][:1]
+    (head,) = [line for line in text.splitlines() if line.startswith("layers")][:1]
     assert head.split()[-1] == "time"
     assert max(map(len, text.splitlines())) <= 80
     flat = " ".join(text.split())

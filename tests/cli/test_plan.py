@@ -242,6 +242,7 @@ def test_the_time_and_its_terms_fit_eighty_columns(
     ("arguments", "message"),
     [
         ({"device": "h20"}, "--device has no 'h20'. Did you mean 'h200'?"),
+        ({"price": 2.5}, "--price is for an hour of a device: add --device"),
         ({"device": "h200", "calibrate": True}, "--calibrate times this machine, which is not h200: take --device "),
         ({"device": "h200", "world_size": 8}, "--device is for one device, and this run has 8: name them with --gpu"),
         ({"gpu": "rtx4090", "world_size": 8}, "--gpu has no 'rtx4090'."),

@@ -508,7 +508,7 @@ def test_no_text_named_is_an_error_of_the_configuration(configure: Configure) ->
 
 
 def test_a_corpus_too_small_to_split_says_what_to_do(configure: Configure, jsonl: Jsonl) -> None:
-    with pytest.raises(DataError, match=r"no validation text: 1 training.*data\.validation_fraction=0\.0001"):
+    with pytest.raises(DataError, match=r"no validation text: 1 training.*raise data\.validation_fraction=0\.0001"):
         prepare(configure(train=str(jsonl(["alone"])), validation_fraction=0.0001))
     with pytest.raises(DataError, match=r"no training text: 0 training and 1 validation"):
         prepare(configure(train=str(jsonl(["alone"])), validation=str(jsonl(["alone"], "validation.jsonl"))))

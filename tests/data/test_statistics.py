@@ -26,7 +26,7 @@ def test_lengths_cuts_and_ends_are_those_counted_by_hand(make_dataset: Callable[
     assert lines[0].split() == ["1", "to", "1", "tokens", "14.3%", "█" * 15]
     assert lines[3].split() == ["8", "to", "8", "tokens", "28.6%", "█" * 30]
     assert "3 windows of 8 tokens: no padding, 1.3 documents end inside each, 14.3% of documents are cut" in lines[4]
-    assert lines[4].endswith("7 tokens left over an epoch")
+    assert lines[4].endswith("7 tokens left over per epoch")
 
 
 def test_shards_are_counted_as_one(make_dataset: Callable[..., TokenDataset]) -> None:

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from steplm.config import load_config
+from steplm.planner.plan import plan
+from steplm.report.charts import facts
 from steplm.report.page import WITHOUT_PLOTLY, write_page
 from steplm.report.summary import Suite, read_suite
 
@@ -226,3 +229,14 @@ def test_the_page_of_one_run_works_in_a_browser(make_suite: MakeSuite, tmp_path:
     assert (seen["errors"], seen["requests"]) == ([], [])
     assert seen["overflow"] <= 0
     assert all(count >= 3 for count in seen["charts"].values())
+
+
+def test_the_head_tells_the_range_of_tokens_where_runs_differ(suite: Suite) -> None:
+    same = dict(facts(suite))["Tokens"]
+    assert " to " not in same
+    first, *others = suite.runs
+    assert first.record is not None
+    longer = plan(load_config("quickstart", ["plan.total_tokens=900M"]))
+    longest = replace(first, record=replace(first.record, plan=longer))
+    told = dict(facts(replace(suite, runs=(longest, *others))))["Tokens"]
+    assert told.startswith(f"{same.split()[0]} to 900M a run, ")

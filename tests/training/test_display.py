@@ -62,6 +62,17 @@ def test_data_preparation_tells_tokens_once_there_can_be_some() -> None:
     ]
 
 
+def test_a_plan_is_compared_with_ordinary_pre_training_where_it_differs(plan: Plan) -> None:
+    console, text = _console()
+    Display(console).plan(plan)
+    vanilla = load_config({"model": {"num_hidden_layers": 4}, "plan": {"num_stages": 1, "total_tokens": 2_000_000}})
+    Display(console).plan(make_plan(vanilla))
+    staged, ordinary = text.getvalue().splitlines()
+    assert re.search(r"model state \S+ MiB \(vanilla \S+ MiB, −\d", staged)
+    assert ordinary.count("(as vanilla)") == 2
+    assert "%" not in ordinary
+
+
 def test_a_stop_is_told_by_what_asked_for_it() -> None:
     assert describe_stop(signal.SIGINT) == "interrupted; run the same command again to resume"
     assert describe_stop(signal.SIGTERM).startswith("stopped by SIGTERM;")

@@ -160,6 +160,9 @@ def test_a_checkpoint_within_the_decay_or_an_earlier_stage_is_refused(trained: T
     late = checkpoints / "stage2-step000016"
     with pytest.raises(CheckpointMismatch, match="step 16 of stage 2 had learning rate"):
         train(decayed(late, 640, tmp_path / "late"), begin=late)
+    early = trained(*ONE_STAGE, "optim.lr_scheduler_type=cosine") / "checkpoints/stage1-end"
+    with pytest.raises(CheckpointMismatch, match="A cosine schedule decays from its first step"):
+        train(decayed(early, 640, tmp_path / "cosine"), begin=early)
     with pytest.raises(ConfigError, match="within stage 1 of 2"):
         decayed(checkpoints / "stage1-end", 640, tmp_path / "early")
 
