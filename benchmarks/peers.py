@@ -39,6 +39,7 @@ from steplm.data.loader import Batch
 from steplm.models.build import DTYPES, build_model, hf_config, initial_state
 from steplm.models.device import move
 from steplm.optim.adamw import AdamW
+from steplm.optim.build import UpdateRules
 from steplm.planner.shape import shape_from_hf_config
 from steplm.training.environment import environment
 from steplm.training.step import StepOptions, train_step
@@ -64,7 +65,8 @@ def steplm(setting: Setting) -> Iterator[None]:
     weights = initial_state(hf_config(setting.model), seed=0, dtype=DTYPES[setting.precision])
     model = build_model(hf_config(setting.model), weights).train()
     move(model, setting.device)
-    optimizer = AdamW(model.named_parameters())
+    rule = AdamW(model.named_parameters())
+    optimizer = UpdateRules({"adamw": rule}, rule.parameters)
     batch = Batch(input_ids=setting.tokens, labels=setting.tokens.roll(-1, dims=1), position_ids=None)
     options = StepOptions(micro_batch_size=len(setting.tokens), chunk_size=setting.chunk_size)
     for _ in range(setting.num_steps):

@@ -16,6 +16,7 @@ from steplm.data.loader import IGNORE_INDEX, Batch
 from steplm.models.build import build_model, hf_config, initial_state
 from steplm.models.forward import batch_loss
 from steplm.optim.adamw import AdamW
+from steplm.optim.build import UpdateRules
 from steplm.training import step as step_module
 from steplm.training.display import make_display
 from steplm.training.metrics import read_metrics
@@ -46,7 +47,8 @@ def test_a_step_gives_each_sources_loss_as_computed_alone_and_is_unchanged_by_it
     for given in (batch, replace(batch, source_ids=None)):
         config = hf_config(MODEL)
         model = build_model(config, initial_state(config, seed=0, dtype=torch.float32)).train()
-        rules = AdamW(dict(model.named_parameters()))
+        rule = AdamW(dict(model.named_parameters()))
+        rules = UpdateRules({"adamw": rule}, rule.parameters)
         expected = [
             batch_loss(model, batch.input_ids[rows], labels[rows], num_valid=1, chunk_size=64).item()
             for rows in ([0, 2, 5], [1, 3, 4])

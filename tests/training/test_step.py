@@ -29,7 +29,8 @@ def how(fused: bool = False, micro_batch_size: int = 4) -> StepOptions:
 def build(tied: bool = False, dtype: torch.dtype = torch.float32):
     config = hf_config({**MODEL, "tie_word_embeddings": tied})
     model = build_model(config, initial_state(config, seed=0, dtype=dtype)).train()
-    return model, AdamW({name: p for name, p in model.named_parameters() if p.requires_grad})
+    rule = AdamW({name: p for name, p in model.named_parameters() if p.requires_grad})
+    return model, UpdateRules({"adamw": rule}, rule.parameters)
 
 
 def batch(seed: int, num_sequences: int = 4) -> Batch:
@@ -130,9 +131,9 @@ def test_fused_clips_by_the_norm_of_the_step_before():
 
 def test_fused_refuses_accumulation():
     model, optimizer = build()
-    rules, before = UpdateRules({"adamw": optimizer}, optimizer.parameters), snapshot(model, optimizer)
+    before = snapshot(model, optimizer)
     with pytest.raises(ValueError, match="5 sequences in micro-batches of 4"):
-        train_step(model, rules, batch(0, 5), how(fused=True), learning_rate=1e-2, max_grad_norm=None)
+        train_step(model, optimizer, batch(0, 5), how(fused=True), learning_rate=1e-2, max_grad_norm=None)
     with pytest.raises(ValueError, match="5 sequences in micro-batches of 4"):
-        trial(model, rules, batch(0, 5), how(fused=True))
+        trial(model, optimizer, batch(0, 5), how(fused=True))
     assert same(before, snapshot(model, optimizer))
