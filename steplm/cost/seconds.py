@@ -75,7 +75,8 @@ def step_seconds(config: RunConfig, shape: ModelShape, phase: Phase, speeds: Spe
     updates = sum(part for work, part in timed if work.kind == "host update")
     hidden = 0.0
     if config.memory.delay_update:  # updates in host memory run during the passes of the next step
-        hidden = min(updates, total_seconds([(work, part) for work, part in timed if work.part != UPDATE], True))
+        passes = [(work, part) for work, part in timed if work.part != UPDATE]
+        hidden = min(updates, total_seconds(passes, speeds.asynchronous))
     elif config.memory.fused_backward:  # updates in host memory run during the last micro-batch's backward pass
         backward = sum(part for work, part in timed if work.part in ("layers backward", "recomputation"))
         hidden = min(updates, backward / config.micro_batches)

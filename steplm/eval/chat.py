@@ -16,9 +16,8 @@ from steplm.errors import ConfigError
 from steplm.eval.generate import GENERATE, sampling_arguments
 from steplm.eval.perplexity import require_known_tokens
 from steplm.files import is_unicode
-from steplm.models.device import resolve_device
-from steplm.models.folder import load_pretrained
-from steplm.models.forward import check_causal, running
+from steplm.models.folder import load_for_inference
+from steplm.models.forward import running
 from steplm.units import reason
 
 if TYPE_CHECKING:
@@ -81,8 +80,7 @@ class ChatModel:
 
     def __init__(self, model: str | Path, *, chat_template: str | None = None, device: str = "auto") -> None:
         self.tokenizer = load_chat_tokenizer(model, chat_template)  # first: it fails faster than loading weights
-        self.model = load_pretrained(model).to(resolve_device(device)).eval()
-        check_causal(self.model)
+        self.model = load_for_inference(model, device)
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.stop_ids = _stop_ids(self.model, self.tokenizer.eos_token_id)
 

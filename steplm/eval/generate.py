@@ -12,9 +12,8 @@ from steplm.errors import ConfigError
 from steplm.eval.perplexity import require_known_tokens
 from steplm.eval.text import opening_token
 from steplm.files import is_unicode
-from steplm.models.device import resolve_device
-from steplm.models.folder import load_pretrained
-from steplm.models.forward import check_causal, running
+from steplm.models.folder import load_for_inference
+from steplm.models.forward import running
 
 # For ``running``: generation also depends on the defaults in generation_config.json.
 GENERATE = "generate with its config.json and generation_config.json"
@@ -46,8 +45,7 @@ def generate(
     sampling = sampling_arguments(temperature, top_p, max_new_tokens)
     if not is_unicode(prompt):
         raise ConfigError("the prompt is not valid Unicode: it holds a lone surrogate")
-    model = load_pretrained(folder).to(resolve_device(device)).eval()
-    check_causal(model)
+    model = load_for_inference(folder, device)
     tokenizer = load_tokenizer(folder)
     prompt_ids = [opening_token(tokenizer), *tokenizer(prompt, add_special_tokens=False).input_ids]
     require_known_tokens(model, max(prompt_ids))

@@ -111,7 +111,7 @@ def _from_hellaswag(record: Record) -> Record:
 
 
 def _whole(value: Any) -> int:
-    """The number of an answer, also from text or true and false; ``int`` alone would cut 0.7 to 0."""
+    """The index of an answer, given as an integer, text or a boolean; ``int`` alone would truncate 0.7 to 0."""
     if isinstance(value, float):
         raise TypeError(f"{value} is no whole number")
     return int(value)

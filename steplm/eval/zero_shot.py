@@ -33,8 +33,7 @@ from steplm.eval.fingerprint import model_fingerprint
 from steplm.eval.scores import TaskResult, difference, load, mean_of, save
 from steplm.eval.task_list import TaskFolders, check_names, load_tasks
 from steplm.models.device import resolve_device
-from steplm.models.folder import load_pretrained
-from steplm.models.forward import check_causal
+from steplm.models.folder import load_for_inference
 from steplm.models.names import short_name, short_names
 
 if TYPE_CHECKING:
@@ -249,9 +248,7 @@ def _score_task(lm: Scorer, name: str, task: Task, limit: int | None, progress: 
 def _load_scorer(model: str, batch_size: int, device: str, dtype: str) -> Scorer:
     from steplm.eval.harness import scorer
 
-    loaded = load_pretrained(model, dtype=dtype).to(resolve_device(device)).eval()
-    check_causal(loaded)
-    return scorer(loaded, load_tokenizer(model), batch_size)
+    return scorer(load_for_inference(model, device, dtype=dtype), load_tokenizer(model), batch_size)
 
 
 def _file_name(model: str, task: str, fingerprint: str) -> str:

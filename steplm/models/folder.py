@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +29,8 @@ from steplm.models.build import (
     require_possible_dropout,
     without_extra_outputs,
 )
+from steplm.models.device import resolve_device
+from steplm.models.forward import check_causal
 from steplm.units import in_one_line, reason, shortened
 
 MAX_SHARD_SIZE = "5GB"
@@ -105,6 +107,18 @@ def load_tensors(file: Path, *, dtype: torch.dtype | None = None) -> dict[str, T
             return {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{file} is damaged: {reason(error)}", path=str(file)) from None
+
+
+def load_for_inference(name: str | Path, device: str, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """Load a complete model in evaluation mode on ``auto``, ``cpu`` or ``cuda``, and check that it is causal.
+
+    Raises:
+        ConfigError: the model is not causal or cannot be run, or there is no such device.
+        CheckpointError, HubUnavailable: as ``load_pretrained``.
+    """
+    model = load_pretrained(name, dtype=dtype).to(resolve_device(device)).eval()
+    check_causal(model)
+    return model
 
 
 def load_pretrained(name: str | Path, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -218,6 +232,14 @@ def _files_in_use(folder: Path) -> list[Path]:
     if file is None or file.suffix != ".json":
         return [] if file is None else [file]
     return [folder / name for name in sorted(set(json.loads(file.read_text())["weight_map"].values()))]
+
+
+def save_generation_config(generation: GenerationConfig, folder: Path) -> None:
+    """Write ``generation_config.json``.
+
+    ``save_pretrained`` refuses settings that published folders have, such as a temperature without ``do_sample``.
+    """
+    generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def copy_companions(model: str | Path, folder: Path) -> None:

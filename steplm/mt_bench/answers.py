@@ -28,9 +28,7 @@ from transformers import (
 from steplm.errors import ConfigError, DataError
 from steplm.eval.chat import load_chat_tokenizer
 from steplm.eval.fingerprint import model_fingerprint
-from steplm.models.device import resolve_device
-from steplm.models.folder import load_pretrained
-from steplm.models.forward import check_causal
+from steplm.models.folder import load_for_inference
 from steplm.mt_bench.data import NUM_TURNS, Answer, Choice, Question, QuestionId, Turns
 from steplm.mt_bench.journal import Journal
 from steplm.units import reason
@@ -110,8 +108,7 @@ def answer_questions(
             if not new:
                 continue
             if model is None:
-                model = load_pretrained(folder).to(resolve_device(device)).eval()
-                check_causal(model)
+                model = load_for_inference(folder, device)
             # Answer the whole batch again, because padding affects the last bits of its logits.
             completions = _answer_batch(model, tokenizer, batch, settings)
             rows = [

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from steplm.files import replacing
 from steplm.models.build import plain_state
-from steplm.models.folder import save_folder
+from steplm.models.folder import save_folder, save_generation_config
 from steplm.models.names import short_name
 from steplm.sft.config import SftConfig
 from steplm.sft.types import SftResult
@@ -48,9 +48,7 @@ def export_model(
     with replacing(folder) as temporary:
         save_folder(temporary, hf_config, plain_state(model))
         tokenizer.save_pretrained(temporary)
-        generation = _generation_config(model_name, hf_config, tokenizer, end_ids)
-        # Not save_pretrained, which refuses settings that published folders have: a temperature without do_sample.
-        generation.to_json_file(temporary / "generation_config.json", keys_to_pop=["compile_config"])
+        save_generation_config(_generation_config(model_name, hf_config, tokenizer, end_ids), temporary)
         (temporary / "README.md").write_text(_card(model_name, data, config, result, counts), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from steplm.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from steplm.config import RunConfig, load_written_config
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import CheckpointError, DataError
-from steplm.models.folder import save_folder
+from steplm.models.folder import save_folder, save_generation_config
 from steplm.pet.adapters import merge_state
 from steplm.planner.plan import Plan
 from steplm.training.folder import read_plan
@@ -136,9 +136,7 @@ def _write(folder: Path, checkpoint: Checkpoint, config: RunConfig, plan: Plan, 
         setattr(hf_config, name, token_id)
     save_folder(folder, hf_config, weights)
     shutil.copytree(tokenizer_dir, folder, dirs_exist_ok=True)
-    # Not save_pretrained, which refuses settings that published folders have: a temperature without do_sample.
-    generation = _generation_config(config, special)
-    generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
+    save_generation_config(_generation_config(config, special), folder)
     provenance = [to_json(layer) for layer in checkpoint.state.provenance]
     (folder / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
     (folder / "plan.json").write_text(json.dumps(to_json(plan), indent=1) + "\n")
