@@ -85,8 +85,11 @@ emb+head: embeddings, final norm and head, included in every stage
     "overrides",
     [
         ["plan.num_stages=1"],
-        ["plan.num_stages=4", "plan.count_embeddings=false"],
+        ["plan.num_stages=4"],
+        ["plan.count_embeddings=false"],
         ["plan.train_embeddings=first_stage"],
+        ["method=growth"],
+        ["plan.layers=[12,6,6]"],
         ["model.hidden_size=32", "pet.rank=2", "model.vocab_size=20"],
         ["model.hidden_size=8192", "model.intermediate_size=28672", "model.num_hidden_layers=80"],
     ],
@@ -140,6 +143,11 @@ def test_explain_shows_every_term_and_the_sums() -> None:
             assert f"{instant.memory.total_bytes:,}" in text
     assert "stage 2: n_i = 8, N_{i-1} = 11, E = 2,492,416" in text
     assert "5,887,508,480 bytes" in text
+
+
+def test_show_plan_prints_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan("llama_368m", ["plan.num_stages=2", "plan.objective=model_state"], as_json=True)
+    assert [stage["num_new_layers"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [14, 10]
 
 
 def test_a_family_that_is_not_written_down_is_planned_from_the_model_and_has_no_time(
@@ -243,7 +251,10 @@ def test_the_time_and_its_terms_fit_eighty_columns(
     [
         ({"device": "h20"}, "--device has no 'h20'. Did you mean 'h200'?"),
         ({"price": 2.5}, "--price is for an hour of a device: add --device"),
-        ({"device": "h200", "calibrate": True}, "--calibrate times this machine, which is not h200: take --device "),
+        (
+            {"device": "h200", "calibrate": True},
+            "--calibrate times this machine, which is not h200: take --device here.",
+        ),
         ({"device": "h200", "world_size": 8}, "--device is for one device, and this run has 8: name them with --gpu"),
         ({"gpu": "rtx4090", "world_size": 8}, "--gpu has no 'rtx4090'."),
         ({"gpu": "h10", "world_size": 8}, "--gpu has no 'h10'. Did you mean 'h100'"),

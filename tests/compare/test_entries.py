@@ -111,18 +111,23 @@ def test_an_entry_matched_on_flops_has_the_baselines_to_one_step(suite_values: V
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("match", "settings", "words"),
     [
-        ({"plan.total_tokens": 1024}, "1.02k tokens and the baseline 'vanilla' on 512: +100.00%, 8.0 optim"),
-        ({"plan.total_tokens": None, "plan.total_flops": 10**9}, "The suite is matched on tokens"),
+        ("tokens", {"plan.total_tokens": 1024}, "1.02k tokens and the baseline 'vanilla' on 512: +100.00%, 8.0 optim"),
+        ("tokens", {"plan.total_tokens": None, "plan.total_flops": 10**9}, "The suite is matched on tokens"),
+        ("flops", {"pet.method": "none"}, None),
     ],
 )
 def test_what_is_not_matched_is_refused_with_the_difference(
-    suite_values: Values, tmp_path: Path, settings: dict[str, Any], words: str
+    suite_values: Values, tmp_path: Path, match: str, settings: dict[str, Any], words: str | None
 ) -> None:
     entries = [{"name": "vanilla", "method": "vanilla"}, {"name": "other", "method": "step", "set": settings}]
+    suite = _suite(suite_values(tmp_path, entries=entries, match=match))
+    if words is None:
+        assert len(check_plans(suite)) == 2
+        return
     with pytest.raises(ConfigError, match="entry 'other' trains on") as caught:
-        check_plans(_suite(suite_values(tmp_path, entries=entries)))
+        check_plans(suite)
     assert words in str(caught.value)
 
 
@@ -180,6 +185,8 @@ def test_all_entries_that_are_wrong_are_named_at_once(suite_values: Values, tmp_
     ("keys", "words"),
     [
         ({"sedes": [0]}, "the suite has no key 'sedes'. Did you mean 'seeds'?"),
+        ({"entries": [{"name": "a", "method": "step", "setting": {}}]}, "entries.0 has no key 'setting'"),
+        ({"tune": {"learning_rate": [1]}}, "tune has no key 'learning_rate'. Did you mean 'learning_rates'?"),
         ({"entries": [{"name": "a", "method": "relore"}]}, "Did you mean 'relora'?"),
         ({"entries": [{"name": "a"}]}, "give either a method or"),
         ({"entries": [{"name": "a", "method": "step", "set": {"seed": 1}}]}, "'seed' is set by the suite"),
@@ -203,7 +210,12 @@ def test_all_entries_that_are_wrong_are_named_at_once(suite_values: Values, tmp_
         ),
         ({"entries": [{"name": "a", "method": "step", "tune": True}]}, "to be tuned, but"),
         ({"afterwards": {}}, "afterwards: nothing to do: give `tasks`, `sft` or `mtbench`"),
+        ({"afterwards": {"task": {}}}, "afterwards has no key 'task'. Did you mean 'tasks'?"),
         ({"afterwards": {"tasks": {"names": []}}}, "afterwards.tasks.names"),
+        (
+            {"afterwards": {"sft": {"data": "a.json", "learning_rates": 1}}},
+            "afterwards.sft has no key 'learning_rates'. Did you mean 'learning_rate'?",
+        ),
         ({"afterwards": {"sft": {"data": "a.json", "lora_alpha": 2}}}, "afterwards.sft: lora_alpha=2 is for adapters"),
         ({"afterwards": {"mtbench": {"data": "b", "judge": "j"}}}, "afterwards.mtbench has no key 'judge'"),
         ({"afterwards": {"mtbench": {"data": "b", "judge_model": "j"}}}, "has no chat template: give `sft` with one"),

@@ -111,6 +111,17 @@ DAMAGES = {  # file, its text (None: no file), message
         '{"question_id": 1, "category": "a"}',
         r"question\.jsonl, line 1: turns: Field required",
     ),
+    "turns of no text": (
+        "question.jsonl",
+        '{"question_id": 1, "category": "a", "turns": [1]}',
+        r"question\.jsonl, line 1: turns\.0: Input should be a valid string",
+    ),
+    "half a character": (
+        "question.jsonl",
+        '{"question_id": 1, "category": "a", "turns": ["\\ud83d"]}',
+        r"question\.jsonl, line 1: not valid JSON: unexpected end of hex escape",
+    ),
+    "no JSON": ("question.jsonl", "question", "line 1"),
     "twice": ("question.jsonl", f"{QUESTION}\n{QUESTION}", "several questions 1"),
     "no prompts": ("judge_prompts.jsonl", None, "judge_prompts.jsonl"),
     "strange template": ("judge_prompts.jsonl", TEMPLATE % "{answr}", "asks for {answr}"),

@@ -21,7 +21,7 @@ from steplm.mt_bench.judge import (
     gradings,
     judged,
     open_requests,
-)  # fmt: skip
+)
 
 
 @pytest.fixture

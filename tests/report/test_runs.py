@@ -84,6 +84,13 @@ def test_measured_bytes_are_the_largest_stage_not_the_last(make_record: MakeReco
     assert replace(record, events=tuple(events)).measured_model_state_bytes == 30
 
 
+def test_a_plan_of_another_version_is_an_error_that_names_the_file(make_record: MakeRecord, tmp_path: Path) -> None:
+    run_dir = write_run(make_record(), tmp_path / "run")
+    (run_dir / "plan.json").write_text('{"stages": []}')
+    with pytest.raises(SteplmError, match=r"plan\.json cannot be read"):
+        load_run(run_dir)
+
+
 @pytest.fixture
 def old_run(tmp_path: Path) -> Path:
     """A run of 2 + 1 layers as steplm 0.1 wrote it: one restart of the adapters, counted as a third stage."""

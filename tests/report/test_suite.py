@@ -81,6 +81,11 @@ def test_the_interval_is_scipys_t_interval() -> None:
     assert result.n == 4
 
 
+def test_two_seeds_have_the_interval_of_the_tables() -> None:
+    result = estimate([1.0, 2.0])
+    assert result.half_width == pytest.approx(12.706 * 0.5, rel=1e-4)  # t(0.975, 1) s / √2 = t / 2
+
+
 def test_one_seed_has_no_interval_and_none_has_no_mean() -> None:
     assert estimate([3.0]) == Estimate(3.0, None, None, 1)
     assert estimate([]) is None
