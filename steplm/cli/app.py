@@ -112,10 +112,10 @@ def plan(
         int | None, typer.Option(min=1, help="Devices that share one copy of the model; default: all.")
     ] = None,
     gpu: Annotated[
-        str, typer.Option(help="With several devices: GPU of the time estimate, a100, h100 or b200.")
+        str, typer.Option(help="GPU for the time estimate with several devices: a100, h100 or b200.")
     ] = "h100",
     utilization: Annotated[
-        float, typer.Option(help="With several devices: share of its peak FLOP/s that a GPU reaches.")
+        float, typer.Option(help="Share of its peak FLOP/s that a GPU reaches, with several devices.")
     ] = 0.4,
     bandwidth: Annotated[
         str | None,
@@ -208,7 +208,7 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train every stage and export the merged model; started again, it resumes."""
+    """Train every stage and export the merged model; run again to resume."""
     given = _with_budgets(overrides, budget, host_budget)
     with _suggesting(run, given):
         from steplm.cli.train import run_train
@@ -225,7 +225,7 @@ def decay(
         typer.Option("--output", "-o", help="New run directory; default: beside RUN_DIR, named after both."),
     ] = None,
 ) -> None:
-    """Finish a model from a checkpoint before the learning rate decays; started again, it resumes."""
+    """Decay the learning rate from a checkpoint to get a finished model; run again to resume."""
     from steplm.cli.train import run_decay
 
     raise typer.Exit(run_decay(checkpoint, tokens, output))
@@ -390,7 +390,7 @@ def mtbench(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """MT-Bench: answers to two-turn questions, judged by a language model; started again, it resumes."""
+    """MT-Bench: answers to two-turn questions, judged by a language model; run again to resume."""
     given = dict(locals())
     from steplm.cli.mtbench import run_mtbench
     from steplm.compare.suite import MtBenchConfig
@@ -456,7 +456,7 @@ def sft(
         Path | None, typer.Option("--output", "-o", help="Folder of the run; default runs/NAME-sft.")
     ] = None,
 ) -> None:
-    """Tune a model on instructions, into a folder for `steplm chat`; started again, it resumes."""
+    """Tune a model on instructions, into a folder for `steplm chat`; run again to resume."""
     from steplm.cli.model_paths import find_model, require_hub
     from steplm.sft.config import load_sft_config
 
@@ -517,7 +517,7 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and their cost; train nothing.")] = False,
     report: Annotated[bool, typer.Option(help="Make the report at the end.")] = True,
 ) -> None:
-    """Run methods, seeds and learning rates side by side, matched and tuned; started again, it resumes."""
+    """Run methods, seeds and learning rates side by side, matched and tuned; run again to resume."""
     from steplm.cli.compare import run_compare
 
     raise typer.Exit(run_compare(suite, overrides or [], jobs=jobs, dry_run=dry_run, report=report))
@@ -530,7 +530,7 @@ def tune(
     share: Annotated[float, typer.Option(help="Share of the run's tokens in each trial.", min=0.001, max=1)] = 0.1,
     jobs: Jobs = None,
 ) -> None:
-    """Find a learning rate by short runs at several rates; started again, it resumes."""
+    """Find a learning rate by short runs at several rates; run again to resume."""
     from steplm.cli.tune import run_tune
 
     raise typer.Exit(run_tune(run, overrides or [], share=share, jobs=jobs))

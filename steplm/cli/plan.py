@@ -264,7 +264,7 @@ def render_explain(plan: Plan, console: Console, config: RunConfig) -> None:
     )
     of_devices = (
         ("n", "devices that share one copy", str(config.distributed.num_shards)),
-        ("T", "trained parameters of what is gathered at once", ""),
+        ("T", "trained parameters gathered at once", ""),
         ("P_outer", "everything outside the layers", ""),
     )
     symbols = titled_table("symbols", ("symbol", "meaning"), ("value",))

@@ -90,7 +90,7 @@ def show_calibration(config: RunConfig, plan: Plan, console: Console) -> dict[st
     if libraries:
         console.print(f"beside it, in memory.reserve: {format_bytes(libraries)} for workspaces of cuBLAS")
     if planned is not None:
-        console.print(f"set memory.correction={measured / planned:.4f} to correct every budget by it; saved in {path}")
+        console.print(f"set memory.correction={measured / planned:.4f} to correct every budget; saved in {path}")
     return record
 
 

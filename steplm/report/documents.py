@@ -197,7 +197,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def unusable(path: Path, error: Exception, *, line: int | None = None) -> SteplmError:
-    """The error about a file that cannot be parsed."""
+    """Make the error for a file that cannot be parsed."""
     where = str(path) if line is None else f"line {line} of {path}"
     return SteplmError(
         f"{where} cannot be read: {reason(error)}. It is damaged, or another version of steplm wrote it.",
