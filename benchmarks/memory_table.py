@@ -3,7 +3,8 @@
     python benchmarks/memory_table.py               # takes seconds, without PyTorch
     python benchmarks/memory_table.py --simulate    # also counts some rows on fake tensors; takes minutes
 
-Writes results/memory_table/table.json (and simulated.json), and the tables between the markers in docs/memory.md.
+Writes results/memory_table/table.json (and simulated.json), and the tables between the markers in docs/memory.md and
+results/memory_table/README.md.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from rich.console import Console
 import steplm
 from steplm.cli.plan import render_explain
 from steplm.config import RunConfig, load_config
-from steplm.planner.plan import Plan, plan
-from steplm.types import HOST
+from steplm.planner.plan import plan
 
 MODELS = {
     "368M": "llama_368m", "680M": "llama_680m", "1.2B": "llama_1.2b", "3B": "llama_3b", "7B": "llama_7b",
 }  # fmt: skip
+PAGE = Path("docs/memory.md")
+RESULTS = Path("results/memory_table")
 BATCH = (
     "train.per_device_train_batch_size=4",
     "train.sequence_length=1024",
@@ -60,14 +62,25 @@ TOGETHER = (
     "embeddings and head: adapters",
 )
 ALL = tuple(override for name in TOGETHER for override in OPTIONS[name])
+HOST_MEMORY = ("memory.offload_optimizer=true", "memory.offload_weights=true")
+AUTO = "`method: auto`: Muon, 8-bit states, no master weights"
 WAYS: dict[str, Overrides] = {
     "vanilla": ("plan.num_stages=1",),
+    AUTO: ("method=auto",),
+    "auto + fused backward": ("method=auto", *OPTIONS["fused backward"]),
+    "auto + recompute all layers": ("method=auto", *OPTIONS["recompute all layers"]),
+    "auto + recompute all layers, trained weights and optimizer in host memory": (
+        "method=auto",
+        *OPTIONS["recompute all layers"],
+        *HOST_MEMORY,
+    ),
     **{f"STEP, K={count}": (f"plan.num_stages={count}", "plan.objective=model_state") for count in (2, 3, 4)},
     "STEP, K=3, least peak": ("plan.num_stages=3", "plan.objective=peak"),
     **{f"+ {name}": ("plan.num_stages=3", "plan.objective=peak", *options) for name, options in OPTIONS.items()},
     "all options, vanilla": ("plan.num_stages=1", *ALL),
     **{f"all options, K={count}": (f"plan.num_stages={count}", "plan.objective=peak", *ALL) for count in (3, 6)},
 }
+SUMMARY = (*list(WAYS)[:5], "STEP, K=3", "STEP, K=3, least peak", "all options, vanilla", "all options, K=3")
 WITHOUT = {
     name: ("plan.num_stages=3", "plan.objective=peak", *(each for each in ALL if each not in OPTIONS[name]))
     for name in TOGETHER
@@ -84,10 +97,7 @@ SIMULATED = ("STEP, K=3, least peak", "+ recompute all layers", "all options, K=
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulate", action="store_true", help="count some of the rows on fake tensors too")
-    parser.add_argument("--output", type=Path, default=Path("docs/memory.md"), help="page whose tables are renewed")
-    parser.add_argument("--results", type=Path, default=Path("results/memory_table"), help="folder of the numbers")
     arguments = parser.parse_args()
-    arguments.results.mkdir(parents=True, exist_ok=True)
 
     table = {
         "command": "python benchmarks/memory_table.py",
@@ -98,15 +108,16 @@ def main() -> None:
         "paper": [row for model in PAPER for row in paper_rows(model)],
         "budget": list(budget_rows()),
     }
-    write_json(arguments.results / "table.json", table)
-    simulated_file = arguments.results / "simulated.json"
+    write_json(RESULTS / "table.json", table)
+    simulated_file = RESULTS / "simulated.json"
     if arguments.simulate:
         write_json(simulated_file, simulated())
 
-    page = arguments.output.read_text(encoding="utf-8")
-    for marker, text in blocks(table, json.loads(simulated_file.read_text())).items():
-        page = with_block(page, marker, text)
-    arguments.output.write_text(page, encoding="utf-8")
+    for path, texts in blocks(table, json.loads(simulated_file.read_text())).items():
+        page = path.read_text(encoding="utf-8")
+        for marker, text in texts.items():
+            page = with_block(page, marker, text)
+        path.write_text(page, encoding="utf-8")
 
 
 def configured(model: str, overrides: Iterable[str]) -> RunConfig:
@@ -132,14 +143,8 @@ def planned(config: RunConfig) -> dict[str, Any]:
         "peak_share": made.peak_bytes / made.vanilla_peak_bytes,
         "peak_stage": stage.index,
         "peak_moment": stage.peak.highest.name,
-        "host_bytes": host_bytes(made),
+        "host_bytes": made.host_bytes,
     }
-
-
-def host_bytes(made: Plan) -> int:
-    """Peak host memory of frozen weights and activations."""
-    instants = [instant for stage in made.stages if stage.peak for instant in stage.peak.instants]
-    return max(instant.memory.bytes_of(kind=HOST) for instant in instants)
 
 
 def paper_rows(model: str) -> Iterable[dict[str, Any]]:
@@ -210,16 +215,20 @@ def simulated() -> dict[str, Any]:
     }
 
 
-def blocks(table: dict[str, Any], simulated: dict[str, Any]) -> dict[str, str]:
-    """The Markdown for each marker."""
+def blocks(table: dict[str, Any], simulated: dict[str, Any]) -> dict[Path, dict[str, str]]:
+    """The Markdown for each marker of each page."""
     return {
-        "explain": f"```text\n{explained()}\n```",
-        "shares": render_shares("peak, share of vanilla's", WAYS, table["rows"]),
-        "without": render_shares("all options, K=3, without", WITHOUT, table["without"]),
-        "memory_table": "\n\n".join(render_model(model, table["rows"]) for model in MODELS),
-        "paper": render_paper(table["paper"]),
-        "budget": render_budget(table["budget"]),
-        "simulated": render_simulated(simulated["rows"]),
+        PAGE: {
+            "explain": f"```text\n{explained()}\n```",
+            "shares": render_shares("peak, share of vanilla's", SUMMARY, table["rows"]),
+            "simulated": render_simulated(simulated["rows"]),
+        },
+        RESULTS / "README.md": {
+            "without": render_shares("all options, K=3, without", WITHOUT, table["without"]),
+            "memory_table": "\n\n".join(render_model(model, table["rows"]) for model in MODELS),
+            "paper": render_paper(table["paper"]),
+            "budget": render_budget(table["budget"]),
+        },
     }
 
 
