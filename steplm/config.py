@@ -81,7 +81,7 @@ class ModelConfig(Section):
 
     model_type: str = Field("llama", description="Hugging Face model type: llama, mistral, qwen2, qwen3, gemma, ...")
     hidden_size: int = Field(512, gt=0)
-    intermediate_size: int = Field(1376, gt=0)
+    intermediate_size: int | None = Field(1376, gt=0, description="null: the family has a key of its own, in extra")
     num_hidden_layers: int = Field(12, gt=0, description="depth L of the final model")
     num_attention_heads: int = Field(8, gt=0)
     num_key_value_heads: int | None = Field(None, gt=0, description="default: num_attention_heads")
@@ -700,10 +700,12 @@ def _of_hf_config(path: Path) -> dict[str, Any]:
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
         values = written.get("text_config", written)
-        own = {key: values.pop(key) for key in ModelConfig.model_fields if values.get(key) is not None}
+        own = _own_keys(values)
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path} is not a Hugging Face configuration: {error}", path=str(path)) from None
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    if not own.keys() >= {"model_type", *sizes}:
+        own |= _sizes_under_other_names(own.get("model_type"), values)
     if missing := {"model_type", *sizes} - own.keys():
         raise ConfigError(
             f"{path} has no {', '.join(sorted(missing))}. Write a YAML with the section `model` instead.",
@@ -723,6 +725,25 @@ def _of_hf_config(path: Path) -> dict[str, Any]:
     length = min(TrainConfig().sequence_length, own.get("max_position_embeddings", 2048))
     own.setdefault("tie_word_embeddings", None)  # transformers leaves out what is the default
     return {"name": path.parent.name or "run", "model": {**own, "extra": extra}, "train": {"sequence_length": length}}
+
+
+def _own_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Remove the keys of ``ModelConfig`` from ``values``, and return them."""
+    return {key: values.pop(key) for key in ModelConfig.model_fields if values.get(key) is not None}
+
+
+def _sizes_under_other_names(model_type: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The same for a family with names of its own, such as ``n_embd`` for ``hidden_size`` in GPT-2."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        return {}
+    family = CONFIG_MAPPING[model_type]
+    for name, alias in family.attribute_map.items():
+        if alias in values:
+            values[name] = values.pop(alias)
+    has_default = getattr(family(), "intermediate_size", None) is None  # a multiple of hidden_size
+    return {"intermediate_size": None} | _own_keys(values) if has_default else _own_keys(values)
 
 
 def dump_config(config: RunConfig) -> str:

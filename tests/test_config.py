@@ -523,6 +523,19 @@ def test_a_hugging_face_configuration_may_have_keys_that_its_family_does_not_rea
         hf_config({**GEMMA, "model_type": "starcoder2", "mlp_type": "default"})
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo", "opt", "falcon", "bloom", "mpt", "gptj", "codegen"])
+def test_a_hugging_face_configuration_may_name_its_sizes_otherwise(tmp_path: Path, model_type: str) -> None:
+    """GPT-2's ``n_embd``, for example, and no feed-forward size."""
+    config = AutoConfig.for_model(model_type)
+    config.num_hidden_layers = 3
+    if model_type == "gpt_neo":  # lists the kinds of its layers
+        config.attention_types, config.attention_layers = [[["global"], 3]], ["global"] * 3
+    config.save_pretrained(tmp_path)
+    read = load_config(tmp_path).model
+    assert read.num_hidden_layers == 3
+    assert shape_of(read.hf_config()).num_parameters() == meta_model(config).num_parameters()
+
+
 def test_a_hugging_face_configuration_without_its_sizes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in GEMMA.items() if k != "num_attention_heads"}))
     with pytest.raises(ConfigError, match=r"config\.json has no num_attention_heads\. Write a YAML"):

@@ -205,6 +205,7 @@ def _hidden_size(config: RunConfig, index: int) -> int:
 def _width_changes(config: RunConfig, index: int) -> Changes:
     model = config.model
     hidden_size = _hidden_size(config, index)
+    assert model.intermediate_size is not None  # as in every family that is counted by formula
     if hidden_size == model.hidden_size:
         return {}
     changes = {
