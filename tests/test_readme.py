@@ -76,6 +76,24 @@ def test_the_plan_in_the_readme_is_the_one_that_is_printed() -> None:
     assert "\n".join(["$ steplm plan llama_368m", *printed]) in README
 
 
+def test_the_memory_of_the_first_table_is_the_planners() -> None:
+    from steplm.planner.plan import plan
+    from steplm.units import format_bytes
+
+    lean = ["memory.optimizer_states=8bit", "memory.master_weights=false"]
+    one_stage = ["method=vanilla", "plan.num_stages=1"]
+    ways: list[list[str]] = [one_stage, [*one_stage, *lean], ["method=auto"], [], lean]
+    table = README.split("<!-- first table -->")[1].split("<!-- /first table -->")[0]
+    rows = [[cell.strip(" *") for cell in line.split("|")[2:5]] for line in table.strip().splitlines()[2:]]
+    for row, way in zip(rows, ways, strict=True):
+        plain, recomputed = (
+            plan(load_config("llama_368m", [*way, f"train.gradient_checkpointing={value}"]))
+            for value in ("false", "true")
+        )
+        planned = (plain.peak_model_state_bytes, plain.peak_bytes, recomputed.peak_bytes)
+        assert row == [format_bytes(num_bytes) for num_bytes in planned if num_bytes is not None]
+
+
 def test_every_verb_and_recipe_is_in_the_readme() -> None:
     from steplm.cli.app import app
 
