@@ -63,6 +63,12 @@ MethodName = Annotated[Method, WithJsonSchema({"enum": ["auto", *get_args(Method
 AutoSize = Annotated[  # auto: resolved in ``load_config``, by ``steplm.planner.auto``
     int, WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"enum": ["auto"]}]})
 ]
+LearningRates = Annotated[  # auto: see ``RunConfig._learning_rate``
+    float | list[float],
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}}, {"enum": ["auto"]}]}),
+]
+# The best learning rate times the hidden size, by update rule; AdamW's for others. See docs/update_rules.md.
+RATES_TIMES_WIDTH = {"adamw": 0.7, "muon": 0.9, "galore": 1.2, "apollo_mini": 0.85}
 ONE_STAGE_METHODS = ("vanilla", "lora", "relora", "badam")
 RuleName = Literal["adamw", "muon", "scale", "galore", "apollo", "apollo_mini"]
 Scheduler = Literal["cosine", "warmup_stable_decay", "constant_with_warmup"]
@@ -303,7 +309,9 @@ class OptimConfig(Section):
         None, gt=0, description="of a low-rank update; default: galore 0.25, apollo 1, apollo_mini 128 ** 0.5"
     )
     switch_steps: int = Field(100, gt=0, description="badam: steps per block")
-    learning_rate: float | list[float] = Field(3e-4, description="one for all stages, or one per stage")
+    learning_rate: LearningRates = Field(  # type: ignore[assignment]  # a number in every validated ``RunConfig``
+        "auto", validate_default=False, description="one for all stages, or one per stage; auto: by rule, width, method"
+    )
     lr_scheduler_type: Annotated[
         Scheduler,
         BeforeValidator(lambda value: SHORT_SCHEDULER_NAMES.get(value, value) if isinstance(value, str) else value),
@@ -508,6 +516,25 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _learning_rate(cls, values: Any) -> Any:
+        """Replace ``optim.learning_rate: auto``."""
+        if not isinstance(values, Mapping):
+            return values
+        model, plan, optim = (values.get(name) or {} for name in ("model", "plan", "optim"))
+        if not all(isinstance(section, Mapping) for section in (model, plan, optim)):
+            return values
+        if optim.get("learning_rate", "auto") != "auto":
+            return values
+        rate = default_learning_rate(
+            str(values.get("method", "step")),
+            str(optim.get("name", "adamw")),
+            model.get("hidden_size", ModelConfig.model_fields["hidden_size"].default),
+            in_stages=plan.get("num_stages") != 1,
+        )
+        return {**values, "optim": {**optim, "learning_rate": rate}}
+
+    @model_validator(mode="before")
+    @classmethod
     def _one_stage(cls, values: Any) -> Any:
         """Set ``plan.num_stages`` to 1 by default for methods that do not grow."""
         plan = values.get("plan") or {} if isinstance(values, Mapping) else None
@@ -630,6 +657,22 @@ class RunConfig(Section):
     def decay_ratio(self, stage: int) -> float:
         """Share of decay steps in a stage, counted from 1."""
         return _of_stage(self.optim.decay_ratio, stage)
+
+
+def default_learning_rate(method: str, rule: str, hidden_size: Any, *, in_stages: bool) -> float:
+    """What ``optim.learning_rate: auto`` stands for, with two significant digits.
+
+    The best rates of the runs in ``results/`` are inversely proportional to the width, as for AdamW under the maximal
+    update parametrization (Yang et al., arXiv 2203.03466), and half as high in stages and blocks.
+
+    Args:
+        hidden_size: a value that is not a positive number, which validation refuses, counts as 1.
+    """
+    rate = RATES_TIMES_WIDTH.get(rule, RATES_TIMES_WIDTH["adamw"])
+    if method == "badam" or (in_stages and method not in ONE_STAGE_METHODS):
+        rate /= 2
+    width = hidden_size if isinstance(hidden_size, int) and hidden_size > 0 else 1
+    return float(f"{rate / width:.2g}")
 
 
 def _of_stage(value: float | list[float], stage: int) -> float:

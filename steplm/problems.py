@@ -76,13 +76,14 @@ def _with_auto(problem: Mapping[str, Any], path: Sequence[str], root: type[BaseM
     if not any("auto" in branch.get("enum", ()) for schema in schemas for branch in (schema, *schema.get("anyOf", ()))):
         return problem
     if problem["type"] != "literal_error":
-        return {**problem, "msg": f"{problem['msg']}, or 'auto'"}
+        return {**problem, "or_auto": True}
     expected = f"'auto', {problem['ctx']['expected']}"
     return {**problem, "msg": f"Input should be {expected}", "ctx": {"expected": expected}}
 
 
 def _line(where: str, problems: Sequence[Mapping[str, Any]]) -> str:
     message = ", or: ".join(dict.fromkeys(map(_message, problems)))
+    message += ", or 'auto'" * any("or_auto" in problem for problem in problems)
     if not where:
         return message
     value = problems[0]["input"]

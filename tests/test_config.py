@@ -85,7 +85,7 @@ def test_where_one_of_several_types_may_stand_the_key_is_told_once_and_alone() -
     message = str(caught.value)
     assert message.count("optim.learning_rate") == 1
     assert "a valid number" in message
-    assert "or: Input should be a valid list (got 'fast')" in message
+    assert "or: Input should be a valid list, or 'auto' (got 'fast')" in message
 
 
 def test_a_suite_is_told_from_a_run_and_a_run_from_a_suite() -> None:
@@ -477,7 +477,7 @@ def test_the_configuration_of_an_old_run_is_read_as_its_new_spelling(tmp_path: P
     before = json.dumps(old)
     (tmp_path / "config.yaml").write_text(dump_yaml(old))
     read = load_written_config(tmp_path / "config.yaml")
-    assert read == load_config({}, overrides)
+    assert read == load_config({}, [*overrides, f"optim.learning_rate={old['optim']['learning_rate']}"])
     plan(read)
     assert json.dumps(old) == before, "what was given stays as it is"
 
@@ -521,6 +521,29 @@ def test_a_hugging_face_configuration_may_have_keys_that_its_family_does_not_rea
     assert shape_of(read).num_parameters() == expected
     with pytest.raises(ConfigError, match="'starcoder2' has no key 'mlp_type'"):
         hf_config({**GEMMA, "model_type": "starcoder2", "mlp_type": "default"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "rate"),
+    [
+        (["method=vanilla"], 1.4e-3),  # 0.7 / 512
+        (["method=vanilla", "model.hidden_size=1024"], 6.8e-4),
+        (["method=auto"], 1.8e-3),  # 0.9 / 512
+        (["optim.name=muon", "plan.num_stages=1"], 1.8e-3),
+        (["optim.name=scale", "plan.num_stages=1"], 1.4e-3),
+        (["optim.name=galore", "method=relora"], 2.3e-3),
+        (["plan.num_stages=3"], 6.8e-4),  # half of 0.7 / 512
+        (["method=growth", "optim.name=muon"], 8.8e-4),
+        (["method=badam"], 6.8e-4),
+        (["method=auto", "optim.learning_rate=auto"], 1.8e-3),
+        (["method=auto", "optim.learning_rate=0.01"], 0.01),
+        (["optim.learning_rate=[0.01, 0.02]"], [0.01, 0.02]),
+    ],
+)
+def test_the_default_learning_rate_follows_rule_width_and_method(keys: list[str], rate: float | list[float]) -> None:
+    config = load_config({"model": {"hidden_size": 512}}, keys)
+    assert config.optim.learning_rate == rate
+    assert load_config(yaml.safe_load(dump_config(config))) == config
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neo", "opt", "falcon", "bloom", "mpt", "gptj", "codegen"])

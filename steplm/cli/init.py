@@ -25,7 +25,7 @@ STARTER: dict[str, Any] = {
     "data.train": ["builtin://python-docs"],
     "data.tokenizer": "train",
     "plan.total_tokens": "20M",
-    "optim.learning_rate": 0.001,
+    "optim.learning_rate": "auto",
     "train.precision": "bf16",
     "train.sequence_length": 512,
     "train.per_device_train_batch_size": 8,
