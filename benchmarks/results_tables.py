@@ -1,13 +1,14 @@
-"""Fill the tables of docs/results.md and docs/comparing.md, between ``<!-- SOURCE: TITLE -->`` and ``<!-- / -->``.
+"""Fill the tables of some pages in docs/, between ``<!-- SOURCE: TITLE -->`` and ``<!-- / -->``.
 
     python benchmarks/results_tables.py
 
-There are three kinds of source:
+There are four kinds of source:
 
 - a saved suite, such as ``results/cpu``, whose title is that of one of its questions, or "Learning rates";
 - ``plans``, whose title is a recipe, for which every method is planned;
 - ``scales``, whose title names saved suites to compare, one per column, after an optional ``TEXT of`` that selects the
-  text of the losses (default: the validation text).
+  text of the losses (default: the validation text);
+- ``rates``, whose title names saved suites: the best learning rate of every tuned entry, times the hidden size.
 
 Facts that every table on a page would repeat are left out, because the page states them once.
 """
@@ -20,16 +21,18 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from steplm.compare.methods import METHODS
 from steplm.config import load_config
 from steplm.planner.plan import plan
 from steplm.report.summary import Suite, difference, read_suite
-from steplm.report.tables import all_tables, warnings
+from steplm.report.tables import all_tables, tuning_run, warnings
 from steplm.units import format_bytes, format_count, percent
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs/results.md", ROOT / "docs/comparing.md")
-BLOCK = re.compile(r"<!-- (results/\w+|plans|scales): (.+?) -->\n.*?<!-- / -->", re.DOTALL)
+PAGES = tuple(ROOT / "docs" / name for name in ("results.md", "comparing.md", "update_rules.md"))
+BLOCK = re.compile(r"<!-- (results/\w+|plans|scales|rates): (.+?) -->\n.*?<!-- / -->", re.DOTALL)
 
 kept = cache(read_suite)
 
@@ -115,9 +118,43 @@ def _against_vanilla(suite: Suite, name: str, text: str = "") -> str | None:
     return f"{loss}, {percent(share)}"
 
 
+def rates(names: str) -> str:
+    """A table of the best learning rate times the hidden size, for every tuned entry of several suites."""
+    suites = [kept(ROOT / "results" / name) for name in names.split()]
+    found = [{entry.label: best_rate(suite, name) for name, entry in suite.entries.items()} for suite in suites]
+    labels = dict.fromkeys(label for of_suite in found for label, best in of_suite.items() if best is not None)
+    lines = [_line(["best rate × hidden size", *map(_width, suites)]), _line(["---", *["---:"] * len(suites)])]
+    for label in labels:
+        cells = [of_suite.get(label) for of_suite in found]
+        lines.append(_line([label, *("–" if cell is None else f"{cell:.2f}" for cell in cells)]))
+    return "\n".join(lines)
+
+
+def _width(suite: Suite) -> str:
+    plan = suite.entries["vanilla"].plan
+    assert plan is not None
+    return f"{suite.record.name}: {plan.shape.hidden_size}"
+
+
+def best_rate(suite: Suite, name: str) -> float | None:
+    """The best learning rate times the hidden size, between those of the grid; None without a lower and a higher one.
+
+    The vertex of a parabola through the best rate and its neighbors, over the logarithm of the rate.
+    """
+    plan = suite.entries[name].plan
+    runs = {rate: tuning_run(suite, name, rate) for rate in sorted(suite.record.grid)}
+    losses = {rate: run.validation_loss for rate, run in runs.items() if run and run.validation_loss is not None}
+    tried, best = list(losses), min(losses, key=losses.__getitem__, default=None)
+    if best is None or best in (tried[0], tried[-1]) or plan is None:
+        return None
+    near = tried[tried.index(best) - 1 :][:3]
+    curvature, slope, _ = np.polyfit(np.log(near), [losses[rate] for rate in near], 2)
+    return float(np.exp(-slope / (2 * curvature))) * plan.shape.hidden_size
+
+
 def block(source: str, title: str) -> str:
     """The text between the markers."""
-    makers = {"plans": plans, "scales": scales}
+    makers = {"plans": plans, "scales": scales, "rates": rates}
     return makers[source](title) if source in makers else table(kept(ROOT / source), title)
 
 
