@@ -61,7 +61,6 @@ class Rule:
     masters: tuple[str, ...] = ("fp32", "none")
     shardable: bool = False  # supports matrices whose rows are sharded over ranks
     sent_bytes: Callable[[TensorShape, Setting], int] | None = None  # None: its update sends nothing
-    fused_backward: bool = True
     product_bytes: Callable[[Sequence[TensorShape], Setting], int] | None = None
     inheritable: bool = True  # a new layer can inherit its parents' moments
 

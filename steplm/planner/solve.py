@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, combinations, pairwise
 
@@ -21,7 +21,12 @@ StageCost = Callable[[int, int], int]
 
 def peak_cost(cost: StageCost, layers: tuple[int, ...]) -> int:
     """The largest stage cost of a plan."""
-    return max(cost(new, total - new) for new, total in zip(layers, accumulate(layers), strict=True))
+    return max(cost(new, old) for new, old in new_and_old(layers))
+
+
+def new_and_old(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """The numbers of new and old layers in every stage."""
+    return [(new, depth - new) for new, depth in zip(layers, accumulate(layers), strict=True)]
 
 
 def solve_dynamic_programming(cost: StageCost, num_layers: int, num_stages: int) -> tuple[int, ...]:
@@ -124,17 +129,6 @@ def solve_exhaustive(cost: StageCost, num_layers: int, num_stages: int) -> tuple
         depths = (0, *cuts, num_layers)
         plans.append(tuple(upper - lower for lower, upper in pairwise(depths)))
     return min(plans, key=lambda layers: (peak_cost(cost, layers), tuple(-new for new in layers)))
-
-
-def equal_parts_if_as_good(cost: StageCost, layers: tuple[int, ...]) -> tuple[int, ...]:
-    """Stages of equal size if their peak is no higher than that of ``layers``, else ``layers``.
-
-    Without freezing, the last stage trains the whole model. All plans then usually have the same peak, and equal stages
-    are the natural choice.
-    """
-    smaller, remainder = divmod(sum(layers), len(layers))
-    equal_parts = tuple(smaller + (stage < remainder) for stage in range(len(layers)))
-    return equal_parts if peak_cost(cost, equal_parts) <= peak_cost(cost, layers) else layers
 
 
 def _new_layers_cost_most(cost: StageCost, num_layers: int) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 from steplm.config import RunConfig
 from steplm.cost.price import Cost, price
@@ -11,6 +12,8 @@ from steplm.cost.seconds import Speeds, step_seconds
 from steplm.cost.terms import check_shards, model_state
 from steplm.planner.checks import Run, check_options
 from steplm.planner.methods import METHODS, Draft, Parts, check_keys
+from steplm.planner.solve import new_and_old, peak_cost
+from steplm.planner.tokens import StageTokens, stage_tokens
 from steplm.schedule import Phase
 from steplm.types import ModelShape
 
@@ -26,7 +29,7 @@ class StagePrices:
         self.config, self.shape = config, shape
         self.method, self.parts = METHODS[config.method], Parts(config, shape)
         self.device_bytes, self.objective_bytes = cache(self._device_bytes), cache(self._objective_bytes)
-        self.cost, self.drafts = cache(self._cost), cache(self._drafts)
+        self.cost, self.drafts = cache(partial(price, config, shape)), cache(self._drafts)
         check_keys(config)
         check_options(self.run)
         for draft in self.run.drafts:
@@ -57,11 +60,10 @@ class StagePrices:
 
     def mean_flops_per_token(self, num_new: int, num_old: int, *, recomputed: bool = False) -> int:
         """Mean training FLOPs per token over the phases of a stage, optionally with recomputed activations."""
-        total = 0.0
-        for draft in self.drafts(num_new, num_old):
-            cost = self.cost_of_draft(draft)
-            total += draft.steps * (cost.flops_per_token + recomputed * cost.recomputed_flops_per_token)
-        return round(total)
+        costs = [(draft.steps, self.cost_of_draft(draft)) for draft in self.drafts(num_new, num_old)]
+        return round(
+            sum(steps * (cost.flops_per_token + recomputed * cost.recomputed_flops_per_token) for steps, cost in costs)
+        )
 
     def mean_step_seconds(self, num_new: int, num_old: int, speeds: Speeds) -> float:
         """Mean seconds per step over the phases of a stage, for families with activation formulas only."""
@@ -71,6 +73,33 @@ class StagePrices:
             assert step is not None  # None only for families whose peak is unknown too
             total += draft.steps * step.total
         return total
+
+    def tokens(self, layers: Sequence[int]) -> list[StageTokens]:
+        """The tokens of every stage, given the layers that each adds.
+
+        Raises:
+            ConfigError: the budget is less than one step per stage.
+        """
+        return stage_tokens(
+            self.config.plan,
+            layers,
+            step_tokens=self.config.step_tokens,
+            num_parameters=self.shape.num_parameters(sum(layers)),
+            flops_per_token=[self.mean_flops_per_token(*stage) for stage in new_and_old(layers)],
+        )
+
+    def preferred(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Stages of equal size where nothing favors ``layers``, which a solver found: neither memory nor the peak.
+
+        Without freezing, the last stage trains the whole model. All plans then usually have the same peak, and equal
+        stages are the natural choice.
+        """
+        if self.old_layers_take_less:
+            return layers
+        smaller, remainder = divmod(sum(layers), len(layers))
+        equal_parts = tuple(smaller + (stage < remainder) for stage in range(len(layers)))
+        cost = self.objective_bytes
+        return equal_parts if peak_cost(cost, equal_parts) <= peak_cost(cost, layers) else layers
 
     def model_state_bytes(self, num_new: int, num_old: int) -> int:
         """The largest model state of any phase."""
@@ -95,9 +124,6 @@ class StagePrices:
 
     def cost_of_draft(self, draft: Draft) -> Cost:
         return self.cost(_phase(draft))
-
-    def _cost(self, phase: Phase) -> Cost:
-        return price(self.config, self.shape, phase)
 
     def _state_bytes(self, draft: Draft, *, count_outer: bool) -> int:
         """The model state alone, which takes less time than the whole cost."""
