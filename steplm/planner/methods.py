@@ -18,7 +18,7 @@ from steplm.cost.terms import adapter_shapes, resolve_target_modules
 from steplm.errors import ConfigError
 from steplm.planner.positions import make_layer_map
 from steplm.planner.tokens import divide
-from steplm.schedule import Adapter, Entry, Frozen, Role, Trained
+from steplm.schedule import Adapter, Entry, Frozen, Phase, Role, Trained
 from steplm.types import ModelShape
 
 # alpha / rank. The best values among 1, 2, 4, 8 and 16 are around here, at no cost in memory (docs/results.md).
@@ -32,6 +32,11 @@ class Draft(NamedTuple):
     layers: tuple[Role, ...]
     embeddings_and_head: Role
     steps: float  # or the share of the stage's steps, if their number is not known yet
+
+    @property
+    def phase(self) -> Phase:
+        """The phase, at no position and of no length."""
+        return Phase(0, 0, self.entry, self.layers, self.embeddings_and_head, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,6 @@ class Parts:
         adapter_shapes(self.shape, adapter)  # raises if the rank is too large
         return adapter
 
-    @property
-    def frozen(self) -> Role:
-        """The role of an old layer in STEP."""
-        return Frozen() if self.config.pet.method == "none" else self.adapter
-
     @cached_property
     def outside(self) -> Role:
         """The role of embeddings, final norm and head once there are old layers."""
@@ -75,7 +75,8 @@ def vanilla(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> 
 
 def step(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
     """Train new layers and freeze old ones under adapters (arXiv 2504.04151)."""
-    return _grown(parts, num_new, num_old, num_steps, parts.frozen)
+    old = Frozen() if parts.config.pet.method == "none" else parts.adapter
+    return _grown(parts, num_new, num_old, num_steps, old)
 
 
 def growth(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:

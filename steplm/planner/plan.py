@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -327,12 +327,10 @@ def _make_schedule(prices: StagePrices, layers: tuple[int, ...]) -> Schedule:
         began = seen
         for draft in prices.drafts(*sizes, of_stage.trained // config.step_tokens):
             phases.append(
-                Phase(
+                replace(
+                    draft.phase,
                     index=len(phases) + 1,
                     stage=stage,
-                    entry=draft.entry,
-                    layers=draft.layers,
-                    embeddings_and_head=draft.embeddings_and_head,
                     tokens=round(draft.steps) * config.step_tokens,
                     scheduled_tokens=run_tokens if over_run else of_stage.scheduled,
                     schedule_start_tokens=seen if over_run else seen - began,

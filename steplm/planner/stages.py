@@ -33,7 +33,7 @@ class StagePrices:
         check_keys(config)
         check_options(self.run)
         for draft in self.run.drafts:
-            check_shards(config, shape, _phase(draft))
+            check_shards(config, shape, draft.phase)
 
     @cached_property
     def run(self) -> Run:
@@ -69,7 +69,7 @@ class StagePrices:
         """Mean seconds per step over the phases of a stage, for families with activation formulas only."""
         total = 0.0
         for draft in self.drafts(num_new, num_old):
-            step = step_seconds(self.config, self.shape, _phase(draft), speeds)
+            step = step_seconds(self.config, self.shape, draft.phase, speeds)
             assert step is not None  # None only for families whose peak is unknown too
             total += draft.steps * step.total
         return total
@@ -123,16 +123,12 @@ class StagePrices:
         return self.model_state_bytes(num_new, num_old)
 
     def cost_of_draft(self, draft: Draft) -> Cost:
-        return self.cost(_phase(draft))
+        return self.cost(draft.phase)
 
     def _state_bytes(self, draft: Draft, *, count_outer: bool) -> int:
         """The model state alone, which takes less time than the whole cost."""
-        return model_state(self.config, self.shape, _phase(draft), count_outer=count_outer).total_bytes
+        return model_state(self.config, self.shape, draft.phase, count_outer=count_outer).total_bytes
 
     def cost_of_phase(self, phase: Phase) -> Cost:
         """The cost of a phase; phases that differ only in tokens and position share one object."""
         return self.cost(replace(phase, index=0, stage=0, tokens=0, scheduled_tokens=0, schedule_start_tokens=0))
-
-
-def _phase(draft: Draft) -> Phase:
-    return Phase(0, 0, draft.entry, draft.layers, draft.embeddings_and_head, 0, 0, 0)
