@@ -33,8 +33,18 @@ class LinearShape:
     bias: bool = False
 
     @property
+    def last_name(self) -> str:
+        """The last component of the name: ``q_proj``."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def weights(self) -> int:
+        """Parameters without the bias."""
+        return self.out_features * self.in_features
+
+    @property
     def num_parameters(self) -> int:
-        return self.out_features * self.in_features + (self.out_features if self.bias else 0)
+        return self.weights + (self.out_features if self.bias else 0)
 
     @property
     def shapes(self) -> tuple[TensorShape, ...]:
@@ -78,7 +88,21 @@ class ModelShape:
     @property
     def layer_matrices(self) -> tuple[int, ...]:
         """Parameters of each matrix of one layer."""
-        return (*(linear.in_features * linear.out_features for linear in self.linears), *self.other_layer_matrices)
+        return (*(linear.weights for linear in self.linears), *self.other_layer_matrices)
+
+    @property
+    def linear_weights(self) -> int:
+        """Parameters of the linear modules of one layer, without biases."""
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def query_size(self) -> int:
+        """Width of the queries of all heads together."""
+        return self.attention_size or self.hidden_size
+
+    def linear(self, last_name: str) -> LinearShape:
+        """The linear module whose name ends with ``last_name``."""
+        return next(linear for linear in self.linears if linear.last_name == last_name)
 
     @property
     def layer_vectors(self) -> int:

@@ -64,6 +64,13 @@ def shortened(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most * 3 // 4]}…{text[len(text) - most // 4 :]}"
 
 
+def as_yaml(value: Any) -> str:
+    """A value as it is written in an override: ``null``, ``true``, ``0.5``, ``[3,3]``."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
 def nearest(name: str, known: Iterable[str], *, otherwise: str | None = None) -> str:
     """A hint to end a message about an unknown name: the closest known name, else ``otherwise`` (default: list all)."""
     names = list(known)

@@ -10,7 +10,7 @@ from steplm.data.prepare import OnProgress, prepare, with_prepared_dir
 from steplm.data.tokens import Manifest
 from steplm.errors import CheckpointMismatch, ConfigError, PlanError, SteplmError
 from steplm.eval.text import require_text
-from steplm.planner.ways import written
+from steplm.planner.methods import written
 from steplm.units import format_count
 
 

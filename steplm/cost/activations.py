@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from steplm.config import RunConfig
-from steplm.cost.terms import WEIGHT_BYTES
+from steplm.cost.terms import WEIGHT_BYTES, adapted_linears
 from steplm.schedule import Adapter, Role, Trained
-from steplm.types import LinearShape, ModelShape
+from steplm.types import ModelShape
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,12 @@ class Workload:
     @property
     def feed_forward_bytes(self) -> int:
         """``w N f``: one of the tensors inside the feed-forward block."""
-        return self.width * self.num_tokens * _linear(self.shape, "gate_proj").out_features
+        return self.width * self.num_tokens * self.shape.linear("gate_proj").out_features
 
     @property
     def forward_bytes(self) -> int:
         """Peak inside a layer of a forward pass that saves nothing: ``4 w N d + max(3 w N f, attention)``."""
-        q, k = (_linear(self.shape, name).out_features for name in ("q_proj", "k_proj"))
+        q, k = (self.shape.linear(name).out_features for name in ("q_proj", "k_proj"))
         attention = self.width * self.num_tokens * (3 * q + 4 * k)
         if self.num_scores:  # before the softmax, in fp32 if they are not, and after it
             attention += self.mask_bytes + (8 + (self.width if self.width < 4 else 0)) * self.num_scores
@@ -142,7 +142,7 @@ class Workload:
         With a document mask, also the positions ``8 N``.
         """
         shape, S = self.shape, self.sequence_length
-        head_dim = (shape.attention_size or shape.hidden_size) // shape.num_attention_heads
+        head_dim = shape.query_size // shape.num_attention_heads
         rows = self.num_tokens if self.has_mask else S
         positions = 8 * self.num_tokens if self.has_mask else 0
         rotary = 2 * self.width * rows * head_dim + 4 * (head_dim + 2)
@@ -172,12 +172,18 @@ def is_modeled(shape: ModelShape) -> bool:
     return shape.model_type in MODELED
 
 
-def norm_saved(work: Workload, *, trained: bool) -> int:
+def norm_saved(work: Workload, size: int | None = None, rows_per_token: int = 1, *, trained: bool) -> int:
     """Bytes a norm saves: ``4 N d`` fp32 input, ``4 N`` scale, and ``w N d`` for the gradient of a trained weight.
 
     Gemma multiplies by 1 + weight in fp32: ``4 N d`` for the gradient of the weight, and ``4 d`` for 1 + weight.
+
+    Args:
+        size: elements of a row; default: d.
     """
-    return _norm_saved(work, work.shape.hidden_size, work.num_tokens, trained=trained)
+    size, rows = size or work.shape.hidden_size, work.num_tokens * rows_per_token
+    if MODELED[work.shape.model_type].fp32_norm_weights:
+        return (4 + 4 * trained) * rows * size + 4 * rows + 4 * size
+    return (4 + work.width * trained) * rows * size + 4 * rows
 
 
 def norm_backward(work: Workload) -> int:
@@ -197,21 +203,22 @@ def layer_activations(work: Workload, role: Role) -> LayerActivations:
     family, trained = MODELED[shape.model_type], isinstance(role, Trained)
     adapted, r = (role.target_modules, role.rank) if isinstance(role, Adapter) else ((), 0)
     d = shape.hidden_size
-    q, k = _linear(shape, "q_proj").out_features, _linear(shape, "k_proj").out_features
-    inner, f = work.feed_forward_bytes, _linear(shape, "gate_proj").out_features
+    q, k = shape.linear("q_proj").out_features, shape.linear("k_proj").out_features
+    inner, f = work.feed_forward_bytes, shape.linear("gate_proj").out_features
 
     def needs_input(*names: str) -> bool:
         return trained or any(name in adapted for name in names)
 
     attention = 2 * w * N * (q + k) + 4 * N * shape.num_attention_heads
     if work.num_scores:
-        attention = w * N * q * (3 + needs_input("o_proj")) + _saved_scores(work)
+        # Scores before the softmax (if capped), after it in fp32, and then in bf16.
+        scores = (4 + w * work.caps_scores + (w if w < 4 else 0)) * work.num_scores
+        attention = w * N * q * (3 + needs_input("o_proj")) + scores
     elif work.mask_bytes:
         attention += w * N * work.sequence_length  # each layer makes its own additive mask from the boolean one
     if family.normalizes_heads:
         head_dim = q // shape.num_attention_heads
-        attention += _norm_saved(work, q, N * q // head_dim, trained=trained)
-        attention += _norm_saved(work, k, N * k // head_dim, trained=trained)
+        attention += sum(norm_saved(work, head_dim, size // head_dim, trained=trained) for size in (q, k))
     saved = (4 if family.norms_after else 2) * norm_saved(work, trained=trained) + attention
     saved += work.stream_bytes * (needs_input("q_proj", "k_proj", "v_proj") + needs_input("gate_proj", "up_proj"))
     saved += inner * (3 + needs_input("down_proj")) + w * N * r * len(adapted)
@@ -252,10 +259,9 @@ def _at_the_softmax(work: Workload, role: Role, saved: int) -> dict[str, int]:
     if not work.num_scores:
         return {"attention_backward": 0, "fetched_attention": 0, "attention_gradient": 0}
     shape, w, N, trained = work.shape, work.width, work.num_tokens, isinstance(role, Trained)
-    targets, rank = (role.target_modules, role.rank) if isinstance(role, Adapter) else ((), 0)
-    before = {linear: linear.name.endswith(("q_proj", "k_proj", "v_proj")) for linear in shape.linears}
-    adapted = [linear for linear in shape.linears if linear.name.rpartition(".")[2] in targets]
-    q = w * N * _linear(shape, "q_proj").out_features
+    adapted, rank = adapted_linears(shape, role), role.rank if isinstance(role, Adapter) else 0
+    before = {linear: linear.last_name in ("q_proj", "k_proj", "v_proj") for linear in shape.linears}
+    q = w * N * shape.linear("q_proj").out_features
     fetched = work.stream_bytes + q + 12 * work.num_scores
     inputs = sum(before[linear] for linear in adapted)
     held = fetched + 2 * q + w * work.caps_scores * work.num_scores + norm_saved(work, trained=trained)
@@ -269,19 +275,3 @@ def _at_the_softmax(work: Workload, role: Role, saved: int) -> dict[str, int]:
         "fetched_attention": fetched,
         "attention_gradient": w * gradients,
     }
-
-
-def _saved_scores(work: Workload) -> int:
-    """Scores saved before the softmax (if capped), after it in fp32, and then in bf16."""
-    w = work.width
-    return (4 + w * work.caps_scores + (w if w < 4 else 0)) * work.num_scores
-
-
-def _norm_saved(work: Workload, size: int, num_rows: int, *, trained: bool) -> int:
-    if MODELED[work.shape.model_type].fp32_norm_weights:  # the normalized input in fp32, and 1 + weight
-        return (4 + 4 * trained) * work.num_tokens * size + 4 * num_rows + 4 * size * work.num_tokens // num_rows
-    return (4 + work.width * trained) * work.num_tokens * size + 4 * num_rows
-
-
-def _linear(shape: ModelShape, name: str) -> LinearShape:
-    return next(linear for linear in shape.linears if linear.name.endswith(f".{name}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -33,39 +34,29 @@ class ByteCounter(TorchDispatchMode):
     as zero. Storages labeled ``HOST`` stand for host memory and are excluded from totals.
 
     Not counted: memory that a kernel allocates and frees internally, and allocator overhead (rounding, fragmentation).
+
+    Attributes:
+        current_bytes: bytes allocated now, without host memory.
+        peak_bytes: the highest ``current_bytes`` since the start or ``reset_peak``.
+        peak_by_label: ``current_by_label`` when the peak was first reached.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._storages: dict[int, _Counted] = {}
-        self._by_label: dict[str, int] = {}
+        self._by_label = Counter[str]()
         self._newborn = REST
-        self._total = 0
-        self._peak, self._peak_by_label = 0, dict[str, int]()
-
-    @property
-    def current_bytes(self) -> int:
-        """Bytes allocated now, without host memory."""
-        return self._total
+        self.current_bytes = self.peak_bytes = 0
+        self.peak_by_label: dict[str, int] = {}
 
     @property
     def current_by_label(self) -> dict[str, int]:
         """Bytes allocated now by label, including host memory."""
         return {label: count for label, count in self._by_label.items() if count}
 
-    @property
-    def peak_bytes(self) -> int:
-        """The highest ``current_bytes`` since the start or ``reset_peak``."""
-        return self._peak
-
-    @property
-    def peak_by_label(self) -> dict[str, int]:
-        """``current_by_label`` when the peak was first reached."""
-        return self._peak_by_label
-
     def reset_peak(self) -> None:
         """Restart the peak at the current count."""
-        self._peak, self._peak_by_label = self._total, self.current_by_label
+        self.peak_bytes, self.peak_by_label = self.current_bytes, self.current_by_label
 
     def track(self, tensor: Tensor, label: str) -> None:
         """Count the tensor's storage under ``label`` from now on, even if it already has another label."""
@@ -117,12 +108,12 @@ class ByteCounter(TorchDispatchMode):
         self._add(dead.label, -dead.num_bytes)
 
     def _add(self, label: str, num_bytes: int) -> None:
-        self._by_label[label] = self._by_label.get(label, 0) + num_bytes
+        self._by_label[label] += num_bytes
         if label != HOST:
-            self._total += num_bytes
+            self.current_bytes += num_bytes
 
     def _update_peak(self) -> None:
-        if self._total > self._peak:
+        if self.current_bytes > self.peak_bytes:
             self.reset_peak()
 
 

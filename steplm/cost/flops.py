@@ -34,7 +34,7 @@ def training_flops_per_token(shape: ModelShape, phase: Phase, sequence_length: i
     """
     num_layers, outside = phase.num_hidden_layers, phase.embeddings_and_head
     num_backward_layers = num_layers - phase.num_layers_without_backward
-    layer_matrices = sum(linear.in_features * linear.out_features for linear in shape.linears)
+    layer_matrices = shape.linear_weights
     head = shape.vocab_size * shape.hidden_size
     head_rank = outside.rank if isinstance(outside, Adapter) else 0
     adapters = sum(count * _adapter_parameters(shape, role) for role, count in phase.groups.items())
@@ -53,10 +53,9 @@ def training_flops_per_token(shape: ModelShape, phase: Phase, sequence_length: i
 def recomputed_flops_per_token(shape: ModelShape, phase: Phase, config: RunConfig) -> int:
     """FLOPs of the second forward pass of the layers that ``train.gradient_checkpointing`` covers."""
     flops = 0
-    matrices = sum(linear.in_features * linear.out_features for linear in shape.linears)
     for role, count in phase.groups.items():
         if recomputes(config, role):
-            each = 2 * (matrices + _adapter_parameters(shape, role))
+            each = 2 * (shape.linear_weights + _adapter_parameters(shape, role))
             flops += count * (each + _attention(shape, config.train.sequence_length))
     return flops
 
@@ -72,7 +71,7 @@ def newton_schulz_flops(rows: int, columns: int) -> int:
 
 def _attention(shape: ModelShape, sequence_length: int) -> int:
     """Attention FLOPs per token of the forward pass of one layer."""
-    return 4 * sequence_length * (shape.attention_size or shape.hidden_size)
+    return 4 * sequence_length * shape.query_size
 
 
 def _adapter_parameters(shape: ModelShape, role: Role) -> int:

@@ -165,14 +165,9 @@ def _rows_of_piece(columns: int) -> int:
 
 
 def momentum_bytes(rows: int, columns: int, states: str) -> int:
-    """Bytes of the momentum of one matrix. Source of the 8-bit format: arXiv 2509.23106."""
+    """Bytes of the momentum of one matrix, in Muon and SCALE. Source of the 8-bit format: arXiv 2509.23106."""
     size = rows * columns
     return {"fp32": 4 * size, "bf16": 2 * size, "8bit": state_bytes(size)}[states]
-
-
-def muon_state_bytes(rows: int, columns: int, states: str) -> int:
-    """Bytes of the states of one matrix, without master weights; see ``steplm.optim.muon.Muon``."""
-    return momentum_bytes(rows, columns, states)
 
 
 def muon_step_bytes(
@@ -233,11 +228,6 @@ def _newton_schulz_bytes(batch: int, rows: int, columns: int, blocks: tuple[int,
     """
     largest = max(2 * n * columns + min(n, columns) ** 2 for n in blocks or (rows,))
     return compute_width * batch * (largest + (rows * columns if blocks else 0))
-
-
-def scale_state_bytes(rows: int, columns: int, states: str, *, momentum: bool = False) -> int:
-    """Bytes of the states of one matrix, without master weights; see ``steplm.optim.scale.SCALE``."""
-    return momentum_bytes(rows, columns, states) if momentum else 0
 
 
 def scale_step_bytes(

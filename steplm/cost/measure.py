@@ -75,7 +75,9 @@ def measure_model_state(
         component = components[name]
         add(component, "weights", parameter.detach())
         if parameter.grad is not None and hasattr(parameter.grad, "to_local"):
-            held[component, "gradients"] += _own_bytes(parameter.grad)  # a layer's gradients are views of one storage
+            held[component, "gradients"] += on_this_rank(
+                parameter.grad
+            ).nbytes  # a layer's gradients are views of one storage
         elif parameter.grad is not None:
             add(component, "gradients", parameter.grad)
         elif expect_gradients and parameter.requires_grad and host is None:
@@ -206,12 +208,6 @@ def outer_component(name: str, parameter: Tensor, head_name: str | None) -> str:
     if head_name is not None and name.startswith(f"{head_name}."):
         return "head"
     return "final_norm" if parameter.dim() == 1 else "embeddings"
-
-
-def _own_bytes(tensor: Tensor) -> int:
-    """Bytes of the tensor's elements on this rank."""
-    local = on_this_rank(tensor)
-    return int(local.numel() * local.element_size())
 
 
 def _component(name: str, parameter: Tensor, prefix: str, head_name: str | None) -> str:

@@ -35,7 +35,7 @@ from steplm.cost.terms import (
     model_state,
 )
 from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
-from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm, ModelShape, TensorShape
+from steplm.types import HOST, Instant, MemoryEstimate, MemoryTerm, ModelShape, TensorShape, local_size
 
 
 class Instants:
@@ -90,12 +90,12 @@ class Instants:
         saved = 0 if self.memory.offload_activations else self._final_norm_saved()
         size = "8 C V" if self.work.caps_logits else "6 C V (fp32: 4 C V)"
         terms = [
-            term("loss", "activations", saved, "final norm: 4 N d + w N d"),
-            term("loss", "workspace", 2 * self.work.stream_bytes, "hidden states and their gradient: 2 w N d"),
-            term("loss", "workspace", chunk, f"chunk: {size}, or 2 C V + 2 V d"),
-            term("loss", "workspace", 3 * w * N * adapted, "adapter of the head: 3 w N r"),
-            term("head", "gradients", 4 * self.matrix * self.trains_outside, "summed in fp32: 4 V d"),
-            term("adapters", "gradients", 4 * V * adapted, "of the head, summed in fp32: 4 V r"),
+            MemoryTerm("loss", "activations", saved, "final norm: 4 N d + w N d"),
+            MemoryTerm("loss", "workspace", 2 * self.work.stream_bytes, "hidden states and their gradient: 2 w N d"),
+            MemoryTerm("loss", "workspace", chunk, f"chunk: {size}, or 2 C V + 2 V d"),
+            MemoryTerm("loss", "workspace", 3 * w * N * adapted, "adapter of the head: 3 w N r"),
+            MemoryTerm("head", "gradients", 4 * self.matrix * self.trains_outside, "summed in fp32: 4 V d"),
+            MemoryTerm("adapters", "gradients", 4 * V * adapted, "of the head, summed in fp32: 4 V r"),
         ]
         return self._instant("loss", self.num_layers, terms, self._all_gradients() if self.sums_gradients else [])
 
@@ -113,8 +113,8 @@ class Instants:
             if before + saved_before > backward + saved:
                 backward, saved = before, saved_before
                 formula = "update of the head: w N d + w V d and the optimizer's workspace"
-        terms = [term("loss", "activations", saved, "final norm: 4 N d + w N d")]
-        terms.append(term("loss", "workspace", backward, formula))
+        terms = [MemoryTerm("loss", "activations", saved, "final norm: 4 N d + w N d")]
+        terms.append(MemoryTerm("loss", "workspace", backward, formula))
         top = self.num_layers
         # At the peak of the norm's backward, the head's gradient has left and the norm's own is in transfer.
         if not isinstance(self.outside, Frozen):
@@ -132,7 +132,7 @@ class Instants:
         def held(index: int) -> int:
             kept = 0 if self.memory.offload_activations else 1
             below = sum(self.kept[kind] * self._saving(kind, index + 1) for kind in self.kinds)
-            above = sum(per_layer[k] * (self._count(k) - self._count(k, index + 1)) for k in self.kinds)
+            above = sum(per_layer[kind] * self._above(kind, index + 1) for kind in self.kinds)
             return kept * below + inside[self.roles[index]] + above
 
         index = max(self._candidates(), key=held)
@@ -141,16 +141,16 @@ class Instants:
 
     def embeddings(self) -> Instant:
         """The end of the backward pass: no activations, all gradients."""
-        terms = [term("embeddings", "workspace", self.work.stream_bytes, "gradient of the hidden states: w N d")]
+        terms = [MemoryTerm("embeddings", "workspace", self.work.stream_bytes, "gradient of the hidden states: w N d")]
         matrix_bytes = self.matrix * self.work.width
         if self.trains_outside and (self.frees_gradients or self.sums_gradients):
-            terms.append(term("embeddings", "gradients", matrix_bytes, "one more, before it is added: w V d"))
+            terms.append(MemoryTerm("embeddings", "gradients", matrix_bytes, "one more, before it is added: w V d"))
         if self.trains_outside and self.shape.tie_word_embeddings:
-            terms.append(term("embeddings", "gradients", matrix_bytes, "the head's part: w V d"))
+            terms.append(MemoryTerm("embeddings", "gradients", matrix_bytes, "the head's part: w V d"))
         update = self._fused_update(self.matrix) if self.trains_outside else 0
         if update and self.shape.tie_word_embeddings:  # the head's part has been added by then
             update = max(update - matrix_bytes, 0)
-        terms.append(term("optimizer", "workspace", update, self._step_formula()))
+        terms.append(MemoryTerm("optimizer", "workspace", update, self._step_formula()))
         terms.append(self._leaving(self.work.width * self.shape.hidden_size, "the lowest norm's"))
         terms.append(self._products_in_pass())
         return self._instant("backward of the embeddings", 0, terms, self._all_gradients())
@@ -163,18 +163,19 @@ class Instants:
     def evaluation(self) -> Instant:
         """A forward pass between two steps that saves nothing for a backward pass."""
         whole = max(map(self._unpacking, self.kinds))
-        terms = [*self._forward_alone(), term("evaluation", "workspace", whole, "one matrix, dequantized")]
+        terms = [*self._forward_alone(), MemoryTerm("evaluation", "workspace", whole, "one matrix, dequantized")]
         return self._instant("evaluation", 0, terms, [], in_pass=False)
 
     def _update_terms(self) -> list[MemoryTerm]:
         sizes = [min(size, STEP_CHUNK) for size in self._adamw_matrices()]
-        workspace = max(self._step_bytes(largest_bucket(sizes), max(sizes, default=0)), self._rules_step_bytes())
+        rules = [RULES[rule].step_bytes(shapes, self.subject.setting(rule)) for rule, shapes in self._taken().items()]
+        workspace = max([self._step_bytes(largest_bucket(sizes), max(sizes, default=0)), *rules])  # one after the other
         held = 0 if self.updates_on_device_in_pass else workspace
         where = HOST if self.memory.offload_optimizer else "workspace"
-        terms = [term("optimizer", where, held, self._step_formula())]
+        terms = [MemoryTerm("optimizer", where, held, self._step_formula())]
         if self.memory.offload_optimizer:
             terms.append(
-                term("optimizer", "workspace", self._product_bytes(), "Newton–Schulz of matrices of one shape")
+                MemoryTerm("optimizer", "workspace", self._product_bytes(), "Newton–Schulz of matrices of one shape")
             )
         return terms
 
@@ -221,10 +222,10 @@ class Instants:
         return [
             self._leaving(leaving, f"inside layer {index}"),
             self._products_in_pass(),
-            term(component, "activations", recomputed, f"layer {index} computed again"),
-            term(component, "workspace", backward, f"gradients of activations inside layer {index}"),
-            term(component, "workspace", self._unpacking(kind), "one matrix, dequantized"),
-            term(component, "gradients", gradient, f"inside layer {index}"),
+            MemoryTerm(component, "activations", recomputed, f"layer {index} computed again"),
+            MemoryTerm(component, "workspace", backward, f"gradients of activations inside layer {index}"),
+            MemoryTerm(component, "workspace", self._unpacking(kind), "one matrix, dequantized"),
+            MemoryTerm(component, "gradients", gradient, f"inside layer {index}"),
         ]
 
     def _instant(
@@ -240,7 +241,7 @@ class Instants:
         held = [term for term in self.state.terms if term.kind != "gradients"]
         if self.memory.optimizer_states == "8bit":
             where = HOST if self.memory.offload_optimizer else "workspace"
-            held.append(term("optimizer", where, CODE_BOOK_BYTES, "tables of the 8-bit code"))
+            held.append(MemoryTerm("optimizer", where, CODE_BOOK_BYTES, "tables of the 8-bit code"))
         if self.memory.delay_update:  # the previous step's update runs at the same time
             held += self._update_terms()
         where = HOST if self.memory.offload_activations else "activations"
@@ -251,17 +252,17 @@ class Instants:
             if count and kind == self.roles[0] and self._lowest_norm_saves_no_input:
                 num_bytes -= norm_saved(self.work, trained=False)
                 formula += " - the lowest norm's input"
-            held.append(term(component_of(kind), where, num_bytes, formula))
+            held.append(MemoryTerm(component_of(kind), where, num_bytes, formula))
         if self.memory.offload_activations:
             scale, normalizer = 4 * self.work.num_tokens, 4 * self.work.num_tokens * self.shape.num_attention_heads
             small = sum(size for size in (scale, scale, normalizer) if size < MIN_OFFLOADED_BYTES)
             count = sum(self._saving(kind, num_below) for kind in self.kinds if not self.recomputes[kind])
-            held.append(term("all_layers", "activations", count * small, "too small to be moved"))
+            held.append(MemoryTerm("all_layers", "activations", count * small, "too small to be moved"))
         if in_pass and self.work.mask_bytes and any(self.recomputes.values()):
-            held.append(term("batch", "activations", self.work.mask_bytes, "mask: N S, or S S for all sequences"))
+            held.append(MemoryTerm("batch", "activations", self.work.mask_bytes, "mask: N S, or S S for all sequences"))
         if in_pass:
             formula = "tokens, labels and rotary angles: 16 N + 2 w S q/h"
-            held.append(term("batch", "activations", self.work.batch_bytes, formula))
+            held.append(MemoryTerm("batch", "activations", self.work.batch_bytes, formula))
         present = tuple(term for term in (*held, *gradients, *terms) if term.num_bytes)
         return Instant(name, MemoryEstimate(present), in_pass)
 
@@ -278,9 +279,9 @@ class Instants:
             if index in ends or not (self.roles[index - 1] is role is self.roles[index + 1])
         ]
 
-    def _count(self, kind: Role, num_below: int | None = None) -> int:
-        """Layers of this kind among the lowest ``num_below``, or among all."""
-        return self.below[kind][self.num_layers if num_below is None else num_below]
+    def _above(self, kind: Role, index: int) -> int:
+        """How many layers of this kind there are from layer ``index`` up."""
+        return self.below[kind][-1] - self.below[kind][index]
 
     @property
     def _lowest_norm_saves_no_input(self) -> bool:
@@ -290,16 +291,10 @@ class Instants:
     def _saving(self, kind: Role, num_below: int) -> int:
         """How many of these layers save something for the backward pass."""
         unreached = min(self.unreached, num_below) if isinstance(kind, Frozen) else 0
-        return self._count(kind, num_below) - unreached
+        return self.below[kind][num_below] - unreached
 
     def _all_gradients(self) -> list[MemoryTerm]:
         return [term for term in self.state.terms if term.kind == "gradients"]
-
-    def _head_adapter(self) -> int:
-        """Gradient bytes of the head's adapter; the embeddings' adapter has as many."""
-        if self.frees_gradients:
-            return 0
-        return self.work.width * self.outside_rank * (self.shape.vocab_size + self.shape.hidden_size)
 
     def _trained_shapes(self, kind: Role) -> tuple[TensorShape, ...]:
         """Shapes of all trained tensors of a layer of this kind."""
@@ -325,28 +320,31 @@ class Instants:
         tied, terms = self.shape.tie_word_embeddings, []
         if self.trains_outside and (tied or not self.frees_gradients):
             name = "embeddings" if tied else "head"
-            terms.append(term(name, "gradients", self.matrix * self.work.width, "the head's: w V d"))
-        return [*terms, term("adapters", "gradients", self._head_adapter(), "the head's: w r (V + d)")]
+            terms.append(MemoryTerm(name, "gradients", self.matrix * self.work.width, "the head's: w V d"))
+        adapter = self.outside_rank * (self.shape.vocab_size + self.shape.hidden_size) * (not self.frees_gradients)
+        return [*terms, MemoryTerm("adapters", "gradients", self.work.width * adapter, "the head's: w r (V + d)")]
 
     def _gradients_of_layers_above(self, index: int) -> Iterator[MemoryTerm]:
         for kind in self.kinds:
-            above = self._count(kind) - self._count(kind, index)
+            above = self._above(kind, index)
             component = "adapters" if isinstance(kind, Adapter) else component_of(kind)
-            yield term(component, "gradients", above * self._gradients_of_one(kind), f"of {above} layers above")
+            yield MemoryTerm(component, "gradients", above * self._gradients_of_one(kind), f"of {above} layers above")
 
     def _adamw_matrices(self) -> Iterator[int]:
-        """Parameters of each matrix that AdamW updates, in the model's order."""
-        outside: tuple[int, ...] = (self.matrix,) if self.trains_outside else ()
-        if isinstance(self.outside, Adapter):
-            outside = tuple(map(prod, embedding_adapter_shapes(self.shape, self.outside.rank)))
-        in_layer = {kind: [prod(shape) for shape in self._adamw_shapes(kind) if len(shape) > 1] for kind in self.kinds}
+        """Parameters, on this rank, of each matrix that AdamW updates, in the model's order."""
+
+        def sizes(shapes: Iterable[TensorShape]) -> list[int]:
+            return [local_size(shape, self.subject.num_shards) for shape in shapes if len(shape) > 1]
+
+        outside: list[int] = []
+        if self.trains_outside:
+            outside = sizes([(self.shape.vocab_size, self.shape.hidden_size)])
+        elif isinstance(self.outside, Adapter):
+            outside = sizes(embedding_adapter_shapes(self.shape, self.outside.rank))
+        in_layer = {kind: [] if isinstance(kind, Frozen) else sizes(self._split(kind)[1]) for kind in self.kinds}
         yield from outside
         yield from chain.from_iterable(map(in_layer.__getitem__, self.roles))
         yield from () if self.shape.tie_word_embeddings else outside
-
-    def _adamw_shapes(self, kind: Role) -> tuple[TensorShape, ...]:
-        """Shapes of the tensors that AdamW updates in a layer of this kind."""
-        return () if isinstance(kind, Frozen) else self._split(kind)[1]
 
     def _split(self, kind: Trained | Adapter) -> tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]:
         """Shapes that the rule of a layer of this kind updates, and shapes that AdamW updates."""
@@ -357,13 +355,6 @@ class Instants:
     def _step_bytes(self, bucket: int, piece: int) -> int:
         setting = self.subject.setting(ADAMW)
         return step_bytes(bucket, piece, states=setting.states, masters=setting.masters)
-
-    def _rules_step_bytes(self) -> int:
-        """Workspace of the rules other than AdamW, which run one after the other."""
-        return max(
-            (RULES[rule].step_bytes(shapes, self.subject.setting(rule)) for rule, shapes in self._taken().items()),
-            default=0,
-        )
 
     def _taken(self) -> dict[str, list[TensorShape]]:
         """For each rule, the shapes that it updates in all layers."""
@@ -388,12 +379,12 @@ class Instants:
 
     def _leaving(self, num_bytes: int, whose: str) -> MemoryTerm:
         """A gradient in transfer to the host, which stays in memory until the next one is complete."""
-        return term("leaving", "gradients", num_bytes * self.memory.offload_optimizer, f"{whose}, to the host")
+        return MemoryTerm("leaving", "gradients", num_bytes * self.memory.offload_optimizer, f"{whose}, to the host")
 
     def _products_in_pass(self) -> MemoryTerm:
         """Device workspace of updates in host memory that are made during the backward pass."""
         held = self._product_bytes() * (self.memory.fused_backward and self.memory.offload_optimizer)
-        return term("optimizer", "workspace", held, "Newton–Schulz of matrices of one shape")
+        return MemoryTerm("optimizer", "workspace", held, "Newton–Schulz of matrices of one shape")
 
     def _product_bytes(self) -> int:
         """Device workspace of updating matrices that are in host memory."""
@@ -407,7 +398,7 @@ class Instants:
         """Bytes of dequantizing the largest frozen matrix for a matmul."""
         if isinstance(kind, Trained) or self.memory.frozen_weights == "full":
             return 0
-        largest = max(linear.in_features * linear.out_features for linear in self.shape.linears)
+        largest = max(linear.weights for linear in self.shape.linears)
         return unpack_bytes(self.memory.frozen_weights, largest, self.work.width)
 
     def _final_norm_saved(self) -> int:
@@ -427,11 +418,6 @@ class Instants:
         loss = work.stream_bytes + self._chunk_bytes(work.num_tokens)
         formula = "inside a layer: 4 w N d + 3 w N f or its attention; or the loss: w N d + 6 C V (fp32: 4 C V)"
         return [
-            term("evaluation", "activations", work.batch_bytes, "tokens, labels and rotary angles"),
-            term("evaluation", "workspace", max(layer, loss), formula),
+            MemoryTerm("evaluation", "activations", work.batch_bytes, "tokens, labels and rotary angles"),
+            MemoryTerm("evaluation", "workspace", max(layer, loss), formula),
         ]
-
-
-def term(component: str, kind: str, num_bytes: int, formula: str) -> MemoryTerm:
-    """A term that counts no parameters."""
-    return MemoryTerm(component, kind, num_bytes, formula)

@@ -38,27 +38,15 @@ class Cost:
 
 def price(config: RunConfig, shape: ModelShape, phase: Phase) -> Cost:
     """Memory and FLOPs of a phase; they do not depend on its tokens or learning rate."""
-    state = model_state(config, shape, phase)
-    counts_outer = config.plan.count_embeddings
+    state, peak = model_state(config, shape, phase), None
+    if is_modeled(shape):
+        instants = Instants if config.distributed.world_size == 1 else ShardedInstants
+        evaluates_first = phase.entry.kind in ("grow", "merge")  # the loss, on the plain weights
+        peak = PeakEstimate(instants(config, shape, phase, state).in_order(grows=evaluates_first))
     return Cost(
-        memory=state if counts_outer else model_state(config, shape, phase, count_outer=False),
-        peak=peak(config, shape, phase, state),
+        memory=state if config.plan.count_embeddings else model_state(config, shape, phase, count_outer=False),
+        peak=peak,
         flops_per_token=training_flops_per_token(shape, phase, config.train.sequence_length),
         recomputed_flops_per_token=recomputed_flops_per_token(shape, phase, config),
         transfers=host_transfers(config, shape, phase),
     )
-
-
-def peak(
-    config: RunConfig, shape: ModelShape, phase: Phase, state: MemoryEstimate | None = None
-) -> PeakEstimate | None:
-    """Device memory at the instants that can be the peak; None for families that are not modeled.
-
-    Args:
-        state: the model state, if already known.
-    """
-    if not is_modeled(shape):
-        return None
-    instants = Instants if config.distributed.world_size == 1 else ShardedInstants
-    # Growths and merges also evaluate the loss on the plain weights.
-    return PeakEstimate(instants(config, shape, phase, state).in_order(grows=phase.entry.kind in ("grow", "merge")))

@@ -17,8 +17,8 @@ from steplm.cost.formats import (
     is_low_rank,
     low_rank_state_bytes,
     low_rank_step_bytes,
+    momentum_bytes,
     muon_product_bytes,
-    muon_state_bytes,
     muon_step_bytes,
     scale_step_bytes,
 )
@@ -61,7 +61,6 @@ class Rule:
     masters: tuple[str, ...] = ("fp32", "none")
     shardable: bool = False  # supports matrices whose rows are sharded over ranks
     sent_bytes: Callable[[TensorShape, Setting], int] | None = None  # None: its update sends nothing
-    fused_backward: bool = True
     product_bytes: Callable[[Sequence[TensorShape], Setting], int] | None = None
     inheritable: bool = True  # a new layer can inherit its parents' moments
 
@@ -138,7 +137,7 @@ RULES: dict[str, Rule] = {
         source="arXiv 2502.16982; 8 bits: arXiv 2509.23106",
         takes=_is_matrix,
         state_bytes=lambda shape, setting: sum(
-            muon_state_bytes(*sides, setting.states) for sides in _maps([_local(shape, setting.num_shards)])
+            momentum_bytes(*sides, setting.states) for sides in _maps([_local(shape, setting.num_shards)])
         ),
         step_bytes=_muon_step_bytes,
         product_bytes=lambda shapes, setting: muon_product_bytes(
@@ -189,7 +188,7 @@ def row_blocks(shape: ModelShape) -> RowBlocks:
     """
     if shape.model_type != "phi3":
         return NO_BLOCKS
-    query_size, heads = shape.attention_size or shape.hidden_size, shape.num_attention_heads
+    query_size, heads = shape.query_size, shape.num_attention_heads
     kv_size = query_size // heads * (shape.num_key_value_heads or heads)
     shapes = [(linear.out_features, linear.in_features) for linear in shape.linears]
     blocks: dict[TensorShape, tuple[int, ...]] = {}

@@ -20,7 +20,6 @@ for its streams.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
@@ -28,7 +27,7 @@ from math import prod
 
 from steplm.config import RunConfig
 from steplm.cost.activations import norm_backward, norm_saved
-from steplm.cost.peak import Instants, term
+from steplm.cost.peak import Instants
 from steplm.cost.terms import WEIGHT_BYTES, adapter_shapes, component_of, embedding_adapter_shapes
 from steplm.schedule import Adapter, Phase, Role, Trained
 from steplm.types import Instant, MemoryEstimate, MemoryTerm, ModelShape, TensorShape, local_size
@@ -165,7 +164,7 @@ class ShardedInstants(Instants):
         """The start of the forward pass: the embedding lookup, while the first layer is gathered."""
         outer, layer = self.groups.outer, self._group(0)
         terms = [self._outer, _arriving(outer, "P_outer"), _arriving(layer)]
-        terms.append(term("embeddings", "workspace", self.work.stream_bytes, "hidden states: w N d"))
+        terms.append(MemoryTerm("embeddings", "workspace", self.work.stream_bytes, "hidden states: w N d"))
         return self._instant("first all-gather", 0, terms, self._all_gradients() if self.sums_gradients else [])
 
     def loss(self) -> Instant:
@@ -178,8 +177,8 @@ class ShardedInstants(Instants):
         terms = [
             self._outer,
             _arriving(self.groups.outer, "P_outer"),
-            term("loss", "activations", self._final_norm_saved(), "final norm: 4 N d + w N d"),
-            term("loss", "workspace", streams * self.work.stream_bytes, "gradient of the hidden states: w N d"),
+            MemoryTerm("loss", "activations", self._final_norm_saved(), "final norm: 4 N d + w N d"),
+            MemoryTerm("loss", "workspace", streams * self.work.stream_bytes, "gradient of the hidden states: w N d"),
         ]
         top = self.num_layers
         return self._instant("second all-gather", top, terms, self._gradients_above(top))
@@ -206,7 +205,7 @@ class ShardedInstants(Instants):
             num_bytes = inside(moment, alike.setdefault(kinds, index))
             for kind in self.kinds:
                 num_bytes += kept[kind] * self._saving(kind, index if moment else index + 1)
-                num_bytes += left[kind] * (self._count(kind) - self._count(kind, index + 1))
+                num_bytes += left[kind] * self._above(kind, index + 1)
             return num_bytes
 
         index, moment = max(product(self._candidates(), range(len(around))), key=lambda found: held(*found))
@@ -220,11 +219,11 @@ class ShardedInstants(Instants):
             self._outer,
             self._left_over,
             _being_reduced(self._group(self.unreached)),
-            term("embeddings", "workspace", self.work.stream_bytes, "gradient of the hidden states: w N d"),
-            term("outer", "gradients", self.groups.outer.gradient_bytes, "whole: w T"),
+            MemoryTerm("embeddings", "workspace", self.work.stream_bytes, "gradient of the hidden states: w N d"),
+            MemoryTerm("outer", "gradients", self.groups.outer.gradient_bytes, "whole: w T"),
         ]
         if tied and self.trains_outside:
-            terms.append(term("embeddings", "gradients", self.matrix * width, "the head's part: w V d"))
+            terms.append(MemoryTerm("embeddings", "gradients", self.matrix * width, "the head's part: w V d"))
         return self._instant("backward of the embeddings", 0, terms, self._reduced_above(0))
 
     def outer_reduction(self) -> Instant:
@@ -248,9 +247,9 @@ class ShardedInstants(Instants):
         saved = norm_saved(self.work, trained=isinstance(kind, Trained)) + stream * self.recomputes[kind]
         terms = [
             *self._whole(index),
-            term(component, "activations", saved, "first norm: 4 N d + w N d"),
-            term(component, "workspace", norm_backward(self.work) + stream, "16 N d + 2 w N d"),
-            term(component, "gradients", self._gradients_inside(kind), f"of layer {index}, whole: w T"),
+            MemoryTerm(component, "activations", saved, "first norm: 4 N d + w N d"),
+            MemoryTerm(component, "workspace", norm_backward(self.work) + stream, "16 N d + 2 w N d"),
+            MemoryTerm(component, "gradients", self._gradients_inside(kind), f"of layer {index}, whole: w T"),
         ]
         return f"end of the backward of layer {index}", index, terms
 
@@ -258,7 +257,9 @@ class ShardedInstants(Instants):
         """The reduction of a layer's gradients, after its gathered weights are freed."""
         terms = [self._outer, *self._next(index), self._reduction(self._group(index), self.roles[index])]
         stream = self.work.stream_bytes
-        terms.append(term(component_of(self.roles[index]), "workspace", stream, "gradient of the hidden states: w N d"))
+        terms.append(
+            MemoryTerm(component_of(self.roles[index]), "workspace", stream, "gradient of the hidden states: w N d")
+        )
         return f"reduction of layer {index}", index, terms
 
     def _whole(self, index: int) -> list[MemoryTerm]:
@@ -277,7 +278,7 @@ class ShardedInstants(Instants):
     def _left_over(self) -> MemoryTerm:
         """The all-gather of a layer that the backward pass does not reach but FSDP2 prefetches."""
         group = self._group(self.unreached - 1) if self.unreached else self.groups.outer
-        return _arriving(group) if self.unreached else term(COMMUNICATION, "workspace", 0, "")
+        return _arriving(group) if self.unreached else MemoryTerm(COMMUNICATION, "workspace", 0, "")
 
     def _group(self, index: int) -> Group:
         return self.groups.layers[self.roles[index]]
@@ -293,7 +294,7 @@ class ShardedInstants(Instants):
                 update = max(update, self._largest_step_bytes(kind))
             num_bytes = max(num_bytes, local + update)
             formula += ", or w T / n and the update"
-        return term(COMMUNICATION, "workspace", num_bytes, formula)
+        return MemoryTerm(COMMUNICATION, "workspace", num_bytes, formula)
 
     def _gradients_of_one(self, kind: Role) -> int:
         return 0 if self.memory.fused_backward else self.work.width * self.groups.layers[kind].local_trained
@@ -307,27 +308,13 @@ class ShardedInstants(Instants):
     def _reduced_above(self, index: int) -> list[MemoryTerm]:
         """Reduced gradients, and the memory that their all-reduces still hold."""
         terms = self._all_gradients() if self.sums_gradients else list(self._gradients_of_layers_above(index))
-        above = {kind: self._count(kind) - self._count(kind, index) for kind in self.kinds}
-        held = sum(count * self._held_of_one(kind) for kind, count in above.items())
-        return [*terms, term(COMMUNICATION, "workspace", held, "all-reduce of the layers above: 4 T / n each")]
+        held = sum(self._above(kind, index) * self._held_of_one(kind) for kind in self.kinds)
+        return [*terms, MemoryTerm(COMMUNICATION, "workspace", held, "all-reduce of the layers above: 4 T / n each")]
 
     def _held_of_one(self, kind: Role) -> int:
         """All-reduce output of one layer: an fp32 gradient is that output itself; a rounded or summed one is not."""
         is_apart = self.work.width < REDUCED_BYTES or self.sums_gradients
         return self.groups.layers[kind].all_reduce_bytes if is_apart else 0
-
-    def _adamw_matrices(self) -> Iterator[int]:
-        if self.groups.outer.num_shards == 1:
-            yield from super()._adamw_matrices()
-            return
-        num_shards = self.groups.outer.num_shards
-        outer = _local_matrices(self.groups.outer.trained, num_shards)
-        in_embeddings = len(outer) if self.shape.tie_word_embeddings else len(outer) // 2
-        layers = {kind: _local_matrices(self._adamw_shapes(kind), num_shards) for kind in self.kinds}
-        yield from outer[:in_embeddings]
-        for index in range(self.num_layers):
-            yield from layers[self.roles[index]]
-        yield from outer[in_embeddings:]
 
     def _plain_weights(self) -> MemoryTerm:
         layer, outer = self.groups.plain_layer, self.groups.plain_outer
@@ -340,19 +327,15 @@ class ShardedInstants(Instants):
 
 
 def _gathered(name: str, group: Group) -> MemoryTerm:
-    return term(GATHERED, "weights", group.gathered_bytes, f"all-gathered: w {name}")
+    return MemoryTerm(GATHERED, "weights", group.gathered_bytes, f"all-gathered: w {name}")
 
 
 def _arriving(group: Group, name: str = "P_layer") -> MemoryTerm:
-    return term(COMMUNICATION, "workspace", group.all_gather_bytes, f"all-gather: w {name}")
+    return MemoryTerm(COMMUNICATION, "workspace", group.all_gather_bytes, f"all-gather: w {name}")
 
 
 def _being_reduced(group: Group) -> MemoryTerm:
-    return term(COMMUNICATION, "workspace", group.reduce_input_bytes, "reduce-scatter of the layer above: 4 T")
-
-
-def _local_matrices(shapes: Iterable[TensorShape], num_shards: int) -> list[int]:
-    return [local_size(shape, num_shards) for shape in shapes if len(shape) > 1]
+    return MemoryTerm(COMMUNICATION, "workspace", group.reduce_input_bytes, "reduce-scatter of the layer above: 4 T")
 
 
 def _with(instant: Instant, terms: list[MemoryTerm]) -> Instant:

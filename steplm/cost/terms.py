@@ -23,6 +23,7 @@ from steplm.types import (
     HOST_GRADIENTS,
     HOST_OPTIMIZER,
     HOST_WEIGHTS,
+    LinearShape,
     MemoryEstimate,
     MemoryTerm,
     ModelShape,
@@ -56,14 +57,30 @@ class Subject:
         """Ranks that share one copy of the model."""
         return self.config.distributed.num_shards
 
+    @cached_property
+    def components(self) -> dict[str, tuple[Tensors, ...]]:
+        """The tensors of every component."""
+        return {name: tuple(tensors_of(self)) for name, tensors_of in COMPONENTS.items()}
+
+    @property
+    def trained(self) -> Iterator[tuple[str, Tensors]]:
+        """All trained tensors, each with its rule."""
+        for tensors in chain.from_iterable(self.components.values()):
+            if tensors.rule is not None:
+                yield tensors.rule, tensors
+
     def setting(self, rule: str) -> Setting:
         """The setting in which this rule runs."""
         memory = self.config.memory
-        masters = masters_of(rule, memory) if self.width == 2 else "fp32"
-        compute_width = 2 if self.config.train.device == "cuda" else 4
-        states = memory.optimizer_states
-        blocks = row_blocks(self.shape)
-        return Setting(self.config.optim, states, masters, self.width, compute_width, self.num_shards, blocks)
+        return Setting(
+            self.config.optim,
+            states=memory.optimizer_states,
+            masters=masters_of(rule, memory) if self.width == 2 else "fp32",
+            width=self.width,
+            compute_width=2 if self.config.train.device == "cuda" else 4,
+            num_shards=self.num_shards,
+            row_blocks=row_blocks(self.shape),
+        )
 
     def master_bytes(self, rule: str) -> int:
         """Bytes per parameter of the master weights that this rule keeps."""
@@ -85,10 +102,8 @@ class Tensors:
         return self.local_parameters(1)
 
     def by_rule(self, optim: OptimConfig) -> tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]:
-        """Shapes that the rule updates, and shapes that AdamW updates; both empty if nothing is trained."""
-        if self.rule is None:
-            return (), ()
-        return split_by_rule(self.shapes, self.candidates, self.rule, optim)
+        """Of trained tensors: the shapes that the rule updates, and those that AdamW updates."""
+        return split_by_rule(self.shapes, self.candidates, self.rule or ADAMW, optim)
 
     def local_parameters(self, num_shards: int) -> int:
         """Parameters on the first of the ranks that share them; see ``local_size``."""
@@ -166,59 +181,29 @@ def weights(subject: Subject, tensors: Tensors) -> tuple[int, str]:
 
 
 def gradients(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    """Gradients in the weights' dtype, or fp32 sums over micro-batches.
-
-    With a fused update or an offloaded optimizer, no gradient stays on the device.
-    """
-    memory = subject.config.memory
-    if tensors.rule is None or memory.fused_backward or memory.offload_optimizer:
-        return 0, "0 B"
+    """Gradients in the weights' dtype, or fp32 sums over micro-batches."""
     width = 4 if subject.config.sums_in_fp32 else subject.width
+    return tensors.local_parameters(subject.num_shards) * width, f"{width} B"
+
+
+def host_gradients(subject: Subject, tensors: Tensors) -> tuple[int, str]:
+    """Gradients in host memory: fp32 sums of several micro-batches, or one gradient in the weights' dtype."""
+    width = 4 if subject.config.micro_batches > 1 else subject.width
     return tensors.local_parameters(subject.num_shards) * width, f"{width} B"
 
 
 def optimizer(subject: Subject, tensors: Tensors) -> tuple[int, str]:
     """States of the update rule and, for bf16 weights, their master weights."""
-    return (0, "0 B") if subject.config.memory.offload_optimizer else _states(subject, tensors)
-
-
-def host_weights(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    """Host copy of the trained weights, in the same precision: the update writes it, then the device receives it.
-
-    Source: ZeRO-Offload (arXiv 2101.06840), section 4.
-    """
-    return weights(subject, tensors) if _is_offloaded(subject, tensors) else (0, "0 B")
-
-
-def host_gradients(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    """Gradients in host memory: fp32 sums of several micro-batches, or one gradient in the weights' dtype."""
-    if not _is_offloaded(subject, tensors):
-        return 0, "0 B"
-    width = 4 if subject.config.micro_batches > 1 else subject.width
-    return tensors.local_parameters(subject.num_shards) * width, f"{width} B"
-
-
-def host_optimizer(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    """The states that ``optimizer`` counts, when they are in host memory."""
-    return _states(subject, tensors) if _is_offloaded(subject, tensors) else (0, "0 B")
-
-
-def _is_offloaded(subject: Subject, tensors: Tensors) -> bool:
-    return tensors.rule is not None and subject.config.memory.offload_optimizer
-
-
-def _states(subject: Subject, tensors: Tensors) -> tuple[int, str]:
-    if tensors.rule is None:
-        return 0, "0 B"
-    if tensors.rule == ADAMW:
+    rule = tensors.rule or ADAMW
+    if rule == ADAMW:
         return _adamw_states(subject, tensors.shapes, tensors.count)
-    setting = subject.setting(tensors.rule)
+    setting, master = subject.setting(rule), subject.master_bytes(rule)
     taken, rest = tensors.by_rule(setting.optim)
-    of_taken = sum(RULES[tensors.rule].state_bytes(matrix, setting) for matrix in taken)
-    of_taken += subject.master_bytes(tensors.rule) * sum(local_size(shape, subject.num_shards) for shape in taken)
+    of_taken = sum(RULES[rule].state_bytes(matrix, setting) for matrix in taken)
+    of_taken += master * sum(local_size(shape, subject.num_shards) for shape in taken)
     of_rest, per_parameter = _adamw_states(subject, rest, tensors.count)
-    master = f" + {subject.master_bytes(tensors.rule)}" if subject.master_bytes(tensors.rule) else ""
-    return tensors.count * of_taken + of_rest, f"(states of {tensors.rule}{master}) B, the rest {per_parameter}"
+    states = f"states of {rule}{f' + {master}' if master else ''}"
+    return tensors.count * of_taken + of_rest, f"({states}) B, the rest {per_parameter}"
 
 
 def _adamw_states(subject: Subject, shapes: Sequence[TensorShape], count: int) -> tuple[int, str]:
@@ -237,10 +222,20 @@ KINDS: dict[str, Callable[[Subject, Tensors], tuple[int, str]]] = {
     "weights": weights,
     "gradients": gradients,
     "optimizer": optimizer,
-    HOST_WEIGHTS: host_weights,
+    # ZeRO-Offload (arXiv 2101.06840), section 4: the update writes this copy, then the device receives it.
+    HOST_WEIGHTS: weights,
     HOST_GRADIENTS: host_gradients,
-    HOST_OPTIMIZER: host_optimizer,
+    HOST_OPTIMIZER: optimizer,
 }
+
+
+def _stored(memory: MemoryConfig, tensors: Tensors) -> tuple[str, ...]:
+    """The kinds that training stores for these tensors."""
+    if tensors.rule is None:
+        return ("weights",)
+    if memory.offload_optimizer:
+        return "weights", HOST_WEIGHTS, HOST_GRADIENTS, HOST_OPTIMIZER
+    return ("weights", "optimizer") if memory.fused_backward else ("weights", "gradients", "optimizer")
 
 
 def check_shards(config: RunConfig, shape: ModelShape, phase: Phase) -> None:
@@ -252,10 +247,9 @@ def check_shards(config: RunConfig, shape: ModelShape, phase: Phase) -> None:
     subject = Subject(config, shape, phase)
     if config.memory.optimizer_states != "8bit" or subject.num_shards == 1:
         return
-    for tensors in chain.from_iterable(component(subject) for component in COMPONENTS.values()):
+    for rule, tensors in subject.trained:
         taken, rest = tensors.by_rule(config.optim)
-        rule, setting = RULES[tensors.rule or ADAMW], subject.setting(tensors.rule or ADAMW)
-        has_states = [matrix for matrix in taken if rule.state_bytes(matrix, setting)]
+        has_states = [matrix for matrix in taken if RULES[rule].state_bytes(matrix, subject.setting(rule))]
         for matrix in (*has_states, *(tensor for tensor in rest if len(tensor) > 1)):
             if not has_whole_blocks(matrix, subject.num_shards):
                 raise ConfigError(
@@ -288,15 +282,17 @@ def model_state(config: RunConfig, shape: ModelShape, phase: Phase, *, count_out
 
 
 def _terms(subject: Subject) -> Iterator[MemoryTerm]:
-    for component, groups_of in COMPONENTS.items():
-        groups = tuple(groups_of(subject))
+    memory = subject.config.memory
+    for component, groups in subject.components.items():
         for kind, bytes_of in KINDS.items():
             for tensors in groups:
-                if component == "frozen_layers" and kind == "weights":
-                    yield from _frozen_weights(subject, tensors)
+                if kind not in _stored(memory, tensors):
                     continue
-                if component == "trained_layers" and kind == "weights" and subject.config.memory.offload_weights:
-                    yield from _vectors_on_device(subject, tensors)
+                if component == "frozen_layers" and memory.packs_frozen:
+                    yield from _packed_layers(subject, tensors)
+                    continue
+                if component == "trained_layers" and kind == "weights" and memory.offload_weights:
+                    yield from _vectors_on_device(subject, component, tensors)
                     continue
                 num_bytes, per_parameter = bytes_of(subject, tensors)
                 if num_bytes:
@@ -304,34 +300,27 @@ def _terms(subject: Subject) -> Iterator[MemoryTerm]:
                     yield MemoryTerm(component, kind, num_bytes, formula, tensors.num_parameters)
 
 
-def _vectors_on_device(subject: Subject, tensors: Tensors) -> Iterator[MemoryTerm]:
-    """Device weights of trained layers whose matrices are in host memory, where ``host_weights`` counts them."""
-    width = subject.width
-    size = tensors.num_parameters - tensors.count * matrix_parameters(subject.shape)
+def _vectors_on_device(subject: Subject, component: str, tensors: Tensors) -> Iterator[MemoryTerm]:
+    """Device weights of layers whose matrices are in host memory."""
+    size = tensors.num_parameters - tensors.count * subject.shape.linear_weights
     if size:
-        formula = f"{tensors.formula.replace('P_layer', 'vectors')} × {width} B"
-        yield MemoryTerm("trained_layers", "weights", size * width, formula, size)
+        formula = f"{tensors.formula.replace('P_layer', 'vectors')} × {subject.width} B"
+        yield MemoryTerm(component, "weights", size * subject.width, formula, size)
 
 
 def _fetched_layers(subject: Subject) -> Iterator[MemoryTerm]:
     """Device memory that trained layers are fetched to."""
     slots = min(FETCH_SLOTS, len(subject.phase.trained_layers))
     if subject.config.memory.offload_weights and slots:
-        num_bytes = slots * matrix_parameters(subject.shape) * subject.width
+        num_bytes = slots * subject.shape.linear_weights * subject.width
         yield MemoryTerm("fetched_layers", "weights", num_bytes, f"{slots} layers × matrices × {subject.width} B")
-
-
-def matrix_parameters(shape: ModelShape) -> int:
-    """Parameters of the linear modules of one layer, without biases."""
-    return sum(linear.in_features * linear.out_features for linear in shape.linears)
 
 
 def _landing(subject: Subject) -> Iterator[MemoryTerm]:
     """Host buffer for one gradient at a time, before it is added to the sum: as large as the largest tensor."""
     if not subject.config.memory.offload_optimizer or subject.config.micro_batches == 1:
         return
-    groups = (tensors for component in COMPONENTS.values() for tensors in component(subject))
-    trained = (shape for tensors in groups if tensors.rule is not None and tensors.count for shape in tensors.shapes)
+    trained = chain.from_iterable(tensors.shapes for _, tensors in subject.trained if tensors.count)
     largest = max((local_size(shape, subject.num_shards) for shape in trained), default=0)
     yield MemoryTerm(LANDING, HOST_GRADIENTS, largest * subject.width, f"the largest tensor × {subject.width} B")
 
@@ -346,26 +335,20 @@ def packed_layer_bytes(shape: ModelShape, memory: MemoryConfig, width: int) -> i
     return sum(pack(linear.out_features, linear.in_features) for linear in shape.linears)
 
 
-def _frozen_weights(subject: Subject, tensors: Tensors) -> Iterator[MemoryTerm]:
-    """Weights of frozen layers: matrices may be quantized or in host memory; the rest is stored as in training."""
-    memory, width, shape, count = subject.config.memory, subject.width, subject.shape, tensors.count
-    name, size = "frozen_layers", tensors.num_parameters
-    if not size:
+def _packed_layers(subject: Subject, tensors: Tensors) -> Iterator[MemoryTerm]:
+    """Weights of frozen layers whose matrices are quantized or in host memory; the rest is stored as in training."""
+    memory, width, count = subject.config.memory, subject.width, tensors.count
+    if not count:
         return
-    if not memory.packs_frozen:
-        local = tensors.local_parameters(subject.num_shards)
-        yield MemoryTerm(name, "weights", local * width, f"{tensors.formula} × {width} B{_divided(subject)}", size)
-        return
-    matrices = count * matrix_parameters(shape)
-    packed = packed_layer_bytes(shape, memory, width)
+    name, matrices = "frozen_layers", count * subject.shape.linear_weights
+    packed = packed_layer_bytes(subject.shape, memory, width)
     fmt = f"matrices in {memory.frozen_weights}" if memory.frozen_weights != "full" else f"matrices × {width} B"
-    rest = size - matrices
     if not memory.offload_frozen:
-        num_bytes = count * packed + rest * width
-        yield MemoryTerm(name, "weights", num_bytes, f"N_{{i-1}} × ({fmt} + vectors × {width} B)", size)
+        num_bytes = count * packed + (tensors.num_parameters - matrices) * width
+        formula = f"N_{{i-1}} × ({fmt} + vectors × {width} B)"
+        yield MemoryTerm(name, "weights", num_bytes, formula, tensors.num_parameters)
         return
-    if rest:
-        yield MemoryTerm(name, "weights", rest * width, f"N_{{i-1}} × vectors × {width} B", rest)
+    yield from _vectors_on_device(subject, name, tensors)
     yield MemoryTerm(name, HOST, count * packed, f"N_{{i-1}} × {fmt}", matrices)
     slots = min(FETCH_SLOTS, count)
     yield MemoryTerm("fetched_layers", "weights", slots * packed, f"{slots} layers × {fmt}")
@@ -382,18 +365,24 @@ def resolve_target_modules(shape: ModelShape, target_modules: str | Sequence[str
     Raises:
         ConfigError: a Transformer layer has no linear layer of that name.
     """
-    known = tuple(dict.fromkeys(_last_part(linear.name) for linear in shape.linears))
+    known = tuple(dict.fromkeys(linear.last_name for linear in shape.linears))
     if target_modules == "all-linear":
         return known
     for target in target_modules:
         if target not in known:
-            hint = nearest(_last_part(target), known, otherwise=f" Known: {', '.join(known)}, or all-linear.")
+            hint = nearest(target.rpartition(".")[2], known, otherwise=f" Known: {', '.join(known)}, or all-linear.")
             raise ConfigError(
                 f"pet.target_modules: a {shape.model_type} layer has no linear map {target!r}.{hint}",
                 target=target,
                 known=known,
             )
     return tuple(name for name in known if name in target_modules)
+
+
+def adapted_linears(shape: ModelShape, role: Role) -> tuple[LinearShape, ...]:
+    """The linear modules of a layer that the role's adapter is on; () if it has none."""
+    targets = role.target_modules if isinstance(role, Adapter) else ()
+    return tuple(linear for linear in shape.linears if linear.last_name in targets)
 
 
 def adapter_shapes(shape: ModelShape, adapter: Adapter) -> tuple[TensorShape, ...]:
@@ -407,15 +396,13 @@ def adapter_shapes(shape: ModelShape, adapter: Adapter) -> tuple[TensorShape, ..
         ConfigError: the rank is larger than a side of a target's matrix.
     """
     rank, factors = adapter.rank, list[TensorShape]()
-    for linear in shape.linears:
-        if _last_part(linear.name) not in adapter.target_modules:
-            continue
+    for linear in adapted_linears(shape, adapter):
         smaller_side = min(linear.in_features, linear.out_features)
         if rank > smaller_side:
             raise ConfigError(
                 f"pet.rank={rank} is larger than the smaller side, {smaller_side}, of {linear.name} "
                 f"({linear.out_features} x {linear.in_features}). Set pet.rank to {smaller_side} or less, "
-                f"or take {_last_part(linear.name)} out of pet.target_modules.",
+                f"or take {linear.last_name} out of pet.target_modules.",
                 rank=rank,
                 largest_rank=smaller_side,
                 target=linear.name,
@@ -427,7 +414,3 @@ def adapter_shapes(shape: ModelShape, adapter: Adapter) -> tuple[TensorShape, ..
 def embedding_adapter_shapes(shape: ModelShape, rank: int) -> tuple[TensorShape, ...]:
     """Shapes of both LoRA factors of the embeddings, or of the head."""
     return (rank, shape.hidden_size), (shape.vocab_size, rank)
-
-
-def _last_part(name: str) -> str:
-    return name.rpartition(".")[2]

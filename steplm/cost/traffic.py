@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from steplm.config import RunConfig
 from steplm.cost.devices import DEVICES
 from steplm.cost.flops import recomputed_flops_per_token, training_flops_per_token
-from steplm.cost.rules import ADAMW, RULES
+from steplm.cost.rules import RULES
 from steplm.cost.sharded import Group, Groups
-from steplm.cost.terms import Subject, adapters, trained_layers
+from steplm.cost.terms import Subject
 from steplm.schedule import Phase
 from steplm.types import ModelShape
 
@@ -123,8 +123,7 @@ def step_traffic(config: RunConfig, shape: ModelShape, phase: Phase) -> Traffic:
 def _update_bytes(subject: Subject) -> int:
     """Bytes that a rank sends in the update of all layers."""
     num_bytes = 0
-    for tensors in (*trained_layers(subject), *adapters(subject)):
-        rule = tensors.rule or ADAMW
+    for rule, tensors in subject.trained:
         if (sent_bytes := RULES[rule].sent_bytes) is not None:
             setting, (taken, _) = subject.setting(rule), tensors.by_rule(subject.config.optim)
             num_bytes += tensors.count * sum(sent_bytes(matrix, setting) for matrix in taken)

@@ -7,7 +7,7 @@ from math import prod
 
 from steplm.config import RunConfig
 from steplm.cost.rules import RULES
-from steplm.cost.terms import COMPONENTS, FETCH_SLOTS, Subject, matrix_parameters
+from steplm.cost.terms import FETCH_SLOTS, Subject
 from steplm.schedule import Phase
 from steplm.types import ModelShape
 
@@ -34,18 +34,14 @@ def host_transfers(config: RunConfig, shape: ModelShape, phase: Phase) -> Transf
         return NO_TRANSFERS
     subject = Subject(config, shape, phase)
     trained = products = 0
-    for component in COMPONENTS.values():
-        for tensors in component(subject):
-            if tensors.rule is None:
-                continue
-            trained += subject.width * tensors.num_parameters
-            if RULES[tensors.rule].product_bytes is not None:
-                taken, _ = tensors.by_rule(config.optim)
-                width = subject.setting(tensors.rule).compute_width
-                products += tensors.count * width * sum(map(prod, taken))
+    for rule, tensors in subject.trained:
+        trained += subject.width * tensors.num_parameters
+        if RULES[rule].product_bytes is not None:
+            taken, _ = tensors.by_rule(config.optim)
+            products += tensors.count * subject.setting(rule).compute_width * sum(map(prod, taken))
     sent = trained
     if config.memory.offload_weights:
-        sent -= subject.width * len(phase.trained_layers) * matrix_parameters(shape)
+        sent -= subject.width * len(phase.trained_layers) * shape.linear_weights
     to_device = sent + products + fetched_bytes(config, shape, phase)
     return Transfers(to_host=config.micro_batches * trained + products, to_device=to_device)
 
@@ -61,4 +57,4 @@ def fetched_bytes(config: RunConfig, shape: ModelShape, phase: Phase) -> int:
     num_layers = len(phase.trained_layers)
     kept = min(FETCH_SLOTS, num_layers)
     num_fetches = kept + 2 * config.micro_batches * (num_layers - kept)
-    return num_fetches * matrix_parameters(shape) * Subject(config, shape, phase).width
+    return num_fetches * shape.linear_weights * Subject(config, shape, phase).width

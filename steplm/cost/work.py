@@ -19,10 +19,10 @@ from steplm.cost.activations import MODELED, Workload, is_modeled, layer_activat
 from steplm.cost.flops import newton_schulz_flops
 from steplm.cost.formats import NEWTON_SCHULZ_STEPS, STEP_CHUNK, RowBlocks
 from steplm.cost.rules import ADAMW
-from steplm.cost.terms import COMPONENTS, Subject, packed_layer_bytes
+from steplm.cost.terms import Subject, adapted_linears, packed_layer_bytes
 from steplm.cost.transfers import fetched_bytes, host_transfers
 from steplm.schedule import Adapter, Frozen, Phase, Role, Trained
-from steplm.types import LinearShape, ModelShape, TensorShape
+from steplm.types import ModelShape, TensorShape
 
 # Kinds of work and their units.
 KINDS = {
@@ -120,6 +120,7 @@ class _Step:
         self.batch = Workload.of(config, shape)
         self.N, self.w, self.passes = self.batch.num_tokens, self.batch.width, config.micro_batches
         self.bytes = (_COMPILED if train.compile else _PLAIN)[train.precision]
+        self.launched = _COMPILED_LAUNCHES if train.compile else 1.0
         self.subject = Subject(config, shape, phase)
 
     def terms(self) -> Iterator[Work]:
@@ -148,63 +149,48 @@ class _Step:
 
     def _forward(self, role: Role) -> Iterator[Work]:
         """Work of the forward pass of one layer, for one micro-batch."""
-        norm = self.bytes.norm[0]
+        norm, adapted = self.bytes.norm[0], adapted_linears(self.shape, role)
         yield from self._products(((self.N, x.in_features, x.out_features) for x in self.shape.linears), "2 N M")
         yield from self._adapter_products(role, 1)
-        added = sum(linear.out_features for linear in self._adapted(role))
+        added = sum(linear.out_features for linear in adapted)
         yield Work("", "operands", self.w * self.N * added, "w N out: a frozen map's output, added to")
         yield self._elements(norm, self.bytes.residual[0], self.bytes.rotary[0], self.bytes.gate[0])
         yield from self._attention(1.0)
         yield from self._unpacking(role)
-        launches = _LAYER_LAUNCHES[0] + _ADAPTER_LAUNCHES[0] * self._num_adapted(role)
-        yield Work("", "launches", launches * self._launched)
+        launches = _LAYER_LAUNCHES[0] + _ADAPTER_LAUNCHES[0] * len(adapted)
+        yield Work("", "launches", launches * self.launched)
 
     def _backward(self, role: Role) -> Iterator[Work]:
-        trained = isinstance(role, Trained)
+        trained, adapted = isinstance(role, Trained), adapted_linears(self.shape, role)
         norm = self.bytes.norm[1] + self.bytes.norm_weight * trained
         times = 2 if trained else 1
         maps = [(self.N, x.out_features, x.in_features) for x in self.shape.linears]
         yield from self._products(maps * times, f"{2 * times} N M")
         yield from self._adapter_products(role, 2)
         yield self._elements(norm, self.bytes.residual[1], self.bytes.rotary[1], self.bytes.gate[1])
-        added = self.w * self.N * sum(linear.in_features for linear in self._adapted(role))
+        added = self.w * self.N * sum(linear.in_features for linear in adapted)
         if self.train.compile:  # a compiled layer has the adapters' products as separate operations
             yield Work("", "elements", 3 * added, "3 w N in: an adapted input has two gradients")
         else:
             yield Work("", "operands", added, "w N in: added to the gradient through the frozen layer")
         yield from self._attention(2.5)  # the backward pass recomputes the scores
         yield from self._unpacking(role)
-        launches = _LAYER_LAUNCHES[1] + _TRAINED_LAUNCHES * trained + _ADAPTER_LAUNCHES[1] * self._num_adapted(role)
-        yield Work("", "launches", launches * self._launched)
+        launches = _LAYER_LAUNCHES[1] + _TRAINED_LAUNCHES * trained + _ADAPTER_LAUNCHES[1] * len(adapted)
+        yield Work("", "launches", launches * self.launched)
 
     def _elements(self, norm: int, residual: int, rotary: int, gate: int) -> Work:
         """Elementwise operations of a layer, from their bytes per element."""
-        d, f, qk = self._sizes()
+        d, f = self.shape.hidden_size, self.shape.linear("gate_proj").out_features
+        qk = sum(self.shape.linear(name).out_features for name in ("q_proj", "k_proj"))
         kind = MODELED[self.shape.model_type]
         hidden, heads = (4 if kind.norms_after else 2) * norm + residual, rotary + norm * kind.normalizes_heads
         formula = f"N ({hidden} d + {heads} (q + k) + {gate} f)"
         return Work("", "elements", self.N * (hidden * d + heads * qk + gate * f), formula)
 
-    def _sizes(self) -> tuple[int, int, int]:
-        """The sizes d, f and q + k."""
-        out = {linear.name.rpartition(".")[2]: linear.out_features for linear in self.shape.linears}
-        return self.shape.hidden_size, out["gate_proj"], out["q_proj"] + out["k_proj"]
-
-    @property
-    def _launched(self) -> float:
-        return _COMPILED_LAUNCHES if self.train.compile else 1.0
-
-    def _adapted(self, role: Role) -> list[LinearShape]:
-        targets = role.target_modules if isinstance(role, Adapter) else ()
-        return [linear for linear in self.shape.linears if linear.name.rpartition(".")[2] in targets]
-
-    def _num_adapted(self, role: Role) -> int:
-        return len(self._adapted(role))
-
     def _adapter_products(self, role: Role, times: int) -> Iterator[Work]:
         if not isinstance(role, Adapter):
             return
-        for linear in self._adapted(role):
+        for linear in adapted_linears(self.shape, role):
             down, up = (self.N, linear.in_features, role.rank), (self.N, role.rank, linear.out_features)
             yield from self._products([down, up] * times, f"{2 * times} N r (in + out)")
 
@@ -222,7 +208,7 @@ class _Step:
 
     def _attention(self, times: float) -> Iterator[Work]:
         """PyTorch's fused attention, counted as if masks skipped no scores; a document mask adds its own traffic."""
-        size = self.shape.attention_size or self.shape.hidden_size
+        size = self.shape.query_size
         S = self.train.sequence_length
         if scores := self.batch.num_scores:
             yield from self._materialized_scores(scores, 4 * self.N * S * size, is_backward=times > 1)
@@ -244,8 +230,12 @@ class _Step:
         """Dequantizing frozen weights, once for each matmul."""
         fmt = self.memory.frozen_weights
         if fmt != "full" and not isinstance(role, Trained):
-            size = sum(x.in_features * x.out_features for x in self.shape.linears)
-            yield Work("", f"{fmt} weights", size * (_UNPACK_BYTES[fmt] + self.w - 2), "M × bytes of making one whole")
+            yield Work(
+                "",
+                f"{fmt} weights",
+                self.shape.linear_weights * (_UNPACK_BYTES[fmt] + self.w - 2),
+                "M × bytes of making one whole",
+            )
 
     def _embeddings(self) -> Iterator[Work]:
         d, size = self.shape.hidden_size, self.shape.vocab_size * self.shape.hidden_size
@@ -294,14 +284,11 @@ class _Step:
 
     def _update(self) -> Iterator[Work]:
         trained = 0
-        for groups in COMPONENTS.values():
-            for tensors in groups(self.subject):
-                if tensors.rule is None:
-                    continue
-                trained += tensors.num_parameters
-                taken, rest = tensors.by_rule(self.config.optim)
-                yield from self._rule(tensors.rule, taken, tensors.count)
-                yield from self._rule(ADAMW, rest, tensors.count)
+        for rule, tensors in self.subject.trained:
+            trained += tensors.num_parameters
+            taken, rest = tensors.by_rule(self.config.optim)
+            yield from self._rule(rule, taken, tensors.count)
+            yield from self._rule(ADAMW, rest, tensors.count)
         yield Work("update", "update", self.w * trained, "norm of the gradients: w P")
         summed = 3 * self.w * trained * (self.passes - 1)
         yield Work("layers backward", "elements", summed, "sums of the micro-batches' gradients: 3 w P")

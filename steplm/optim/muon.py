@@ -34,7 +34,7 @@ class Muon(MatrixRule):
     Newton–Schulz runs in bf16 on CUDA and in fp32 elsewhere, with the smaller side as rows. ``step`` runs it on several
     matrices of one shape at once, ``in_backward`` on those of one parameter. Matrices in host memory are sent to
     ``compute_device`` for it. Ranks that share the rows of matrices each gather different whole matrices, then send the
-    rows of the updates back. ``muon_state_bytes`` gives the bytes of the momentum and ``muon_step_bytes`` those of the
+    rows of the updates back. ``momentum_bytes`` gives the bytes of the momentum and ``muon_step_bytes`` those of the
     workspace, both in ``steplm.cost.formats``. 8-bit momentum: arXiv 2509.23106.
 
     Args:

@@ -43,7 +43,7 @@ class SCALE(MatrixRule):
     good first guess. (The paper leaves the factor to the learning rate.) For the head, the paper normalizes the
     momentum instead of the gradient: M ← momentum × M + (1 - momentum) G.
 
-    ``scale_state_bytes`` gives the bytes of the states and ``scale_step_bytes`` those of the workspace, both in
+    ``momentum_bytes`` gives the bytes of the states and ``scale_step_bytes`` those of the workspace, both in
     ``steplm.cost.formats``.
 
     Args:

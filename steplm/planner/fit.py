@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any
 
 from steplm.config import RunConfig, changed
@@ -18,13 +17,13 @@ from steplm.cost.activations import is_modeled
 from steplm.cost.seconds import Speeds
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.ladder import AXES, Changes
+from steplm.planner.methods import written
 from steplm.planner.shape import shape_from_hf_config
-from steplm.planner.solve import equal_parts_if_as_good, last_true, solve_within
+from steplm.planner.solve import last_true, new_and_old, peak_cost, solve_within
 from steplm.planner.stages import StagePrices
-from steplm.planner.tokens import stage_tokens
-from steplm.planner.ways import VARY, Way, require_known, ways, without_time_options, written
+from steplm.planner.ways import VARY, Way, require_known, ways, without_time_options
 from steplm.types import ModelShape
-from steplm.units import format_bytes
+from steplm.units import as_yaml, format_bytes
 
 MAX_ALTERNATIVES = 12
 
@@ -220,7 +219,10 @@ class _Search:
         assert self.axis is not None
         found, largest = list[Alternative](), 0
         for way in self.ways:
-            fits = partial(self._fits, way)
+
+            def fits(index: int, way: Way = way) -> bool:
+                return self._try(way, index, self.limit) is not None
+
             start = self._first_allowed(way, above=largest)
             if start > self.axis.largest or not fits(start):
                 continue
@@ -257,9 +259,6 @@ class _Search:
             return start
         return last_true(lambda index: self._costs(way, index) is None, start, written_index) + 1
 
-    def _fits(self, way: Way, index: int) -> bool:
-        return self._try(way, index, self.limit) is not None
-
     def _try(self, way: Way, index: int | None, limit: float) -> _Trial | None:
         """Plan a way at a size; None if it exceeds ``limit`` or the host budget, or cannot be planned."""
         depth, costs = self._depth(index), self._costs(way, index)
@@ -268,21 +267,11 @@ class _Search:
         layers = self._layers(way, depth, costs, limit)
         if layers is None:
             return None
-        peak_bytes = max(costs.device_bytes(*stage) for stage in _stages(layers))
-        host_budget = self.config.plan.host_budget
-        needs_more_on_host = host_budget is not None and any(
-            costs.host_bytes(*stage) > host_budget for stage in _stages(layers)
-        )
-        if peak_bytes > limit or needs_more_on_host:
+        peak_bytes, host_budget = peak_cost(costs.device_bytes, layers), self.config.plan.host_budget
+        if peak_bytes > limit or (host_budget is not None and peak_cost(costs.host_bytes, layers) > host_budget):
             return None
         try:
-            tokens = stage_tokens(
-                costs.config.plan,
-                layers,
-                step_tokens=costs.config.step_tokens,
-                num_parameters=costs.shape.num_parameters(depth),
-                flops_per_token=[costs.mean_flops_per_token(*stage) for stage in _stages(layers)],
-            )
+            tokens = costs.tokens(layers)
         except ConfigError:  # less than one step per stage
             return None
         return _Trial(costs, layers, tuple(stage.trained for stage in tokens), peak_bytes)
@@ -301,9 +290,7 @@ class _Search:
 
     def _solve(self, costs: StagePrices, depth: int, num_stages: int, limit: float) -> tuple[int, ...] | None:
         layers = solve_within(costs.objective_bytes, depth, num_stages, limit)
-        if layers is None or costs.old_layers_take_less:
-            return layers
-        return equal_parts_if_as_good(costs.objective_bytes, layers)
+        return None if layers is None else costs.preferred(layers)
 
     def _has_written_layers(self, num_stages: int, depth: int) -> bool:
         plan = self.config.plan
@@ -331,11 +318,11 @@ class _Search:
         return replace(self.given_shape, num_hidden_layers=config.model.num_hidden_layers)
 
     def _alternative(self, way: Way, index: int | None, trial: _Trial) -> Alternative:
-        costs, stages = trial.costs, _stages(trial.layers)
+        costs, stages = trial.costs, new_and_old(trial.layers)
         flops = [costs.mean_flops_per_token(*stage, recomputed=True) for stage in stages]
         needed_bytes = self.config.memory.needed_bytes(trial.peak_bytes)
         return Alternative(
-            overrides=tuple(f"{key}={_as_yaml(value)}" for key, value in self._changes(way, index).items()),
+            overrides=tuple(f"{key}={as_yaml(value)}" for key, value in self._changes(way, index).items()),
             num_stages=way.num_stages,
             layers=trial.layers,
             rank=costs.config.pet.rank if costs.run.has_adapters else None,
@@ -343,9 +330,9 @@ class _Search:
             value=None if self.axis is None or index is None else self.axis.value(self.config, index),
             num_parameters=costs.shape.num_parameters(self._depth(index)),
             peak_bytes=trial.peak_bytes,
-            model_state_bytes=max(costs.model_state_bytes(*stage) for stage in stages),
+            model_state_bytes=peak_cost(costs.model_state_bytes, trial.layers),
             needed_bytes=needed_bytes,
-            host_bytes=max(costs.host_bytes(*stage) for stage in stages),
+            host_bytes=peak_cost(costs.host_bytes, trial.layers),
             flops=sum(count * each for count, each in zip(trial.tokens, flops, strict=True)),
             price=way.price,
             quality_price=way.quality_price,
@@ -355,7 +342,7 @@ class _Search:
 
     def _seconds(self, trial: _Trial, speeds: Speeds) -> float:
         costs = trial.costs
-        step = [costs.mean_step_seconds(*stage, speeds) for stage in _stages(trial.layers)]
+        step = [costs.mean_step_seconds(*stage, speeds) for stage in new_and_old(trial.layers)]
         return sum(tokens / costs.config.step_tokens * each for tokens, each in zip(trial.tokens, step, strict=True))
 
     def _changes(self, way: Way, index: int | None) -> Changes:
@@ -393,12 +380,3 @@ def _spread(rows: Sequence[Alternative]) -> list[Alternative]:
     if len(rows) <= MAX_ALTERNATIVES:
         return list(rows)
     return [rows[i * (len(rows) - 1) // (MAX_ALTERNATIVES - 1)] for i in range(MAX_ALTERNATIVES)]
-
-
-def _stages(layers: Sequence[int]) -> list[tuple[int, int]]:
-    """The numbers of new and old layers in every stage."""
-    return [(new, depth - new) for new, depth in zip(layers, accumulate(layers), strict=True)]
-
-
-def _as_yaml(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")

@@ -33,17 +33,16 @@ class StageTime:
 def stage_times(config: RunConfig, plan: Plan, speeds: Speeds) -> tuple[StageTime, ...] | None:
     """The time of every stage; None for families without formulas, see ``steplm.cost.work.step_work``."""
     by_cost: dict[int, StepSeconds] = {}  # phases with the same cost do the same work
+    for place, phase in zip(plan.cost_indices, plan.schedule.phases, strict=True):
+        step = by_cost.get(place) or step_seconds(config, plan.shape, phase, speeds)
+        if step is None:
+            return None
+        by_cost[place] = step
     times = []
     for stage in plan.stages:
-        steps = []
-        for phase in stage.phases:
-            place = plan.cost_indices[phase.index - 1]
-            if place not in by_cost:
-                step = step_seconds(config, plan.shape, phase, speeds)
-                if step is None:
-                    return None
-                by_cost[place] = step
-            steps.append((phase.tokens // config.step_tokens, by_cost[place]))
+        steps = [
+            (phase.tokens // config.step_tokens, by_cost[plan.cost_indices[phase.index - 1]]) for phase in stage.phases
+        ]
         times.append(
             StageTime(
                 stage.index,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steplm.config import RunConfig
+from steplm.planner.methods import written
 from steplm.planner.shape import shape_from_hf_config
 
 Changes = Mapping[str, Any]  # "section.key" -> value
@@ -23,8 +24,8 @@ class Rung:
     name: str
     price: int
     key: str
-    value: Any
-    replaces: tuple[Any, ...]  # configured values that the option can replace
+    value: Any = True
+    replaces: tuple[Any, ...] = (False,)  # configured values that the option can replace
     time: str = ""
     quality: str = ""
     loss: str = ""  # measured loss difference, and at which scale (docs/memory.md, docs/results.md)
@@ -44,7 +45,6 @@ LADDER: tuple[Rung, ...] = (
         price=1,
         key="train.gradient_checkpointing",
         value="frozen",
-        replaces=(False,),
         time="one more forward pass of the frozen layers",
         on_frozen=True,
     ),
@@ -52,7 +52,6 @@ LADDER: tuple[Rung, ...] = (
         name="recompute all layers",
         price=2,
         key="train.gradient_checkpointing",
-        value=True,
         replaces=(False, "frozen", "new"),
         time="one more forward pass of all layers",
     ),
@@ -70,8 +69,6 @@ LADDER: tuple[Rung, ...] = (
         name="frozen in host memory",
         price=6,
         key="memory.offload_frozen",
-        value=True,
-        replaces=(False,),
         time="frozen weights cross the bus twice per micro-batch, overlapping with computation",
         on_frozen=True,
         on_host=True,
@@ -80,8 +77,6 @@ LADDER: tuple[Rung, ...] = (
         name="activations in host memory",
         price=8,
         key="memory.offload_activations",
-        value=True,
-        replaces=(False,),
         time="activations cross the bus twice per micro-batch",
         on_host=True,
     ),
@@ -140,8 +135,6 @@ LADDER: tuple[Rung, ...] = (
         name="fused backward",
         price=18,
         key="memory.fused_backward",
-        value=True,
-        replaces=(False,),
         quality="clipping uses the previous step's norm, and every micro-batch is a step",
         loss="−0.006 with Muon, 8-bit states, no master weights (0.66M, 15 tokens per parameter, one seed)",
         needs=(("train.gradient_accumulation_steps", 1),),
@@ -156,8 +149,6 @@ OFFLOADED = (
         name="optimizer in host memory",
         price=19,
         key="memory.offload_optimizer",
-        value=True,
-        replaces=(False,),
         time="gradients cross the bus once per micro-batch, and the update runs on the CPU",
         on_host=True,
     ),
@@ -165,8 +156,6 @@ OFFLOADED = (
         name="trained layers in host memory",
         price=21,
         key="memory.offload_weights",
-        value=True,
-        replaces=(False,),
         time="trained weights cross the bus twice per micro-batch, overlapping with computation",
         on_host=True,
         needs=(("memory.offload_optimizer", True),),
@@ -175,99 +164,77 @@ OFFLOADED = (
 RUNGS = (*LADDER, *OFFLOADED)
 
 
-@dataclass(frozen=True)
+def _nothing_else(config: RunConfig, value: int) -> Changes:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Axis:
-    """A size to maximize; its possible values are numbered from 1."""
+    """A size to maximize. Its possible values are the multiples of a unit; an index is a number of units."""
 
-    index: Callable[[RunConfig], int]  # index of the value as written
-    value: Callable[[RunConfig, int], int]  # value at an index
-    changes: Callable[[RunConfig, int], Changes]  # configuration changes that set the value at an index
+    key: str
     largest: int  # index at which the search stops
+    unit: Callable[[RunConfig], int] = lambda config: 1
+    others: Callable[[RunConfig, int], Changes] = _nothing_else  # further changes that a value other than written needs
 
+    def index(self, config: RunConfig) -> int:
+        """The index of the value as written."""
+        return int(written(config, self.key)) // self.unit(config)
 
-def _width_unit(config: RunConfig) -> int:
-    """Query heads per key-value head, the smallest number of heads that can be added."""
-    return config.model.num_attention_heads // _num_key_value_heads(config)
+    def value(self, config: RunConfig, index: int) -> int:
+        return index * self.unit(config)
+
+    def changes(self, config: RunConfig, index: int) -> Changes:
+        """The configuration changes that set the value at an index."""
+        value = self.value(config, index)
+        return {} if value == written(config, self.key) else {self.key: value, **self.others(config, value)}
 
 
 def _num_key_value_heads(config: RunConfig) -> int:
-    model, given = config.model, config.model.num_key_value_heads
-    if model.has_default_key_value_heads:
-        given = shape_from_hf_config(model.hf_config()).num_key_value_heads
-    return given or model.num_attention_heads
+    return shape_from_hf_config(config.model.hf_config()).num_key_value_heads or config.model.num_attention_heads
 
 
-def _hidden_size(config: RunConfig, index: int) -> int:
+def _with_width(config: RunConfig, hidden_size: int) -> Changes:
     model = config.model
-    return index * _width_unit(config) * model.hidden_size // model.num_attention_heads
-
-
-def _width_changes(config: RunConfig, index: int) -> Changes:
-    model = config.model
-    hidden_size = _hidden_size(config, index)
     assert model.intermediate_size is not None  # as in every family that is counted by formula
-    if hidden_size == model.hidden_size:
-        return {}
+    heads = hidden_size * model.num_attention_heads // model.hidden_size
     changes = {
-        "model.hidden_size": hidden_size,
         "model.intermediate_size": max(16, 16 * round(hidden_size * model.intermediate_size / model.hidden_size / 16)),
-        "model.num_attention_heads": index * _width_unit(config),
+        "model.num_attention_heads": heads,
     }
     is_given = model.num_key_value_heads is not None or model.has_default_key_value_heads
-    return {**changes, "model.num_key_value_heads": index} if is_given else changes
+    kv_heads = heads * _num_key_value_heads(config) // model.num_attention_heads
+    return {**changes, "model.num_key_value_heads": kv_heads} if is_given else changes
 
 
-def _batch_changes(config: RunConfig, index: int) -> Changes:
+def _with_batch(config: RunConfig, micro_batch: int) -> Changes:
     train = config.train
     if train.global_batch_size is not None:
-        if index == train.per_device_train_batch_size:
-            return {}
-        together = index * config.distributed.world_size
-        global_batch_size = together * max(1, round(train.global_batch_size / together))
-        return {"train.per_device_train_batch_size": index, "train.global_batch_size": global_batch_size}
-    micro_batches = train.per_device_train_batch_size * train.gradient_accumulation_steps / index
-    return {
-        "train.per_device_train_batch_size": index,
-        "train.gradient_accumulation_steps": max(1, round(micro_batches)),
-    }
+        together = micro_batch * config.distributed.world_size
+        return {"train.global_batch_size": together * max(1, round(train.global_batch_size / together))}
+    micro_batches = train.per_device_train_batch_size * train.gradient_accumulation_steps / micro_batch
+    return {"train.gradient_accumulation_steps": max(1, round(micro_batches))}
 
 
-def _sequence_unit(config: RunConfig) -> int:
-    """The largest power of two, up to 64, that divides the written length, to keep lengths hardware-friendly."""
-    return math.gcd(64, config.train.sequence_length)
-
-
-def _sequence_changes(config: RunConfig, index: int) -> Changes:
-    length = index * _sequence_unit(config)
-    changes = {"train.sequence_length": length}
-    if length > config.model.max_position_embeddings:
-        changes["model.max_position_embeddings"] = length
-    return changes
+def _with_length(config: RunConfig, length: int) -> Changes:
+    return {"model.max_position_embeddings": length} if length > config.model.max_position_embeddings else {}
 
 
 AXES: dict[str, Axis] = {
-    "depth": Axis(
-        lambda config: config.model.num_hidden_layers,
-        lambda config, index: index,
-        lambda config, index: {"model.num_hidden_layers": index},
-        256,
-    ),
+    "depth": Axis(key="model.num_hidden_layers", largest=256),
+    # Each unit is one more key-value head and its query heads, the fewest heads that can be added.
     "width": Axis(
-        _num_key_value_heads,
-        _hidden_size,
-        _width_changes,
-        4096,
+        key="model.hidden_size",
+        largest=4096,
+        unit=lambda config: config.model.hidden_size // _num_key_value_heads(config),
+        others=_with_width,
     ),
-    "batch": Axis(
-        lambda config: config.train.per_device_train_batch_size,
-        lambda config, index: index,
-        _batch_changes,
-        2**16,
-    ),
+    "batch": Axis(key="train.per_device_train_batch_size", largest=2**16, others=_with_batch),
+    # Each unit is the largest power of two, up to 64, that divides the written length: lengths stay hardware-friendly.
     "sequence": Axis(
-        lambda config: config.train.sequence_length // _sequence_unit(config),
-        lambda config, index: index * _sequence_unit(config),
-        _sequence_changes,
-        2**24,
+        key="train.sequence_length",
+        largest=2**24,
+        unit=lambda config: math.gcd(64, config.train.sequence_length),
+        others=_with_length,
     ),
 }

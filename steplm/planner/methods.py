@@ -18,8 +18,8 @@ from steplm.cost.terms import adapter_shapes, resolve_target_modules
 from steplm.errors import ConfigError
 from steplm.planner.positions import make_layer_map
 from steplm.planner.tokens import divide
-from steplm.schedule import Adapter, Entry, Frozen, Role, Trained
-from steplm.types import LayerMap, ModelShape
+from steplm.schedule import Adapter, Entry, Frozen, Phase, Role, Trained
+from steplm.types import ModelShape
 
 # alpha / rank. The best values among 1, 2, 4, 8 and 16 are around here, at no cost in memory (docs/results.md).
 ALPHA_OF_RANK = 4.0
@@ -32,6 +32,11 @@ class Draft(NamedTuple):
     layers: tuple[Role, ...]
     embeddings_and_head: Role
     steps: float  # or the share of the stage's steps, if their number is not known yet
+
+    @property
+    def phase(self) -> Phase:
+        """The phase, at no position and of no length."""
+        return Phase(0, 0, self.entry, self.layers, self.embeddings_and_head, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,6 @@ class Parts:
         adapter_shapes(self.shape, adapter)  # raises if the rank is too large
         return adapter
 
-    @property
-    def frozen(self) -> Role:
-        """The role of an old layer in STEP."""
-        return Frozen() if self.config.pet.method == "none" else self.adapter
-
     @cached_property
     def outside(self) -> Role:
         """The role of embeddings, final norm and head once there are old layers."""
@@ -67,42 +67,31 @@ class Parts:
             return self.adapter
         return Trained() if choice == "always" else Frozen()
 
-    def layer_map(self, num_new: int, num_old: int) -> LayerMap:
-        return make_layer_map(num_old, num_new, self.config.growth.resolved_position, self.config.seed)
-
 
 def vanilla(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
     """Ordinary pre-training, which trains everything."""
-    yield Draft(Entry("fresh"), (parts.trained,) * num_new, Trained(), 1 if num_steps is None else num_steps)
+    yield Draft(Entry("fresh"), (parts.trained,) * num_new, Trained(), num_steps or 1)
 
 
 def step(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
     """Train new layers and freeze old ones under adapters (arXiv 2504.04151)."""
-    if num_old == 0:
-        yield from vanilla(parts, num_new, num_old, num_steps)
-        return
-    grow, layers = _grow(parts, num_new, num_old, parts.frozen)
-    restarts = parts.config.pet.restarts if isinstance(parts.frozen, Adapter) else 0
-    for index, steps in enumerate(_rounds(parts, num_steps, restarts)):
-        yield Draft(Entry("merge") if index else grow, layers, parts.outside, steps)
+    old = Frozen() if parts.config.pet.method == "none" else parts.adapter
+    return _grown(parts, num_new, num_old, num_steps, old)
 
 
 def growth(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
     """Add layers, and train every layer in every stage (stacking: arXiv 2405.15319)."""
-    yield from _with_trained_old_layers(parts, num_new, num_old, num_steps, parts.trained)
+    return _grown(parts, num_new, num_old, num_steps, parts.trained)
 
 
 def thawed(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
     """Like ``growth``, but old layers have their own update rule, with fewer optimizer states."""
-    yield from _with_trained_old_layers(
-        parts, num_new, num_old, num_steps, Trained(parts.config.optim.old_layers or "")
-    )
+    return _grown(parts, num_new, num_old, num_steps, Trained(parts.config.optim.old_layers or ""))
 
 
 def lora(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
     """Freeze every layer under adapters from the start (arXiv 2106.09685)."""
-    steps = 1 if num_steps is None else num_steps
-    yield Draft(Entry("fresh"), (parts.adapter,) * num_new, Trained(), steps)
+    yield Draft(Entry("fresh"), (parts.adapter,) * num_new, Trained(), num_steps or 1)
 
 
 def relora(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
@@ -114,7 +103,7 @@ def relora(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> I
         _require_steps(parts, warm, num_steps)
         yield Draft(Entry("fresh"), (parts.trained,) * num_new, Trained(), warm)
     outside = parts.outside if pet.warm_start else Trained()
-    rounds = [1 - warm] if num_steps is None else _rounds(parts, num_steps - round(warm), pet.restarts)
+    rounds = [1 - warm] if num_steps is None else _rounds(parts, num_steps - round(warm))
     for index, steps in enumerate(rounds):
         yield Draft(Entry("merge" if index or warm else "fresh"), (parts.adapter,) * num_new, outside, steps)
 
@@ -202,6 +191,11 @@ def check_keys(config: RunConfig) -> None:
         raise ConfigError("plan.train_embeddings=adapters goes with adapters on frozen layers: set method=step.")
 
 
+def written(config: RunConfig, key: str) -> Any:
+    """The value of ``section.key``."""
+    return value_and_default(config, key)[0]
+
+
 def value_and_default(config: RunConfig, key: str) -> tuple[Any, Any]:
     """The value and the default of ``section.key``."""
     section_name, _, name = key.partition(".")
@@ -209,29 +203,27 @@ def value_and_default(config: RunConfig, key: str) -> tuple[Any, Any]:
     return getattr(section, name), type(section).model_fields[name].default
 
 
-def _grow(parts: Parts, num_new: int, num_old: int, old: Role) -> tuple[Entry, tuple[Role, ...]]:
-    """The entry of a stage that adds layers, and the roles of its layers."""
-    layer_map = parts.layer_map(num_new, num_old)
-    layers = tuple(parts.trained if origin.is_new else old for origin in layer_map.origins)
-    return Entry("grow", layer_map, parts.config.growth.operator), layers
-
-
-def _with_trained_old_layers(
-    parts: Parts, num_new: int, num_old: int, num_steps: int | None, old: Trained
-) -> Iterator[Draft]:
+def _grown(parts: Parts, num_new: int, num_old: int, num_steps: int | None, old: Role) -> Iterator[Draft]:
+    """Train new layers in full, and old ones, which keep the role ``old`` through all restarts of their adapters."""
     if num_old == 0:
         yield from vanilla(parts, num_new, num_old, num_steps)
         return
-    yield Draft(*_grow(parts, num_new, num_old, old), parts.outside, 1 if num_steps is None else num_steps)
+    config = parts.config
+    layer_map = make_layer_map(num_old, num_new, config.growth.resolved_position, config.seed)
+    layers = tuple(parts.trained if origin.is_new else old for origin in layer_map.origins)
+    grow = Entry("grow", layer_map, config.growth.operator)
+    for index, steps in enumerate(_rounds(parts, num_steps)):
+        yield Draft(Entry("merge") if index else grow, layers, parts.outside, steps)
 
 
-def _rounds(parts: Parts, num_steps: int | None, restarts: int) -> list[float]:
+def _rounds(parts: Parts, num_steps: int | None) -> list[int]:
     """The number of steps in each round of adapters; [1], as a share, if ``num_steps`` is None."""
     if num_steps is None:
         return [1]
-    rounds = divide(num_steps, [1 / (restarts + 1)] * (restarts + 1))
+    num_rounds = parts.config.pet.restarts + 1
+    rounds = divide(num_steps, [1 / num_rounds] * num_rounds)
     _require_steps(parts, min(rounds), num_steps)
-    return list(rounds)
+    return rounds
 
 
 def _require_steps(parts: Parts, steps: float, num_steps: int | None) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 from steplm.config import MemoryConfig, RunConfig
@@ -16,9 +14,8 @@ from steplm.cost.transfers import Transfers
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.methods import METHOD_KEYS, value_and_default
 from steplm.planner.shape import shape_from_hf_config
-from steplm.planner.solve import SOLVERS, equal_parts_if_as_good, peak_cost
+from steplm.planner.solve import SOLVERS, new_and_old, peak_cost
 from steplm.planner.stages import StagePrices
-from steplm.planner.tokens import stage_tokens
 from steplm.schedule import Phase, Schedule
 from steplm.types import HOST, HOST_OPTIMIZER, HOST_WEIGHTS, MemoryEstimate, MemoryTerm, ModelShape, PeakEstimate
 from steplm.units import format_bytes
@@ -186,10 +183,9 @@ def plan(config: RunConfig, shape: ModelShape | None = None) -> Plan:
         ConfigError: values that give no valid model, adapter or optimizer step, or that are incompatible.
         PlanInfeasible: more stages than layers, or more bytes than ``plan.budget`` or ``plan.host_budget``.
     """
-    shape = shape or shape_from_hf_config(config.model.hf_config())
-    prices = StagePrices(config, shape)
-    layers, proved_optimal = _choose_layers(config, shape, prices)
-    return _priced(_make_schedule(config, shape, prices, layers), prices, proved_optimal=proved_optimal)
+    prices = StagePrices(config, shape or shape_from_hf_config(config.model.hf_config()))
+    layers, proved_optimal = _choose_layers(prices)
+    return _priced(_make_schedule(prices, layers), prices, proved_optimal=proved_optimal)
 
 
 def price_again(config: RunConfig, shape: ModelShape, made: Plan) -> Plan:
@@ -214,7 +210,7 @@ def as_vanilla(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"method": "vanilla", "memory": MemoryConfig(), **sections})
 
 
-def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
+def _check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
     """Check that a plan fits in device memory.
 
     Raises:
@@ -234,31 +230,27 @@ def check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
     needed = memory.needed_bytes(stage.device_bytes)
     if needed <= budget_bytes:
         return
+    budget, reserve = format_bytes(budget_bytes), format_bytes(memory.reserve)
     if memory.reserve >= budget_bytes:
-        raise PlanInfeasible(
-            f"plan.budget={format_bytes(budget_bytes)} leaves nothing for the model, as memory.reserve="
-            f"{format_bytes(memory.reserve)} is part of it: raise the budget, or lower memory.reserve.",
-            budget_bytes=budget_bytes,
-            reserve_bytes=memory.reserve,
-            peak_bytes=stage.device_bytes,
-            stage=stage.index,
+        told = (
+            f"plan.budget={budget} leaves nothing for the model, as memory.reserve={reserve} is part of it: raise the "
+            "budget, or lower memory.reserve."
         )
-    assert stage.peak is not None  # otherwise the plan's peak would be None
-    at_peak = stage.peak.highest.memory
-    kinds = ("weights", "gradients", "optimizer", "activations", "workspace")
-    parts = ", ".join(
-        f"{kind} {format_bytes(at_peak.bytes_of(kind=kind))}" for kind in kinds if at_peak.bytes_of(kind=kind)
-    )
-    is_least = plan.proved_optimal and config.plan.objective == "peak"
-    fact = (
-        f"no {config.plan.num_stages}-stage plan fits"
-        if is_least
-        else f"layers {'+'.join(map(str, plan.layers))} do not fit"
-    )
+    else:
+        assert stage.peak is not None  # otherwise the plan's peak would be None
+        at_peak = stage.peak.highest.memory
+        kinds = ("weights", "gradients", "optimizer", "activations", "workspace")
+        held = {kind: at_peak.bytes_of(kind=kind) for kind in kinds}
+        parts = ", ".join(f"{kind} {format_bytes(num_bytes)}" for kind, num_bytes in held.items() if num_bytes)
+        fact, which = f"layers {'+'.join(map(str, plan.layers))} do not fit", "peak"
+        if plan.proved_optimal and config.plan.objective == "peak":
+            fact, which = f"no {config.plan.num_stages}-stage plan fits", "smallest peak"
+        told = (
+            f"{fact} plan.budget={budget}: the {which} is {format_bytes(stage.device_bytes)}, in stage {stage.index} "
+            f"({parts}), and with memory.reserve={reserve} it needs {format_bytes(needed)}.{SEE_FIT}"
+        )
     raise PlanInfeasible(
-        f"{fact} plan.budget={format_bytes(budget_bytes)}: the {'smallest ' if is_least else ''}peak is "
-        f"{format_bytes(stage.device_bytes)}, in stage {stage.index} ({parts}), and with memory.reserve="
-        f"{format_bytes(memory.reserve)} it needs {format_bytes(needed)}.{SEE_FIT}",
+        told,
         budget_bytes=budget_bytes,
         reserve_bytes=memory.reserve,
         peak_bytes=stage.device_bytes,
@@ -324,30 +316,21 @@ def _ways_to_less_host_memory(config: RunConfig) -> str:
     return f" {told[0].upper()}{told[1:]}." if told else ""
 
 
-def _make_schedule(config: RunConfig, shape: ModelShape, prices: StagePrices, layers: tuple[int, ...]) -> Schedule:
+def _make_schedule(prices: StagePrices, layers: tuple[int, ...]) -> Schedule:
     """Make the phases of all stages, in order."""
-    old_layers = [0, *accumulate(layers[:-1])]
-    tokens = stage_tokens(
-        config.plan,
-        layers,
-        step_tokens=config.step_tokens,
-        num_parameters=shape.num_parameters(),
-        flops_per_token=[prices.mean_flops_per_token(*stage) for stage in zip(layers, old_layers, strict=True)],
-    )
+    config, tokens = prices.config, prices.tokens(layers)
     over_run = config.optim.schedule_over == "run"
     run_tokens = sum(of_stage.trained for of_stage in tokens)
     phases: list[Phase] = []
     seen = 0
-    for stage, (num_new, num_old, of_stage) in enumerate(zip(layers, old_layers, tokens, strict=True), start=1):
+    for stage, (sizes, of_stage) in enumerate(zip(new_and_old(layers), tokens, strict=True), start=1):
         began = seen
-        for draft in prices.drafts(num_new, num_old, of_stage.trained // config.step_tokens):
+        for draft in prices.drafts(*sizes, of_stage.trained // config.step_tokens):
             phases.append(
-                Phase(
+                replace(
+                    draft.phase,
                     index=len(phases) + 1,
                     stage=stage,
-                    entry=draft.entry,
-                    layers=draft.layers,
-                    embeddings_and_head=draft.embeddings_and_head,
                     tokens=round(draft.steps) * config.step_tokens,
                     scheduled_tokens=run_tokens if over_run else of_stage.scheduled,
                     schedule_start_tokens=seen if over_run else seen - began,
@@ -359,7 +342,9 @@ def _make_schedule(config: RunConfig, shape: ModelShape, prices: StagePrices, la
 
 def _priced(schedule: Schedule, prices: StagePrices, *, proved_optimal: bool) -> Plan:
     config, shape = prices.config, prices.shape
-    costs, indices = _distinct(prices.cost_of_phase(phase) for phase in schedule.phases)
+    costs = [prices.cost_of_phase(phase) for phase in schedule.phases]
+    distinct = {id(cost): cost for cost in costs}  # equal costs are the same object
+    places = {key: index for index, key in enumerate(distinct)}
     vanilla = StagePrices(as_vanilla(config), shape)
     (whole,) = vanilla.drafts(shape.num_hidden_layers, 0)
     vanilla_cost = vanilla.cost_of_draft(whole)
@@ -367,45 +352,30 @@ def _priced(schedule: Schedule, prices: StagePrices, *, proved_optimal: bool) ->
         shape=shape,
         precision=config.train.precision,
         schedule=schedule,
-        costs=costs,
-        cost_indices=indices,
+        costs=tuple(distinct.values()),
+        cost_indices=tuple(places[id(cost)] for cost in costs),
         proved_optimal=proved_optimal,
         vanilla_model_state_bytes=vanilla_cost.memory.total_bytes,
         vanilla_peak_bytes=None if vanilla_cost.peak is None else vanilla_cost.peak.total_bytes,
     )
     if config.plan.budget is not None:
-        check_budget(made, config.plan.budget, config)
+        _check_budget(made, config.plan.budget, config)
     if config.plan.host_budget is not None:
         check_host_budget(made, config.plan.host_budget, "plan.host_budget", config)
     return made
 
 
-def _distinct(costs: Iterable[Cost]) -> tuple[tuple[Cost, ...], tuple[int, ...]]:
-    """The costs without duplicates, and for each original cost its index among them."""
-    places: dict[int, int] = {}  # keyed by identity, as equal costs are the same object
-    kept: list[Cost] = []
-    indices = []
-    for cost in costs:
-        if id(cost) not in places:
-            places[id(cost)] = len(kept)
-            kept.append(cost)
-        indices.append(places[id(cost)])
-    return tuple(kept), tuple(indices)
-
-
-def _choose_layers(config: RunConfig, shape: ModelShape, prices: StagePrices) -> tuple[tuple[int, ...], bool]:
+def _choose_layers(prices: StagePrices) -> tuple[tuple[int, ...], bool]:
     """Choose n_1 … n_K, and tell whether no other choice has a lower peak."""
-    num_layers, num_stages = shape.num_hidden_layers, config.plan.num_stages
-    if config.plan.layers is not None and sum(config.plan.layers) != num_layers:
+    options, cost, num_layers = prices.config.plan, prices.objective_bytes, prices.shape.num_hidden_layers
+    if options.layers is not None and sum(options.layers) != num_layers:
         raise ConfigError(
-            f"plan.layers {config.plan.layers} adds up to {sum(config.plan.layers)}, "
-            f"but the model has {num_layers} layers.",
-            layers=config.plan.layers,
+            f"plan.layers {options.layers} adds up to {sum(options.layers)}, but the model has {num_layers} layers.",
+            layers=options.layers,
             num_hidden_layers=num_layers,
         )
-    cost = prices.objective_bytes
-    best = SOLVERS[config.plan.solver](cost, num_layers, num_stages)
-    if config.plan.layers is not None:
-        by_hand = tuple(config.plan.layers)
-        return by_hand, peak_cost(cost, by_hand) == peak_cost(cost, best)
-    return (best if prices.old_layers_take_less else equal_parts_if_as_good(cost, best)), True
+    best = SOLVERS[options.solver](cost, num_layers, options.num_stages)
+    if options.layers is None:
+        return prices.preferred(best), True
+    by_hand = tuple(options.layers)
+    return by_hand, peak_cost(cost, by_hand) == peak_cost(cost, best)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, combinations, pairwise
 
@@ -21,7 +21,12 @@ StageCost = Callable[[int, int], int]
 
 def peak_cost(cost: StageCost, layers: tuple[int, ...]) -> int:
     """The largest stage cost of a plan."""
-    return max(cost(new, total - new) for new, total in zip(layers, accumulate(layers), strict=True))
+    return max(cost(new, old) for new, old in new_and_old(layers))
+
+
+def new_and_old(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """The numbers of new and old layers in every stage."""
+    return [(new, depth - new) for new, depth in zip(layers, accumulate(layers), strict=True)]
 
 
 def solve_dynamic_programming(cost: StageCost, num_layers: int, num_stages: int) -> tuple[int, ...]:
@@ -70,10 +75,10 @@ def solve_within(cost: StageCost, num_layers: int, num_stages: int, limit: float
 
 
 def solve_integer_programme(cost: StageCost, num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Solve by mixed-integer linear programming (HiGHS), as a path of K steps from depth 0 to depth L.
+    """Solve by mixed-integer linear programming (HiGHS), as a division of the layers into K consecutive ranges.
 
-    The variables are the peak t and, for each stage i, one binary for each pair of a depth before and a depth after
-    it. A stage takes one pair and starts where the previous one ended. Minimizes t subject to ``cost_i <= t``.
+    The variables are the peak t and one binary for each possible stage, a range of layers. The K stages taken cover
+    every layer exactly once, and the cost of the stage that covers a layer is at most t, which is minimized.
     The solver proves the peak optimal; ties are broken as in the other solvers.
 
     Raises:
@@ -81,38 +86,22 @@ def solve_integer_programme(cost: StageCost, num_layers: int, num_stages: int) -
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array, hstack
 
     _require_feasible(num_layers, num_stages)
-    steps = [
-        (stage, old, depth)
-        for stage in range(num_stages)
-        for old in ([0] if stage == 0 else range(stage, num_layers))
-        for depth in range(old + 1, num_layers - (num_stages - 1 - stage) + 1)
-        if (depth == num_layers) == (stage == num_stages - 1)
-    ]
-    costs = np.array([cost(depth - old, old) for _, old, depth in steps], dtype=float)
+    stages = list(combinations(range(num_layers + 1), 2))  # depth before and after
+    costs = np.array([cost(depth - old, old) for old, depth in stages], dtype=float)
     # Costs are scaled by their spread, so that the solver's absolute tolerances mean the same for every model.
-    lowest, spread = costs.min(), max(costs.max() - costs.min(), 1.0)
-    columns = range(len(steps))
-    peak_rows = csr_array(((costs - lowest) / spread, ([stage for stage, _, _ in steps], columns)))
-    peak_column = csr_array(-np.ones((num_stages, 1)))
-    # A node is a stage and the depth at which it starts; flow into a node equals flow out of it.
-    nodes = {(stage, old): row for row, (stage, old) in enumerate(sorted({(s, old) for s, old, _ in steps}))}
-    flow = np.zeros((len(nodes), len(steps) + 1))
-    for column, (stage, old, depth) in enumerate(steps):
-        flow[nodes[stage, old], column] = 1.0
-        if (stage + 1, depth) in nodes:
-            flow[nodes[stage + 1, depth], column] = -1.0
-    source = np.array([float(stage == 0) for stage, _ in sorted(nodes)])
-    is_binary = np.append(np.ones(len(steps)), 0.0)
+    scaled = (costs - costs.min()) / max(np.ptp(costs), 1.0)
+    covers = np.array([[float(old <= layer < depth) for old, depth in stages] for layer in range(num_layers)])
+    is_stage = np.append(np.ones(len(stages)), 0.0)  # the last variable is t
     result = milp(
-        1.0 - is_binary,
-        integrality=is_binary,
-        bounds=Bounds(np.zeros(len(steps) + 1), np.append(np.ones(len(steps)), np.inf)),
+        1.0 - is_stage,
+        integrality=is_stage,
+        bounds=Bounds(0.0, np.append(np.ones(len(stages)), np.inf)),
         constraints=[
-            LinearConstraint(hstack([peak_rows, peak_column]), -np.inf, 0.0),
-            LinearConstraint(csr_array(flow), source, source),
+            LinearConstraint(is_stage, num_stages, num_stages),
+            LinearConstraint(np.column_stack([covers, np.zeros(num_layers)]), 1.0, 1.0),
+            LinearConstraint(np.column_stack([covers * scaled, -np.ones(num_layers)]), -np.inf, 0.0),
         ],
         options={"mip_rel_gap": 0.0},
     )
@@ -123,8 +112,8 @@ def solve_integer_programme(cost: StageCost, num_layers: int, num_stages: int) -
             num_layers=num_layers,
             num_stages=num_stages,
         )
-    taken = (step for step, value in zip(steps, result.x, strict=False) if value > 0.5)
-    layers = tuple(depth - old for _, old, depth in taken)
+    taken = (stage for stage, value in zip(stages, result.x, strict=False) if value > 0.5)
+    layers = tuple(depth - old for old, depth in taken)
     return _largest_first(cost, num_layers, num_stages, peak=peak_cost(cost, layers))
 
 
@@ -140,17 +129,6 @@ def solve_exhaustive(cost: StageCost, num_layers: int, num_stages: int) -> tuple
         depths = (0, *cuts, num_layers)
         plans.append(tuple(upper - lower for lower, upper in pairwise(depths)))
     return min(plans, key=lambda layers: (peak_cost(cost, layers), tuple(-new for new in layers)))
-
-
-def equal_parts_if_as_good(cost: StageCost, layers: tuple[int, ...]) -> tuple[int, ...]:
-    """Stages of equal size if their peak is no higher than that of ``layers``, else ``layers``.
-
-    Without freezing, the last stage trains the whole model. All plans then usually have the same peak, and equal stages
-    are the natural choice.
-    """
-    smaller, remainder = divmod(sum(layers), len(layers))
-    equal_parts = tuple(smaller + (stage < remainder) for stage in range(len(layers)))
-    return equal_parts if peak_cost(cost, equal_parts) <= peak_cost(cost, layers) else layers
 
 
 def _new_layers_cost_most(cost: StageCost, num_layers: int) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 from steplm.config import RunConfig
 from steplm.cost.price import Cost, price
@@ -11,6 +12,8 @@ from steplm.cost.seconds import Speeds, step_seconds
 from steplm.cost.terms import check_shards, model_state
 from steplm.planner.checks import Run, check_options
 from steplm.planner.methods import METHODS, Draft, Parts, check_keys
+from steplm.planner.solve import new_and_old, peak_cost
+from steplm.planner.tokens import StageTokens, stage_tokens
 from steplm.schedule import Phase
 from steplm.types import ModelShape
 
@@ -26,11 +29,11 @@ class StagePrices:
         self.config, self.shape = config, shape
         self.method, self.parts = METHODS[config.method], Parts(config, shape)
         self.device_bytes, self.objective_bytes = cache(self._device_bytes), cache(self._objective_bytes)
-        self.cost, self.drafts = cache(self._cost), cache(self._drafts)
+        self.cost, self.drafts = cache(partial(price, config, shape)), cache(self._drafts)
         check_keys(config)
         check_options(self.run)
         for draft in self.run.drafts:
-            check_shards(config, shape, _phase(draft))
+            check_shards(config, shape, draft.phase)
 
     @cached_property
     def run(self) -> Run:
@@ -57,20 +60,46 @@ class StagePrices:
 
     def mean_flops_per_token(self, num_new: int, num_old: int, *, recomputed: bool = False) -> int:
         """Mean training FLOPs per token over the phases of a stage, optionally with recomputed activations."""
-        total = 0.0
-        for draft in self.drafts(num_new, num_old):
-            cost = self.cost_of_draft(draft)
-            total += draft.steps * (cost.flops_per_token + recomputed * cost.recomputed_flops_per_token)
-        return round(total)
+        costs = [(draft.steps, self.cost_of_draft(draft)) for draft in self.drafts(num_new, num_old)]
+        return round(
+            sum(steps * (cost.flops_per_token + recomputed * cost.recomputed_flops_per_token) for steps, cost in costs)
+        )
 
     def mean_step_seconds(self, num_new: int, num_old: int, speeds: Speeds) -> float:
         """Mean seconds per step over the phases of a stage, for families with activation formulas only."""
         total = 0.0
         for draft in self.drafts(num_new, num_old):
-            step = step_seconds(self.config, self.shape, _phase(draft), speeds)
+            step = step_seconds(self.config, self.shape, draft.phase, speeds)
             assert step is not None  # None only for families whose peak is unknown too
             total += draft.steps * step.total
         return total
+
+    def tokens(self, layers: Sequence[int]) -> list[StageTokens]:
+        """The tokens of every stage, given the layers that each adds.
+
+        Raises:
+            ConfigError: the budget is less than one step per stage.
+        """
+        return stage_tokens(
+            self.config.plan,
+            layers,
+            step_tokens=self.config.step_tokens,
+            num_parameters=self.shape.num_parameters(sum(layers)),
+            flops_per_token=[self.mean_flops_per_token(*stage) for stage in new_and_old(layers)],
+        )
+
+    def preferred(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Stages of equal size where nothing favors ``layers``, which a solver found: neither memory nor the peak.
+
+        Without freezing, the last stage trains the whole model. All plans then usually have the same peak, and equal
+        stages are the natural choice.
+        """
+        if self.old_layers_take_less:
+            return layers
+        smaller, remainder = divmod(sum(layers), len(layers))
+        equal_parts = tuple(smaller + (stage < remainder) for stage in range(len(layers)))
+        cost = self.objective_bytes
+        return equal_parts if peak_cost(cost, equal_parts) <= peak_cost(cost, layers) else layers
 
     def model_state_bytes(self, num_new: int, num_old: int) -> int:
         """The largest model state of any phase."""
@@ -94,19 +123,12 @@ class StagePrices:
         return self.model_state_bytes(num_new, num_old)
 
     def cost_of_draft(self, draft: Draft) -> Cost:
-        return self.cost(_phase(draft))
-
-    def _cost(self, phase: Phase) -> Cost:
-        return price(self.config, self.shape, phase)
+        return self.cost(draft.phase)
 
     def _state_bytes(self, draft: Draft, *, count_outer: bool) -> int:
         """The model state alone, which takes less time than the whole cost."""
-        return model_state(self.config, self.shape, _phase(draft), count_outer=count_outer).total_bytes
+        return model_state(self.config, self.shape, draft.phase, count_outer=count_outer).total_bytes
 
     def cost_of_phase(self, phase: Phase) -> Cost:
         """The cost of a phase; phases that differ only in tokens and position share one object."""
         return self.cost(replace(phase, index=0, stage=0, tokens=0, scheduled_tokens=0, schedule_start_tokens=0))
-
-
-def _phase(draft: Draft) -> Phase:
-    return Phase(0, 0, draft.entry, draft.layers, draft.embeddings_and_head, 0, 0, 0)

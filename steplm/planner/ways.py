@@ -16,7 +16,7 @@ from typing import Any
 from steplm.config import RunConfig, changed
 from steplm.errors import ConfigError
 from steplm.planner.ladder import LADDER, OFFLOADED, RUNGS, Changes, Rung
-from steplm.planner.methods import METHODS
+from steplm.planner.methods import METHODS, written
 from steplm.planner.stages import StagePrices
 from steplm.types import ModelShape
 from steplm.units import nearest
@@ -61,7 +61,8 @@ def ways(
     found, skipped = list[Way](), dict[str, None]()
     for in_one in {count == 1 for count in counts}:  # an option may be for one stage alone, or for several
         these = {count for count in counts if (count == 1) is in_one}
-        example = _in_stages(config, config.plan.num_stages if config.plan.num_stages in these else min(these))
+        num_stages = config.plan.num_stages if config.plan.num_stages in these else min(these)
+        example = changed(config, {"plan.num_stages": num_stages, "plan.layers": None})
         rungs, reasons = _allowed_rungs(example, shape) if "options" in vary else ([], ())
         offloads = _allowed_offloads(example, shape) if "options" in vary else []
         found += _combined(config, rungs, these, ranks, offloads)
@@ -77,11 +78,6 @@ def without_time_options(way: Way) -> Iterator[Way]:
         for kept in combinations(time_alone, size):
             options, changes = _together([rung for rung in rungs if rung.quality or rung in kept])
             yield replace(way, options=options, changes={"pet.rank": way.changes["pet.rank"], **changes})
-
-
-def written(config: RunConfig, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
 
 
 def require_known(what: str, name: str, known: Collection[str]) -> None:
@@ -152,12 +148,6 @@ def _allowed_offloads(config: RunConfig, shape: ModelShape) -> list[Rung]:
     """The first rungs of ``OFFLOADED`` beyond the options as written, as many as the configuration allows."""
     missing = [rung for rung in OFFLOADED if not written(config, rung.key)]
     return next(missing[:n] for n in range(len(missing), -1, -1) if not n or not _refusal(config, shape, missing[:n]))
-
-
-def _in_stages(config: RunConfig, num_stages: int) -> RunConfig:
-    if num_stages == config.plan.num_stages:
-        return config
-    return changed(config, {"plan.num_stages": num_stages, "plan.layers": None})
 
 
 def _refusal(config: RunConfig, shape: ModelShape, rungs: Sequence[Rung]) -> ConfigError | None:

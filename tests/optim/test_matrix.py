@@ -17,10 +17,9 @@ from steplm.cost.count import ByteCounter
 from steplm.cost.formats import (
     SIGNED_CODE_BOOK_BYTES,
     STATE_BLOCK,
-    muon_state_bytes,
+    momentum_bytes,
     muon_step_bytes,
     row_pieces,
-    scale_state_bytes,
     scale_step_bytes,
 )
 from steplm.errors import CheckpointMismatch, ConfigError, SteplmError
@@ -32,9 +31,9 @@ from steplm.optim.scale import SCALE
 
 RULES = {"muon": Muon, "scale": SCALE, "scale_momentum": partial(SCALE, momentum=0.9)}
 STATE_BYTES = {
-    "muon": muon_state_bytes,
-    "scale": scale_state_bytes,
-    "scale_momentum": partial(scale_state_bytes, momentum=True),
+    "muon": momentum_bytes,
+    "scale": lambda rows, columns, states: 0,
+    "scale_momentum": momentum_bytes,
 }
 STEP_BYTES = {
     "muon": partial(muon_step_bytes, compute_width=4),
