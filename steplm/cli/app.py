@@ -104,22 +104,23 @@ def plan(
     ] = False,
     device: Annotated[
         str | None,
-        typer.Option(help="Estimate the time on h200, rtx4090, …, or here: this machine, timed in less than a minute."),
+        typer.Option(
+            help="Estimate the time on h200, rtx4090, …, or here: this machine, timed in less than a minute. "
+            "Default for several devices: h100."
+        ),
     ] = None,
-    price: Annotated[float | None, typer.Option(help="Cost of an hour of --device, e.g. 2.5.", min=0)] = None,
+    price: Annotated[float | None, typer.Option(help="Cost of an hour of one --device, e.g. 2.5.", min=0)] = None,
     world_size: Annotated[int | None, typer.Option(min=1, help="Devices, e.g. 64: distributed.world_size=64.")] = None,
     shard_size: Annotated[
         int | None, typer.Option(min=1, help="Devices that share one copy of the model; default: all.")
     ] = None,
-    gpu: Annotated[
-        str, typer.Option(help="GPU for the time estimate with several devices: a100, h100 or b200.")
-    ] = "h100",
     utilization: Annotated[
-        float, typer.Option(help="Share of its peak FLOP/s that a GPU reaches, with several devices.")
-    ] = 0.4,
+        float | None,
+        typer.Option(help="With several devices: share of its peak FLOP/s that each reaches. Default: 0.4."),
+    ] = None,
     bandwidth: Annotated[
         str | None,
-        typer.Option(help="Bytes per second from each device to other nodes, e.g. 25GB; default: the GPU's."),
+        typer.Option(help="With several devices: bytes per second of each to other nodes, e.g. 25GB."),
     ] = None,
 ) -> None:
     """Show the stages and all their bytes; needs no GPU and no data."""
@@ -136,7 +137,6 @@ def plan(
             calibrate=calibrate,
             world_size=world_size,
             shard_size=shard_size,
-            gpu=gpu,
             utilization=utilization,
             bandwidth=bandwidth,
             device=device,

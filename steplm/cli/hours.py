@@ -12,7 +12,6 @@ from steplm.config import RunConfig, changed, token_budget
 from steplm.cost.activations import is_modeled
 from steplm.cost.devices import DEVICES
 from steplm.cost.seconds import Speeds, StepSeconds, published_speeds
-from steplm.cost.traffic import GPUS
 from steplm.cost.work import KINDS
 from steplm.errors import ConfigError
 from steplm.planner.hours import StageTime, stage_times
@@ -30,16 +29,11 @@ def check_device(name: str, config: RunConfig, shape: ModelShape, *, again: bool
     """Check, before anything is printed, that the time of a run on a device can be estimated.
 
     Raises:
-        ConfigError: the name is unknown, the run has several devices, or the family has no formulas.
+        ConfigError: the name is unknown, or the family has no formulas.
     """
     require_known("--device", name, (*DEVICES, HERE))
     if again and name != HERE:
         raise ConfigError(f"--calibrate times this machine, which is not {name}: take --device here.")
-    if config.distributed.world_size > 1:
-        raise ConfigError(
-            f"--device is for one device, and this run has {config.distributed.world_size}: name them with --gpu "
-            f"instead ({', '.join(GPUS)})."
-        )
     if not is_modeled(shape):
         raise ConfigError(
             f"operations of model type {shape.model_type!r} are not known by formula, so its time is not either: "
@@ -141,10 +135,7 @@ def _render(
     console.print(f"time on {where}, in steps of {format_count(config.step_tokens)} tokens")
     console.print(table)
     if speeds.name in DEVICES and plan.peak_bytes is not None:
-        memory, needed = DEVICES[speeds.name].memory_bytes, config.memory.needed_bytes(plan.peak_bytes)
-        verdict = "fits in" if needed <= memory else "does not fit in"
-        text = f"{format_bytes(needed)} with the reserve {verdict} its {memory / 1e9:.0f} GB ({format_bytes(memory)})"
-        console.print(text)
+        console.print(told_fit(config.memory.needed_bytes(plan.peak_bytes), DEVICES[speeds.name].memory_bytes))
     if any(time.longest_step.waits_for_launches for time in times):
         _note(console, "the device waits for kernels to be launched: raise the micro-batch, or set train.compile=true")
     if config.memory.offload_optimizer:
@@ -156,6 +147,12 @@ def _render(
             cost += f" (now {config.micro_batches})"
         _note(console, f"CPU updates: {cost}")
     _note(console, f"speeds: {speeds.source}; left out: evaluation, checkpoints, data")
+
+
+def told_fit(needed: int, memory: int) -> str:
+    """Whether this many bytes, with the reserve, fit in the memory of a device, in words."""
+    verdict = "fits in" if needed <= memory else "does not fit in"
+    return f"{format_bytes(needed)} with the reserve {verdict} its {memory / 1e9:.0f} GB ({format_bytes(memory)})"
 
 
 def _terms(time: StageTime, speeds: Speeds) -> Table:

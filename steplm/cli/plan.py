@@ -40,10 +40,9 @@ def show_plan(
     calibrate: bool = False,
     world_size: int | None = None,
     shard_size: int | None = None,
-    gpu: str = "h100",
-    utilization: float = UTILIZATION,
-    bandwidth: str | None = None,
     device: str | None = None,
+    utilization: float | None = None,
+    bandwidth: str | None = None,
     price: float | None = None,
 ) -> None:
     """Plan a run and print it; the options are those of ``steplm plan``."""
@@ -53,11 +52,15 @@ def show_plan(
     given = [f"distributed.{name}={size}" for name, size in sizes.items() if size is not None]
     config = load_config(run, [*overrides, *given])
     plan = make_plan(config, counted_shape(config))
-    if config.distributed.world_size > 1:
-        from steplm.cli.scale import check_scale, show_scale
+    is_alone = config.distributed.world_size == 1
+    if not is_alone:
+        from steplm.cli.scale import choose_device, show_scale
 
-        check_scale(gpu, utilization, bandwidth)
-    if device is not None:
+        name, share = device or "h100", UTILIZATION if utilization is None else utilization
+        one_of_many = choose_device(config, name, share, bandwidth)
+    elif utilization is not None or bandwidth is not None:
+        raise ConfigError("--utilization and --bandwidth are for several devices: add --world-size.")
+    elif device is not None:
         from steplm.cli.hours import check_device, choose_speeds, show_time
 
         check_device(device, config, plan.shape, again=calibrate)
@@ -77,11 +80,9 @@ def show_plan(
             console.print(told_epochs(epochs_of_sources))
         if explain:
             render_explain(plan, console, config)
-    if config.distributed.world_size > 1:
-        document["devices"] = show_scale(
-            config, plan, console, gpu_name=gpu, utilization=utilization, bandwidth=bandwidth
-        )
-    if device is not None:
+    if not is_alone:
+        document["devices"] = show_scale(config, plan, console, name, one_of_many, utilization=share, price=price)
+    elif device is not None:
         speeds = choose_speeds(device, config, console, again=calibrate)
         document["time"] = show_time(config, plan, console, speeds, price=price, explain=explain)
     if simulate:

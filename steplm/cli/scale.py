@@ -7,10 +7,12 @@ from typing import Any
 
 from rich.console import Console
 
+from steplm.cli.hours import HERE, told_fit
 from steplm.cli.plan import five_digits, labeled_spans
 from steplm.cli.tables import number_table
 from steplm.config import RunConfig
-from steplm.cost.traffic import GPUS, LINK_SHARE, Gpu, StepEstimate, estimate_step
+from steplm.cost.devices import DEVICES, Device
+from steplm.cost.traffic import LINK_SHARE, PER_NODE, StepEstimate, estimate_step
 from steplm.errors import ConfigError
 from steplm.planner.plan import Plan
 from steplm.planner.ways import require_known
@@ -20,17 +22,43 @@ COLUMNS = ("stage", "steps", "FLOPs", "gather", "reduce", "copies", "compute", "
 
 
 def show_scale(
-    config: RunConfig, plan: Plan, console: Console, *, gpu_name: str, utilization: float, bandwidth: str | None
+    config: RunConfig,
+    plan: Plan,
+    console: Console,
+    name: str,
+    device: Device,
+    *,
+    utilization: float,
+    price: float | None = None,
 ) -> dict[str, Any]:
-    """Print the estimate, unless the console writes to stderr, and return it for JSON output."""
-    gpu = choose_gpu(gpu_name, bandwidth)
-    steps = [estimate_step(config, plan.shape, phase, gpu, utilization=utilization) for phase in plan.schedule.phases]
+    """Print the estimate, unless the console writes to stderr, and return it for JSON output.
+
+    Args:
+        name: of the device.
+        price: of an hour of one device.
+    """
+    steps = [
+        estimate_step(config, plan.shape, phase, device, utilization=utilization) for phase in plan.schedule.phases
+    ]
+    least = sum(step.num_steps * step.least_seconds for step in steps)
+    most = sum(step.num_steps * step.most_seconds for step in steps)
+    device_hours = [seconds / 3600 * config.distributed.world_size for seconds in (least, most)]
+    costs = None if price is None else [price * hours for hours in device_hours]
     if not console.stderr:
-        _render(plan, console, gpu_name, gpu, utilization, steps)
+        _render_steps(plan, console, steps)
+        console.print(
+            f"run   {plan.training_flops:.3g} FLOPs; {format_seconds(least)} if sending is hidden, "
+            f"{format_seconds(most)} if none is"
+        )
+        if costs is not None:
+            console.print("cost  {:,.0f} to {:,.0f}".format(*costs))
+        if plan.peak_bytes is not None:
+            console.print(told_fit(config.memory.needed_bytes(plan.peak_bytes), device.memory_bytes))
+        console.print(_assumptions(config, name, device, utilization), style="dim")
     return {
         "world_size": config.distributed.world_size,
         "num_shards": config.distributed.num_shards,
-        "gpu": {"name": gpu_name, **asdict(gpu), "utilization": utilization, "link_share": LINK_SHARE},
+        "device": {"name": name, **asdict(device), "utilization": utilization, "link_share": LINK_SHARE},
         "training_flops": plan.training_flops,
         "phases": [
             {
@@ -42,45 +70,54 @@ def show_scale(
             }
             for phase, step in zip(plan.schedule.phases, steps, strict=True)
         ],
-        "least_seconds": sum(step.num_steps * step.least_seconds for step in steps),
-        "most_seconds": sum(step.num_steps * step.most_seconds for step in steps),
+        "least_seconds": least,
+        "most_seconds": most,
+        "costs": costs,
     }
 
 
-def check_scale(gpu_name: str, utilization: float, bandwidth: str | None) -> None:
-    """Check the options of ``show_scale`` before anything is printed.
+def choose_device(config: RunConfig, name: str, utilization: float, bandwidth: str | None) -> Device:
+    """One of several devices by name, optionally with another network bandwidth, such as ``25GB`` (per second).
 
     Raises:
-        ConfigError: as ``choose_gpu``, or the utilization is not a share.
+        ConfigError: the device or its links are not known, or an option is not in range.
     """
-    choose_gpu(gpu_name, bandwidth)
+    if name == HERE:
+        raise ConfigError(f"--device {HERE} times one device, and this run has {config.distributed.world_size}.")
+    require_known("--device", name, DEVICES)
     if not 0 < utilization <= 1:
         raise ConfigError(f"--utilization={utilization:g} is a share of the peak: give a number above 0, at most 1.")
+    device = DEVICES[name]
+    if bandwidth is not None:
+        device = replace(device, network_bandwidth=_bytes_per_second(bandwidth))
+    if device.network_bandwidth is None and config.distributed.world_size > PER_NODE:
+        raise ConfigError(f"the network of {name} is not known: give the bytes per second of each device, such as "
+                          "--bandwidth 25GB.")  # fmt: skip
+    return device
 
 
-def choose_gpu(name: str, bandwidth: str | None = None) -> Gpu:
-    """A GPU by name, optionally with another network bandwidth to other nodes, such as ``25GB`` (per second).
-
-    Raises:
-        ConfigError: the name is unknown, or the bandwidth cannot be parsed.
-    """
-    require_known("--gpu", name, GPUS)
-    if bandwidth is None:
-        return GPUS[name]
+def _bytes_per_second(text: str) -> float:
     try:
-        num_bytes = parse_bytes(bandwidth.removesuffix("/s"))
+        num_bytes = parse_bytes(text.removesuffix("/s"))
     except ValueError as error:
         raise ConfigError(f"--bandwidth: {error}, in bytes per second") from None
     if num_bytes < 2**20:
-        raise ConfigError(
-            f"--bandwidth {bandwidth} is {num_bytes} bytes per second. With a unit it is, for example, 25GB"
-        )
-    return replace(GPUS[name], network_bandwidth=float(num_bytes))
+        raise ConfigError(f"--bandwidth {text} is {num_bytes} bytes per second. With a unit it is, for example, 25GB")
+    return float(num_bytes)
 
 
-def _render(
-    plan: Plan, console: Console, gpu_name: str, gpu: Gpu, utilization: float, steps: list[StepEstimate]
-) -> None:
+def _assumptions(config: RunConfig, name: str, device: Device, utilization: float) -> str:
+    in_node = device.node_bandwidth or device.bus
+    told = (
+        f"assumed of {name}: {utilization:.0%} of {device.flops(config.train.precision) / 1e12:g} TFLOP/s; "
+        f"{LINK_SHARE:.0%} of {in_node / 1e9:g} GB/s in a node of {PER_NODE}"
+    )
+    if device.network_bandwidth is None:
+        return told
+    return f"{told} and of {device.network_bandwidth / 1e9:g} GB/s from each device to others"
+
+
+def _render_steps(plan: Plan, console: Console, steps: list[StepEstimate]) -> None:
     unit, size = binary_unit(max(step.traffic.total for step in steps))
     gap = 1 if console.width >= 90 else 0
     table = number_table(COLUMNS, gap=gap)
@@ -98,18 +135,6 @@ def _render(
             *(five_digits(count / size) if count else "" for count in sent),
             *(f"{number:.3g}" if number < 1000 else f"{number:.0f}" for number in seconds),
         )
-    least = sum(step.num_steps * step.least_seconds for step in steps)
-    most = sum(step.num_steps * step.most_seconds for step in steps)
     console.print()
     console.print(f"a step of each device: FLOPs, {unit} that it sends, seconds")
     console.print(table)
-    console.print(
-        f"run   {plan.training_flops:.3g} FLOPs; {format_seconds(least)} if sending is hidden, {format_seconds(most)} "
-        "if none is"
-    )
-    console.print(
-        f"assumed of {gpu_name}: {utilization:.0%} of {gpu.flops[plan.precision] / 1e12:g} TFLOP/s; {LINK_SHARE:.0%} "
-        f"of {gpu.node_bandwidth / 1e9:g} GB/s in a node of {gpu.per_node} and of {gpu.network_bandwidth / 1e9:g} GB/s "
-        "from each device to others",
-        style="dim",
-    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steplm.config import RunConfig
-from steplm.cost.devices import DEVICES
+from steplm.cost.devices import Device
 from steplm.cost.flops import recomputed_flops_per_token, training_flops_per_token
 from steplm.cost.rules import RULES
 from steplm.cost.sharded import Group, Groups
@@ -21,30 +21,7 @@ from steplm.types import ModelShape
 
 UTILIZATION = 0.4  # fraction of peak FLOP/s while computing, recomputation included
 LINK_SHARE = 0.8  # fraction of a link's rate that a collective reaches
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The manufacturer's figures for a device: FLOP/s, and bytes per second in one direction."""
-
-    flops: dict[str, float]  # of dense matmuls, by precision
-    node_bandwidth: float  # to other devices of its node
-    network_bandwidth: float  # to other nodes, through its own network card
-    per_node: int = 8
-
-
-def _gpu(name: str, node_bandwidth: float, network_bandwidth: float) -> Gpu:
-    device = DEVICES[name]
-    return Gpu({"bf16": device.bf16_flops, "fp32": device.fp32_flops}, node_bandwidth, network_bandwidth)
-
-
-# NVIDIA's data sheets: A100 80GB SXM in DGX A100 (HDR InfiniBand), H100 SXM in DGX H100 and B200 in DGX B200 (NDR).
-# They give NVLink's rate as the sum of both directions.
-GPUS = {
-    "a100": _gpu("a100-80gb", 300e9, 25e9),
-    "h100": _gpu("h100", 450e9, 50e9),
-    "b200": _gpu("b200", 900e9, 50e9),
-}
+PER_NODE = 8  # devices
 
 
 @dataclass(frozen=True)
@@ -83,7 +60,7 @@ class StepEstimate:
 
 
 def estimate_step(
-    config: RunConfig, shape: ModelShape, phase: Phase, gpu: Gpu, *, utilization: float = UTILIZATION
+    config: RunConfig, shape: ModelShape, phase: Phase, device: Device, *, utilization: float = UTILIZATION
 ) -> StepEstimate:
     """Estimate one step of a phase on ``config.distributed.world_size`` devices."""
     distributed = config.distributed
@@ -91,14 +68,14 @@ def estimate_step(
     flops_per_token += recomputed_flops_per_token(shape, phase, config)
     flops = flops_per_token * config.step_tokens // distributed.world_size
     traffic = step_traffic(config, shape, phase)
-    within = _ring_bandwidth(gpu, distributed.num_shards, stride=1)
-    between = _ring_bandwidth(gpu, distributed.world_size // distributed.num_shards, stride=distributed.num_shards)
+    within = _ring_bandwidth(device, distributed.num_shards, stride=1)
+    between = _ring_bandwidth(device, distributed.world_size // distributed.num_shards, stride=distributed.num_shards)
     within_copy = traffic.all_gather + traffic.reduce_scatter + traffic.update
     seconds = within_copy / within + traffic.all_reduce / between
     return StepEstimate(
         flops=flops,
         traffic=traffic,
-        compute_seconds=flops / (gpu.flops[config.train.precision] * utilization),
+        compute_seconds=flops / (device.flops(config.train.precision) * utilization),
         communication_seconds=seconds / LINK_SHARE,
         num_steps=phase.tokens // config.step_tokens,
     )
@@ -145,12 +122,14 @@ def _reduced_between(group: Group) -> int:
     return 2 * (group.num_replicas - 1) * group.all_reduce_bytes // group.num_replicas
 
 
-def _ring_bandwidth(gpu: Gpu, num_ranks: int, stride: int) -> float:
+def _ring_bandwidth(device: Device, num_ranks: int, stride: int) -> float:
     """Bytes per second that each rank of a ring can send.
 
     Across nodes, each rank contributes its network card, so a ring with k ranks per node leaves the node at k times
     the rate of one card.
     """
-    if num_ranks * stride <= gpu.per_node:
-        return gpu.node_bandwidth
-    return min(gpu.node_bandwidth, max(1, gpu.per_node // stride) * gpu.network_bandwidth)
+    in_node = device.node_bandwidth or device.bus
+    if num_ranks * stride <= PER_NODE:
+        return in_node
+    assert device.network_bandwidth is not None
+    return min(in_node, max(1, PER_NODE // stride) * device.network_bandwidth)

@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from steplm.cli.plan import render_explain, render_plan, show_plan
-from steplm.cli.scale import choose_gpu, show_scale
+from steplm.cli.scale import choose_device, show_scale
 from steplm.config import load_config
-from steplm.cost.traffic import GPUS, UTILIZATION
+from steplm.cost.devices import DEVICES
+from steplm.cost.traffic import UTILIZATION
 from steplm.errors import ConfigError
 from steplm.planner.plan import plan
 
@@ -27,7 +28,7 @@ def text_of(*overrides: str, width: int = 80) -> str:
     config = load_config(VALUES, overrides)
     made, console = plan(config), Console(file=stream, width=width)
     render_plan(made, console, config)
-    show_scale(config, made, console, gpu_name="h100", utilization=UTILIZATION, bandwidth=None)
+    show_scale(config, made, console, "h100", DEVICES["h100"], utilization=UTILIZATION)
     return stream.getvalue()
 
 
@@ -72,7 +73,7 @@ def test_world_size_on_the_command_line_is_the_key(capsys: pytest.CaptureFixture
     by_option = document(world_size=16, shard_size=4)
     assert by_option == document("distributed.world_size=16", "distributed.shard_size=4")
     devices = by_option["devices"]
-    assert (devices["world_size"], devices["num_shards"], devices["gpu"]["name"]) == (16, 4, "h100")
+    assert (devices["world_size"], devices["num_shards"], devices["device"]["name"]) == (16, 4, "h100")
     for phase in devices["phases"]:
         assert phase["sent_bytes"] == sum(phase["traffic"].values())
         assert phase["least_seconds"] <= phase["most_seconds"]
@@ -86,11 +87,26 @@ def test_a_slower_network_and_a_lower_share_take_longer(capsys: pytest.CaptureFi
         return json.loads(capsys.readouterr().out)["devices"]["most_seconds"]
 
     assert most_seconds() < most_seconds(bandwidth="1GB") < most_seconds(bandwidth="1GB/s", utilization=0.1)
-    assert most_seconds() < most_seconds(gpu="a100")
+    assert most_seconds() < most_seconds(device="a100-80gb")
 
 
-def test_a_bandwidth_replaces_the_gpus() -> None:
-    assert choose_gpu("h100", "12.5GB/s").network_bandwidth == 12.5e9
-    assert choose_gpu("h100") is GPUS["h100"]
+def test_a_bandwidth_replaces_the_devices() -> None:
+    config = load_config(VALUES, ["distributed.world_size=16"])
+
+    def chosen(name: str, bandwidth: str | None) -> float | None:
+        return choose_device(config, name, UTILIZATION, bandwidth).network_bandwidth
+
+    assert chosen("h100", "12.5GB/s") == chosen("rtx4090", "12.5GB") == 12.5e9
+    assert chosen("h100", None) == DEVICES["h100"].network_bandwidth
     with pytest.raises(ConfigError, match=r"--bandwidth: cannot read 'fast'.*in bytes per second"):
-        choose_gpu("h100", "fast")
+        chosen("h100", "fast")
+
+
+def test_a_price_is_for_the_hours_of_all_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan("llama_368m", world_size=16, device="h100", price=2.0, as_json=True)
+    devices = json.loads(capsys.readouterr().out)["devices"]
+    assert devices["costs"] == [devices[key] / 3600 * 16 * 2.0 for key in ("least_seconds", "most_seconds")]
+    show_plan("llama_368m", world_size=16, device="h100", price=2.0)
+    text = capsys.readouterr().out
+    assert "cost  {:,.0f} to {:,.0f}".format(*devices["costs"]) in text
+    assert "with the reserve fits in its 80 GB" in text
