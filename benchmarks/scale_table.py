@@ -2,7 +2,8 @@
 
     python benchmarks/scale_table.py    # takes a minute, without PyTorch or a GPU
 
-Writes results/scale_table/table.json, and the tables between the markers in docs/scale.md.
+Writes results/scale_table/table.json, and the tables between the markers in results/scale_table/README.md and, a few of
+the rows and columns, in docs/scale.md.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from steplm.planner.plan import plan
 from steplm.types import MemoryEstimate
 
 ROOT = Path(__file__).parents[1]
-TABLE, PAGE = ROOT / "results/scale_table/table.json", ROOT / "docs/scale.md"
+RESULTS = ROOT / "results/scale_table"
+TABLE, PAGE, FULL = RESULTS / "table.json", ROOT / "docs/scale.md", RESULTS / "README.md"
 
 # As published: hidden size, feed-forward size, layers, heads, key-value heads.
 MODELS = {
@@ -33,6 +35,7 @@ WORLD_SIZES = (8, 64, 256, 1024)
 SHARD_SIZES = (8, 64, 1024)  # on 1,024 devices
 WAYS = {"vanilla": {"num_stages": 1}, "STEP, K=3": {"num_stages": 3}}
 GPU = "h100"
+SUMMARY = [(model, world_size) for model in ("7B", "70B") for world_size in (8, 256)]
 
 
 def configure(model: str, way: str, world_size: int, shard_size: int | None = None) -> RunConfig:
@@ -121,14 +124,46 @@ def planned() -> dict[str, Any]:
     }
 
 
-def blocks(table: dict[str, Any]) -> dict[str, str]:
-    """The Markdown between each pair of markers."""
+def blocks(table: dict[str, Any]) -> dict[Path, dict[str, str]]:
+    """The Markdown between each pair of markers of each page."""
+    few = [row for row in table["rows"] if (row["model"], row["world_size"]) in SUMMARY]
+    hybrid_few = [row for row in table["hybrid"] if row["model"] == "70B"]
     return {
-        "memory": _memory(table["rows"]),
-        "time": _time(table["rows"]),
-        "hybrid": _hybrid(table["hybrid"]),
-        "assumed": _assumed(table),
+        PAGE: {
+            "memory": _memory_summary(few),
+            "time": _time_summary(few),
+            "hybrid": _hybrid(hybrid_few),
+            "assumed": _assumed(table),
+        },
+        FULL: {
+            "memory": _memory(table["rows"]),
+            "time": _time(table["rows"]),
+            "hybrid": _hybrid(table["hybrid"]),
+        },
     }
+
+
+def _memory_summary(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | GPUs | | state | gathered layers, buffers, activations | peak | |",
+        "| --- | ---: | --- |" + " ---: |" * 4,
+    ]
+    for row, saved in _with_saved(rows):
+        unsharded = sum(row["peak_terms"][name] for name in ("gathered", "communication", "activations"))
+        cells = (_gib(row["model_state_bytes"]), _gib(unsharded), f"**{_gib(row['peak_bytes'])}**", saved)
+        lines.append(f"{_head(row)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _time_summary(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | GPUs | | FLOPs | sent, GiB | a step, s | the run, days |",
+        "| --- | ---: | --- |" + " ---: |" * 4,
+    ]
+    for row in rows:
+        cells = (f"{row['training_flops']:.2e}", _gib(row["sent_bytes"]), _step(row), _days(row))
+        lines.append(f"{_head(row)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _memory(rows: list[dict[str, Any]]) -> str:
@@ -136,13 +171,19 @@ def _memory(rows: list[dict[str, Any]]) -> str:
         "| model | GPUs | | state | shards | gradients | gathered | buffers | activations | workspace | peak | |",
         "| --- | ---: | --- |" + " ---: |" * 9,
     ]
+    for row, saved in _with_saved(rows):
+        terms = " | ".join(_gib(count) for count in row["peak_terms"].values())
+        peak = f"**{_gib(row['peak_bytes'])}** | {saved}"
+        lines.append(f"{_head(row)} | {_gib(row['model_state_bytes'])} | {terms} | {peak} |")
+    return "\n".join(lines)
+
+
+def _with_saved(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each row, and by how much its peak differs from vanilla's on as many GPUs."""
     vanilla = {(row["model"], row["world_size"]): row["peak_bytes"] for row in rows if row["way"] == "vanilla"}
     for row in rows:
         saved = row["peak_bytes"] / vanilla[row["model"], row["world_size"]] - 1
-        terms = " | ".join(_gib(count) for count in row["peak_terms"].values())
-        peak = f"**{_gib(row['peak_bytes'])}** | {f'{saved:+.0%}'.replace('-', '−') if saved else ''}"
-        lines.append(f"{_head(row)} | {_gib(row['model_state_bytes'])} | {terms} | {peak} |")
-    return "\n".join(lines)
+        yield row, f"{saved:+.0%}".replace("-", "−") if saved else ""
 
 
 def _time(rows: list[dict[str, Any]]) -> str:
@@ -151,15 +192,14 @@ def _time(rows: list[dict[str, Any]]) -> str:
         "| --- | ---: | --- |" + " ---: |" * 7,
     ]
     for row in rows:
-        days = [row["num_steps"] * row[name] / 86400 for name in ("least_seconds", "most_seconds")]
         cells = (
             f"{row['training_flops']:.2e}",
             str(row["micro_batches"]),
             _gib(row["sent_bytes"]),
             _three(row["compute_seconds"]),
             _three(row["communication_seconds"]),
-            f"{_three(row['least_seconds'])} – {_three(row['most_seconds'])}",
-            f"{_three(days[0])} – {_three(days[1])}",
+            _step(row),
+            _days(row),
         )
         lines.append(f"{_head(row)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -175,7 +215,7 @@ def _hybrid(rows: list[dict[str, Any]]) -> str:
             f"{row['num_shards']:,}",
             *(_gib(row[name]) for name in ("model_state_bytes", "peak_bytes", "sent_bytes")),
             _three(row["communication_seconds"]),
-            f"{_three(row['least_seconds'])} – {_three(row['most_seconds'])}",
+            _step(row),
         )
         lines.append(f"| {row['model']} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -185,10 +225,10 @@ def _assumed(table: dict[str, Any]) -> str:
     gpu = GPUS[table["gpu"]]
     return "\n".join(
         [
-            f"- An H100 SXM does {gpu.flops['bf16'] / 1e12:g} TFLOP/s in bf16 at most, and "
-            f"{table['utilization']:.0%} of that on average while it computes, operations done again included.",
+            f"- An H100 SXM reaches {table['utilization']:.0%} of its {gpu.flops['bf16'] / 1e12:g} TFLOP/s in bf16 "
+            "while it computes, recomputation included.",
             f"- It sends {gpu.node_bandwidth / 1e9:g} GB/s to the others of its node of {gpu.per_node}, and "
-            f"{gpu.network_bandwidth / 1e9:g} GB/s to other nodes by a network card of its own; collectives reach "
+            f"{gpu.network_bandwidth / 1e9:g} GB/s to other nodes; collectives reach "
             f"{table['link_share']:.0%} of that.",
         ]
     )
@@ -196,6 +236,15 @@ def _assumed(table: dict[str, Any]) -> str:
 
 def _head(row: dict[str, Any]) -> str:
     return f"| {row['model']} | {row['world_size']:,} | {row['way']}"
+
+
+def _step(row: dict[str, Any]) -> str:
+    return f"{_three(row['least_seconds'])} – {_three(row['most_seconds'])}"
+
+
+def _days(row: dict[str, Any]) -> str:
+    least, most = (row["num_steps"] * row[name] / 86400 for name in ("least_seconds", "most_seconds"))
+    return f"{_three(least)} – {_three(most)}"
 
 
 def _gib(num_bytes: int) -> str:
@@ -211,14 +260,14 @@ def _three(value: float) -> str:
 BLOCK = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)
 
 
-def filled(page: str, table: dict[str, Any]) -> str:
-    """The page with every block updated from the table."""
-    text = blocks(table)
-    return BLOCK.sub(lambda match: f"<!-- {match[1]} -->\n{text[match[1]]}\n<!-- /{match[1]} -->", page)
+def filled(page: str, texts: dict[str, str]) -> str:
+    """The page with every block replaced by its text."""
+    return BLOCK.sub(lambda match: f"<!-- {match[1]} -->\n{texts[match[1]]}\n<!-- /{match[1]} -->", page)
 
 
 if __name__ == "__main__":
     made = planned()
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     TABLE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), made), encoding="utf-8")
+    for path, texts in blocks(made).items():
+        path.write_text(filled(path.read_text(encoding="utf-8"), texts), encoding="utf-8")

@@ -1,13 +1,15 @@
 """Every causal family of the installed transformers: planned, trained and grown right, or refused with a reason.
 
-``docs/families.md`` is the result. ``STEPLM_UPDATE_GOLDEN=1 pytest -m slow tests/families`` writes it anew.
+``docs/families.md`` has the result. ``STEPLM_UPDATE_GOLDEN=1 pytest -m slow tests/families`` writes its lists anew.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +40,20 @@ from steplm.models.trial import require_unchanged_function
 from steplm.planner.positions import make_layer_map
 
 PAGE = Path(__file__).parents[2] / "docs/families.md"
+BLOCK = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)
+LIST = re.compile(r"\*\*(.+?):\*\*\n([^*<]*)")
+ALL_OPERATORS = "With every growth operator"
+EQUAL_LAYERS = "only where all layers have the same tensors, which is not so by default"
+OTHER_FUNCTION = "not by operator `identity`, which would change its function"
+# The lists of the page, and what the notes of their families say: two of supported ones, the others of refused ones.
+GROUPS = {
+    "Only with equal layers": EQUAL_LAYERS,
+    "Not with the growth operator `identity`": OTHER_FUNCTION,
+    "Encoder-decoders": "is an encoder-decoder",
+    "More than text": "is more than a language model",
+    "Not causal": "is not causal",
+    "Layers of different shapes or tensors": "differ in",
+}
 # Of every kind: plain, old, soft-capped, with types of layers, with experts and routers' biases, and refused.
 QUICK = (
     "llama", "gpt2", "opt", "gemma3_text", "smollm3", "qwen3_moe", "glm4_moe", "ernie4_5_moe", "deepseek_v3",
@@ -129,7 +145,7 @@ def outcome_of(model_type: str) -> Outcome:
             values = with_equal_layers(values)
             with contextlib.suppress(ConfigError):
                 shape = shape_of(values)
-                notes.append("only where all layers have the same tensors, which is not so by default")
+                notes.append(EQUAL_LAYERS)
             if not notes:
                 raise
         config = hf_config(values)
@@ -143,7 +159,7 @@ def outcome_of(model_type: str) -> Outcome:
     try:
         require_unchanged_function(config, "identity")
     except GrowthError:
-        notes.append("not by operator `identity`, which would change its function")
+        notes.append(OTHER_FUNCTION)
     return Outcome(True, "; ".join(notes))
 
 
@@ -184,41 +200,48 @@ def _one_line(error: Exception) -> str:
     return sentence.split(". ")[0].rstrip(".").replace("|", "\\|")[:200]
 
 
-def page_of(outcomes: dict[str, Outcome]) -> str:
-    supported = sum(outcome.is_supported for outcome in outcomes.values())
-    rows = [f"| `{name}` | {'yes' if out.is_supported else 'no'} | {out.note} |" for name, out in outcomes.items()]
-    return "\n".join(
-        [
-            "# Model families",
-            "",
-            f"Of the {len(outcomes)} causal families of transformers {transformers.__version__}, {supported} are "
-            "supported: the plan counts",
-            "their parameters, they are trained, and they grow by every operator into a folder that loads without a",
-            "missing tensor. The others are refused with the reason below. A test tries each of them on a tiny model",
-            "and writes this page.",
-            "",
-            "Where a family has no key of the section `model`, set it to null, and its own in its place:",
-            "`model.extra={intermediate_size: null, n_inner: 2048}`.",
-            "",
-            "| `model_type` | supported | |",
-            "| --- | --- | --- |",
-            *rows,
-            "",
-        ]
-    )
+def blocks(outcomes: dict[str, Outcome]) -> dict[str, str]:
+    """The Markdown between each pair of markers of the page."""
+    groups: dict[str, list[str]] = {group: [] for group in (ALL_OPERATORS, *GROUPS)}
+    others = []
+    for name, outcome in outcomes.items():
+        for note in outcome.note.split("; ") if outcome.is_supported else [outcome.note]:
+            group = next((group for group, phrase in GROUPS.items() if phrase in note), ALL_OPERATORS)
+            if group in GROUPS or outcome.is_supported:
+                groups[group].append(f"`{name}`")
+            else:
+                others.append(f"| `{name}` | {note} |")
+    listed = {group: textwrap.fill(", ".join(names), 128, break_on_hyphens=False) for group, names in groups.items()}
+    count = sum(outcome.is_supported for outcome in outcomes.values())
+    return {
+        "count": f"Of the {len(outcomes)} causal families of transformers {transformers.__version__}, steplm supports "
+        f"{count}.",
+        "supported": "\n\n".join(f"**{group}:**\n{listed[group]}" for group in (ALL_OPERATORS, *list(GROUPS)[:2])),
+        "refused": "\n\n".join(f"**{group}:**\n{listed[group]}" for group in list(GROUPS)[2:]),
+        "others": "\n".join(["| `model_type` | reason |", "| --- | --- |", *others]),
+    }
+
+
+def filled(page: str, outcomes: dict[str, Outcome]) -> str:
+    texts = blocks(outcomes)
+    return BLOCK.sub(lambda match: f"<!-- {match[1]} -->\n{texts[match[1]]}\n<!-- /{match[1]} -->", page)
 
 
 @pytest.mark.parametrize("model_type", QUICK)
 def test_a_family_is_what_the_page_says(model_type: str) -> None:
-    outcome = outcome_of(model_type)
-    row = f"| `{model_type}` | {'yes' if outcome.is_supported else 'no'} | {outcome.note} |"
-    assert row in PAGE.read_text(encoding="utf-8").splitlines()
+    kept = dict(LIST.findall(PAGE.read_text(encoding="utf-8")))
+    made = blocks({model_type: outcome_of(model_type)})
+    lists = dict(LIST.findall("".join(made.values())))
+    assert lists.keys() == kept.keys()
+    for group, names in lists.items():
+        assert (f"`{model_type}`" in kept[group]) == (f"`{model_type}`" in names), group
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_page_tells_of_every_causal_family_of_the_library() -> None:
-    page = page_of({name: outcome_of(name) for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)})
+    page = PAGE.read_text(encoding="utf-8")
+    made = filled(page, {name: outcome_of(name) for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)})
     if os.environ.get("STEPLM_UPDATE_GOLDEN"):
-        PAGE.write_text(page, encoding="utf-8")
-    assert PAGE.read_text(encoding="utf-8") == page
+        PAGE.write_text(made, encoding="utf-8")
+    assert made == page

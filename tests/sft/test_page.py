@@ -1,4 +1,4 @@
-"""What docs/evaluation.md says of keys and commands, checked."""
+"""What docs/instruction_tuning.md says of keys and commands, checked."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import pytest
 
 from steplm.sft.config import SftConfig
 
-PAGE = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
-SECTION = PAGE[PAGE.index("## Instruction tuning") :]
+PAGE = (Path(__file__).parents[2] / "docs/instruction_tuning.md").read_text(encoding="utf-8")
 
 
 def keys_table() -> str:
@@ -38,7 +37,7 @@ def test_the_commands_of_the_page_run(
     (tmp_path / "runs/my-run").mkdir(parents=True)
     (tmp_path / "runs/my-run/export").symlink_to(folder)
     (tmp_path / "alpaca.json").write_bytes(data.read_bytes())
-    blocks = re.findall(r"^```bash\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("steplm ")]
     commands = [shlex.split(line) for line in lines]
     assert [words[1] for words in commands if words[1] in ("sft", "chat")] == ["sft", "chat", "chat"]
