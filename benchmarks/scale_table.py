@@ -16,8 +16,9 @@ from typing import Any
 
 import steplm
 from steplm.config import RunConfig, load_config
+from steplm.cost.devices import DEVICES
 from steplm.cost.sharded import COMMUNICATION, GATHERED
-from steplm.cost.traffic import GPUS, LINK_SHARE, UTILIZATION, estimate_step
+from steplm.cost.traffic import LINK_SHARE, PER_NODE, UTILIZATION, estimate_step
 from steplm.planner.plan import plan
 from steplm.types import MemoryEstimate
 
@@ -34,7 +35,7 @@ MODELS = {
 WORLD_SIZES = (8, 64, 256, 1024)
 SHARD_SIZES = (8, 64, 1024)  # on 1,024 devices
 WAYS = {"vanilla": {"num_stages": 1}, "STEP, K=3": {"num_stages": 3}}
-GPU = "h100"
+DEVICE = "h100"
 SUMMARY = [(model, world_size) for model in ("7B", "70B") for world_size in (8, 256)]
 
 
@@ -81,7 +82,7 @@ def terms_of(memory: MemoryEstimate) -> dict[str, int]:
 def row_of(model: str, way: str, world_size: int, shard_size: int | None = None) -> dict[str, Any]:
     config = configure(model, way, world_size, shard_size)
     made = plan(config)
-    steps = [estimate_step(config, made.shape, phase, GPUS[GPU]) for phase in made.schedule.phases]
+    steps = [estimate_step(config, made.shape, phase, DEVICES[DEVICE]) for phase in made.schedule.phases]
     highest = max(made.stages, key=lambda stage: stage.device_bytes)
     assert highest.peak is not None
     moment = highest.peak.highest
@@ -116,7 +117,7 @@ def row_of(model: str, way: str, world_size: int, shard_size: int | None = None)
 def planned() -> dict[str, Any]:
     return {
         "version": steplm.__version__,
-        "gpu": GPU,
+        "device": DEVICE,
         "utilization": UTILIZATION,
         "link_share": LINK_SHARE,
         "rows": [row_of(model, way, size) for model in MODELS for size in WORLD_SIZES for way in WAYS],
@@ -222,13 +223,13 @@ def _hybrid(rows: list[dict[str, Any]]) -> str:
 
 
 def _assumed(table: dict[str, Any]) -> str:
-    gpu = GPUS[table["gpu"]]
+    device = DEVICES[table["device"]]
     return "\n".join(
         [
-            f"- An H100 SXM reaches {table['utilization']:.0%} of its {gpu.flops['bf16'] / 1e12:g} TFLOP/s in bf16 "
+            f"- An H100 SXM reaches {table['utilization']:.0%} of its {device.bf16_flops / 1e12:g} TFLOP/s in bf16 "
             "while it computes, recomputation included.",
-            f"- It sends {gpu.node_bandwidth / 1e9:g} GB/s to the others of its node of {gpu.per_node}, and "
-            f"{gpu.network_bandwidth / 1e9:g} GB/s to other nodes; collectives reach "
+            f"- It sends {device.node_bandwidth / 1e9:g} GB/s to the others of its node of {PER_NODE}, and "
+            f"{device.network_bandwidth / 1e9:g} GB/s to other nodes; collectives reach "
             f"{table['link_share']:.0%} of that.",
         ]
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import scale_table
 
+from steplm.cost.devices import DEVICES
 from steplm.units import parse_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +53,5 @@ def test_what_the_page_says_of_the_tables_is_so() -> None:
 
 
 def test_the_commands_of_the_page_are_made_of_what_there_is() -> None:
-    from steplm.cost.traffic import GPUS
-
-    assert set(re.findall(r"--gpu (\w+)", PAGE)) <= set(GPUS)
+    assert set(re.findall(r"--device ([\w-]+)", PAGE)) <= set(DEVICES)
     assert all(parse_bytes(rate) for rate in re.findall(r"--bandwidth (\S+)`?", PAGE) if rate[0].isdigit())
