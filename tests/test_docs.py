@@ -20,7 +20,7 @@ PAGE = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "results/memory_table"
 
 
-@pytest.mark.parametrize("name", ["results.md", "comparing.md"])
+@pytest.mark.parametrize("name", ["results.md", "comparing.md", "update_rules.md"])
 def test_the_tables_of_a_page_are_made_of_plans_and_kept_runs(name: str) -> None:
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     made = results_tables.filled(page)
