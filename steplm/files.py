@@ -69,7 +69,7 @@ def write_errors(*paths: Path) -> Iterator[None]:
             raise
         inside = isinstance(file, str) and Path(file).is_relative_to(paths[0])
         named = file if inside else paths[0]
-        raise WriteError(f"cannot write {named}: {why}{_way_out(why, paths[0])}", path=str(named)) from None
+        raise WriteError(f"cannot write {named}: {why}{_way_out(why, paths[0])}", path=str(named), why=why) from None
 
 
 def _is_on_the_way(file: Path, path: Path) -> bool:
@@ -80,6 +80,8 @@ def _is_on_the_way(file: Path, path: Path) -> bool:
 
 def refusal(error: Exception) -> str | None:
     """Why the file system refused to write, even if a library has wrapped the error; None for other errors."""
+    if isinstance(error, WriteError):
+        return error.details.get("why")
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno in _REFUSALS else None
     text = str(error)
