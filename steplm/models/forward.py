@@ -106,13 +106,10 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_si
     return total / max(count, 1), count
 
 
-@torch.no_grad()
 def summed_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_size: int) -> tuple[float, int]:
     """Summed negative log-likelihood (nats) of all tokens, and their number."""
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    with uncompiled(model):
+    with evaluating(model), uncompiled(model):
         for batch in batches:
             valid = int((batch.labels != IGNORE_INDEX).sum())
             batch = batch.to(model.device)
@@ -120,7 +117,6 @@ def summed_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_
                 batch_loss(model, batch.input_ids, batch.labels, batch.position_ids, num_valid=1, chunk_size=chunk_size)
             )
             count += valid
-    model.train(was_training)
     return total, count
 
 
@@ -143,7 +139,7 @@ def check_loss(model: PreTrainedModel, sequence_length: int) -> None:
     Raises:
         ConfigError: the losses differ, the model is not causal, its logits are NaN, or it cannot be run.
     """
-    with _evaluating(model):
+    with evaluating(model), running(model):
         _check_loss(model, *_check_causal(model, min(sequence_length, 16)))
 
 
@@ -153,16 +149,17 @@ def check_causal(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: they do, or are NaN, or the model cannot be run.
     """
-    with _evaluating(model):
+    with evaluating(model), running(model):
         _check_causal(model, min(getattr(model.config, "max_position_embeddings", None) or 16, 16))
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode without gradients, and back into its own mode at the end."""
     was_training = model.training
     model.eval()
     try:
-        with running(model), torch.no_grad():
+        with torch.no_grad():
             yield
     finally:
         model.train(was_training)
