@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError
 from steplm.eval.generate import continued, sampling_arguments
-from steplm.eval.perplexity import require_known_tokens
 from steplm.files import is_unicode
 from steplm.models.folder import as_token_list, load_for_inference
+from steplm.models.forward import require_known_tokens
 from steplm.units import reason
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class ChatModel:
         if self.context is not None:
             sampling["max_new_tokens"] = min(max_new_tokens, self.context - len(ids))
         streamer = _Streamer(self.tokenizer, on_text)
-        try:
+        with suppress(KeyboardInterrupt):
             continued(
                 self.model,
                 ids,
@@ -162,8 +163,6 @@ class ChatModel:
                 streamer=streamer,
                 **sampling,
             )
-        except KeyboardInterrupt:
-            pass
         new_ids = streamer.token_ids
         ended = bool(new_ids) and new_ids[-1] in self.stop_ids
         return Reply(streamer.text.rstrip(), len(new_ids), ended, num_left_out)

@@ -11,11 +11,10 @@ from transformers import PreTrainedModel
 
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError
-from steplm.eval.perplexity import require_known_tokens
 from steplm.eval.text import opening_token
 from steplm.files import is_unicode
 from steplm.models.folder import load_for_inference
-from steplm.models.forward import running
+from steplm.models.forward import require_known_tokens, running
 
 
 def generate(

@@ -9,12 +9,15 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from steplm.errors import ConfigError
+from steplm.errors import ConfigError, DataError
 from steplm.models.activations import offloaded_activations
 from steplm.models.loss import IGNORE_INDEX, chunked_cross_entropy
 from steplm.units import reason
+
+LOSS_CHUNK_SIZE = 1024  # rows of logits materialized at a time
+LONGEST_DEFAULT = 1024  # tokens
 
 # B sequences, S positions, D hidden size, N = B S rows, V vocabulary
 
@@ -100,7 +103,9 @@ def _logit_scale(model: PreTrainedModel) -> float:
     return (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor)
 
 
-def mean_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_size: int) -> tuple[float, int]:
+def mean_loss(
+    model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_size: int = LOSS_CHUNK_SIZE
+) -> tuple[float, int]:
     """Token-weighted mean negative log-likelihood (nats), and the number of tokens."""
     total, count = summed_loss(model, batches, chunk_size=chunk_size)
     return total / max(count, 1), count
@@ -128,6 +133,35 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     """
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+
+
+def require_positions(config: PretrainedConfig, sequence_length: int) -> None:
+    """Raise ``ConfigError`` if the model has fewer positions."""
+    num_positions = getattr(config, "max_position_embeddings", None)
+    if num_positions is not None and sequence_length > num_positions:
+        raise ConfigError(
+            f"sequence length {sequence_length} is more than the model's {num_positions} positions. "
+            f"Use {num_positions} or less.",
+            sequence_length=sequence_length,
+            max_position_embeddings=num_positions,
+        )
+
+
+def require_known_tokens(model: PreTrainedModel, largest: int) -> None:
+    """Raise ``DataError`` if the largest token of a text is outside the model's vocabulary."""
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    if largest >= vocab_size:
+        raise DataError(
+            f"the text has token {largest}, but the model's vocabulary ends at {vocab_size - 1}: "
+            "model and tokenizer do not belong together",
+            token=largest,
+            vocab_size=vocab_size,
+        )
+
+
+def usual_length(config: PretrainedConfig) -> int:
+    """The model's context, at most ``LONGEST_DEFAULT``."""
+    return min(getattr(config, "max_position_embeddings", None) or LONGEST_DEFAULT, LONGEST_DEFAULT)
 
 
 def check_loss(model: PreTrainedModel, sequence_length: int) -> None:
