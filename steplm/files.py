@@ -1,8 +1,9 @@
-"""Write files atomically, safe against power failures and full disks, and make text encodable as UTF-8."""
+"""Write files atomically, safe against power failures and full disks, hash them, and make text encodable as UTF-8."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -114,6 +115,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_unicode(text: str) -> bool:

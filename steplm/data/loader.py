@@ -102,7 +102,6 @@ class BatchLoader:
         datasets = [dataset] if isinstance(dataset, TokenDataset) else list(dataset)
         self.sequence_length = sequence_length
         self.within_documents = within_documents
-        self.max_sorted_windows = max_sorted_windows
         self.sources = [
             _Windows(dataset, seed, sequence_length, within_documents, max_sorted_windows) for dataset in datasets
         ]
@@ -136,11 +135,8 @@ class BatchLoader:
         return replace(batch, source_ids=torch.from_numpy(source_ids))
 
 
-def training_loader(config: RunConfig, max_sorted_windows: int | None = MAX_SORTED_WINDOWS) -> BatchLoader:
+def training_loader(config: RunConfig) -> BatchLoader:
     """The batch loader of a run on its prepared data.
-
-    Args:
-        max_sorted_windows: as for ``BatchLoader``; a resumed run must pass the value it started with.
 
     Raises:
         DataError: the data is not prepared, damaged, or shorter than one window.
@@ -152,7 +148,6 @@ def training_loader(config: RunConfig, max_sorted_windows: int | None = MAX_SORT
         seed=config.seed,
         sequence_length=config.train.sequence_length,
         within_documents=config.data.within_documents,
-        max_sorted_windows=max_sorted_windows,
     )
 
 

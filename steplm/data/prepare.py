@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,9 +40,9 @@ from steplm.data.tokens import (
     SplitManifest,
     TokenizerManifest,
     check_sizes,
-    file_sha256,
 )
 from steplm.errors import ConfigError, DataError
+from steplm.files import file_sha256
 from steplm.types import from_json, to_json
 
 if TYPE_CHECKING:
@@ -373,9 +374,6 @@ class Counts:
     num_text_bytes: Count = 0
     source: str = ""
 
-    def snapshot(self) -> Counts:
-        return replace(self, bad=self.bad.snapshot())
-
 
 @dataclass(frozen=True)
 class Reached:
@@ -514,11 +512,7 @@ def _without_inner_threads() -> Iterator[None]:
 # From documents to shards.
 
 
-class DocumentBatch(NamedTuple):
-    entries: list[Entry]
-    counts: Counts
-
-
+DocumentBatch = tuple[list[Entry], Counts]  # some documents, and the counts at their end
 Tokens = npt.NDArray[np.unsignedinteger]
 
 
@@ -533,7 +527,11 @@ def _write_shards(
 ) -> Counts:
     """Tokenize and write everything after ``reached``; return the counts at the last document used."""
     limit = config.data.max_train_tokens
-    counts = reached.counts.snapshot() if reached else Counts()
+
+    def is_enough() -> bool:
+        return limit is not None and writers["train"].num_tokens >= limit
+
+    counts = deepcopy(reached.counts) if reached else Counts()
     counts.bad.max_bad_share = config.data.max_bad_share
     progress.num_reused_tokens = sum(writer.num_tokens for writer in writers.values())
     progress.report("tokens", counts, writers)
@@ -541,24 +539,21 @@ def _write_shards(
     revisions = {s.name: s.revision for found in sources.values() for s in found if s.revision is not None}
     saved_at, saved_shards = time.monotonic(), sum(len(writer.shards) for writer in writers.values())
     batches = _batches(_stream(config, sources, counts, seen, reached), counts)
-    for batch, encoded in _in_order(batches, encode, config.data.num_workers or os.cpu_count() or 1):
-        stop = False
-        for entry, tokens in zip(batch.entries, encoded, strict=True):
+    for (entries, used), encoded in _in_order(batches, encode, config.data.num_workers or os.cpu_count() or 1):
+        for entry, tokens in zip(entries, encoded, strict=True):
             writers[entry.split].append(entry.position, tokens, entry.num_bytes)
-            if limit is not None and entry.split == "train" and writers["train"].num_tokens >= limit:
-                stop = True
+            if is_enough():
                 break
-        used = batch.counts
         # Some more bad records than allowed may only stand close together.
         if used.bad.num_records >= MIN_RECORDS_TO_JUDGE and used.bad.share > HOPELESS * config.data.max_bad_share:
             used.bad.check()
         progress.report("tokens", used, writers)
-        if stop:
+        if is_enough():
             counts = used
             break
         num_shards = sum(len(writer.shards) for writer in writers.values())
         if num_shards > saved_shards or time.monotonic() > saved_at + SAVE_SECONDS:
-            last = batch.entries[-1]
+            last = entries[-1]
             states = {split: writer.state() for split, writer in writers.items()}
             seen.sync()
             now = Reached(last.source, last.place, used, states, revisions)
@@ -578,10 +573,10 @@ def _batches(stream: Iterable[Entry], counts: Counts) -> Iterator[DocumentBatch]
         entries.append(entry)
         num_bytes += entry.num_bytes
         if num_bytes >= BATCH_BYTES:
-            yield DocumentBatch(entries, counts.snapshot())
+            yield entries, deepcopy(counts)
             entries, num_bytes = [], 0
     if entries:
-        yield DocumentBatch(entries, counts.snapshot())
+        yield entries, deepcopy(counts)
 
 
 def _encoder(tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]) -> Callable[[DocumentBatch], list[Tokens]]:
@@ -592,7 +587,7 @@ def _encoder(tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]) -> Callab
     end = [tokenizer.eos_token_id]
 
     def encode(batch: DocumentBatch) -> list[Tokens]:
-        encodings = backend.encode_batch_fast([entry.text for entry in batch.entries], add_special_tokens=False)
+        encodings = backend.encode_batch_fast([entry.text for entry in batch[0]], add_special_tokens=False)
         return [np.array(encoding.ids + end, dtype) for encoding in encodings]
 
     return encode

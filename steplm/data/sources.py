@@ -77,9 +77,6 @@ class BadRecords:
         if self.num_bad == self.num_records == HOPELESS_RECORDS:
             self.check()
 
-    def snapshot(self) -> BadRecords:
-        return replace(self, examples=list(self.examples))
-
     def check(self) -> None:
         """Raise ``DataError``, with the first reasons, if more than ``max_bad_share`` of the records are bad."""
         if self.num_bad and self.share > self.max_bad_share:

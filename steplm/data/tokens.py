@@ -14,7 +14,6 @@ PREPARED/unfinished.json                  progress of unfinished work, with the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from pydantic import Field
 
 from steplm.data.sources import BadRecord
 from steplm.errors import DataError
+from steplm.files import file_sha256
 from steplm.types import from_json
 from steplm.units import reason, shortened
 
@@ -269,8 +269,7 @@ class TokenDataset:
             with path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             # Windows are read in random order; readahead would fetch up to 128 KiB of unused data around each.
-            if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
-                mapped.madvise(mmap.MADV_RANDOM)
+            mapped.madvise(mmap.MADV_RANDOM)
             self._mapped_tokens[index] = np.frombuffer(
                 mapped, _dtype(self.manifest), shard.num_tokens, shard.header_bytes
             )
@@ -320,14 +319,6 @@ def verify(prepared_dir: Path | str) -> Manifest:
             path=str(tokenizer),
         )
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def offsets_file_bytes(num_documents: int) -> int:

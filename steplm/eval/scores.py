@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
 import numpy as np
 
 from steplm.eval.bootstrap import Array, Difference, ItemScores, identity, paired_difference
