@@ -1,8 +1,9 @@
-"""Write files atomically, safe against power failures and full disks, and make text encodable as UTF-8."""
+"""Write files atomically, safe against power failures and full disks, hash them, and make text encodable as UTF-8."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -69,7 +70,7 @@ def write_errors(*paths: Path) -> Iterator[None]:
             raise
         inside = isinstance(file, str) and Path(file).is_relative_to(paths[0])
         named = file if inside else paths[0]
-        raise WriteError(f"cannot write {named}: {why}{_way_out(why, paths[0])}", path=str(named)) from None
+        raise WriteError(f"cannot write {named}: {why}{_way_out(why, paths[0])}", path=str(named), why=why) from None
 
 
 def _is_on_the_way(file: Path, path: Path) -> bool:
@@ -80,6 +81,8 @@ def _is_on_the_way(file: Path, path: Path) -> bool:
 
 def refusal(error: Exception) -> str | None:
     """Why the file system refused to write, even if a library has wrapped the error; None for other errors."""
+    if isinstance(error, WriteError):
+        return error.details.get("why")
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno in _REFUSALS else None
     text = str(error)
@@ -112,6 +115,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_unicode(text: str) -> bool:

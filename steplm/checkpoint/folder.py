@@ -162,8 +162,7 @@ def copy_checkpoint(source: Path, root: Path, state: CheckpointState) -> Path:
     Raises:
         CheckpointError: the copy cannot be written.
     """
-    expected = _read_marker(source)
-    known = {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in expected.items()}
+    known = _read_marker(source)
     del known["state.json"]
     final = root / checkpoint_name(state.progress)
     temporary = _temporary(final)
@@ -245,14 +244,14 @@ def _temporary(final: Path) -> Path:
     return final.with_name(f"{TEMPORARY}{final.name}")
 
 
-def _complete(temporary: Path, final: Path, state: CheckpointState, known: Fingerprints | None = None) -> None:
+def _complete(temporary: Path, final: Path, state: CheckpointState, known: Fingerprints) -> None:
     """Write the state, hash the files, rename the folder, and write the marker last.
 
     Files whose hash is ``known`` are not read again.
     """
     document = to_json(state) | {"versions": _versions()}
     (temporary / "state.json").write_text(json.dumps(document, indent=1))
-    marker = json.dumps(_fingerprints(temporary, known or {}), indent=1)
+    marker = json.dumps(_fingerprints(temporary, known), indent=1)
     _discard(final)
     os.replace(temporary, final)
     sync(final.parent)  # before older checkpoints are pruned
@@ -326,26 +325,27 @@ def verify_checkpoint(path: Path, *, with_optimizer: bool = True) -> None:
     for file in sorted((*path.rglob("*.safetensors"), *path.rglob("*.json"))):
         if str(file.relative_to(path)) not in expected:
             raise CheckpointError(f"{path / MARKER} is damaged: it does not name {file.name}", path=str(file))
-    for name, (num_bytes, sha256) in expected.items():
+    for name, written in expected.items():
         if name == OPTIMIZER and not with_optimizer:
             continue
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing from the checkpoint", path=str(file))
-        if file.stat().st_size != num_bytes:
+        if (size := file.stat().st_size) != written["bytes"]:
             raise CheckpointError(
-                f"{file} is damaged: {file.stat().st_size:,} bytes where {num_bytes:,} were written",
-                path=str(file),
+                f"{file} is damaged: {size:,} bytes where {written['bytes']:,} were written", path=str(file)
             )
-        if fingerprint(file)["sha256"] != sha256:
+        if fingerprint(file) != written:
             raise CheckpointError(f"{file} is damaged: its sha256 is not the one that was written", path=str(file))
 
 
-def _read_marker(path: Path) -> dict[str, tuple[int, str]]:
+def _read_marker(path: Path) -> Fingerprints:
     """Read the size and sha256 of every file, by its path relative to the checkpoint."""
     try:
         written = json.loads((path / MARKER).read_text())
-        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in written.items()}
+        expected: Fingerprints = {
+            name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in written.items()
+        }
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MARKER} file", path=str(path)) from None
     except Exception as error:  # the file can contain anything

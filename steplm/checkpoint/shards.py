@@ -6,8 +6,6 @@ pickled, and any number of ranks can read them.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from steplm.checkpoint.hashed import Fingerprint, HashingFileSystem
 from steplm.errors import CheckpointError
-from steplm.files import sync
+from steplm.files import file_sha256, sync
 from steplm.rows import WHOLE, Rows
 from steplm.units import reason
 
@@ -193,26 +191,16 @@ class BackgroundWriter(Background):
 
         def work() -> None:
             try:
-                self._write(folder, staged, prepare, finish, explain)
+                self._together(prepare if self.rank == 0 else None, explain)
+                found = self._together(lambda: self._write_rows(folder, staged), explain)
+                files = {name: value for part in found for name, value in part.items()}
+                self._together((lambda: finish(files)) if self.rank == 0 else None, explain)
             except BaseException:
                 if self.rank == 0:
                     discard()
                 raise
 
         self.begin(work)
-
-    def _write(
-        self,
-        folder: Path,
-        staged: dict[str, Tensor],
-        prepare: Callable[[], None],
-        finish: Callable[[Fingerprints], None],
-        explain: Callable[[Exception], Exception],
-    ) -> None:
-        self._together(prepare if self.rank == 0 else None, explain)
-        found = self._together(lambda: self._write_rows(folder, staged), explain)
-        files = {name: value for part in found for name, value in part.items()}
-        self._together((lambda: finish(files)) if self.rank == 0 else None, explain)
 
     def _write_rows(self, folder: Path, staged: dict[str, Tensor]) -> Fingerprints:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -241,11 +229,7 @@ class BackgroundWriter(Background):
 
 def fingerprint(file: Path) -> Fingerprint:
     """Size and sha256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return {"bytes": os.stat(file).st_size, "sha256": digest.hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def _on_host(tensor: Any) -> Any:

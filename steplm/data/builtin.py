@@ -17,20 +17,11 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from steplm.files import write_atomically
+from steplm.files import is_unicode, write_atomically
 
 MIN_DOCSTRING_CHARACTERS = 80
 MAX_TEXT_BYTES = 10_000_000  # keeps the parsing of a large environment within ten seconds
-_SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "testing",
-    "idle_test",
-    "site-packages",
-    "_vendor",
-    "encodings",
-    "lib2to3",
-}
+_SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "_vendor", "encodings", "lib2to3"}
 _Node = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -93,8 +84,9 @@ def _candidates(seen: set[str]) -> Iterator[str]:
                 yield text
         for path in sorted(folder.glob("*.dist-info/METADATA")):
             # The long description follows the first blank line of the headers.
-            text = _decoded(path).partition("\n\n")[2].strip()
-            if len(text) > MIN_DOCSTRING_CHARACTERS and _is_new(text, seen):
+            metadata = path.read_bytes().decode(errors="ignore").replace("\r\n", "\n")
+            text = metadata.partition("\n\n")[2].strip()
+            if _is_wanted(text, seen):
                 yield text
 
 
@@ -110,7 +102,7 @@ def _module_text(path: Path, module: str, seen: set[str]) -> str:
     passages = []
     for name, node in _definitions(tree, module.removesuffix(".__init__")):
         docstring = ast.get_docstring(node)
-        if docstring and len(docstring) > MIN_DOCSTRING_CHARACTERS and _is_new(docstring, seen):
+        if _is_wanted(docstring, seen):
             passages.append(f"{name}\n\n{docstring}")
     return "\n\n".join(passages)
 
@@ -131,7 +123,7 @@ def _topics(standard_library: Path, seen: set[str]) -> Iterator[str]:
             for value in node.values:
                 if isinstance(value, ast.Constant) and isinstance(value.value, str):
                     text = value.value.strip()
-                    if len(text) > MIN_DOCSTRING_CHARACTERS and _is_new(text, seen):
+                    if _is_wanted(text, seen):
                         yield text
 
 
@@ -148,20 +140,9 @@ def _parsed(path: Path) -> ast.Module | None:
         return None
 
 
-def _decoded(path: Path) -> str:
-    return path.read_bytes().decode("utf-8", errors="ignore").replace("\r\n", "\n")
-
-
-def _is_new(text: str, seen: set[str]) -> bool:
-    if text in seen:
+def _is_wanted(text: str | None, seen: set[str]) -> bool:
+    """Whether a passage is long enough and new; it is then seen."""
+    if text is None or len(text) <= MIN_DOCSTRING_CHARACTERS or text in seen:
         return False
     seen.add(text)
-    return _is_unicode(text)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return is_unicode(text)

@@ -21,6 +21,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from steplm.files import is_unicode
 from steplm.units import reason, shortened
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ Record = tuple[Any, Any]  # Place, value
 Fields = Collection[str] | None  # the fields to read; None: all. A format may return more.
 
 
-def listed(names: Iterable[str], most: int = 10) -> str:
-    """The first few of ``names``, quoted, for a message."""
-    first = [shortened(name, 40) for name in islice(names, most + 1)]
-    return ", ".join([*first[:most], *(["..."] if len(first) > most else [])])
+def listed(names: Iterable[str]) -> str:
+    """The first ten of ``names``, quoted, for a message."""
+    first = [shortened(name, 40) for name in islice(names, 11)]
+    return ", ".join(first if len(first) < 11 else [*first[:10], "..."])
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -214,11 +215,8 @@ def _csv_record(names: list[str], row: list[str], fields: Fields) -> Any:
     if len(row) != len(names):
         return ValueError(f"the row has {len(row)} value{'s' * (len(row) > 1)}, and the header has {len(names)} names")
     record = dict(zip(names, row, strict=True))
-    try:
-        "".join(value for name, value in record.items() if fields is None or name in fields).encode()
-    except UnicodeEncodeError:
-        return ValueError("not UTF-8")
-    return record
+    read = "".join(value for name, value in record.items() if fields is None or name in fields)
+    return record if is_unicode(read) else ValueError("not UTF-8")
 
 
 def _read_parquet(stream: BinaryIO, fields: Fields) -> Iterator[Record]:
@@ -291,6 +289,11 @@ def _as_binary(kind: DataType) -> DataType:
 def _table_records(
     batches: Iterator[RecordBatch], names: list[str], fields: Fields, first_row: int, lost: str
 ) -> Iterator[Record]:
+    used, problem = _used(names, fields), None
+    if twice := _repeated(used):
+        problem = _repeated_column(twice)
+    elif not used:
+        problem = ValueError(f"no column {listed(fields or ())}; columns are {listed(names)}")
     row = first_row
     while True:
         try:
@@ -300,17 +303,9 @@ def _table_records(
             return
         if batch is None:
             return
-        used = _used(names, fields)
-        if twice := _repeated(used):
-            records = [_repeated_column(twice)] * batch.num_rows
-        elif used:
-            records = _rows(batch)
-        else:
-            missing = ValueError(f"no column {listed(fields or ())}; columns are {listed(names)}")
-            records = [missing] * batch.num_rows
-        for record in records:
-            yield row, record
-            row += 1
+        records = [problem] * batch.num_rows if problem else _rows(batch)
+        yield from enumerate(records, row)
+        row += batch.num_rows
 
 
 def _damage(error: Exception, lost: str = "") -> ValueError:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -102,7 +102,6 @@ class BatchLoader:
         datasets = [dataset] if isinstance(dataset, TokenDataset) else list(dataset)
         self.sequence_length = sequence_length
         self.within_documents = within_documents
-        self.max_sorted_windows = max_sorted_windows
         self.sources = [
             _Windows(dataset, seed, sequence_length, within_documents, max_sorted_windows) for dataset in datasets
         ]
@@ -136,11 +135,8 @@ class BatchLoader:
         return replace(batch, source_ids=torch.from_numpy(source_ids))
 
 
-def training_loader(config: RunConfig, max_sorted_windows: int | None = MAX_SORTED_WINDOWS) -> BatchLoader:
+def training_loader(config: RunConfig) -> BatchLoader:
     """The batch loader of a run on its prepared data.
-
-    Args:
-        max_sorted_windows: as for ``BatchLoader``; a resumed run must pass the value it started with.
 
     Raises:
         DataError: the data is not prepared, damaged, or shorter than one window.
@@ -152,7 +148,6 @@ def training_loader(config: RunConfig, max_sorted_windows: int | None = MAX_SORT
         seed=config.seed,
         sequence_length=config.train.sequence_length,
         within_documents=config.data.within_documents,
-        max_sorted_windows=max_sorted_windows,
     )
 
 
@@ -217,8 +212,7 @@ class _Windows:
         within_documents: bool,
         max_sorted_windows: int | None,
     ) -> None:
-        self.dataset, self.seed = dataset, seed
-        self.sequence_length, self.within_documents = sequence_length, within_documents
+        self.sequence_length = sequence_length
         # The last token of an epoch is only a label; leftover tokens that do not fill a window are dropped.
         self.per_epoch = (dataset.num_tokens - 1) // sequence_length
         if self.per_epoch < 1:
@@ -229,8 +223,10 @@ class _Windows:
                 num_tokens=dataset.num_tokens,
                 sequence_length=sequence_length,
             )
-        self.is_sorted = max_sorted_windows is None or self.per_epoch <= max_sorted_windows
-        self._last_epoch: _Epoch | None = None
+        is_sorted = max_sorted_windows is None or self.per_epoch <= max_sorted_windows
+        kind = _SortedEpoch if is_sorted else partial(_PermutedEpoch, within_documents=within_documents)
+        self._make_epoch = partial(kind, dataset, seed, sequence_length)
+        self._last_epoch: _SortedEpoch | _PermutedEpoch | None = None
 
     def read(self, indices: Array) -> list[_Window]:
         epochs, places = np.divmod(indices, self.per_epoch)
@@ -241,31 +237,18 @@ class _Windows:
                 windows.append(epoch.read(start, start + self.sequence_length + 1))
         return windows
 
-    def _epoch(self, number: int) -> _Epoch:
+    def _epoch(self, number: int) -> _SortedEpoch | _PermutedEpoch:
         # A local variable, because a prefetching thread may be in another epoch.
         epoch = self._last_epoch
         if epoch is None or epoch.number != number:
-            kind = _SortedEpoch if self.is_sorted else _PermutedEpoch
-            epoch = kind(self.dataset, self.seed, number, self.sequence_length, self.within_documents)
-            self._last_epoch = epoch
+            epoch = self._last_epoch = self._make_epoch(number)
         return epoch
-
-
-class _Epoch(Protocol):
-    number: int
-
-    def window_starts(self, places: Array) -> Array:
-        """Starts of the windows that are visited at these positions in the epoch."""
-
-    def read(self, start: int, stop: int) -> _Window: ...
 
 
 class _SortedEpoch:
     """The order ``documents``; documents are found by binary search and not copied."""
 
-    def __init__(
-        self, dataset: TokenDataset, seed: int, number: int, sequence_length: int, within_documents: bool
-    ) -> None:
+    def __init__(self, dataset: TokenDataset, seed: int, sequence_length: int, number: int) -> None:
         self.dataset = dataset
         self.number = number
         self.sequence_length = sequence_length
@@ -275,6 +258,7 @@ class _SortedEpoch:
         self.starts = np.concatenate(([0], np.cumsum(dataset.document_lengths[self.document_order])))
 
     def window_starts(self, places: Array) -> Array:
+        """Starts of the windows that are visited at these positions in the epoch."""
         return self.window_order[places] * self.sequence_length
 
     def read(self, start: int, stop: int) -> _Window:
@@ -294,7 +278,7 @@ class _PermutedEpoch:
     """The order ``windows``: a circle of the stored tokens, which each epoch splits from its own start position."""
 
     def __init__(
-        self, dataset: TokenDataset, seed: int, number: int, sequence_length: int, within_documents: bool
+        self, dataset: TokenDataset, seed: int, sequence_length: int, number: int, *, within_documents: bool
     ) -> None:
         self.dataset = dataset
         self.seed, self.number = seed, number

@@ -9,20 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from steplm.config import RunConfig
 from steplm.data.formats import Place
@@ -39,9 +40,9 @@ from steplm.data.tokens import (
     SplitManifest,
     TokenizerManifest,
     check_sizes,
-    file_sha256,
 )
 from steplm.errors import ConfigError, DataError
+from steplm.files import file_sha256
 from steplm.types import from_json, to_json
 
 if TYPE_CHECKING:
@@ -113,31 +114,28 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
     folder, data = config.prepared_dir, config.data
     skipped: list[Path] = []
     try:
-        token_files = _find_token_files(config)
-        sources = _find_sources(config, skipped)
+        found = _find_inputs(config, skipped)
     except DataError:
         # Data prepared elsewhere may have its shards here but not its text.
         if (folder / MANIFEST).is_file():
-            return _finished(folder, _describe_inputs(config, None), config)
+            return _finished(folder, _describe_inputs(config, {}), config)
         raise
-    inputs = _describe_inputs(config, sources, token_files)
-    fingerprint = _sha256(inputs)
+    inputs = _describe_inputs(config, found)
     if (folder / MANIFEST).is_file():
         return _finished(folder, inputs, config)
     notes = (describe_skipped(skipped),) if skipped else ()
-    num_sources = sum(map(len, sources.values())) + sum(map(len, token_files.values()))
-    progress = _Progress(config, num_sources, on_progress, notes)
+    progress = _Progress(config, sum(map(len, found.values())), on_progress, notes)
     with disk_errors(folder), locked(folder, lambda: progress.report("waiting for another process", Counts())):
         if (folder / MANIFEST).is_file():
             return _finished(folder, inputs, config)
         _discard_other_work(folder, inputs)
         before = _read_reached(folder)
-        sources = _pinned(sources, before.revisions if before else {})
+        sources = _pinned(found, before.revisions if before else {})
+        token_files = {split: [file for file in files if isinstance(file, TokenFile)] for split, files in found.items()}
         tokenizer = _make_tokenizer(folder, config, sources, progress)
         vocab_size = _vocab_size(tokenizer)
         _check_vocabulary(vocab_size, config)
-        all_token_files = [file for files in token_files.values() for file in files]
-        is_wide = vocab_size > 2**16 or any(file.itemsize == 4 for file in all_token_files)
+        is_wide = vocab_size > 2**16 or any(file.itemsize == 4 for files in token_files.values() for file in files)
         dtype: Literal["uint16", "uint32"] = "uint32" if is_wide else "uint16"
         open_writer = partial(
             ShardWriter, dtype=dtype, shard_tokens=data.shard_tokens, end_of_text=tokenizer.eos_token_id
@@ -146,6 +144,8 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
         try:
             counts = _write_shards(config, sources, tokenizer, writers, seen, reached, progress)
             for split, files in token_files.items():
+                if not files:
+                    continue
                 count_text = split.startswith("validation")  # bits per byte are reported only for validation
                 take_over(files, writers[split], tokenizer, vocab_size, count_text=count_text)
                 counts.num_sources_done += len(files)
@@ -155,7 +155,7 @@ def prepare(config: RunConfig, on_progress: OnProgress | None = None) -> Manifes
                 writer.abandon()
             seen.close()
         manifest = Manifest(
-            fingerprint=fingerprint,
+            fingerprint=_sha256(inputs),
             dtype=dtype,
             tokenizer=TokenizerManifest(
                 name=data.tokenizer,
@@ -183,12 +183,14 @@ def with_prepared_dir(config: RunConfig) -> RunConfig:
     """
     if config.data.prepared_dir is not None:
         return config
-    inputs = _describe_inputs(config, _find_sources(config), _find_token_files(config))
-    folder = Path("prepared") / _sha256(inputs)[:12]
+    folder = Path("prepared") / _sha256(_describe_inputs(config, _find_inputs(config)))[:12]
     return config.model_copy(update={"data": config.data.model_copy(update={"prepared_dir": str(folder)})})
 
 
-def _find_sources(config: RunConfig, skipped: list[Path] | None = None) -> dict[str, list[Source]]:
+Inputs = Mapping[str, Sequence[Source | TokenFile]]  # by split: text, or another program's tokens
+
+
+def _find_inputs(config: RunConfig, skipped: list[Path] | None = None) -> Inputs:
     data = config.data
     if not data.train:
         raise ConfigError("data.train is empty. Name files, folders or a hub data set, or builtin://python-docs.")
@@ -196,39 +198,32 @@ def _find_sources(config: RunConfig, skipped: list[Path] | None = None) -> dict[
         raise ConfigError(
             "data.max_train_tokens limits one list of text, and data.train is a mixture. Name fewer files."
         )
+    with_tokens = [split for split, entries in data.splits.items() if any(map(names_tokens, entries))]
+    for split in with_tokens:
+        _check_use_of_tokens(config, split)
     return {
-        split: [] if any(map(names_tokens, entries)) else find_sources(entries, skipped)
+        split: find_token_files(entries) if split in with_tokens else find_sources(entries, skipped)
         for split, entries in data.splits.items()
     }
 
 
-def _find_token_files(config: RunConfig) -> dict[str, list[TokenFile]]:
-    """The token files of each split that uses another program's tokens."""
+def _check_use_of_tokens(config: RunConfig, split: str) -> None:
     data = config.data
-    splits = {split: entries for split, entries in data.splits.items() if any(map(names_tokens, entries))}
-    if not splits:
-        return {}
-    mixed = next((split for split, entries in splits.items() if not all(map(names_tokens, entries))), None)
-    if mixed is not None:
-        raise ConfigError(f"data.{mixed} names text and tokens (.bin) in one list: give each a name of its own.")
+    if not all(map(names_tokens, data.splits[split])):
+        raise ConfigError(f"data.{split} names text and tokens (.bin) in one list: give each a name of its own.")
     if data.tokenizer == "train":
-        raise ConfigError(f"data.{next(iter(splits))} holds tokens: set data.tokenizer to the one that made them.")
+        raise ConfigError(f"data.{split} holds tokens: set data.tokenizer to the one that made them.")
     if not data.validation:
         raise ConfigError("data.train holds tokens, of which no validation text is split off: set data.validation.")
     if data.max_train_tokens is not None:
         raise ConfigError("data.max_train_tokens limits text, and data.train holds tokens. Name fewer files.")
-    return {split: find_token_files(entries) for split, entries in splits.items()}
 
 
 # Inputs are exactly what the shards depend on. num_workers and within_documents do not change any token.
 
 
-def _describe_inputs(
-    config: RunConfig,
-    sources: Mapping[str, Sequence[Source]] | None,
-    token_files: Mapping[str, Sequence[TokenFile]] | None = None,
-) -> dict[str, Any]:
-    """Describe the inputs; ``sources`` is None if the text is no longer available."""
+def _describe_inputs(config: RunConfig, found: Inputs) -> dict[str, Any]:
+    """Describe the inputs; ``found`` is empty if the text is no longer available."""
     data = config.data
     inputs: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -244,10 +239,7 @@ def _describe_inputs(
     else:
         files = tokenizer_files(data.tokenizer)
         inputs["tokenizer files"] = {file.name: file_sha256(file) for file in files}
-    for split, found in (sources or {}).items():
-        others = (token_files or {}).get(split, ())
-        inputs[f"data.{split}"] = [*(source.describe() for source in found), *(file.describe() for file in others)]
-    return inputs
+    return inputs | {f"data.{split}": [each.describe() for each in parts] for split, parts in found.items()}
 
 
 def _sha256(inputs: dict[str, Any]) -> str:
@@ -382,16 +374,13 @@ class Counts:
     num_text_bytes: Count = 0
     source: str = ""
 
-    def snapshot(self) -> Counts:
-        return replace(self, bad=self.bad.snapshot())
-
 
 @dataclass(frozen=True)
 class Reached:
     """The progress of an unfinished preparation."""
 
     source: tuple[str, int]  # source of the last document used
-    place: Place
+    place: Count | Annotated[str, Field(pattern=r"^\d{1,9}:\d{1,18}$")]
     counts: Counts
     writers: dict[str, WriterState]
     revisions: dict[str, str]  # commits of the hub data sets
@@ -417,28 +406,27 @@ def _go_on(
             split, index = reached.source
             if index not in range(len(sources.get(split, ()))):
                 raise ValueError(f"there is no source {index} of {split}")
-            on_hub, place, bad = sources[split][index].name.startswith("hub://"), reached.place, reached.counts.bad
-            if isinstance(place, str) and not (on_hub and re.fullmatch(r"\d{1,9}:\d{1,18}", place)):
-                raise ValueError(f"there is no place {place!r} in a source")
-            if not 0 <= bad.num_bad <= bad.num_records or (isinstance(place, int) and place < 0):
+            if isinstance(reached.place, str) and not sources[split][index].is_on_hub:
+                raise ValueError(f"there is no place {reached.place!r} in a source")
+            if not 0 <= reached.counts.bad.num_bad <= reached.counts.bad.num_records:
                 raise ValueError("a number is below 0")
             writers = {name: open_writer(folder / name, state=reached.writers.get(name)) for name in sources}
             return reached, writers, SeenDocuments(folder, reached.counts.num_documents)
         except ValueError:  # a file is missing or damaged: start over
             (folder / UNFINISHED).unlink()
     for name in sources:
-        if name not in token_files:
+        if not token_files[name]:
             shutil.rmtree(folder / name, ignore_errors=True)
     return None, {name: open_writer(folder / name) for name in sources}, SeenDocuments(folder)
 
 
-def _pinned(sources: Mapping[str, Sequence[Source]], revisions: Mapping[str, str]) -> dict[str, list[Source]]:
-    """Pin each hub data set to one commit, so that a resumed preparation reads the same data."""
+def _pinned(found: Inputs, revisions: Mapping[str, str]) -> dict[str, list[Source]]:
+    """The text, with each hub data set pinned to one commit, so that a resumed preparation reads the same data."""
 
     def pinned(source: Source) -> Source:
         return replace(source, revision=revisions[source.name]) if source.name in revisions else source.pinned()
 
-    return {split: [pinned(source) for source in found] for split, found in sources.items()}
+    return {split: [pinned(source) for source in parts if isinstance(source, Source)] for split, parts in found.items()}
 
 
 def _stream(
@@ -524,11 +512,7 @@ def _without_inner_threads() -> Iterator[None]:
 # From documents to shards.
 
 
-class DocumentBatch(NamedTuple):
-    entries: list[Entry]
-    counts: Counts
-
-
+DocumentBatch = tuple[list[Entry], Counts]  # some documents, and the counts at their end
 Tokens = npt.NDArray[np.unsignedinteger]
 
 
@@ -543,7 +527,11 @@ def _write_shards(
 ) -> Counts:
     """Tokenize and write everything after ``reached``; return the counts at the last document used."""
     limit = config.data.max_train_tokens
-    counts = reached.counts.snapshot() if reached else Counts()
+
+    def is_enough() -> bool:
+        return limit is not None and writers["train"].num_tokens >= limit
+
+    counts = deepcopy(reached.counts) if reached else Counts()
     counts.bad.max_bad_share = config.data.max_bad_share
     progress.num_reused_tokens = sum(writer.num_tokens for writer in writers.values())
     progress.report("tokens", counts, writers)
@@ -551,24 +539,21 @@ def _write_shards(
     revisions = {s.name: s.revision for found in sources.values() for s in found if s.revision is not None}
     saved_at, saved_shards = time.monotonic(), sum(len(writer.shards) for writer in writers.values())
     batches = _batches(_stream(config, sources, counts, seen, reached), counts)
-    for batch, encoded in _in_order(batches, encode, config.data.num_workers or os.cpu_count() or 1):
-        stop = False
-        for entry, tokens in zip(batch.entries, encoded, strict=True):
+    for (entries, used), encoded in _in_order(batches, encode, config.data.num_workers or os.cpu_count() or 1):
+        for entry, tokens in zip(entries, encoded, strict=True):
             writers[entry.split].append(entry.position, tokens, entry.num_bytes)
-            if limit is not None and entry.split == "train" and writers["train"].num_tokens >= limit:
-                stop = True
+            if is_enough():
                 break
-        used = batch.counts
         # Some more bad records than allowed may only stand close together.
         if used.bad.num_records >= MIN_RECORDS_TO_JUDGE and used.bad.share > HOPELESS * config.data.max_bad_share:
             used.bad.check()
         progress.report("tokens", used, writers)
-        if stop:
+        if is_enough():
             counts = used
             break
         num_shards = sum(len(writer.shards) for writer in writers.values())
         if num_shards > saved_shards or time.monotonic() > saved_at + SAVE_SECONDS:
-            last = batch.entries[-1]
+            last = entries[-1]
             states = {split: writer.state() for split, writer in writers.items()}
             seen.sync()
             now = Reached(last.source, last.place, used, states, revisions)
@@ -588,10 +573,10 @@ def _batches(stream: Iterable[Entry], counts: Counts) -> Iterator[DocumentBatch]
         entries.append(entry)
         num_bytes += entry.num_bytes
         if num_bytes >= BATCH_BYTES:
-            yield DocumentBatch(entries, counts.snapshot())
+            yield entries, deepcopy(counts)
             entries, num_bytes = [], 0
     if entries:
-        yield DocumentBatch(entries, counts.snapshot())
+        yield entries, deepcopy(counts)
 
 
 def _encoder(tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]) -> Callable[[DocumentBatch], list[Tokens]]:
@@ -602,7 +587,7 @@ def _encoder(tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]) -> Callab
     end = [tokenizer.eos_token_id]
 
     def encode(batch: DocumentBatch) -> list[Tokens]:
-        encodings = backend.encode_batch_fast([entry.text for entry in batch.entries], add_special_tokens=False)
+        encodings = backend.encode_batch_fast([entry.text for entry in batch[0]], add_special_tokens=False)
         return [np.array(encoding.ids + end, dtype) for encoding in encodings]
 
     return encode

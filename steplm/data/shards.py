@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +22,9 @@ from pydantic import Field
 
 from steplm.data.tokens import Count, Shard, documents_by_length, offsets_file_bytes
 from steplm.errors import DataError
+from steplm.files import refusal, write_atomically
 from steplm.types import from_json, to_json
 from steplm.units import format_bytes
-
-try:
-    import fcntl
-except ImportError:  # on Windows, where nothing is locked
-    fcntl = None  # type: ignore[assignment]
 
 UNFINISHED = ".unfinished"
 LOCK = ".lock"
@@ -138,22 +135,9 @@ class ShardWriter:
         _sync(self._file)
         self._file.close()
         self._file = None
-        starts, offsets = np.frombuffer(self._offsets, np.int64), io.BytesIO()
-        np.save(offsets, starts.astype("<i8"), allow_pickle=False)
-        shard = Shard(
-            name=self._stem.name,
-            num_tokens=self._offsets[-1],
-            num_documents=len(self._offsets) - 1,
-            num_text_bytes=self._text_bytes,
-            last_document=self._position,
-            tokens_sha256=self._digest.hexdigest(),
-            offsets_sha256=hashlib.sha256(offsets.getvalue()).hexdigest(),
-            documents_by_length=documents_by_length(starts),
-        )
-        write_atomically(Path(f"{self._stem}.offsets.npy"), offsets.getvalue())
         os.replace(f"{self._stem}.bin{UNFINISHED}", f"{self._stem}.bin")
-        write_json(Path(f"{self._stem}.json"), to_json(shard))
-        self.shards.append(shard)
+        starts = np.frombuffer(self._offsets, np.int64)
+        self._add(starts, self._digest.hexdigest(), self._text_bytes, self._position)
 
     def add_file(
         self,
@@ -166,8 +150,15 @@ class ShardWriter:
     ) -> None:
         """Add another program's token file as its own shard, without moving it."""
         self.close()
-        name = f"shard-{len(self.shards):05d}"
-        data = io.BytesIO()
+        place = {"tokens_file": str(tokens_file.resolve()), "header_bytes": header_bytes}
+        self._add(offsets, tokens_sha256, num_text_bytes, last_document, **place)
+        self.num_tokens += int(offsets[-1])
+
+    def _add(
+        self, offsets: npt.NDArray[np.int64], tokens_sha256: str, num_text_bytes: int, last_document: int, **place: Any
+    ) -> None:
+        """Write the offsets and the counts of a shard whose tokens are on disk."""
+        name, data = f"shard-{len(self.shards):05d}", io.BytesIO()
         np.save(data, offsets.astype("<i8"), allow_pickle=False)
         shard = Shard(
             name=name,
@@ -177,14 +168,12 @@ class ShardWriter:
             last_document=last_document,
             tokens_sha256=tokens_sha256,
             offsets_sha256=hashlib.sha256(data.getvalue()).hexdigest(),
-            tokens_file=str(tokens_file.resolve()),
-            header_bytes=header_bytes,
             documents_by_length=documents_by_length(offsets),
+            **place,
         )
         write_atomically(self.folder / f"{name}.offsets.npy", data.getvalue())
         write_json(self.folder / f"{name}.json", to_json(shard))
         self.shards.append(shard)
-        self.num_tokens += shard.num_tokens
 
     def abandon(self) -> None:
         """Stop, possibly inside a shard; everything covered by ``state`` stays on disk."""
@@ -219,19 +208,10 @@ def _remove_all_but(folder: Path, shards: list[Shard], unfinished: BinaryIO | No
 
 
 def write_json(path: Path, value: object) -> None:
-    write_atomically(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(path.name + UNFINISHED)
-    with unfinished.open("wb") as file:
-        file.write(data)
-        _sync(file)
-    os.replace(unfinished, path)
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def _sync(file: BinaryIO) -> None:
-    # Without this, a power failure can leave a renamed but empty file.
     file.flush()
     os.fsync(file.fileno())
 
@@ -245,16 +225,15 @@ def locked(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("ab") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_wait()
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                # Some shared file systems have no locks; there, running one process at a time is up to the user.
-                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                    raise
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some shared file systems have no locks; there, running one process at a time is up to the user.
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
         yield
 
 
@@ -263,20 +242,13 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turn errors from a full or read-only disk into a ``DataError`` that says what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EROFS,
-            errno.EFBIG,
-            errno.EPERM,
-        ):
+    except Exception as error:
+        if (why := refusal(error)) is None:
             raise
         existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
         free = shutil.disk_usage(existing).free
         raise DataError(
-            f"cannot write to {folder}: {error.strerror} ({format_bytes(free)} free). Free some space or set "
+            f"cannot write to {folder}: {why} ({format_bytes(free)} free). Free some space or set "
             "data.prepared_dir to another disk, and start again: finished shards are kept.",
             path=str(folder),
             free_bytes=free,

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,12 +22,16 @@ from urllib.parse import parse_qsl, urlsplit
 from steplm.data.builtin import describe_python_docs, python_docs
 from steplm.data.formats import Fields, Place, Record, is_readable, known_formats, listed, read_records, split_format
 from steplm.errors import DataError, HubUnavailable
+from steplm.files import is_unicode
 from steplm.units import nearest, reason, shortened
 
 NUM_EXAMPLES = 10
+DIGESTED_BYTES = 2**16  # at each end of a file
 HOPELESS_RECORDS = 1000  # stop reading if this many records come first and all are unusable
 HUB_RETRY_SECONDS = (1, 5, 25, 125)  # waits before reconnecting a broken stream
 COMMIT = re.compile("[0-9a-f]{40}")
+SCHEMES = ("hub", "builtin")
+HTTP_LIBRARIES = ("httpx", "aiohttp", "requests")
 HUB_KEYS = ("name", "split", "revision", "data_dir", "data_files")
 
 
@@ -73,9 +77,6 @@ class BadRecords:
         if self.num_bad == self.num_records == HOPELESS_RECORDS:
             self.check()
 
-    def snapshot(self) -> BadRecords:
-        return replace(self, examples=list(self.examples))
-
     def check(self) -> None:
         """Raise ``DataError``, with the first reasons, if more than ``max_bad_share`` of the records are bad."""
         if self.num_bad and self.share > self.max_bad_share:
@@ -111,14 +112,16 @@ class Source:
         """
         if self.path is not None:
             return f"{_printable(self.path.name)} ({self.path.stat().st_size} bytes, ends {_digest_of_ends(self.path)})"
-        return describe_python_docs() if self.name.startswith("builtin://") else self.name
+        return self.name if self.is_on_hub else describe_python_docs()
+
+    @property
+    def is_on_hub(self) -> bool:
+        return self.path is None and self.name.startswith("hub://")
 
     @property
     def is_pinned(self) -> bool:
         """Whether ``describe`` identifies the text; text on the hub can change unless a commit is given."""
-        if self.path is not None or not self.name.startswith("hub://"):
-            return True
-        return COMMIT.fullmatch(_hub_arguments(self.name)[1].get("revision", "")) is not None
+        return not self.is_on_hub or bool(COMMIT.fullmatch(_hub_arguments(self.name)[1].get("revision", "")))
 
     def pinned(self) -> Source:
         """Pin an unpinned hub data set to its current commit, if the hub is reachable."""
@@ -155,22 +158,22 @@ class Source:
         Raises:
             DataError: the source cannot be read at all.
         """
-        if self.path is None:
-            if self.name.startswith("hub://") and (after is not None or self.revision is not None):
-                yield from _stream_hub(self.name, self.revision, after)
-                return
-            records = STREAMS[self.name.partition("://")[0]](self.name)
-            yield from (record for record in records if after is None or record[0] > after)
+        if self.is_on_hub:
+            yield from _stream_hub(self.name, self.revision, after)
             return
+        records: Iterable[Record] = enumerate(python_docs(), 1) if self.path is None else self._of_file(fields)
+        yield from (record for record in records if after is None or record[0] > after)
+
+    def _of_file(self, fields: Fields) -> Iterator[Record]:
+        assert self.path is not None
         with errors_of(self.path), self.path.open("rb") as stream:
-            records = read_records(stream, self.path, fields)
-            yield from (record for record in records if after is None or record[0] > after)
+            yield from read_records(stream, self.path, fields)
 
 
-def _digest_of_ends(path: Path, num_bytes: int = 2**16) -> str:
+def _digest_of_ends(path: Path) -> str:
     with path.open("rb") as stream:
-        digest = hashlib.sha256(stream.read(num_bytes))
-        stream.seek(max(path.stat().st_size - num_bytes, 0))
+        digest = hashlib.sha256(stream.read(DIGESTED_BYTES))
+        stream.seek(max(path.stat().st_size - DIGESTED_BYTES, 0))
         digest.update(stream.read())
     return digest.hexdigest()[:16]
 
@@ -200,9 +203,9 @@ def _printable(path: Path | str) -> str:
 
 def _remote(entry: str) -> Source:
     scheme, _, rest = entry.partition("://")
-    if scheme not in STREAMS:
-        near = difflib.get_close_matches(scheme, STREAMS, n=1)
-        hint = f"Did you mean {near[0]}://{rest}?" if near else f"Known: {', '.join(f'{s}://' for s in STREAMS)}."
+    if scheme not in SCHEMES:
+        near = difflib.get_close_matches(scheme, SCHEMES, n=1)
+        hint = f"Did you mean {near[0]}://{rest}?" if near else f"Known: {', '.join(f'{s}://' for s in SCHEMES)}."
         raise DataError(f"unknown kind of source {entry!r}. {hint}", entry=entry)
     if scheme == "builtin" and rest != "python-docs":
         raise DataError(f"there is no built-in corpus {rest!r}; there is builtin://python-docs.", entry=entry)
@@ -262,9 +265,9 @@ def _files_of_folder(folder: Path) -> list[Path]:
     return [p for p in files if p.parent not in saved_sets or p.name not in ("dataset_info.json", "state.json")]
 
 
-def describe_skipped(files: Sequence[Path], most: int = 5) -> str:
+def describe_skipped(files: Sequence[Path]) -> str:
     """A note such as ``"2 files of unknown format are not read: a.pdf, b.png"``."""
-    names = ", ".join([*(_printable(file.name) for file in files[:most]), *(["..."] if len(files) > most else [])])
+    names = ", ".join([*(_printable(file.name) for file in files[:5]), *(["..."] if len(files) > 5 else [])])
     what = f"{len(files):,} files of unknown format are" if len(files) > 1 else "a file of unknown format is"
     return f"{what} not read: {names}"
 
@@ -294,32 +297,32 @@ def errors_of(path: Path) -> Iterator[None]:
 
 def _usable(name: str, records: Iterator[Record], text_field: str, bad: BadRecords) -> Iterator[Document]:
     for place, value in records:
-        text = value.get(text_field) if isinstance(value, dict) else value
-        reason = _why_unusable(value, text, text_field)
-        if reason:
-            bad.add(f"{name}:{place}", reason)
+        try:
+            document = Document(_text_of(value, text_field), f"{name}:{place}", place)
+        except ValueError as error:
+            bad.add(f"{name}:{place}", str(error))
         else:
             bad.num_records += 1
-            yield Document(str(text), f"{name}:{place}", place)
+            yield document
 
 
-def _why_unusable(value: Any, text: Any, text_field: str) -> str | None:
+def _text_of(value: Any, text_field: str) -> str:
+    """The text of a record; raises ``ValueError`` if it has none."""
     if isinstance(value, Exception):
-        return str(value)
+        raise ValueError(str(value))
+    is_text = isinstance(value, str)  # as in a text file
+    if not is_text and text_field not in value:
+        raise ValueError(f"no field {text_field!r}; fields are {listed(value)}" if value else "an empty record")
+    text = value if is_text else value[text_field]
     if text is None:
-        if isinstance(value, dict) and text_field in value:
-            return f"field {text_field!r} is null"
-        return f"no field {text_field!r}; fields are {listed(value)}" if value else "an empty record"
+        raise ValueError(f"field {text_field!r} is null")
     if not isinstance(text, str):
-        what = f"field {text_field!r}" if isinstance(value, dict) else "the record"
-        return f"{what} is {type(text).__name__}, not text"
+        raise ValueError(f"field {text_field!r} is {type(text).__name__}, not text")
     if not text.strip():
-        return f"field {text_field!r} is empty" if isinstance(value, dict) else "no text"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "text that is not Unicode: a lone surrogate"
-    return None
+        raise ValueError("no text" if is_text else f"field {text_field!r} is empty")
+    if not is_unicode(text):
+        raise ValueError("text that is not Unicode: a lone surrogate")
+    return text
 
 
 def _hub_arguments(entry: str) -> tuple[str, dict[str, str]]:
@@ -334,7 +337,7 @@ def _hub_arguments(entry: str) -> tuple[str, dict[str, str]]:
     return f"{parts.netloc}{parts.path}".rstrip("/"), {"split": "train", **keys}
 
 
-def _stream_hub(entry: str, revision: str | None = None, after: Place | None = None) -> Iterator[Record]:
+def _stream_hub(entry: str, revision: str | None, after: Place | None) -> Iterator[Record]:
     """Stream the records of a hub data set; in one with several shards, places are ``SHARD:ROW``.
 
     A broken stream is reopened a few times, after the last record read.
@@ -380,18 +383,7 @@ def _stream_hub(entry: str, revision: str | None = None, after: Place | None = N
 def _is_connection_error(error: BaseException | None) -> bool:
     """Whether a connection was lost, for which each HTTP library under ``datasets`` has its own exceptions."""
     while error is not None:
-        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
-            "httpx",
-            "aiohttp",
-            "requests",
-        ):
+        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in HTTP_LIBRARIES:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _stream_builtin(entry: str) -> Iterator[Record]:
-    yield from enumerate(python_docs(), 1)
-
-
-STREAMS: dict[str, Callable[[str], Iterator[Record]]] = {"hub": _stream_hub, "builtin": _stream_builtin}

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -134,27 +134,24 @@ def take_over(
     Raises:
         DataError: a token is outside the vocabulary, or a file has no end-of-text token: another tokenizer made it.
     """
+
+    def text_bytes(document: npt.NDArray[np.integer]) -> int:
+        backend = tokenizer.backend_tokenizer
+        return len(backend.decode(document.tolist(), skip_special_tokens=True).encode()) if count_text else 0
+
     position = 0  # index of the file's first document among those of all files
     for file in files:
         offsets, sha256 = _scan(file, cast(int, tokenizer.eos_token_id), vocab_size)
-        num_documents = len(offsets) - 1
-        stays = file.itemsize == writer.dtype.itemsize
-        if position + num_documents - 1 > writer.last_document:
-            tokens = file.read()
-            backend = tokenizer.backend_tokenizer
-
-            def text_bytes(document: npt.NDArray[np.integer], backend: Any = backend) -> int:
-                return len(backend.decode(document.tolist(), skip_special_tokens=True).encode()) if count_text else 0
-
-            documents = [] if stays and not count_text else np.split(tokens, offsets[1:-1])
-            if stays:
-                num_bytes = sum(map(text_bytes, documents))
-                last_document = position + num_documents - 1
-                writer.add_file(file.path, file.header_bytes, offsets, sha256, num_bytes, last_document)
-            for number, document in enumerate(() if stays else documents, position):
+        last = position + len(offsets) - 2
+        if last > writer.last_document and file.itemsize == writer.dtype.itemsize:
+            documents = np.split(file.read(), offsets[1:-1]) if count_text else []
+            num_bytes = sum(map(text_bytes, documents))
+            writer.add_file(file.path, file.header_bytes, offsets, sha256, num_bytes, last)
+        elif last > writer.last_document:
+            for number, document in enumerate(np.split(file.read(), offsets[1:-1]), position):
                 if number > writer.last_document:
                     writer.append(number, document.astype(writer.dtype), text_bytes(document))
-        position += num_documents
+        position = last + 1
     writer.close()
 
 

@@ -14,7 +14,6 @@ PREPARED/unfinished.json                  progress of unfinished work, with the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from pydantic import Field
 
 from steplm.data.sources import BadRecord
 from steplm.errors import DataError
+from steplm.files import file_sha256
 from steplm.types import from_json
 from steplm.units import reason, shortened
 
@@ -55,6 +55,9 @@ class Shard:
 
     def tokens_path(self, folder: Path) -> Path:
         return folder / f"{self.name}.bin" if self.tokens_file is None else Path(self.tokens_file)
+
+    def offsets_path(self, folder: Path) -> Path:
+        return folder / f"{self.name}.offsets.npy"
 
     def file_bytes(self, itemsize: int) -> int:
         """Size of the token file."""
@@ -180,12 +183,12 @@ class TokenDataset:
         self.manifest = Manifest.load(self.prepared_dir)
         self.shards = self.manifest.split(split).shards
         check_sizes(self.prepared_dir, self.manifest, split)
+        # Each shard is mapped on first read: a run may need only a few of thousands.
+        self._mapped_tokens: dict[int, npt.NDArray[np.unsignedinteger]] = {}
+        self._mapped_offsets: dict[int, npt.NDArray[np.int64]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenDataset, (self.prepared_dir, self.split)
-
-    def __len__(self) -> int:
-        return self.num_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -259,16 +262,6 @@ class TokenDataset:
         first, last = np.searchsorted(self._shard_starts, (start, stop - 1), side="right")
         return range(int(first) - 1, int(last) if stop > start else 0)
 
-    # Each shard is mapped on first read: a run may need only a few of thousands.
-
-    @cached_property
-    def _mapped_tokens(self) -> dict[int, npt.NDArray[np.unsignedinteger]]:
-        return {}
-
-    @cached_property
-    def _mapped_offsets(self) -> dict[int, npt.NDArray[np.int64]]:
-        return {}
-
     def _tokens(self, index: int) -> npt.NDArray[np.unsignedinteger]:
         if index not in self._mapped_tokens:
             shard = self.shards[index]
@@ -276,8 +269,7 @@ class TokenDataset:
             with path.open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             # Windows are read in random order; readahead would fetch up to 128 KiB of unused data around each.
-            if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
-                mapped.madvise(mmap.MADV_RANDOM)
+            mapped.madvise(mmap.MADV_RANDOM)
             self._mapped_tokens[index] = np.frombuffer(
                 mapped, _dtype(self.manifest), shard.num_tokens, shard.header_bytes
             )
@@ -295,7 +287,7 @@ def check_sizes(prepared_dir: Path, manifest: Manifest, *splits: str) -> None:
     Raises:
         DataError: a file is missing or has another size.
     """
-    for _, path, num_bytes, _ in _files(prepared_dir, manifest, splits):
+    for path, num_bytes, _ in _files(prepared_dir, manifest, splits):
         if not path.is_file():
             raise DataError(f"the shard {path} is missing. {_start_over(prepared_dir)}", path=str(path))
         if path.stat().st_size != num_bytes:
@@ -317,7 +309,7 @@ def verify(prepared_dir: Path | str) -> Manifest:
     folder = Path(prepared_dir)
     manifest = Manifest.load(folder)
     check_sizes(folder, manifest)
-    for _, path, _, sha256 in _files(folder, manifest):
+    for path, _, sha256 in _files(folder, manifest):
         if file_sha256(path) != sha256:
             raise DataError(f"{path} is not what was written: its hash differs. {_start_over(folder)}", path=str(path))
     tokenizer = folder / "tokenizer" / "tokenizer.json"
@@ -329,37 +321,23 @@ def verify(prepared_dir: Path | str) -> Manifest:
     return manifest
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def offsets_file_bytes(num_documents: int) -> int:
     """Size of the ``.npy`` file: a 128-byte header and ``num_documents + 1`` entries of 8 bytes."""
     return 128 + 8 * (num_documents + 1)
 
 
-def _files(
-    prepared_dir: Path, manifest: Manifest, splits: Sequence[str] = ()
-) -> Iterator[tuple[Shard, Path, int, str]]:
+def _files(prepared_dir: Path, manifest: Manifest, splits: Sequence[str] = ()) -> Iterator[tuple[Path, int, str]]:
+    """Yield the path, size and sha256 of every file of these splits; default: of all."""
     itemsize = _dtype(manifest).itemsize
     for split in splits or manifest.splits:
         for shard in manifest.split(split).shards:
             folder = prepared_dir / split
-            yield shard, shard.tokens_path(folder), shard.file_bytes(itemsize), shard.tokens_sha256
-            yield (
-                shard,
-                folder / f"{shard.name}.offsets.npy",
-                offsets_file_bytes(shard.num_documents),
-                shard.offsets_sha256,
-            )
+            yield shard.tokens_path(folder), shard.file_bytes(itemsize), shard.tokens_sha256
+            yield shard.offsets_path(folder), offsets_file_bytes(shard.num_documents), shard.offsets_sha256
 
 
 def _load_offsets(prepared_dir: Path, split: str, shard: Shard) -> npt.NDArray[np.int64]:
-    path = prepared_dir / split / f"{shard.name}.offsets.npy"
+    path = shard.offsets_path(prepared_dir / split)
     try:
         offsets = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # the header is a Python literal: if damaged, the parser can raise anything

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError
-from steplm.eval.generate import GENERATE, sampling_arguments
-from steplm.eval.perplexity import require_known_tokens
+from steplm.eval.generate import continued, sampling_arguments
 from steplm.files import is_unicode
-from steplm.models.folder import load_for_inference
-from steplm.models.forward import running
+from steplm.models.folder import as_token_list, load_for_inference
+from steplm.models.forward import require_known_tokens
 from steplm.units import reason
 
 if TYPE_CHECKING:
@@ -82,7 +81,9 @@ class ChatModel:
         self.tokenizer = load_chat_tokenizer(model, chat_template)  # first: it fails faster than loading weights
         self.model = load_for_inference(model, device)
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.stop_ids = _stop_ids(self.model, self.tokenizer.eos_token_id)
+        # The tokenizer's EOS, and the model's, from generation_config.json or else config.json.
+        known = as_token_list(self.model.generation_config.eos_token_id)
+        self.stop_ids = list(dict.fromkeys([self.tokenizer.eos_token_id, *known]))
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """Token IDs of the messages rendered by the template, including its generation prompt.
@@ -152,20 +153,16 @@ class ChatModel:
         if self.context is not None:
             sampling["max_new_tokens"] = min(max_new_tokens, self.context - len(ids))
         streamer = _Streamer(self.tokenizer, on_text)
-        try:
-            with running(self.model, GENERATE), torch.random.fork_rng():
-                torch.manual_seed(seed)
-                self.model.generate(
-                    torch.tensor([ids], device=self.model.device),
-                    attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=self.model.device),
-                    eos_token_id=self.stop_ids,
-                    pad_token_id=self.tokenizer.eos_token_id,
-                    use_cache=True,
-                    streamer=streamer,
-                    **sampling,
-                )
-        except KeyboardInterrupt:
-            pass
+        with suppress(KeyboardInterrupt):
+            continued(
+                self.model,
+                ids,
+                seed=seed,
+                eos_token_id=self.stop_ids,
+                pad_token_id=self.tokenizer.eos_token_id,
+                streamer=streamer,
+                **sampling,
+            )
         new_ids = streamer.token_ids
         ended = bool(new_ids) and new_ids[-1] in self.stop_ids
         return Reply(streamer.text.rstrip(), len(new_ids), ended, num_left_out)
@@ -200,10 +197,3 @@ class _Streamer(BaseStreamer):
         if len(text) > len(self._told):
             self.on_text(text[len(self._told) :])
         self._told = text
-
-
-def _stop_ids(model: PreTrainedModel, eos_token_id: int) -> list[int]:
-    """Tokens that end a turn: the tokenizer's EOS, and the model's, from generation_config.json or else config.json."""
-    known = model.generation_config.eos_token_id
-    known_ids = known if isinstance(known, list) else [] if known is None else [known]
-    return list(dict.fromkeys([eos_token_id, *known_ids]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from steplm.data.sources import find_sources
 from steplm.data.tokenizer import load_tokenizer, tokenizer_files
-from steplm.data.tokens import file_sha256
+from steplm.files import file_sha256
 from steplm.models.folder import load_hf_config, weight_files
 
 

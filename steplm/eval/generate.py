@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import ConfigError
-from steplm.eval.perplexity import require_known_tokens
 from steplm.eval.text import opening_token
 from steplm.files import is_unicode
 from steplm.models.folder import load_for_inference
-from steplm.models.forward import running
-
-# For ``running``: generation also depends on the defaults in generation_config.json.
-GENERATE = "generate with its config.json and generation_config.json"
+from steplm.models.forward import require_known_tokens, running
 
 
 def generate(
@@ -50,19 +48,25 @@ def generate(
     prompt_ids = [opening_token(tokenizer), *tokenizer(prompt, add_special_tokens=False).input_ids]
     require_known_tokens(model, max(prompt_ids))
     _check_room(model.config, len(prompt_ids), max_new_tokens)
-    with running(model, GENERATE), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        output = model.generate(
-            torch.tensor([prompt_ids], device=model.device),
-            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=model.device),
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-            use_cache=True,
-            **sampling,
-        )
+    eos = tokenizer.eos_token_id
+    token_ids = continued(model, prompt_ids, seed=seed, eos_token_id=eos, pad_token_id=eos, **sampling)
     # With some tokenizers, decoding the new tokens alone would drop the space before them.
     before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
-    return tokenizer.decode(output[0], skip_special_tokens=True)[len(before) :]
+    return tokenizer.decode(token_ids, skip_special_tokens=True)[len(before) :]
+
+
+def continued(model: PreTrainedModel, token_ids: list[int], *, seed: int, **arguments: Any) -> Tensor:
+    """The tokens and their continuation by ``model.generate`` with these arguments; the same seed gives the same.
+
+    Raises:
+        ConfigError: the model cannot generate.
+    """
+    # For ``running``: generation also depends on the defaults in generation_config.json.
+    what = "generate with its config.json and generation_config.json"
+    with running(model, what), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        input_ids = torch.tensor([token_ids], device=model.device)
+        return model.generate(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=True, **arguments)[0]
 
 
 def sampling_arguments(temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:

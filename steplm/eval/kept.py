@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from steplm.eval.fingerprint import model_fingerprint, text_fingerprint
 from steplm.eval.perplexity import PerplexityResult, default_sequence_length, evaluate_folder
@@ -40,10 +41,10 @@ def evaluate_or_reuse(
     """
     length = sequence_length or default_sequence_length(folder, load_hf_config(folder))
     text = text_fingerprint(data_entries)
-    settings = {
+    settings: dict[str, Any] = {
         "text_field": text_field,
         "sequence_length": length,
-        "stride": stride or length,
+        "stride": length if stride is None else stride,
         "max_tokens": max_tokens,
         "dtype": dtype,
     }
@@ -56,20 +57,8 @@ def evaluate_or_reuse(
     saved = None if text is None else _load(file, fingerprint)
     if saved is not None:
         return saved, True
-    result = evaluate_folder(
-        folder,
-        data_entries,
-        text_field=text_field,
-        sequence_length=length,
-        stride=stride,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        max_bytes=max_bytes,
-        device=device,
-        dtype=dtype,
-    )
+    result = evaluate_folder(folder, data_entries, batch_size=batch_size, device=device, **settings)
     if text is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         document = {
             "schema": SCHEMA,
             "fingerprint": fingerprint,

@@ -24,12 +24,16 @@ from steplm.errors import CheckpointError, ConfigError, DataError
 from steplm.eval.text import token_stream
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_pretrained
-from steplm.models.forward import check_loss, mean_loss, running
+from steplm.models.forward import (
+    check_loss,
+    mean_loss,
+    require_known_tokens,
+    require_positions,
+    running,
+    usual_length,
+)
 from steplm.models.loss import IGNORE_INDEX
 from steplm.units import perplexity_of
-
-LOSS_CHUNK_SIZE = 1024  # rows of logits materialized at a time
-LONGEST_DEFAULT = 1024  # tokens
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def perplexity(
     check_loss(model, sequence_length)
     batches = _batches(tokens, sequence_length, stride, batch_size)
     with running(model):
-        loss, num_tokens = mean_loss(model, batches, chunk_size=LOSS_CHUNK_SIZE)
+        loss, num_tokens = mean_loss(model, batches)
     if not math.isfinite(loss):
         raise CheckpointError(f"the loss is {loss}: some weights or settings are too large for dtype {model.dtype}")
     return PerplexityResult(loss * num_tokens, num_tokens, num_text_bytes)
@@ -127,7 +131,7 @@ def evaluate_folder(
     Args:
         data_entries: as in ``data.train``; see ``token_stream`` for how they become one stream.
         sequence_length: default: the training length if the folder records it, else the model's context, at most
-            ``LONGEST_DEFAULT``.
+            1024.
         max_tokens: tokens to predict; default: all.
         max_bytes: bytes of text to score, instead of ``max_tokens``: where ``max_tokens`` cut the text for another
             model, whose tokenizer may differ.
@@ -155,10 +159,10 @@ def evaluate_folder(
 
 
 def default_sequence_length(folder: str | Path, config: PretrainedConfig) -> int:
-    """The model's training length if its folder records it, else its context, at most ``LONGEST_DEFAULT``."""
+    """The model's training length if its folder records it, else its context, at most 1024."""
     with contextlib.suppress(ConfigError):  # no such file, or another program's file of the same name
         return load_written_config(Path(folder) / "training_config.yaml").train.sequence_length
-    return min(getattr(config, "max_position_embeddings", None) or LONGEST_DEFAULT, LONGEST_DEFAULT)
+    return usual_length(config)
 
 
 def _batches(tokens: Tensor, sequence_length: int, stride: int, batch_size: int) -> Iterator[Batch]:
@@ -184,26 +188,7 @@ def _check(model: PreTrainedModel, tokens: Tensor, sequence_length: int, stride:
             stride=stride,
             sequence_length=sequence_length,
         )
-    num_positions = getattr(model.config, "max_position_embeddings", None)
-    if num_positions is not None and sequence_length > num_positions:
-        raise ConfigError(
-            f"sequence length {sequence_length} is more than the model's {num_positions} positions. "
-            f"Use {num_positions} or less.",
-            sequence_length=sequence_length,
-            max_position_embeddings=num_positions,
-        )
+    require_positions(model.config, sequence_length)
     if len(tokens) < 2:
         raise DataError(f"perplexity needs at least 2 tokens, there are {len(tokens)}", num_tokens=len(tokens))
     require_known_tokens(model, int(tokens.max()))
-
-
-def require_known_tokens(model: PreTrainedModel, largest: int) -> None:
-    """Raise ``DataError`` if the largest token of a text is outside the model's vocabulary."""
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    if largest >= vocab_size:
-        raise DataError(
-            f"the text has token {largest}, but the model's vocabulary ends at {vocab_size - 1}: "
-            "model and tokenizer do not belong together",
-            token=largest,
-            vocab_size=vocab_size,
-        )

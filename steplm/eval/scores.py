@@ -6,12 +6,12 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from steplm.eval.bootstrap import Array, Difference, ItemScores, identity, paired_difference
 from steplm.files import write_atomically
+from steplm.types import from_json
 
 SCHEMA = 1  # of the file for one model and task
 
@@ -100,7 +100,6 @@ def _exp_of_minus(means: Array) -> Array:
 
 def save(result: TaskResult, path: Path, fingerprint: str) -> None:
     """Write a result atomically; ``fingerprint`` identifies what it was computed from."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     document = {"schema": SCHEMA, "fingerprint": fingerprint, **asdict(result)}
     write_atomically(path, json.dumps(document, ensure_ascii=False) + "\n")
 
@@ -111,21 +110,11 @@ def load(path: Path, fingerprint: str) -> TaskResult | None:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document.pop("schema") != SCHEMA or document.pop("fingerprint") != fingerprint:
             return None
-        return _from_document(document)
+        result = from_json(TaskResult, document)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # invalid: score the task again
-
-
-def _from_document(document: dict[str, Any]) -> TaskResult:
-    metrics = {name: Metric(**metric) for name, metric in document.pop("metrics").items()}
-    item_ids = tuple(document.pop("item_ids"))
-    item_scores = {name: tuple(scores) for name, scores in document.pop("item_scores").items()}
-    if any(len(scores) != len(item_ids) for scores in item_scores.values()):
-        raise ValueError("scores and items differ in number")
-    loglikelihoods = tuple(tuple(row) for row in document.pop("loglikelihoods"))
-    return TaskResult(
-        **document, metrics=metrics, item_ids=item_ids, item_scores=item_scores, loglikelihoods=loglikelihoods
-    )
+    is_whole = all(len(scores) == result.num_items for scores in result.item_scores.values())
+    return result if is_whole else None
 
 
 def mean_of(values: list[tuple[float, float | None]]) -> tuple[float, float | None]:

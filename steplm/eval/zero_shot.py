@@ -193,7 +193,7 @@ def evaluate_tasks(
 
     import lm_eval
 
-    from steplm.eval.harness import task_key
+    from steplm.eval.harness import score, task_key
 
     keys = {name: task_key(task, limit) for name, task in loaded.items()}
     results: dict[tuple[str, str], TaskResult] = {}
@@ -208,9 +208,13 @@ def evaluate_tasks(
             reused = result is not None
             if result is None:
                 lm = lm or _load_scorer(model, batch_size, device, dtype)
-                result = _score_task(lm, name, task, limit, progress)
+                if progress is not None:
+                    lm.advance = progress.advance
+                started_at = time.monotonic()
+                result = score(lm, name, task, limit)
+                result = replace(result, model=model, seconds=round(time.monotonic() - started_at, 3))
                 if file is not None:
-                    save(replace(result, model=model), file, fingerprint)
+                    save(result, file, fingerprint)
             results[model, name] = replace(result, model=model)
             if progress is not None:
                 progress.finish(results[model, name], reused)
@@ -233,16 +237,6 @@ def tasks_of(
 
 def _folders(tasks_path: Sequence[str | Path], tasks_data: str | Path | None) -> TaskFolders:
     return TaskFolders(tuple(map(Path, tasks_path)), None if tasks_data is None else Path(tasks_data))
-
-
-def _score_task(lm: Scorer, name: str, task: Task, limit: int | None, progress: Progress | None) -> TaskResult:
-    from steplm.eval.harness import score
-
-    if progress is not None:
-        lm.advance = progress.advance
-    started_at = time.monotonic()
-    result = score(lm, name, task, limit)
-    return replace(result, seconds=round(time.monotonic() - started_at, 3))
 
 
 def _load_scorer(model: str, batch_size: int, device: str, dtype: str) -> Scorer:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -76,10 +77,8 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
             if key in OWN_KEYS:
                 hint += f" Set model.extra.{key}=null, and the family's own key, if it has one, in model.extra."
             raise ConfigError(f"the configuration of {model_type!r} has no key {key!r}.{hint}", key=key)
-    try:
+    with _refusals(f"transformers refuses this configuration of {model_type!r}"):
         config = AutoConfig.for_model(model_type, **values)
-    except Exception as error:  # any type: a key with a value of the wrong type fails only where it is used
-        raise ConfigError(f"transformers refuses this configuration of {model_type!r}: {in_one_line(error)}") from None
     require_decoder_only(config)
     require_possible_dropout(config)
     _leave_out_foreign_tokens(config, given=values)
@@ -88,6 +87,15 @@ def hf_config(values: Mapping[str, Any], layers: Sequence[int] | int | None = No
     if layers is None:
         return config
     return with_layers(config, range(layers) if isinstance(layers, int) else layers)
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Turn errors of any type into a ``ConfigError``: a value of the wrong type fails only where it is used."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(f"{what}: {in_one_line(error)}") from None
 
 
 def _leave_out_foreign_tokens(config: PretrainedConfig, given: Mapping[str, Any]) -> None:
@@ -118,12 +126,8 @@ def config_values(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _default_config(model_type: str) -> PretrainedConfig:
-    try:
+    with _refusals(f"transformers cannot make a configuration for {model_type!r}"):  # a few have no valid default
         config = AutoConfig.for_model(model_type)
-    except Exception as error:  # any type: a few families have no valid default
-        raise ConfigError(
-            f"transformers cannot make a configuration for {model_type!r}: {in_one_line(error)}"
-        ) from None
     config.allow_global_per_layer_attribute_access = True  # otherwise, keys that differ by layer raise
     require_decoder_only(config)
     return config
@@ -193,12 +197,10 @@ def grown_config(config: PretrainedConfig, layer_map: LayerMap) -> PretrainedCon
     return _checked(config, values, [origin.parents[0] for origin in layer_map.origins])
 
 
-def build_model(
-    config: PretrainedConfig, state: Mapping[str, Tensor], *, device: torch.device | str = "cpu"
-) -> PreTrainedModel:
-    """Build a causal language model from exactly the tensors of ``state`` (full, named, unsharded).
+def build_model(config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """Build a causal language model on the CPU from exactly the tensors of ``state`` (full, named, unsharded).
 
-    Tensors that are already on ``device`` are used directly, not copied.
+    Tensors that are already on the CPU are used directly, not copied.
 
     Raises:
         ConfigError: a tensor is missing, unexpected or of the wrong shape.
@@ -211,7 +213,7 @@ def build_model(
     model.tie_weights()
     if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ConfigError(f"the weights do not fit the model: {describe_misfit(absent, [])}", missing=absent)
-    move(model, device)
+    move(model, "cpu")
     return model
 
 
@@ -345,12 +347,8 @@ def _checked(config: PretrainedConfig, values: dict[str, Any], layers: Sequence[
 
 def _parsed(config: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig:
     """A configuration of the same type with other values."""
-    try:
+    with _refusals(f"transformers refuses this configuration of {config.model_type!r}"):
         result = type(config).from_dict(values)
-    except Exception as error:  # any type, as in hf_config
-        raise ConfigError(
-            f"transformers refuses this configuration of {config.model_type!r}: {in_one_line(error)}"
-        ) from None
     result.use_cache = config.use_cache
     return result
 
@@ -446,7 +444,7 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMode
         for implementation in implementations:
             try:
                 return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype)
-            except Exception as error:  # any type, as in hf_config
+            except Exception as error:  # any type, as in _refusals
                 why = in_one_line(error)
                 if "scaled_dot_product_attention" not in str(error):
                     break
@@ -476,16 +474,9 @@ def no_padding_index() -> Iterator[None]:
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Create parameters on the meta device, without drawing values for them; buffers are computed as usual."""
-    register = nn.Module.register_parameter
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        with no_init_weights():
-            yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    with register_module_parameter_registration_hook(on_meta), no_init_weights():  # type: ignore[arg-type]
+        yield

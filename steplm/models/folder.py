@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
@@ -77,34 +79,29 @@ def save_hf_config(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -
     config.save_pretrained(folder)
 
 
-def load_state(folder: Path, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def load_state(folder: Path) -> dict[str, Tensor]:
     """Load all tensors of ``model*.safetensors`` in a folder, on the CPU.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-            files = sorted(folder / Path(name).name for name in names)
-        except Exception as error:  # the file can contain anything
-            raise CheckpointError(f"{index} is damaged: {reason(error)}", path=str(index)) from None
-    else:
-        files = [folder / "model.safetensors"]
-    state: dict[str, Tensor] = {}
-    for file in files:
-        state.update(load_tensors(file, dtype=dtype))
-    return state
+    if not index.is_file():
+        return load_tensors(folder / "model.safetensors")
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        files = sorted(folder / Path(name).name for name in names)
+    except Exception as error:  # the file can contain anything
+        raise CheckpointError(f"{index} is damaged: {reason(error)}", path=str(index)) from None
+    return {name: tensor for file in files for name, tensor in load_tensors(file).items()}
 
 
-def load_tensors(file: Path, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def load_tensors(file: Path) -> dict[str, Tensor]:
     """Load all tensors of one safetensors file, on the CPU."""
     if not file.is_file():
         raise CheckpointError(f"no file {file}", path=str(file))
     try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118
+        return load_file(file)
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{file} is damaged: {reason(error)}", path=str(file)) from None
 
@@ -200,12 +197,17 @@ def _check_generation_config(model: PreTrainedModel, name: str | Path) -> None:
         raise CheckpointError(f"{file} is damaged: {reason(error)}", path=str(file)) from None
     if given is None:
         given = getattr(model.generation_config, "eos_token_id", None)
-    if given is not None and not all(type(token) is int for token in (given if isinstance(given, list) else [given])):
+    if not all(type(token) is int for token in as_token_list(given)):
         raise CheckpointError(
             f"generation_config.json of {name} has eos_token_id={shortened(given)}, but it must be a token's number, "
             "or a list of such numbers.",
             path=str(name),
         )
+
+
+def as_token_list(value: Any) -> list[Any]:
+    """The tokens of an ``eos_token_id``: a number, a list of numbers, or None."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _check_stored(folder: Path, parameters: set[str], prefix: str) -> None:

@@ -9,12 +9,15 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from steplm.errors import ConfigError
+from steplm.errors import ConfigError, DataError
 from steplm.models.activations import offloaded_activations
 from steplm.models.loss import IGNORE_INDEX, chunked_cross_entropy
 from steplm.units import reason
+
+LOSS_CHUNK_SIZE = 1024  # rows of logits materialized at a time
+LONGEST_DEFAULT = 1024  # tokens
 
 # B sequences, S positions, D hidden size, N = B S rows, V vocabulary
 
@@ -100,19 +103,18 @@ def _logit_scale(model: PreTrainedModel) -> float:
     return (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor)
 
 
-def mean_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_size: int) -> tuple[float, int]:
+def mean_loss(
+    model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_size: int = LOSS_CHUNK_SIZE
+) -> tuple[float, int]:
     """Token-weighted mean negative log-likelihood (nats), and the number of tokens."""
     total, count = summed_loss(model, batches, chunk_size=chunk_size)
     return total / max(count, 1), count
 
 
-@torch.no_grad()
 def summed_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_size: int) -> tuple[float, int]:
     """Summed negative log-likelihood (nats) of all tokens, and their number."""
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    with uncompiled(model):
+    with evaluating(model), uncompiled(model):
         for batch in batches:
             valid = int((batch.labels != IGNORE_INDEX).sum())
             batch = batch.to(model.device)
@@ -120,7 +122,6 @@ def summed_loss(model: PreTrainedModel, batches: Iterable[TokenBatch], *, chunk_
                 batch_loss(model, batch.input_ids, batch.labels, batch.position_ids, num_valid=1, chunk_size=chunk_size)
             )
             count += valid
-    model.train(was_training)
     return total, count
 
 
@@ -134,6 +135,35 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
 
+def require_positions(config: PretrainedConfig, sequence_length: int) -> None:
+    """Raise ``ConfigError`` if the model has fewer positions."""
+    num_positions = getattr(config, "max_position_embeddings", None)
+    if num_positions is not None and sequence_length > num_positions:
+        raise ConfigError(
+            f"sequence length {sequence_length} is more than the model's {num_positions} positions. "
+            f"Use {num_positions} or less.",
+            sequence_length=sequence_length,
+            max_position_embeddings=num_positions,
+        )
+
+
+def require_known_tokens(model: PreTrainedModel, largest: int) -> None:
+    """Raise ``DataError`` if the largest token of a text is outside the model's vocabulary."""
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    if largest >= vocab_size:
+        raise DataError(
+            f"the text has token {largest}, but the model's vocabulary ends at {vocab_size - 1}: "
+            "model and tokenizer do not belong together",
+            token=largest,
+            vocab_size=vocab_size,
+        )
+
+
+def usual_length(config: PretrainedConfig) -> int:
+    """The model's context, at most ``LONGEST_DEFAULT``."""
+    return min(getattr(config, "max_position_embeddings", None) or LONGEST_DEFAULT, LONGEST_DEFAULT)
+
+
 def check_loss(model: PreTrainedModel, sequence_length: int) -> None:
     """Compare ``batch_loss`` with cross-entropy on the model's own logits, on one row of at most 16 tokens.
 
@@ -143,7 +173,7 @@ def check_loss(model: PreTrainedModel, sequence_length: int) -> None:
     Raises:
         ConfigError: the losses differ, the model is not causal, its logits are NaN, or it cannot be run.
     """
-    with _evaluating(model):
+    with evaluating(model), running(model):
         _check_loss(model, *_check_causal(model, min(sequence_length, 16)))
 
 
@@ -153,16 +183,17 @@ def check_causal(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: they do, or are NaN, or the model cannot be run.
     """
-    with _evaluating(model):
+    with evaluating(model), running(model):
         _check_causal(model, min(getattr(model.config, "max_position_embeddings", None) or 16, 16))
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode without gradients, and back into its own mode at the end."""
     was_training = model.training
     model.eval()
     try:
-        with running(model), torch.no_grad():
+        with torch.no_grad():
             yield
     finally:
         model.train(was_training)

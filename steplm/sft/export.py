@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from steplm.files import replacing
 from steplm.models.build import plain_state
-from steplm.models.folder import save_folder, save_generation_config
+from steplm.models.folder import as_token_list, save_folder, save_generation_config
 from steplm.models.names import short_name
 from steplm.sft.config import SftConfig
 from steplm.sft.types import SftResult
@@ -61,8 +61,7 @@ def _generation_config(
     except OSError:
         generation = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95)
     known = generation.eos_token_id if generation.eos_token_id is not None else hf_config.eos_token_id
-    known_ids = known if isinstance(known, list) else [] if known is None else [known]
-    stops = list(dict.fromkeys([*end_ids, *known_ids, tokenizer.eos_token_id]))
+    stops = list(dict.fromkeys([*end_ids, *as_token_list(known), tokenizer.eos_token_id]))
     generation.eos_token_id = stops if len(stops) > 1 else stops[0]
     generation.pad_token_id = tokenizer.pad_token_id
     generation.bos_token_id = tokenizer.bos_token_id

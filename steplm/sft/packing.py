@@ -6,9 +6,9 @@ import torch
 from transformers import PreTrainedModel
 
 from steplm.errors import ConfigError
+from steplm.models.forward import evaluating
 
 
-@torch.no_grad()
 def check_packing(model: PreTrainedModel, length: int = 8) -> None:
     """Compare a record's logits alone and packed behind another one, separated by position IDs as in ``trl``.
 
@@ -18,14 +18,12 @@ def check_packing(model: PreTrainedModel, length: int = 8) -> None:
     Raises:
         ConfigError: the other record affects the logits.
     """
-    was_training = model.training
-    model.eval()
     vocab_size = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(2 * length, device=model.device) * 7919 % vocab_size).unsqueeze(0)
     positions = torch.arange(length, device=model.device).repeat(2).unsqueeze(0)
-    alone = model(input_ids=ids[:, length:], use_cache=False).logits.float()
-    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, length:].float()
-    model.train(was_training)
+    with evaluating(model):
+        alone = model(input_ids=ids[:, length:], use_cache=False).logits.float()
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, length:].float()
     spread = float(alone.max() - alone.min())
     difference = float((packed - alone).abs().max())
     if not difference <= (1e-4 if model.dtype == torch.float32 else 5e-2) * spread + 1e-6:  # not ">", which NaN passes

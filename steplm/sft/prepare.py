@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from steplm.data.loader import IGNORE_INDEX, Batch
 from steplm.errors import DataError
@@ -136,10 +137,6 @@ def batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
     ordered = sorted(examples, key=lambda example: -len(example.input_ids))
     for first in range(0, len(ordered), batch_size):
         some = ordered[first : first + batch_size]
-        input_ids = torch.zeros(len(some), len(some[0].input_ids) - 1, dtype=torch.long)
-        labels = torch.full_like(input_ids, IGNORE_INDEX)
-        for row, example in enumerate(some):
-            length = len(example.input_ids) - 1
-            input_ids[row, :length] = torch.tensor(example.input_ids[:-1])
-            labels[row, :length] = torch.tensor(example.labels[1:])
-        yield Batch(input_ids, labels)
+        inputs = [torch.tensor(example.input_ids[:-1]) for example in some]
+        labels = [torch.tensor(example.labels[1:]) for example in some]
+        yield Batch(pad_sequence(inputs, True), pad_sequence(labels, True, IGNORE_INDEX))

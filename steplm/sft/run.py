@@ -18,21 +18,20 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from steplm.data.shards import locked
 from steplm.data.tokenizer import load_tokenizer
-from steplm.errors import ConfigError, DataError, WriteError
+from steplm.errors import ConfigError, WriteError
 from steplm.files import write_atomically, write_errors
 from steplm.launch import launched_size
 from steplm.models.build import DTYPES
 from steplm.models.device import resolve_device
 from steplm.models.folder import load_hf_config, load_pretrained, require_plain_weights, without_bars
-from steplm.models.forward import check_loss, mean_loss
-from steplm.sft.config import LONGEST_DEFAULT, SftConfig
+from steplm.models.forward import check_loss, mean_loss, require_known_tokens, require_positions, usual_length
+from steplm.sft.config import SftConfig
 from steplm.sft.export import export_model
 from steplm.sft.folder import check_same_run, default_output_dir, last_checkpoint, read_marker
-from steplm.sft.memory import ModelState, model_state
 from steplm.sft.packing import check_packing
 from steplm.sft.prepare import Prepared, batches, prepare_records
 from steplm.sft.templates import set_chat_template, template_file
-from steplm.sft.types import Schedule, SftResult
+from steplm.sft.types import ModelState, Schedule, SftResult
 from steplm.training.environment import environment
 from steplm.training.metrics import MetricsLog, read_metrics
 from steplm.training.signals import describe_stop, stopping_on_signals
@@ -41,8 +40,6 @@ from steplm.units import format_bytes, format_count
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
     from trl import SFTTrainer
-
-LOSS_CHUNK_SIZE = 1024  # rows of logits materialized at a time for the held-out loss
 
 
 def instruction_tune(
@@ -115,7 +112,7 @@ class _Run:
         rows = packed(self.prepared.train, self.sequence_length, config)
         schedule = Schedule.of(config, len(rows))
         trainer = make_trainer(model, self.tokenizer, rows, config, schedule, self.folder, self.device)
-        state = model_state(trainer.model, config.precision)
+        state = ModelState.of(trainer.model, config.precision)
         self.say(self._plan(state, schedule, len(rows)))
 
         checkpoint = last_checkpoint(self.folder / "checkpoints")
@@ -145,15 +142,7 @@ class _Run:
         model = load_pretrained(self.model_name, dtype=dtype).to(self.device)
         model.generation_config = GenerationConfig()  # the trainer's checkpoints would refuse some; see the export
         largest = max(max(example.input_ids) for example in (*self.prepared.train, *self.prepared.validation))
-        largest = max(largest, self.tokenizer.eos_token_id)
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        if largest >= vocab_size:
-            raise DataError(
-                f"the tokenizer has the token {largest}, in the records or as its end-of-text token, but the model's "
-                f"vocabulary ends at {vocab_size - 1}",
-                token=largest,
-                vocab_size=vocab_size,
-            )
+        require_known_tokens(model, max(largest, self.tokenizer.eos_token_id))
         check_loss(model, self.sequence_length)  # for the held-out loss, which never materializes all logits
         if self.config.packing:
             check_packing(model)
@@ -164,7 +153,7 @@ class _Run:
         if not self.prepared.validation:
             return None
         some = batches(self.prepared.validation, self.config.per_device_train_batch_size)
-        return mean_loss(model, some, chunk_size=LOSS_CHUNK_SIZE)
+        return mean_loss(model, some)
 
     def _facts(self, state: ModelState, schedule: Schedule, num_sequences: int) -> dict[str, Any]:
         return {
@@ -273,21 +262,9 @@ def check_tuning(config: SftConfig, hf_config: PretrainedConfig) -> int:
         raise ConfigError("instruction tuning runs on one device: start it without torchrun")
     if config.chat_template not in (None, "alpaca", "none"):
         template_file(config.chat_template)
-    return _sequence_length(config, hf_config)
-
-
-def _sequence_length(config: SftConfig, hf_config: PretrainedConfig) -> int:
-    context = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    if config.sequence_length is None:
-        return min(context or LONGEST_DEFAULT, LONGEST_DEFAULT)
-    if context is not None and config.sequence_length > context:
-        raise ConfigError(
-            f"sequence_length={config.sequence_length} is more than the model's {context} positions. "
-            f"Use {context} or less.",
-            sequence_length=config.sequence_length,
-            max_position_embeddings=context,
-        )
-    return config.sequence_length
+    sequence_length = config.sequence_length or usual_length(hf_config)
+    require_positions(hf_config, sequence_length)
+    return sequence_length
 
 
 def _sha256(template: object) -> str | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.pytorch_utils import Conv1D
@@ -20,8 +21,7 @@ from steplm.errors import TrainingDiverged
 from steplm.sft.config import SftConfig
 from steplm.sft.encode import Example
 from steplm.sft.folder import mark_complete
-from steplm.sft.memory import ModelState, measured_bytes
-from steplm.sft.types import Schedule
+from steplm.sft.types import ModelState, Schedule
 from steplm.training.metrics import MetricsLog
 from steplm.units import format_bytes, format_count, format_seconds
 
@@ -137,6 +137,15 @@ def merged(trainer: SFTTrainer, dtype: torch.dtype) -> PreTrainedModel:
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     return model.to(dtype)
+
+
+def measured_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the existing weights, gradients and optimizer states, excluding Adam's step counters."""
+    parameters = list(model.parameters())
+    tensors = [*parameters, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
+    for state in optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim() > 0]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class Journal(TrainerCallback):

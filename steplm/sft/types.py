@@ -5,8 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from steplm.cost.terms import WEIGHT_BYTES
 from steplm.sft.config import SftConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Weights and gradients in fp32 (bf16 uses autocast), and Adam's two moments: 16 bytes, like pre-training's 2 + 2 + 12.
+TRAINED_BYTES = 4 + 4 + 8
 
 
 @dataclass(frozen=True)
@@ -38,3 +46,23 @@ class Schedule:
         steps_per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps)
         num_steps = config.max_steps or math.ceil(config.num_train_epochs * steps_per_epoch)
         return Schedule(num_steps, steps_per_epoch, config.save_steps or math.ceil(num_steps / 5))
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """Parameter counts, and the model-state bytes that they take in training."""
+
+    num_trained: int
+    num_frozen: int
+    precision: str  # of frozen weights
+
+    @staticmethod
+    def of(model: nn.Module, precision: str) -> ModelState:
+        """Count the model's parameters, including adapters; tied parameters count once."""
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        return ModelState(trained, total - trained, precision)
+
+    @property
+    def num_bytes(self) -> int:
+        return TRAINED_BYTES * self.num_trained + WEIGHT_BYTES[self.precision] * self.num_frozen

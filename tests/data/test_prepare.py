@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from steplm import files
 from steplm.config import RunConfig, dump_config
 from steplm.data import prepare as prepare_module
 from steplm.data import shards
@@ -574,15 +575,18 @@ def test_a_full_disk_is_explained_and_leaves_nothing_half_written(
     common = {"train": str(jsonl(texts)), "shard_tokens": 500}
     full, roomy = (configure(**common, prepared_dir=str(tmp_path / name)) for name in ("full", "roomy"))
     prepare(roomy)
-    sync = shards._sync
 
-    def full_disk(file: object) -> None:
-        if failing in file.name and "full" in file.name:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        sync(file)
+    def full_disk(sync: Callable[[Any], None]) -> Callable[[Any], None]:
+        def failing_sync(file: Any) -> None:
+            if failing in str(file) and "full" in str(file):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            sync(file)
+
+        return failing_sync
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_sync", full_disk)
+        patch.setattr(shards, "_sync", full_disk(shards._sync))
+        patch.setattr(files, "sync", full_disk(files.sync))
         with pytest.raises(DataError, match=r"No space left on device \(.* free\).*data\.prepared_dir to another disk"):
             prepare(full)
     assert not (full.prepared_dir / "manifest.json").exists()

@@ -112,7 +112,7 @@ def test_a_damaged_file_is_scored_anew_and_mended(
 def test_a_text_on_the_hub_is_kept_where_its_commit_is_given(
     folder: Path, scored: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, is_kept: bool
 ) -> None:
-    monkeypatch.setitem(sources.STREAMS, "hub", lambda entry: iter([(1, {"text": "The small model grows."})]))
+    monkeypatch.setattr(sources, "_stream_hub", lambda *_: iter([(1, {"text": "The small model grows."})]))
     entries = [f"hub://owner/name{address}"]
     results = [evaluate_or_reuse(folder, entries, tmp_path / "out", device="cpu") for _ in range(2)]
     assert [reused for _, reused in results] == [False, is_kept]
