@@ -75,7 +75,7 @@ def vanilla(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> 
 
 def step(parts: Parts, num_new: int, num_old: int, num_steps: int | None) -> Iterator[Draft]:
     """Train new layers and freeze old ones under adapters (arXiv 2504.04151)."""
-    old = Frozen() if parts.config.pet.method == "none" else parts.adapter
+    old = parts.adapter if num_old and parts.config.pet.method != "none" else Frozen()
     return _grown(parts, num_new, num_old, num_steps, old)
 
 
