@@ -33,7 +33,7 @@ class SftConfig(Section):
         None, gt=1, description=f"tokens of a record, at most; default: the model's context, {LONGEST_DEFAULT} at most"
     )
     too_long: Literal["truncate", "drop"] = Field(
-        "truncate", description="records longer than that: cut at the end, or dropped"
+        "truncate", description="records longer than that: truncate or drop"
     )
     packing: bool = Field(False, description="several records in one sequence, attention inside each")
 

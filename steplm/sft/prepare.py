@@ -50,10 +50,10 @@ class Prepared:
             "records": self.num_records,
             "train": len(self.train),
             "validation": len(self.validation),
-            "without an answer to learn, dropped": self.num_empty,
-            "too long, dropped": self.num_too_long,
-            "too long, cut at the end": self.num_truncated,
-            "unusable, dropped": self.num_unusable,
+            "dropped without an answer": self.num_empty,
+            "dropped as too long": self.num_too_long,
+            "truncated": self.num_truncated,
+            "dropped as unusable": self.num_unusable,
         }
 
 

@@ -258,7 +258,7 @@ def test_a_record_too_long_is_cut_or_dropped_and_counted(tokenizer: PreTrainedTo
     config = SftConfig(validation_fraction=0, too_long="drop")
     dropped = prepare_records(entries, tokenizer, config, sequence_length=length)
     assert (len(dropped.train), dropped.num_truncated, dropped.num_too_long) == (1, 0, 2)
-    assert dropped.counts()["too long, dropped"] == 2
+    assert dropped.counts()["dropped as too long"] == 2
     with pytest.raises(DataError, match="nothing to learn from 3 records"):
         prepare_records(entries, tokenizer, SftConfig(), sequence_length=3)
 
