@@ -29,12 +29,13 @@ from steplm.pet.frozen import PackReport, frozen_tensors, pack_frozen
 from steplm.pet.host_linear import fetch_slots, host_linears, offload_trained
 from steplm.pet.trainable import apply_trainable
 from steplm.schedule import Phase, trained_patterns
-from steplm.types import HOST, LayerProvenance, ModelShape, SourceLoss, TrainState
+from steplm.training.step import StageLog
+from steplm.types import HOST, LayerProvenance, ModelShape, TrainState
 
 
 @dataclass
 class PhaseStart:
-    """Plain tensors and progress from which a phase starts or resumes.
+    """Plain tensors and progress from which a phase starts or resumes; training keeps ``progress`` and ``log`` current.
 
     Weights and optimizer states are this rank's rows; adapters are whole on every rank.
     """
@@ -46,8 +47,7 @@ class PhaseStart:
     adapters: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     optimizer_steps: dict[str, int] = field(default_factory=dict)
-    unlogged_losses: tuple[float, ...] = ()
-    unlogged_sources: tuple[SourceLoss, ...] = ()
+    log: StageLog = field(default_factory=StageLog)
     trained_names: tuple[str, ...] | None = None  # set when resuming mid-phase
     probe_loss: float | None = None  # after growth, of the plain weights
 
@@ -73,7 +73,7 @@ def assemble(
     ``check`` compares the loss with the model's own logits, which needs real (not fake or meta) tensors.
     """
     train, memory = config.train, config.memory
-    prefix = layer_prefix_of(start.weights)
+    prefix = shape.layer_prefix
     model = _model(start.hf_config, start.weights, world)
     if phase.has_adapters:
         attach(model, phase, prefix, config.seed + phase.index)

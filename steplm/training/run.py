@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,6 @@ from steplm.training.loop import memory_errors, train_phase
 from steplm.training.metrics import SINKS, MetricsLog, NoLog, Sink, require_sinks
 from steplm.training.save import in_memory
 from steplm.training.signals import describe_stop, stopping_on_signals
-from steplm.training.step import StageLog
 from steplm.types import TrainState, to_json
 from steplm.units import perplexity_of, reason
 
@@ -201,7 +201,6 @@ def _run_phases(run: RunContext) -> None:
     phases = remaining_phases(run.plan.schedule, None if before is None else before.state.progress)
     start: PhaseStart | None = None
     assembled: Assembled | None = None
-    log = StageLog([], [])
     for index, phase in enumerate(phases):
         with memory_errors(run, phase):
             if start is not None and assembled is not None:  # the previous phase's model is still in memory
@@ -212,15 +211,15 @@ def _run_phases(run: RunContext) -> None:
                 assembled = assemble(run.config, run.plan.shape, phase, start, run.world)
                 start.forget_tensors()  # the model now owns what it needs
                 check_entrance(run, phase, start, assembled)
-                log = StageLog(list(start.unlogged_losses), list(start.unlogged_sources))
-            progress = train_phase(run, phase, start, assembled, log)
+                start.log.logged_at = time.monotonic()
+            train_phase(run, phase, start, assembled)
         if run.stop_signal:
             break
         following = phases[index + 1] if index + 1 < len(phases) else None
         if following is not None and following.entry.kind == "go_on":
             continue
-        if following is not None and not progress.stage_done:
-            before = in_memory(run, phase, start, assembled, log)
+        if following is not None and not start.progress.stage_done:
+            before = in_memory(run, phase, start, assembled)
         # Free the model before the next one is built: during growth the device may hold plain weights only. Compiled
         # layers form reference cycles, which only the garbage collector frees.
         start = assembled = None

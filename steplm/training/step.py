@@ -43,8 +43,8 @@ class StepResult:
 class StageLog:
     """State of a stage's log between two log lines."""
 
-    unlogged_losses: list[float]
-    unlogged_sources: list[SourceLoss]  # per source of a mixture, summed over those steps
+    unlogged_losses: list[float] = field(default_factory=list)
+    unlogged_sources: list[SourceLoss] = field(default_factory=list)  # of a mixture, summed over those steps
     logged_at: float = field(default_factory=time.monotonic)  # shifted forward by time not spent training
     steps_since: int = 0
     best_speed: float = 0.0  # tokens per second, of this stage
