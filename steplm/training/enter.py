@@ -273,7 +273,7 @@ def _dry_run(run: RunContext, assembled: Assembled, options: StepOptions) -> tup
     with peak_meter_for(run.device) if counts else nullcontext() as meter:
         if meter is not None:
             meter.watch(model, rules)
-            meter.reset()
+            meter.start("dry run")
         if options.fused_backward:
             trial(model, rules, batch, options)
         else:

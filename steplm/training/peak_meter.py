@@ -57,7 +57,8 @@ class CountedBytes(ByteCounter):
         """Count tensors created inside this context as host memory."""
         return self.labeling(HOST)
 
-    def reset(self) -> None:
+    def start(self, part: str) -> None:
+        """Restart the peak, for a new part of the code."""
         self.reset_peak()
 
     def library_bytes(self) -> int:
@@ -100,7 +101,7 @@ class AllocatedBytes:
         """Do nothing: the CUDA allocator does not count host memory."""
         return nullcontext()
 
-    def reset(self) -> None:
+    def start(self, part: str) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> dict[str, int]:

@@ -55,6 +55,7 @@ class RecordedBytes(CountedBytes):
 
     def start(self, part: str) -> None:
         """Start a new part; everything recorded from now on belongs to it."""
+        super().start(part)
         # Weights are created on the host. Those that the model does not keep unchanged never reach the device.
         self._newborn = HOST if part in (GROWN_WEIGHTS, STAGE_WEIGHTS) else REST
         self._parts.append((part, len(self._events)))
