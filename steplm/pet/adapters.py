@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from steplm.errors import CheckpointMismatch, ConfigError
 from steplm.pet.embedding import TiedLoRAHead, adapt_embedding, check_embedding
-from steplm.pet.lora import LoRALinear
+from steplm.pet.lora import LoRALinear, require_rank
 from steplm.rows import WHOLE, Rows
 from steplm.schedule import Adapter, Phase
 from steplm.units import nearest
@@ -207,11 +207,5 @@ def _linear(name: str, module: nn.Module | None, spec: Adapter, way_out: str) ->
             f"{name} is a {type(module).__name__}, and {spec.method} adapts only plain nn.Linear modules. {way_out}",
             target=name,
         )
-    if spec.rank > min(module.in_features, module.out_features):
-        raise ConfigError(
-            f"pet.rank {spec.rank} is more than the smaller side of {name}, "
-            f"{module.out_features} x {module.in_features}. Lower pet.rank.",
-            rank=spec.rank,
-            shape=(module.out_features, module.in_features),
-        )
+    require_rank(name, module, spec.rank)
     return module

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ from steplm.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from steplm.config import RunConfig, load_written_config
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import CheckpointError, DataError
+from steplm.files import replacing
 from steplm.models.folder import save_folder, save_generation_config
 from steplm.pet.adapters import merge_state
 from steplm.planner.plan import Plan
@@ -53,12 +53,8 @@ def export(source: str | Path, output_dir: str | Path | None = None) -> Path:
     final = output_dir.resolve()  # "." has no name
     _require_replaceable(final)
     tokenizer_dir = _tokenizer_dir(run_dir, config)
-
-    temporary = final.with_name(f".{final.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    _write(temporary, checkpoint, config, plan, tokenizer_dir)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
+    with replacing(final) as temporary:
+        _write(temporary, checkpoint, config, plan, tokenizer_dir)
     return output_dir
 
 

@@ -79,9 +79,9 @@ class CountedBytes(ByteCounter):
         activations.to_host = self._to_host
         super().__exit__(*exception)
 
-    def _on_gradient(self, parameter: Tensor) -> None:
+    def _on_gradient(self, parameter: Tensor, label: str = "gradients") -> None:
         if parameter.grad is not None:  # None if already moved to the host
-            self.track(parameter.grad, "gradients")
+            self.track(parameter.grad, label)
 
     def _copy_on_host(self, tensor: Tensor) -> Tensor:
         with self.labeling(HOST):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from steplm.data.prepare import prepare, with_prepared_dir
 from steplm.data.tokens import MANIFEST, Manifest, TokenDataset
 from steplm.distributed.world import World, joined, with_world_size
 from steplm.errors import CheckpointError, ConfigError, SteplmError
-from steplm.files import write_atomically
+from steplm.files import replacing, write_atomically
 from steplm.models.build import DTYPES
 from steplm.models.device import free_memory, resolve_device
 from steplm.models.folder import load_config_and_state, load_hf_config
@@ -330,9 +329,8 @@ def _keep_tokenizer(config: RunConfig) -> None:
     """Copy the tokenizer into the run directory, so that a run moved elsewhere can still be exported."""
     target = config.run_dir / "tokenizer"
     if not target.is_dir():
-        unfinished = config.run_dir / ".tokenizer.writing"
-        shutil.copytree(config.prepared_dir / "tokenizer", unfinished, dirs_exist_ok=True)
-        os.replace(unfinished, target)
+        with replacing(target) as unfinished:
+            shutil.copytree(config.prepared_dir / "tokenizer", unfinished)
 
 
 def _write_documents(config: RunConfig, plan: Plan, world: World) -> None:

@@ -45,7 +45,7 @@ def save(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled)
             run.checkpoints_dir,
             config=start.hf_config,
             # Packed weights are saved dequantized: packing them again gives the same codes.
-            weights=copied_to_cpu(weights) | dict(unpacked_state(model)),
+            weights=copied_to_cpu(weights) | unpacked_state(model),
             adapters=copied_to_cpu(adapters),
             optimizer=copied_to_cpu(tensors),
             state=state,
@@ -56,7 +56,7 @@ def save(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled)
         run.checkpoints_dir,
         run.writer,
         config=start.hf_config,
-        weights=weights | dict(unpacked_state(model)),
+        weights=weights | unpacked_state(model),
         adapters=adapters,
         optimizer={
             key: as_global(state, run.world, _num_rows(state, rules.parameters[key.rpartition(".")[0]], run.world))
@@ -80,7 +80,7 @@ def in_memory(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assem
     return Checkpoint(
         path=None,
         config=start.hf_config,
-        weights=_on_cpu(weights) | dict(unpacked_state(model)),
+        weights=_on_cpu(weights) | unpacked_state(model),
         adapters=_on_cpu(adapters),
         optimizer=_on_cpu(assembled.rules.state_dict()[0]),
         state=_state(run, phase, start, assembled, probes=True),
