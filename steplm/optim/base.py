@@ -145,9 +145,8 @@ class RuleBase(ABC):
         parameter = self.parameters[name]
         assert parameter.grad is not None
         norm.add(name, parameter.grad)
-        if learning_rate is not None and self._is_ready(name):
-            self._update([name], learning_rate, grad_scale)
-            self.steps[name] += 1
+        if learning_rate is not None:
+            self.step(learning_rate, grad_scale, among=[name])
         parameter.grad = None
 
     def grad_norm(self) -> Tensor:

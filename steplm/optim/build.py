@@ -188,11 +188,7 @@ class UpdateRules:
         return flat, self.steps
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], steps: Mapping[str, int], *, strict: bool = True) -> None:
-        """Copy saved states in; see ``RuleBase.load_state_dict``.
-
-        Raises:
-            CheckpointMismatch: as in ``RuleBase.load_state_dict``.
-        """
+        """Copy saved states in; see ``RuleBase.load_state_dict``."""
         unsent = {key.removesuffix(UPDATED): tensor for key, tensor in tensors.items() if key.endswith(UPDATED)}
         if unsent and self.host is not None:
             self.host.load_unsent(unsent)
@@ -201,7 +197,7 @@ class UpdateRules:
         first = next(iter(self.rules.values()))  # reports the entries that belong to no rule
         for rule in self.rules.values():
             rule.load_state_dict(
-                {key: tensor for key, tensor in tensors.items() if owners.get(_parameter_of(key), first) is rule},
+                {key: tensor for key, tensor in tensors.items() if owners.get(key.rpartition(".")[0], first) is rule},
                 {name: count for name, count in steps.items() if owners.get(name, first) is rule},
                 strict=strict,
             )
@@ -289,7 +285,3 @@ def linear_names(model: nn.Module, layer_prefix: str) -> frozenset[str]:
     """Names of the linear modules of all layers, relative to their layer."""
     modules = model.get_submodule(layer_prefix).named_modules()
     return frozenset(name.partition(".")[2] for name, module in modules if isinstance(module, nn.Linear))
-
-
-def _parameter_of(key: str) -> str:
-    return key.rpartition(".")[0]

@@ -206,7 +206,9 @@ class HostParameters:
 
     def _add(self, name: str, parameter: nn.Parameter) -> None:
         linear = self._linears.get(name)
-        copy = parameter if linear is not None else nn.Parameter(self._copied(parameter))
+        copy = parameter
+        if linear is None:
+            copy = nn.Parameter(host_empty(parameter.shape, parameter.dtype, self.device).copy_(parameter.detach()))
         dtype = torch.float32 if self.sums else parameter.dtype
         if dtype != parameter.dtype:
             require_grad_dtype(copy, "memory.offload_optimizer with several micro-batches")
@@ -219,9 +221,6 @@ class HostParameters:
         else:
             self._on_device[name] = parameter
             self._hooks[name] = parameter.register_post_accumulate_grad_hook(partial(self._leave, name=name))
-
-    def _copied(self, parameter: nn.Parameter) -> Tensor:
-        return host_empty(parameter.shape, parameter.dtype, self.device).copy_(parameter.detach())
 
     def _forget_fetched(self) -> None:
         for fetcher in {linear.fetcher for linear in self._linears.values()}:

@@ -17,13 +17,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from steplm.config import RunConfig
 from steplm.distributed.shard import fill, shard
 from steplm.distributed.world import World
-from steplm.errors import CheckpointMismatch, ConfigError
+from steplm.errors import CheckpointMismatch
 from steplm.growth.grow import layer_prefix_of
 from steplm.models.activations import checkpoint_layers, layers_to_checkpoint
 from steplm.models.build import build_model, empty_model
 from steplm.models.device import move
 from steplm.models.forward import check_loss
 from steplm.optim.build import UpdateRules, build_rules
+from steplm.optim.host import require_grad_dtype
 from steplm.pet.adapters import attach, fresh_adapter_state, load_adapter_state
 from steplm.pet.frozen import PackReport, frozen_tensors, pack_frozen
 from steplm.pet.host_linear import fetch_slots, host_linears, offload_trained
@@ -88,7 +89,9 @@ def assemble(
             differing=differing,
         )
     if config.sums_in_fp32 and not memory.offload_optimizer:  # the offloaded optimizer sums them itself
-        _sum_gradients_in_fp32(model)
+        for parameter in model.parameters():
+            require_grad_dtype(parameter, "train.gradient_accumulation_dtype=fp32")
+            parameter.grad_dtype = torch.float32
     packing = pack_frozen(
         model,
         prefix,
@@ -124,18 +127,6 @@ def assemble(
         }
         rules.load_state_dict(fresh | start.optimizer, start.optimizer_steps, strict=False)
     return Assembled(model, rules, packing)
-
-
-def _sum_gradients_in_fp32(model: nn.Module) -> None:
-    """Make autograd accumulate gradients in fp32.
-
-    Raises:
-        ConfigError: this version of PyTorch does not support it.
-    """
-    for parameter in model.parameters():
-        if not hasattr(parameter, "grad_dtype"):
-            raise ConfigError("train.gradient_accumulation_dtype=fp32 needs PyTorch 2.10 or newer: update it.")
-        parameter.grad_dtype = torch.float32
 
 
 def packed_rows(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

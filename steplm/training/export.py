@@ -19,7 +19,7 @@ from steplm.files import replacing
 from steplm.models.folder import save_folder, save_generation_config
 from steplm.pet.adapters import merge_state
 from steplm.planner.plan import Plan
-from steplm.training.folder import read_plan
+from steplm.training.folder import RunFolder
 from steplm.training.model_card import model_card, public_name
 from steplm.types import to_json
 from steplm.units import reason
@@ -48,7 +48,7 @@ def export(source: str | Path, output_dir: str | Path | None = None) -> Path:
     if checkpoint_path is None:
         raise CheckpointError(f"{source} holds no complete checkpoint: is it a run directory?", path=str(source))
     checkpoint = load_checkpoint(checkpoint_path, with_optimizer=False)
-    config, plan = load_written_config(run_dir / "config.yaml"), read_plan(run_dir)
+    config, plan = load_written_config(run_dir / "config.yaml"), RunFolder.open(run_dir).plan
     output_dir = Path(output_dir) if output_dir is not None else run_dir / "export"
     final = output_dir.resolve()  # "." has no name
     _require_replaceable(final)

@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from steplm.cost.count import REST, ByteCounter
 from steplm.models import activations
 from steplm.optim.build import UpdateRules
-from steplm.pet.frozen import frozen_tensors
-from steplm.pet.host_linear import fetch_slots, host_linears
+from steplm.pet.host_linear import host_linears
+from steplm.training.assemble import packed_rows
 from steplm.types import HOST
 
 ALLOCATED = "allocated"  # kind of bytes
@@ -36,10 +36,8 @@ class CountedBytes(ByteCounter):
             self.track(parameter, "weights")
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
-        for _, tensor, is_on_host in frozen_tensors(model):
-            self.track(tensor, HOST if is_on_host else "weights")
-        for slot in fetch_slots(model):
-            self.track(slot, "weights")
+        for _, kind, tensor in packed_rows(model):
+            self.track(tensor, kind)
         if optimizer is None:
             return
         host = optimizer.host

@@ -42,7 +42,7 @@ from steplm.training.environment import environment, free_host_bytes
 from steplm.training.evaluate import probe_loss, validation_loss
 from steplm.training.export import export
 from steplm.training.extend import begin_with, has_begun
-from steplm.training.folder import RunFolder, read_plan, require_this_version
+from steplm.training.folder import RunFolder, require_this_version
 from steplm.training.loop import memory_errors, train_phase
 from steplm.training.metrics import SINKS, MetricsLog, NoLog, Sink, require_sinks
 from steplm.training.save import in_memory
@@ -306,7 +306,8 @@ def _result_of(run_dir: Path) -> RunResult:
             f"{file} cannot be used: {reason(error)}. Remove it, and run the same command again to write it.",
             path=str(file),
         ) from None
-    return RunResult(run_dir, read_plan(run_dir), finished=True, validation_loss=loss, export_dir=run_dir / export_dir)
+    plan = RunFolder.open(run_dir).plan
+    return RunResult(run_dir, plan, finished=True, validation_loss=loss, export_dir=run_dir / export_dir)
 
 
 def _with_prepared_dir(config: RunConfig, folder: RunFolder) -> RunConfig:
