@@ -259,11 +259,10 @@ def inherited_state(
     inherited: dict[str, Tensor] = {}
     inherited_steps: dict[str, int] = {}
     for name, (of, fraction) in parents.items():
-        held = [[tensors.get(f"{parent}.{key}") for parent in of] for key in INHERITED]
-        for key, moments in zip(INHERITED, held, strict=True):
-            known = [moment for moment in moments if moment is not None and moment.is_floating_point()]
-            if len(known) == len(of):
-                inherited[f"{name}.{key}"] = torch.lerp(known[0], known[-1], fraction)
+        for key in INHERITED:
+            moments = [tensors[f"{parent}.{key}"] for parent in of if f"{parent}.{key}" in tensors]
+            if len(moments) == len(of) and all(moment.is_floating_point() for moment in moments):
+                inherited[f"{name}.{key}"] = torch.lerp(moments[0], moments[-1], fraction)
                 inherited_steps[name] = min(steps[parent] for parent in of)
     return inherited, inherited_steps
 
