@@ -104,8 +104,9 @@ class HostParameters:
         for name in self.parameters.keys() - parameters.keys():
             self._hooks.pop(name).remove()
             del self.parameters[name], self._gradients[name], self._on_device[name]
-        for name in parameters.keys() - self.parameters.keys():
-            self._add(name, parameters[name])
+        for name, parameter in parameters.items():
+            if name not in self.parameters:
+                self._add(name, parameter)
         self.parameters = {name: self.parameters[name] for name in parameters}
         largest = max((p.nbytes for p in parameters.values()), default=0)
         if self.sums and (self._landing is None or len(self._landing) != largest):
