@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from steplm.cost.formats import STATE_BLOCK, STEP_CHUNK, scales_shape
+from steplm.cost.formats import STATE_BLOCK, STEP_CHUNK
 from steplm.errors import ConfigError
 from steplm.optim.base import CodeBooks, NamedParameters, RuleBase, decays
 from steplm.optim.masters import new_master, read_weight, split_
@@ -109,13 +109,8 @@ class AdamW(RuleBase):
 
     def _new_states(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
         weight, held = on_this_rank(parameter.detach()), dict[str, Tensor]()
-        is_quantized = self.states == "8bit" and weight.ndim >= 2
         for moment, signed in MOMENTS.items():
-            held[moment] = torch.zeros_like(weight, dtype=torch.uint8 if is_quantized else torch.float32)
-            if is_quantized:
-                # With a scale of 0, every code represents 0.
-                held[_scale(moment)] = weight.new_zeros(scales_shape(weight.shape), dtype=torch.float32)
-                self._book(signed=signed, device=weight.device)  # allocates the tables before the first step
+            held |= self._new_moment(moment, weight, self.states if weight.ndim >= 2 else "fp32", signed=signed)
         return held | new_master(weight, self.master_weights)
 
     def _update_pieces(self, pieces: list[Piece], learning_rate: float, grad_scale: float) -> None:
@@ -123,7 +118,10 @@ class AdamW(RuleBase):
         if not pieces:
             return
         weights = [piece.of(on_this_rank(self.parameters[piece.name].detach())) for piece in pieces]
-        moments = {key: [self._read_moment(piece, key) for piece in pieces] for key in MOMENTS}
+        moments = {
+            key: [self._read_moment(*self._moment(piece, key), signed=signed) for piece in pieces]
+            for key, signed in MOMENTS.items()
+        }
         masters = [
             read_weight(weight, self._states[piece.name], piece.of)
             for piece, weight in zip(pieces, weights, strict=True)
@@ -151,24 +149,14 @@ class AdamW(RuleBase):
             torch._foreach_copy_([weights[index] for index in apart], [masters[index] for index in apart])
         del masters  # rounding the moments needs as much memory again
         for key, values in moments.items():
-            self._write_moments(pieces, key, values)
+            for piece, moment in zip(pieces, values, strict=True):
+                self._write_moment(moment, *self._moment(piece, key), signed=MOMENTS[key])
 
-    def _read_moment(self, piece: Piece, key: str) -> Tensor:
-        """The moment in fp32: the state itself, or its codes dequantized."""
+    def _moment(self, piece: Piece, key: str) -> tuple[Tensor, Tensor | None]:
+        """The elements of a moment, and the scales of 8-bit codes."""
         states = self._states[piece.name]
-        values = piece.of(states[key])
-        if _scale(key) not in states:
-            return values
-        return self._book(signed=MOMENTS[key], device=values.device).dequantize(
-            values, piece.scales_of(states[_scale(key)])
-        )
-
-    def _write_moments(self, pieces: list[Piece], key: str, moments: list[Tensor]) -> None:
-        for piece, values in zip(pieces, moments, strict=True):
-            states = self._states[piece.name]
-            if _scale(key) in states:
-                codes, scales = piece.of(states[key]), piece.scales_of(states[_scale(key)])
-                self._book(signed=MOMENTS[key], device=values.device).quantize_(values, codes, scales)
+        scales = states.get(f"{key}_scale")
+        return piece.of(states[key]), None if scales is None else piece.scales_of(scales)
 
     def _gradients(self, pieces: list[Piece], scale: float) -> list[Tensor]:
         """Gradients in fp32, times ``scale``: copies, unless they are in fp32 already and ``scale`` is 1."""
@@ -271,11 +259,10 @@ def inherited_state(
     inherited: dict[str, Tensor] = {}
     inherited_steps: dict[str, int] = {}
     for name, (of, fraction) in parents.items():
-        held = [[tensors.get(f"{parent}.{key}") for parent in of] for key in INHERITED]
-        for key, moments in zip(INHERITED, held, strict=True):
-            known = [moment for moment in moments if moment is not None and moment.is_floating_point()]
-            if len(known) == len(of):
-                inherited[f"{name}.{key}"] = torch.lerp(known[0], known[-1], fraction)
+        for key in INHERITED:
+            moments = [tensors[f"{parent}.{key}"] for parent in of if f"{parent}.{key}" in tensors]
+            if len(moments) == len(of) and all(moment.is_floating_point() for moment in moments):
+                inherited[f"{name}.{key}"] = torch.lerp(moments[0], moments[-1], fraction)
                 inherited_steps[name] = min(steps[parent] for parent in of)
     return inherited, inherited_steps
 
@@ -304,8 +291,3 @@ def _cut(name: str, weight: Tensor) -> list[Piece]:
     """Split a parameter into the pieces in which it is updated."""
     starts = range(0, weight.numel(), STEP_CHUNK)
     return [Piece(name, start, min(start + STEP_CHUNK, weight.numel())) for start in starts]
-
-
-def _scale(moment: str) -> str:
-    """Name of the state with the scales of an 8-bit moment."""
-    return f"{moment}_scale"

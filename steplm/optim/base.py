@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from steplm.cost.formats import STEP_CHUNK
+from steplm.cost.formats import STEP_CHUNK, scales_shape
 from steplm.errors import CheckpointMismatch, SteplmError
 from steplm.optim.quantized import CodeBook
 from steplm.rows import on_this_rank
 
+MOMENT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 CodeBooks = dict[tuple[bool, torch.device], CodeBook]  # key: whether the state is signed, and its device
 NamedParameters = Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]]
 
 
 class GradNorm:
-    """The global 2-norm of gradients that never exist all at once."""
+    """The global 2-norm of gradients that never exist all at once; each parameter has one."""
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        self._square = torch.zeros((), device=device)
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._square = torch.zeros((), device=next((parameter.device for parameter in parameters), None))
+        self._names = set[str]()
 
-    def add(self, gradient: Tensor) -> None:
-        self._square += grad_norm(gradient).square()
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add the gradient of a parameter.
+
+        Raises:
+            SteplmError: the parameter has had its gradient.
+        """
+        if name in self._names:
+            raise SteplmError(
+                f"the gradient of {name} arrived twice within one fused update. Fused updates cannot accumulate "
+                "gradients: run one backward pass, on one micro-batch (train.gradient_accumulation_steps=1).",
+                name=name,
+            )
+        self._names.add(name)
+        self._square += grad_norm(on_this_rank(gradient)).square()
 
     def total(self) -> Tensor:
         """The norm, an fp32 scalar on the gradients' device."""
@@ -113,18 +126,10 @@ class RuleBase(ABC):
         Raises:
             SteplmError: a second backward pass runs inside the context.
         """
-        norm = norm or GradNorm(next((p.device for p in self.parameters.values()), None))
-        done = set[str]()
+        norm = norm or GradNorm(self.parameters.values())
         hooks = [
             parameter.register_post_accumulate_grad_hook(
-                partial(
-                    self.update_in_backward,
-                    name=name,
-                    learning_rate=learning_rate,
-                    grad_scale=grad_scale,
-                    norm=norm,
-                    done=done,
-                )
+                lambda _, name=name: self.update_in_backward(name, learning_rate, grad_scale, norm)
             )
             for name, parameter in self.parameters.items()
         ]
@@ -135,36 +140,13 @@ class RuleBase(ABC):
                 hook.remove()
 
     @torch.no_grad()
-    def update_in_backward(
-        self,
-        parameter: Tensor,
-        *,
-        name: str,
-        learning_rate: float | None,
-        grad_scale: float,
-        norm: GradNorm,
-        done: set[str],
-    ) -> None:
-        """Update a parameter whose gradient is complete, and free the gradient; see ``in_backward``.
-
-        Args:
-            done: names of the parameters updated in this pass, to which this one is added.
-
-        Raises:
-            SteplmError: the parameter is among them.
-        """
-        if name in done:
-            raise SteplmError(
-                f"the gradient of {name} arrived twice within one fused update. Fused updates cannot accumulate "
-                "gradients: run one backward pass, on one micro-batch (train.gradient_accumulation_steps=1).",
-                name=name,
-            )
-        done.add(name)
+    def update_in_backward(self, name: str, learning_rate: float | None, grad_scale: float, norm: GradNorm) -> None:
+        """Update a parameter whose gradient is complete, and free the gradient; see ``in_backward``."""
+        parameter = self.parameters[name]
         assert parameter.grad is not None
-        norm.add(on_this_rank(parameter.grad))
-        if learning_rate is not None and self._is_ready(name):
-            self._update([name], learning_rate, grad_scale)
-            self.steps[name] += 1
+        norm.add(name, parameter.grad)
+        if learning_rate is not None:
+            self.step(learning_rate, grad_scale, among=[name])
         parameter.grad = None
 
     def grad_norm(self) -> Tensor:
@@ -219,6 +201,34 @@ class RuleBase(ABC):
         for key in keys:
             own[key].copy_(tensors[key])
         self.steps.update({name: steps[name] for name in wanted})
+
+    def _new_moment(
+        self, key: str, weight: Tensor, states: str, *, signed: bool, shape: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """A moment of zeros for a weight in the format ``states``, by name, with the scales of 8-bit codes.
+
+        Args:
+            shape: of the scales; default: that of one state for the whole weight.
+        """
+        held = {key: weight.new_zeros(weight.shape, dtype=MOMENT_DTYPES[states])}
+        if states == "8bit":  # with a scale of 0, every code represents 0
+            held[f"{key}_scale"] = weight.new_zeros(shape or scales_shape(weight.shape), dtype=torch.float32)
+            self._book(signed=signed, device=weight.device)  # allocates the tables before the first step
+        return held
+
+    def _read_moment(self, values: Tensor, scales: Tensor | None, *, signed: bool) -> Tensor:
+        """Some elements of a moment in fp32: the state itself, or a copy; ``scales`` are those of 8-bit codes."""
+        if scales is None:
+            return values.float()
+        book = self._book(signed=signed, device=values.device)
+        return book.dequantize(values.view(-1), scales).view_as(values)
+
+    def _write_moment(self, moment: Tensor, values: Tensor, scales: Tensor | None, *, signed: bool) -> None:
+        """Round a result of ``_read_moment`` into the state; may overwrite ``moment``."""
+        if scales is not None:
+            self._book(signed=signed, device=values.device).quantize_(moment.view(-1), values.view(-1), scales)
+        elif values.dtype != torch.float32:
+            values.copy_(moment)
 
     def _book(self, *, signed: bool, device: torch.device) -> CodeBook:
         key = (signed, device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,57 +31,42 @@ from steplm.schedule import Frozen, Phase
 UPDATED = ".updated"  # ends the name of a state: see ``UpdateRules.state_dict``
 MASTER_WEIGHTS: dict[str, bool | str] = {"fp32": True, "8bit": "8bit", "none": False}
 
-Make = Callable[[RunConfig, str, CodeBooks], RuleBase]
+Make = Callable[..., RuleBase]
 
 
-def _adamw(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
-    return AdamW(
-        {},
-        betas=(config.optim.adam_beta1, config.optim.adam_beta2),
-        eps=config.optim.adam_epsilon,
-        weight_decay=config.optim.weight_decay,
-        states=config.memory.optimizer_states,
-        master_weights=MASTER_WEIGHTS[masters_of(rule, config.memory)],
-        books=books,
-    )
+def _adamw(config: RunConfig, rule: str, **options: Any) -> RuleBase:
+    return AdamW({}, states=config.memory.optimizer_states, **_adam(config), **options)
 
 
-def _muon(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
+def _muon(config: RunConfig, rule: str, **options: Any) -> RuleBase:
     values = config.model.hf_config()
     family = FAMILIES.get(values["model_type"])
-    is_fused = family is not None and family.fused
-    return Muon(
-        {},
-        states=config.memory.optimizer_states,
-        master_weights=MASTER_WEIGHTS[masters_of(rule, config.memory)],
-        weight_decay=config.optim.weight_decay,
-        row_blocks=row_blocks(shape_from_hf_config(values)) if is_fused else NO_BLOCKS,
-        books=books,
-    )
+    blocks = row_blocks(shape_from_hf_config(values)) if family is not None and family.fused else NO_BLOCKS
+    return Muon({}, states=config.memory.optimizer_states, row_blocks=blocks, **options)
 
 
-def _scale(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
-    masters = MASTER_WEIGHTS[masters_of(rule, config.memory)]
-    return SCALE({}, master_weights=masters, weight_decay=config.optim.weight_decay, books=books)
+def _scale(config: RunConfig, rule: str, **options: Any) -> RuleBase:
+    return SCALE({}, **options)
 
 
-def _low_rank(config: RunConfig, rule: str, books: CodeBooks) -> RuleBase:
-    optim = config.optim
+def _low_rank(config: RunConfig, rule: str, *, books: CodeBooks, **options: Any) -> RuleBase:  # has no 8-bit moments
     return LowRankAdamW(
         {},
         method=rule,
-        rank=optim.rank,
-        update_proj_gap=optim.update_proj_gap,
-        scale=optim.scale,
+        rank=config.optim.rank,
+        update_proj_gap=config.optim.update_proj_gap,
+        scale=config.optim.scale,
         seed=config.seed,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        eps=optim.adam_epsilon,
-        weight_decay=optim.weight_decay,
-        master_weights=masters_of(rule, config.memory) == "fp32",
+        **_adam(config),
+        **options,
     )
 
 
-# Each builds a rule without parameters.
+def _adam(config: RunConfig) -> dict[str, Any]:
+    return {"betas": (config.optim.adam_beta1, config.optim.adam_beta2), "eps": config.optim.adam_epsilon}
+
+
+# Each builds a rule without parameters from a config, the rule's name and the options that all rules have.
 MAKERS: dict[str, Make] = {
     ADAMW: _adamw,
     "muon": _muon,
@@ -142,31 +128,20 @@ class UpdateRules:
     @contextmanager
     def in_backward(self, learning_rate: float | None, grad_scale: float = 1.0) -> Iterator[GradNorm]:
         """See ``RuleBase.in_backward``. With ``host``, gradients of earlier backward passes are part of the update."""
-        norm = GradNorm(next((p.device for p in self.parameters.values()), None))
+        norm, owners = GradNorm(self.parameters.values()), self._owners()
+
+        def update_on_host(name: str) -> None:
+            assert self.host is not None
+            owners[name].update_in_backward(name, learning_rate, grad_scale, norm)
+            self.host.send([name])
+
         with ExitStack() as stack:
             if self.host is not None:
-                stack.enter_context(self.host.calling(self._update_on_host(learning_rate, grad_scale, norm)))
+                stack.enter_context(self.host.calling(update_on_host))
             else:
                 for rule in self.rules.values():
                     stack.enter_context(rule.in_backward(learning_rate, grad_scale, norm))
             yield norm
-
-    def _update_on_host(self, learning_rate: float | None, grad_scale: float, norm: GradNorm) -> Callable[[str], None]:
-        owners, done = self._owners(), set[str]()
-
-        def update(name: str) -> None:
-            assert self.host is not None
-            owners[name].update_in_backward(
-                self.parameters[name],
-                name=name,
-                learning_rate=learning_rate,
-                grad_scale=grad_scale,
-                norm=norm,
-                done=done,
-            )
-            self.host.send([name])
-
-        return update
 
     def _delayed_update(self, learning_rate: float, grad_scale: float) -> Callable[[str], None]:
         owners, generator = self._owners(), torch.Generator().manual_seed(torch.initial_seed())
@@ -213,11 +188,7 @@ class UpdateRules:
         return flat, self.steps
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], steps: Mapping[str, int], *, strict: bool = True) -> None:
-        """Copy saved states in; see ``RuleBase.load_state_dict``.
-
-        Raises:
-            CheckpointMismatch: as in ``RuleBase.load_state_dict``.
-        """
+        """Copy saved states in; see ``RuleBase.load_state_dict``."""
         unsent = {key.removesuffix(UPDATED): tensor for key, tensor in tensors.items() if key.endswith(UPDATED)}
         if unsent and self.host is not None:
             self.host.load_unsent(unsent)
@@ -226,7 +197,7 @@ class UpdateRules:
         first = next(iter(self.rules.values()))  # reports the entries that belong to no rule
         for rule in self.rules.values():
             rule.load_state_dict(
-                {key: tensor for key, tensor in tensors.items() if owners.get(_parameter_of(key), first) is rule},
+                {key: tensor for key, tensor in tensors.items() if owners.get(key.rpartition(".")[0], first) is rule},
                 {name: count for name, count in steps.items() if owners.get(name, first) is rule},
                 strict=strict,
             )
@@ -246,7 +217,16 @@ def build_rules(
     """
     books: CodeBooks = {}
     names = {ADAMW, *(role.rule for role in phase.layers if not isinstance(role, Frozen))}
-    rules = {name: MAKERS[name](config, name, books) for name in sorted(names, key=lambda name: name != ADAMW)}
+    rules = {
+        name: MAKERS[name](
+            config,
+            name,
+            weight_decay=config.optim.weight_decay,
+            master_weights=MASTER_WEIGHTS[masters_of(name, config.memory)],
+            books=books,
+        )
+        for name in sorted(names, key=lambda name: name != ADAMW)
+    }
     host = None
     if config.memory.offload_optimizer:
         device = next(model.parameters()).device
@@ -286,28 +266,22 @@ def rule_of_each(
         shapes: shapes of the trained parameters, by full name.
         linears: names of the linear modules relative to their layer, such as ``self_attn.q_proj``.
     """
-    return {name: _rule_of(name, shape, phase, layer_prefix, linears, config) for name, shape in shapes.items()}
 
-
-def _rule_of(
-    name: str, shape: tuple[int, ...], phase: Phase, layer_prefix: str, linears: Collection[str], config: RunConfig
-) -> str:
-    if not name.startswith(f"{layer_prefix}."):
+    def rule_of(name: str, shape: tuple[int, ...]) -> str:
+        if not name.startswith(f"{layer_prefix}."):
+            return ADAMW
+        layer, _, below = name.removeprefix(f"{layer_prefix}.").partition(".")
+        role = phase.layers[int(layer)]
+        is_factor = name.rpartition(".")[2] in ADAPTER_TENSORS
+        is_matrix = is_factor or below.removesuffix(".weight") in linears or len(shape) == 3
+        if not isinstance(role, Frozen) and is_matrix and RULES[role.rule].takes(shape, config.optim):
+            return role.rule
         return ADAMW
-    layer, _, below = name.removeprefix(f"{layer_prefix}.").partition(".")
-    role = phase.layers[int(layer)]
-    is_factor = name.rpartition(".")[2] in ADAPTER_TENSORS
-    is_matrix = is_factor or below.removesuffix(".weight") in linears or len(shape) == 3
-    if not isinstance(role, Frozen) and is_matrix and RULES[role.rule].takes(shape, config.optim):
-        return role.rule
-    return ADAMW
+
+    return {name: rule_of(name, shape) for name, shape in shapes.items()}
 
 
 def linear_names(model: nn.Module, layer_prefix: str) -> frozenset[str]:
     """Names of the linear modules of all layers, relative to their layer."""
     modules = model.get_submodule(layer_prefix).named_modules()
     return frozenset(name.partition(".")[2] for name, module in modules if isinstance(module, nn.Linear))
-
-
-def _parameter_of(key: str) -> str:
-    return key.rpartition(".")[0]

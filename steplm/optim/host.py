@@ -104,8 +104,9 @@ class HostParameters:
         for name in self.parameters.keys() - parameters.keys():
             self._hooks.pop(name).remove()
             del self.parameters[name], self._gradients[name], self._on_device[name]
-        for name in parameters.keys() - self.parameters.keys():
-            self._add(name, parameters[name])
+        for name, parameter in parameters.items():
+            if name not in self.parameters:
+                self._add(name, parameter)
         self.parameters = {name: self.parameters[name] for name in parameters}
         largest = max((p.nbytes for p in parameters.values()), default=0)
         if self.sums and (self._landing is None or len(self._landing) != largest):
@@ -206,7 +207,9 @@ class HostParameters:
 
     def _add(self, name: str, parameter: nn.Parameter) -> None:
         linear = self._linears.get(name)
-        copy = parameter if linear is not None else nn.Parameter(self._copied(parameter))
+        copy = parameter
+        if linear is None:
+            copy = nn.Parameter(host_empty(parameter.shape, parameter.dtype, self.device).copy_(parameter.detach()))
         dtype = torch.float32 if self.sums else parameter.dtype
         if dtype != parameter.dtype:
             require_grad_dtype(copy, "memory.offload_optimizer with several micro-batches")
@@ -219,9 +222,6 @@ class HostParameters:
         else:
             self._on_device[name] = parameter
             self._hooks[name] = parameter.register_post_accumulate_grad_hook(partial(self._leave, name=name))
-
-    def _copied(self, parameter: nn.Parameter) -> Tensor:
-        return host_empty(parameter.shape, parameter.dtype, self.device).copy_(parameter.detach())
 
     def _forget_fetched(self) -> None:
         for fetcher in {linear.fetcher for linear in self._linears.values()}:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from steplm.cost.formats import is_low_rank
 from steplm.errors import ConfigError
 from steplm.optim.adamw import MOMENTS, adamw_
-from steplm.optim.base import NamedParameters, RuleBase, decays
+from steplm.optim.base import NamedParameters, RuleBase
 from steplm.optim.masters import new_master, read_weight, write_weight
 from steplm.optim.projection import leading_vectors, random_projector
 from steplm.rows import on_this_rank
@@ -65,7 +65,7 @@ class LowRankAdamW(RuleBase):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
-        master_weights: bool = True,
+        master_weights: bool | str = True,
     ) -> None:
         if method not in SCALES:
             raise ConfigError(f"no low-rank optimizer {method!r}. Known: {', '.join(SCALES)}.", method=method)
@@ -94,19 +94,12 @@ class LowRankAdamW(RuleBase):
         return held | new_master(weight, self.master_weights)
 
     def _update(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
+        update = self._update_galore if self.method == "galore" else self._update_apollo
+        decay = 1.0 - learning_rate * self.weight_decay
         for name in names:
-            self._update_matrix(name, learning_rate, grad_scale)
-
-    def _update_matrix(self, name: str, learning_rate: float, grad_scale: float) -> None:
-        """One update of one matrix with low-rank states."""
-        parameter = self.parameters[name]
-        assert parameter.grad is not None
-        gradient = _wide(on_this_rank(parameter.grad))
-        decay = 1.0 - learning_rate * (self.weight_decay if decays(parameter) else 0.0)
-        if self.method != "galore":
-            self._update_apollo(name, gradient, learning_rate, grad_scale, decay)
-        else:
-            self._update_galore(name, gradient, learning_rate, grad_scale, decay)
+            gradient = self.parameters[name].grad
+            assert gradient is not None
+            update(name, _wide(on_this_rank(gradient)), learning_rate, grad_scale, decay)
 
     def _is_ready(self, name: str) -> bool:
         """Refresh the projector if it is due, and return whether there is one."""

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from steplm.cost.formats import STATE_BLOCK, maps_at_once, row_pieces, scales_shape
 from steplm.errors import ConfigError
-from steplm.optim.base import CodeBooks, NamedParameters, RuleBase
+from steplm.optim.base import MOMENT_DTYPES, CodeBooks, NamedParameters, RuleBase
 from steplm.optim.masters import new_master, read_weight, write_weight
 from steplm.optim.sharding import Sharding, sharding
 from steplm.rows import on_this_rank
 
-STATES = ("fp32", "bf16", "8bit")
+STATES = tuple(MOMENT_DTYPES)
 MASTER_WEIGHTS = (True, False, "8bit")
 UPDATE_RMS = 0.2  # of an update at learning rate 1, about AdamW's; Liu et al. (arXiv 2502.16982), section 2.2
 
@@ -98,12 +98,8 @@ class MatrixRule(RuleBase):
         self._refuse_unless_matrix(name, parameter)
         weight, held = on_this_rank(parameter.detach()), dict[str, Tensor]()
         if self.momentum:
-            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[self.states]
-            held["momentum_buffer"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-            if self.states == "8bit":
-                shape = (*weight.shape[:-2], *scales_shape(weight.shape[-2:]))
-                held["momentum_buffer_scale"] = torch.zeros(shape, device=weight.device)  # a scale of 0: only zeros
-                self._book(signed=True, device=weight.device)  # allocates the tables before the first step
+            shape = (*weight.shape[:-2], *scales_shape(weight.shape[-2:]))
+            held = self._new_moment("momentum_buffer", weight, self.states, signed=True, shape=shape)
         return held | new_master(weight, self.master_weights)
 
     def _update(self, names: list[str], learning_rate: float, grad_scale: float) -> None:
@@ -157,14 +153,15 @@ class MatrixRule(RuleBase):
                 out.copy_(each.of(on_this_rank(gradient))).mul_(grad_scale)
                 continue
             for rows in row_pieces(*out.shape):
-                momentum = self._read_momentum(each, rows)
+                state = self._momentum(each, rows)
+                momentum = self._read_moment(*state, signed=True)
                 update = each.of(on_this_rank(gradient), rows).to(torch.float32, copy=True).mul_(grad_scale)
                 momentum.lerp_(update, 1.0 - self.momentum)
                 if nesterov:
                     update.lerp_(momentum, self.momentum)
                 out[rows].copy_(update if nesterov else momentum)
                 del update  # rounding the momentum needs as much memory again
-                self._write_momentum(each, rows, momentum)
+                self._write_moment(momentum, *state, signed=True)
         return gathered
 
     def _descend(self, maps: list[Map], updates: Tensor, learning_rate: float, factor: float) -> None:
@@ -177,26 +174,12 @@ class MatrixRule(RuleBase):
                 value.mul_(1.0 - learning_rate * self.weight_decay).add_(update[rows], alpha=-learning_rate * factor)
                 write_weight(value, weight, states, part)
 
-    def _read_momentum(self, each: Map, rows: slice) -> Tensor:
-        """The momentum in fp32: the state itself, or a copy."""
+    def _momentum(self, each: Map, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Some rows of the momentum, which start at a block boundary, and the scales of 8-bit codes."""
         states = self._states[each.name]
-        piece = each.of(states["momentum_buffer"], rows)
-        if self.states != "8bit":
-            return piece.float()
-        book = self._book(signed=True, device=piece.device)
-        return book.dequantize(piece.view(-1), self._scales(each, rows)).view_as(piece)
-
-    def _write_momentum(self, each: Map, rows: slice, momentum: Tensor) -> None:
-        """Round the momentum into its state; may overwrite ``momentum``."""
-        piece = each.of(self._states[each.name]["momentum_buffer"], rows)
-        if self.states == "8bit":
-            book = self._book(signed=True, device=piece.device)
-            book.quantize_(momentum.view(-1), piece.view(-1), self._scales(each, rows))
-        elif self.states == "bf16":
-            piece.copy_(momentum)
-
-    def _scales(self, each: Map, rows: slice) -> Tensor:
-        """The scales of some rows, which start at a block boundary."""
-        parameter, scales = self.parameters[each.name], self._states[each.name]["momentum_buffer_scale"]
-        of_map, columns = (scales if parameter.ndim == 2 else scales[each.expert]).view(-1), parameter.shape[-1]
-        return of_map[rows.start * columns // STATE_BLOCK : math.ceil(rows.stop * columns / STATE_BLOCK)]
+        momentum, scales = each.of(states["momentum_buffer"], rows), states.get("momentum_buffer_scale")
+        if scales is None:
+            return momentum, None
+        of_map = scales if self.parameters[each.name].ndim == 2 else scales[each.expert]
+        first, last = (row * momentum.shape[1] / STATE_BLOCK for row in (rows.start, rows.stop))
+        return momentum, of_map.view(-1)[int(first) : math.ceil(last)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steplm.cost.formats import NEWTON_SCHULZ_STEPS, NO_BLOCKS, RowBlocks
-from steplm.optim.base import CodeBooks, NamedParameters
+from steplm.optim.base import NamedParameters
 from steplm.optim.matrix import UPDATE_RMS, Map, MatrixRule
 from steplm.optim.sharding import sharding
 from steplm.rows import on_this_rank
@@ -38,7 +39,7 @@ class Muon(MatrixRule):
     workspace, both in ``steplm.cost.formats``. 8-bit momentum: arXiv 2509.23106.
 
     Args:
-        named_parameters, states, master_weights, weight_decay: see ``MatrixRule``.
+        named_parameters, options: see ``MatrixRule``.
         momentum: coefficient of the old momentum in the new one, and of the momentum in the look-ahead.
         compute_dtype: dtype of Newton–Schulz. None: bf16 on CUDA, fp32 elsewhere.
         row_blocks: (rows, columns) of a fused matrix -> rows of each map in it, from the top; each is updated as if it
@@ -49,22 +50,12 @@ class Muon(MatrixRule):
         self,
         named_parameters: NamedParameters,
         *,
-        states: str = "fp32",
-        master_weights: bool | str = True,
-        weight_decay: float = 0.1,
         momentum: float = 0.95,
         compute_dtype: torch.dtype | None = None,
         row_blocks: RowBlocks = NO_BLOCKS,
-        books: CodeBooks | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            named_parameters,
-            states=states,
-            master_weights=master_weights,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            books=books,
-        )
+        super().__init__(named_parameters, momentum=momentum, **options)
         self.compute_dtype, self.row_blocks = compute_dtype, row_blocks
 
     def _update_maps(self, maps: list[Map], learning_rate: float, grad_scale: float) -> None:

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from steplm.cost.formats import STATE_BLOCK
 from steplm.errors import ConfigError
-from steplm.optim.quantized import dynamic_tree
+from steplm.optim.quantized import CodeBook, dynamic_tree
 
 
 def kept_moments(tensors: Mapping[str, Tensor], names: Iterable[str], keep: float) -> dict[str, Tensor]:
@@ -59,9 +58,8 @@ def _magnitude(tensors: Mapping[str, Tensor], key: str) -> Tensor:
     values = tensors[key].flatten()
     if values.dtype != torch.uint8:
         return values.abs()
-    tree = torch.tensor(dynamic_tree(signed=key.endswith(".exp_avg")), device=values.device).abs()
-    scales = tensors[f"{key}_scale"].view(-1).repeat_interleave(STATE_BLOCK)[: len(values)]
-    return tree[values.int()] * scales
+    book = CodeBook(signed=key.endswith(".exp_avg"), device=values.device)
+    return book.dequantize(values, tensors[f"{key}_scale"].view(-1)).abs_()
 
 
 def _largest(magnitude: Tensor, keep: float) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steplm.errors import ConfigError
-from steplm.optim.base import CodeBooks, NamedParameters
+from steplm.optim.base import NamedParameters
 from steplm.optim.matrix import UPDATE_RMS, Map, MatrixRule
 
 
@@ -47,7 +48,7 @@ class SCALE(MatrixRule):
     ``steplm.cost.formats``.
 
     Args:
-        named_parameters, states, master_weights, weight_decay: see ``MatrixRule``.
+        named_parameters, options: see ``MatrixRule``.
         momentum: 0, without state, for matrices in layers; 0.9 for the head in the paper.
         norm: ``column``: as in the paper. For embeddings (vocab_size, hidden_size), its authors' code normalizes along
             the other side, ``row``. ``both``: first ``column``, then ``row``. ``sign``: the sign of each element
@@ -57,28 +58,11 @@ class SCALE(MatrixRule):
         ConfigError: an unknown ``norm``, or a parameter or option that ``MatrixRule`` rejects.
     """
 
-    def __init__(
-        self,
-        named_parameters: NamedParameters,
-        *,
-        states: str = "fp32",
-        master_weights: bool | str = True,
-        weight_decay: float = 0.1,
-        momentum: float = 0.0,
-        norm: str = "column",
-        books: CodeBooks | None = None,
-    ) -> None:
+    def __init__(self, named_parameters: NamedParameters, *, norm: str = "column", **options: Any) -> None:
         if norm not in NORMS:
             raise ConfigError(f"no norm {norm!r}. Known: {', '.join(NORMS)}.", norm=norm)
         self.norm = norm
-        super().__init__(
-            named_parameters,
-            states=states,
-            master_weights=master_weights,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            books=books,
-        )
+        super().__init__(named_parameters, **options)
 
     def _shards_rows(self) -> bool:
         return self.norm in ("column", "sign")

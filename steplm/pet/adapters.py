@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from steplm.errors import CheckpointMismatch, ConfigError
 from steplm.pet.embedding import TiedLoRAHead, adapt_embedding, check_embedding
-from steplm.pet.lora import LoRALinear
+from steplm.pet.lora import LoRALinear, require_rank
 from steplm.rows import WHOLE, Rows
 from steplm.schedule import Adapter, Phase
 from steplm.units import nearest
@@ -166,20 +166,15 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _targets(model: nn.Module, layer_name: str, spec: Adapter) -> dict[str, nn.Linear]:
     """The modules of one layer that get an adapter, by full name."""
-    layer = model.get_submodule(layer_name)
-    modules = {f"{layer_name}.{name}": module for name, module in layer.named_modules() if name}
-    last_parts = {name: name.rpartition(".")[2] for name in modules}
-    linears = sorted({last_parts[name] for name, module in modules.items() if type(module) is nn.Linear})
+    modules = dict(model.get_submodule(layer_name).named_modules(prefix=layer_name))
+    found = {name: module for name, module in modules.items() if name.rpartition(".")[2] in spec.target_modules}
     for target in spec.target_modules:
-        if target not in last_parts.values():
+        if not any(name.endswith(f".{target}") for name in found):
+            linears = sorted({name.rpartition(".")[2] for name in modules if type(modules[name]) is nn.Linear})
             hint = nearest(target, linears, otherwise=f" Linear layers there: {', '.join(linears) or 'none'}.")
             raise ConfigError(f"{layer_name} has no module {target!r} to adapt.{hint}", target=target, layer=layer_name)
-    targets: dict[str, nn.Linear] = {}
-    for name, module in modules.items():
-        if last_parts[name] not in spec.target_modules:
-            continue
-        targets[name] = _linear(name, module, spec, "Take it out of pet.target_modules, or set pet.method to none.")
-    return targets
+    way_out = "Take it out of pet.target_modules, or set pet.method to none."
+    return {name: _linear(name, module, spec, way_out) for name, module in found.items()}
 
 
 def _outer_targets(model: Any, spec: Adapter) -> dict[str, nn.Linear | nn.Embedding]:
@@ -207,11 +202,5 @@ def _linear(name: str, module: nn.Module | None, spec: Adapter, way_out: str) ->
             f"{name} is a {type(module).__name__}, and {spec.method} adapts only plain nn.Linear modules. {way_out}",
             target=name,
         )
-    if spec.rank > min(module.in_features, module.out_features):
-        raise ConfigError(
-            f"pet.rank {spec.rank} is more than the smaller side of {name}, "
-            f"{module.out_features} x {module.in_features}. Lower pet.rank.",
-            rank=spec.rank,
-            shape=(module.out_features, module.in_features),
-        )
+    require_rank(name, module, spec.rank)
     return module

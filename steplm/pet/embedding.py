@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steplm.errors import ConfigError
-from steplm.pet.lora import LoRALinear
+from steplm.pet.lora import LoRALinear, require_rank
 
 
 class LoRAEmbedding(nn.Embedding):
@@ -64,13 +64,7 @@ def check_embedding(name: str, embedding: nn.Module, rank: int) -> None:
             "Set plan.train_embeddings to always or first_stage.",
             target=name,
         )
-    if rank > min(embedding.weight.shape):
-        raise ConfigError(
-            f"pet.rank {rank} is more than the smaller side of {name}, "
-            f"{embedding.num_embeddings} x {embedding.embedding_dim}. Lower pet.rank.",
-            rank=rank,
-            shape=(embedding.num_embeddings, embedding.embedding_dim),
-        )
+    require_rank(name, embedding, rank)
 
 
 def adapt_embedding(embedding: nn.Embedding, rank: int, scaling: float) -> LoRAEmbedding:

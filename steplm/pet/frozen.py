@@ -92,12 +92,13 @@ def pack_frozen(
     return PackReport(num_matrices, _relative_rms_error(squares))
 
 
-def unpacked_state(model: nn.Module) -> Mapping[str, Tensor]:
-    """The packed weights as plain CPU tensors by full name, ``…q_proj.weight``, each created when it is read.
+def unpacked_state(model: nn.Module) -> dict[str, Tensor]:
+    """The packed weights as plain CPU tensors by full name, ``…q_proj.weight``.
 
     They are exactly what the packed weights represent: packed again, they give the same codes and scales.
     """
-    return _UnpackedState(model)
+    # Always copy: the materialized weight may be a view of a slot that the next layer overwrites.
+    return {f"{name}.weight": linear.materialize().to("cpu", copy=True) for name, linear in _packed_linears(model)}
 
 
 def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
@@ -114,21 +115,6 @@ def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     for fetcher in fetchers.values():
         yield from ((layer, tensor, True) for layer, tensor in fetcher.host.items())
         yield from ((f"staging.{index}", slot, False) for index, slot in enumerate(fetcher.slots))
-
-
-class _UnpackedState(Mapping[str, Tensor]):
-    def __init__(self, model: nn.Module) -> None:
-        self._linears = {f"{name}.weight": linear for name, linear in _packed_linears(model)}
-
-    def __getitem__(self, name: str) -> Tensor:
-        # Always copy: the materialized weight may be a view of a slot that the next layer overwrites.
-        return self._linears[name].materialize().to("cpu", copy=True)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._linears)
-
-    def __len__(self) -> int:
-        return len(self._linears)
 
 
 def _packed_linears(model: nn.Module) -> Iterator[tuple[str, FrozenLinear]]:

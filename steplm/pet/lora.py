@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from steplm.errors import ConfigError
 from steplm.pet.frozen_linear import FrozenLinear
 
 
@@ -124,3 +125,18 @@ class LoRALinear(FrozenLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+def require_rank(name: str, module: nn.Linear | nn.Embedding, rank: int) -> None:
+    """Require a rank that is at most the smaller side of the module's matrix.
+
+    Raises:
+        ConfigError: it is higher.
+    """
+    shape = tuple(module.weight.shape)
+    if rank > min(shape):
+        raise ConfigError(
+            f"pet.rank {rank} is more than the smaller side of {name}, {shape[0]} x {shape[1]}. Lower pet.rank.",
+            rank=rank,
+            shape=shape,
+        )

@@ -17,24 +17,26 @@ from transformers import PretrainedConfig, PreTrainedModel
 from steplm.config import RunConfig
 from steplm.distributed.shard import fill, shard
 from steplm.distributed.world import World
-from steplm.errors import CheckpointMismatch, ConfigError
+from steplm.errors import CheckpointMismatch
 from steplm.growth.grow import layer_prefix_of
 from steplm.models.activations import checkpoint_layers, layers_to_checkpoint
 from steplm.models.build import build_model, empty_model
 from steplm.models.device import move
 from steplm.models.forward import check_loss
 from steplm.optim.build import UpdateRules, build_rules
+from steplm.optim.host import require_grad_dtype
 from steplm.pet.adapters import attach, fresh_adapter_state, load_adapter_state
 from steplm.pet.frozen import PackReport, frozen_tensors, pack_frozen
 from steplm.pet.host_linear import fetch_slots, host_linears, offload_trained
 from steplm.pet.trainable import apply_trainable
 from steplm.schedule import Phase, trained_patterns
-from steplm.types import HOST, LayerProvenance, ModelShape, SourceLoss, TrainState
+from steplm.training.step import StageLog
+from steplm.types import HOST, LayerProvenance, ModelShape, TrainState
 
 
 @dataclass
 class PhaseStart:
-    """Plain tensors and progress from which a phase starts or resumes.
+    """Plain tensors and progress from which a phase starts or resumes; training keeps ``progress`` and ``log`` current.
 
     Weights and optimizer states are this rank's rows; adapters are whole on every rank.
     """
@@ -46,8 +48,7 @@ class PhaseStart:
     adapters: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     optimizer_steps: dict[str, int] = field(default_factory=dict)
-    unlogged_losses: tuple[float, ...] = ()
-    unlogged_sources: tuple[SourceLoss, ...] = ()
+    log: StageLog = field(default_factory=StageLog)
     trained_names: tuple[str, ...] | None = None  # set when resuming mid-phase
     probe_loss: float | None = None  # after growth, of the plain weights
 
@@ -73,7 +74,7 @@ def assemble(
     ``check`` compares the loss with the model's own logits, which needs real (not fake or meta) tensors.
     """
     train, memory = config.train, config.memory
-    prefix = layer_prefix_of(start.weights)
+    prefix = shape.layer_prefix
     model = _model(start.hf_config, start.weights, world)
     if phase.has_adapters:
         attach(model, phase, prefix, config.seed + phase.index)
@@ -88,7 +89,9 @@ def assemble(
             differing=differing,
         )
     if config.sums_in_fp32 and not memory.offload_optimizer:  # the offloaded optimizer sums them itself
-        _sum_gradients_in_fp32(model)
+        for parameter in model.parameters():
+            require_grad_dtype(parameter, "train.gradient_accumulation_dtype=fp32")
+            parameter.grad_dtype = torch.float32
     packing = pack_frozen(
         model,
         prefix,
@@ -124,18 +127,6 @@ def assemble(
         }
         rules.load_state_dict(fresh | start.optimizer, start.optimizer_steps, strict=False)
     return Assembled(model, rules, packing)
-
-
-def _sum_gradients_in_fp32(model: nn.Module) -> None:
-    """Make autograd accumulate gradients in fp32.
-
-    Raises:
-        ConfigError: this version of PyTorch does not support it.
-    """
-    for parameter in model.parameters():
-        if not hasattr(parameter, "grad_dtype"):
-            raise ConfigError("train.gradient_accumulation_dtype=fp32 needs PyTorch 2.10 or newer: update it.")
-        parameter.grad_dtype = torch.float32
 
 
 def packed_rows(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

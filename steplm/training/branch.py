@@ -73,17 +73,20 @@ def branch(source_run_dir: str | Path, stage_index: int, config: RunConfig) -> P
         CheckpointMismatch: the run has already started, or its ``stage_keys`` differ.
         CheckpointError: the source's checkpoint, or its log up to there, is missing or damaged.
     """
-    name = stage_end(stage_index)
-    source, target = Path(source_run_dir) / "checkpoints" / name, config.run_dir / "checkpoints" / name
-    if complete_checkpoints(target.parent):
+    source = Path(source_run_dir) / "checkpoints" / stage_end(stage_index)
+    if complete_checkpoints(config.run_dir / "checkpoints"):
         raise CheckpointMismatch(f"{config.run_dir} has begun already, and cannot branch off", path=str(config.run_dir))
     verify_checkpoint(source)
     _check_same_beginning(Path(source_run_dir), stage_index, config)
     state = load_checkpoint_state(source)
-    history = logged_until(Path(source_run_dir), state)
+    return begin_from(source, config, state, logged_until(Path(source_run_dir), state))
+
+
+def begin_from(checkpoint: Path, config: RunConfig, state: CheckpointState, history: bytes) -> Path:
+    """Copy a checkpoint and a log into a run that has not started; return the copy."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "metrics.jsonl").write_bytes(history)
-    return copy_checkpoint(source, target.parent, state)
+    return copy_checkpoint(checkpoint, config.run_dir / "checkpoints", state)
 
 
 def logged_until(run_dir: Path, state: CheckpointState) -> bytes:

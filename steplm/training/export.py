@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,10 +15,11 @@ from steplm.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from steplm.config import RunConfig, load_written_config
 from steplm.data.tokenizer import load_tokenizer
 from steplm.errors import CheckpointError, DataError
+from steplm.files import replacing
 from steplm.models.folder import save_folder, save_generation_config
 from steplm.pet.adapters import merge_state
 from steplm.planner.plan import Plan
-from steplm.training.folder import read_plan
+from steplm.training.folder import RunFolder
 from steplm.training.model_card import model_card, public_name
 from steplm.types import to_json
 from steplm.units import reason
@@ -48,17 +48,13 @@ def export(source: str | Path, output_dir: str | Path | None = None) -> Path:
     if checkpoint_path is None:
         raise CheckpointError(f"{source} holds no complete checkpoint: is it a run directory?", path=str(source))
     checkpoint = load_checkpoint(checkpoint_path, with_optimizer=False)
-    config, plan = load_written_config(run_dir / "config.yaml"), read_plan(run_dir)
+    config, plan = load_written_config(run_dir / "config.yaml"), RunFolder.open(run_dir).plan
     output_dir = Path(output_dir) if output_dir is not None else run_dir / "export"
     final = output_dir.resolve()  # "." has no name
     _require_replaceable(final)
     tokenizer_dir = _tokenizer_dir(run_dir, config)
-
-    temporary = final.with_name(f".{final.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    _write(temporary, checkpoint, config, plan, tokenizer_dir)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
+    with replacing(final) as temporary:
+        _write(temporary, checkpoint, config, plan, tokenizer_dir)
     return output_dir
 
 

@@ -10,14 +10,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from steplm.checkpoint import CheckpointState, copy_checkpoint, verify_checkpoint
+from steplm.checkpoint import CheckpointState, verify_checkpoint
 from steplm.checkpoint.folder import load_checkpoint_state
 from steplm.config import RunConfig, changed, token_budget
 from steplm.errors import CheckpointError, CheckpointMismatch, ConfigError
 from steplm.models.shape import shape_of
 from steplm.planner.plan import Plan
 from steplm.planner.plan import plan as make_plan
-from steplm.training.branch import logged_until
+from steplm.training.branch import begin_from, logged_until
 from steplm.training.checks import FREE_AT_RESUME, differing_keys, is_one_of
 from steplm.training.folder import RunFolder
 from steplm.training.rates import rate_of_step, warmup_base
@@ -150,9 +150,7 @@ def begin_with(checkpoint: Path, config: RunConfig) -> Path:
         schedule_hash=plan.schedule.hash_until(phase.index),
         metrics_bytes=len(history),
     )
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "metrics.jsonl").write_bytes(history)
-    return copy_checkpoint(checkpoint, config.run_dir / "checkpoints", state)
+    return begin_from(checkpoint, config, state, history)
 
 
 def has_begun(config: RunConfig) -> bool:

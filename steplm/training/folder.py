@@ -58,12 +58,26 @@ class RunFolder:
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan in ``plan.json``.
+        """The plan in ``plan.json``; that of an old finished run is rebuilt from its configuration.
 
         Raises:
             CheckpointError: the file is missing or cannot be used.
         """
-        return read_plan(self.path)
+        path = self.path / "plan.json"
+        try:
+            values = json.loads(path.read_text())
+            if isinstance(values, dict) and values.get("schema_version") == OLD_SCHEMA_VERSION:
+                plan, _ = plan_of_old_run(load_written_config(self.path / "config.yaml"), values)
+            else:
+                plan = from_json(Plan, values)
+            if not plan.layers:
+                raise ValueError("a plan without layers")
+        except (OSError, ValueError, TypeError, LookupError, RecursionError, ConfigError, PlanInfeasible) as error:
+            raise CheckpointError(
+                f"{path} cannot be used: {reason(error)}. It is damaged, or another version of steplm wrote it.",
+                path=str(path),
+            ) from None
+        return plan
 
     @property
     def has_plan(self) -> bool:
@@ -105,29 +119,6 @@ class RunFolder:
                 path=str(self.path),
             )
         return replace(self, checkpoints=tuple(checkpoints), damaged=tuple(damaged))
-
-
-def read_plan(run_dir: Path) -> Plan:
-    """Read ``plan.json`` of a run directory; the plan of an old finished run is rebuilt from its configuration.
-
-    Raises:
-        CheckpointError: the file is missing or cannot be used.
-    """
-    path = run_dir / "plan.json"
-    try:
-        values = json.loads(path.read_text())
-        if isinstance(values, dict) and values.get("schema_version") == OLD_SCHEMA_VERSION:
-            plan, _ = plan_of_old_run(load_written_config(run_dir / "config.yaml"), values)
-        else:
-            plan = from_json(Plan, values)
-        if not plan.layers:
-            raise ValueError("a plan without layers")
-    except (OSError, ValueError, TypeError, LookupError, RecursionError, ConfigError, PlanInfeasible) as error:
-        raise CheckpointError(
-            f"{path} cannot be used: {reason(error)}. It is damaged, or another version of steplm wrote it.",
-            path=str(path),
-        ) from None
-    return plan
 
 
 def require_this_version(folder: RunFolder) -> None:

@@ -27,17 +27,17 @@ from steplm.units import format_bytes
 FAR_SLOWER = 3  # times slower than the stage's best speed; normal variation between steps is smaller
 
 
-def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled, log: StageLog) -> TrainState:
-    """Train until the phase's tokens are seen or a signal requests a stop; return the progress."""
-    config, world = run.config, run.world
+def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled) -> None:
+    """Train until the phase's tokens are seen or a signal requests a stop."""
+    config, world, log = run.config, run.world, start.log
     options = step_options(config, world)
     num_steps = phase.tokens // config.step_tokens
     stage_steps = sum(p.tokens for p in run.plan.schedule.stages[phase.stage - 1]) // config.step_tokens
     save_steps = config.train.save_steps or max(stage_steps // 5, 1)
     eval_steps = config.eval.eval_steps or max(stage_steps // 10, 1)
     stable_step = last_stable_step(config, run.plan.schedule) if phase.stage == run.plan.num_stages else None
-    progress = start.progress
-    while progress.phase_step < num_steps and not run.stop_signal:
+    while start.progress.phase_step < num_steps and not run.stop_signal:
+        progress = start.progress
         rate = rate_of_step(config, phase, progress.phase_step)
         # Seeded by position, so that dropout is the same after a resume. Replicas share a seed, because stochastic
         # rounding must give them the same weights.
@@ -55,7 +55,7 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
         )
         if not result.is_updated:
             _skip_or_stop(run, progress, result)
-        progress = _after_step(run, progress, result, num_steps)
+        start.progress = progress = _after_step(run, progress, result, num_steps)
         if progress.phase_done:
             assembled.rules.finish_updates()
         at_end = progress.step == stage_steps
@@ -68,11 +68,9 @@ def train_phase(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
         run.agree_to_stop()
         is_due = progress.step % save_steps == 0 or at_end or progress.step == stable_step
         if is_due or run.stop_signal or _is_time_to_save(run):
-            progress = replace(progress, stage_done=at_end)
-            _save_tried(run, phase, replace(start, progress=progress), assembled, log)
+            start.progress = replace(progress, stage_done=at_end)
+            _save_tried(run, phase, start, assembled)
         log.logged_at += time.monotonic() - paused_at  # exclude the pause from the speed
-    start.progress = progress
-    return progress
 
 
 def _highest_grad_norm(run: RunContext, progress: TrainState) -> float:
@@ -123,12 +121,7 @@ def _after_step(run: RunContext, progress: TrainState, result: StepResult, num_s
 
 
 def _log_step(
-    run: RunContext,
-    phase: Phase,
-    progress: TrainState,
-    stage_steps: int,
-    rate: float,
-    log: StageLog,
+    run: RunContext, phase: Phase, progress: TrainState, stage_steps: int, rate: float, log: StageLog
 ) -> None:
     now = time.monotonic()
     speed = log.steps_since * run.config.step_tokens / max(now - log.logged_at, 1e-9)
@@ -170,7 +163,7 @@ def _is_time_to_save(run: RunContext) -> bool:
     return minutes is not None and run.world.any(time.monotonic() - run.saved_at >= 60 * minutes)
 
 
-def _save_tried(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled, log: StageLog) -> None:
+def _save_tried(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled) -> None:
     """Save a checkpoint, after checking that its weights give a finite loss and gradient norm.
 
     The loss of a step says nothing about the weights its update produces. The new weights are therefore tried on the
@@ -186,7 +179,7 @@ def _save_tried(run: RunContext, phase: Phase, start: PhaseStart, assembled: Ass
         require_finite(run, progress, loss, grad_norm)
     if progress.stage_done:
         run.metrics.write("stage_end", stage=phase.stage, step=progress.step, tokens_seen=progress.tokens_seen)
-    run.last_checkpoint = save(run, phase, start, assembled, log)
+    run.last_checkpoint = save(run, phase, start, assembled)
     run.saved_at = time.monotonic()
 
 

@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from steplm.cost.count import REST, ByteCounter
 from steplm.models import activations
 from steplm.optim.build import UpdateRules
-from steplm.pet.frozen import frozen_tensors
-from steplm.pet.host_linear import fetch_slots, host_linears
+from steplm.pet.host_linear import host_linears
+from steplm.training.assemble import packed_rows
 from steplm.types import HOST
 
 ALLOCATED = "allocated"  # kind of bytes
@@ -36,10 +36,8 @@ class CountedBytes(ByteCounter):
             self.track(parameter, "weights")
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
-        for _, tensor, is_on_host in frozen_tensors(model):
-            self.track(tensor, HOST if is_on_host else "weights")
-        for slot in fetch_slots(model):
-            self.track(slot, "weights")
+        for _, kind, tensor in packed_rows(model):
+            self.track(tensor, kind)
         if optimizer is None:
             return
         host = optimizer.host
@@ -57,7 +55,8 @@ class CountedBytes(ByteCounter):
         """Count tensors created inside this context as host memory."""
         return self.labeling(HOST)
 
-    def reset(self) -> None:
+    def start(self, part: str) -> None:
+        """Restart the peak, for a new part of the code."""
         self.reset_peak()
 
     def library_bytes(self) -> int:
@@ -78,9 +77,9 @@ class CountedBytes(ByteCounter):
         activations.to_host = self._to_host
         super().__exit__(*exception)
 
-    def _on_gradient(self, parameter: Tensor) -> None:
+    def _on_gradient(self, parameter: Tensor, label: str = "gradients") -> None:
         if parameter.grad is not None:  # None if already moved to the host
-            self.track(parameter.grad, "gradients")
+            self.track(parameter.grad, label)
 
     def _copy_on_host(self, tensor: Tensor) -> Tensor:
         with self.labeling(HOST):
@@ -100,7 +99,7 @@ class AllocatedBytes:
         """Do nothing: the CUDA allocator does not count host memory."""
         return nullcontext()
 
-    def reset(self) -> None:
+    def start(self, part: str) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> dict[str, int]:

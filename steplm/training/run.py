@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from steplm.data.prepare import prepare, with_prepared_dir
 from steplm.data.tokens import MANIFEST, Manifest, TokenDataset
 from steplm.distributed.world import World, joined, with_world_size
 from steplm.errors import CheckpointError, ConfigError, SteplmError
-from steplm.files import write_atomically
+from steplm.files import replacing, write_atomically
 from steplm.models.build import DTYPES
 from steplm.models.device import free_memory, resolve_device
 from steplm.models.folder import load_config_and_state, load_hf_config
@@ -42,12 +42,11 @@ from steplm.training.environment import environment, free_host_bytes
 from steplm.training.evaluate import probe_loss, validation_loss
 from steplm.training.export import export
 from steplm.training.extend import begin_with, has_begun
-from steplm.training.folder import RunFolder, read_plan, require_this_version
+from steplm.training.folder import RunFolder, require_this_version
 from steplm.training.loop import memory_errors, train_phase
 from steplm.training.metrics import SINKS, MetricsLog, NoLog, Sink, require_sinks
 from steplm.training.save import in_memory
 from steplm.training.signals import describe_stop, stopping_on_signals
-from steplm.training.step import StageLog
 from steplm.types import TrainState, to_json
 from steplm.units import perplexity_of, reason
 
@@ -201,7 +200,6 @@ def _run_phases(run: RunContext) -> None:
     phases = remaining_phases(run.plan.schedule, None if before is None else before.state.progress)
     start: PhaseStart | None = None
     assembled: Assembled | None = None
-    log = StageLog([], [])
     for index, phase in enumerate(phases):
         with memory_errors(run, phase):
             if start is not None and assembled is not None:  # the previous phase's model is still in memory
@@ -212,15 +210,15 @@ def _run_phases(run: RunContext) -> None:
                 assembled = assemble(run.config, run.plan.shape, phase, start, run.world)
                 start.forget_tensors()  # the model now owns what it needs
                 check_entrance(run, phase, start, assembled)
-                log = StageLog(list(start.unlogged_losses), list(start.unlogged_sources))
-            progress = train_phase(run, phase, start, assembled, log)
+                start.log.logged_at = time.monotonic()
+            train_phase(run, phase, start, assembled)
         if run.stop_signal:
             break
         following = phases[index + 1] if index + 1 < len(phases) else None
         if following is not None and following.entry.kind == "go_on":
             continue
-        if following is not None and not progress.stage_done:
-            before = in_memory(run, phase, start, assembled, log)
+        if following is not None and not start.progress.stage_done:
+            before = in_memory(run, phase, start, assembled)
         # Free the model before the next one is built: during growth the device may hold plain weights only. Compiled
         # layers form reference cycles, which only the garbage collector frees.
         start = assembled = None
@@ -308,7 +306,8 @@ def _result_of(run_dir: Path) -> RunResult:
             f"{file} cannot be used: {reason(error)}. Remove it, and run the same command again to write it.",
             path=str(file),
         ) from None
-    return RunResult(run_dir, read_plan(run_dir), finished=True, validation_loss=loss, export_dir=run_dir / export_dir)
+    plan = RunFolder.open(run_dir).plan
+    return RunResult(run_dir, plan, finished=True, validation_loss=loss, export_dir=run_dir / export_dir)
 
 
 def _with_prepared_dir(config: RunConfig, folder: RunFolder) -> RunConfig:
@@ -331,9 +330,8 @@ def _keep_tokenizer(config: RunConfig) -> None:
     """Copy the tokenizer into the run directory, so that a run moved elsewhere can still be exported."""
     target = config.run_dir / "tokenizer"
     if not target.is_dir():
-        unfinished = config.run_dir / ".tokenizer.writing"
-        shutil.copytree(config.prepared_dir / "tokenizer", unfinished, dirs_exist_ok=True)
-        os.replace(unfinished, target)
+        with replacing(target) as unfinished:
+            shutil.copytree(config.prepared_dir / "tokenizer", unfinished)
 
 
 def _write_documents(config: RunConfig, plan: Plan, world: World) -> None:

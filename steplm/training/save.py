@@ -27,17 +27,10 @@ from steplm.training.assemble import Assembled, PhaseStart
 from steplm.training.context import RunContext
 from steplm.training.evaluate import probe_loss
 from steplm.training.rates import last_stable_step
-from steplm.training.step import StageLog
 from steplm.types import TrainState
 
 
-def save(
-    run: RunContext,
-    phase: Phase,
-    start: PhaseStart,
-    assembled: Assembled,
-    log: StageLog,
-) -> Path:
+def save(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled) -> Path:
     """Write a checkpoint of the current state and prune older ones, both in the background."""
     model, rules = assembled.model, assembled.rules
     with run.world.patiently():  # the previous checkpoint may still be being written
@@ -45,14 +38,14 @@ def save(
     adapters = adapter_state(model)
     tensors, _ = rules.state_dict()
     run.metrics.sync()
-    state = _state(run, phase, start, assembled, log, probes=start.progress.phase_done)
+    state = _state(run, phase, start, assembled, probes=start.progress.phase_done)
     weights = {name: tensor for name, tensor in plain_state(model).items() if name not in adapters}
     if not isinstance(run.writer, BackgroundWriter):
         return save_checkpoint(
             run.checkpoints_dir,
             config=start.hf_config,
             # Packed weights are saved dequantized: packing them again gives the same codes.
-            weights=copied_to_cpu(weights) | dict(unpacked_state(model)),
+            weights=copied_to_cpu(weights) | unpacked_state(model),
             adapters=copied_to_cpu(adapters),
             optimizer=copied_to_cpu(tensors),
             state=state,
@@ -63,7 +56,7 @@ def save(
         run.checkpoints_dir,
         run.writer,
         config=start.hf_config,
-        weights=weights | dict(unpacked_state(model)),
+        weights=weights | unpacked_state(model),
         adapters=adapters,
         optimizer={
             key: as_global(state, run.world, _num_rows(state, rules.parameters[key.rpartition(".")[0]], run.world))
@@ -79,13 +72,7 @@ def _num_rows(state: Tensor, parameter: Tensor, world: World) -> int:
     return len(parameter) if len(state) == len(on_this_rank(parameter)) else len(state) * world.rows.count
 
 
-def in_memory(
-    run: RunContext,
-    phase: Phase,
-    start: PhaseStart,
-    assembled: Assembled,
-    log: StageLog,
-) -> Checkpoint:
+def in_memory(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled) -> Checkpoint:
     """The state from which the next phase of the same stage starts when no checkpoint is due."""
     model = assembled.model
     adapters = {name: _whole(tensor) for name, tensor in adapter_state(model).items()}
@@ -93,22 +80,14 @@ def in_memory(
     return Checkpoint(
         path=None,
         config=start.hf_config,
-        weights=_on_cpu(weights) | dict(unpacked_state(model)),
+        weights=_on_cpu(weights) | unpacked_state(model),
         adapters=_on_cpu(adapters),
         optimizer=_on_cpu(assembled.rules.state_dict()[0]),
-        state=_state(run, phase, start, assembled, log, probes=True),
+        state=_state(run, phase, start, assembled, probes=True),
     )
 
 
-def _state(
-    run: RunContext,
-    phase: Phase,
-    start: PhaseStart,
-    assembled: Assembled,
-    log: StageLog,
-    *,
-    probes: bool,
-) -> CheckpointState:
+def _state(run: RunContext, phase: Phase, start: PhaseStart, assembled: Assembled, *, probes: bool) -> CheckpointState:
     return CheckpointState(
         progress=start.progress,
         schedule_hash=run.plan.schedule.hash_until(phase.index),
@@ -119,8 +98,8 @@ def _state(
         optimizer_steps=assembled.rules.steps,
         metrics_bytes=run.metrics.num_bytes,
         elapsed_seconds=run.elapsed_seconds,
-        unlogged_losses=tuple(log.unlogged_losses),
-        unlogged_sources=tuple(log.unlogged_sources),
+        unlogged_losses=tuple(start.log.unlogged_losses),
+        unlogged_sources=tuple(start.log.unlogged_sources),
         probe_loss=probe_loss(run, assembled.model) if probes else None,
     )
 

@@ -6,9 +6,8 @@ training allocates is counted. Excluded are kernel-internal workspace, the devic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from steplm.config import RunConfig
 from steplm.distributed.world import World
-from steplm.models.build import DTYPES, hf_config, initial_state
+from steplm.models.build import DTYPES, hf_config, meta_model, plain_state
 from steplm.models.forward import batch_loss
 from steplm.models.shape import shape_of
 from steplm.schedule import Phase
@@ -32,8 +31,6 @@ LIBRARIES = "libraries"  # kind of term
 
 CPU = torch.device("cpu")
 
-T = TypeVar("T")
-
 
 def simulate_phase(config: RunConfig, phase: Phase) -> PeakEstimate:
     """Peak device memory in each part of a phase's step, counted on fake tensors.
@@ -42,8 +39,8 @@ def simulate_phase(config: RunConfig, phase: Phase) -> PeakEstimate:
     The kinds of their terms are ``weights``, ``gradients``, ``optimizer``, ``rest`` (activations and workspace) and
     ``host``. ``train.compile`` is ignored.
     """
-    config = _without_compile(config)
-    return _simulated(config, phase, lambda shapes: _steps(config, phase, shapes, CountedBytes(), check=False))
+    with _fake_tensors(config):
+        return _steps(_without_compile(config), phase, CountedBytes(), check=False)
 
 
 def measure_phase(config: RunConfig, phase: Phase, device: torch.device | str) -> PeakEstimate:
@@ -54,7 +51,7 @@ def measure_phase(config: RunConfig, phase: Phase, device: torch.device | str) -
     plan counts.
     """
     device = torch.device(device)
-    return _steps(config, phase, _weight_shapes(config, phase), peak_meter_for(device), device)
+    return _steps(config, phase, peak_meter_for(device), device)
 
 
 def simulate_timeline(config: RunConfig, phase: Phase) -> list[Part]:
@@ -62,13 +59,13 @@ def simulate_timeline(config: RunConfig, phase: Phase) -> list[Part]:
 
     The first step has one micro-batch; the second has two if the run's steps have more than one.
     """
-    config = _without_compile(config)
-    return _simulated(config, phase, lambda shapes: _timeline(config, phase, shapes, check=False))
+    with _fake_tensors(config):
+        return _timeline(_without_compile(config), phase, check=False)
 
 
 def measure_timeline(config: RunConfig, phase: Phase) -> list[Part]:
     """Like ``simulate_timeline``, but on real tensors on the CPU."""
-    return _timeline(config, phase, _weight_shapes(config, phase), check=True)
+    return _timeline(config, phase, check=True)
 
 
 def simulate_growth(config: RunConfig, phase: Phase) -> PeakEstimate:
@@ -76,71 +73,57 @@ def simulate_growth(config: RunConfig, phase: Phase) -> PeakEstimate:
 
     Merge and growth themselves run in host memory, and the model before them is smaller.
     """
-    return _simulated(config, phase, lambda shapes: _growth(config, phase, shapes, CountedBytes()))
+    with _fake_tensors(config):
+        return _growth(config, phase, CountedBytes())
 
 
-def _simulated(config: RunConfig, phase: Phase, run: Callable[[dict[str, torch.Size]], T]) -> T:
-    shapes = _weight_shapes(config, phase)
-    with FakeTensorMode(), _unpacked_sequences(config):
-        return run(shapes)
-
-
-def _timeline(config: RunConfig, phase: Phase, shapes: dict[str, torch.Size], *, check: bool) -> list[Part]:
+def _timeline(config: RunConfig, phase: Phase, *, check: bool) -> list[Part]:
     growth, steps = RecordedBytes(), RecordedBytes()
     if phase.entry.kind in ("grow", "merge"):
-        _growth(config, phase, shapes, growth, growth.start)
-    _steps(config, phase, shapes, steps, check=check, on_part=steps.start)
+        _growth(config, phase, growth)
+    _steps(config, phase, steps, check=check)
     return growth.parts() + steps.parts()
 
 
-def _growth(
-    config: RunConfig,
-    phase: Phase,
-    shapes: dict[str, torch.Size],
-    counter: CountedBytes,
-    on_part: Callable[[str], None] = lambda name: None,
-) -> PeakEstimate:
+def _growth(config: RunConfig, phase: Phase, counter: CountedBytes) -> PeakEstimate:
+    shapes = _weight_shapes(config, phase)
     with counter:
-        on_part(GROWN_WEIGHTS)
+        counter.start(GROWN_WEIGHTS)
         start = _constant_start(config, phase, shapes)
         model = probe_model(config, start.hf_config, start.weights, World(CPU))
         start.forget_tensors()
         counter.watch(model)
-        on_part(GROWTH)
-        counter.reset()
-        batch_size = config.eval_batch_size
+        counter.start(GROWTH)
         with torch.no_grad():
-            _forward(config, model.eval(), CPU, batch_size)
+            _forward(config, model.eval(), CPU, config.eval_batch_size)
         return PeakEstimate((Instant(GROWTH, _estimate(counter.peak())),))
 
 
 def _steps(
     config: RunConfig,
     phase: Phase,
-    shapes: dict[str, torch.Size],
     meter: CountedBytes | AllocatedBytes,
     device: torch.device = CPU,
     *,
     check: bool = True,
-    on_part: Callable[[str], None] = lambda name: None,
 ) -> PeakEstimate:
     """Run two steps: the first of one micro-batch, the second of two if the run's steps have that many."""
     highest: dict[str, dict[str, int]] = {}
 
     @contextmanager
     def part(name: str) -> Iterator[None]:
-        on_part(name)
-        meter.reset()
+        meter.start(name)
         yield
         highest[name] = max(meter.peak(), highest.get(name, {}), key=on_device)
 
     fused, learning_rate = config.memory.fused_backward, config.learning_rate(phase.stage)
     # 0.5 stands in for any clip coefficient: scaling gradients may allocate memory.
     grad_scale = 1.0 if config.optim.max_grad_norm is None else 0.5
+    shapes = _weight_shapes(config, phase)
     with meter:
-        on_part(STAGE_WEIGHTS)
+        meter.start(STAGE_WEIGHTS)
         start = _constant_start(config, phase, shapes)
-        on_part(ASSEMBLY)
+        meter.start(ASSEMBLY)
         assembled = assemble(config, shape_of(config.model.hf_config()), phase, start, World(device), check=check)
         start.forget_tensors()
         model, rules = assembled.model, assembled.rules
@@ -192,8 +175,8 @@ def _forward(
 
 
 @contextmanager
-def _unpacked_sequences(config: RunConfig) -> Iterator[None]:
-    """Make ``transformers`` treat each sequence as one document, unless the config attends within documents.
+def _fake_tensors(config: RunConfig) -> Iterator[None]:
+    """Create fake tensors, and make ``transformers`` treat each sequence as one document unless the config does not.
 
     It detects packed documents from the values of the position IDs. Fake tensors have no values, so it would always
     build full sequence-by-sequence masks, which training never allocates.
@@ -202,7 +185,8 @@ def _unpacked_sequences(config: RunConfig) -> Iterator[None]:
     if not config.data.within_documents:
         masking_utils.find_packed_sequence_indices = lambda *args, **kwargs: None
     try:
-        yield
+        with FakeTensorMode():
+            yield
     finally:
         masking_utils.find_packed_sequence_indices = found
 
@@ -212,9 +196,8 @@ def _without_compile(config: RunConfig) -> RunConfig:
 
 
 def _weight_shapes(config: RunConfig, phase: Phase) -> dict[str, torch.Size]:
-    with FakeTensorMode():
-        state = initial_state(_hf_config(config, phase), seed=0, dtype=torch.float32)
-    return {name: weight.shape for name, weight in state.items()}
+    with unset_fake_temporarily():
+        return {name: weight.shape for name, weight in plain_state(meta_model(_hf_config(config, phase))).items()}
 
 
 def _hf_config(config: RunConfig, phase: Phase) -> PretrainedConfig:

@@ -43,8 +43,8 @@ class StepResult:
 class StageLog:
     """State of a stage's log between two log lines."""
 
-    unlogged_losses: list[float]
-    unlogged_sources: list[SourceLoss]  # per source of a mixture, summed over those steps
+    unlogged_losses: list[float] = field(default_factory=list)
+    unlogged_sources: list[SourceLoss] = field(default_factory=list)  # of a mixture, summed over those steps
     logged_at: float = field(default_factory=time.monotonic)  # shifted forward by time not spent training
     steps_since: int = 0
     best_speed: float = 0.0  # tokens per second, of this stage
@@ -139,11 +139,7 @@ def train_step(
     if options.fused_backward:
         scale = 1.0 if last_grad_norm is None else clip_coefficient(last_grad_norm, max_grad_norm)
         return _fused_step(model, optimizer, batch, options, learning_rate, scale)
-    of_sequences = _sequence_losses(model, batch)
-    loss = forward_backward(model, batch, options, of_sequences)
-    norm = optimizer.grad_norm()
-    loss_value, norm_value, *nats = _numbers(of_sequences, loss, norm.to(loss))
-    result = _over_ranks(options.world, loss_value, norm_value, _of_sources(batch, nats, options))
+    result = _gradients(model, optimizer, batch, options)
     result = replace(result, is_spike=result.grad_norm > highest_grad_norm)
     if result.is_updated:
         optimizer.step(learning_rate, grad_scale=clip_coefficient(result.grad_norm, max_grad_norm))
@@ -162,12 +158,18 @@ def trial(model: PreTrainedModel, optimizer: UpdateRules, batch: Batch, options:
     with uncompiled(model):
         if options.fused_backward:
             result = _fused_step(model, optimizer, batch, options, None, 1.0)
-            return result.loss, result.grad_norm
-        loss = forward_backward(model, batch, options)
-    norm = optimizer.grad_norm()
-    optimizer.zero_grad()
-    result = _over_ranks(options.world, float(loss), float(norm))
+        else:
+            result = _gradients(model, optimizer, batch, options)
+            optimizer.zero_grad()
     return result.loss, result.grad_norm
+
+
+def _gradients(model: PreTrainedModel, optimizer: UpdateRules, batch: Batch, options: StepOptions) -> StepResult:
+    """Accumulate the gradients of a step."""
+    of_sequences = _sequence_losses(model, batch)
+    loss = forward_backward(model, batch, options, of_sequences)
+    loss_value, norm_value, *nats = _numbers(of_sequences, loss, optimizer.grad_norm().to(loss))
+    return _over_ranks(options.world, loss_value, norm_value, _of_sources(batch, nats, options))
 
 
 def _sequence_losses(model: PreTrainedModel, batch: Batch) -> torch.Tensor | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from steplm.cost.count import REST
 from steplm.cost.measure import ADAPTER_TENSORS
@@ -17,8 +18,6 @@ from steplm.types import HOST
 
 ADAPTERS = "adapters"
 GROWN_WEIGHTS, STAGE_WEIGHTS = "grown weights", "weights of the stage"  # parts that create plain weights
-
-_OPERATION_DONE = -1  # in place of a storage number in the events
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,26 @@ class Part:
         return on_device(self.highest)
 
 
+@dataclass
+class _Recorded:
+    """A storage: its last label, which applies to its whole lifetime, and its current bytes."""
+
+    label: str
+    num_bytes: int = 0
+
+
 class RecordedBytes(CountedBytes):
-    """Records allocations, frees, and operations; a storage's last label applies to its whole lifetime."""
+    """Records allocations, frees, and operations."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._numbers: dict[int, int] = {}  # address of a live storage -> its number
-        self._sizes: list[int] = []  # by number: current bytes
-        self._names: list[str] = []  # by number: last label
+        self._live: dict[int, _Recorded] = {}  # by the address of the storage
         self._parts: list[tuple[str, int]] = []  # name, index of the first event
-        self._events: list[tuple[int, int]] = []  # storage number, change in bytes
+        self._events: list[tuple[_Recorded | None, int]] = []  # storage (None: end of an operation), change in bytes
 
     def start(self, part: str) -> None:
         """Start a new part; everything recorded from now on belongs to it."""
+        super().start(part)
         # Weights are created on the host. Those that the model does not keep unchanged never reach the device.
         self._newborn = HOST if part in (GROWN_WEIGHTS, STAGE_WEIGHTS) else REST
         self._parts.append((part, len(self._events)))
@@ -68,7 +74,8 @@ class RecordedBytes(CountedBytes):
                 on_host = optimizer is not None and optimizer.host is not None
                 for tensor in (parameter, *(() if on_host else states[name].values())):
                     self.track(tensor, ADAPTERS)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_adapter_gradient))
+                on_gradient = partial(self._on_gradient, label=ADAPTERS)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(on_gradient))
 
     def parts(self) -> list[Part]:
         """The recorded parts, in order."""
@@ -77,11 +84,11 @@ class RecordedBytes(CountedBytes):
         edges = [*(index for _, index in self._parts), len(self._events)]
         for (name, start), end in zip(self._parts, edges[1:], strict=False):
             points = []
-            for number, change in self._events[start:end]:
-                if number == _OPERATION_DONE:
+            for storage, change in self._events[start:end]:
+                if storage is None:
                     points.append({label: count for label, count in held.items() if count})
                 else:
-                    held[self._names[number]] = held.get(self._names[number], 0) + change
+                    held[storage.label] = held.get(storage.label, 0) + change
             parts.append(Part(name, tuple(points)))
         return parts
 
@@ -96,28 +103,19 @@ class RecordedBytes(CountedBytes):
 
     def _count(self, storage: torch.UntypedStorage, label: str) -> None:
         super()._count(storage, label)
-        key, num_bytes = storage._cdata, storage.nbytes()
-        if key not in self._numbers:
-            self._numbers[key] = len(self._sizes)
-            self._sizes.append(0)
-            self._names.append(label)
-        number = self._numbers[key]
-        self._names[number] = label
-        if num_bytes != self._sizes[number]:
-            self._events.append((number, num_bytes - self._sizes[number]))
-            self._sizes[number] = num_bytes
+        recorded = self._live.setdefault(storage._cdata, _Recorded(label))
+        recorded.label = label
+        if change := storage.nbytes() - recorded.num_bytes:
+            self._events.append((recorded, change))
+            recorded.num_bytes += change
 
     def _forget(self, key: int) -> None:
         super()._forget(key)
-        number = self._numbers.pop(key)
-        self._events.append((number, -self._sizes[number]))
+        recorded = self._live.pop(key)
+        self._events.append((recorded, -recorded.num_bytes))
 
     def _end_operation(self) -> None:
-        self._events.append((_OPERATION_DONE, 0))
-
-    def _on_adapter_gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self.track(parameter.grad, ADAPTERS)
+        self._events.append((None, 0))
 
 
 def on_device(by_kind: dict[str, int]) -> int:

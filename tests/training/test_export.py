@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from steplm.checkpoint import CheckpointState, save_checkpoint
 from steplm.checkpoint.shards import fingerprint
 from steplm.config import RunConfig, dump_config, load_config
-from steplm.errors import CheckpointError, ConfigError
+from steplm.errors import CheckpointError, ConfigError, WriteError
 from steplm.models.build import hf_config, initial_state
 from steplm.planner.plan import plan as make_plan
 from steplm.training.export import export
@@ -103,6 +104,17 @@ def test_an_earlier_export_is_replaced_whole(run_dir: Path) -> None:
     assert export(run_dir) == folder
     assert not (folder / "stale.safetensors").exists()
     assert (folder / "model.safetensors").is_file()
+    assert [path.name for path in run_dir.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_export_that_cannot_be_written_leaves_the_earlier_one(
+    run_dir: Path, largest_file: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    folder = export(run_dir)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with largest_file(10_000), pytest.raises(WriteError, match=r"cannot write .*export.*: File too large"):
+        export(run_dir)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in run_dir.iterdir() if path.name.startswith(".")] == []
 
 
