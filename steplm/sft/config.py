@@ -32,9 +32,7 @@ class SftConfig(Section):
     sequence_length: int | None = Field(
         None, gt=1, description=f"tokens of a record, at most; default: the model's context, {LONGEST_DEFAULT} at most"
     )
-    too_long: Literal["truncate", "drop"] = Field(
-        "truncate", description="records longer than that: truncate or drop"
-    )
+    too_long: Literal["truncate", "drop"] = Field("truncate", description="records longer than that: truncate or drop")
     packing: bool = Field(False, description="several records in one sequence, attention inside each")
 
     lora_rank: int | None = Field(None, gt=0, description="default: all parameters are trained")
