@@ -23,21 +23,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="A YAML file, or the name of a shipped recipe.")]
+Run = Annotated[str, typer.Argument(metavar="RUN.yaml", help="A YAML file, a recipe, or a Hugging Face model folder.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. plan.num_stages=3 train.sequence_length=512."),
 ]
 Budget = Annotated[
     str | None,
-    typer.Option(help="Refuse a plan that needs more, and say what would fit, e.g. 24GiB: plan.budget=24GiB."),
+    typer.Option(help="Refuse a plan that needs more, e.g. 24GiB, and say what would fit; sets plan.budget."),
 ]
 HostBudget = Annotated[
-    str | None, typer.Option(help="Refuse what needs more host memory, e.g. 64GiB: plan.host_budget=64GiB.")
+    str | None, typer.Option(help="Refuse a plan that needs more host memory, e.g. 64GiB; sets plan.host_budget.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Jobs = Annotated[int | None, typer.Option(min=1, help="Runs side by side.")]
-TopP = Annotated[float, typer.Option(help="Nucleus sampling: share of probability kept.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Number of runs at a time.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling: probability mass that is kept.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -76,7 +76,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("run.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented starter YAML."""
     from steplm.cli.init import write_starter
@@ -91,7 +91,7 @@ def plan(
     json: Json = False,
     budget: Budget = None,
     host_budget: HostBudget = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Print every term with its formula and unit.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print every term with its formula.")] = False,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Count a real step's bytes on fake tensors; seconds to a minute.")
     ] = False,
@@ -99,7 +99,7 @@ def plan(
         bool,
         typer.Option(
             "--calibrate",
-            help="Measure two real steps of the largest stage on your device; with --device here, time the device.",
+            help="Measure two real steps of the largest stage on your device; with --device here, time it again.",
         ),
     ] = False,
     device: Annotated[
@@ -109,21 +109,23 @@ def plan(
             "Default for several devices: h100."
         ),
     ] = None,
-    price: Annotated[float | None, typer.Option(help="Cost of an hour of one --device, e.g. 2.5.", min=0)] = None,
-    world_size: Annotated[int | None, typer.Option(min=1, help="Devices, e.g. 64: distributed.world_size=64.")] = None,
+    price: Annotated[float | None, typer.Option(help="Price of one device per hour, e.g. 2.5.", min=0)] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Number of devices, e.g. 64; sets distributed.world_size.")
+    ] = None,
     shard_size: Annotated[
         int | None, typer.Option(min=1, help="Devices that share one copy of the model; default: all.")
     ] = None,
     utilization: Annotated[
         float | None,
-        typer.Option(help="With several devices: share of its peak FLOP/s that each reaches. Default: 0.4."),
+        typer.Option(help="With several devices: share of peak FLOP/s that each one reaches. Default: 0.4."),
     ] = None,
     bandwidth: Annotated[
         str | None,
-        typer.Option(help="With several devices: bytes per second of each to other nodes, e.g. 25GB."),
+        typer.Option(help="With several devices: bytes per second that each one sends to other nodes, e.g. 25GB."),
     ] = None,
 ) -> None:
-    """Show the stages and all their bytes; needs no GPU and no data."""
+    """Plan the memory of every stage, and the time with --device; needs no GPU and no data."""
     from steplm.cli.plan import show_plan
 
     given = _with_budgets(overrides, budget, host_budget)
@@ -149,7 +151,7 @@ def fit(
     run: Run,
     overrides: Overrides = None,
     budget: Annotated[
-        str | None, typer.Option(help="Memory of the device, e.g. 24GiB; default: that of --device.")
+        str | None, typer.Option(help="Memory of the device, e.g. 24GiB. Default: that of --device.")
     ] = None,
     host_budget: HostBudget = None,
     device: Annotated[
@@ -158,16 +160,16 @@ def fit(
     maximize: Annotated[
         str | None, typer.Option(help="depth, width, batch or sequence; default: sizes stay as written.")
     ] = None,
-    vary: Annotated[str, typer.Option(help="What else may change.")] = "stages,rank,options",
+    vary: Annotated[str, typer.Option(help="What else may change: stages, rank, options.")] = "stages,rank,options",
     show: Annotated[
-        int, typer.Option(help="Number of commands to print, from the gentlest way to the harshest.", min=1)
+        int, typer.Option(help="Number of commands to print, spread from the gentlest way to the harshest.", min=1)
     ] = 3,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Draw memory against time, e.g. fit.png or fit.svg.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Find the ways of training that fit a memory budget, or the largest model, batch or sequence."""
+    """Find ways to train within a memory budget, or the largest model, batch or sequence that fits."""
     from steplm.cli.fit import show_fit
 
     show_fit(
@@ -276,19 +278,23 @@ def evaluate(
             help="Texts: files, globs, hub://OWNER/NAME?split=test; NAME=FILES for a separate row; repeatable.",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Items of each task, the first ones; default: all.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Use only the first items of each task, this many; default: all.")
+    ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help="Solved examples before each item; default: the task's own number.")
     ] = None,
     tasks_data: Annotated[
         Path | None,
-        typer.Option(envvar="STEPLM_TASKS_DATA", help="Folder with local copies of sets, used instead of the hub."),
+        typer.Option(
+            envvar="STEPLM_TASKS_DATA", help="Folder with local copies of data sets, used instead of the hub."
+        ),
     ] = None,
     tasks_path: Annotated[
         list[Path] | None,
         typer.Option(
             envvar="STEPLM_TASKS_PATH",
-            help="Folder of your own lm_eval task files; Python functions that they name are run; repeatable.",
+            help="Folder of your own lm_eval task files; runs the Python functions that they name; repeatable.",
         ),
     ] = None,
     output: Annotated[
@@ -311,7 +317,7 @@ def evaluate(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Zero-shot tasks by lm_eval, perplexity and bits per byte on text; several models give one table."""
+    """Zero-shot tasks of lm_eval, perplexity and bits per byte; several models share one table."""
     from steplm.cli.evaluate import run_eval
 
     run_eval(
@@ -344,7 +350,7 @@ def mtbench(
     ] = None,
     questions: Annotated[
         str | None,
-        typer.Option(help="Questions from elsewhere than --data: a file, or hub://OWNER/NAME."),
+        typer.Option(help="Read the questions from a file or hub://OWNER/NAME instead of --data."),
     ] = None,
     base_url: Annotated[
         str | None, typer.Option(help="OpenAI-compatible endpoint, such as http://HOST:8000/v1; default: OpenAI's.")
@@ -357,14 +363,16 @@ def mtbench(
     ),
     name: Annotated[
         list[str] | None,
-        typer.Option(help="A model's name in tables and files, one for each; default: the end of its path."),
+        typer.Option(help="Name of a model in tables and files, once per model; default: the end of its path."),
     ] = None,
     answers: Annotated[
         list[Path] | None, typer.Option(help="Existing answers in FastChat's format; repeatable.")
     ] = None,
-    categories: Annotated[str | None, typer.Option(help="Only these, e.g. writing,math; default: all.")] = None,
+    categories: Annotated[
+        str | None, typer.Option(help="Categories of questions, e.g. writing,math; default: all.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each category; default: all.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer's turn.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file for models without a chat template.")] = None,
@@ -373,20 +381,22 @@ def mtbench(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 4,
     requests_per_minute: Annotated[
-        float | None, typer.Option(help="Most requests per minute; default: no limit.")
+        float | None, typer.Option(help="Maximum requests per minute; default: no limit.")
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a reply.")] = 120.0,
     retries: Annotated[int, typer.Option(min=0, help="Retries of a failed request.")] = 6,
     backoff: Annotated[float, typer.Option(help="Seconds before the first retry; doubled each time.")] = 1.0,
     ask_again: Annotated[int, typer.Option(min=0, help="Times to ask again if a reply cannot be read.")] = 2,
     max_judge_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens of a judge's reply, including its reasoning.")
+        int, typer.Option(min=1, help="Maximum tokens of a judge's reply, including its reasoning.")
     ] = 2048,
     rating: Annotated[
         str,
-        typer.Option(help="The rating of a reply that counts: first (FastChat's rule), or last outside of <think>."),
+        typer.Option(help="Which rating in a reply counts: the first (as in FastChat), or the last outside <think>."),
     ] = "first",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show requests and tokens; ask nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the number of requests and tokens; send nothing.")
+    ] = False,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -451,12 +461,12 @@ def sft(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="E.g. lora_rank=8 num_train_epochs=1 packing=true.")
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML of keys.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file with the same keys.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the run; default runs/NAME-sft.")
     ] = None,
 ) -> None:
-    """Tune a model on instructions, into a folder for `steplm chat`; run again to resume."""
+    """Fine-tune a model on instructions, for `steplm chat`; run again to resume."""
     from steplm.cli.model_paths import find_model, require_hub
     from steplm.sft.config import load_sft_config
 
@@ -477,7 +487,7 @@ def chat(
     chat_template: Annotated[
         str | None, typer.Option(help="A Jinja file, instead of the model's own template.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 512,
     temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.7,
     top_p: TopP = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed and messages give the same answers.")] = 0,
@@ -530,7 +540,7 @@ def tune(
     share: Annotated[float, typer.Option(help="Share of the run's tokens in each trial.", min=0.001, max=1)] = 0.1,
     jobs: Jobs = None,
 ) -> None:
-    """Find a learning rate by short runs at several rates; run again to resume."""
+    """Find a learning rate with short runs at several rates; run again to resume."""
     from steplm.cli.tune import run_tune
 
     raise typer.Exit(run_tune(run, overrides or [], share=share, jobs=jobs))
@@ -541,7 +551,7 @@ def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A suite, a run, or a folder of runs.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default DIR/report.")] = None,
 ) -> None:
-    """Make tables, figures and one page of a suite or of runs, finished or not."""
+    """Make tables, figures and an HTML page from a suite or runs, finished or not."""
     from steplm.cli.report import show_report
 
     show_report(directory, output)
