@@ -13,7 +13,7 @@ from steplm.report.runs import load_run, render_rich
 from steplm.training.run import train
 
 WAYS = {
-    "auto": ("8-bit Muon, what method: auto recommends", ["method=auto", "optim.learning_rate=6.0e-3"]),
+    "auto": ("8-bit Muon, what method: auto recommends", ["method=auto"]),
     "STEP": ("grown in two stages, old layers frozen under LoRA", ["method=step", "plan.num_stages=2"]),
     "vanilla": ("ordinary pre-training with AdamW", ["method=vanilla", "plan.num_stages=1"]),
 }
