@@ -104,6 +104,7 @@ class Guard:
             name = os.path.join(os.readlink(f"/proc/self/fd/{descriptor}"), name)
         absolute = Path(os.path.abspath(name))
         allowed = absolute == Path(os.devnull) or "__pycache__" in absolute.parts
+        allowed |= event == "os.mkdir" and absolute.is_dir()  # creates nothing
         if not allowed and not any(absolute.is_relative_to(folder) for folder in self.folders):
             self.refuse(event, (str(absolute),))
 
