@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ WORLD_SIZES = (8, 64, 256, 1024)
 SHARD_SIZES = (8, 64, 1024)  # on 1,024 devices
 WAYS = {"vanilla": {"num_stages": 1}, "STEP, K=3": {"num_stages": 3}}
 DEVICE = "h100"
+HEAD = "| --- | ---: | --- |"  # alignment of the columns of `_head`
 SUMMARY = [(model, world_size) for model in ("7B", "70B") for world_size in (8, 256)]
 
 
@@ -145,38 +146,28 @@ def blocks(table: dict[str, Any]) -> dict[Path, dict[str, str]]:
 
 
 def _memory_summary(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | GPUs | | state | gathered layers, buffers, activations | peak | |",
-        "| --- | ---: | --- |" + " ---: |" * 4,
-    ]
-    for row, saved in _with_saved(rows):
+    def cells(row: dict[str, Any], saved: str) -> list[str]:
         unsharded = sum(row["peak_terms"][name] for name in ("gathered", "communication", "activations"))
-        cells = (_gib(row["model_state_bytes"]), _gib(unsharded), f"**{_gib(row['peak_bytes'])}**", saved)
-        lines.append(f"{_head(row)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        return [*_head(row), _gib(row["model_state_bytes"]), _gib(unsharded), f"**{_gib(row['peak_bytes'])}**", saved]
+
+    columns = "| model | GPUs | | state | gathered layers, buffers, activations | peak | |"
+    return _table(columns, HEAD, (cells(*each) for each in _with_saved(rows)))
 
 
 def _time_summary(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | GPUs | | FLOPs | sent, GiB | a step, s | the run, days |",
-        "| --- | ---: | --- |" + " ---: |" * 4,
-    ]
-    for row in rows:
-        cells = (f"{row['training_flops']:.2e}", _gib(row["sent_bytes"]), _step(row), _days(row))
-        lines.append(f"{_head(row)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    columns = "| model | GPUs | | FLOPs | sent, GiB | a step, s | the run, days |"
+    cells = ([*_head(row), _flops(row), _gib(row["sent_bytes"]), _step(row), _days(row)] for row in rows)
+    return _table(columns, HEAD, cells)
 
 
 def _memory(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | GPUs | | state | shards | gradients | gathered | buffers | activations | workspace | peak | |",
-        "| --- | ---: | --- |" + " ---: |" * 9,
-    ]
-    for row, saved in _with_saved(rows):
-        terms = " | ".join(_gib(count) for count in row["peak_terms"].values())
-        peak = f"**{_gib(row['peak_bytes'])}** | {saved}"
-        lines.append(f"{_head(row)} | {_gib(row['model_state_bytes'])} | {terms} | {peak} |")
-    return "\n".join(lines)
+    columns = "| model | GPUs | | state | shards | gradients | gathered | buffers | activations | workspace | peak | |"
+
+    def cells(row: dict[str, Any], saved: str) -> list[str]:
+        terms = [_gib(count) for count in row["peak_terms"].values()]
+        return [*_head(row), _gib(row["model_state_bytes"]), *terms, f"**{_gib(row['peak_bytes'])}**", saved]
+
+    return _table(columns, HEAD, (cells(*each) for each in _with_saved(rows)))
 
 
 def _with_saved(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -188,38 +179,32 @@ def _with_saved(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], st
 
 
 def _time(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | GPUs | | FLOPs | micro-batches | sent, GiB | compute, s | sending, s | a step, s | the run, days |",
-        "| --- | ---: | --- |" + " ---: |" * 7,
-    ]
-    for row in rows:
-        cells = (
-            f"{row['training_flops']:.2e}",
-            str(row["micro_batches"]),
-            _gib(row["sent_bytes"]),
-            _three(row["compute_seconds"]),
-            _three(row["communication_seconds"]),
-            _step(row),
-            _days(row),
-        )
-        lines.append(f"{_head(row)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    columns = (
+        "| model | GPUs | | FLOPs | micro-batches | sent, GiB | compute, s | sending, s | a step, s | the run, days |"
+    )
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        seconds = (_three(row[name]) for name in ("compute_seconds", "communication_seconds"))
+        sent = _gib(row["sent_bytes"])
+        return [*_head(row), _flops(row), str(row["micro_batches"]), sent, *seconds, _step(row), _days(row)]
+
+    return _table(columns, HEAD, map(cells, rows))
 
 
 def _hybrid(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | devices that share a copy | state, GiB | peak, GiB | sent, GiB | sending, s | a step, s |",
-        "| --- |" + " ---: |" * 6,
-    ]
-    for row in rows:
-        cells = (
-            f"{row['num_shards']:,}",
-            *(_gib(row[name]) for name in ("model_state_bytes", "peak_bytes", "sent_bytes")),
-            _three(row["communication_seconds"]),
-            _step(row),
-        )
-        lines.append(f"| {row['model']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    columns = "| model | devices that share a copy | state, GiB | peak, GiB | sent, GiB | sending, s | a step, s |"
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        sizes = (_gib(row[name]) for name in ("model_state_bytes", "peak_bytes", "sent_bytes"))
+        return [row["model"], f"{row['num_shards']:,}", *sizes, _three(row["communication_seconds"]), _step(row)]
+
+    return _table(columns, "| --- |", map(cells, rows))
+
+
+def _table(columns: str, head: str, rows: Iterable[list[str]]) -> str:
+    """A Markdown table; ``head`` aligns the first columns, and the others hold numbers."""
+    rule = head + " ---: |" * (columns.count("|") - head.count("|"))
+    return "\n".join([columns, rule, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def _assumed(table: dict[str, Any]) -> str:
@@ -228,15 +213,19 @@ def _assumed(table: dict[str, Any]) -> str:
         [
             f"- An H100 SXM reaches {table['utilization']:.0%} of its {device.bf16_flops / 1e12:g} TFLOP/s in bf16 "
             "while it computes, recomputation included.",
-            f"- It sends {device.node_bandwidth / 1e9:g} GB/s to the others of its node of {PER_NODE}, and "
+            f"- It sends {device.bandwidth_in_node / 1e9:g} GB/s to the others of its node of {PER_NODE}, and "
             f"{device.network_bandwidth / 1e9:g} GB/s to other nodes; collectives reach "
             f"{table['link_share']:.0%} of that.",
         ]
     )
 
 
-def _head(row: dict[str, Any]) -> str:
-    return f"| {row['model']} | {row['world_size']:,} | {row['way']}"
+def _head(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["model"], f"{row['world_size']:,}", row["way"]
+
+
+def _flops(row: dict[str, Any]) -> str:
+    return f"{row['training_flops']:.2e}"
 
 
 def _step(row: dict[str, Any]) -> str:
