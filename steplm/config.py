@@ -669,7 +669,7 @@ def default_learning_rate(method: str, rule: str, hidden_size: Any, *, in_stages
         hidden_size: a value that is not a positive number, which validation refuses, counts as 1.
     """
     rate = RATES_TIMES_WIDTH.get(rule, RATES_TIMES_WIDTH["adamw"])
-    if method == "badam" or (in_stages and method not in ONE_STAGE_METHODS):
+    if in_stages or method == "badam":
         rate /= 2
     width = hidden_size if isinstance(hidden_size, int) and hidden_size > 0 else 1
     return float(f"{rate / width:.2g}")

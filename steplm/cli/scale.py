@@ -107,10 +107,9 @@ def _bytes_per_second(text: str) -> float:
 
 
 def _assumptions(config: RunConfig, name: str, device: Device, utilization: float) -> str:
-    in_node = device.node_bandwidth or device.bus
     told = (
         f"assumed of {name}: {utilization:.0%} of {device.flops(config.train.precision) / 1e12:g} TFLOP/s; "
-        f"{LINK_SHARE:.0%} of {in_node / 1e9:g} GB/s in a node of {PER_NODE}"
+        f"{LINK_SHARE:.0%} of {device.bandwidth_in_node / 1e9:g} GB/s in a node of {PER_NODE}"
     )
     if device.network_bandwidth is None:
         return told

@@ -22,8 +22,13 @@ class Device:
     bandwidth: float  # bytes per second of its memory
     bus: float  # bytes per second to or from the host, in one direction
     source: str
-    node_bandwidth: float | None = None  # bytes per second to other devices of its node; None: those of the bus
+    node_bandwidth: float | None = None  # of NVLink, in bytes per second and one direction
     network_bandwidth: float | None = None  # bytes per second to other nodes, through its own network card
+
+    @property
+    def bandwidth_in_node(self) -> float:
+        """Bytes per second to other devices of its node."""
+        return self.node_bandwidth or self.bus
 
     def flops(self, precision: str) -> float:
         """Peak FLOP/s in "bf16" or "fp32"."""

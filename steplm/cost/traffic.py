@@ -128,8 +128,7 @@ def _ring_bandwidth(device: Device, num_ranks: int, stride: int) -> float:
     Across nodes, each rank contributes its network card, so a ring with k ranks per node leaves the node at k times
     the rate of one card.
     """
-    in_node = device.node_bandwidth or device.bus
     if num_ranks * stride <= PER_NODE:
-        return in_node
+        return device.bandwidth_in_node
     assert device.network_bandwidth is not None
-    return min(in_node, max(1, PER_NODE // stride) * device.network_bandwidth)
+    return min(device.bandwidth_in_node, max(1, PER_NODE // stride) * device.network_bandwidth)
