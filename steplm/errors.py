@@ -4,6 +4,7 @@
     ├── ConfigError              the configuration is invalid               (exit code 2)
     ├── PlanError                a plan cannot be made or followed
     │   └── PlanInfeasible       no plan satisfies the constraints
+    │       └── OverBudget       the plan needs more memory than its budget
     ├── DataError                unusable text, tokens, tokenizer or manifest
     │   └── HubUnavailable       the hub is needed and cannot be reached
     ├── GrowthError              the growth does not give a valid model
@@ -52,6 +53,13 @@ class PlanError(SteplmError):
 
 class PlanInfeasible(PlanError):
     """No plan satisfies the constraints."""
+
+
+class OverBudget(PlanInfeasible):
+    """The plan needs more memory than ``plan.budget``; ``details["fact"]`` is the message without its advice."""
+
+    def __init__(self, fact: str, **details: Any) -> None:
+        super().__init__(f"{fact} `steplm fit` lists what would fit.", fact=fact, **details)
 
 
 class DataError(SteplmError):

@@ -43,19 +43,15 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 @contextmanager
 def _suggesting(run: str, overrides: list[str]) -> Iterator[None]:
-    """If a plan does not fit its budget, replace the hint to run `steplm fit` with what would fit."""
-    from steplm.errors import PlanInfeasible
+    """If a plan does not fit its budget, list what would fit."""
+    from steplm.errors import OverBudget
 
     try:
         yield
-    except PlanInfeasible as error:
-        from steplm.cli.fit import explained
-        from steplm.planner.plan import SEE_FIT
+    except OverBudget as error:
+        from steplm.cli.fit import what_fits
 
-        text = str(error)
-        if not text.endswith(SEE_FIT):
-            raise
-        raise explained(PlanInfeasible(text.removesuffix(SEE_FIT), **error.details), run, overrides) from None
+        raise what_fits(error, run, overrides) from None
 
 
 def _with_budgets(overrides: list[str] | None, budget: str | None, host_budget: str | None) -> list[str]:

@@ -16,7 +16,7 @@ from steplm.cli.plan import counted_shape
 from steplm.cli.tables import number_table
 from steplm.config import read_values
 from steplm.cost.devices import DEVICES
-from steplm.errors import ConfigError, PlanInfeasible
+from steplm.errors import ConfigError, OverBudget, PlanInfeasible
 from steplm.planner.auto import MICRO_BATCH, load_config, smallest_sizes
 from steplm.planner.fit import Alternative, FitResult, fit, suggestions
 from steplm.planner.ladder import RUNGS
@@ -78,11 +78,11 @@ def show_fit(
         console.print(f"wrote {output}", soft_wrap=True, markup=False)
 
 
-def explained(error: PlanInfeasible, run: str, overrides: Sequence[str]) -> PlanInfeasible:
-    """Extend the error of a plan that does not fit ``plan.budget`` with changes that would make it fit."""
+def what_fits(error: OverBudget, run: str, overrides: Sequence[str]) -> PlanInfeasible:
+    """The error of a plan that does not fit ``plan.budget``, with changes that would make it fit."""
     config = load_config(run, _without_auto(run, overrides)[0])
     more = suggestions(config, error.budget_bytes, counted_shape(config))
-    return PlanInfeasible(f"{error}\n{more}", **error.details)
+    return PlanInfeasible(f"{error.fact}\n{more}", **error.details)
 
 
 def _without_auto(run: str, overrides: Sequence[str]) -> tuple[list[str], bool]:

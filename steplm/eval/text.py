@@ -44,7 +44,7 @@ def token_stream(
 
     Args:
         entries: files, globs, folders, ``hub://…``, ``builtin://…``, as in ``data.train``.
-        max_tokens: tokens to predict; bytes are counted up to there.
+        max_tokens: tokens to predict, up to a whole character; bytes are counted up to there.
         max_bytes: bytes of text, rounded down to a whole character, so that every tokenizer gets the same text.
 
     Raises:
@@ -66,9 +66,9 @@ def token_stream(
             break
         encoding = backend.encode(text, add_special_tokens=False)
         if max_tokens is not None and len(token_ids) + len(encoding.ids) > max_tokens:
-            room = max_tokens + 1 - len(token_ids)
+            room = _whole_characters(encoding.offsets, max_tokens + 1 - len(token_ids))
             token_ids.extend(encoding.ids[:room])
-            num_bytes += len(text[: encoding.offsets[room - 1][1]].encode())
+            num_bytes += len(text[: encoding.offsets[room - 1][1]].encode()) if room else 0
             break
         token_ids.extend(encoding.ids)
         token_ids.append(tokenizer.eos_token_id)
@@ -78,6 +78,13 @@ def token_stream(
     if num_bytes == 0:
         raise _no_text(entries, bad)
     return TokenStream(np.frombuffer(token_ids, np.uint32), num_bytes, bad.num_bad)
+
+
+def _whole_characters(offsets: Sequence[tuple[int, int]], num_tokens: int) -> int:
+    """The most tokens, at most ``num_tokens``, that do not end inside a character of several tokens."""
+    while 0 < num_tokens < len(offsets) and offsets[num_tokens][0] < offsets[num_tokens - 1][1]:
+        num_tokens -= 1
+    return num_tokens
 
 
 def require_text(entries: Sequence[str], text_field: str) -> None:

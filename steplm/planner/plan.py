@@ -11,7 +11,7 @@ from steplm.config import MemoryConfig, RunConfig
 from steplm.cost.price import Cost
 from steplm.cost.rules import RULES
 from steplm.cost.transfers import Transfers
-from steplm.errors import ConfigError, PlanInfeasible
+from steplm.errors import ConfigError, OverBudget, PlanInfeasible
 from steplm.planner.methods import METHOD_KEYS, value_and_default
 from steplm.planner.shape import shape_from_hf_config
 from steplm.planner.solve import SOLVERS, new_and_old, peak_cost
@@ -21,7 +21,6 @@ from steplm.types import HOST, HOST_OPTIMIZER, HOST_WEIGHTS, MemoryEstimate, Mem
 from steplm.units import format_bytes
 
 SCHEMA_VERSION = 3  # of ``plan.json``
-SEE_FIT = " `steplm fit` lists what would fit."
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,8 @@ def _check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
     """Check that a plan fits in device memory.
 
     Raises:
-        PlanInfeasible: the largest stage and the reserve need more than the budget.
+        OverBudget: the largest stage and the reserve need more than the budget.
+        PlanInfeasible: the reserve alone does.
         ConfigError: the peak is not known.
     """
     memory = config.memory
@@ -231,30 +231,30 @@ def _check_budget(plan: Plan, budget_bytes: int, config: RunConfig) -> None:
     if needed <= budget_bytes:
         return
     budget, reserve = format_bytes(budget_bytes), format_bytes(memory.reserve)
+    details = {
+        "budget_bytes": budget_bytes,
+        "reserve_bytes": memory.reserve,
+        "peak_bytes": stage.device_bytes,
+        "stage": stage.index,
+    }
     if memory.reserve >= budget_bytes:
-        told = (
+        raise PlanInfeasible(
             f"plan.budget={budget} leaves nothing for the model, as memory.reserve={reserve} is part of it: raise the "
-            "budget, or lower memory.reserve."
+            "budget, or lower memory.reserve.",
+            **details,
         )
-    else:
-        assert stage.peak is not None  # otherwise the plan's peak would be None
-        at_peak = stage.peak.highest.memory
-        kinds = ("weights", "gradients", "optimizer", "activations", "workspace")
-        held = {kind: at_peak.bytes_of(kind=kind) for kind in kinds}
-        parts = ", ".join(f"{kind} {format_bytes(num_bytes)}" for kind, num_bytes in held.items() if num_bytes)
-        fact, which = f"layers {'+'.join(map(str, plan.layers))} do not fit", "peak"
-        if plan.proved_optimal and config.plan.objective == "peak":
-            fact, which = f"no {config.plan.num_stages}-stage plan fits", "smallest peak"
-        told = (
-            f"{fact} plan.budget={budget}: the {which} is {format_bytes(stage.device_bytes)}, in stage {stage.index} "
-            f"({parts}), and with memory.reserve={reserve} it needs {format_bytes(needed)}.{SEE_FIT}"
-        )
-    raise PlanInfeasible(
-        told,
-        budget_bytes=budget_bytes,
-        reserve_bytes=memory.reserve,
-        peak_bytes=stage.device_bytes,
-        stage=stage.index,
+    assert stage.peak is not None  # otherwise the plan's peak would be None
+    at_peak = stage.peak.highest.memory
+    kinds = ("weights", "gradients", "optimizer", "activations", "workspace")
+    held = {kind: at_peak.bytes_of(kind=kind) for kind in kinds}
+    parts = ", ".join(f"{kind} {format_bytes(num_bytes)}" for kind, num_bytes in held.items() if num_bytes)
+    fact, which = f"layers {'+'.join(map(str, plan.layers))} do not fit", "peak"
+    if plan.proved_optimal and config.plan.objective == "peak":
+        fact, which = f"no {config.plan.num_stages}-stage plan fits", "smallest peak"
+    raise OverBudget(
+        f"{fact} plan.budget={budget}: the {which} is {format_bytes(stage.device_bytes)}, in stage {stage.index} "
+        f"({parts}), and with memory.reserve={reserve} it needs {format_bytes(needed)}.",
+        **details,
     )
 
 

@@ -48,7 +48,14 @@ def extended(config: RunConfig, source_run_dir: str | Path) -> tuple[RunConfig, 
     source = RunFolder.open(Path(source_run_dir))
     begun_with = _begun_with(source)
     _require_another_folder(config, source)
-    total_tokens, before = _plan(config).total_tokens, source.plan.total_tokens
+    wanted, before = _plan(config), source.plan.total_tokens
+    if wanted.num_stages != source.plan.num_stages:
+        raise ConfigError(
+            f"a longer run keeps the number of stages: {source.plan.num_stages} in {source.path}, not "
+            f"{wanted.num_stages}.",
+            num_stages=wanted.num_stages,
+        )
+    total_tokens = wanted.total_tokens
     if total_tokens <= before:
         raise ConfigError(
             f"{source.path} is planned for {before:,} tokens, and the longer run for {total_tokens:,}: set "
@@ -180,6 +187,9 @@ def _difference(
         alike = replace(new, scheduled_tokens=old.scheduled_tokens, tokens=tokens) == old
         if not alike or num_steps * config.step_tokens > new.tokens:
             return f"phase {old.index} of the schedule has {old.tokens:,} tokens there and {new.tokens:,} here"
+        continues = is_last and progress.phase_done and num_steps * config.step_tokens < new.tokens
+        if continues and config.memory.delay_update:
+            return "the last update of a stage is not delayed there, but memory.delay_update delays it here"
         for step in range(num_steps):
             rates = [rate_of_step(begun_with, old, step), rate_of_step(config, new, step)]
             if rates[0] != rates[1]:

@@ -343,7 +343,7 @@ def _write_documents(config: RunConfig, plan: Plan, world: World) -> None:
 
 @contextmanager
 def _exclusive(run_dir: Path) -> Iterator[None]:
-    """Allow one process per run directory; the lock is released however the process ends."""
+    """Allow one process per run directory, however it ends; a run that is refused leaves no empty directory behind."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock: IO[str] = (run_dir / ".lock").open("w")
@@ -356,7 +356,13 @@ def _exclusive(run_dir: Path) -> Iterator[None]:
             raise CheckpointError(
                 f"another process trains in {run_dir}. Wait for it, stop it, or use another output_dir."
             ) from None
-        yield
+        try:
+            yield
+        except SteplmError:
+            if [path.name for path in run_dir.iterdir()] == [".lock"]:
+                (run_dir / ".lock").unlink()
+                run_dir.rmdir()
+            raise
 
 
 @contextmanager

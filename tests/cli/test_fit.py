@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from steplm.cli.fit import explained, render_fit, show_fit
+from steplm.cli.fit import render_fit, show_fit, what_fits
 from steplm.config import load_config
 from steplm.cost.seconds import published_speeds
-from steplm.errors import ConfigError, PlanInfeasible
+from steplm.errors import ConfigError, OverBudget
 from steplm.planner.fit import fit
 from steplm.planner.plan import plan
 
@@ -113,9 +113,10 @@ def test_wrong_usage_is_told_what_was_meant(arguments: dict[str, str], message: 
 
 
 def test_a_refused_plan_names_changes_that_fit() -> None:
-    with pytest.raises(PlanInfeasible) as caught:
+    with pytest.raises(OverBudget) as caught:
         plan(load_config("llama_1.2b", ["plan.budget=16GiB"]))
-    error = explained(caught.value, "llama_1.2b", ["plan.budget=16GiB"])
+    assert str(caught.value).endswith("`steplm fit` lists what would fit.")
+    error = what_fits(caught.value, "llama_1.2b", ["plan.budget=16GiB"])
     first = str(error).splitlines()[2].partition("  (")[0].split()
     assert plan(load_config("llama_1.2b", [*first, "plan.budget=16GiB"])).peak_bytes
     assert error.peak_bytes == caught.value.peak_bytes

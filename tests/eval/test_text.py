@@ -66,11 +66,12 @@ def test_max_tokens_cuts_tokens_and_bytes_at_the_same_place(tokenizer: PreTraine
     whole = token_stream([entry], tokenizer)
     for max_tokens in range(1, len(whole.token_ids) + 3):
         stream = token_stream([entry], tokenizer, max_tokens=max_tokens)
-        assert stream.token_ids.tolist() == whole.token_ids[: max_tokens + 1].tolist()
+        expected = whole.token_ids[: max_tokens + 1]
+        while "\ufffd" in (text := tokenizer.decode(expected, skip_special_tokens=True)):
+            expected = expected[:-1]  # up to a whole character
+        assert stream.token_ids.tolist() == expected.tolist()
         assert stream.token_ids.itemsize == 4
-        text = tokenizer.decode(stream.token_ids, skip_special_tokens=True)
-        if "\ufffd" not in text:  # no character is cut in two
-            assert stream.num_text_bytes == len(text.encode())
+        assert stream.num_text_bytes == len(text.encode())
 
 
 def test_a_text_that_spells_the_end_token_does_not_end_itself(

@@ -31,6 +31,7 @@ STABLE = (
 )
 ONE_STAGE = (*STABLE, "plan.num_stages=1", "plan.total_tokens=1280")
 TWO_STAGES = (*STABLE, "plan.tokens_per_stage=[256,1280]", "plan.total_tokens=null", "train.precision=bf16")
+DELAYED = ("memory.offload_optimizer=true", "memory.delay_update=true")
 ENDLESS = (*ONE_STAGE, "optim.lr_scheduler_type=constant_with_warmup")
 
 
@@ -45,8 +46,10 @@ ENDLESS = (*ONE_STAGE, "optim.lr_scheduler_type=constant_with_warmup")
         ((*TWO_STAGES, "optim.schedule_over=run"), ("plan.tokens_per_stage=[256,2560]",), "stage2-step000014"),
         (ENDLESS, ("plan.total_tokens=2560",), "stage1-end"),
         (ENDLESS, ("plan.total_tokens=2560", "optim.lr_scheduler_type=wsd"), "stage1-end"),
+        # The last update of a stage is never delayed, so the longer run does not start from the end.
+        ((*ENDLESS, *DELAYED, "train.save_total_limit=2"), ("plan.total_tokens=2560",), "stage1-step000016"),
     ],
-    ids=["plain", "muon", "grown", "shares", "one-schedule", "endless", "endless-decayed"],
+    ids=["plain", "muon", "grown", "shares", "one-schedule", "endless", "endless-decayed", "delayed"],
 )
 def test_an_extended_run_equals_the_run_that_was_planned_for_its_length(
     tiny_run: Configure,
@@ -134,9 +137,10 @@ def test_the_checkpoint_before_the_decay_is_kept(trained: Trained) -> None:
         ((), ("plan.total_tokens=2560", "train.gradient_accumulation_steps=2"), "128 here"),
         (("method=relora", "pet.warm_start=0.3", "pet.restarts=1"), ("plan.total_tokens=2560",), "phase 1 of the"),
         ((), ("plan.total_tokens=1280",), "planned for 1,280 tokens"),
+        ((), ("plan.total_tokens=2560", "plan.num_stages=2"), "keeps the number of stages: 1 in"),
         ((), ("plan.total_tokens=2560", "output_dir={source}"), "directory of its own"),
     ],
-    ids=["cosine", "seed", "optim", "batch", "relora", "tokens", "folder"],
+    ids=["cosine", "seed", "optim", "batch", "relora", "tokens", "stages", "folder"],
 )
 def test_a_run_that_would_not_have_come_by_the_checkpoint_is_refused(
     tiny_run: Configure,
@@ -160,6 +164,7 @@ def test_a_checkpoint_within_the_decay_or_an_earlier_stage_is_refused(trained: T
     late = checkpoints / "stage2-step000016"
     with pytest.raises(CheckpointMismatch, match="step 16 of stage 2 had learning rate"):
         train(decayed(late, 640, tmp_path / "late"), begin=late)
+    assert not (tmp_path / "late").exists()
     early = trained(*ONE_STAGE, "optim.lr_scheduler_type=cosine") / "checkpoints/stage1-end"
     with pytest.raises(CheckpointMismatch, match="A cosine schedule decays from its first step"):
         train(decayed(early, 640, tmp_path / "cosine"), begin=early)
