@@ -243,6 +243,9 @@ def grow(
     seed: Annotated[int, typer.Option(help="For the random position and operator.")] = 0,
 ) -> None:
     """Make a deeper model from any Hugging Face decoder."""
+    from steplm.cli.loading import load_torch
+
+    load_torch()
     from steplm.cli.grow import run_grow
 
     run_grow(model, to=to, output=output, operator=operator, position=position, seed=seed)
@@ -254,6 +257,9 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder; default RUN_DIR/export.")] = None,
 ) -> None:
     """Merge the adapters of a checkpoint into a plain Hugging Face folder."""
+    from steplm.cli.loading import load_torch
+
+    load_torch()
     from steplm.training.export import export as export_folder
 
     print(export_folder(source, output))
@@ -432,9 +438,11 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Continue a prompt."""
+    from steplm.cli.loading import load_torch
     from steplm.cli.model_paths import find_model
 
     found = find_model(model)
+    load_torch()
     from steplm.eval.generate import generate as continued
 
     text = continued(
@@ -463,6 +471,7 @@ def sft(
     ] = None,
 ) -> None:
     """Fine-tune a model on instructions, for `steplm chat`; run again to resume."""
+    from steplm.cli.loading import load_torch
     from steplm.cli.model_paths import find_model, require_hub
     from steplm.sft.config import load_sft_config
 
@@ -470,6 +479,7 @@ def sft(
     found = find_model(model)
     if any(entry.startswith("hub://") for entry in data):
         require_hub()
+    load_torch()
     from steplm.sft.run import instruction_tune
 
     result = instruction_tune(found, data, checked, output_dir=output, say=lambda line: print(line, flush=True))
@@ -510,6 +520,9 @@ def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs.")] = Path("runs/quickstart"),
 ) -> None:
     """Train a small LLaMA on text found in this installation: with 8-bit Muon, with STEP, and with AdamW."""
+    from steplm.cli.loading import load_torch
+
+    load_torch()
     from steplm.cli.quickstart import run_quickstart
 
     raise typer.Exit(run_quickstart(output, overrides or []))

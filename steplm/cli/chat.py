@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from steplm.cli.loading import load_torch
 from steplm.cli.model_paths import find_model
 from steplm.errors import ConfigError
 
@@ -32,6 +33,7 @@ def run_chat(
 ) -> None:
     """Read messages until the input ends; answers go to standard output, remarks to standard error."""
     found = find_model(model)
+    load_torch()
     from steplm.eval.chat import ChatModel
     from steplm.eval.generate import sampling_arguments
 

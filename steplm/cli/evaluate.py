@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steplm.cli.loading import load_torch
 from steplm.cli.model_paths import find_model, require_hub
 from steplm.errors import ConfigError
 from steplm.files import write_errors
@@ -61,6 +62,7 @@ def run_eval(
     has_all_sets = not wanted or (tasks_data is not None and set(wanted) <= set(KNOWN_SETS))
     if any("hub://" in entry for entry in data) or not has_all_sets:
         require_hub()
+    load_torch()
     results = None
     if wanted:
         from steplm.eval.zero_shot import evaluate_tasks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from steplm.cli.loading import load_torch
 from steplm.config import RunConfig
 from steplm.launch import is_launched, launched_size
 from steplm.planner.auto import load_config
@@ -18,6 +19,7 @@ def run_train(run: str, overrides: list[str], extend: Path | None = None) -> int
     config = load_config(run, overrides)
     begin = None
     if extend is not None:
+        load_torch()
         from steplm.training.extend import extended
 
         config, begin = extended(config, extend)
@@ -29,6 +31,7 @@ def run_train(run: str, overrides: list[str], extend: Path | None = None) -> int
 
 def run_decay(checkpoint: Path, tokens: str, output: Path | None) -> int:
     """Train a run that decays from the checkpoint and ends ``tokens`` tokens after it."""
+    load_torch()
     from steplm.training.extend import decayed
 
     run_dir = checkpoint.resolve().parent.parent
@@ -37,6 +40,7 @@ def run_decay(checkpoint: Path, tokens: str, output: Path | None) -> int:
 
 
 def _train(config: RunConfig, begin: Path | None) -> int:
+    load_torch()
     from steplm.training.run import train
 
     result = train(config, begin=begin)
