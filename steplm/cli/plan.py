@@ -65,21 +65,12 @@ def show_plan(
 
         check_device(device, config, plan.shape, again=calibrate)
     console = Console(stderr=as_json, highlight=False)
-    document = plan_to_json(plan) if as_json else {}
     epochs_of_sources = _epochs_of_sources(plan, config)
+    document = plan_to_json(plan) if as_json else {}
     if epochs_of_sources:
         document["epochs_of_sources"] = epochs_of_sources
     if not as_json:
-        render_plan(plan, console, config)
-        limit = config.data.max_train_tokens
-        if limit is not None and plan.total_tokens > limit:
-            console.print(f"{plan.total_tokens / limit:.1f} epochs over data.max_train_tokens={format_count(limit)}")
-        if epochs_of_sources:
-            from steplm.data.mixture import told_epochs
-
-            console.print(told_epochs(epochs_of_sources))
-        if explain:
-            render_explain(plan, console, config)
+        _print_plan(plan, config, epochs_of_sources, console, explain=explain)
     if not is_alone:
         document["devices"] = show_scale(config, plan, console, name, one_of_many, utilization=share, price=price)
     elif device is not None:
@@ -95,6 +86,21 @@ def show_plan(
         document["calibration"] = show_calibration(config, plan, console)
     if as_json:
         print(json.dumps(document, indent=2))
+
+
+def _print_plan(
+    plan: Plan, config: RunConfig, epochs_of_sources: dict[str, float], console: Console, *, explain: bool
+) -> None:
+    render_plan(plan, console, config)
+    limit = config.data.max_train_tokens
+    if limit is not None and plan.total_tokens > limit:
+        console.print(f"{plan.total_tokens / limit:.1f} epochs over data.max_train_tokens={format_count(limit)}")
+    if epochs_of_sources:
+        from steplm.data.mixture import told_epochs
+
+        console.print(told_epochs(epochs_of_sources))
+    if explain:
+        render_explain(plan, console, config)
 
 
 def counted_shape(config: RunConfig) -> ModelShape | None:
