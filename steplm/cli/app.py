@@ -546,13 +546,18 @@ def compare(
 def tune(
     run: Run,
     overrides: Overrides = None,
-    share: Annotated[float, typer.Option(help="Share of the run's tokens in each trial.", min=0.001, max=1)] = 0.1,
+    share: Annotated[
+        float | None, typer.Option(help="Share of the run's tokens in each trial. Default: 0.1.", min=0.001, max=1)
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Instead of --share: about the most minutes of training in all.", min=0.1)
+    ] = None,
     jobs: Jobs = None,
 ) -> None:
     """Find a learning rate with short runs at several rates; run again to resume."""
     from steplm.cli.tune import run_tune
 
-    raise typer.Exit(run_tune(run, overrides or [], share=share, jobs=jobs))
+    raise typer.Exit(run_tune(run, overrides or [], share=share, minutes=minutes, jobs=jobs))
 
 
 @app.command()

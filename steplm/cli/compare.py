@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -20,9 +20,6 @@ from steplm.compare.suite import read_suite
 from steplm.config import changed
 from steplm.errors import SteplmError
 from steplm.units import format_bytes, format_count
-
-if TYPE_CHECKING:
-    pass
 
 
 def run_compare(

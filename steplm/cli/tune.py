@@ -5,21 +5,39 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from rich.console import Console
+
 from steplm.cli.compare import run_compare
+from steplm.cli.hours import HERE, check_device, choose_speeds
 from steplm.config import RunConfig, changed, token_budget
 from steplm.errors import ConfigError
 from steplm.planner.auto import load_config
+from steplm.planner.hours import stage_times
 from steplm.planner.plan import plan
 from steplm.report.suite import load_suite
+from steplm.units import format_count
 
 FACTORS = (0.5, 1.0, 2.0)  # of the configured rate; the grid is extended if the best is at its edge
 EXTEND = 2
+SHARE = 0.1  # of the run's tokens, in each trial
 ENTRY = "tuned"
 
 
-def run_tune(source: str, overrides: list[str], *, share: float, jobs: int | None = None) -> int:
+def run_tune(
+    source: str,
+    overrides: list[str],
+    *,
+    share: float | None = None,
+    minutes: float | None = None,
+    jobs: int | None = None,
+) -> int:
     """Run or resume the grid, print the command with the best rate and return the exit code."""
+    if share is not None and minutes is not None:
+        raise ConfigError("--share and --minutes both set the length of the trials: give one.")
     config = load_config(source, overrides)
+    if minutes is not None:
+        share = share_for(minutes, config)
+    share = share or SHARE
     suite = tuning_suite(config, share)
     exit_code = run_compare(suite, [], jobs=jobs)
     if exit_code:
@@ -33,6 +51,27 @@ def run_tune(source: str, overrides: list[str], *, share: float, jobs: int | Non
     print(f"Best on {share:.0%} of the tokens. A full-length run may need a lower rate.")
     print(shlex.join(["steplm", "train", *run]))
     return 0
+
+
+def share_for(minutes: float, config: RunConfig) -> float:
+    """The share of the run's tokens with which all trials take at most about this long on this machine, one by one.
+
+    Raises:
+        ConfigError: the time of the run cannot be estimated, or is too long.
+    """
+    if config.distributed.world_size > 1:
+        raise ConfigError("--minutes estimates the time of one device: give --share instead.")
+    whole = plan(config)
+    check_device(HERE, config, whole.shape, again=False)
+    console = Console(stderr=True, highlight=False)
+    times = stage_times(config, whole, choose_speeds(HERE, config, console))
+    assert times is not None  # see ``check_device``
+    trials = len(FACTORS) + EXTEND
+    share = min(1.0, minutes * 60 / (trials * sum(time.seconds for time in times)))
+    share = float(f"{share:.2g}")
+    tokens = format_count(whole.total_tokens * share)
+    console.print(f"trials    at most {trials}, of {tokens} tokens each: --share {share:g}", style="dim", markup=False)
+    return share
 
 
 def tuning_suite(config: RunConfig, share: float) -> dict[str, Any]:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from steplm.cli.tune import run_tune, tuning_suite
+from steplm.cli import tune
+from steplm.cli.tune import run_tune, share_for, tuning_suite
 from steplm.compare.entries import RunKey, Suite
 from steplm.compare.suite import read_suite
 from steplm.config import RunConfig, dump_config, load_config
+from steplm.cost.seconds import published_speeds
 from steplm.errors import ConfigError
+from steplm.planner.hours import stage_times
 from steplm.planner.plan import plan
 from steplm.report.suite import load_suite
 
@@ -50,6 +53,30 @@ def test_any_token_budget_is_shared(tiny_run: Configure, tmp_path: Path) -> None
 def test_a_learning_rate_for_each_stage_is_refused(tiny_run: Configure, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Give one number to tune around"):
         tuning_suite(tiny_run(tmp_path, "optim.learning_rate=[1e-3,1e-4]"), 0.1)
+
+
+def test_minutes_are_the_time_of_all_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = published_speeds("h200")
+    monkeypatch.setattr(tune, "choose_speeds", lambda *_: speeds)
+    config = load_config("llama_368m")
+    suite = Suite(read_suite(tuning_suite(config, share_for(60, config))))
+    trial = RunKey("tuned", 0, config.optim.learning_rate)
+    times = stage_times(suite.run_config(trial), suite.plan(trial), speeds)
+    assert times is not None
+    assert 5 * sum(time.seconds for time in times) == pytest.approx(3600, rel=0.06)  # the share has two digits
+    assert share_for(1e6, config) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "arguments", "message"),
+    [
+        ([], {"share": 0.1, "minutes": 5}, "give one"),
+        (["distributed.world_size=8"], {"minutes": 5}, "give --share instead"),
+    ],
+)
+def test_wrong_lengths_are_refused(overrides: list[str], arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_tune("llama_368m", overrides, **arguments)
 
 
 def test_it_ends_with_the_command_of_the_best_rate(
