@@ -137,7 +137,8 @@ def _render(
     if speeds.name in DEVICES and plan.peak_bytes is not None:
         console.print(told_fit(config.memory.needed_bytes(plan.peak_bytes), DEVICES[speeds.name].memory_bytes))
     if any(time.longest_step.waits_for_launches for time in times):
-        _note(console, "the device waits for kernels to be launched: raise the micro-batch, or set train.compile=true")
+        or_compile = "" if config.train.compile else ", or set train.compile=true"
+        _note(console, f"the device waits for kernels to be launched: raise the micro-batch{or_compile}")
     if config.memory.offload_optimizer:
         longest = max((time.longest_step for time in times), key=lambda step: step.host_update)
         cost = "hidden behind the passes on the device"

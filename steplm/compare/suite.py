@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_serializer, model_validator
 
 from steplm.compare.methods import METHODS
-from steplm.config import FOLDER_NAME, Count, RunConfig, Section, Texts, recipes_dir
+from steplm.config import FOLDER_NAME, Count, RunConfig, Section, Texts, read_values, recipes_dir
 from steplm.errors import ConfigError
 from steplm.planner.auto import load_config
 from steplm.problems import sections_of, validated
@@ -210,8 +210,11 @@ def read_suite(source: str | Path | Mapping[str, Any], overrides: Iterable[str] 
     if "model" in values and "entries" not in values:
         raise ConfigError(f"{source} is a run, not a suite: `steplm train {source}`", path=str(source))
     suite = validated(SuiteConfig, values, "the suite")
-    base = load_config(suite.run, overrides)
-    return suite.model_copy(update={"run": base.model_dump(mode="json")})
+    written = read_values(suite.run, overrides)
+    run = load_config(written).model_dump(mode="json")
+    if (written.get("optim") or {}).get("learning_rate", "auto") == "auto":
+        run["optim"]["learning_rate"] = "auto"  # each entry has the default of its own method, rule and width
+    return suite.model_copy(update={"run": run})
 
 
 def dump_suite(suite: SuiteConfig) -> str:

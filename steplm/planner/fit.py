@@ -18,6 +18,7 @@ from steplm.cost.seconds import Speeds
 from steplm.errors import ConfigError, PlanInfeasible
 from steplm.planner.ladder import AXES, Changes
 from steplm.planner.methods import written
+from steplm.planner.plan import plan as make_plan
 from steplm.planner.shape import shape_from_hf_config
 from steplm.planner.solve import last_true, new_and_old, peak_cost, solve_within
 from steplm.planner.stages import StagePrices
@@ -235,16 +236,18 @@ class _Search:
     def smallest(self) -> Alternative:
         """The alternative with the lowest peak; a size that is being maximized is at its smallest value."""
         rows = list(self.lower_peaks(math.inf, at_least_size=self.axis is not None))
+        if rows:
+            return rows[-1]
+        without_budgets = changed(self.config, {"plan.budget": None, "plan.host_budget": None})
+        make_plan(without_budgets, self.given_shape)  # raises, with the reason, if the configuration is wrong
         host_budget = self.config.plan.host_budget
-        if not rows and host_budget is not None:
-            raise PlanInfeasible(
-                f"every way to train needs more than plan.host_budget={format_bytes(host_budget)}: raise it, or leave "
-                "out the memory.offload_* options that are set.",
-                host_budget_bytes=host_budget,
-            )
-        if not rows:
-            raise ConfigError("no settings make a plan: run `steplm plan` for the reason")
-        return rows[-1]
+        if host_budget is None:
+            raise ConfigError("no settings make a plan")
+        raise PlanInfeasible(
+            f"every way to train needs more than plan.host_budget={format_bytes(host_budget)}: raise it, or leave "
+            "out the memory.offload_* options that are set.",
+            host_budget_bytes=host_budget,
+        )
 
     def _first_allowed(self, way: Way, *, above: int = 0) -> int:
         """The smallest size above ``above`` that the configuration allows, searching up to the size as written.

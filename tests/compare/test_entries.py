@@ -45,6 +45,24 @@ def test_varied_keys_make_one_entry_for_each_combination(suite_values: Values, t
     assert config.run_dir == tmp_path / "runs/grid=random,2/lr0.002-seed5"
 
 
+def test_entries_that_are_not_tuned_have_the_default_rates_of_their_methods(
+    suite_values: Values, tmp_path: Path
+) -> None:
+    values = suite_values(tmp_path)
+    values["run"]["optim"] = {"warmup_ratio": 0.1}
+    values["entries"] = [
+        {"name": "vanilla", "method": "vanilla"},
+        {"name": "step", "method": "step"},
+        {"name": "muon", "method": "vanilla", "set": {"optim.name": "muon"}},
+        {"name": "like", "like": "muon", "set": {"optim.weight_decay": 0.0}},
+    ]
+    suite = _suite(values)
+    width = suite.run_config(suite.baseline_run(0)).model.hidden_size
+    rates = {run.entry: run.learning_rate * width for run in suite.expected_runs({})}
+    assert rates == pytest.approx({"vanilla": 0.7, "step": 0.35, "muon": 0.9, "like": 0.9}, rel=1e-2)
+    assert _suite(values, "optim.learning_rate=0.5").fixed_rate(suite.entries["muon"]) == 0.5
+
+
 def test_tuned_entries_run_the_grid_at_one_seed_and_the_seeds_at_one_rate(suite_values: Values, tmp_path: Path) -> None:
     entries = [
         {"name": "vanilla", "method": "vanilla"},

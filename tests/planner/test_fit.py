@@ -233,6 +233,12 @@ def test_a_family_whose_activations_are_not_known_is_refused() -> None:
         fit(tiny("model.model_type=phi3"), 10**12)
 
 
+def test_a_run_that_no_plan_allows_is_refused_with_the_reason() -> None:
+    config = load_config("llama_368m", ["method=vanilla", "plan.num_stages=3"])
+    with pytest.raises(ConfigError, match=r"method=vanilla has one stage: set plan\.num_stages=1"):
+        fit(config, 24 * 2**30)
+
+
 def test_too_small_a_budget_names_the_smallest_peak_and_what_it_needs() -> None:
     with pytest.raises(PlanInfeasible) as caught:
         fit(tiny(), 10_000)
