@@ -21,6 +21,9 @@ def results():
     outputs = [a @ b, F.linear(a, b, c[0]), torch.bmm(a[None], b[None]), torch.baddbmm(c, a[None], b[None])]
     outputs += [attention, F.log_softmax(a, -1)]
     gradients = torch.autograd.grad(sum(each.float().square().sum() for each in outputs), (a, b, c, heads))
+    with torch.no_grad():
+        outputs += [torch.mm(a, b, out=a.new_empty(8, 8)), torch.addmm(c, a, b, out=a.new_empty(8, 8))]
+        outputs += [torch.bmm(heads[0], heads[0].mT, out=a.new_empty(2, 16, 16))]
     return [*outputs, *gradients], a.detach().float() @ b.detach().float()
 
 native, native_fp32 = results()

@@ -25,6 +25,7 @@ KERNELS = (
     f"{ATTENTION}_backward",
     "_log_softmax",
     "_log_softmax_backward_data",
+    *(f"{product}.out" for product in ("mm", "addmm", "bmm", "baddbmm")),  # in compiled layers
 )
 
 _library = torch.library.Library("aten", "IMPL")  # the kernels stay replaced for as long as it exists
@@ -38,6 +39,8 @@ def _replace(name: str) -> None:
             return plain.call_boxed(keys, *inputs, **options)
         is_bf16 = [isinstance(each, torch.Tensor) and each.dtype is torch.bfloat16 for each in inputs]
         wide = [each.float() if narrow else each for each, narrow in zip(inputs, is_bf16, strict=True)]
+        if "out" in options:
+            return options["out"].copy_(plain.call_boxed(keys, *wide, **{**options, "out": options["out"].float()}))
         outputs = plain.call_boxed(keys, *wide, **options)
         if isinstance(outputs, torch.Tensor):
             return outputs.bfloat16()
