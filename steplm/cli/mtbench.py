@@ -62,30 +62,13 @@ def run_mtbench(
         rating=options.rating,
     )
     expected = cost(benchmark, options.judge_model, max_new_tokens=options.max_new_tokens, ask_again=options.ask_again)
-    key_variable = options.api_key_env or DEFAULT_KEY_VARIABLE
-    endpoint = Endpoint(
-        options.judge_model,
-        options.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL,
-        os.environ.get(key_variable, "").strip() or None,
-        key_variable,
-        timeout_seconds=options.timeout,
-        retries=options.retries,
-        backoff_seconds=options.backoff,
-        concurrency=options.concurrency,
-        requests_per_minute=options.requests_per_minute,
-    )
+    endpoint = _endpoint(options)
     _say(_announcement(benchmark, endpoint, expected))
     if dry_run:
         return 0
-    client: JudgeClient | None = None
+    client = None
     if expected.num_requests:
-        # A local server may not need a key.
-        is_openai = urlsplit(endpoint.base_url).netloc == urlsplit(OPENAI_URL).netloc
-        if endpoint.api_key is None and (options.api_key_env is not None or is_openai):
-            raise ConfigError(
-                f"no key for the judge at {endpoint.shown_url}: the environment variable {key_variable} is not set. "
-                "Export it, name another with --api-key-env, or name a local server with --base-url."
-            )
+        _require_key(endpoint, options)
         client = JudgeClient(endpoint, _say)
     chat_template = None if options.chat_template is None else Path(options.chat_template)
     if check_only:
@@ -125,6 +108,31 @@ def run_mtbench(
             "FastChat, even inside <think>. --rating last counts the last one outside of <think>."
         )
     return 1 if outcome.failures else 0
+
+
+def _endpoint(options: MtBenchConfig) -> Endpoint:
+    key_variable = options.api_key_env or DEFAULT_KEY_VARIABLE
+    return Endpoint(
+        options.judge_model,
+        options.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL,
+        os.environ.get(key_variable, "").strip() or None,
+        key_variable,
+        timeout_seconds=options.timeout,
+        retries=options.retries,
+        backoff_seconds=options.backoff,
+        concurrency=options.concurrency,
+        requests_per_minute=options.requests_per_minute,
+    )
+
+
+def _require_key(endpoint: Endpoint, options: MtBenchConfig) -> None:
+    """Require a key for OpenAI, or where an environment variable was named; a local server may need none."""
+    is_openai = urlsplit(endpoint.base_url).netloc == urlsplit(OPENAI_URL).netloc
+    if endpoint.api_key is None and (options.api_key_env is not None or is_openai):
+        raise ConfigError(
+            f"no key for the judge at {endpoint.shown_url}: the environment variable {endpoint.api_key_env} is not "
+            "set. Export it, name another with --api-key-env, or name a local server with --base-url."
+        )
 
 
 def _announcement(benchmark: Benchmark, endpoint: Endpoint, expected: Cost) -> str:
