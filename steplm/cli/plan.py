@@ -215,18 +215,7 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
         add_row("emb+head", "", "", _outer(by_peak.memory), None, "dim")
     add_row("vanilla", str(shape.num_hidden_layers), "", vanilla_state, plan.vanilla_peak_bytes, "dim")
 
-    console.print(
-        f"[bold]{shape.model_type}[/], {format_count(shape.num_parameters())} params, "
-        f"{shape.num_hidden_layers} layers in {plan.num_stages} stage{'s' if plan.num_stages > 1 else ''}, "
-        f"{plan.precision}, {format_count(plan.total_tokens)} tokens; memory in {unit}"
-    )
-    train = config.train
-    console.print(
-        f"micro-batches of {config.micro_batch_size} × {train.sequence_length} tokens, {config.micro_batches} a step; "
-        f"loss in chunks of {train.loss_chunk_size} rows"
-    )
-    if config.distributed.world_size > 1:
-        console.print(f"per device: {devices(config)}")
+    _print_header(plan, config, console, unit)
     console.print(table)
     _print_summary(plan, config, console)
     notes = []
@@ -241,6 +230,21 @@ def render_plan(plan: Plan, console: Console, config: RunConfig) -> None:
         notes.append("a smaller peak is possible: leave plan.layers out")
     for note in notes:
         console.print(note, style="dim")
+
+
+def _print_header(plan: Plan, config: RunConfig, console: Console, unit: str) -> None:
+    shape, train = plan.shape, config.train
+    console.print(
+        f"[bold]{shape.model_type}[/], {format_count(shape.num_parameters())} params, "
+        f"{shape.num_hidden_layers} layers in {plan.num_stages} stage{'s' if plan.num_stages > 1 else ''}, "
+        f"{plan.precision}, {format_count(plan.total_tokens)} tokens; memory in {unit}"
+    )
+    console.print(
+        f"micro-batches of {config.micro_batch_size} × {train.sequence_length} tokens, {config.micro_batches} a step; "
+        f"loss in chunks of {train.loss_chunk_size} rows"
+    )
+    if config.distributed.world_size > 1:
+        console.print(f"per device: {devices(config)}")
 
 
 def labeled_spans(plan: Plan) -> list[tuple[str, Stage]]:
