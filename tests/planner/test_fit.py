@@ -111,6 +111,11 @@ VARIANTS = (
 )
 
 
+def within_reach(share: float, maximize: str | None) -> float:
+    """A share of the written bytes; smaller for depth, because the search for deep models takes long."""
+    return 1 + (share - 1) / 5 if maximize == "depth" else share
+
+
 @pytest.mark.parametrize(
     ("maximize", "more"),
     [
@@ -121,8 +126,7 @@ VARIANTS = (
 )
 def test_every_row_is_the_plan_of_its_overrides_and_fits(maximize: str | None, more: tuple[str, ...]) -> None:
     config = tiny(*more)
-    share = 1.1 if maximize == "depth" else 1.5  # the search for deep models takes long
-    budget = int(written_bytes(*more) * share)
+    budget = int(written_bytes(*more) * within_reach(1.5, maximize))
     result = fit(config, budget, maximize=maximize, vary=("stages", "options"))
     assert 1 <= len(result.alternatives) <= MAX_ALTERNATIVES
     for row in result.alternatives:
@@ -139,7 +143,7 @@ def test_every_row_is_the_plan_of_its_overrides_and_fits(maximize: str | None, m
 @settings(max_examples=10, deadline=None)
 @given(share=st.floats(1.0, 2.0), maximize=st.sampled_from(list(AXES)), vary=st.sampled_from(["options", "stages"]))
 def test_one_more_does_not_fit(share: float, maximize: str, vary: str) -> None:
-    budget = int(written_bytes() * share)
+    budget = int(written_bytes() * within_reach(share, maximize))
     rows = fit(tiny(), budget, maximize=maximize, vary=[vary]).alternatives
     for row in [row for row in rows if sum(row.layers) <= 30][:3]:
         with pytest.raises(PlanInfeasible, match="fit"):
@@ -151,7 +155,8 @@ def test_one_more_does_not_fit(share: float, maximize: str, vary: str) -> None:
 def test_more_budget_never_gives_a_smaller_answer(low: float, more: float, maximize: str) -> None:
     values = []
     for share in (low, low * more):
-        best = fit(tiny(), int(written_bytes() * share), maximize=maximize, vary=["options"]).best
+        budget = int(written_bytes() * within_reach(share, maximize))
+        best = fit(tiny(), budget, maximize=maximize, vary=["options"]).best
         values.append(best.value or 0)
     assert values[0] <= values[1]
 
