@@ -344,6 +344,7 @@ def _write_documents(config: RunConfig, plan: Plan, world: World) -> None:
 @contextmanager
 def _exclusive(run_dir: Path) -> Iterator[None]:
     """Allow one process per run directory, however it ends; a run that is refused leaves no empty directory behind."""
+    is_new = not run_dir.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock: IO[str] = (run_dir / ".lock").open("w")
@@ -359,7 +360,7 @@ def _exclusive(run_dir: Path) -> Iterator[None]:
         try:
             yield
         except SteplmError:
-            if [path.name for path in run_dir.iterdir()] == [".lock"]:
+            if is_new and [path.name for path in run_dir.iterdir()] == [".lock"]:
                 (run_dir / ".lock").unlink()
                 run_dir.rmdir()
             raise
