@@ -67,8 +67,8 @@ LearningRates = Annotated[  # auto: see ``RunConfig._learning_rate``
     float | list[float],
     WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "array", "items": {"type": "number"}}, {"enum": ["auto"]}]}),
 ]
-# The best learning rate times the hidden size, by update rule; AdamW's for others. See docs/update_rules.md.
-RATES_TIMES_WIDTH = {"adamw": 0.7, "muon": 0.9, "galore": 1.2, "apollo_mini": 0.85}
+# The default learning rate is c / hidden_size**p, with (c, p) by update rule; AdamW's for others.
+DEFAULT_RATES = {"adamw": (0.7, 1.0), "muon": (0.079, 0.5), "galore": (1.2, 1.0), "apollo_mini": (0.85, 1.0)}
 ONE_STAGE_METHODS = ("vanilla", "lora", "relora", "badam")
 RuleName = Literal["adamw", "muon", "scale", "galore", "apollo", "apollo_mini"]
 Scheduler = Literal["cosine", "warmup_stable_decay", "constant_with_warmup"]
@@ -663,16 +663,17 @@ def default_learning_rate(method: str, rule: str, hidden_size: Any, *, in_stages
     """What ``optim.learning_rate: auto`` stands for, with two significant digits.
 
     The best rates of the runs in ``results/`` are inversely proportional to the width, as for AdamW under the maximal
-    update parametrization (Yang et al., arXiv 2203.03466), and half as high in stages and blocks.
+    update parametrization (Yang et al., arXiv 2203.03466), or under Muon to its square root, and half as high in stages
+    and blocks: docs/update_rules.md.
 
     Args:
         hidden_size: a value that is not a positive number, which validation refuses, counts as 1.
     """
-    rate = RATES_TIMES_WIDTH.get(rule, RATES_TIMES_WIDTH["adamw"])
+    factor, power = DEFAULT_RATES.get(rule, DEFAULT_RATES["adamw"])
     if in_stages or method == "badam":
-        rate /= 2
+        factor /= 2
     width = hidden_size if isinstance(hidden_size, int) and hidden_size > 0 else 1
-    return float(f"{rate / width:.2g}")
+    return float(f"{factor / width**power:.2g}")
 
 
 def _of_stage(value: float | list[float], stage: int) -> float:

@@ -57,9 +57,9 @@ def test_entries_that_are_not_tuned_have_the_default_rates_of_their_methods(
         {"name": "like", "like": "muon", "set": {"optim.weight_decay": 0.0}},
     ]
     suite = _suite(values)
-    width = suite.run_config(suite.baseline_run(0)).model.hidden_size
-    rates = {run.entry: run.learning_rate * width for run in suite.expected_runs({})}
-    assert rates == pytest.approx({"vanilla": 0.7, "step": 0.35, "muon": 0.9, "like": 0.9}, rel=1e-2)
+    assert suite.run_config(suite.baseline_run(0)).model.hidden_size == 32
+    rates = {run.entry: run.learning_rate for run in suite.expected_runs({})}
+    assert rates == {"vanilla": 0.022, "step": 0.011, "muon": 0.014, "like": 0.014}
     assert _suite(values, "optim.learning_rate=0.5").fixed_rate(suite.entries["muon"]) == 0.5
 
 
