@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from steplm.cli.loading import load_torch
+
 app = typer.Typer(
     name="steplm",
     help="Pre-train a language model in a fraction of the memory, with the memory known before the run.",
@@ -243,8 +245,6 @@ def grow(
     seed: Annotated[int, typer.Option(help="For the random position and operator.")] = 0,
 ) -> None:
     """Make a deeper model from any Hugging Face decoder."""
-    from steplm.cli.loading import load_torch
-
     load_torch()
     from steplm.cli.grow import run_grow
 
@@ -257,8 +257,6 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="New folder; default RUN_DIR/export.")] = None,
 ) -> None:
     """Merge the adapters of a checkpoint into a plain Hugging Face folder."""
-    from steplm.cli.loading import load_torch
-
     load_torch()
     from steplm.training.export import export as export_folder
 
@@ -438,7 +436,6 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Continue a prompt."""
-    from steplm.cli.loading import load_torch
     from steplm.cli.model_paths import find_model
 
     found = find_model(model)
@@ -471,7 +468,6 @@ def sft(
     ] = None,
 ) -> None:
     """Fine-tune a model on instructions, for `steplm chat`; run again to resume."""
-    from steplm.cli.loading import load_torch
     from steplm.cli.model_paths import find_model, require_hub
     from steplm.sft.config import load_sft_config
 
@@ -520,8 +516,6 @@ def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs.")] = Path("runs/quickstart"),
 ) -> None:
     """Train a small LLaMA on text found in this installation: with 8-bit Muon, with STEP, and with AdamW."""
-    from steplm.cli.loading import load_torch
-
     load_torch()
     from steplm.cli.quickstart import run_quickstart
 
@@ -550,7 +544,8 @@ def tune(
         float | None, typer.Option(help="Share of the run's tokens in each trial. Default: 0.1.", min=0.001, max=1)
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Instead of --share: about the most minutes of training in all.", min=0.1)
+        float | None,
+        typer.Option(help="Limit all trials together to about this many minutes, instead of --share.", min=0.1),
     ] = None,
     jobs: Jobs = None,
 ) -> None:

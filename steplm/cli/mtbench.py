@@ -126,7 +126,7 @@ def _endpoint(options: MtBenchConfig) -> Endpoint:
 
 
 def _require_key(endpoint: Endpoint, options: MtBenchConfig) -> None:
-    """Require a key for OpenAI, or where an environment variable was named; a local server may need none."""
+    """Check that there is a key if OpenAI is the judge or a variable is named; a local server may need none."""
     is_openai = urlsplit(endpoint.base_url).netloc == urlsplit(OPENAI_URL).netloc
     if endpoint.api_key is None and (options.api_key_env is not None or is_openai):
         raise ConfigError(

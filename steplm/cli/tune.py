@@ -33,11 +33,12 @@ def run_tune(
 ) -> int:
     """Run or resume the grid, print the command with the best rate and return the exit code."""
     if share is not None and minutes is not None:
-        raise ConfigError("--share and --minutes both set the length of the trials: give one.")
+        raise ConfigError("--share and --minutes both set the length of the trials: give one or the other.")
     config = load_config(source, overrides)
     if minutes is not None:
         share = share_for(minutes, config)
-    share = share or SHARE
+    elif share is None:
+        share = SHARE
     suite = tuning_suite(config, share)
     exit_code = run_compare(suite, [], jobs=jobs)
     if exit_code:
@@ -47,8 +48,9 @@ def run_tune(
     run = [source, *kept, f"optim.learning_rate={entry.learning_rate:g}"]
     if entry.at_edge:
         print("The best rate is the last one tried. To try rates beyond it:")
-        print(shlex.join(["steplm", "tune", *run, "--share", f"{share:g}"]))
-    print(f"Best on {share:.0%} of the tokens. A full-length run may need a lower rate.")
+        length = ("--share", share) if minutes is None else ("--minutes", minutes)
+        print(shlex.join(["steplm", "tune", *run, length[0], f"{length[1]:g}"]))
+    print(f"Best on {100 * share:.3g}% of the tokens. A full-length run may need a lower rate.")
     print(shlex.join(["steplm", "train", *run]))
     return 0
 
@@ -57,7 +59,7 @@ def share_for(minutes: float, config: RunConfig) -> float:
     """The share of the run's tokens with which all trials take at most about this long on this machine, one by one.
 
     Raises:
-        ConfigError: the time of the run cannot be estimated, or is too long.
+        ConfigError: the time of the run cannot be estimated.
     """
     if config.distributed.world_size > 1:
         raise ConfigError("--minutes estimates the time of one device: give --share instead.")
@@ -70,7 +72,7 @@ def share_for(minutes: float, config: RunConfig) -> float:
     share = min(1.0, minutes * 60 / (trials * sum(time.seconds for time in times)))
     share = float(f"{share:.2g}")
     tokens = format_count(whole.total_tokens * share)
-    console.print(f"trials    at most {trials}, of {tokens} tokens each: --share {share:g}", style="dim", markup=False)
+    console.print(f"trials    at most {trials}, of {tokens} tokens each", style="dim", markup=False)
     return share
 
 

@@ -242,7 +242,7 @@ class _Search:
         make_plan(without_budgets, self.given_shape)  # raises, with the reason, if the configuration is wrong
         host_budget = self.config.plan.host_budget
         if host_budget is None:
-            raise ConfigError("no settings make a plan")
+            raise ConfigError("no combination of options gives a valid plan")
         raise PlanInfeasible(
             f"every way to train needs more than plan.host_budget={format_bytes(host_budget)}: raise it, or leave "
             "out the memory.offload_* options that are set.",

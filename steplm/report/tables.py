@@ -188,7 +188,7 @@ def details_table(suite: Suite, question: Question) -> Table:
             }
         )
     caption = (
-        "Peak: all bytes of tensors on the device, in the stage with the most. "
+        "Peak: bytes of all tensors on the device, in the stage that needs the most. "
         "Dry run: a step without its update, at the start of a stage."
     )
     return _table(f"{question.title}: further numbers", rows, caption)

@@ -51,8 +51,8 @@ def extended(config: RunConfig, source_run_dir: str | Path) -> tuple[RunConfig, 
     wanted, before = _plan(config), source.plan.total_tokens
     if wanted.num_stages != source.plan.num_stages:
         raise ConfigError(
-            f"a longer run keeps the number of stages: {source.plan.num_stages} in {source.path}, not "
-            f"{wanted.num_stages}.",
+            f"an extended run keeps its number of stages: {source.path} has {source.plan.num_stages}, and the longer "
+            f"run {wanted.num_stages}.",
             num_stages=wanted.num_stages,
         )
     total_tokens = wanted.total_tokens
